@@ -56,12 +56,17 @@ _keeps_affine = set('''to type type_as float double half bfloat16 int long short
     sigmoid sigmoid_ tanh tanh_ relu relu_ where masked_fill masked_fill_ nan_to_num nan_to_num_ isnan isfinite isinf
     zeros_like ones_like full_like rand_like randn_like empty_like zero_ fill_ copy_'''.split())
 
-# %% ../nbs/00_core.ipynb #0a3282dc
+# %% ../nbs/00_core.ipynb #1fd8bf1b
+def _plain(x):
+    "`x` as a plain tensor with nothing attached; fastai's own cast would share the attributes"
+    with torch._C.DisableTorchFunctionSubclass(): return x.view_as(x)
+
+# %% ../nbs/00_core.ipynb #01944e0b
 class Volume(TensorBase):
     "A `(D,H,W)` tensor with `affine`, (4,4) float64, from voxel `(d,h,w,1)` to RAS+ mm; what breaks the geometry returns a plain tensor"
     def __new__(cls, x, affine=None, **kwargs):
         if affine is None: affine = getattr(x, 'affine', np.eye(4))
-        if isinstance(x, Volume): x = x.as_subclass(torch.Tensor)
+        if isinstance(x, Volume): x = _plain(x)
         affine = np.array(affine, dtype=np.float64)
         if affine.shape!=(4,4) or not np.isfinite(affine).all() or not np.array_equal(affine[3],[0,0,0,1]) or abs(np.linalg.det(affine[:3,:3]))<1e-9:
             raise MGMTError(f"a volume's affine must be (4,4), finite, invertible, last row 0 0 0 1; received {affine.tolist()}: a damaged header?")
@@ -75,9 +80,8 @@ class Volume(TensorBase):
         def _fix(r):
             if not isinstance(r, Volume) or any(r is v for v in vols): return r
             same = vols and r.shape==vols[0].shape and all(np.array_equal(v.affine, vols[0].affine) for v in vols[1:])
-            if same and func.__name__ in _keeps_affine: r.affine = vols[0].affine.copy()
-            else:
-                with torch._C.DisableTorchFunctionSubclass(): r = r.as_subclass(torch.Tensor)
+            if not same or func.__name__ not in _keeps_affine: return _plain(r)
+            r.affine = vols[0].affine.copy()
             return r
         return type(res)(map(_fix, res)) if isinstance(res, (tuple,list)) else _fix(res)
 
@@ -94,7 +98,7 @@ class Volume(TensorBase):
         affine[:3,:3] *= step
         return Volume(res, affine=affine)
 
-    def clone(self, *, memory_format=torch.preserve_format): return Volume(self.as_subclass(torch.Tensor).clone(memory_format=memory_format), affine=self.affine)
+    def clone(self, *, memory_format=torch.preserve_format): return Volume(_plain(self).clone(memory_format=memory_format), affine=self.affine)
     def __deepcopy__(self, memo): return memo.setdefault(id(self), self.clone())
 
     @property
