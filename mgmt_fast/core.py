@@ -212,10 +212,10 @@ def choice(
     if name in _choices and _choices[name].room!=room: raise MGMTError(f"choice {name!r} belongs to room {_choices[name].room!r} already; choose another name in {room!r}")
     _choices[name] = NS(room=room, doc=doc, values=values)
 
-# %% ../nbs/00_core.ipynb #ca30ef2d
+# %% ../nbs/00_core.ipynb #755287bf
 class Recipe:
     "A named set of choices across all rooms, read with `recipe.name_of_choice`; changed ones are marked when printed"
-    def __init__(self, name, changed=None): self.name,self.changed = name,dict(changed or {})
+    def __init__(self, name, changed=None): self.name,self.changed = name,{k: tuple(v) if isinstance(v, list) else v for k,v in (changed or {}).items()}
     def __getitem__(self, choice):
         if choice in self.changed: return self.changed[choice]
         if choice not in _choices: raise unknown_name('choice of a recipe', choice, _choices)
