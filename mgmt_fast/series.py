@@ -5,281 +5,371 @@
 # %% auto #0
 __all__ = ['SeriesError', 'list_series', 'read_volume']
 
-# %% ../nbs/01_series.ipynb #97b2aff9
-import os
+# %% ../nbs/01_series.ipynb #e463bb46
+import os, stat, warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import nibabel as nib, numpy as np, pandas as pd, pydicom, torch
 from fastcore.all import *
 from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.pixels import pixel_array
 from pydicom.tag import Tag
-from pydicom.uid import UID
 
 from .core import *
 
-# %% ../nbs/01_series.ipynb #ed68ec5c
+# %% ../nbs/01_series.ipynb #9d8186a2
 class SeriesError(MGMTError):
-    "A series that cannot be read right: what was found, where, what is probably wrong and what to do; holds nothing from a header that could name a patient"
+    "A series that cannot be read right: what was found, in which file, what is probably wrong and what to do; never a header value that could name a patient"
 
-# %% ../nbs/01_series.ipynb #9cb5037a
+# %% ../nbs/01_series.ipynb #d84a9363
 _NUM    = {'DS','IS','US','SS','UL','SL','FD','FL'}
 _CODE   = dict(US='u2', SS='i2', UL='u4', SL='i4', FD='f8', FL='f4')
 _NATIVE = {'1.2.840.10008.1.2','1.2.840.10008.1.2.1','1.2.840.10008.1.2.2'}
-_NAMES  = """SOPClassUID SOPInstanceUID SeriesInstanceUID Modality ImageType PatientID SeriesNumber InstanceNumber AcquisitionNumber TemporalPositionIdentifier EchoTime
-    ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns NumberOfFrames SamplesPerPixel PhotometricInterpretation
-    BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope RescaleIntercept SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence""".split()
+_PIXELS = {0x7fe00010:'', 0x7fe00008:'f4', 0x7fe00009:'f8'}
+_NAMES  = """SOPClassUID SOPInstanceUID SeriesInstanceUID Modality ImageType PatientID SeriesNumber InstanceNumber AcquisitionNumber TemporalPositionIdentifier
+    ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness SpacingBetweenSlices Rows Columns NumberOfFrames SamplesPerPixel PhotometricInterpretation
+    BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope RescaleIntercept RepetitionTime EchoTime InversionTime ContrastBolusAgent
+    SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence""".split()
 _TAGS   = {k: Tag(tag_for_keyword(k)) for k in _NAMES}
 
-# %% ../nbs/01_series.ipynb #de727b04
+# %% ../nbs/01_series.ipynb #821aef32
 def _value(ds, k):
     "Element `k` as a tuple of numbers, a string or a sequence; `None` where it is absent or empty"
     tag = _TAGS.get(k) or Tag(tag_for_keyword(k))
     raw,vr = ds.get_item(tag),dictionary_VR(tag)
     if raw is None or not raw.value: return None
     if vr=='SQ': return ds[tag].value
-    if not isinstance(raw.value, bytes): raise SeriesError(f"{k} is not what the standard says it is: a damaged header; export the series again")
-    if vr in _CODE: return tuple(np.frombuffer(raw.value, ('<' if raw.is_little_endian else '>')+_CODE[vr]).tolist())
-    v = raw.value.strip(b' \0')
-    if vr not in _NUM: return v.decode('latin-1') or None
-    try: return tuple(float(o) for o in v.split(b'\\')) if v else None
+    if not isinstance(raw.value, bytes): raise SeriesError(f"{k} is not of the type that the standard asks for: a damaged header; export the series again")
+    v = raw.value
+    try:
+        if vr in _CODE: return tuple(np.frombuffer(v, ('<' if raw.is_little_endian else '>')+_CODE[vr]).tolist())
+        v = v.strip(b' \0')
+        if vr not in _NUM: return v.decode('latin-1') or None
+        return tuple(float(o) for o in v.split(b'\\')) if v else None
     except ValueError: raise SeriesError(f"{k} is not a number: a damaged header; export the series again") from None
 
-# %% ../nbs/01_series.ipynb #6d68151f
-def _header(path):
-    "What the header of `path` says as a `dict`, or `None` if it is no DICOM file; `at` and `size` (bytes) are where pixels lie that need no decoder"
+# %% ../nbs/01_series.ipynb #cc47b213
+_GROUPS = dict(ImagePositionPatient='PlanePositionSequence', ImageOrientationPatient='PlaneOrientationSequence', PixelSpacing='PixelMeasuresSequence',
+    SliceThickness='PixelMeasuresSequence', SpacingBetweenSlices='PixelMeasuresSequence', RescaleSlope='PixelValueTransformationSequence',
+    RescaleIntercept='PixelValueTransformationSequence', TemporalPositionIndex='FrameContentSequence', EffectiveEchoTime='MREchoSequence',
+    RepetitionTime='MRTimingAndRelatedParametersSequence', FrameType='MRImageFrameTypeSequence')
+_ALIAS  = dict(EffectiveEchoTime='EchoTime', FrameType='ImageType', TemporalPositionIndex='TemporalPositionIdentifier')
+
+def _frames(h):
+    "One `dict` a frame from the header `h` of a file; without functional groups a file has one place, so one frame"
+    shared,each = h.pop('SharedFunctionalGroupsSequence'),h.pop('PerFrameFunctionalGroupsSequence')
+    if not each: return [{**h, 'frame':0, 'frames':int((h['NumberOfFrames'] or (1,))[0])}]
+    res = []
+    for i,group in enumerate(each):
+        res.append({**h, 'frame':i, 'frames':len(each)})
+        for k,seq in _GROUPS.items():
+            for ds in [*(shared or [])[:1], group]:
+                inner = _value(ds, seq)
+                v = _value(inner[0], k) if inner else None
+                if v is not None: res[-1][_ALIAS.get(k,k)] = v
+    return res
+
+# %% ../nbs/01_series.ipynb #9dfcb953
+def _header(path, more=()):
+    "Frames of file `path`, `None` if it is no DICOM file; `at` and `size` (bytes) are where pixels lie that need no decoder, `more` are tags whose presence is noted"
     with open(path, 'rb') as f:
         head = f.read(132)
         if head[128:]!=b'DICM' and head[:2] not in (b'\x08\0',b'\x02\0'): return None
         f.seek(0)
         try:
-            ds = pydicom.dcmread(f, specific_tags=list(_TAGS.values()), stop_before_pixels=True, force=True)
+            ds = pydicom.dcmread(f, specific_tags=[*_TAGS.values(), *more], stop_before_pixels=True, force=True)
             h = {k: _value(ds, k) for k in _NAMES}
             (implicit,little),uid = ds.original_encoding,ds.file_meta.get('TransferSyntaxUID')
+            h.update(path=path, little=little, syntax=str(uid) if uid else '1.2.840.10008.1.2', at=None, size=0, float='', named=[t for t in more if t in ds and ds.get_item(t).value])
+            h['native'] = h['syntax'] in _NATIVE and (little or h['BitsAllocated']!=(8,))
+            frames = _frames(h)
         except SeriesError as e: raise SeriesError(f"file {path.name!r}: {e}") from None
         except Exception as e: raise SeriesError(f"file {path.name!r} is DICOM but its header cannot be read ({type(e).__name__}): damaged or cut short; export it again") from None
-        h.update(path=path, little=little, native=not uid or uid in _NATIVE, at=None, size=0)
-        if h['native'] and f.read(4) in (b'\xe0\x7f\x10\0', b'\x7f\xe0\0\x10'):
-            length = f.read(4 if implicit else 8)[-4:]
-            h.update(at=f.tell(), size=min(int.from_bytes(length, 'little' if little else 'big'), os.fstat(f.fileno()).st_size-f.tell()))
-    return h
+        end = 'little' if little else 'big'
+        tag = f.read(4) if h['native'] else b''
+        tag = int.from_bytes(tag[:2], end)<<16|int.from_bytes(tag[2:], end)
+        length = int.from_bytes(f.read(4 if implicit else 8)[-4:], end)
+        if tag in _PIXELS and length<2**32-1:
+            for o in frames: o.update(at=f.tell(), size=min(length, os.fstat(f.fileno()).st_size-f.tell()), float=_PIXELS[tag])
+    return frames
 
-# %% ../nbs/01_series.ipynb #0ecd9c2b
-_GROUPS = dict(ImagePositionPatient='PlanePositionSequence', ImageOrientationPatient='PlaneOrientationSequence', PixelSpacing='PixelMeasuresSequence',
-    RescaleSlope='PixelValueTransformationSequence', RescaleIntercept='PixelValueTransformationSequence', TemporalPositionIndex='FrameContentSequence',
-    EffectiveEchoTime='MREchoSequence', FrameType='MRImageFrameTypeSequence')
-
-def _frames(h):
-    "One `dict` a frame, from the header `h` of a file"
-    n,shared,each = int((h['NumberOfFrames'] or (1,))[0]),h.pop('SharedFunctionalGroupsSequence'),h.pop('PerFrameFunctionalGroupsSequence')
-    if not each: return [{**h, 'frame':i, 'n':n} for i in range(n)]
-    if len(each)!=n: raise SeriesError(f"file {h['path'].name!r} announces {n} frames and describes {len(each)}: a damaged header; export it again")
-    res = []
-    for i,group in enumerate(each):
-        fr = {**h, 'frame':i, 'n':n}
-        for k,seq in _GROUPS.items():
-            for ds in ([shared[0]] if shared else []) + [group]:
-                inner = _value(ds, seq)
-                v = _value(inner[0], k) if inner else None
-                if v is not None: fr[{'EffectiveEchoTime':'EchoTime','FrameType':'ImageType','TemporalPositionIndex':'TemporalPositionIdentifier'}.get(k,k)] = v
-        res.append(fr)
-    return res
-
-# %% ../nbs/01_series.ipynb #5e6c41cd
-_DICOM_SUFFIXES = {'.dcm','.dicom','.ima'}
+# %% ../nbs/01_series.ipynb #53a8b311
+_SUFFIXES   = {'.dcm','.dicom','.ima'}
 _NOT_IMAGES = ('1.3.12.2.1107.5.9.1','1.2.840.10008.1.3.10','1.2.840.10008.5.1.4.1.1.66','1.2.840.10008.5.1.4.1.1.11.','1.2.840.10008.5.1.4.1.1.88.','1.2.840.10008.5.1.4.1.1.104.')
 
-def _scan(path):
-    "Frames of all DICOM images in folder or file `path`"
-    files = sorted(o for o in path.iterdir() if o.is_file() and not o.name.startswith('.')) if path.is_dir() else [path]
+def _is_text(p):
+    with open(p, 'rb') as f: head = f.read(256)
+    return len(head)>0 and not any(o<9 or 13<o<32 for o in head)
+
+def _scan(path, more=()):
+    "Frames of all DICOM images in the folder or file `path`; sub-folders are not entered"
+    try: files = sorted(o for o in path.iterdir() if not o.is_dir() and not o.name.startswith('.')) if path.is_dir() else [path]
+    except OSError as e: raise SeriesError(f"the folder cannot be listed ({e.strerror}): check its permissions") from None
     res,odd = [],[]
-    for p in files:
-        try: h = _header(p)
-        except OSError as e: raise SeriesError(f"file {p.name!r} cannot be opened ({e.strerror}): check its permissions or copy it again") from None
-        if h is None: odd.append(p)
-        elif not (h['SOPClassUID'] or '').startswith(_NOT_IMAGES): res += _frames(h)
-    suffixes = {f['path'].suffix.lower() for f in res} | _DICOM_SUFFIXES
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # pydicom's warnings quote header values
+        for p in files:
+            try: found = _header(p, more) if stat.S_ISREG(os.stat(p).st_mode) else None
+            except OSError as e: raise SeriesError(f"file {p.name!r} cannot be opened ({e.strerror}): check its permissions, or copy it again") from None
+            if found is None: odd.append(p)
+            elif not (found[0]['SOPClassUID'] or '').startswith(_NOT_IMAGES): res += found
+    plain = lambda p: '' if p.suffix[1:].isdigit() else p.suffix.lower()
+    suffixes = {plain(f['path']) for f in res} | _SUFFIXES
     for p in odd:
-        if p.suffix.lower() in suffixes: raise SeriesError(f"file {p.name!r} is named like a slice but is no DICOM file ({p.stat().st_size} bytes): cut short or overwritten? Copy it again, or move it away if it does not belong to the series")
+        if plain(p) in suffixes and not (plain(p)=='' and _is_text(p)):
+            raise SeriesError(f"file {p.name!r} is named like a slice but is no DICOM file ({p.stat().st_size} bytes): cut short or overwritten? Copy it again, or move it away if it does not belong to the series")
     return res
 
-# %% ../nbs/01_series.ipynb #18a2b83a
-def _normal(iop): return np.cross(iop[:3], iop[3:])
+# %% ../nbs/01_series.ipynb #10e9df1b
+def _well_placed(f):
+    return all(f[k] is not None and len(f[k])==n and np.isfinite(f[k]).all() for k,n in dict(ImagePositionPatient=3, ImageOrientationPatient=6).items())
 
-def _places(stack):
-    "Group number of each slice's position along the normal; slices closer than 0.01 mm are at one place"
-    pos = np.array([f['ImagePositionPatient'] for f in stack]) @ _normal(stack[0]['ImageOrientationPatient'])
+def _take_apart(stack):
+    "Stacks in which no place repeats, where the headers tell how"
+    if not all(map(_well_placed, stack)): return [stack]
+    iop = stack[0]['ImageOrientationPatient']
+    pos = np.array([f['ImagePositionPatient'] for f in stack]) @ np.cross(iop[:3], iop[3:])
     idx = np.argsort(pos, kind='stable')
     place = np.empty(len(pos), int)
     place[idx] = np.r_[0, np.cumsum(np.diff(pos[idx])>1e-2)]
-    return place
-
-def _take_apart(stack):
-    if any(np.shape(f['ImagePositionPatient'])!=(3,) for f in stack) or np.shape(stack[0]['ImageOrientationPatient'])!=(6,): return [stack]
-    place = _places(stack)
     n = np.bincount(place)
     if n.max()==1: return [stack]
     for k in ('EchoTime','ImageType','TemporalPositionIdentifier','AcquisitionNumber'):
         parts = groupby(range(len(stack)), lambda i: stack[i][k])
         if len(parts)>1 and len({tuple(np.unique(place[p])) for p in parts.values()})==1:
-            return [o for v in sorted(parts, key=lambda v: (v is None, v)) for o in _take_apart([stack[i] for i in parts[v]])]
-    once = {(f['SOPInstanceUID'],f['frame']) for f in stack}
-    if n.min()<n.max() or len(once)<len(stack): return [stack]
+            return [o for v in sorted(parts, key=lambda v: (v is not None, v)) for o in _take_apart([stack[i] for i in parts[v]])]
+    if n.min()<n.max() or len({(f['SOPInstanceUID'],f['frame']) for f in stack})<len(stack): return [stack]
     order = sorted(range(len(stack)), key=lambda i: (place[i], stack[i]['InstanceNumber'] or (0,), stack[i]['frame']))
     return [[stack[i] for i in order[t::n[0]]] for t in range(n[0])]
 
+# %% ../nbs/01_series.ipynb #79dabfb0
 def _stacks(frames):
-    "Frames as stacks, in the order of acquisition"
+    "Frames as stacks, in the order of series and acquisition"
     groups = []
     for f in frames:
-        key = f['SeriesInstanceUID'],f['ImageOrientationPatient']
-        for (uid,iop),g in groups:
-            if uid==key[0] and len(iop or ())==len(key[1] or ()) and all(abs(a-b)<1e-3 for a,b in zip(iop or (), key[1] or ())): g.append(f); break
-        else: groups.append((key,[f]))
-    first = lambda g: min((f['SeriesNumber'] or (0,), f['InstanceNumber'] or (0,)) for f in g)
-    return [o for _,g in sorted(groups, key=lambda o: first(o[1])) for o in _take_apart(g)]
+        uid,iop = f['SeriesInstanceUID'],f['ImageOrientationPatient'] or ()
+        for u,o,g in groups:
+            if u==uid and len(o)==len(iop) and all(abs(a-b)<1e-3 for a,b in zip(o,iop)): g.append(f); break
+        else: groups.append((uid,iop,[f]))
+    began = lambda o: min((f['SeriesNumber'] or (0,), f['InstanceNumber'] or (0,), f['frame']) for f in o[2])
+    return [o for g in sorted(groups, key=began) for o in _take_apart(g[2])]
 
-# %% ../nbs/01_series.ipynb #02e9cdeb
-def _same(stack, k, what):
-    "The value of `k` that all slices of a stack must share"
+# %% ../nbs/01_series.ipynb #b80b7c94
+def _same(stack, k, why):
+    "The value of `k` that the slices of a stack must share"
     for f in stack:
-        if f[k] is None: raise SeriesError(f"{k} is missing in file {f['path'].name!r}: {what}")
-        if f[k]!=stack[0][k]: raise SeriesError(f"slices of one series differ in {k} ({stack[0][k]} in file {stack[0]['path'].name!r}, {f[k]} in {f['path'].name!r}): mixed sizes; are two series in one folder?")
+        if f[k] is None: raise SeriesError(f"{k} is missing in file {f['path'].name!r}: {why}; export the original series again")
+        if len(f[k])!=len(stack[0][k]) or not np.allclose(f[k], stack[0][k], rtol=1e-4, atol=0):
+            raise SeriesError(f"{k} differs among the slices, {stack[0][k]} in file {stack[0]['path'].name!r} and {f[k]} in {f['path'].name!r}: mixed sizes; two series in one folder? Separate them")
     return stack[0][k]
 
+def _int(stack, k, why):
+    v = _same(stack, k, why)[0]
+    if not np.isfinite(v) or v!=int(v) or v<0: raise SeriesError(f"{k} must be a whole number; received {v}: a damaged header; export the series again")
+    return int(v)
+
+# %% ../nbs/01_series.ipynb #caa06fdf
 def _place(stack):
-    "Order of the slices and the affine of their stack"
+    "Order of the slices along their normal, and the affine of the stack from `(d,h,w,1)` to RAS+ mm"
     for f in stack:
+        if f['frames']>1 and f['NumberOfFrames'] and f['ImagePositionPatient'] is None: raise SeriesError(f"file {f['path'].name!r} holds {f['frames']} frames and does not say where each lies: not an enhanced MR image; export the original series")
         for k,n in dict(ImagePositionPatient=3, ImageOrientationPatient=6, PixelSpacing=2).items():
-            if f[k] is None: raise SeriesError(f"{k} is missing in file {f['path'].name!r}: without it nobody knows where the slice lies; a secondary capture or an incomplete export? Export the original series")
-            if len(f[k])!=n or not np.isfinite(f[k]).all(): raise SeriesError(f"{k} in file {f['path'].name!r} must be {n} finite numbers; received {f[k]}: a damaged header; export it again")
-    if len(stack)<3: raise SeriesError(f"a volume needs at least 3 slices, so that their step can be known and checked; received {len(stack)}: a scout, a single file of a series (give its folder), or an incomplete copy?")
+            if f[k] is None: raise SeriesError(f"{k} is missing in file {f['path'].name!r}, so nobody knows where its pixels lie: a secondary capture or an incomplete export? Export the original series")
+            if len(f[k])!=n or not np.isfinite(f[k]).all() or max(map(abs,f[k]))>1e5: raise SeriesError(f"{k} in file {f['path'].name!r} must be {n} finite numbers; received {f[k]}: a damaged header; export the series again")
+    if len(stack)<3: raise SeriesError(f"a volume needs 3 slices or more, so that their step is known and can be checked; received {len(stack)}: one file of a series (give its folder), a scout, or an incomplete copy?")
     row,col = np.array(stack[0]['ImageOrientationPatient']).reshape(2,3)
-    if max(abs(row@row-1), abs(col@col-1), abs(row@col))>.01: raise SeriesError(f"ImageOrientationPatient must be two perpendicular unit vectors; received {[*row,*col]}: a damaged header; export the series again")
-    dh,dw = spacing = _same(stack, 'PixelSpacing', 'without it nobody knows how large a pixel is')
-    if min(spacing)<=0: raise SeriesError(f"PixelSpacing must be two positive lengths in mm; received {spacing}: a damaged header; export the series again")
+    if max(abs(row@row-1), abs(col@col-1), abs(row@col))>.01: raise SeriesError(f"ImageOrientationPatient must be two perpendicular unit vectors; received {[*row.tolist(),*col.tolist()]}: a damaged header; export the series again")
+    row,col = row/np.linalg.norm(row),col/np.linalg.norm(col)
+    dh,dw = _same(stack, 'PixelSpacing', 'the size of a pixel is not known')
+    if min(dh,dw)<=1e-4: raise SeriesError(f"PixelSpacing must be two positive lengths in mm; received {(dh,dw)}: a damaged header; export the series again")
     ipp = np.array([f['ImagePositionPatient'] for f in stack])
     idx = np.argsort(ipp@np.cross(row,col), kind='stable')
     ipp,names = ipp[idx],[stack[i]['path'].name for i in idx]
-    gaps = np.diff(ipp@np.cross(row,col))
-    if gaps.min()<1e-2:
-        i = int(gaps.argmin())
-        raise SeriesError(f"files {names[i]!r} and {names[i+1]!r} lie at one place ({gaps[i]:.4f} mm apart): a slice copied twice, or time points that no header value tells apart; remove the copies or separate the series")
-    step = (ipp[-1]-ipp[0])/(len(ipp)-1)
-    off = np.linalg.norm(ipp-(ipp[0]+np.arange(len(ipp))[:,None]*step), axis=1)
-    if off.max()>.1*np.median(gaps):
-        i = int(gaps.argmax())
-        raise SeriesError(f"slices are not evenly spaced: {gaps[i]:.2f} mm between files {names[i]!r} and {names[i+1]!r} where {np.median(gaps):.2f} mm is usual, so a slice would be up to {off.max():.2f} mm from its true place: missing slices? Find them, or resample the series on purpose")
+    _check_steps(ipp, np.cross(row,col), names)
     affine = np.eye(4)
-    affine[:3] = np.column_stack([step, col*dh, row*dw, ipp[0]])
+    affine[:3] = np.column_stack([(ipp[-1]-ipp[0])/(len(ipp)-1), col*dh, row*dw, ipp[0]])
     return idx, np.diag([-1.,-1,1,1])@affine
 
-# %% ../nbs/01_series.ipynb #7c3729b0
+def _check_steps(ipp, normal, names):
+    gaps = np.diff(ipp@normal)
+    if gaps.min()<1e-2:
+        i = int(gaps.argmin())
+        raise SeriesError(f"files {names[i]!r} and {names[i+1]!r} lie at one place ({gaps[i]:.4f} mm apart): duplicates of a slice, or time points that no header value tells apart; remove the copies, or separate the series")
+    off = np.linalg.norm(ipp-np.linspace(ipp[0], ipp[-1], len(ipp)), axis=1)
+    if off.max()>.1*np.median(gaps):
+        i = int(gaps.argmax())
+        raise SeriesError(f"slices are not evenly spaced: {gaps[i]:.2f} mm between files {names[i]!r} and {names[i+1]!r} where {np.median(gaps):.2f} mm is usual, so that a slice would come to lie {off.max():.2f} mm from its place: is a slice missing? Copy the series again, or resample it on purpose")
+
+# %% ../nbs/01_series.ipynb #369209a4
 def _fit(x):
-    "Array `x` in a type that torch computes with and that loses nothing: the type it has, or the next larger signed one"
+    "`x` in a type that torch computes with and that loses nothing it can hold: int16 before int32 before int64, floats as float32"
     if x.dtype.kind=='f': return x.astype(np.float32, copy=False)
     x = x.astype(x.dtype.newbyteorder('='), copy=False)
-    if x.dtype==np.uint16: return x.view(np.int16) if x.max(initial=0)<2**15 else x.astype(np.int32)
-    if x.dtype==np.uint32 and x.max(initial=0)<2**31: return x.view(np.int32)
-    return x if x.dtype in (np.uint8,np.int8,np.int16,np.int32) else x.astype(np.float32)
+    if x.dtype==np.uint16 and x.max(initial=0)<2**15: return x.view(np.int16)
+    if x.dtype.itemsize<4 and x.dtype!=np.uint16: return x
+    small = x.dtype==np.uint16 or -2**31<=x.min(initial=0) and x.max(initial=0)<2**31
+    return x.astype(np.int32 if small else np.int64, copy=False)
 
-def _read_into(f, out):
+# %% ../nbs/01_series.ipynb #dc4efd8c
+def _stored(x, f, alloc):
+    "Bring the integers `x` (H,W) of frame `f` to their stored bits, in place"
+    bits = int((f['BitsStored'] or (alloc,))[0])
+    low = int((f['HighBit'] or (bits-1,))[0])+1-bits
+    if not 0<bits<=alloc or not 0<=low<=alloc-bits: raise SeriesError(f"file {f['path'].name!r} claims {bits} bits from bit {low} on, of {alloc}: a damaged header; export the series again")
+    signed = x.dtype.kind=='i'
+    if bits<alloc and (low or x.max()>2**(bits-signed)-1 or signed and x.min()<-2**(bits-1)):
+        x <<= alloc-bits-low
+        x >>= alloc-bits
+    if f['PhotometricInterpretation']=='MONOCHROME1': np.subtract(-1 if signed else 2**bits-1, x, out=x)
+
+def _read(f, out):
     "Pixels of frame `f` into `out`, straight from the file"
-    at = f['at']+f['frame']*out.nbytes
-    if f['at'] is None: raise SeriesError(f"file {f['path'].name!r} has no pixel data: a header alone, or a damaged copy; export it again")
-    if f['size']<(f['frame']+1)*out.nbytes: raise SeriesError(f"pixel data of file {f['path'].name!r} is truncated: {(f['frame']+1)*out.nbytes} bytes expected, {f['size']} found; copy it again")
     with open(f['path'], 'rb', buffering=0) as file:
-        file.seek(at)
+        file.seek(f['at']+f['frame']*out.nbytes)
         if file.readinto(memoryview(out).cast('B'))!=out.nbytes: raise SeriesError(f"file {f['path'].name!r} ended while it was read: is it still being written?")
 
-def _decode(path, n):
-    "All `n` frames of a compressed file, (n,H,W)"
-    try: x = pydicom.pixels.pixel_array(path, raw=True)
-    except Exception as e: raise SeriesError(f"pixel data of file {path.name!r} cannot be decoded ({type(e).__name__}): missing, damaged or cut short; copy it again") from None
-    return x if n>1 else x[None]
+def _decode(path, shape, dtype):
+    "All frames of a compressed file, (n,H,W)"
+    try: x = pixel_array(path, raw=True)
+    except Exception as e: raise SeriesError(f"pixel data of file {path.name!r} cannot be decoded ({type(e).__name__}): absent, damaged or cut short; copy it again") from None
+    x = x.reshape(-1,*x.shape[-2:])
+    if x.shape!=shape or x.dtype.newbyteorder('=')!=dtype.newbyteorder('='): raise SeriesError(f"file {path.name!r} announces {shape} {dtype} and holds {x.shape} {x.dtype}: a damaged header; export the series again")
+    return x
 
+# %% ../nbs/01_series.ipynb #57632e5c
+def _check_pixels(f, shape, dtype):
+    name,count = f['path'].name,(f['frame']+1)*shape[0]*shape[1]*dtype.itemsize
+    kind = f['PhotometricInterpretation'] or 'MONOCHROME2'
+    if (f['SamplesPerPixel'] or (1,))[0]!=1 or not kind.startswith('MONOCHROME'): raise SeriesError(f"file {name!r} holds colours: a screenshot (secondary capture), not a scan; move it out of the folder")
+    if f['native'] and f['at'] is None: raise SeriesError(f"file {name!r} has no pixel data: a header alone, or a damaged copy; export it again")
+    if f['native'] and f['size']<count: raise SeriesError(f"pixel data of file {name!r} is truncated: {count} bytes expected, {f['size']} found; copy it again")
+
+def _rescale(stack):
+    "Slope and intercept of each slice, (D,2)"
+    res = np.array([((f['RescaleSlope'] or (1.,))[0], (f['RescaleIntercept'] or (0.,))[0]) for f in stack])
+    if not np.isfinite(res).all() or (res[:,0]==0).any(): raise SeriesError("RescaleSlope and RescaleIntercept must be finite numbers and the slope not 0: a damaged header; export the series again")
+    return res
+
+# %% ../nbs/01_series.ipynb #24b7f33a
 def _pixels(stack):
-    "Stored values to (D,H,W), masked, inverted where high means dark, rescaled"
-    shape = tuple(int(_same(stack, k, 'the pixels have no shape; a damaged header')[0]) for k in ('Rows','Columns'))
-    for f in stack:
-        if (f['SamplesPerPixel'] or (1,))[0]!=1 or not (f['PhotometricInterpretation'] or 'MONOCHROME2').startswith('MONOCHROME'):
-            raise SeriesError(f"file {f['path'].name!r} holds colours ({f['PhotometricInterpretation']}): a screenshot (secondary capture), not a scan; remove it from the folder")
-    alloc = int(_same(stack, 'BitsAllocated', 'the pixels have no type; a damaged header')[0])
-    signed = (_same(stack, 'PixelRepresentation', 'the pixels have no sign; a damaged header'))[0]==1
-    if alloc not in (8,16,32): raise SeriesError(f"BitsAllocated must be 8, 16 or 32; received {alloc}: not a grey-level scan, or a damaged header")
-    x,cache = np.empty((len(stack),*shape), f"{'<' if stack[0]['little'] else '>'}{'i' if signed else 'u'}{alloc//8}"),(None,None)
-    for i,f in enumerate(stack):
-        if f['native']: _read_into(f, x[i])
+    "Intensities (D,H,W) of an ordered stack"
+    shape = tuple(_int(stack, k, 'the pixels have no shape') for k in ('Rows','Columns'))
+    alloc,signed = _int(stack, 'BitsAllocated', 'the pixels have no type'),_int(stack, 'PixelRepresentation', 'the pixels have no sign')
+    if alloc not in (8,16,32,64) or not 0<min(shape)<=max(shape)<=8192: raise SeriesError(f"{shape[0]} rows and {shape[1]} columns of {alloc} bits are no MR image: a damaged header, or another kind of object; export the series again")
+    dtype = np.dtype(('<' if stack[0]['little'] else '>') + (stack[0]['float'] or f"{'ui'[signed==1]}{alloc//8}"))
+    for f in stack: _check_pixels(f, shape, dtype)
+    scale = _rescale(stack)
+    same = (scale==(1,0)).all()
+    out = np.empty((len(stack),*shape), dtype if same else np.float32)
+    def fill(slices):
+        f = stack[slices[0]]
+        coded = None if f['native'] else _decode(f['path'], (f['frames'],*shape), dtype)
+        for i in slices:
+            x = out[i] if same else np.empty(shape, dtype)
+            if coded is None: _read(stack[i], x)
+            else: x[:] = coded[stack[i]['frame']]
+            if not f['float']: _stored(x, stack[i], alloc)
+            if not same: out[i] = x*scale[i,0]+scale[i,1]
+    files = groupby(range(len(stack)), lambda i: stack[i]['path']).values()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        if stack[0]['native']: [fill(o) for o in files]
         else:
-            if cache[0]!=f['path']: cache = f['path'],_decode(f['path'], f['n'])
-            x[i] = cache[1][f['frame']]
-        stored = int((f['BitsStored'] or (alloc,))[0])
-        spare,low = alloc-stored, int((f['HighBit'] or (stored-1,))[0])+1-stored
-        if spare<0 or not 0<=low<=spare: raise SeriesError(f"file {f['path'].name!r} claims {stored} bits stored of {alloc} allocated: a damaged header; export it again")
-        if spare: x[i] = (x[i]<<(spare-low))>>spare
-        if f['PhotometricInterpretation']=='MONOCHROME1': x[i] = ~x[i] if signed else (2**stored-1)-x[i]
-    scale = np.array([((f['RescaleSlope'] or (1.,))[0], (f['RescaleIntercept'] or (0.,))[0]) for f in stack])
-    if not np.isfinite(scale).all() or (scale[:,0]==0).any(): raise SeriesError("RescaleSlope and RescaleIntercept must be finite, the slope not zero: a damaged header; export the series again")
-    if (scale==(1,0)).all(): return _fit(x)
-    return (x*scale[:,0,None,None]+scale[:,1,None,None]).astype(np.float32)
+            with ThreadPoolExecutor(2) as ex: list(ex.map(fill, files))
+    return _finite(_fit(out))
 
-# %% ../nbs/01_series.ipynb #3eea93e5
-def _nifti(path, index):
+def _finite(x):
+    if x.dtype.kind=='f' and not np.isfinite(x).all(): raise SeriesError(f"{(~np.isfinite(x)).sum()} of {x.size} voxels are NaN or infinite: a failed conversion or registration; mend the series at its source")
+    return x
+
+# %% ../nbs/01_series.ipynb #66c4737e
+def _axes(img):
+    "Which axes of a NIfTI image are D, H and W"
+    zooms,stated = np.linalg.norm(img.affine[:3,:3], axis=0),img.header.get_dim_info()[2]
+    d = stated if stated is not None else int(zooms.argmax()) if np.sort(zooms)[2]>1.2*np.sort(zooms)[1] else 2
+    return [d]+[a for a in (2,1,0) if a!=d]
+
+def _open_nifti(path):
+    "The image at `path` and its shape without trailing axes of length 1 beyond the third"
     try:
         img = nib.load(path)
-        affine,shape,slice_axis = img.affine,img.shape,img.header.get_dim_info()[2]
-    except Exception as e: raise SeriesError(f"not a readable NIfTI file ({type(e).__name__}): damaged, cut short or not NIfTI") from None
+        affine,shape,dtype = img.affine,img.shape,img.get_data_dtype()
+        img.header.get_dim_info()
+    except Exception as e: raise SeriesError(f"this is no readable NIfTI file ({type(e).__name__}): damaged, cut short, or another format under this name") from None
     while len(shape)>3 and shape[-1]==1: shape = shape[:-1]
-    if len(shape)==4 and index is None: raise SeriesError(f"a NIfTI of {shape[3]} volumes (shape {shape}): choose one with index=0 to {shape[3]-1}")
-    if len(shape) not in (3,4) or 0 in shape: raise SeriesError(f"a NIfTI volume has 3 axes; received shape {img.shape}")
-    n = shape[3] if len(shape)==4 else 1
-    if not 0<=(index or 0)<n: raise SeriesError(f"index must be 0 to {n-1}; received {index}")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3,:3]))<1e-9: raise SeriesError(f"affine is singular or not finite ({affine[:3].round(3).tolist()}): a damaged header; convert the series again")
-    if img.get_data_dtype().kind not in 'iuf': raise SeriesError(f"voxels of type {img.get_data_dtype()} are not grey levels: colours or complex numbers; convert to one real value a voxel")
-    try: x = np.asanyarray(img.dataobj[(...,*(0,)*(img.ndim-len(shape)))] if n==1 else img.dataobj[...,index])
-    except Exception as e: raise SeriesError(f"voxels cannot be read ({type(e).__name__}): the file is cut short or damaged; copy it again") from None
-    if x.dtype.kind=='f' and not np.isfinite(x).all(): raise SeriesError(f"{(~np.isfinite(x)).sum()} of {x.size} voxels are NaN or infinite: a failed conversion or registration; mend the file at its source")
-    zooms = np.linalg.norm(affine[:3,:3], axis=0)
-    d = slice_axis if slice_axis is not None else int(zooms.argmax()) if np.sort(zooms)[2]>1.2*np.sort(zooms)[1] else 2
-    axes = [d]+[a for a in (2,1,0) if a!=d]
-    affine = affine[:,[*axes,3]]
-    return Volume(torch.from_numpy(np.ascontiguousarray(_fit(x.transpose(axes)))), affine=affine)
+    if len(shape) not in (3,4) or 0 in shape: raise SeriesError(f"a volume has 3 axes, with time 4; received shape {img.shape}: a surface, a vector field, or a single slice?")
+    if not np.isfinite(affine).all() or not 1e-9<abs(np.linalg.det(affine[:3,:3]))<1e15: raise SeriesError(f"the affine is singular or not finite ({affine[:3].tolist()}), so nobody knows where the voxels lie: a damaged header; convert the series again")
+    if dtype.kind not in 'iuf': raise SeriesError(f"voxels of type {dtype} are no grey levels: colours or complex numbers; convert to one real number a voxel")
+    return img,shape
 
-# %% ../nbs/01_series.ipynb #bd03614e
+# %% ../nbs/01_series.ipynb #46f15d72
+def _read_nifti(path, index):
+    img,shape = _open_nifti(path)
+    try: x = np.asanyarray(img.dataobj[...,index] if len(shape)==4 else img.dataobj).reshape(shape[:3])
+    except Exception as e: raise SeriesError(f"the voxels cannot be read ({type(e).__name__}): the file is cut short or damaged; copy it again") from None
+    axes = _axes(img)
+    x = _finite(_fit(np.array(x.transpose(axes), order='C')))
+    return Volume(torch.from_numpy(x), affine=img.affine[:,[*axes,3]])
+
+# %% ../nbs/01_series.ipynb #2d40421c
+def _is_nifti(path): return path.name.lower().endswith(('.nii','.nii.gz'))
+
+def _find(path, more=()):
+    "Stacks at `path`, or the one NIfTI file there"
+    path = Path(path)
+    if not path.exists(): raise SeriesError("there is no such file or folder: a misspelt path, or a link that leads nowhere?")
+    if not path.is_dir() and not path.is_file(): raise SeriesError("this is neither a file nor a folder")
+    if _is_nifti(path) and path.is_file(): return path
+    frames = _scan(path, more)
+    if any('MOSAIC' in (f['ImageType'] or '') for f in frames): raise SeriesError("a mosaic: the slices of a volume tiled into one image, their places in a private header; convert the series with dcm2niix and read the NIfTI")
+    niftis = [o for o in path.iterdir() if _is_nifti(o)] if path.is_dir() and not frames else []
+    if len(niftis)==1: return niftis[0]
+    if niftis: raise SeriesError(f"{len(niftis)} NIfTI files here: give the path of one of them")
+    if not frames: raise SeriesError("no DICOM image here: give the folder that holds the slices themselves, or a NIfTI file")
+    if len({f['PatientID'] for f in frames if f['PatientID']})>1: raise SeriesError("slices of more than one patient in one folder: a mix-up; find out whose they are before anything else")
+    return _stacks(frames)
+
+def _describe(found):
+    "One row a volume of what `_find` found"
+    if isinstance(found, Path):
+        img,shape = _open_nifti(found)
+        axes,n = _axes(img),(*shape,1)[3]
+        return pd.DataFrame([_row(img.affine[:,[*axes,3]], *(shape[a] for a in axes))]*n)
+    res = []
+    for s in found:
+        one = lambda k: first(s[0][k] or ())
+        try: affine = _place(s)[1]
+        except SeriesError: affine = None
+        res.append(dict(modality=s[0]['Modality'], **_row(affine, len(s), one('Rows'), one('Columns')), echo_ms=one('EchoTime')))
+    return pd.DataFrame(res)
+
+def _row(affine, d, h, w):
+    vol = None if affine is None else Volume(torch.zeros(1,1,1), affine=affine)
+    return dict(slices=d, rows=h, columns=w, plane=None if vol is None else vol.plane, spacing=None if vol is None else ' x '.join(f'{o:.2f}' for o in vol.spacing))
+
+# %% ../nbs/01_series.ipynb #fd0e5402
 def list_series(
-    path, # A folder of slices or a DICOM file
-) -> pd.DataFrame: # One row a volume; the row number is the `index` that `read_volume` takes
-    "What volumes a folder of slices holds: plane, extent, echo, time; nothing that could name a patient."
-    return _table(_stacks(_scan(Path(path))))
+    path, # A folder of DICOM slices, a DICOM file with many frames, or a NIfTI file
+) -> pd.DataFrame: # One row a volume, numbered as `read_volume`'s `index`: extent in voxels, spacing D x H x W in mm (missing where the slices form no stack), echo time in ms
+    "What volumes lie at `path`; nothing that could name a patient. Raises `SeriesError` where nothing can be read."
+    try: return _describe(_find(path))
+    except SeriesError as e: raise SeriesError(f"{path}: {e}") from None
 
-def _table(stacks):
-    rows = []
-    for s in stacks:
-        f = s[0]
-        try: what = Volume(torch.zeros(1,1,1), _place(s)[1])
-        except SeriesError: what = None
-        rows.append(dict(modality=f['Modality'], slices=len(s), rows=first(f['Rows'] or ()), columns=first(f['Columns'] or ()), plane=what.plane if what is not None else None,
-            spacing=' x '.join(f'{o:.2f}' for o in what.spacing) if what is not None else None, echo=first(f['EchoTime'] or ()), time=first(f['TemporalPositionIdentifier'] or f['AcquisitionNumber'] or ())))
-    return pd.DataFrame(rows)
-
-# %% ../nbs/01_series.ipynb #c104148d
+# %% ../nbs/01_series.ipynb #844cb572
 def read_volume(
     path, # A folder of DICOM slices, a DICOM file with many frames, or a `.nii` or `.nii.gz` file
-    index:int=None, # Which volume, where there are several: the row number in `list_series`
-) -> Volume: # (D,H,W), D along the slice normal, with its affine to RAS+ mm
+    index:int=None, # Which volume, where there are several: the row in `list_series`
+) -> Volume: # (D,H,W) intensities, D along the slice normal, with the affine to RAS+ mm; the stored integer type, or float32 where values were rescaled
     """Read one series to one volume, every voxel at its millimetre.
 
-    Source: DICOM PS3.3 C.7.6.2 (image plane) and C.7.6.16 (functional groups); NIfTI-1. Raises `SeriesError` on all that cannot be read right."""
-    path = Path(path)
+    Source: DICOM PS3.3 C.7.6.2 (image plane), C.7.6.3 (pixels), C.7.6.16 (functional groups); NIfTI-1. Raises `SeriesError` for all that cannot be read right."""
     try:
-        if not path.exists(): raise SeriesError("there is no such file or folder: a misspelt path?")
-        if path.name.lower().endswith(('.nii','.nii.gz')): return _nifti(path, index)
-        frames = _scan(path)
-        if not frames: raise SeriesError("no DICOM image here: give the folder of the slices themselves, or a NIfTI file")
-        if len({f['PatientID'] for f in frames if f['PatientID']})>1: raise SeriesError("slices of more than one patient in one folder: separate them before use")
-        stacks = _stacks(frames)
-        if index is None and len(stacks)>1: raise SeriesError(f"{len(stacks)} volumes here, choose one with index=:\n{_table(stacks).to_string(max_rows=20)}")
-        if not 0<=(index or 0)<len(stacks): raise SeriesError(f"index must be 0 to {len(stacks)-1}; received {index}")
-        stack = stacks[index or 0]
-        if 'MOSAIC' in (stack[0]['ImageType'] or ''): raise SeriesError("a Siemens mosaic: many slices tiled into one image; convert it with dcm2niix and read the NIfTI")
+        found = _find(path)
+        n = len(found) if not isinstance(found, Path) else (_open_nifti(found)[1]+(1,))[3]
+        if index is None and n>1: raise SeriesError(f"{n} volumes here, choose one with index=:\n{_describe(found).to_string(max_rows=20)}")
+        if not 0<=(index or 0)<n: raise SeriesError(f"index must lie in 0 to {n-1}; received {index}")
+        if isinstance(found, Path): return _read_nifti(found, index or 0)
+        stack = found[index or 0]
         idx,affine = _place(stack)
         return Volume(torch.from_numpy(_pixels([stack[i] for i in idx])), affine=affine)
     except SeriesError as e: raise SeriesError(f"{path}: {e}") from None
