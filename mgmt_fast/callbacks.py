@@ -11,7 +11,7 @@ from fastcore.all import *
 from safetensors.torch import load_model as load_weights, save_model as save_weights
 from .core import *
 
-# %% ../nbs/09_callbacks.ipynb #d0607106
+# %% ../nbs/09_callbacks.ipynb #5545767e
 class SaveBest(TrackerCallback):
     "Keep the weights of the epoch with the best `monitor` in `learn.path/fname`, and put them back at the end of training"
     order = TrackerCallback.order+1
@@ -30,4 +30,4 @@ class SaveBest(TrackerCallback):
         with atomic_path(self.path/self.fname) as tmp: save_weights(self.model, str(tmp))
 
     def after_fit(self):
-        if self.best_epoch is not None: load_weights(self.model, str(self.path/self.fname), device=str(self.dls.device))
+        if self.best_epoch is not None: load_weights(self.model, str(self.path/self.fname))

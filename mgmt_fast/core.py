@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEQUENCES', 'MGMTError', 'unknown_name', 'check_sequences', 'Volume', 'montage', 'TensorMR', 'rng_for',
-           'seed_everything', 'atomic_path', 'write_json', 'choice', 'Recipe', 'get_recipe']
+           'seed_everything', 'make_folder', 'atomic_path', 'write_json', 'choice', 'Recipe', 'get_recipe']
 
 # %% ../nbs/00_core.ipynb #483c369c
 import difflib, json, os, tempfile, zlib
@@ -169,14 +169,25 @@ def seed_everything(
     "Seed all global generators and ask cuDNN for deterministic algorithms; for training, where fastai and torch draw globally."
     set_seed(seed, reproducible=True)
 
-# %% ../nbs/00_core.ipynb #b362baf0
+# %% ../nbs/00_core.ipynb #314d39f3
+def make_folder(
+    path, # Folder, with any parents it lacks
+) -> Path: # The folder
+    "Make a folder, or say why it cannot be written to."
+    path = Path(path)
+    try: path.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise MGMTError(f"cannot make the folder {path} ({e.strerror}): is the place read-only or full, or a file in the way? Give another destination") from e
+    if not os.access(path, os.W_OK): raise MGMTError(f"cannot write to the folder {path}: it is read-only; give another destination")
+    return path
+
+# %% ../nbs/00_core.ipynb #530af312
 @contextmanager
 def atomic_path(
     path, # Where the file shall appear
 ):
     "Yields a temporary path in the same folder; on success it becomes `path`, on any failure it is removed and the old file stays."
     path = Path(path)
-    try: path.parent.mkdir(parents=True, exist_ok=True); fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix=path.suffix)
+    try: fd,tmp = tempfile.mkstemp(dir=make_folder(path.parent), prefix=f'.{path.name}.', suffix=path.suffix)
     except OSError as e: raise MGMTError(f"cannot write to {path.parent} ({e.strerror}): is it read-only or full? Give another destination") from e
     os.close(fd)
     tmp = Path(tmp)

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['LABELS', 'StoreDataset', 'ToUnit', 'usable_patients', 'mgmt_dls', 'show_batch']
 
-# %% ../nbs/05_loader.ipynb #f449047f
+# %% ../nbs/05_loader.ipynb #b83eed46
 import random
 
 import numpy as np, pandas as pd, torch
 import matplotlib.pyplot as plt
 from fastai.data.core import DataLoaders, TfmdDL, show_batch
+from fastai.torch_core import default_device
 from fastcore.all import *
 from fasttransform import Transform
 from plum import dispatch
@@ -51,7 +52,7 @@ def usable_patients(
     why = np.where(t.label.isna(), 'no label', 'lacks a sequence')
     return t.loc[ok,['patient','label']].reset_index(drop=True), pd.DataFrame(dict(patient=t.patient, why=why))[~ok].reset_index(drop=True)
 
-# %% ../nbs/05_loader.ipynb #b0a9c904
+# %% ../nbs/05_loader.ipynb #57cd5756
 def mgmt_dls(
     store:VolumeStore, # Prepared cohort with labels
     sequences=None, # Channels, in order; all of the store's if None
@@ -70,8 +71,8 @@ def mgmt_dls(
     table,left_out = usable_patients(store, sequences)
     folds = assign_folds(table, n=n_folds, seed=seed)
     parts = [table.patient[(folds.fold!=fold).to_numpy()], table.patient[(folds.fold==fold).to_numpy()]]
-    dls = DataLoaders(*(TfmdDL(StoreDataset(store, p, sequences), bs=bs, shuffle=train, drop_last=False, num_workers=num_workers, after_batch=[ToUnit(), *(L(augs) if train else [])])
-        for p,train in zip(parts,(True,False))), device=device)
+    dls = DataLoaders(*(TfmdDL(StoreDataset(store, p, sequences), bs=bs, shuffle=train, drop_last=False, num_workers=num_workers, after_batch=[ToUnit(), *(L(augs) if train else [])], device=device or default_device())
+        for p,train in zip(parts,(True,False))))
     dls.train.rng = random.Random(seed)
     dls.sequences,dls.store,dls.left_out,dls.folds = sequences,store,left_out,folds
     if len(left_out): print(f"{len(left_out)} of {len(store)} patients are left out: {', '.join(f'{n} {why}' for why,n in left_out.why.value_counts().items())} (see `dls.left_out`)")

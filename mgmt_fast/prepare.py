@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['triangle_weights', 'resize', 'resample', 'PrepareError', 'foreground', 'common_box', 'to_bytes', 'prepare_patient',
-           'VolumeStore', 'prepare', 'check_size']
+           'VolumeStore', 'worker_init', 'prepare', 'check_size']
 
 # %% ../nbs/04_prepare.ipynb #5349edaf
 import hashlib, json, multiprocessing, os, shutil, signal
@@ -293,9 +293,13 @@ def verify(
     bad = [(p,s) for p,m in progress_bar(self.meta.items()) for s,v in m['volumes'].items() if _hash(self.read(p,s))!=v['hash']]
     return pd.DataFrame(bad, columns=['patient','sequence'])
 
-# %% ../nbs/04_prepare.ipynb #19f913f7
-def _worker_init(): signal.signal(signal.SIGINT, signal.SIG_IGN); torch.set_num_threads(1)
+# %% ../nbs/04_prepare.ipynb #d6cd1666
+def worker_init():
+    "For a pool's worker: one thread, since there is a process per core, and Ctrl-C left to the parent."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
 
+# %% ../nbs/04_prepare.ipynb #13c462cb
 def _write_patient(row, i, dest, sequences, recipe):
     "Prepare one patient in a worker, write its rows, return what goes into the journal"
     p = prepare_patient(row, sequences, recipe)
@@ -365,7 +369,7 @@ def check_size(
     if len(res)!=3 or min(res)<1: raise MGMTError(f"a size is three whole numbers D,H,W of at least 1, e.g. 64x256x256; received {size!r}")
     return res
 
-# %% ../nbs/04_prepare.ipynb #2e88b621
+# %% ../nbs/04_prepare.ipynb #16f28c9b
 def _check_cohort(cohort, sequences):
     if 'patient' not in cohort or not len(cohort): raise PrepareError(f"a cohort has at least one row and a column `patient`; received {len(cohort)} rows, columns {list(cohort.columns)}")
     twice = cohort.patient[cohort.patient.duplicated()].unique()
@@ -378,7 +382,7 @@ def _run(todo, n_workers, progress, dest, sequences, recipe):
     if n<2:
         for row,i in progress_bar(todo, display=progress): yield _write_patient(row, i, dest, sequences, recipe)
         return
-    with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context('fork' if os.name=='posix' else 'spawn'), initializer=_worker_init) as pool:
+    with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context('fork' if os.name=='posix' else 'spawn'), initializer=worker_init) as pool:
         jobs = [pool.submit(_write_patient, row, i, dest, sequences, recipe) for row,i in todo]
         try:
             for job in progress_bar(as_completed(jobs), total=len(jobs), display=progress): yield job.result()
