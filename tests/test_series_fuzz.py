@@ -1,0 +1,93 @@
+"""Mutated headers: `read_volume` gives a `Volume` or a `SeriesError`, nothing else, and never hangs.
+
+usage: test_series_fuzz.py [FILES] [SEED]   runs it at length and prints the counts"""
+import collections, json, os, resource, signal, subprocess, sys, tempfile, time
+from pathlib import Path
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+from series_writer import *
+
+
+class Hang(BaseException): "Not an Exception, so that no handler in between can take it for bad input"
+
+
+def originals():
+    "Files to mutate, by kind: three slices of each coding, and enhanced files that hold a volume alone; with where their pixels begin"
+    rng = np.random.default_rng(0)
+    affine = affine_of(Rotation.random(random_state=0).as_matrix(), (4,1,1))
+    x = rng.integers(0, 4000, (3,32,32)).astype(np.int16)
+    more = dict(PatientName='SECRET^NAME', EchoTime=90, RepetitionTime=4000, RescaleSlope=1, RescaleIntercept=0, ImageType=['ORIGINAL','PRIMARY'], ContrastBolusAgent='')
+    res = {}
+    for coding in CODINGS:
+        res[coding] = [as_bytes(ds, coding) for ds in datasets(x, affine, **more)]
+        res[f'enhanced {coding}'] = [as_bytes(enhanced(x, affine), coding)]
+    return res
+
+
+def mutate(raw, rng):
+    "`raw` with a few wounds, most of them in the header"
+    raw,end = bytearray(raw),max(200, min(len(raw), 2600))
+    for _ in range(rng.choice([1,1,1,2,3,8])):
+        at = int(rng.integers(0 if rng.random()<.1 else 132, end if rng.random()<.9 else len(raw)))
+        n = int(rng.choice([1,1,2,4,8,40]))
+        kind = rng.integers(8)
+        if   kind==0: raw[at:at+n] = rng.bytes(n)
+        elif kind==1: raw[at:at+1] = bytes([raw[min(at,len(raw)-1)]^(1<<int(rng.integers(8)))])
+        elif kind==2: del raw[at:at+n]
+        elif kind==3: raw[at:at] = rng.bytes(n)
+        elif kind==4: raw[at:at+4] = rng.choice([b'\xff\xff\xff\xff', b'\0\0\0\0', b'\xff\xff\xff\x7f', b'SQ\0\0', b'UN\0\0', b'\xfe\xff\0\xe0', b'\xfe\xff\xdd\xe0'])
+        elif kind==5: raw = raw[:at]
+        elif kind==6: raw[at:at+n] = rng.choice([b'-1', b'nan', b'inf', b'1e999', b'99999999', b'\\', b'0', b' ']).ljust(n)[:n]
+        else:
+            to = int(rng.integers(132, end))
+            raw[at:at+n] = raw[to:to+n]
+        if len(raw)<2: break
+    return bytes(raw)
+
+
+def fuzz(files, seed):
+    "Counts by outcome; whatever is neither a Volume nor a SeriesError is kept with the bytes that caused it"
+    from mgmt_fast.core import Volume
+    from mgmt_fast.series import SeriesError, read_volume
+    resource.setrlimit(resource.RLIMIT_AS, (8<<30,8<<30)) # a header must not make the reader ask for the moon
+    def _hang(*_): raise Hang
+    signal.signal(signal.SIGALRM, _hang)
+    rng,kinds,counts,slowest = np.random.default_rng(seed),list(originals().items()),collections.Counter(),0
+    with tempfile.TemporaryDirectory() as td:
+        for i in range(files):
+            kind,raws = kinds[i%len(kinds)]
+            hit = int(rng.integers(len(raws)))
+            bad = mutate(raws[hit], rng)
+            for n,raw in enumerate(raws): (Path(td)/f'{n}.dcm').write_bytes(bad if n==hit else raw)
+            for p in list(Path(td).iterdir())[len(raws):]: p.unlink()
+            for n in range(len(raws),3): (Path(td)/f'{n}.dcm').unlink(missing_ok=True)
+            signal.alarm(20)
+            start = time.perf_counter()
+            try: out = type(read_volume(td)).__name__
+            except SeriesError as e: out = 'SeriesError' if 'SECRET' not in str(e) else 'a name in an error'
+            except (Exception,Hang) as e: out = f'{kind}: {type(e).__name__} {e}'
+            signal.alarm(0)
+            slowest = max(slowest, time.perf_counter()-start)
+            counts[out] += 1
+            if out not in ('Volume','SeriesError') and counts[out]==1: (Path(tempfile.gettempdir())/f'fuzz-{seed}-{i}.dcm').write_bytes(bad)
+    return dict(counts=counts, slowest_s=round(slowest,2))
+
+
+def run(files, seed):
+    "In a process of its own, so that a crash of a decoder is a result too"
+    r = subprocess.run([sys.executable, __file__, '--worker', str(files), str(seed)], capture_output=True, text=True)
+    assert r.returncode==0, f'seed {seed}: exit code {r.returncode}\n{r.stderr[-2000:]}'
+    assert 'SECRET' not in r.stdout+r.stderr
+    return json.loads(r.stdout)
+
+
+def test_mutated_headers():
+    res = run(20000 if os.environ.get('MGMT_FAST_SLOW') else 500, 0)
+    assert set(res['counts'])=={'Volume','SeriesError'}, res
+    assert res['slowest_s']<10
+
+
+if __name__=='__main__':
+    if sys.argv[1:2]==['--worker']: print(json.dumps(fuzz(int(sys.argv[2]), int(sys.argv[3]))))
+    else: print(run(*(int(o) for o in (sys.argv[1:]+['20000','0'][len(sys.argv)-1:]))))
