@@ -6,7 +6,7 @@
 __all__ = ['class_distance', 'draw_patients', 'phantom_bound', 'read_side_table', 'series_affine', 'draw_series',
            'render_patient', 'show_phantom', 'measure_traits', 'write_series', 'make_phantom']
 
-# %% ../nbs/03_phantom.ipynb #022180fb
+# %% ../nbs/03_phantom.ipynb #137f6e1c
 import json, shutil, tempfile
 from functools import reduce
 from pathlib import Path
@@ -22,6 +22,7 @@ from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 from threadpoolctl import threadpool_limits
 
+from . import __version__
 from .core import *
 
 # %% ../nbs/03_phantom.ipynb #445de95b
@@ -86,8 +87,8 @@ def read_side_table(
     if not p.exists(): raise MGMTError(f"{p} does not exist: is {path} a finished phantom?")
     return pd.read_csv(p, dtype=dict(patient=str))
 
-# %% ../nbs/03_phantom.ipynb #898bf1fa
-_mm,_extent = 1.5,(120,106,90) # grid step, and half the size of the box that noise fills along z, y, x; mm
+# %% ../nbs/03_phantom.ipynb #147a5645
+_extent = (120,106,90) # half the size of the box that noise fills, along z, y, x; mm
 
 def _bspline(t):
     t = np.abs(t)
@@ -173,12 +174,12 @@ def _shell(g, depth):
     parts = [depth+13, _ellipsoid(half, (0,0,2), (77,95,70)), _capsules(g, [(0,-22,-45,56),(0,-28,-130,54)]), _ellipsoid(half, (0,42,-52), (58,54,48))]
     return reduce(np.maximum, parts),3.2-np.abs(depth+5.2),_ellipsoid(half, (30,74,-38), (12,12,12))
 
-# %% ../nbs/03_phantom.ipynb #c80f2b64
-def _anatomy(p, seed, skull=False):
+# %% ../nbs/03_phantom.ipynb #5e5988aa
+def _anatomy(p, seed, skull=False, mm=1.5):
     "Shares of tissues (name -> (Z,Y,X)), tumour labels, brain, and the grid's axes"
     rng = rng_for(seed, 'phantom', p.patient, 'anatomy')
     box = ((-120,84),(-106,106),(-90,90)) if skull else ((-72,69),(-96,96),(-78,78))
-    axes = [np.arange(lo, hi+1, _mm, dtype=np.float32) for lo,hi in box]
+    axes = [np.arange(lo, hi+mm, mm, dtype=np.float32) for lo,hi in box]
     g,away = _coordinates(p, axes, rng)
     depth,cerebrum = _brain(g)
     near = _distance_to_csf(g, depth, cerebrum, axes, rng)
@@ -243,10 +244,10 @@ def series_affine(
     affine[:3,3] = -affine[:3,:3] @ ((np.array([slices,size,size])-1)/2)
     return affine
 
-# %% ../nbs/03_phantom.ipynb #929592a0
+# %% ../nbs/03_phantom.ipynb #dfbba013
 def _sample(x, axes, affine, shape, moved, order=1):
     "Values of a (Z,Y,X) field at a series' voxels; `moved` is where the head went meanwhile, mm"
-    to_index = np.linalg.inv(np.fliplr(np.eye(3))*_mm)
+    to_index = np.fliplr(np.eye(3))/np.float64(axes[0][1]-axes[0][0])
     m = to_index @ affine[:3,:3]
     spans = (np.abs(m).max(1)/2).astype(int)*2+1
     if order: x = ndimage.uniform_filter(x, spans)
@@ -274,7 +275,7 @@ def draw_series(
     turn = Rotation.from_euler('xyz', rng.uniform(-tilt,tilt,3), degrees=True).as_matrix()
     return NS(affine=series_affine(plane, d, n, mm, turn), shape=(d,n,n), moved=rng.uniform(-shift,shift,3))
 
-# %% ../nbs/03_phantom.ipynb #ebea944a
+# %% ../nbs/03_phantom.ipynb #0f49cc21
 @delegates(draw_series, but=['seq'])
 def render_patient(
     p, # Row of `draw_patients`
@@ -285,10 +286,12 @@ def render_patient(
     **kwargs
 ) -> dict: # sequence -> `(image, mask)`, int32 and uint8 `Volume`s on the series' own grid; mask: 1 necrosis, 2 oedema, 3 enhancing rim (BraTS 2023)
     "Render the series of one patient, and where the tumour is in each."
-    shares,label,brain,axes = _anatomy(p, seed, skull)
+    scans = {o: draw_series(p, o, seed, **kwargs) for o in check_sequences(sequences)}
+    finest = min(np.linalg.norm(o.affine[:3,1:3], axis=0).min() for o in scans.values())
+    shares,label,brain,axes = _anatomy(p, seed, skull, float(np.clip(.9*finest, 1, 2.4)))
     res,masks = {},{}
-    for seq in check_sequences(sequences):
-        scan,rng = draw_series(p, seq, seed, **kwargs),rng_for(seed, 'phantom', p.patient, seq)
+    for seq,scan in scans.items():
+        rng = rng_for(seed, 'phantom', p.patient, seq)
         x = _sample(_ideal(p, seq, shares, axes, rng), axes, **vars(scan))
         key = (scan.affine.tobytes(), scan.moved.tobytes())
         if key not in masks: masks[key] = [_sample(o, axes, **vars(scan), order=0) for o in (label,brain)]
@@ -394,10 +397,10 @@ def write_series(
         ds.PixelData = x[i].astype('<u2').tobytes()
         ds.save_as(dest/f'Image-{n}.dcm', enforce_file_format=True)
 
-# %% ../nbs/03_phantom.ipynb #087f396b
-def _make_patient(p, dest, seed, key, shuffle, missing, blank, **kwargs):
+# %% ../nbs/03_phantom.ipynb #21e196ae
+def _make_patient(p, dest, seed, key, sequences, shuffle, missing, blank, **kwargs):
     "Render, measure and write one patient"
-    with threadpool_limits(1): images = render_patient(p, seed, [o for o in SEQUENCES if o not in missing.get(p.patient, ())], **kwargs)
+    with threadpool_limits(1): images = render_patient(p, seed, [o for o in sequences if o not in missing.get(p.patient, ())], **kwargs)
     for seq in blank.get(p.patient, ()): images[seq][0].zero_()
     try:
         with tempfile.TemporaryDirectory(dir=dest, prefix='.patient-') as td:
@@ -411,17 +414,17 @@ def _make_patient(p, dest, seed, key, shuffle, missing, blank, **kwargs):
     except OSError as e: raise MGMTError(f"writing patient {p.patient} to {dest} failed ({e.strerror}): is the disk full or read-only?") from e
     return measure_traits({k:v for k,v in images.items() if k not in blank.get(p.patient, ())})
 
-# %% ../nbs/03_phantom.ipynb #a21f34ee
-def _lacking(which, table, seed, what):
-    "Which sequences each patient lacks, given as a table already or as the share of patients that lack one"
+# %% ../nbs/03_phantom.ipynb #75326054
+def _lacking(which, table, sequences, seed, what):
+    "Which of the sequences each patient lacks, given by patient already or as the share of patients that lack one"
     if isinstance(which, dict):
         for p,seqs in which.items():
             if p not in set(table.patient): raise unknown_name('patient of this phantom', p, table.patient)
-            if len(check_sequences(seqs))==len(SEQUENCES): raise MGMTError(f"patient {p} would be left with no sequence; leave at least one out of {what}")
-        return {p: check_sequences(o) for p,o in which.items()}
-    if not 0<=which<=1: raise MGMTError(f"{what} is a share of patients in [0, 1] or a dict patient -> sequences; received {which}")
+            if not set(sequences)-set(check_sequences(seqs)): raise MGMTError(f"patient {p} would be left with no sequence; leave at least one out of {what}")
+        return {p: tuple(s for s in check_sequences(o) if s in sequences) for p,o in which.items()}
+    if not 0<=which<=(len(sequences)>1): raise MGMTError(f"{what} is a share of patients in [0, 1] or a dict patient -> sequences, and 0 where there is one sequence only; received {which}")
     rng = rng_for(seed, 'phantom', what)
-    return {p: (SEQUENCES[i],) for p,u,i in zip(table.patient, rng.random(len(table)), rng.integers(4, size=len(table))) if u<which}
+    return {p: (sequences[i],) for p,u,i in zip(table.patient, rng.random(len(table)), rng.integers(len(sequences), size=len(table))) if u<which}
 
 # %% ../nbs/03_phantom.ipynb #69548e72
 def _claim(dest, settings):
@@ -436,8 +439,8 @@ def _claim(dest, settings):
     write_json(at, settings)
     return False
 
-# %% ../nbs/03_phantom.ipynb #d76ad5ce
-@delegates(render_patient, but=['sequences'])
+# %% ../nbs/03_phantom.ipynb #6ab4da5e
+@delegates(render_patient)
 def make_phantom(
     dest, # Folder to make
     n:int=64, # Patients, held-out ones included
@@ -445,6 +448,7 @@ def make_phantom(
     seed:int=0, # Same seed and settings, same bytes, whatever the number of workers
     test:float=.25, # Share of patients held out in `test/`, in [0, 1)
     prevalence:float=.5, # Share of methylated patients, the same in both splits
+    sequences=SEQUENCES, # Which to write
     missing=0., # Sequences to leave out: `{patient: sequences}`, or the share of patients that lack one
     blank=0., # Sequences that are all zero, as in 00109 of the competition: given like `missing`
     shuffle:bool=False, # Number files and instances in another order than they lie?
@@ -456,17 +460,16 @@ def make_phantom(
 
     `train/` and `test/` hold `PATIENT/SEQUENCE/Image-N.dcm`, `train_labels.csv` the labels of the first, `sample_submission.csv` the ids of the second; `phantom.csv`, beside them, all that a model must not see.
     Raises `MGMTError` on impossible settings, on a folder with other content, and where writing fails."""
-    from mgmt_fast import __version__
-    dest,table = Path(dest),draw_patients(n, auc, seed, test, prevalence)
-    missing,blank = _lacking(missing, table, seed, 'missing'),_lacking(blank, table, seed, 'blank')
+    dest,table,sequences = Path(dest),draw_patients(n, auc, seed, test, prevalence),check_sequences(sequences)
+    missing,blank = (_lacking(o, table, sequences, seed, k) for k,o in (('missing',missing),('blank',blank)))
     for p,o in blank.items(): blank[p] = tuple(s for s in o if s not in missing.get(p, ()))
-    draw_series(table.iloc[0], 'FLAIR', seed, **{k:v for k,v in kwargs.items() if k not in ('skull','noise')})
-    settings = json.loads(json.dumps(dict(n=n, auc=auc, seed=seed, test=test, prevalence=prevalence, missing=missing, blank=blank, shuffle=shuffle, version=__version__, **kwargs)))
+    draw_series(table.iloc[0], sequences[0], seed, **{k:v for k,v in kwargs.items() if k not in ('skull','noise')})
+    settings = json.loads(json.dumps(dict(n=n, auc=auc, seed=seed, test=test, prevalence=prevalence, sequences=sequences, missing=missing, blank=blank, shuffle=shuffle, version=__version__, **kwargs)))
     if _claim(dest, settings): return read_side_table(dest)
     for o in dest.glob('.patient-*'): shutil.rmtree(o)
     for o in ('train','test'): (dest/o).mkdir(exist_ok=True)
     measured = parallel(_make_patient, [o for _,o in table.iterrows()], n_workers=defaults.cpus if n_workers is None else n_workers, progress=progress,
-        dest=dest, seed=seed, key=json.dumps(settings, sort_keys=True), shuffle=shuffle, missing=missing, blank=blank, **kwargs)
+        dest=dest, seed=seed, key=json.dumps(settings, sort_keys=True), sequences=sequences, shuffle=shuffle, missing=missing, blank=blank, **kwargs)
     ids = table.rename(columns=dict(patient='BraTS21ID', label='MGMT_value'))[['BraTS21ID','MGMT_value','split']]
     files = dict(train_labels=ids[ids.split=='train'], sample_submission=ids[ids.split=='test'].assign(MGMT_value=.5), phantom=pd.concat([table, pd.DataFrame(list(measured))], axis=1))
     for name,o in files.items():
