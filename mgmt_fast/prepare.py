@@ -6,8 +6,9 @@
 __all__ = ['triangle_weights', 'resize', 'resample', 'PrepareError', 'foreground', 'common_box', 'to_bytes', 'prepare_patient',
            'VolumeStore', 'worker_init', 'prepare', 'check_size']
 
-# %% ../nbs/04_prepare.ipynb #5349edaf
-import hashlib, json, multiprocessing, os, shutil, signal
+# %% ../nbs/04_prepare.ipynb #0e4f810c
+import hashlib, json, multiprocessing, os, signal
+from pathlib import Path
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
@@ -216,18 +217,18 @@ def _prepare_one(v, mask, affine, size, choices):
     array,window = to_bytes(out, brain, choices['clip'])
     return array, dict(window=window, shape=list(v.shape), spacing=v.spacing.round(4).tolist(), plane=v.plane, skull=bool(has_skull(v)))
 
-# %% ../nbs/04_prepare.ipynb #c43f14d1
+# %% ../nbs/04_prepare.ipynb #0cce6ccf
 def _hash(a): return hashlib.blake2b(np.ascontiguousarray(a), digest_size=16).hexdigest()
 
 def _array_file(dest, seq): return Path(dest)/f'{seq}.npy'
 
 def _allocate(path, shape):
-    "Reserve an array file's space on the disk, so that a full disk is known at once; keeps an existing file of that shape"
-    if path.exists():
-        a = np.load(path, mmap_mode='r')
-        if a.shape==shape: return
+    "Reserve an array file's space, so that a full disk is known at once; a file of that shape is kept"
+    try: keep = np.load(path, mmap_mode='r').shape==shape
+    except (OSError,ValueError,EOFError): keep = False
     try:
-        np.lib.format.open_memmap(path, mode='w+', dtype=np.uint8, shape=shape).flush()
+        make_folder(path.parent)
+        if not keep: np.lib.format.open_memmap(path, mode='w+', dtype=np.uint8, shape=shape).flush()
         with open(path,'r+b') as f:
             if hasattr(os,'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
     except OSError as e:
@@ -299,7 +300,7 @@ def worker_init():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
-# %% ../nbs/04_prepare.ipynb #13c462cb
+# %% ../nbs/04_prepare.ipynb #a762f3ab
 def _write_patient(row, i, dest, sequences, recipe):
     "Prepare one patient in a worker, write its rows, return what goes into the journal"
     p = prepare_patient(row, sequences, recipe)
@@ -312,21 +313,22 @@ def _write_patient(row, i, dest, sequences, recipe):
     affine = None if p.affine is None else p.affine.tolist()
     return dict(patient=str(row['patient']), affine=affine, volumes=p.meta, report=p.report)
 
-def _resume(dest, key, patients, sequences):
-    "Journal lines of an earlier run of the same work whose rows still have their hashes"
-    journal = dest/'journal.jsonl'
+def _journal(dest, key):
+    "Entries that an earlier run of the same work left; its last line may be cut off"
+    path = dest/'journal.jsonl'
     lines = []
-    for o in journal.read_text(encoding='utf-8').split('\n')[:-1] if journal.exists() else []:
+    for o in path.read_text(encoding='utf-8').split('\n')[:-1] if path.exists() else []:
         try: lines.append(json.loads(o))
         except json.JSONDecodeError: break
-    if not lines: return {}
-    if lines[0]!=key: raise PrepareError(f"{dest} holds an unfinished store of another cohort, recipe, choice of sequences or library version: give another folder, or delete it")
-    maps = {s: np.load(_array_file(dest,s), mmap_mode='r') for s in sequences}
-    row = {p:i for i,p in enumerate(patients)}
-    def _whole(o): return all(_hash(maps[s][row[o['patient']]])==v['hash'] for s,v in o['volumes'].items())
-    return {o['patient']:o for o in lines[1:] if _whole(o)}
+    if lines and lines[0]!=key: raise PrepareError(f"{dest} holds an unfinished store of another cohort, recipe, choice of sequences or library version: give another folder, or delete it")
+    return lines[1:]
 
-# %% ../nbs/04_prepare.ipynb #de3b68a4
+def _still_whole(entries, dest, patients, sequences):
+    "Those entries, by patient, whose rows have their hashes"
+    maps,row = {s: np.load(_array_file(dest,s), mmap_mode='r') for s in sequences},{p:i for i,p in enumerate(patients)}
+    return {o['patient']:o for o in entries if all(_hash(maps[s][row[o['patient']]])==v['hash'] for s,v in o['volumes'].items())}
+
+# %% ../nbs/04_prepare.ipynb #1c328951
 def prepare(
     cohort:pd.DataFrame, # `patient`, `label`, one path column per sequence
     dest, # Folder of the store; an unfinished store of the same work is finished
@@ -348,9 +350,10 @@ def prepare(
         old = json.loads((dest/'store.json').read_text(encoding='utf-8'))
         if old['key']!=key: raise PrepareError(f"{dest} holds a store of another cohort, recipe, choice of sequences or library version: give another folder, or delete it")
         return VolumeStore(dest)
-    done = _resume(dest, key, patients, sequences) if dest.exists() else {}
-    with atomic_path(dest/'journal.jsonl') as tmp: tmp.write_text('\n'.join(map(json.dumps, [key,*done.values()]))+'\n', encoding='utf-8')
+    entries = _journal(dest, key)
     for s in sequences: _allocate(_array_file(dest,s), (len(patients),*recipe.size))
+    done = _still_whole(entries, dest, patients, sequences)
+    with atomic_path(dest/'journal.jsonl') as tmp: tmp.write_text('\n'.join(map(json.dumps, [key,*done.values()]))+'\n', encoding='utf-8')
     todo = [(row,i) for i,(_,row) in enumerate(cohort.iterrows()) if str(row['patient']) not in done]
     with open(dest/'journal.jsonl','a',encoding='utf-8') as journal:
         for o in _run(todo, n_workers, progress, dest, sequences, recipe):

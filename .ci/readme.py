@@ -1,0 +1,19 @@
+"Write README.md from nbs/index.ipynb: its prose, visible code and text outputs."
+import re
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+
+root = Path(__file__).parent.parent
+nb = nbformat.read(root/'nbs/index.ipynb', as_version=4)
+nb.cells = [c for c in nb.cells if not c.source.startswith('#| hide')]
+for c in nb.cells:
+    c.source = re.sub(r'^#\| .*\n', '', c.source, flags=re.M)
+    for o in c.get('outputs', []): o.get('data', {}).pop('text/html', None)
+md,_ = MarkdownExporter().from_notebook_node(nb)
+md = md.replace('](images/', '](nbs/images/')
+notebooks = {p.stem.split('_',1)[-1]: p.name for p in (root/'nbs').glob('[0-9]*.ipynb')}
+md = re.sub(r'\]\((\w+)\.html\)', lambda m: f'](nbs/{notebooks[m[1]]})', md)
+md = re.sub(r'[ \t]+$', '', md, flags=re.M)
+(root/'README.md').write_text('<!-- generated from nbs/index.ipynb; edit that -->\n\n' + re.sub(r'\n{3,}', '\n\n', md).strip() + '\n', encoding='utf-8')

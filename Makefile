@@ -1,0 +1,34 @@
+# The first two targets are all that a newcomer needs; each works on a fresh clone.
+export MPLBACKEND ?= Agg
+BIN := .venv/bin
+NOTEBOOKS := $(wildcard nbs/*.ipynb)
+DATA_FLAG := $(if $(MGMT_FAST_DATA),--flags real)
+
+.PHONY: demo test check nbs readme
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	$(BIN)/mgmt_demo
+
+test: check
+	$(BIN)/nbdev_test $(DATA_FLAG) --n_workers 2
+	$(BIN)/python -m pytest -q tests
+
+# What is generated must be what is committed.
+check: .venv/installed
+	@before=$$(git status --porcelain; git diff | cksum); \
+	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python .ci/readme.py || exit 1; \
+	after=$$(git status --porcelain; git diff | cksum); \
+	[ "$$before" = "$$after" ] || { echo "generated files were out of date; commit what changed:"; git status --short; exit 1; }
+
+# Readers see the saved outputs, so run everything in place, then clean.
+nbs: .venv/installed
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS) kaggle/*/*.ipynb
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python .ci/readme.py
+
+.venv/installed: settings.ini setup.py
+	test -d .venv || python3 -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@

@@ -1,0 +1,128 @@
+"What a notebook cannot show of the store: kills, bad disks, many readers."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import get_context
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mgmt_fast.cohort import kaggle_cohort
+from mgmt_fast.core import SEQUENCES, MGMTError, rng_for
+from mgmt_fast.phantom import make_phantom
+from mgmt_fast.prepare import VolumeStore, prepare
+
+SIZE = (16, 48, 48)
+RUN = 'import sys; from mgmt_fast.prepare import prepare; import pandas as pd; prepare(pd.read_pickle(sys.argv[1]), sys.argv[2], size=(16,48,48), n_workers=int(sys.argv[3]), progress=False)'
+
+
+@pytest.fixture(scope='module')
+def cohort(tmp_path_factory):
+    root = tmp_path_factory.mktemp('phantom')/'cohort'
+    make_phantom(root, n=10, test=0, slices=12, size=48, progress=False)
+    return kaggle_cohort(root)
+
+
+@pytest.fixture(scope='module')
+def whole(cohort, tmp_path_factory):
+    "The store of an undisturbed run."
+    return prepare(cohort, tmp_path_factory.mktemp('whole')/'store', size=SIZE, progress=False)
+
+
+def files(path): return {f.name: f.read_bytes() for f in sorted(path.iterdir())}
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_a_killed_run_is_finished_with_the_same_hashes(cohort, whole, tmp_path, workers):
+    "kill -9 at random moments, until a run gets through; then every file is that of an undisturbed run."
+    dest,table,rng = tmp_path/'store',tmp_path/'cohort.pkl',rng_for(0,'kill',workers)
+    pd.DataFrame(cohort).to_pickle(table)
+    kills = 0
+    while not (dest/'store.json').exists():
+        p = subprocess.Popen([sys.executable,'-c',RUN,table,dest,str(workers)], start_new_session=True, stdout=subprocess.DEVNULL)
+        lines = len((dest/'journal.jsonl').read_text().splitlines()) if (dest/'journal.jsonl').exists() else 0
+        while p.poll() is None and kills<4:
+            now = (dest/'journal.jsonl').read_text().count('\n') if (dest/'journal.jsonl').exists() else 0
+            if now>max(lines,1): time.sleep(rng.random()*.02); os.killpg(p.pid, signal.SIGKILL); kills += 1
+        p.wait()
+        if not (dest/'store.json').exists():
+            with pytest.raises(MGMTError, match='run it again to finish'): VolumeStore(dest)
+    assert kills>0
+    assert files(dest)==files(whole.path)
+    assert not len(VolumeStore(dest).verify())
+
+
+def test_damage_during_the_stop_is_seen_and_mended(cohort, whole, tmp_path):
+    dest = tmp_path/'store'
+    prepare(cohort, dest, size=SIZE, n_workers=1, progress=False)
+    d = json.loads((dest/'store.json').read_text())
+    lines = [d['key'], *(dict(patient=p, affine=m['affine'], volumes=m['volumes'], report=[]) for p,m in d['patients'].items())]
+    (dest/'journal.jsonl').write_text('\n'.join(map(json.dumps, lines))+'\n{"patient": "000')
+    (dest/'store.json').unlink()
+    np.load(dest/'FLAIR.npy', mmap_mode='r+')[3] = 7
+    prepare(cohort, dest, size=SIZE, n_workers=1, progress=False)
+    assert files(dest)==files(whole.path)
+
+
+def test_verify_names_a_damaged_volume(cohort, tmp_path):
+    store = prepare(cohort.iloc[:2], tmp_path/'store', size=SIZE, n_workers=1, progress=False)
+    np.load(store.path/'T2w.npy', mmap_mode='r+')[1,3,5] ^= 1
+    assert VolumeStore(store.path).verify().values.tolist()==[[cohort.patient.iloc[1],'T2w']]
+
+
+def _means(store): return [int(store.read(p).sum()) for p in store.table.patient]
+
+
+def test_many_readers_see_the_same(whole):
+    with get_context('spawn').Pool(2) as pool: seen = pool.map(_means, [whole]*4)
+    assert all(s==_means(whole) for s in seen)
+
+
+def test_a_destination_that_cannot_hold_it(cohort, tmp_path):
+    (tmp_path/'file').write_text('in the way')
+    with pytest.raises(MGMTError, match='cannot'): prepare(cohort, tmp_path/'file'/'store', size=SIZE, progress=False)
+    with pytest.raises(MGMTError, match='cannot reserve .* MiB'): prepare(cohort, tmp_path/'huge', size=(10**5,10**4,10**4), progress=False)
+
+
+@pytest.mark.skipif(os.name!='posix' or not os.path.exists('/dev/shm'), reason='needs a small file system to fill')
+def test_a_full_disk_is_an_error_that_can_be_resumed_from(cohort, whole, tmp_path):
+    "A file-size limit stands in for the full disk: writing past it fails the same way."
+    table = tmp_path/'cohort.pkl'
+    pd.DataFrame(cohort).to_pickle(table)
+    limited = 'import resource,signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,200_000)); '
+    r = subprocess.run([sys.executable,'-c',limited+RUN,table,tmp_path/'store','1'], capture_output=True, text=True)
+    assert 'PrepareError' in r.stderr and 'cannot reserve' in r.stderr
+    prepare(cohort, tmp_path/'store', size=SIZE, n_workers=1, progress=False)
+    assert files(tmp_path/'store')==files(whole.path)
+
+
+def test_one_bad_patient_stops_nothing(cohort, tmp_path):
+    bad = cohort.copy()
+    bad.loc[bad.index[0], list(SEQUENCES)] = str(tmp_path/'nowhere')
+    bad.loc[bad.index[1], 'T1w'] = None
+    store = prepare(bad, tmp_path/'store', size=SIZE, progress=False)
+    assert len(store)==len(bad)
+    assert store.table[list(SEQUENCES)].sum(axis=1).tolist()==[0,3]+[4]*8
+    errors = store.report[store.report.level=='error']
+    assert set(errors.patient)=={bad.patient.iloc[0]} and 'patient skipped' in errors.what.iloc[-1]
+    with pytest.raises(MGMTError, match='has no prepared T1w'): store.read(bad.patient.iloc[1])
+    with pytest.raises(MGMTError, match='more than once'): prepare(pd.concat([bad,bad]), tmp_path/'twice', size=SIZE)
+
+
+def test_sequences_of_two_bodies_are_not_stacked(cohort, tmp_path):
+    "A sequence whose brain lies elsewhere is refused and reported, not resampled into nothing."
+    far = tmp_path/'far'
+    make_phantom(far, n=10, test=0, slices=12, size=48, progress=False, shift=0)
+    import pydicom
+    row = kaggle_cohort(far).iloc[0]
+    for f in os.scandir(row.T2w):
+        ds = pydicom.dcmread(f.path)
+        ds.ImagePositionPatient = [float(v)+300 for v in ds.ImagePositionPatient]
+        ds.save_as(f.path)
+    store = prepare(pd.DataFrame([row]), tmp_path/'store', size=SIZE, progress=False)
+    assert store.table[list(SEQUENCES)].values.tolist()==[[True,True,True,False]]
+    assert 'another frame of reference' in store.report[store.report.level=='error'].what.iloc[0]
