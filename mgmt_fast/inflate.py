@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['inflate_kernel', 'fold', 'unfold', 'pad_depth', 'InflatedConv3d', 'SeparableConv3d', 'BatchNormAct3d',
-           'InflatedPool3d', 'inflate_weights', 'inflate_model', 'separate_depth', 'merge_depth', 'checkpoint_blocks']
+           'InflatedPool3d', 'inflate_weights', 'channels_inside', 'inflate_model', 'separate_depth', 'merge_depth',
+           'checkpoint_blocks']
 
 # %% ../nbs/07_inflate.ipynb #5cdb29f9
 import copy, math
@@ -101,7 +102,7 @@ class _Depth:
     def pad(self, x): return pad_depth(x, *self.pads(x.shape[2]), self.mode)
     def __repr__(self): return f"k={self.k}, s={self.s}, {self.mode}"
 
-# %% ../nbs/07_inflate.ipynb #f576d21f
+# %% ../nbs/07_inflate.ipynb #ff532d81
 def _wide_grad(g, x, w, stride, padding, dilation, groups):
     "Gradient of a depthwise kernel wider than 3, from narrow ones: the middle three columns, then each outer pair as a dilated kernel of width 2"
     def part(width, pad, dil):
@@ -147,7 +148,7 @@ class _DepthConv(torch.autograd.Function):
 def _cast(*xs):
     "To the type of autocast, which does not look into functions with a backward pass of their own"
     dev = xs[0].device.type
-    return tuple(x.to(torch.get_autocast_dtype(dev)) for x in xs) if torch.is_autocast_enabled(dev) else xs
+    return tuple(x.to(torch.get_autocast_dtype(dev)) for x in xs) if torch.amp.is_autocast_available(dev) and torch.is_autocast_enabled(dev) else xs
 
 def _conv2d(x, w, stride, padding, dilation, groups):
     k = w.shape[3]
@@ -439,7 +440,16 @@ def _convert(m, o, memo, name=''):
     memo[old] = m
     return m
 
-# %% ../nbs/07_inflate.ipynb #71e4b7f0
+# %% ../nbs/07_inflate.ipynb #a16c0bfb
+def channels_inside(
+    model:nn.Module, # Changed in place
+) -> nn.Module: # The same network
+    "Store kernels with channels innermost, as the activations are; `Module.to` cannot do it for networks with 2D and 3D kernels."
+    for p in model.parameters():
+        if p.ndim in (4,5): p.data = p.data.contiguous(memory_format=torch.channels_last if p.ndim==4 else torch.channels_last_3d)
+    return model
+
+# %% ../nbs/07_inflate.ipynb #2c77cfb2
 def inflate_model(
     model2d:nn.Module, # 2D network, as timm makes them; not changed
     in_chans:int=None, # Channels C of the 3D input; as the 2D network's if none
@@ -464,7 +474,7 @@ def inflate_model(
     m3.depth_stride = 1 if mode=='slice' else max(1, reduction[None]//2**anisotropic)
     if hasattr(m3, 'in_chans'): m3.in_chans = in_chans
     if depth_padding=='replicate' and not all(map(_trusted, model2d.modules())): _compare(model2d, m3, rgb, in_chans)
-    return m3.train(model2d.training).to(memory_format=torch.channels_last_3d)
+    return channels_inside(m3.train(model2d.training))
 
 def _compare(m2, m3, rgb, in_chans, size=96):
     "Run both networks on a volume constant along D, and raise on the first module that differs"
@@ -493,7 +503,7 @@ def _compare(m2, m3, rgb, in_chans, size=96):
         at = dict(m2.named_modules()).get(diff[0], m2)
         raise MGMTError(f"{type(at).__name__}, at {diff[0] or 'the top'!r}, does not give in 3D what it gives in 2D{f' ({error})' if error else ''}: does its code count axes? Write it in 3D, or with modules only") from error
 
-# %% ../nbs/07_inflate.ipynb #b6dabc3c
+# %% ../nbs/07_inflate.ipynb #c1f960ca
 def separate_depth(
     model3d:nn.Module, # 3D network, changed in place
     which:str='depthwise', # `'depthwise'` convolutions, or `'all'`
@@ -506,7 +516,7 @@ def separate_depth(
         if which=='depthwise' and not m.groups==m.in_channels>1: return m
         if isinstance(m, nn.Conv3d) and (m.padding_mode!='zeros' or isinstance(m.padding, str)): return m
         w,p = _rank_one(m.weight.detach())
-        if (w.unsqueeze(2)*p[:,None,:,None,None]-m.weight.detach()).norm()>tol*m.weight.detach().norm(): return m
+        if not w.is_meta and (w.unsqueeze(2)*p[:,None,:,None,None]-m.weight.detach()).norm()>tol*m.weight.detach().norm(): return m
         return _remake(SeparableConv3d, m, weight=w, depth=p)
     return _replace(model3d, split)
 
@@ -540,14 +550,14 @@ def merge_depth(
     def join(m): return m if type(m) is not SeparableConv3d else _remake(InflatedConv3d, m, weight=(m.weight.unsqueeze(2)*m.depth[:,None,:,None,None]).detach())
     return _replace(model3d, join)
 
-# %% ../nbs/07_inflate.ipynb #90046a82
+# %% ../nbs/07_inflate.ipynb #617abe55
 def checkpoint_blocks(
     model3d:nn.Module, # 3D network, changed in place
     on:bool=True, # Recompute, or remember again
 ) -> list: # Names of the blocks
     "Let every residual or dense block of a network recompute its activations in the backward pass."
-    blocks = [n for n,m in model3d.named_modules() if isinstance(m, _blocks)]
-    if on and not blocks: raise MGMTError(f"{type(model3d).__name__} has no blocks known to this library ({', '.join(o.__name__ for o in _blocks)}): checkpointing would save nothing")
+    blocks = [n for n,m in model3d.named_modules() if isinstance(m, tuple(_known_blocks))]
+    if on and not blocks: raise MGMTError(f"{type(model3d).__name__} has no blocks known to this library ({', '.join(o.__name__ for o in _known_blocks)}): checkpointing would save nothing")
     for n in blocks:
         m = model3d.get_submodule(n)
         m.__dict__.pop('forward', None)
@@ -555,8 +565,8 @@ def checkpoint_blocks(
     return blocks
 
 _eb = _efficientnet_blocks
-_blocks = (_eb.InvertedResidual, _eb.DepthwiseSeparableConv, _eb.EdgeResidual, _eb.ConvBnAct, resnet.BasicBlock, resnet.Bottleneck,
-    densenet.DenseLayer, _XceptionBlock, xception_aligned.XceptionModule, convnext.ConvNeXtBlock)
+_known_blocks = [_eb.InvertedResidual, _eb.DepthwiseSeparableConv, _eb.EdgeResidual, _eb.ConvBnAct, resnet.BasicBlock, resnet.Bottleneck,
+    densenet.DenseLayer, _XceptionBlock, xception_aligned.XceptionModule, convnext.ConvNeXtBlock]
 
 def _recompute(m, x):
     f = partial(type(m).forward, m)
