@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SeriesError', 'list_series', 'read_volume', 'has_skull', 'audit_series']
 
-# %% ../nbs/01_series.ipynb #5af7e4ca
-import os, stat, warnings
+# %% ../nbs/01_series.ipynb #1cd7daca
+import mmap, os, signal, stat, time, warnings
 
 import nibabel as nib, numpy as np, pandas as pd, pydicom, torch
 from fastcore.all import *
 from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.encaps import generate_frames
 from pydicom.pixels import pixel_array
 from pydicom.tag import Tag
 from pydicom.uid import UID_dictionary
@@ -22,10 +23,11 @@ from .core import *
 class SeriesError(MGMTError):
     "A series that cannot be read right: what was found, in which file, what is probably wrong and what to do; never a header value that could name a patient"
 
-# %% ../nbs/01_series.ipynb #d84a9363
+# %% ../nbs/01_series.ipynb #4412ede9
 _NUM    = {'DS','IS','US','SS','UL','SL','FD','FL'}
 _CODE   = dict(US='u2', SS='i2', UL='u4', SL='i4', FD='f8', FL='f4')
 _NATIVE = {'1.2.840.10008.1.2','1.2.840.10008.1.2.1','1.2.840.10008.1.2.2'}
+_JPEG_2000 = {'1.2.840.10008.1.2.4.90','1.2.840.10008.1.2.4.91'}
 _PIXELS = {0x7fe00010:'', 0x7fe00008:'f4', 0x7fe00009:'f8'}
 _NAMES  = """SOPClassUID SOPInstanceUID SeriesInstanceUID Modality ImageType PatientID SeriesNumber InstanceNumber AcquisitionNumber TemporalPositionIdentifier
     ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness SpacingBetweenSlices Rows Columns NumberOfFrames SamplesPerPixel PhotometricInterpretation
@@ -222,7 +224,7 @@ def _fit(x):
     small = x.dtype==np.uint16 or -2**31<=x.min(initial=0) and x.max(initial=0)<2**31
     return x.astype(np.int32 if small else np.int64, copy=False)
 
-# %% ../nbs/01_series.ipynb #f74d3752
+# %% ../nbs/01_series.ipynb #d1ac402f
 def _stored(x, f, alloc):
     "Bring the integers `x` (H,W) of frame `f` to their stored bits, in place"
     bits = int((f['BitsStored'] or (alloc,))[0])
@@ -240,9 +242,26 @@ def _read(f, out):
         file.seek(f['at']+f['frame']*out.nbytes)
         if file.readinto(memoryview(out).cast('B'))!=out.nbytes: raise SeriesError(f"file {f['path'].name!r} ended while it was read: is it still being written?")
 
+def _stream_says(raw):
+    "Bits, rows, columns and components in the header of a JPEG, JPEG-LS or JPEG 2000 stream (ITU-T T.81 B.2.2, T.87 C.2.2, T.800 A.5.1)"
+    n = lambda at,size=2: int.from_bytes(raw[at:at+size], 'big')
+    if raw[:4]==b'\xff\x4f\xff\x51': return (raw[42]&127)+1,n(12,4)-n(20,4),n(8,4)-n(16,4),n(40)
+    at = 2
+    while raw[at]==0xff:
+        if raw[at+1] in {*range(0xc0,0xd0),0xf7}-{0xc4,0xc8,0xcc}: return raw[at+4],n(at+5),n(at+7),raw[at+9]
+        at += 2+n(at+2)
+    raise ValueError('no frame header')
+
 def _decode(path, shape, dtype):
     "All frames of a compressed file, (n,H,W)"
-    try: x = pixel_array(pydicom.dcmread(path, force=True), raw=True)
+    try:
+        ds = pydicom.dcmread(path, force=True)
+        syntax = ds.file_meta.TransferSyntaxUID
+        if syntax.startswith('1.2.840.10008.1.2.4.'):
+            for raw in generate_frames(ds.PixelData, number_of_frames=shape[0]):
+                bits,*size = _stream_says(raw)
+                if size!=[*shape[1:],1] or bits>8*dtype.itemsize: raise ValueError('the stream and the header differ')
+        x = pixel_array(ds, raw=True, decoding_plugin='pylibjpeg' if syntax in _JPEG_2000 else '')
     except Exception as e: raise SeriesError(f"pixel data of file {path.name!r} cannot be decoded ({type(e).__name__}): absent, damaged or cut short; copy it again") from None
     x = x.reshape(-1,*x.shape[-2:])
     if x.shape!=shape or x.dtype.newbyteorder('=')!=dtype.newbyteorder('='): raise SeriesError(f"file {path.name!r} announces {shape} {dtype} and holds {x.shape} {x.dtype}: a damaged header; export the series again")
@@ -263,7 +282,33 @@ def _rescale(stack):
     if not np.isfinite(res).all() or (res[:,0]==0).any(): raise SeriesError("RescaleSlope and RescaleIntercept must be finite numbers and the slope not 0: a damaged header; export the series again")
     return res
 
-# %% ../nbs/01_series.ipynb #711d2644
+# %% ../nbs/01_series.ipynb #fdb2b344
+def _shared(shape, dtype):
+    "An array that a forked process can fill for us"
+    return np.ndarray(shape, dtype, buffer=mmap.mmap(-1, max(1, int(np.prod(shape))*np.dtype(dtype).itemsize)))
+
+def _apart(work, seconds):
+    "Call `work` in a forked process; its death, its `SeriesError` or its silence for `seconds` is a `SeriesError` here"
+    if not hasattr(os, 'fork'): return work()
+    says,tell = os.pipe()
+    if not (pid:=os.fork()):
+        code = 2
+        try: os.dup2(os.open(os.devnull, os.O_WRONLY), 2); work(); code = 0
+        except SeriesError as e: os.write(tell, str(e).encode()[:4096]); code = 1
+        finally: os._exit(code)
+    end,status = time.monotonic()+seconds,None
+    try:
+        while status is None and time.monotonic()<end:
+            done,code = os.waitpid(pid, os.WNOHANG)
+            if done: status = os.waitstatus_to_exitcode(code)
+            else: time.sleep(.001)
+    finally:
+        if status is None: os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+        said = os.read(says, 4096).decode() if status==1 else ''
+        os.close(tell); os.close(says)
+    if status!=0: raise SeriesError(said or f"pixel data cannot be decoded: the decoder {'took too long' if status is None else 'died'}, so a compressed stream is damaged; copy the series again")
+
+# %% ../nbs/01_series.ipynb #03695d0b
 def _pixels(stack):
     "Intensities (D,H,W) of an ordered stack"
     for f in stack: _check_grey(f)
@@ -274,7 +319,8 @@ def _pixels(stack):
     for f in stack: _check_size(f, shape, dtype)
     scale = _rescale(stack)
     same = (scale==(1,0)).all()
-    out = np.empty((len(stack),*shape), dtype if same else np.float32)
+    native = all(f['native'] for f in stack)
+    out = (np.empty if native else _shared)((len(stack),*shape), dtype if same else np.float32)
     def fill(slices):
         f = stack[slices[0]]
         coded = None if f['native'] else _decode(f['path'], (f['frames'],*shape), dtype)
@@ -284,10 +330,12 @@ def _pixels(stack):
             else: x[:] = coded[stack[i]['frame']]
             if not f['float']: _stored(x, stack[i], alloc)
             if not same: out[i] = x*scale[i,0]+scale[i,1]
-    files = groupby(range(len(stack)), lambda i: stack[i]['path']).values()
+    def work():
+        for o in groupby(range(len(stack)), lambda i: stack[i]['path']).values(): fill(o)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        for o in files: fill(o)
+        if native: work()
+        else: _apart(work, 20+len(stack))
     return _finite(_fit(out))
 
 def _finite(x):
@@ -493,7 +541,7 @@ class _Identifiers:
         return len(v.strip('0^x -_.'))>1 and v not in self.known and not v.startswith(('anon','none','unknown','unspecified','deidentified','de-identified','removed','n/a','na^'))
     def __call__(self, ds): return {kind for t,kind in self.kinds.items() if t in ds and self._tells(ds.get_item(t))}
 
-# %% ../nbs/01_series.ipynb #e564e7ee
+# %% ../nbs/01_series.ipynb #3c2747aa
 def _audit_pixels(vol):
     "Facts, findings and notes from the intensities of `vol`"
     x = vol.numpy()
@@ -508,8 +556,8 @@ def _audit_pixels(vol):
     tissue,top = (x>air+.05*(usual-air)).sum(),(x==hi).sum()
     facts.update(blank=int(blank.sum()), near_blank=int(faint.sum()), clipped=float(top/max(tissue,1)), skull=has_skull(vol))
     inside = int(blank[full[0]:full[-1]+1].sum())
-    if inside: bad.append(f'{inside} blank slices inside the stack')
-    if blank.sum()>inside: note.append(f'{blank.sum()-inside} blank slices at the ends')
+    if inside: bad.append(f"{inside} blank slice{'s'*(inside>1)} inside the stack")
+    if ends := int(blank.sum())-inside: note.append(f"{ends} blank slice{'s'*(ends>1)} at the ends")
     if top>20 and facts['clipped']>.002 and len(np.unique(x[::4,::4,::4]))>16: bad.append(f"{facts['clipped']:.1%} of the tissue clipped at {hi:g}")
     if lo<0: note.append('negative intensities')
     if facts['skull']: note.append('not skull-stripped')

@@ -326,7 +326,7 @@ def test_fillers_are_no_identifiers(series, filler):
 def test_pixels_that_look_wrong(series):
     x = np.random.default_rng(0).integers(1, 900, (9,32,32)).astype(np.int16); x[[0,4]] = 0; x[6] = np.where(np.arange(1024).reshape(32,32)<5, x[6], 0)
     row = audit_series(series(x))
-    assert (row.blank,row.near_blank)==(2,1) and '1 blank slices inside' in row.findings and '1 blank slices at the ends' in row.notes
+    assert (row.blank,row.near_blank)==(2,1) and '1 blank slice inside' in row.findings and '1 blank slice at the ends' in row.notes
     row = audit_series(series(np.minimum(np.abs(x),700)))
     assert 'clipped at 700' in row.findings and row.clipped>.1
     row = audit_series(series(np.full((5,4,4),7,np.int16)))

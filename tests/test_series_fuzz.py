@@ -27,8 +27,10 @@ def originals():
 
 def mutate(raw, rng):
     "`raw` with a few wounds, most of them in the header"
-    raw,end = bytearray(raw),max(200, min(len(raw), 2600))
+    raw = bytearray(raw)
     for _ in range(rng.choice([1,1,1,2,3,8])):
+        if len(raw)<200: break
+        end = min(len(raw), 2600)
         at = int(rng.integers(0 if rng.random()<.1 else 132, end if rng.random()<.9 else len(raw)))
         n = int(rng.choice([1,1,2,4,8,40]))
         kind = rng.integers(8)
@@ -42,7 +44,6 @@ def mutate(raw, rng):
         else:
             to = int(rng.integers(132, end))
             raw[at:at+n] = raw[to:to+n]
-        if len(raw)<2: break
     return bytes(raw)
 
 
