@@ -324,12 +324,13 @@ def show_phantom(
         ax.set_title(f'{seq} {title}', fontsize=8); ax.set_axis_off()
     return axs
 
-# %% ../nbs/03_phantom.ipynb #2d77a67a
+# %% ../nbs/03_phantom.ipynb #5b3cb762
 def _rim_gadolinium(x, mask):
     "mM of gadolinium that explain the rim's brightness in T1wCE beside the rest of the brain"
     (tr,te,_),(t1,t2,pd) = _protocol['T1wCE'],_relaxation['rim']
     ratio = np.quantile(x[mask==3], .8)/np.median(x[(mask==0)&(x>0)])
-    recovered = np.clip(ratio*_signal('white',tr,te,None)/(pd*np.exp(-te/t2)), .01, .99)
+    brain = (_signal('white',tr,te,None)+_signal('grey',tr,te,None))/2
+    recovered = np.clip(ratio*brain/(pd*np.exp(-te/t2)), 0, .999)
     return max(-np.log(1-recovered)/tr-1/t1, 1e-6)*1000/_relaxivity
 
 def _oedema_unevenness(x, mask, spacing):
