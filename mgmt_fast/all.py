@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #cdc4f59f
+# %% ../nbs/99_all.ipynb #20e1b484
 from .core import *
 from .series import *
 from .cohort import *
 from .phantom import *
 from .prepare import *
 from .loader import *
+from .augment import *
 from .inflate import *
 from .backbones import *
 from .callbacks import *
 from .learner import *
 from .metrics import *
 from .report import *
+from .audit import *

