@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['thumbnail', 'audit_cohort', 'write_sheet', 'audit']
 
-# %% ../nbs/17_audit.ipynb #4676676c
-import base64, hashlib, html, io, multiprocessing, os, re
+# %% ../nbs/17_audit.ipynb #1cfefc66
+import base64, contextlib, hashlib, html, io, multiprocessing, os, re
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
@@ -39,7 +39,7 @@ def thumbnail(
     size = max(1, min(round(height*aspect), 4*height)),height
     return np.concatenate([np.asarray(Image.fromarray(o).resize(size, Image.Resampling.BOX)) for o in x], 1)
 
-# %% ../nbs/17_audit.ipynb #f109b268
+# %% ../nbs/17_audit.ipynb #d325161c
 def _one(job):
     "Audit one series in a worker: its row, its grid and its picture"
     patient,sequence,path = job
@@ -52,16 +52,17 @@ def _one(job):
 
 def _run(jobs, n_workers, progress):
     n = min(os.cpu_count() if n_workers is None else n_workers, len(jobs))
-    if n<2: return [_one(o) for o in progress_bar(jobs, display=progress)]
+    bar = partial(progress_bar, total=len(jobs)) if progress else noop
+    if n<2: return [_one(o) for o in bar(jobs)]
     with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context('fork' if os.name=='posix' else 'spawn')) as pool:
-        try: return list(progress_bar(pool.map(_one, jobs), total=len(jobs), display=progress))
+        try: return list(bar(pool.map(_one, jobs)))
         finally: pool.shutdown(wait=True, cancel_futures=True)
 
-# %% ../nbs/17_audit.ipynb #afac00a4
+# %% ../nbs/17_audit.ipynb #c985dcfc
 def _compare(df, grids, same):
     "Add to the table what only shows beside the other series"
     bad,note = df.findings.tolist(),df.notes.tolist()
-    def _add(to, i, what): to[i] = f'{to[i]}; {what}' if to[i] else what
+    def _add(to, i, what): to[i] = f'{to[i]} | {what}' if to[i] else what
     df['grid'] = None
     for patient,rows in groupby(range(len(df)), lambda i: df.patient.iat[i]).items():
         seen = [g for g,_ in Counter(grids[i] for i in rows if grids[i]).most_common()]
@@ -79,7 +80,7 @@ def _compare(df, grids, same):
 
 def _called(r): return ' '.join(filter(None, (r.patient, r.sequence)))
 
-# %% ../nbs/17_audit.ipynb #4d6d669c
+# %% ../nbs/17_audit.ipynb #30421ee0
 def audit_cohort(
     cohort:pd.DataFrame, # `patient` and a path column per sequence, as all `*_cohort` functions return
     n_workers:int=None, # Processes; one a core if none, 0 for this one
@@ -94,9 +95,10 @@ def _table(jobs, n_workers, progress):
     "The audited jobs, and a picture of each that can be read"
     rows,grids,same,pictures = zip(*_run(jobs, n_workers, progress)) if jobs else [()]*4
     df = pd.DataFrame([dict(patient=p, sequence=s, **r) for (p,s,_),r in zip(jobs,rows)], columns=['patient','sequence',*_AUDIT])
+    df = df.astype(dict.fromkeys(['volumes','slices','rows','columns','missing','duplicates','blank','near_blank'], 'Int64'))
     return _compare(df, grids, same)[['patient','sequence',*_AUDIT[:-2],'grid','findings','notes']], pictures
 
-# %% ../nbs/17_audit.ipynb #e4d9835b
+# %% ../nbs/17_audit.ipynb #5d2187c1
 _STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em;color:#222} table{border-collapse:collapse} td,th{padding:.4em .8em;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}
 .bad{color:#b00020} .note,.facts{color:#666;font-size:12px} img{display:block;background:#000;height:72px}"""
 
@@ -112,7 +114,7 @@ def _facts(r):
 
 def _kinds(texts):
     "How often each kind of finding was made; numbers do not make a kind"
-    return Counter(re.sub(r'\d[\d.,%]*', '#', o) for t in texts for o in t.split('; ') if o).most_common()
+    return Counter(re.sub(r"'[^']*'|\d[\d.%]*", '#', re.split(r'[.:] ', o)[0]) for t in texts for o in t.split(' | ') if o).most_common()
 
 # %% ../nbs/17_audit.ipynb #1a8de44f
 def write_sheet(
@@ -134,7 +136,7 @@ def write_sheet(
 def _summary(table):
     return f"{len(table)} series, {int(table.readable.sum())} readable, {(table.findings!='').sum()} with findings"
 
-# %% ../nbs/17_audit.ipynb #165db7a2
+# %% ../nbs/17_audit.ipynb #bce78617
 def _is_dicom(p):
     if p.suffix.lower() in _SUFFIXES: return True
     try:
@@ -155,12 +157,13 @@ def _find_series(root):
     return res
 
 def _find_cohort(root, labels):
-    "The cohort of a folder, both splits if it is the competition's; `None` if it is none"
-    splits = [o for o in ('train','test') if (Path(root)/o).is_dir()] or [None]
-    try: return pd.concat([find_cohort(root, labels if s!='test' else None, split=s) for s in splits], ignore_index=True)
-    except CohortError: return None
+    "The cohort of a folder, both splits if it is the competition's, and what there is to say about it; `None` if it is none"
+    splits = [o for o in ('train','test') if (root/o).is_dir()] or [None]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try: return pd.concat([find_cohort(root, labels if s!='test' else None, split=s) for s in splits], ignore_index=True),said.getvalue()
+        except CohortError: return None,''
 
-# %% ../nbs/17_audit.ipynb #8f9b098c
+# %% ../nbs/17_audit.ipynb #7cfbfb97
 def audit(
     root, # A cohort's folder, or any folder with series somewhere below
     dest='audit', # Folder for `audit.csv` and `audit.html`
@@ -173,15 +176,15 @@ def audit(
     if not root.is_dir(): raise MGMTError(f"no folder at {root}: a misspelt path?")
     series = _find_series(root)
     if not series: raise MGMTError(f"no series below {root}: neither folders of DICOM slices nor NIfTI files; a wrong folder, or archives not unpacked yet?")
-    cohort = _find_cohort(root, labels)
+    cohort,said = _find_cohort(root, labels)
     jobs = [] if cohort is None else _jobs(cohort)
     known = {os.path.realpath(p) for *_,p in jobs if not pd.isna(p)}
     others = [o for o in series if os.path.realpath(o) not in known]
-    if len(others)>len(known): jobs,others = [(o.relative_to(root).as_posix(), None, o) for o in series],[]
+    if len(others)>len(known): jobs,others,said = [(o.relative_to(root).as_posix(), None, o) for o in series],[],''
     table,pictures = _table(jobs, n_workers, progress)
     with atomic_path(dest/'audit.csv') as tmp: table.to_csv(tmp, index=False)
     write_sheet(table, pictures, dest/'audit.html', f'Audit of {root.resolve().name}')
-    print(f"{root}: {_summary(table)}" + (f'; {len(others)} images below it are no sequence of a patient (segmentations?) and were left out' if others else ''))
+    print(f"{said}{root}: {_summary(table)}" + (f'; {len(others)} images below it are no sequence of a patient (segmentations?) and were left out' if others else ''))
     for k,n in _kinds(table.findings): print(f'{n:6d} x {k}')
     print(f"table: {dest/'audit.csv'}; pictures: {dest/'audit.html'}")
     return bool((table.findings!='').any())

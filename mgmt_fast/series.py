@@ -563,7 +563,7 @@ def _audit_pixels(vol):
     if facts['skull']: note.append('not skull-stripped')
     return facts,bad,note
 
-# %% ../nbs/01_series.ipynb #68649150
+# %% ../nbs/01_series.ipynb #b1d0053e
 def _audit_headers(found, index, sequence):
     "Facts, findings and notes from what `_find` found"
     if isinstance(found, Path):
@@ -573,18 +573,18 @@ def _audit_headers(found, index, sequence):
         dicom,text = ([o for o in getattr(img.header, 'extensions', ()) if (o.get_code()==2)==want] for want in (True,False))
         if dicom: facts['identifiers'] = 'DICOM header'; bad.append('a DICOM header in an extension, identifiers and all')
         return {**facts, 'volumes':(*shape,1)[3]},bad,['text in a header extension: may name people or paths'] if text else []
-    if len(found)>1 and index is None: return dict(volumes=len(found), slices=sum(map(len,found))),[],[]
-    stack = found[index or 0] if 0<=(index or 0)<len(found) else found[0]
-    facts,bad,note = _audit_geometry(stack)
-    f,kinds = stack[0],[o for o in _IDENTIFIERS if any(o in (f['looked'] or ()) for f in stack)]
-    can = _contrasts(f)
-    facts.update(volumes=len(found), coding=_uid_name(f['syntax']), contrast=' or '.join(can) or None, identifiers=', '.join(kinds) or None)
+    one = len(found)==1 or index is not None and 0<=index<len(found)
+    stack = found[index or 0] if one else sum(found, [])
+    facts,bad,note = _audit_geometry(stack) if one else (dict(slices=len(stack)),[],[])
+    f,kinds = stack[0],[o for o in _IDENTIFIERS if any(o in f['looked'] for f in stack)]
+    can = _contrasts(f) if one else ()
+    facts.update(volumes=len(found), coding=', '.join(uniqueify(_uid_name(f['syntax']) for f in stack)), contrast=' or '.join(can) or None, identifiers=', '.join(kinds) or None)
     if can and sequence in SEQUENCES and sequence not in can: bad.append(f"called {sequence}, but its times (TR {f['RepetitionTime'][0]:g}, TE {f['EchoTime'][0]:g}, TI {first(f['InversionTime'] or ()) or 0:g} ms) are those of {' or '.join(can)}")
     if grave := [o for o in kinds if o not in _MILD]: bad.append(f"identifiers in the header: {', '.join(grave)}")
     if mild := [o for o in kinds if o in _MILD]: note.append(f"in the header: {', '.join(mild)}")
     return facts,bad,note
 
-# %% ../nbs/01_series.ipynb #8d73cafa
+# %% ../nbs/01_series.ipynb #ca5f81ad
 _AUDIT = 'readable error coding volumes slices rows columns step row_mm col_mm plane gap missing duplicates blank near_blank min max clipped contrast skull identifiers findings notes'.split()
 
 def audit_series(
@@ -607,5 +607,6 @@ def _audit(path, sequence=None, patient=None, index=None):
         row.update(plane=vol.plane, **dict(zip(('step','row_mm','col_mm'), vol.spacing.tolist())))
         add(_audit_pixels(vol))
     except SeriesError as e: row['error'] = type(e).__name__; bad.insert(0, str(e))
-    row.update(readable=vol is not None, findings='; '.join(bad), notes='; '.join(note))
+    except Exception as e: row['error'] = type(e).__name__; bad.insert(0, f'the audit itself failed ({type(e).__name__}): a fault of this library, please report it') # one series must not end the audit of a cohort
+    row.update(readable=vol is not None, findings=' | '.join(bad), notes=' | '.join(note))
     return pd.Series(row, name=str(path), dtype=object),vol

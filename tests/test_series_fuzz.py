@@ -50,7 +50,7 @@ def mutate(raw, rng):
 def fuzz(files, seed):
     "Counts by outcome; whatever is neither a Volume nor a SeriesError is kept with the bytes that caused it"
     from mgmt_fast.core import Volume
-    from mgmt_fast.series import SeriesError, read_volume
+    from mgmt_fast.series import SeriesError, audit_series, read_volume
     resource.setrlimit(resource.RLIMIT_AS, (8<<30,8<<30)) # a header must not make the reader ask for the moon
     def _hang(*_): raise Hang
     signal.signal(signal.SIGALRM, _hang)
@@ -65,7 +65,9 @@ def fuzz(files, seed):
             for n in range(len(raws),3): (Path(td)/f'{n}.dcm').unlink(missing_ok=True)
             signal.alarm(20)
             start = time.perf_counter()
-            try: out = type(read_volume(td)).__name__
+            try:
+                if i%7==0: assert audit_series(td).error in (None,'SeriesError')
+                out = type(read_volume(td)).__name__
             except SeriesError as e: out = 'SeriesError' if 'SECRET' not in str(e) else 'a name in an error'
             except (Exception,Hang) as e: out = f'{kind}: {type(e).__name__} {e}'
             signal.alarm(0)
