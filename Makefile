@@ -11,7 +11,7 @@ demo: .venv/installed
 	$(BIN)/mgmt_demo
 
 test: check
-	$(BIN)/nbdev_test $(DATA_FLAG) --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test $(DATA_FLAG) --n_workers 2
 	$(BIN)/python -m pytest -q tests
 
 # What is generated must be what is committed.

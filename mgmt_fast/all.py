@@ -5,7 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #20e1b484
+# %% ../nbs/99_all.ipynb #32caf482
+from pathlib import Path
+
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from .core import *
 from .series import *
 from .cohort import *
@@ -20,3 +23,6 @@ from .learner import *
 from .metrics import *
 from .report import *
 from .audit import *
+
+# %% ../nbs/99_all.ipynb #2123936e
+__all__ = [k for k in globals() if not k.startswith('_')]
