@@ -104,8 +104,8 @@ def read_ids(
     col = list(df.iloc[0]).index(_column(df.iloc[0], None, _id_names, 'patients')) if named else 0
     return [s.strip() for s in df.iloc[int(named):,col] if s.strip()]
 
-# %% ../nbs/02_cohort.ipynb #577cc01f
-_t1c = set('t1ce t1c t1gd t1wce t1wgd t1cw t1post t1+c'.split())
+# %% ../nbs/02_cohort.ipynb #57c7afa7
+_t1c = set('t1ce t1c t1gd t1wce t1wgd t1cw t1post t1+c t1c+ t1+gd t1w+c'.split())
 _t1,_t2 = set('t1 t1w t1n mprage'.split()),set('t2 t2w'.split())
 _contrast = set('post gd gad gado contrast ce enhanced'.split())
 _other_words = set('seg mask label labels pred map adc dwi dti swi dsc perf perfusion asl rcbv loc localizer t2*'.split())
@@ -122,10 +122,11 @@ def sequence_of(
     if t1: return 'T1wCE' if words & _t1c or (words & _contrast and not words & {'pre','native'}) else 'T1w'
     return 'FLAIR' if flair else 'T2w'
 
-# %% ../nbs/02_cohort.ipynb #ebccb867
+# %% ../nbs/02_cohort.ipynb #e2f5162e
 _no_image = set('.txt .csv .tsv .json .xml .html .pdf .md .png .jpg .jpeg .zip .gz .npy .npz .bval .bvec .mat .py .ipynb'.split())
 _brats_name = re.compile(r'.+[-_](flair|t1|t1ce|t2|t2f|t1n|t1c|t2w)\.nii(\.gz)?', re.I)
 
+def _has_digit(name): return re.search(r'\d', name) is not None
 def _is_nifti(name): return name.lower().endswith(('.nii','.nii.gz'))
 def _entries(folder): return sorted((e for e in os.scandir(folder) if not e.name.startswith('.')), key=lambda e: e.name)
 def _subfolders(folder): return [Path(folder)/e.name for e in _entries(folder) if e.is_dir()]
@@ -142,14 +143,14 @@ def _images(folder):
     return [p for d in sorted(dirs) for p in _images(os.path.join(folder, d))]
 
 def _by_name(folder, nested=1):
-    "Images of each sequence that names tell, as lists of paths; deeper folders count only where this one has none"
+    "Images of each sequence that names tell, as lists of paths; deeper folders count only where this one has none, and are not patients themselves"
     found = {}
     entries = _entries(folder)
     for e in entries:
         if (seq := sequence_of(e.name)) and (e.is_dir() or _is_nifti(e.name)): found.setdefault(seq, []).extend([e.path] if e.is_file() else _images(e.path))
     if not found and nested:
         for e in entries:
-            if e.is_dir():
+            if e.is_dir() and (_has_digit(Path(folder).resolve().name) or not _has_digit(e.name)):
                 for k,v in _by_name(e.path, nested-1).items(): found.setdefault(k, []).extend(v)
     return found
 
@@ -271,12 +272,12 @@ def kaggle_cohort(
     if not scans and (labels is None or labels is False): raise CohortError(f"{root} has no patients: looked for {split}/PATIENT/{{{','.join(SEQUENCES)}}} and for a label table")
     return _assemble(scans, labels, f'kaggle/{split}', keep=True, pad=5)
 
-# %% ../nbs/02_cohort.ipynb #36df1069
+# %% ../nbs/02_cohort.ipynb #0110cf34
 def _patients(root, find):
     "Folders of patients: those in `root`, or `root` if it is one patient's. Ids have digits, names of inner folders such as `raw` do not."
     root = _folder(root)
     subs = _subfolders(root)
-    if find(root, nested=0) or (re.search(r'\d', root.resolve().name) and not any(re.search(r'\d', s.name) for s in subs)): return [root]
+    if find(root, nested=0) or (_has_digit(root.resolve().name) and not any(_has_digit(s.name) for s in subs)): return [root]
     return subs
 
 def _folder_cohort(root, find, labels, source, looked_for):
@@ -285,6 +286,7 @@ def _folder_cohort(root, find, labels, source, looked_for):
     scans = {p.resolve().name: scan_patient(p, find) for p in folders}
     if not any(paths for paths,_ in scans.values()):
         why = uniqueify([f'{seq} {problem}'.strip() for _,o in scans.values() for seq,problem,_ in o if problem!='missing'])
+        if not folders: why = ['files, but no folders: if they are the slices of one series, give the folder above, and name this one after its sequence']
         raise CohortError(f"{root} holds no scans that can be told apart ({'; '.join(why[:3])}). Looked for {looked_for}. Any other layout: nifti_cohort(root, pattern='{{patient}}/{{sequence}}.nii.gz')")
     return _assemble(scans, labels, source)
 
