@@ -23,7 +23,7 @@ from .core import *
 class SeriesError(MGMTError):
     "A series that cannot be read right: what was found, in which file, what is probably wrong and what to do; never a header value that could name a patient"
 
-# %% ../nbs/01_series.ipynb #4412ede9
+# %% ../nbs/01_series.ipynb #0bd648d4
 _NUM    = {'DS','IS','US','SS','UL','SL','FD','FL'}
 _CODE   = dict(US='u2', SS='i2', UL='u4', SL='i4', FD='f8', FL='f4')
 _NATIVE = {'1.2.840.10008.1.2','1.2.840.10008.1.2.1','1.2.840.10008.1.2.2'}
@@ -33,13 +33,17 @@ _NAMES  = """SOPClassUID SOPInstanceUID SeriesInstanceUID Modality ImageType Pat
     ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness SpacingBetweenSlices Rows Columns NumberOfFrames SamplesPerPixel PhotometricInterpretation
     BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope RescaleIntercept RepetitionTime EchoTime InversionTime ContrastBolusAgent
     SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence""".split()
-_TAGS   = {k: Tag(tag_for_keyword(k)) for k in _NAMES}
+_GROUPS = dict(ImagePositionPatient='PlanePositionSequence', ImageOrientationPatient='PlaneOrientationSequence', PixelSpacing='PixelMeasuresSequence',
+    SliceThickness='PixelMeasuresSequence', SpacingBetweenSlices='PixelMeasuresSequence', RescaleSlope='PixelValueTransformationSequence',
+    RescaleIntercept='PixelValueTransformationSequence', TemporalPositionIndex='FrameContentSequence', EffectiveEchoTime='MREchoSequence',
+    RepetitionTime='MRTimingAndRelatedParametersSequence', FrameType='MRImageFrameTypeSequence', InversionTimes='MRModifierSequence')
+_KNOWN  = {k: (t:=Tag(tag_for_keyword(k)), dictionary_VR(t)) for k in (*_NAMES,*_GROUPS,*_GROUPS.values())}
 
-# %% ../nbs/01_series.ipynb #821aef32
+# %% ../nbs/01_series.ipynb #fa755b27
 def _value(ds, k):
     "Element `k` as a tuple of numbers, a string or a sequence; `None` where it is absent or empty"
-    tag = _TAGS.get(k) or Tag(tag_for_keyword(k))
-    raw,vr = ds.get_item(tag),dictionary_VR(tag)
+    tag,vr = _KNOWN[k]
+    raw = ds.get_item(tag)
     if raw is None or not raw.value: return None
     if vr=='SQ': return ds[tag].value
     if not isinstance(raw.value, bytes): raise SeriesError(f"{k} is not of the type that the standard asks for: a damaged header; export the series again")
@@ -51,12 +55,8 @@ def _value(ds, k):
         return tuple(float(o) for o in v.split(b'\\')) if v else None
     except ValueError: raise SeriesError(f"{k} is not a number: a damaged header; export the series again") from None
 
-# %% ../nbs/01_series.ipynb #81eb14e9
-_GROUPS = dict(ImagePositionPatient='PlanePositionSequence', ImageOrientationPatient='PlaneOrientationSequence', PixelSpacing='PixelMeasuresSequence',
-    SliceThickness='PixelMeasuresSequence', SpacingBetweenSlices='PixelMeasuresSequence', RescaleSlope='PixelValueTransformationSequence',
-    RescaleIntercept='PixelValueTransformationSequence', TemporalPositionIndex='FrameContentSequence', EffectiveEchoTime='MREchoSequence',
-    RepetitionTime='MRTimingAndRelatedParametersSequence', FrameType='MRImageFrameTypeSequence', InversionTimes='MRModifierSequence')
-_ALIAS  = dict(EffectiveEchoTime='EchoTime', FrameType='ImageType', InversionTimes='InversionTime', TemporalPositionIndex='TemporalPositionIdentifier')
+# %% ../nbs/01_series.ipynb #5a691c79
+_ALIAS = dict(EffectiveEchoTime='EchoTime', FrameType='ImageType', InversionTimes='InversionTime', TemporalPositionIndex='TemporalPositionIdentifier')
 
 def _frames(h):
     "One `dict` a frame from the header `h` of a file; without functional groups a file has one place, so one frame"
@@ -72,7 +72,7 @@ def _frames(h):
                 if v is not None: res[-1][_ALIAS.get(k,k)] = v
     return res
 
-# %% ../nbs/01_series.ipynb #2f2a2972
+# %% ../nbs/01_series.ipynb #200c3dbb
 def _header(path, look=None):
     "Frames of file `path`, `None` if it is no DICOM file; `at` and `size` (bytes) are where pixels lie that need no decoder; `look` takes from a header what only an audit asks for"
     with open(path, 'rb') as f:
@@ -80,7 +80,7 @@ def _header(path, look=None):
         if head[128:]!=b'DICM' and head[:2] not in (b'\x08\0',b'\x02\0'): return None
         f.seek(0)
         try:
-            ds = pydicom.dcmread(f, specific_tags=[*_TAGS.values(), *(look.tags if look else ())], stop_before_pixels=True, force=True)
+            ds = pydicom.dcmread(f, specific_tags=[*(_KNOWN[k][0] for k in _NAMES), *(look.tags if look else ())], stop_before_pixels=True, force=True)
             h = {k: _value(ds, k) for k in _NAMES}
             (implicit,little),uid = ds.original_encoding,ds.file_meta.get('TransferSyntaxUID')
             h.update(path=path, little=little, syntax=str(uid) if uid else '1.2.840.10008.1.2', at=None, size=0, float='', looked=look and look(ds))
@@ -96,7 +96,7 @@ def _header(path, look=None):
             for o in frames: o.update(at=f.tell(), size=min(length, os.fstat(f.fileno()).st_size-f.tell()), float=_PIXELS[tag])
     return frames
 
-# %% ../nbs/01_series.ipynb #3dd0b8d3
+# %% ../nbs/01_series.ipynb #db2f56ff
 _SUFFIXES = {'.dcm','.dicom','.ima'}
 
 def _uid_name(uid): return UID_dictionary.get(uid, ('private',))[0]
@@ -112,7 +112,7 @@ def _is_text(p):
 
 def _scan(path, look=None):
     "Frames of all DICOM images in the folder or file `path`; sub-folders are not entered"
-    try: files = sorted(o for o in path.iterdir() if not o.is_dir() and not o.name.startswith('.')) if path.is_dir() else [path]
+    try: files = [path/o.name for o in sorted(os.scandir(path), key=lambda o: o.name) if not o.name.startswith('.') and not o.is_dir()] if path.is_dir() else [path]
     except OSError as e: raise SeriesError(f"the folder cannot be listed ({e.strerror}): check its permissions") from None
     res,odd = [],[]
     with warnings.catch_warnings():
@@ -168,12 +168,12 @@ def _stacks(frames):
     began = lambda o: min((f['SeriesNumber'] or (0,), f['InstanceNumber'] or (0,), f['frame']) for f in o[2])
     return [o for g in sorted(groups, key=began) for o in _take_apart(g[2])]
 
-# %% ../nbs/01_series.ipynb #b80b7c94
+# %% ../nbs/01_series.ipynb #67bc7dbe
 def _same(stack, k, why):
     "The value of `k` that the slices of a stack must share"
     for f in stack:
         if f[k] is None: raise SeriesError(f"{k} is missing in file {f['path'].name!r}: {why}; export the original series again")
-        if len(f[k])!=len(stack[0][k]) or not np.allclose(f[k], stack[0][k], rtol=1e-4, atol=0):
+        if f[k]!=stack[0][k] and (len(f[k])!=len(stack[0][k]) or not all(abs(a-b)<=1e-4*abs(b) for a,b in zip(f[k], stack[0][k]))):
             raise SeriesError(f"{k} differs among the slices, {stack[0][k]} in file {stack[0]['path'].name!r} and {f[k]} in {f['path'].name!r}: mixed sizes; two series in one folder? Separate them")
     return stack[0][k]
 
