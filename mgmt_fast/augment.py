@@ -70,7 +70,7 @@ def _check_values(x, bounded):
     if not (math.isfinite(lo) and math.isfinite(hi)): raise MGMTError(f"intensities must be finite; received {lo} to {hi}: NaN or infinity in a volume, from a failed normalisation?")
     if bounded and (lo<0 or hi>1+1e-5): raise MGMTError(f"intensities must lie in 0 to 1, with 0 for air; received {lo:g} to {hi:g}: augment before the model normalises, not after")
 
-# %% ../nbs/06_augment.ipynb #e8a45426
+# %% ../nbs/06_augment.ipynb #ac0f6fff
 class RandAug(ItemTransform):
     "A fastai batch transform for training whose random draw, a table with a row a patient, is apart from its pure application"
     split_idx,order,bounded = 0,30,True
@@ -89,24 +89,25 @@ class RandAug(ItemTransform):
         start:int=None, # First draw, to repeat it; without it the next that was not drawn yet
     ) -> pd.DataFrame: # A row a patient, the index says which draw, columns are named magnitudes
         "Draw parameters; what leaves a volume alone shows as a neutral value."
-        n = n if isinstance(n,int) else len(n)
-        first = self.drawn if start is None else start
-        if start is None: self.drawn += n
-        rows = range(first, first+n)
+        n = n if isinstance(n,(int,np.integer)) else len(n)
+        if start is None: start = self.drawn; self.drawn += n
+        rows = range(start, start+n)
         return pd.DataFrame([self.row(k) for k in rows], index=pd.Index(rows,name='draw'))
 
     def apply(self,
         x, # (B,C,D,H,W) float, 0 to 1; is not changed
-        params:pd.DataFrame, # A row a patient, as `draw` gives; columns left out are neutral
+        params:pd.DataFrame, # A row a patient, as `draw` gives; columns left out and empty cells are neutral
         spacing=None, # mm along D, H and W, (3,) or (B,3), of this very batch
     ): # As x: type, attributes and dtype kept; x itself if nothing is to be done
         "Apply a draw. Raises `MGMTError` on a batch or parameters that break the rules above."
         _check_batch(x)
         for c in params.columns:
             if c not in self.neutral: raise unknown_name(f'parameter of {type(self).__name__}', c, self.neutral)
+            least = params[c].min()
+            if self.neutral[c]==1. and least<=0: raise MGMTError(f"{c} is a factor and must be above 0; received {least:g}")
         if len(params)!=len(x): raise MGMTError(f"a draw has a row a patient; received {len(params)} rows for a batch of {len(x)}")
         if x.device.type=='cpu' or not self.looked: _check_values(x, self.bounded); self.looked = True
-        rows = [{**self.neutral, **r} for r in params.to_dict('records')]
+        rows = [{**self.neutral, **{k:v for k,v in r.items() if v==v}} for r in params.to_dict('records')]
         if not any(map(self.acts, rows)): return x
         mm = self._spacing(x, spacing)
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
@@ -297,7 +298,7 @@ class RandLighting(RandAug):
             if r['gamma']!=1: y.pow_(r['gamma'])
             if brain is not None: y.mul_(brain)
 
-# %% ../nbs/06_augment.ipynb #f62bf79c
+# %% ../nbs/06_augment.ipynb #4acf2078
 class RandBiasField(RandAug):
     "Shade the volume by a smooth multiplicative field, as receive coils do"
     limits = dict(bias=(0,3,'of the log field'), waves=(1,10,'half waves'), p=_p)
@@ -317,7 +318,7 @@ class RandBiasField(RandAug):
 
     def field(self, r, shape, like):
         k = int(self.waves)+1
-        weights = np.random.default_rng(int(r['bias_seed'])).standard_normal((k,k,k))
+        weights = np.random.default_rng(int(r['bias_seed'] or 0)).standard_normal((k,k,k))
         i = np.indices(weights.shape).sum(0)
         f = torch.from_numpy(np.where((i>0)&(i<k), weights, 0)).to(like.device, like.dtype, non_blocking=True)
         for n in shape:
@@ -328,7 +329,7 @@ class RandBiasField(RandAug):
 
     def change_(self, x, r, mm): x.mul_(self.field(r, x.shape[1:], x)).clamp_(max=1)
 
-# %% ../nbs/06_augment.ipynb #12cd911e
+# %% ../nbs/06_augment.ipynb #9737f6ef
 class RandNoise(RandAug):
     "Add Rician or Gaussian noise to the brain"
     limits = dict(noise=(0,1,'of the range'), p=_p)
@@ -348,7 +349,7 @@ class RandNoise(RandAug):
         return dict(noise=self.noise*u if hit else 0., noise_seed=s)
 
     def change_(self, x, r, mm):
-        g = torch.Generator(x.device).manual_seed(int(r['noise_seed']))
+        g = torch.Generator(x.device).manual_seed(int(r['noise_seed'] or 0))
         x = x.view(-1,*x.shape[2:])
         normal = lambda y: torch.randn(y.shape, generator=g, dtype=y.dtype, device=y.device)
         for s in _slabs(len(x), x[0].numel(), x.device):
@@ -407,7 +408,7 @@ class RandBlur(RandAug):
         sh,sw = r['blur']/mm[1:]
         _weigh_(x, lambda o: _gauss(_gauss(o, sh, 2), sw, 3), slab=1)
 
-# %% ../nbs/06_augment.ipynb #4261a464
+# %% ../nbs/06_augment.ipynb #32a54eb4
 class RandThickSlices(RandAug):
     "Make slices as thick as a clinical 2D acquisition has them, then interpolate back to the grid"
     limits = dict(thick=(0,100,'mm'), p=_p)
@@ -427,7 +428,7 @@ class RandThickSlices(RandAug):
     def change_(self, x, r, mm):
         t = r['thick']/mm[0]
         if t<=1 or x.shape[1]<2: return
-        a = torch.from_numpy(_thick(x.shape[1], t, r['thick_start'])).to(x.device, x.dtype, non_blocking=True)
+        a = torch.from_numpy(_thick(x.shape[1], t, r['thick_start'] or 0.)).to(x.device, x.dtype, non_blocking=True)
         _weigh_(x, lambda o: (a@o.reshape(*o.shape[:2],-1)).view(o.shape), slab=2)
 
 # %% ../nbs/06_augment.ipynb #526a0d97
@@ -477,7 +478,7 @@ class RandEqualize(RandAug):
         lut = (_flatten_slices(n.long()) if self.over=='slice' else _flatten_brain(n.long(), D)).to(x.dtype)
         for s in slabs: x[s.start:s.stop] = lut[s.start:s.stop].gather(1, level(s))
 
-# %% ../nbs/06_augment.ipynb #a5666de5
+# %% ../nbs/06_augment.ipynb #29565b38
 class RandCutOut(RandAug):
     "Empty a box at a random place in all sequences"
     bounded = False
@@ -497,7 +498,7 @@ class RandCutOut(RandAug):
 
     def change_(self, x, r, mm):
         size = [max(1,round(n*r['cutout'])) for n in x.shape[1:]]
-        at = [round((n-k)*r[f'cutout_{a}']) for n,k,a in zip(x.shape[1:],size,'dhw')]
+        at = [round((n-k)*(r[f'cutout_{a}'] or 0.)) for n,k,a in zip(x.shape[1:],size,'dhw')]
         x[(slice(None),*(slice(i,i+k) for i,k in zip(at,size)))] = 0
 
 # %% ../nbs/06_augment.ipynb #5f77adcf
