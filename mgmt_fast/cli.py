@@ -147,14 +147,14 @@ def mgmt_weights(
     print(fetch_weights(dest, *archs.split(',')).to_string(index=False))
     return 0
 
-# %% ../nbs/90_cli.ipynb #bcfb4265
+# %% ../nbs/90_cli.ipynb #2b15f442
 @_command
 def mgmt_demo(
     dest:Path='demo', # Folder for the cohort, the store, the model and the figures
     auc:float=.95, # Best attainable AUC of the phantom; .5: the label is not in the images
     seed:int=0, # Of everything
     n:int=240, # Patients, a third of them held out
-    epochs:int=12, # Passes over the training patients
+    epochs:int=8, # Passes over the training patients
 ):
     "Phantom cohort, store, training, prediction of held-out patients, and its AUC beside the best attainable"
     start,dest,sequences = time.perf_counter(),Path(dest)/f'auc{auc:g}-seed{seed}',('FLAIR','T1wCE')

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SEQUENCES', 'MGMTError', 'unknown_name', 'check_sequences', 'Volume', 'montage', 'TensorMR', 'rng_for',
-           'seed_everything', 'make_folder', 'atomic_path', 'write_json', 'choice', 'Recipe', 'get_recipe']
+           'seed_everything', 'make_folder', 'atomic_path', 'write_json', 'track', 'choice', 'Recipe', 'get_recipe']
 
-# %% ../nbs/00_core.ipynb #c5938a7b
+# %% ../nbs/00_core.ipynb #3cf4ead2
 import difflib, json, os, tempfile, warnings, zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import nibabel as nib, numpy as np, pandas as pd, torch
 import matplotlib.pyplot as plt
 from fastcore.all import *
+from fastprogress.fastprogress import progress_bar
 with warnings.catch_warnings(): # fastai scripts two activations in a way whose end torch announces; no user can act on that
     warnings.filterwarnings('ignore', '`torch.jit.script`', FutureWarning)
     from fastai.torch_basics import TensorBase, set_seed
@@ -211,6 +212,15 @@ def write_json(
 ):
     "Write JSON atomically, with stable formatting so that equal content gives equal bytes."
     with atomic_path(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, sort_keys=True, ensure_ascii=False)+'\n', encoding='utf-8')
+
+# %% ../nbs/00_core.ipynb #5e20e6b1
+def track(
+    items, # Any iterable
+    total:int=None, # How many, where `len` does not say
+    progress:bool=True, # Show the bar? It is gone when the work is done
+): # The items
+    "A progress bar around a loop, as fastai shows it."
+    return progress_bar(items, total=total, leave=False) if progress else items
 
 # %% ../nbs/00_core.ipynb #18f82240
 _choices = {}

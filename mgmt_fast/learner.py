@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MGMTLearner', 'mgmt_learner', 'MGMTModel', 'as_model', 'save_model', 'load_model', 'predict']
 
-# %% ../nbs/11_learner.ipynb #b6875967
+# %% ../nbs/11_learner.ipynb #e4c5b972
 import json, multiprocessing, os
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -16,7 +16,6 @@ from fastai.basics import Adam, BCEWithLogitsLossFlat, DataLoaders, Learner, acc
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, TerminateOnNaNCallback, TrackerCallback
 from fastcore.all import *
-from fastprogress.fastprogress import progress_bar
 from . import __version__
 from .core import *
 from .prepare import VolumeStore, prepare_patient, worker_init
@@ -145,7 +144,7 @@ def _sample(row, sequences, recipe):
     note = '; '.join(' '.join(filter(None,(r['sequence'],r['what']))) for r in p.report)
     return (None if lack else np.stack([p.arrays[s] for s in sequences])), note
 
-# %% ../nbs/11_learner.ipynb #d4ff48e4
+# %% ../nbs/11_learner.ipynb #4ec15cad
 @torch.no_grad()
 def predict(
     model, # `Learner`, `MGMTModel`, or the path of a saved one
@@ -157,7 +156,7 @@ def predict(
     m = as_model(model)
     net,dev = m.model.eval(),next(m.model.parameters()).device
     rows = []
-    for patient,x,note in progress_bar(_samples(m, cohort, n_workers), total=len(cohort), display=progress):
+    for patient,x,note in track(_samples(m, cohort, n_workers), len(cohort), progress):
         prob = np.nan if x is None else torch.sigmoid(net(ToUnit()(TensorMR(torch.from_numpy(x)[None].to(dev))).as_subclass(torch.Tensor).float())).item()
         rows.append((patient, prob, note))
     return pd.DataFrame(rows, columns=['patient','prob','note']).astype({'patient':'string'})

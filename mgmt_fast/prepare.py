@@ -6,7 +6,7 @@
 __all__ = ['triangle_weights', 'resize', 'resample', 'PrepareError', 'foreground', 'common_box', 'to_bytes', 'prepare_patient',
            'VolumeStore', 'worker_init', 'prepare', 'check_size']
 
-# %% ../nbs/04_prepare.ipynb #0e4f810c
+# %% ../nbs/04_prepare.ipynb #f26b8375
 import hashlib, json, multiprocessing, os, signal
 from pathlib import Path
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -14,7 +14,6 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastcore.all import *
-from fastprogress.fastprogress import progress_bar
 from scipy import ndimage
 from . import __version__
 from .core import *
@@ -294,13 +293,13 @@ def spacing(
     all_mm = [np.linalg.norm(np.array(m['affine'])[:3,:3], axis=0) for m in self.meta.values() if m['affine'] is not None]
     return tuple(np.median(all_mm, axis=0).tolist())
 
-# %% ../nbs/04_prepare.ipynb #dd1221ef
+# %% ../nbs/04_prepare.ipynb #48e6cd1b
 @patch
 def verify(
     self:VolumeStore,
 ) -> pd.DataFrame: # (patient, sequence) of each volume whose bytes are not those that were written
     "Compare every volume with its hash."
-    bad = [(p,s) for p,m in progress_bar(self.meta.items()) for s,v in m['volumes'].items() if _hash(self.read(p,s))!=v['hash']]
+    bad = [(p,s) for p,m in track(self.meta.items()) for s,v in m['volumes'].items() if _hash(self.read(p,s))!=v['hash']]
     return pd.DataFrame(bad, columns=['patient','sequence'])
 
 # %% ../nbs/04_prepare.ipynb #d6cd1666
@@ -381,7 +380,7 @@ def check_size(
     if len(res)!=3 or min(res)<1: raise MGMTError(f"a size is three whole numbers D,H,W of at least 1, e.g. 64x256x256; received {size!r}")
     return res
 
-# %% ../nbs/04_prepare.ipynb #16f28c9b
+# %% ../nbs/04_prepare.ipynb #4315696d
 def _check_cohort(cohort, sequences):
     if 'patient' not in cohort or not len(cohort): raise PrepareError(f"a cohort has at least one row and a column `patient`; received {len(cohort)} rows, columns {list(cohort.columns)}")
     twice = cohort.patient[cohort.patient.duplicated()].unique()
@@ -392,12 +391,12 @@ def _run(todo, n_workers, progress, dest, sequences, recipe):
     "Results of `_write_patient` as they come, over processes"
     n = min(n_workers or os.cpu_count(), len(todo))
     if n<2:
-        for row,i in progress_bar(todo, display=progress): yield _write_patient(row, i, dest, sequences, recipe)
+        for row,i in track(todo, progress=progress): yield _write_patient(row, i, dest, sequences, recipe)
         return
     with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context('fork' if os.name=='posix' else 'spawn'), initializer=worker_init) as pool:
         jobs = [pool.submit(_write_patient, row, i, dest, sequences, recipe) for row,i in todo]
         try:
-            for job in progress_bar(as_completed(jobs), total=len(jobs), display=progress): yield job.result()
+            for job in track(as_completed(jobs), len(jobs), progress): yield job.result()
         except BrokenProcessPool as e: raise PrepareError("a worker process died, most likely for want of memory: run again with fewer workers (n_workers=1); what is done is kept") from e
         except OSError as e: raise PrepareError(f"writing to {dest} failed ({e.strerror}): is the disk full? Make room and run again; what is done is kept") from e
         finally: pool.shutdown(wait=True, cancel_futures=True)
