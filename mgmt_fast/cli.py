@@ -147,7 +147,7 @@ def mgmt_weights(
     print(fetch_weights(dest, *archs.split(',')).to_string(index=False))
     return 0
 
-# %% ../nbs/90_cli.ipynb #2b15f442
+# %% ../nbs/90_cli.ipynb #fed5587b
 @_command
 def mgmt_demo(
     dest:Path='demo', # Folder for the cohort, the store, the model and the figures
@@ -159,7 +159,7 @@ def mgmt_demo(
     "Phantom cohort, store, training, prediction of held-out patients, and its AUC beside the best attainable"
     start,dest,sequences = time.perf_counter(),Path(dest)/f'auc{auc:g}-seed{seed}',('FLAIR','T1wCE')
     make_phantom(dest/'cohort', n=n, auc=auc, seed=seed, test=1/3, slices=24, size=80, sequences=sequences)
-    recipe = get_recipe('default', size=(32,64,64), arch='resnet18', lr=1e-3, epochs=epochs)
+    recipe = get_recipe('default', size=(32,48,48), arch='resnet18', lr=1e-3, epochs=epochs, patience=epochs, plateau_patience=3)
     store = prepare(kaggle_cohort(dest/'cohort'), dest/'store', sequences, recipe=recipe)
     learn = _train(store, dest, recipe, seed=seed)
     preds = predict(dest/'model', kaggle_cohort(dest/'cohort','test'))
