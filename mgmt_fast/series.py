@@ -23,13 +23,13 @@ from .core import *
 class SeriesError(MGMTError):
     "A series that cannot be read right: what was found, in which file, what is probably wrong and what to do; never a header value that could name a patient"
 
-# %% ../nbs/01_series.ipynb #0bd648d4
+# %% ../nbs/01_series.ipynb #8edd3c00
 _NUM    = {'DS','IS','US','SS','UL','SL','FD','FL'}
 _CODE   = dict(US='u2', SS='i2', UL='u4', SL='i4', FD='f8', FL='f4')
 _NATIVE = {'1.2.840.10008.1.2','1.2.840.10008.1.2.1','1.2.840.10008.1.2.2'}
 _JPEG_2000 = {'1.2.840.10008.1.2.4.90','1.2.840.10008.1.2.4.91'}
 _PIXELS = {0x7fe00010:'', 0x7fe00008:'f4', 0x7fe00009:'f8'}
-_NAMES  = """SOPClassUID SOPInstanceUID SeriesInstanceUID Modality ImageType PatientID SeriesNumber InstanceNumber AcquisitionNumber TemporalPositionIdentifier
+_NAMES  = """SOPClassUID SOPInstanceUID SeriesInstanceUID Modality ImageType PatientID PatientName SeriesNumber InstanceNumber AcquisitionNumber TemporalPositionIdentifier
     ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness SpacingBetweenSlices Rows Columns NumberOfFrames SamplesPerPixel PhotometricInterpretation
     BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope RescaleIntercept RepetitionTime EchoTime InversionTime ContrastBolusAgent
     SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence""".split()
@@ -96,7 +96,7 @@ def _header(path, look=None):
             for o in frames: o.update(at=f.tell(), size=min(length, os.fstat(f.fileno()).st_size-f.tell()), float=_PIXELS[tag])
     return frames
 
-# %% ../nbs/01_series.ipynb #db2f56ff
+# %% ../nbs/01_series.ipynb #559708d2
 _SUFFIXES = {'.dcm','.dicom','.ima'}
 
 def _uid_name(uid): return UID_dictionary.get(uid, ('private',))[0]
@@ -112,7 +112,7 @@ def _is_text(p):
 
 def _scan(path, look=None):
     "Frames of all DICOM images in the folder or file `path`; sub-folders are not entered"
-    try: files = [path/o.name for o in sorted(os.scandir(path), key=lambda o: o.name) if not o.name.startswith('.') and not o.is_dir()] if path.is_dir() else [path]
+    try: files = [path/o.name for o in sorted(os.scandir(path), key=lambda o: o.name) if not o.name.startswith('.') and not (o.is_dir(follow_symlinks=False) or o.is_symlink() and os.path.isdir(o.path))] if path.is_dir() else [path]
     except OSError as e: raise SeriesError(f"the folder cannot be listed ({e.strerror}): check its permissions") from None
     res,odd = [],[]
     with warnings.catch_warnings():
@@ -132,9 +132,9 @@ def _scan(path, look=None):
             raise SeriesError(f"file {p.name!r} is named like a slice but is no DICOM file ({p.stat().st_size} bytes): cut short or overwritten? Copy it again, or move it away if it does not belong to the series")
     return res
 
-# %% ../nbs/01_series.ipynb #159099d3
+# %% ../nbs/01_series.ipynb #60293980
 def _well_placed(f):
-    return all(f[k] is not None and len(f[k])==n and np.isfinite(f[k]).all() for k,n in dict(ImagePositionPatient=3, ImageOrientationPatient=6).items())
+    return all(f[k] is not None and len(f[k])==n and all(abs(o)<1e5 for o in f[k]) for k,n in dict(ImagePositionPatient=3, ImageOrientationPatient=6).items())
 
 def _take_apart(stack):
     "Stacks in which no place repeats, where the headers tell how"
@@ -371,7 +371,7 @@ def _read_nifti(path, index):
     x = _finite(_fit(np.array(x.transpose(axes), order='C')))
     return Volume(torch.from_numpy(x), affine=img.affine[:,[*axes,3]])
 
-# %% ../nbs/01_series.ipynb #4b79aae5
+# %% ../nbs/01_series.ipynb #1adab235
 def _is_nifti(path): return path.name.lower().endswith(('.nii','.nii.gz'))
 
 def _find(path, look=None):
@@ -386,7 +386,8 @@ def _find(path, look=None):
     if len(niftis)==1: return niftis[0]
     if niftis: raise SeriesError(f"{len(niftis)} NIfTI files here: give the path of one of them")
     if not frames: raise SeriesError("no DICOM image here: give the folder that holds the slices themselves, or a NIfTI file")
-    if len({f['PatientID'] for f in frames if f['PatientID']})>1: raise SeriesError("slices of more than one patient in one folder: a mix-up; find out whose they are before anything else")
+    ids,names = ({f[k] for f in frames if f[k]} for k in ('PatientID','PatientName'))
+    if len(ids)>1 or not ids and len(names)>1: raise SeriesError("slices of more than one patient in one folder: a mix-up; find out whose they are before anything else")
     return _stacks(frames)
 
 def _describe(found):
@@ -442,7 +443,12 @@ def read_volume(
     try: return _load(_find(path), index)
     except SeriesError as e: raise SeriesError(f"{path}: {e}") from None
 
-# %% ../nbs/01_series.ipynb #aae4f93e
+# %% ../nbs/01_series.ipynb #18a194c1
+def _air(x):
+    "The most common value of `x` that is no brighter than its mean, and how often it comes"
+    values,n = np.unique(x[x<=max(x.mean(), x.min())], return_counts=True)
+    return values[n.argmax()],n.max()
+
 def _rays(n=400):
     "Directions evenly spread over the upper half of the sphere, (n,3)"
     z = 1-(np.arange(n)+.5)/n
@@ -451,7 +457,8 @@ def _rays(n=400):
 
 def _dark_band(vol, x, air, bright):
     "Share of the rays that meet a dark band 2 to 24 mm below the surface, between a bright rim and a bright core"
-    at = vol.world(np.argwhere(x>bright))
+    at = vol[::2,::2,::2].world(np.argwhere(x[::2,::2,::2]>bright))
+    if not len(at): return 0.
     top = np.percentile(at[:,2], 99.5)
     level = at[(at[:,2]<top-40)&(at[:,2]>top-90)]
     lo,hi = np.percentile(level if len(level) else at, [2,98], axis=0)
@@ -466,18 +473,17 @@ def _dark_band(vol, x, air, bright):
         if not np.isnan(np.r_[rim,band,core]).any(): res.append(band.min()<.4*min(rim.max(), np.median(core)))
     return np.mean(res) if len(res)>50 else 0.
 
-# %% ../nbs/01_series.ipynb #14e2edc3
+# %% ../nbs/01_series.ipynb #48abe961
 def has_skull(
     vol:Volume, # (D,H,W) head or brain, any plane
 ) -> bool: # `False` if skull-stripped, `None` if nothing can be told: one value, or a map of labels
     "Is this a head as scanned, and not a brain that was skull-stripped?"
     vol = vol[tuple(slice(None, None, max(1, int(2/s))) for s in vol.spacing)]
     x = vol.numpy().astype(np.float32)
-    values,n = np.unique(x, return_counts=True)
-    air = values[n.argmax()]
-    if not (x>air).any() or len(values)<16: return None
+    air,n = _air(x)
+    if not (x>air).any() or len(np.unique(x[::2,::2,::2]))<16: return None
     bright = air+.2*(np.percentile(x[x>air], 95)-air)
-    noise = 1-n.max()/(np.abs(x-air)<=bright-air).sum()
+    noise = 1-n/(np.abs(x-air)<=bright-air).sum()
     return bool(noise>.3 or _dark_band(vol, x, air, bright)>.12)
 
 # %% ../nbs/01_series.ipynb #b48985f5
@@ -541,24 +547,24 @@ class _Identifiers:
         return len(v.strip('0^x -_.'))>1 and v not in self.known and not v.startswith(('anon','none','unknown','unspecified','deidentified','de-identified','removed','n/a','na^'))
     def __call__(self, ds): return {kind for t,kind in self.kinds.items() if t in ds and self._tells(ds.get_item(t))}
 
-# %% ../nbs/01_series.ipynb #3c2747aa
+# %% ../nbs/01_series.ipynb #280d682a
 def _audit_pixels(vol):
     "Facts, findings and notes from the intensities of `vol`"
     x = vol.numpy()
-    lo,hi = x.min().item(),x.max().item()
+    low,high = x.min((1,2)),x.max((1,2))
+    lo,hi,blank = low.min().item(),high.max().item(),low==high
     facts,bad,note = dict(min=lo, max=hi, blank=len(x), near_blank=0, clipped=0.),[],[]
     if lo==hi: return facts,[f'all voxels are {lo:g}'],note
-    air = np.bincount((x[::4,::4,::4]-lo).clip(0,2**16).astype(int).ravel()).argmax()+lo if x.dtype.kind!='f' else np.median(x[:,[0,0,-1,-1],[0,-1,0,-1]])
-    usual = np.percentile(x[::4,::4,::4], 99)
-    blank = (x==x[:,:1,:1]).all((1,2))
-    faint = ((x>air+.05*(usual-air)).mean((1,2))<.01) & ~blank
-    full = np.flatnonzero(~blank)
-    tissue,top = (x>air+.05*(usual-air)).sum(),(x==hi).sum()
-    facts.update(blank=int(blank.sum()), near_blank=int(faint.sum()), clipped=float(top/max(tissue,1)), skull=has_skull(vol))
+    some = x[:,::4,::4]
+    air,usual = float(_air(some)[0]),np.percentile(some, 99)
+    tissue = np.array([np.count_nonzero(o>air+.05*(usual-air)) for o in x])
+    top = sum(np.count_nonzero(o==hi) for o in x)
+    faint,full = (tissue<.01*x[0].size)&~blank,np.flatnonzero(~blank)
+    facts.update(blank=int(blank.sum()), near_blank=int(faint.sum()), clipped=float(top/max(tissue.sum(),1)), skull=has_skull(vol))
     inside = int(blank[full[0]:full[-1]+1].sum())
     if inside: bad.append(f"{inside} blank slice{'s'*(inside>1)} inside the stack")
     if ends := int(blank.sum())-inside: note.append(f"{ends} blank slice{'s'*(ends>1)} at the ends")
-    if top>20 and facts['clipped']>.002 and len(np.unique(x[::4,::4,::4]))>16: bad.append(f"{facts['clipped']:.1%} of the tissue clipped at {hi:g}")
+    if top>20 and facts['clipped']>.002 and len(np.unique(some))>16: bad.append(f"{facts['clipped']:.1%} of the tissue clipped at {hi:g}")
     if lo<0: note.append('negative intensities')
     if facts['skull']: note.append('not skull-stripped')
     return facts,bad,note

@@ -199,6 +199,7 @@ BAD = { # name: (what is done to a good series, what the error must say)
     'mixed sizes':                 (lambda p: replace_slice(p, np.zeros((9,6), np.int16)), 'Rows differs among the slices'),
     'mixed spacing':               (lambda p: edit(p, PixelSpacing=[2,2]), 'PixelSpacing differs among the slices'),
     'two patients':                (lambda p: edit(p, PatientID='SECRET'), 'more than one patient'),
+    'two names, no ids':           (lambda p: [edit(p, n, PatientID='', PatientName=f'SECRET{n}') for n in range(1,6)], 'more than one patient'),
     'a missing slice':             (lambda p: (p/'Image-3.dcm').unlink(), "10.00 mm between files 'Image-2.dcm' and 'Image-4.dcm' where 5.00 mm is usual"),
     'uneven steps':                (lambda p: edit(p, ImagePositionPatient=[30,40,18.5]), 'not evenly spaced'),
     'a shifted slice':             (lambda p: edit(p, ImagePositionPatient=[35,40,17]), 'not evenly spaced'),
