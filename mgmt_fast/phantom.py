@@ -87,8 +87,8 @@ def read_side_table(
     if not p.exists(): raise MGMTError(f"{p} does not exist: is {path} a finished phantom?")
     return pd.read_csv(p, dtype=dict(patient=str))
 
-# %% ../nbs/03_phantom.ipynb #147a5645
-_extent = (120,106,90) # half the size of the box that noise fills, along z, y, x; mm
+# %% ../nbs/03_phantom.ipynb #de27d60b
+_extent = (120,118,100) # half the size of the box that noise fills, along z, y, x; mm
 
 def _bspline(t):
     t = np.abs(t)
@@ -174,11 +174,11 @@ def _shell(g, depth):
     parts = [depth+13, _ellipsoid(half, (0,0,2), (77,95,70)), _capsules(g, [(0,-22,-45,56),(0,-28,-130,54)]), _ellipsoid(half, (0,42,-52), (58,54,48))]
     return reduce(np.maximum, parts),3.2-np.abs(depth+5.2),_ellipsoid(half, (30,74,-38), (12,12,12))
 
-# %% ../nbs/03_phantom.ipynb #5e5988aa
+# %% ../nbs/03_phantom.ipynb #200fcd6b
 def _anatomy(p, seed, skull=False, mm=1.5):
     "Shares of tissues (name -> (Z,Y,X)), tumour labels, brain, and the grid's axes"
     rng = rng_for(seed, 'phantom', p.patient, 'anatomy')
-    box = ((-120,84),(-106,106),(-90,90)) if skull else ((-72,69),(-96,96),(-78,78))
+    box = ((-120,88),(-118,118),(-100,100)) if skull else ((-72,69),(-96,96),(-78,78))
     axes = [np.arange(lo, hi+mm, mm, dtype=np.float32) for lo,hi in box]
     g,away = _coordinates(p, axes, rng)
     depth,cerebrum = _brain(g)

@@ -179,12 +179,23 @@ def test_nothing_is_overwritten(tmp_path):
     assert digest(tmp_path/'y')==before
 
 
-@pytest.mark.skipif(os.name!='posix' or os.geteuid()==0, reason='needs a user to whom a folder can be closed')
-def test_read_only_destination(tmp_path):
-    tmp_path.chmod(0o555)
-    try:
-        with pytest.raises(MGMTError, match='read-only'): make_phantom(tmp_path/'x', n=4, **SMALL)
-    finally: tmp_path.chmod(0o755)
+def test_destination_that_cannot_be_written(tmp_path):
+    (tmp_path/'file').write_text('')
+    with pytest.raises(MGMTError, match='read-only or full'): make_phantom(tmp_path/'file'/'x', n=4, **SMALL)
+
+
+@pytest.mark.skipif(os.name!='posix', reason='limits the size of files, which POSIX systems can')
+@pytest.mark.parametrize('n_workers', [2])
+def test_full_disk_is_one_clear_error(tmp_path, n_workers):
+    code = f"""import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1500,1500))
+from mgmt_fast.core import MGMTError
+from mgmt_fast.phantom import make_phantom
+try: make_phantom({str(tmp_path/'x')!r}, n=3, slices=6, size=32, n_workers={n_workers}, progress=False)
+except MGMTError as e: print('refused:', e)"""
+    out = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True)
+    assert 'refused: writing patient' in out.stdout and 'is the disk full' in out.stdout, out.stderr
+    assert not list((tmp_path/'x').glob('t*/*/*')) and not list((tmp_path/'x').glob('.patient-*')) and not (tmp_path/'x/phantom.csv').exists()
 
 
 def test_a_sample_of_one_class_has_no_bound():
