@@ -23,12 +23,11 @@ from .core import *
 class SeriesError(MGMTError):
     "A series that cannot be read right: what was found, in which file, what is probably wrong and what to do; never a header value that could name a patient"
 
-# %% ../nbs/01_series.ipynb #8edd3c00
+# %% ../nbs/01_series.ipynb #2be91f91
 _NUM    = {'DS','IS','US','SS','UL','SL','FD','FL'}
 _CODE   = dict(US='u2', SS='i2', UL='u4', SL='i4', FD='f8', FL='f4')
 _NATIVE = {'1.2.840.10008.1.2','1.2.840.10008.1.2.1','1.2.840.10008.1.2.2'}
 _JPEG_2000 = {'1.2.840.10008.1.2.4.90','1.2.840.10008.1.2.4.91'}
-_PIXELS = {0x7fe00010:'', 0x7fe00008:'f4', 0x7fe00009:'f8'}
 _NAMES  = """SOPClassUID SOPInstanceUID SeriesInstanceUID Modality ImageType PatientID PatientName SeriesNumber InstanceNumber AcquisitionNumber TemporalPositionIdentifier
     ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness SpacingBetweenSlices Rows Columns NumberOfFrames SamplesPerPixel PhotometricInterpretation
     BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope RescaleIntercept RepetitionTime EchoTime InversionTime ContrastBolusAgent
@@ -72,7 +71,7 @@ def _frames(h):
                 if v is not None: res[-1][_ALIAS.get(k,k)] = v
     return res
 
-# %% ../nbs/01_series.ipynb #200c3dbb
+# %% ../nbs/01_series.ipynb #67a612b0
 def _header(path, look=None):
     "Frames of file `path`, `None` if it is no DICOM file; `at` and `size` (bytes) are where pixels lie that need no decoder; `look` takes from a header what only an audit asks for"
     with open(path, 'rb') as f:
@@ -83,17 +82,16 @@ def _header(path, look=None):
             ds = pydicom.dcmread(f, specific_tags=[*(_KNOWN[k][0] for k in _NAMES), *(look.tags if look else ())], stop_before_pixels=True, force=True)
             h = {k: _value(ds, k) for k in _NAMES}
             (implicit,little),uid = ds.original_encoding,ds.file_meta.get('TransferSyntaxUID')
-            h.update(path=path, little=little, syntax=str(uid) if uid else '1.2.840.10008.1.2', at=None, size=0, float='', looked=look and look(ds))
+            h.update(path=path, little=little, syntax=str(uid) if uid else '1.2.840.10008.1.2', at=None, size=0, looked=look and look(ds))
             h['native'] = h['syntax'] in _NATIVE and (little or h['BitsAllocated']!=(8,))
             frames = _frames(h)
         except SeriesError as e: raise SeriesError(f"file {path.name!r}: {e}") from None
         except Exception as e: raise SeriesError(f"file {path.name!r} is DICOM but its header cannot be read ({type(e).__name__}): damaged or cut short; export it again") from None
         end = 'little' if little else 'big'
-        tag = f.read(4) if h['native'] else b''
-        tag = int.from_bytes(tag[:2], end)<<16|int.from_bytes(tag[2:], end)
-        length = int.from_bytes(f.read(4 if implicit else 8)[-4:], end)
-        if tag in _PIXELS and length<2**32-1:
-            for o in frames: o.update(at=f.tell(), size=min(length, os.fstat(f.fileno()).st_size-f.tell()), float=_PIXELS[tag])
+        if h['native'] and f.read(4)==(b'\xe0\x7f\x10\0' if little else b'\x7f\xe0\0\x10'):
+            length = int.from_bytes(f.read(4 if implicit else 8)[-4:], end)
+            if length<2**32-1:
+                for o in frames: o.update(at=f.tell(), size=min(length, os.fstat(f.fileno()).st_size-f.tell()))
     return frames
 
 # %% ../nbs/01_series.ipynb #559708d2
@@ -224,7 +222,7 @@ def _fit(x):
     small = x.dtype==np.uint16 or -2**31<=x.min(initial=0) and x.max(initial=0)<2**31
     return x.astype(np.int32 if small else np.int64, copy=False)
 
-# %% ../nbs/01_series.ipynb #d1ac402f
+# %% ../nbs/01_series.ipynb #f77d58ee
 def _stored(x, f, alloc):
     "Bring the integers `x` (H,W) of frame `f` to their stored bits, in place"
     bits = int((f['BitsStored'] or (alloc,))[0])
@@ -247,7 +245,7 @@ def _stream_says(raw):
     n = lambda at,size=2: int.from_bytes(raw[at:at+size], 'big')
     if raw[:4]==b'\xff\x4f\xff\x51': return (raw[42]&127)+1,n(12,4)-n(20,4),n(8,4)-n(16,4),n(40)
     at = 2
-    while raw[at]==0xff:
+    while raw[at]==0xff: # segment after segment, up to the start of a frame
         if raw[at+1] in {*range(0xc0,0xd0),0xf7}-{0xc4,0xc8,0xcc}: return raw[at+4],n(at+5),n(at+7),raw[at+9]
         at += 2+n(at+2)
     raise ValueError('no frame header')
@@ -308,14 +306,15 @@ def _apart(work, seconds):
         os.close(tell); os.close(says)
     if status!=0: raise SeriesError(said or f"pixel data cannot be decoded: the decoder {'took too long' if status is None else 'died'}, so a compressed stream is damaged; copy the series again")
 
-# %% ../nbs/01_series.ipynb #03695d0b
+# %% ../nbs/01_series.ipynb #42f49b06
 def _pixels(stack):
     "Intensities (D,H,W) of an ordered stack"
     for f in stack: _check_grey(f)
     shape = tuple(_int(stack, k, 'the pixels have no shape') for k in ('Rows','Columns'))
     alloc,signed = _int(stack, 'BitsAllocated', 'the pixels have no type'),_int(stack, 'PixelRepresentation', 'the pixels have no sign')
     if alloc not in (8,16,32,64) or not 0<min(shape)<=max(shape)<=8192: raise SeriesError(f"{shape[0]} rows and {shape[1]} columns of {alloc} bits are no MR image: a damaged header, or another kind of object; export the series again")
-    dtype = np.dtype(('<' if stack[0]['little'] else '>') + (stack[0]['float'] or f"{'ui'[signed==1]}{alloc//8}"))
+    little = stack[0]['little']
+    dtype = np.dtype(f"{'<' if little else '>'}{'ui'[signed==1]}{alloc//8}")
     for f in stack: _check_size(f, shape, dtype)
     scale = _rescale(stack)
     same = (scale==(1,0)).all()
@@ -328,7 +327,8 @@ def _pixels(stack):
             x = out[i] if same else np.empty(shape, dtype)
             if coded is None: _read(stack[i], x)
             else: x[:] = coded[stack[i]['frame']]
-            if not f['float']: _stored(x, stack[i], alloc)
+            if f['native'] and f['little']!=little: x.byteswap(inplace=True)
+            _stored(x, stack[i], alloc)
             if not same: out[i] = x*scale[i,0]+scale[i,1]
     def work():
         for o in groupby(range(len(stack)), lambda i: stack[i]['path']).values(): fill(o)
@@ -371,18 +371,18 @@ def _read_nifti(path, index):
     x = _finite(_fit(np.array(x.transpose(axes), order='C')))
     return Volume(torch.from_numpy(x), affine=img.affine[:,[*axes,3]])
 
-# %% ../nbs/01_series.ipynb #1adab235
+# %% ../nbs/01_series.ipynb #018bde64
 def _is_nifti(path): return path.name.lower().endswith(('.nii','.nii.gz'))
 
 def _find(path, look=None):
     "Stacks at `path`, or the one NIfTI file there"
     path = Path(path)
-    if not path.exists(): raise SeriesError("there is no such file or folder: a misspelt path, or a link that leads nowhere?")
+    if not os.path.exists(path): raise SeriesError("there is no such file or folder, or it may not be seen: a misspelt path, or a link that leads nowhere?")
     if not path.is_dir() and not path.is_file(): raise SeriesError("this is neither a file nor a folder")
     if _is_nifti(path) and path.is_file(): return path
     frames = _scan(path, look)
     if any('MOSAIC' in (f['ImageType'] or '') for f in frames): raise SeriesError("a mosaic: the slices of a volume tiled into one image, their places in a private header; convert the series with dcm2niix and read the NIfTI")
-    niftis = [o for o in path.iterdir() if _is_nifti(o)] if path.is_dir() and not frames else []
+    niftis = [o for o in path.iterdir() if _is_nifti(o) and not o.name.startswith('.')] if path.is_dir() and not frames else []
     if len(niftis)==1: return niftis[0]
     if niftis: raise SeriesError(f"{len(niftis)} NIfTI files here: give the path of one of them")
     if not frames: raise SeriesError("no DICOM image here: give the folder that holds the slices themselves, or a NIfTI file")

@@ -72,6 +72,14 @@ def test_nifti_scaling_and_time_points(tmp_path):
     for t in (0,1): assert np.array_equal(read_volume(p, index=t).numpy(), 2.*(ramp().transpose(0,2,1)+t)-1)
 
 
+def test_codings_may_change_within_a_series(tmp_path):
+    x = np.random.default_rng(0).integers(0, 4096, (len(CODINGS),32,32)).astype(np.uint16)
+    for first in (0,3):
+        (dest:=tmp_path/str(first)).mkdir()
+        for n,(ds,coding) in enumerate(zip(datasets(x, AXIAL), np.roll(CODINGS, first))): (dest/f'{n}.dcm').write_bytes(as_bytes(ds, coding))
+        assert np.array_equal(read_volume(dest).numpy(), x)
+
+
 def test_types(series):
     x = ramp(dtype=np.uint16); x[0,0,0] = 65535
     assert str(read_volume(series(x)).dtype)=='torch.int32'
@@ -207,6 +215,7 @@ BAD = { # name: (what is done to a good series, what the error must say)
     'all slices twice':            (lambda p: [shutil.copy(f, p/f'copy-{f.name}') for f in list(p.iterdir())], 'lie at one place'),
     'two slices':                  (lambda p: [(p/f'Image-{n}.dcm').unlink() for n in (3,4,5)], '3 slices or more'),
     'RGB secondary capture':       (lambda p: replace_slice(p, np.zeros((7,18), np.uint8), Columns=6, SamplesPerPixel=3, PhotometricInterpretation='RGB', PlanarConfiguration=0), 'holds colours'),
+    'header and stream differ':    (lambda p: reshaped(p), 'cannot be decoded'),
     'a mosaic':                    (lambda p: [edit(p, n, ImageType=['ORIGINAL','PRIMARY','M','MOSAIC']) for n in range(1,6)], 'a mosaic'),
     'slope zero':                  (lambda p: edit(p, RescaleSlope=0, RescaleIntercept=1), 'RescaleSlope'),
     'impossible bits':             (lambda p: edit(p, BitsStored=17), 'claims 17 bits'),
@@ -226,6 +235,13 @@ def raw_edit(path, n, old, new):
     p = path/f'Image-{n}.dcm'
     raw = p.read_bytes(); assert raw.count(old)==1 and len(old)==len(new)
     p.write_bytes(raw.replace(old, new))
+
+
+def reshaped(path):
+    "Slices whose compressed streams are 32 x 48 while their headers say 48 x 32"
+    for n,ds in enumerate(datasets(np.zeros((5,32,48),np.int16), AXIAL)):
+        ds.compress(CODED['jpeg_2000']); ds.Rows,ds.Columns = 48,32
+        ds.save_as(path/f'Image-{n+1}.dcm')
 
 
 def replace_slice(path, x, **elements):
