@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['thumbnail', 'audit_cohort', 'write_sheet', 'audit']
 
-# %% ../nbs/17_audit.ipynb #1cfefc66
+# %% ../nbs/17_audit.ipynb #f00825c0
 import base64, contextlib, hashlib, html, io, multiprocessing, os, re
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np, pandas as pd, torch
 from fastcore.all import *
-from fastprogress.fastprogress import progress_bar
 from PIL import Image
 
 from . import __version__
@@ -39,7 +38,7 @@ def thumbnail(
     size = max(1, min(round(height*aspect), 4*height)),height
     return np.concatenate([np.asarray(Image.fromarray(o).resize(size, Image.Resampling.BOX)) for o in x], 1)
 
-# %% ../nbs/17_audit.ipynb #d325161c
+# %% ../nbs/17_audit.ipynb #510d3a53
 def _one(job):
     "Audit one series in a worker: its row, its grid and its picture"
     patient,sequence,path = job
@@ -52,10 +51,9 @@ def _one(job):
 
 def _run(jobs, n_workers, progress):
     n = min(os.cpu_count() if n_workers is None else n_workers, len(jobs))
-    bar = partial(progress_bar, total=len(jobs)) if progress else noop
-    if n<2: return [_one(o) for o in bar(jobs)]
+    if n<2: return [_one(o) for o in track(jobs, len(jobs), progress)]
     with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context('fork' if os.name=='posix' else 'spawn')) as pool:
-        try: return list(bar(pool.map(_one, jobs)))
+        try: return list(track(pool.map(_one, jobs), len(jobs), progress))
         finally: pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../nbs/17_audit.ipynb #c985dcfc
