@@ -6,13 +6,13 @@
 __all__ = ['RandAug', 'RandAffine', 'RandLighting', 'RandBiasField', 'RandNoise', 'RandBlur', 'RandThickSlices', 'RandEqualize',
            'RandCutOut', 'ComposeAugs', 'mgmt_augs', 'tta_views', 'tta']
 
-# %% ../nbs/06_augment.ipynb #0489eb1d
+# %% ../nbs/06_augment.ipynb #e0ec77c8
 import inspect, itertools, math
 
 from .core import *
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
-from fastcore.all import store_attr, listify, first
+from fastcore.all import NS, store_attr, listify, first
 from fasttransform import ItemTransform
 
 # %% ../nbs/06_augment.ipynb #aefbc24a
@@ -165,7 +165,7 @@ def _matrix(r, shape, mm, in_plane):
     centre = (n-1)/2
     return m, centre-m@centre+(back@place-shift/size)/mm
 
-# %% ../nbs/06_augment.ipynb #2ee49ad0
+# %% ../nbs/06_augment.ipynb #6df9619f
 def _grid(m, b, sizes, axes, like):
     "Normalised coordinates `(*axes, k)`, last axis first as `grid_sample` wants, of `m@(voxel along axes)+b`"
     k = len(sizes)
@@ -178,7 +178,7 @@ def _grid(m, b, sizes, axes, like):
 
 def _slabs(n, voxels, device, temps=1):
     "Ranges over n slices of some voxels each: small beside the volume, and within a CPU's cache"
-    k = max(1, (2**20 if device.type=='cpu' else 2**22)//temps//voxels)
+    k = max(1, (2**21 if device.type=='cpu' else 2**22)//temps//voxels)
     return [range(i,min(i+k,n)) for i in range(0,n,k)]
 
 def _groups(n, device): return math.gcd(n, torch.get_num_threads() if device.type=='cpu' else 8)
@@ -195,7 +195,7 @@ def _resample2d(src, out, m, b, outside):
 def _resample3d(src, out, m, b, outside):
     C,D,H,W = src.shape
     k = _groups(D, src.device)
-    n = max(1, D//k//8)
+    n = max(1, D//k//12)
     for i in range(0, D//k, n):
         part = range(i, min(i+n,D//k))
         grid = torch.stack([_grid(m, b, (D,H,W), (range(j*D//k+part.start,j*D//k+part.stop),range(H),range(W)), src) for j in range(k)])
@@ -265,7 +265,7 @@ def _means(x, over):
 
 def _bits(rng): return int(rng.integers(2**31))
 
-# %% ../nbs/06_augment.ipynb #5ef9e97c
+# %% ../nbs/06_augment.ipynb #8c1011c8
 class RandLighting(RandAug):
     "Contrast about the mean, brightness, gamma"
     limits = dict(contrast=(0,1,'as a fraction'), brightness=(0,1,'as a fraction'), gamma=(0,3,'of log gamma'), p=_p)
@@ -294,7 +294,7 @@ class RandLighting(RandAug):
         for s in _slabs(len(x), x[0].numel(), x.device):
             y = x[s.start:s.stop]
             brain = y.sign() if self.over=='brain' else None
-            y.mul_(c*b).add_(add[s.start:s.stop]).clamp_(0 if brain is None else _least, 1)
+            torch.add(add[s.start:s.stop], y, alpha=c*b, out=y).clamp_(0 if brain is None else _least, 1)
             if r['gamma']!=1: y.pow_(r['gamma'])
             if brain is not None: y.mul_(brain)
 
@@ -329,7 +329,7 @@ class RandBiasField(RandAug):
 
     def change_(self, x, r, mm): x.mul_(self.field(r, x.shape[1:], x)).clamp_(max=1)
 
-# %% ../nbs/06_augment.ipynb #9737f6ef
+# %% ../nbs/06_augment.ipynb #4a37096a
 class RandNoise(RandAug):
     "Add Rician or Gaussian noise to the brain"
     limits = dict(noise=(0,1,'of the range'), p=_p)
@@ -352,17 +352,17 @@ class RandNoise(RandAug):
         g = torch.Generator(x.device).manual_seed(int(r['noise_seed'] or 0))
         x = x.view(-1,*x.shape[2:])
         normal = lambda y: torch.randn(y.shape, generator=g, dtype=y.dtype, device=y.device)
-        for s in _slabs(len(x), x[0].numel(), x.device):
+        for s in _slabs(len(x), x[0].numel(), x.device, temps=2):
             y = x[s.start:s.stop]
             brain = y.sign()
             y.add_(normal(y), alpha=r['noise'])
             if self.kind=='rician': y.copy_(y.hypot(normal(y).mul_(r['noise'])))
             y.clamp_(_least,1).mul_(brain)
 
-# %% ../nbs/06_augment.ipynb #916f3262
+# %% ../nbs/06_augment.ipynb #77667012
 def _weigh_(x, weigh, slab):
     "Average brain with brain by a linear `weigh`, in place, slab by slab along an axis that it does not mix"
-    for s in _slabs(x.shape[slab], x.numel()//x.shape[slab], x.device, temps=2):
+    for s in _slabs(x.shape[slab], x.numel()//x.shape[slab], x.device, temps=4):
         part = x.narrow(slab, s.start, len(s))
         brain = part.sign()
         part.copy_(weigh(part).div_(weigh(brain).clamp_min_(1e-6)).clamp_(_least,1).mul_(brain))
@@ -451,7 +451,7 @@ def _flatten_brain(n, depth):
     one = n.amax(1,keepdim=True)==total
     return torch.where(one, torch.arange(256, device=n.device), lut).repeat_interleave(depth, 0, output_size=len(n)*depth)/255
 
-# %% ../nbs/06_augment.ipynb #430227b4
+# %% ../nbs/06_augment.ipynb #2a103bf8
 class RandEqualize(RandAug):
     "Equalise the histogram, of 256 levels as the store has them; an image of a single level stays"
     limits = dict(p=_p)
@@ -470,7 +470,7 @@ class RandEqualize(RandAug):
     def change_(self, x, r, mm):
         D = x.shape[1]
         x = x.view(-1,x[0,0].numel())
-        slabs = _slabs(len(x), x.shape[1], x.device, temps=2)
+        slabs = _slabs(len(x), x.shape[1], x.device, temps=4)
         level = lambda s: (x[s.start:s.stop]*255+.5).to(torch.int32).to(torch.int64)
         n = torch.zeros(len(x), 256, dtype=torch.int32, device=x.device)
         unit = torch.ones((), dtype=torch.int32, device=x.device)
@@ -524,14 +524,14 @@ class ComposeAugs(RandAug):
         if src is not out: out.copy_(src)
     def __repr__(self): return f"ComposeAugs({', '.join(map(repr,self.parts))})"
 
-# %% ../nbs/06_augment.ipynb #a4c2d42c
+# %% ../nbs/06_augment.ipynb #8d0da8be
 def mgmt_augs(
     recipe='default', # Name of a recipe, or a `Recipe` with choices overridden
     seed:int=0, # Of all draws: the same seed draws the same in the same order
     spacing=None, # mm along D, H and W, (3,) or (B,3); without it `x.spacing`, or a brain of usual size that fills the box
 ) -> list: # fastai batch transforms, for `batch_tfms` or `after_batch`: a single `ComposeAugs`, or none at all
     "The augmentation of a recipe. Raises `MGMTError` that names a magnitude out of range."
-    r = get_recipe(recipe)
+    r = NS(**get_recipe(recipe).room('augment'))
     parts = [RandEqualize(r.equalize_p, r.equalize_over),
         RandAffine(r.flip, r.rotation, r.shift, r.shift_fraction, r.zoom, r.crop_resize, r.in_plane, r.use_spacing, r.outside),
         RandThickSlices(r.thick_slices, r.thick_slices_p),
@@ -543,12 +543,12 @@ def mgmt_augs(
     parts = [p for p in parts if p.ever()]
     return [ComposeAugs(parts, seed, spacing)] if parts else []
 
-# %% ../nbs/06_augment.ipynb #b69b012c
+# %% ../nbs/06_augment.ipynb #1b6e5739
 def tta_views(
     recipe='default', # Name of a recipe, or a `Recipe`; decides `tta_flip` and `tta_shift`
 ) -> pd.DataFrame: # A row a view, parameters of `RandAffine`; the first is the volume as it is
     "The views of test-time augmentation: as it is and mirrored, each unmoved and shifted along H and W."
-    r = get_recipe(recipe)
+    r = NS(**get_recipe(recipe).room('augment'))
     RandAffine(flip=r.tta_flip, shift=r.tta_shift)
     flips = [{}]+[{f'flip_{a}': 1} for a in r.tta_flip]
     shifts = [{}]+[{f'shift_{a}': k*r.tta_shift} for a in 'hw' for k in (-1,1) if r.tta_shift]
