@@ -6,7 +6,7 @@
 __all__ = ['Standardize', 'Body', 'Head', 'Backbone', 'read_weights', 'mgmt_weights', 'freeze_body', 'create_backbone',
            'list_backbones']
 
-# %% ../nbs/08_backbones.ipynb #63343045
+# %% ../nbs/08_backbones.ipynb #71c590ef
 import copy, functools, math, pickle, socket, urllib.parse, urllib.request, warnings
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastcore.all import *
 from .core import *
 from .inflate import *
-from .inflate import _check_report, _known_blocks, _GlobalPool3d
+from .inflate import ChannelsInside, _check_report, _known_blocks, _GlobalPool3d
 
 # %% ../nbs/08_backbones.ipynb #a42d6613
 _archs = {**{o:o for o in ('efficientnet_b0','efficientnet_b1','efficientnet_b2','efficientnet_b3')},
@@ -77,7 +77,7 @@ class Standardize(nn.Module):
     def forward(self, x): return (x-self.mean)/self.std
     def extra_repr(self): return f"mean={self.mean:.3f}, std={self.std:.3f}"
 
-# %% ../nbs/08_backbones.ipynb #fa7a398c
+# %% ../nbs/08_backbones.ipynb #ecdd6dac
 class Body(nn.Module):
     "A 3D network up to its features: (B,C,D,H,W) to (B,F,d,h,w), channels innermost in memory"
     def __init__(self, net, in_chans, num_features, depth_stride, arch='', adapter=None):
@@ -89,7 +89,7 @@ class Body(nn.Module):
         if x.ndim!=5 or x.shape[1]!=self.in_chans: raise MGMTError(f"{self.arch} takes batches (B,{self.in_chans},D,H,W); received shape {tuple(x.shape)}: another number of sequences, or no batch axis?")
         if x.shape[2]<self.depth_stride: raise MGMTError(f"{self.arch} divides the depth by {self.depth_stride}, so D must be {self.depth_stride} or more; received D={x.shape[2]}: give more slices, or anisotropic=n to halve the depth n times less")
         x = self.adapter(x.contiguous(memory_format=torch.channels_last_3d))
-        return self.net.forward_features(x) if hasattr(self.net, 'forward_features') else self.net(x)
+        return ChannelsInside.apply(self.net.forward_features(x) if hasattr(self.net, 'forward_features') else self.net(x))
 
 # %% ../nbs/08_backbones.ipynb #59e68b2b
 class Head(nn.Sequential):

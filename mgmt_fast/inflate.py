@@ -41,21 +41,24 @@ def _profile(depth, mode):
     p = torch.full((depth,), 1/depth)
     return p if mode!='centre' else torch.zeros(depth).index_fill(0, torch.tensor(depth//2), 1)
 
-# %% ../nbs/07_inflate.ipynb #2543299c
+# %% ../nbs/07_inflate.ipynb #ceb5acb2
 def fold(
     x:torch.Tensor, # (B,C,D,H,W)
 ) -> torch.Tensor: # (B*D,C,H,W), a view if `x` is `channels_last_3d`
     "Lay the slices of a batch of volumes out as a batch of images."
-    return x.transpose(1,2).flatten(0,1)
+    return x.permute(0,2,3,4,1).flatten(0,1).permute(0,3,1,2)
 
 def unfold(
     x:torch.Tensor, # (B*D,C,H,W)
     B:int, # Volumes in the batch
 ) -> torch.Tensor: # (B,C,D,H,W)
     "The way back from `fold`."
-    return x.unflatten(0, (B,-1)).transpose(1,2)
+    return x.permute(0,2,3,1).unflatten(0, (B,-1)).permute(0,4,1,2,3)
 
-# %% ../nbs/07_inflate.ipynb #07a093fb
+def _lines(x): return x.permute(0,2,3,4,1).flatten(2,3).permute(0,3,1,2)
+def _planes(x, hw): return x.permute(0,2,3,1).unflatten(2, hw).permute(0,4,1,2,3)
+
+# %% ../nbs/07_inflate.ipynb #6fabde26
 def pad_depth(
     x:torch.Tensor, # (B,C,D,...)
     lo:int, # Slices to add before the first
@@ -65,6 +68,22 @@ def pad_depth(
     "Pad a volume along its depth."
     if not (lo or hi): return x
     return _PadDepth.apply(x, lo, hi) if mode=='replicate' else F.pad(x, (0,0)*(x.ndim-3)+(lo,hi))
+
+class _Skip(torch.autograd.Function):
+    "Every s-th slice; the gradient's memory stays channels innermost, which that of plain slicing does not"
+    @staticmethod
+    def forward(ctx, x, s):
+        ctx.s,ctx.D = s,x.shape[2]
+        return x[:,:,::s]
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        B,C,_,H,W = g.shape
+        gx = g.new_zeros(B,ctx.D,H,W,C).movedim(-1, 1)
+        gx[:,:,::ctx.s] = g
+        return gx,None
+
+def _skip(x, s): return x if s==1 else _Skip.apply(x, s)
 
 def _replicate(x, lo, hi):
     x = x.movedim(1, -1) # channels innermost, which `cat` could not guess from a single slice
@@ -102,7 +121,7 @@ class _Depth:
     def pad(self, x): return pad_depth(x, *self.pads(x.shape[2]), self.mode)
     def __repr__(self): return f"k={self.k}, s={self.s}, {self.mode}"
 
-# %% ../nbs/07_inflate.ipynb #ff532d81
+# %% ../nbs/07_inflate.ipynb #6d6df031
 def _wide_grad(g, x, w, stride, padding, dilation, groups):
     "Gradient of a depthwise kernel wider than 3, from narrow ones: the middle three columns, then each outer pair as a dilated kernel of width 2"
     def part(width, pad, dil):
@@ -145,18 +164,61 @@ class _DepthConv(torch.autograd.Function):
         gx,gw,_ = torch.ops.aten.convolution_backward(g, x, w[:,None,:,None], None, [stride,1], [0,0], [dilation,1], False, [0,0], len(w), [*ctx.needs_input_grad[:2],False])
         return gx if gx is None else _unpad_(gx, lo, hi),gw if gw is None else gw.view_as(w),None,None,None,None
 
+def _taps(x, k, stride, dilation):
+    "For each slice of a kernel of depth `k` the slices of padded `x` that it meets"
+    n = (x.shape[2]-dilation*(k-1)-1)//stride+1
+    return [x[:,:,i*dilation:i*dilation+(n-1)*stride+1:stride] for i in range(k)]
+
+def _beside(x, lo, hi, mode, k, stride, dilation):
+    "The slices that a kernel of depth `k` meets, side by side as channels: (B*d,k*C,H,W)"
+    x = _replicate(x, lo, hi) if mode=='replicate' else F.pad(x, (0,0,0,0,lo,hi))
+    return torch.cat([t.movedim(1, -1) for t in _taps(x, k, stride, dilation)], -1).flatten(0,1).movedim(-1, 1)
+
+class _DenseConv(torch.autograd.Function):
+    "A `conv3d` as one `conv2d` that finds the neighbouring slices among its channels; keeps only its input"
+    @staticmethod
+    def forward(ctx, x, w, lo, hi, s, d, mode, *args):
+        ctx.along,ctx.args = (lo,hi,mode,w.shape[2],s,d),args
+        ctx.save_for_backward(x, w)
+        return F.conv2d(_beside(x, *ctx.along), _flat(w), None, *args)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x,w = ctx.saved_tensors
+        (lo,hi,mode,k,s,d),(stride,padding,dilation) = ctx.along,ctx.args
+        gt,gw,_ = torch.ops.aten.convolution_backward(g, _beside(x, *ctx.along), _flat(w), None, stride, padding, dilation, False, [0,0], 1, [*ctx.needs_input_grad[:2],False])
+        if gw is not None: gw = gw.unflatten(1, (k,-1)).transpose(1,2)
+        if gt is not None:
+            B,C,D,H,W = x.shape
+            gx = gt.new_zeros(B,lo+D+hi,H,W,C).movedim(-1, 1)
+            for t,p in zip(_taps(gx, k, s, d), unfold(gt, B).split(C, 1)): t += p
+            gt = _unpad_(gx, lo, hi) if mode=='replicate' else gx.narrow(2, lo, D)
+        return gt,gw,*(None,)*8
+
+def _flat(w): return w.transpose(1,2).flatten(1,2).contiguous(memory_format=torch.channels_last)
+
 def _cast(*xs):
     "To the type of autocast, which does not look into functions with a backward pass of their own"
     dev = xs[0].device.type
     return tuple(x.to(torch.get_autocast_dtype(dev)) for x in xs) if torch.amp.is_autocast_available(dev) and torch.is_autocast_enabled(dev) else xs
 
+class ChannelsInside(torch.autograd.Function):
+    "Bring a tensor's memory, and its gradient's, to channels innermost"
+    @staticmethod
+    def forward(ctx, x): return x.contiguous(memory_format=torch.channels_last if x.ndim==4 else torch.channels_last_3d)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): return g.contiguous(memory_format=torch.channels_last if g.ndim==4 else torch.channels_last_3d)
+
 def _conv2d(x, w, stride, padding, dilation, groups):
     k = w.shape[3]
+    if len(x)==1 and x.device.type=='cpu': # torch's operator for single small images answers with channels outermost, and every later sum of gradients would follow
+        return ChannelsInside.apply(F.conv2d(ChannelsInside.apply(x), w, None, stride, padding, dilation, groups))
     wide = x.device.type=='cpu' and groups==w.shape[0]>1 and w.shape[1]==1 and k in (5,7) and dilation[1]==1 and padding[1]>=k//2-1
     if not (wide and torch.is_grad_enabled() and w.requires_grad): return F.conv2d(x, w, None, stride, padding, dilation, groups)
     return _Depthwise.apply(*_cast(x, w), stride, padding, dilation, groups)
 
-# %% ../nbs/07_inflate.ipynb #779afd46
+# %% ../nbs/07_inflate.ipynb #ae7b4813
 class InflatedConv3d(nn.Module):
     "A 3D convolution with the 2D network's padding in the plane and replication along the depth"
     def __init__(self, in_channels, out_channels, kernel_size, stride=(1,1,1), dilation=(1,1,1), groups=1, bias=True, padding=(0,0,0), same=False, depth_padding='replicate'):
@@ -175,27 +237,26 @@ class InflatedConv3d(nn.Module):
         if self.same: x,pad = tl.pad_same(x, self.kernel_size[1:], self.stride[1:], self.dilation[1:]),(0,0)
         return _conv2d(x, w, self.stride[1:], pad, self.dilation[1:], self.groups)
 
-    def _taps(self, x):
-        "For each slice of the kernel the slices of `x` that it meets"
-        o,x = self.along,self.along.pad(x)
-        n = (x.shape[2]-o.d*(o.k-1)-1)//o.s+1
-        return [x[:,:,i*o.d:i*o.d+(n-1)*o.s+1:o.s] for i in range(o.k)]
-
     def forward(self, x):
-        B,w,k = len(x),self.weight,self.kernel_size[0]
-        if k==1: y = self._plane(fold(x[:,:,::self.stride[0]]), w[:,:,0])
-        elif self.groups==1 and self.in_channels<=4: y = self._plane(fold(torch.cat(self._taps(x), 1)), w.transpose(1,2).flatten(1,2))
-        elif self.groups==self.in_channels: y = sum(self._plane(fold(t), w[:,:,i]) for i,t in enumerate(self._taps(x)))
-        else:
-            x,pad = self.along.pad(x),(0,*self.padding[1:])
-            if self.same: x,pad = unfold(tl.pad_same(fold(x), self.kernel_size[1:], self.stride[1:], self.dilation[1:]), B),(0,0,0)
-            return F.conv3d(x, w, self.bias, self.stride, pad, self.dilation, self.groups)
-        if self.bias is not None: y = y+self.bias.view(-1,1,1)
-        return unfold(y, B)
+        w,o,D = self.weight,self.along,x.shape[2]
+        if o.k==1: y = self._plane(fold(_skip(x, o.s)), w[:,:,0])
+        elif D==1 and (o.mode=='replicate' or o.d==1): y = self._plane(fold(x), sum(w.unbind(2)) if o.mode=='replicate' else w[:,:,o.p])
+        elif x.device.type=='cpu' and self.groups==1:
+            pad = self.padding[1:]
+            if self.same: x,pad = unfold(tl.pad_same(fold(x), self.kernel_size[1:], self.stride[1:], self.dilation[1:]), len(x)),(0,0)
+            y = _DenseConv.apply(*_cast(x, w), *o.pads(D), o.s, o.d, o.mode, self.stride[1:], pad, self.dilation[1:])
+        elif x.device.type=='cpu' and self.groups==self.in_channels: y = sum(self._plane(fold(t), w[:,:,i]) for i,t in enumerate(_taps(o.pad(x), o.k, o.s, o.d)))
+        else: return self._conv3d(x)
+        return unfold(y if self.bias is None else y+self.bias.view(-1,1,1), len(x))
+
+    def _conv3d(self, x):
+        x,pad = self.along.pad(x),(0,*self.padding[1:])
+        if self.same: x,pad = unfold(tl.pad_same(fold(x), self.kernel_size[1:], self.stride[1:], self.dilation[1:]), len(x)),(0,0,0)
+        return F.conv3d(x, self.weight, self.bias, self.stride, pad, self.dilation, self.groups)
 
     def extra_repr(self): return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, groups={self.groups}, depth_padding={self.along.mode!r}"
 
-# %% ../nbs/07_inflate.ipynb #a47c09ee
+# %% ../nbs/07_inflate.ipynb #2899db50
 class SeparableConv3d(InflatedConv3d):
     "An in-plane convolution `weight` (O,I,H,W), then one along the depth for each channel, `depth` (O,k)"
     def _new_weight(self, bias):
@@ -207,10 +268,10 @@ class SeparableConv3d(InflatedConv3d):
         y,o = unfold(self._plane(fold(x), self.weight), len(x)),self.along
         if y.shape[2]==1 and o.mode=='replicate': y = y*self.depth.sum(1).view(-1,1,1,1)
         else:
-            hw,pads,y = y.shape[3:],o.pads(y.shape[2]),y.flatten(3)
+            hw,pads,y = y.shape[3:],o.pads(y.shape[2]),_lines(y)
             if o.mode=='replicate': y = _DepthConv.apply(*_cast(y, self.depth), *pads, o.s, o.d)
             else: y = F.conv2d(pad_depth(y, *pads, o.mode), self.depth[:,None,:,None], None, (o.s,1), 0, (o.d,1), self.out_channels)
-            y = y.unflatten(3, hw)
+            y = _planes(y, hw)
         return y if self.bias is None else y+self.bias.view(-1,1,1,1)
 
 # %% ../nbs/07_inflate.ipynb #b0c16203
@@ -231,7 +292,7 @@ class _BatchNormSiLU(torch.autograd.Function):
         gx,gw,gb = torch.ops.aten.native_batch_norm_backward(g, x, w, mean, var, m, s, ctx.training, ctx.eps, list(ctx.needs_input_grad[:3]))
         return gx,gw,gb,*(None,)*5
 
-# %% ../nbs/07_inflate.ipynb #632f9f4e
+# %% ../nbs/07_inflate.ipynb #ea10a4c2
 class BatchNormAct3d(nn.BatchNorm3d):
     "Batch norm over (B,D,H,W), then an activation if there is one"
     recomputing = False # While activations are computed a second time, running statistics must not move again
@@ -240,7 +301,6 @@ class BatchNormAct3d(nn.BatchNorm3d):
         self.act,self.drop = act or nn.Identity(),drop or nn.Identity()
 
     def forward(self, x):
-        B,x = len(x),fold(x)
         train = self.training or self.running_mean is None
         mean,var = (self.running_mean,self.running_var) if not self.training or self.track_running_stats else (None,None)
         momentum = self.momentum
@@ -249,11 +309,10 @@ class BatchNormAct3d(nn.BatchNorm3d):
             else: self.num_batches_tracked.add_(1)
             if momentum is None: momentum = 1/float(self.num_batches_tracked)
         fused = type(self.act) is nn.SiLU and type(self.drop) is nn.Identity and x.device.type=='cpu' and torch.is_grad_enabled()
-        if fused: x = _BatchNormSiLU.apply(x, self.weight, self.bias, mean, var, train, momentum or 0., self.eps)
-        else: x = self.act(self.drop(F.batch_norm(x, mean, var, self.weight, self.bias, train, momentum or 0., self.eps)))
-        return unfold(x, B)
+        if fused: return _BatchNormSiLU.apply(x, self.weight, self.bias, mean, var, train, momentum or 0., self.eps)
+        return self.act(self.drop(F.batch_norm(x, mean, var, self.weight, self.bias, train, momentum or 0., self.eps)))
 
-# %% ../nbs/07_inflate.ipynb #22a5cd0f
+# %% ../nbs/07_inflate.ipynb #e59bff8c
 class InflatedPool3d(nn.Module):
     "A 2D pool of any kind in the plane, then a `'max'`, `'avg'` or `'blur'` one along the depth"
     def __init__(self, plane, kind, kernel, stride, dilation=1, padding=0, same=False, depth_padding='replicate', ceil=False):
@@ -262,14 +321,14 @@ class InflatedPool3d(nn.Module):
 
     def forward(self, x):
         y,o = unfold(self.plane(fold(x)), len(x)),self.along
-        if o.k==1: return y[:,:,::o.s]
-        hw,y = y.shape[3:],o.pad(y).flatten(3)
+        if o.k==1: return _skip(y, o.s)
+        hw,y = y.shape[3:],_lines(o.pad(y))
         if self.kind=='max': y = F.max_pool2d(y, (o.k,1), (o.s,1), 0, (o.d,1))
         elif self.kind=='avg': y = F.avg_pool2d(y, (o.k,1), (o.s,1))
         else:
             c = torch.tensor([math.comb(o.k-1,i)/2**(o.k-1) for i in range(o.k)]).to(y)
             y = F.conv2d(y, c.view(1,1,-1,1).expand(y.shape[1],1,-1,1), None, (o.s,1), groups=y.shape[1])
-        return y.unflatten(3, hw)
+        return _planes(y, hw)
 
     def extra_repr(self): return f"{self.kind} along the depth, {self.along}"
 
