@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['thumbnail', 'audit_cohort', 'write_sheet', 'audit']
 
-# %% ../nbs/17_audit.ipynb #f00825c0
+# %% ../nbs/17_audit.ipynb #5a676e86
 import base64, contextlib, hashlib, html, io, multiprocessing, os, re
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np, pandas as pd, torch
 from fastcore.all import *
@@ -18,6 +19,7 @@ from . import __version__
 from .core import *
 from .series import _AUDIT, _SUFFIXES, _audit, read_volume
 from .cohort import CohortError, find_cohort
+from .prepare import worker_init
 
 # %% ../nbs/17_audit.ipynb #b96c7554
 def thumbnail(
@@ -38,12 +40,11 @@ def thumbnail(
     size = max(1, min(round(height*aspect), 4*height)),height
     return np.concatenate([np.asarray(Image.fromarray(o).resize(size, Image.Resampling.BOX)) for o in x], 1)
 
-# %% ../nbs/17_audit.ipynb #510d3a53
+# %% ../nbs/17_audit.ipynb #6c72fab3
 def _one(job):
     "Audit one series in a worker: its row, its grid and its picture"
     patient,sequence,path = job
     if pd.isna(path): return {**dict.fromkeys(_AUDIT), 'readable':False, 'error':'missing', 'findings':'the patient has no such series', 'notes':''},None,None,None
-    torch.set_num_threads(1)
     row,vol = _audit(path, sequence, patient)
     if vol is None: return row.to_dict(),None,None,None
     same = None if row['min']==row['max'] else hashlib.blake2b(np.ascontiguousarray(vol.numpy()[:,::2,::2]), digest_size=16).hexdigest()
@@ -52,8 +53,9 @@ def _one(job):
 def _run(jobs, n_workers, progress):
     n = min(os.cpu_count() if n_workers is None else n_workers, len(jobs))
     if n<2: return [_one(o) for o in track(jobs, len(jobs), progress)]
-    with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context('fork' if os.name=='posix' else 'spawn')) as pool:
+    with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context('fork' if os.name=='posix' else 'spawn'), initializer=worker_init) as pool:
         try: return list(track(pool.map(_one, jobs), len(jobs), progress))
+        except BrokenProcessPool as e: raise MGMTError('a worker process died, most likely for want of memory: run again with fewer workers (n_workers=1)') from e
         finally: pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../nbs/17_audit.ipynb #c985dcfc
@@ -134,7 +136,7 @@ def write_sheet(
 def _summary(table):
     return f"{len(table)} series, {int(table.readable.sum())} readable, {(table.findings!='').sum()} with findings"
 
-# %% ../nbs/17_audit.ipynb #bce78617
+# %% ../nbs/17_audit.ipynb #8cd1c51d
 def _is_dicom(p):
     if p.suffix.lower() in _SUFFIXES: return True
     try:
@@ -159,9 +161,11 @@ def _find_cohort(root, labels):
     splits = [o for o in ('train','test') if (root/o).is_dir()] or [None]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         try: return pd.concat([find_cohort(root, labels if s!='test' else None, split=s) for s in splits], ignore_index=True),said.getvalue()
-        except CohortError: return None,''
+        except CohortError:
+            if labels is not None: raise
+            return None,''
 
-# %% ../nbs/17_audit.ipynb #7cfbfb97
+# %% ../nbs/17_audit.ipynb #8d21c7fb
 def audit(
     root, # A cohort's folder, or any folder with series somewhere below
     dest='audit', # Folder for `audit.csv` and `audit.html`
@@ -178,7 +182,8 @@ def audit(
     jobs = [] if cohort is None else _jobs(cohort)
     known = {os.path.realpath(p) for *_,p in jobs if not pd.isna(p)}
     others = [o for o in series if os.path.realpath(o) not in known]
-    if len(others)>len(known): jobs,others,said = [(o.relative_to(root).as_posix(), None, o) for o in series],[],''
+    if len(others)>len(known) and len(known)<len(jobs)/2 or not jobs: # names that look like sequences by chance are no cohort
+        jobs,others,said = [(os.path.relpath(o, root) if o!=root else root.resolve().name, None, o) for o in series],[],''
     table,pictures = _table(jobs, n_workers, progress)
     with atomic_path(dest/'audit.csv') as tmp: table.to_csv(tmp, index=False)
     write_sheet(table, pictures, dest/'audit.html', f'Audit of {root.resolve().name}')

@@ -105,6 +105,21 @@ def test_thumbnails_hang_upright(tmp_path, flip):
     assert t[10,10]==255 and t[30,10]==t[10,30]==0
 
 
+def test_a_folder_of_slices_is_called_by_its_name(tmp_path):
+    assert not audit(write_series(tmp_path/'head', noise(), AXIAL, **GOOD), tmp_path/'out', n_workers=0, progress=False)
+    assert pd.read_csv(tmp_path/'out/audit.csv').patient.tolist()==['head']
+
+
+def test_wrong_labels_are_not_passed_over(planted, tmp_path):
+    with pytest.raises(MGMTError, match='nowhere.csv'): audit(planted, tmp_path, labels=tmp_path/'nowhere.csv', progress=False)
+
+
+def test_a_cohort_without_scans():
+    assert len(audit_cohort(pd.DataFrame(columns=['patient','label',*SEQUENCES]), progress=False))==0
+    table = audit_cohort(pd.DataFrame([dict(patient='p', label=1, source='x', **dict.fromkeys(SEQUENCES))]), n_workers=0, progress=False)
+    assert (table.error=='missing').all() and len(table)==4
+
+
 @pytest.mark.parametrize('root', ['empty','nowhere','file'])
 def test_no_series(tmp_path, root):
     (tmp_path/'empty').mkdir(); (tmp_path/'file').write_text('x')
