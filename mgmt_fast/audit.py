@@ -58,7 +58,7 @@ def _run(jobs, n_workers, progress):
         except BrokenProcessPool as e: raise MGMTError('a worker process died, most likely for want of memory: run again with fewer workers (n_workers=1)') from e
         finally: pool.shutdown(wait=True, cancel_futures=True)
 
-# %% ../nbs/17_audit.ipynb #c985dcfc
+# %% ../nbs/17_audit.ipynb #7c8dec3a
 def _compare(df, grids, same):
     "Add to the table what only shows beside the other series"
     bad,note = df.findings.tolist(),df.notes.tolist()
@@ -78,7 +78,7 @@ def _compare(df, grids, same):
     df['findings'],df['notes'] = bad,note
     return df
 
-def _called(r): return ' '.join(filter(None, (r.patient, r.sequence)))
+def _called(r): return r.patient if pd.isna(r.sequence) else f'{r.patient} {r.sequence}'
 
 # %% ../nbs/17_audit.ipynb #30421ee0
 def audit_cohort(
@@ -98,7 +98,7 @@ def _table(jobs, n_workers, progress):
     df = df.astype(dict.fromkeys(['volumes','slices','rows','columns','missing','duplicates','blank','near_blank'], 'Int64'))
     return _compare(df, grids, same)[['patient','sequence',*_AUDIT[:-2],'grid','findings','notes']], pictures
 
-# %% ../nbs/17_audit.ipynb #5d2187c1
+# %% ../nbs/17_audit.ipynb #8d91e857
 _STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em;color:#222} table{border-collapse:collapse} td,th{padding:.4em .8em;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}
 .bad{color:#b00020} .note,.facts{color:#666;font-size:12px} img{display:block;background:#000;height:72px}"""
 
@@ -110,13 +110,13 @@ def _img(a):
 def _facts(r):
     if not r.readable: return r.error or ''
     size = f"{r.slices} x {r['rows']} x {r.columns}, {r.step:.2f} x {r.row_mm:.2f} x {r.col_mm:.2f} mm"
-    return ', '.join(str(o) for o in (size, r.plane, r.coding, r.contrast and f'times of {r.contrast}', f'intensities {r["min"]:g} to {r["max"]:g}') if o)
+    return ', '.join([size, r.plane, r.coding, *([f'times of {r.contrast}'] if pd.notna(r.contrast) else []), f'intensities {r["min"]:g} to {r["max"]:g}'])
 
 def _kinds(texts):
     "How often each kind of finding was made; numbers do not make a kind"
     return Counter(re.sub(r"'[^']*'|\d[\d.%]*", '#', re.split(r'[.:] ', o)[0]) for t in texts for o in t.split(' | ') if o).most_common()
 
-# %% ../nbs/17_audit.ipynb #1a8de44f
+# %% ../nbs/17_audit.ipynb #db302300
 def write_sheet(
     table:pd.DataFrame, # From `audit_cohort`
     pictures, # A `thumbnail` or `None` for each of its rows
@@ -124,10 +124,11 @@ def write_sheet(
     title:str='Audit', # Of the page
 ):
     "Write a self-contained page: what was found how often, and every series with its picture, findings first."
-    e = lambda o: html.escape(str(o))
+    def e(o): return html.escape(str(o))
+    def lines(o): return e(o).replace(' | ', '<br>')
     order = [*np.flatnonzero(table.findings!=''),*np.flatnonzero(table.findings=='')]
     kinds = ''.join(f'<tr><td>{n}</td><td>{e(k)}</td></tr>' for k,n in _kinds(table.findings)) or '<tr><td>nothing found</td></tr>'
-    rows = ''.join(f'<tr><td>{e(_called(r))}<div class="facts">{e(_facts(r))}</div></td><td>{_img(pictures[i])}</td><td><div class="bad">{e(r.findings)}</div><div class="note">{e(r.notes)}</div></td></tr>'
+    rows = ''.join(f'<tr><td>{e(_called(r))}<div class="facts">{e(_facts(r))}</div></td><td>{_img(pictures[i])}</td><td><div class="bad">{lines(r.findings)}</div><div class="note">{lines(r.notes)}</div></td></tr>'
         for i,r in ((i,table.iloc[i]) for i in order))
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{e(title)}</title><style>{_STYLE}</style><h1>{e(title)}</h1>
 <p>{e(_summary(table))}. mgmt_fast {__version__}. Identifiers found in headers are named by kind; their values are not kept.</p><table>{kinds}</table><h2>Series</h2><table>{rows}</table></html>"""
