@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SaveBest']
 
-# %% ../nbs/09_callbacks.ipynb #2a3f4cd8
+# %% ../nbs/09_callbacks.ipynb #8f8f10de
+from .core import *
 from fastai.callback.tracker import TrackerCallback
 from fastcore.all import *
 from safetensors.torch import load_model as load_weights, save_model as save_weights
-from .core import *
 
 # %% ../nbs/09_callbacks.ipynb #5545767e
 class SaveBest(TrackerCallback):

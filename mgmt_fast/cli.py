@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['mgmt_audit', 'mgmt_phantom', 'mgmt_prepare', 'mgmt_train', 'mgmt_predict', 'mgmt_weights', 'mgmt_demo']
 
-# %% ../nbs/90_cli.ipynb #c947ac05
+# %% ../nbs/90_cli.ipynb #8724416f
 import functools, sys, time
 from pathlib import Path
 
-from fastcore.script import call_parse
 from .core import *
+from fastcore.script import call_parse
 from .cohort import find_cohort, kaggle_cohort
 from .phantom import make_phantom, phantom_bound, read_side_table
 from .prepare import VolumeStore, prepare
@@ -147,7 +147,7 @@ def mgmt_weights(
     print(fetch_weights(dest, *archs.split(',')).to_string(index=False))
     return 0
 
-# %% ../nbs/90_cli.ipynb #fed5587b
+# %% ../nbs/90_cli.ipynb #b01787e1
 @_command
 def mgmt_demo(
     dest:Path='demo', # Folder for the cohort, the store, the model and the figures
@@ -161,7 +161,7 @@ def mgmt_demo(
     make_phantom(dest/'cohort', n=n, auc=auc, seed=seed, test=1/3, slices=24, size=80, sequences=sequences)
     recipe = get_recipe('default', size=(32,48,48), arch='resnet18', lr=1e-3, epochs=epochs, patience=epochs, plateau_patience=3)
     store = prepare(kaggle_cohort(dest/'cohort'), dest/'store', sequences, recipe=recipe)
-    learn = _train(store, dest, recipe, seed=seed)
+    _train(store, dest, recipe, seed=seed, augs=mgmt_augs(get_recipe('none', flip='w'), seed=seed))
     preds = predict(dest/'model', kaggle_cohort(dest/'cohort','test'))
     with atomic_path(dest/'predictions.csv') as tmp: preds.to_csv(tmp, index=False)
     truth = read_side_table(dest/'cohort').set_index('patient').label

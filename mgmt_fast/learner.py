@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['MGMTLearner', 'mgmt_learner', 'MGMTModel', 'as_model', 'save_model', 'load_model', 'predict']
 
-# %% ../nbs/11_learner.ipynb #e4c5b972
+# %% ../nbs/11_learner.ipynb #a15ebc29
 import json, multiprocessing, os
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np, pandas as pd, torch
 import safetensors.torch as st
+from .core import *
 from fastai.basics import Adam, BCEWithLogitsLossFlat, DataLoaders, Learner, accuracy_multi
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, TerminateOnNaNCallback, TrackerCallback
 from fastcore.all import *
 from . import __version__
-from .core import *
 from .prepare import VolumeStore, prepare_patient, worker_init
 from .loader import LABELS, ToUnit
 from .backbones import create_backbone

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['LABELS', 'StoreDataset', 'ToUnit', 'usable_patients', 'mgmt_dls', 'show_batch']
 
-# %% ../nbs/05_loader.ipynb #b83eed46
+# %% ../nbs/05_loader.ipynb #75bf8a36
 import random
 
 import numpy as np, pandas as pd, torch
 import matplotlib.pyplot as plt
+from .core import *
 from fastai.data.core import DataLoaders, TfmdDL, show_batch
 from fastai.torch_core import default_device
 from fastcore.all import *
 from fasttransform import Transform
 from plum import dispatch
-from .core import *
 from .cohort import assign_folds
 from .prepare import VolumeStore
 

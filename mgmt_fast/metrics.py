@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['check_scores', 'delong_parts', 'auc_ci', 'AUC']
 
-# %% ../nbs/10_metrics.ipynb #25b3a9c8
+# %% ../nbs/10_metrics.ipynb #32528b3b
 import numpy as np, pandas as pd
+from .core import *
 from fastai.metrics import AccumMetric
 from fastcore.all import *
 from scipy.stats import norm, rankdata
-from .core import *
 
 # %% ../nbs/10_metrics.ipynb #51aabede
 def check_scores(

@@ -6,11 +6,12 @@
 __all__ = ['triangle_weights', 'resize', 'resample', 'PrepareError', 'foreground', 'common_box', 'to_bytes', 'prepare_patient',
            'VolumeStore', 'worker_init', 'prepare', 'check_size']
 
-# %% ../nbs/04_prepare.ipynb #f26b8375
+# %% ../nbs/04_prepare.ipynb #bc9d9c92
 import hashlib, json, multiprocessing, os, signal
 from pathlib import Path
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastcore.all import *
@@ -177,7 +178,16 @@ def to_bytes(
     out = ((np.clip(a, lo, hi)-lo)*(254/(hi-lo))+1.5).astype(np.uint8)
     return out*brain, (float(lo),float(hi))
 
-# %% ../nbs/04_prepare.ipynb #2b0a9f63
+# %% ../nbs/04_prepare.ipynb #a2b06f2e
+@contextmanager
+def _one_thread():
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(n)
+
+# %% ../nbs/04_prepare.ipynb #1417ea2a
+@_one_thread()
 def prepare_patient(
     row, # A row of a cohort: `patient` and a path per sequence
     sequences=SEQUENCES, # Which to prepare, in order; the first readable one gives the axes

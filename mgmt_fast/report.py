@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['roc_band', 'plot_roc', 'plot_history']
 
-# %% ../nbs/12_report.ipynb #2e68110b
+# %% ../nbs/12_report.ipynb #db3e76cb
 import numpy as np, pandas as pd
 import matplotlib.pyplot as plt
+from .core import *
 from fastcore.all import *
 from sklearn.metrics import roc_curve
-from .core import *
 from .metrics import auc_ci, check_scores
 
 # %% ../nbs/12_report.ipynb #3ec0df80
