@@ -165,7 +165,7 @@ def _matrix(r, shape, mm, in_plane):
     centre = (n-1)/2
     return m, centre-m@centre+(back@place-shift/size)/mm
 
-# %% ../nbs/06_augment.ipynb #6df9619f
+# %% ../nbs/06_augment.ipynb #a51973db
 def _grid(m, b, sizes, axes, like):
     "Normalised coordinates `(*axes, k)`, last axis first as `grid_sample` wants, of `m@(voxel along axes)+b`"
     k = len(sizes)
@@ -189,8 +189,7 @@ def _resample2d(src, out, m, b, outside):
     src,out = src.reshape(-1,H,W),out.view(-1,H,W)
     for s in _slabs(len(src), H*W, src.device):
         k = _groups(len(s), src.device)
-        y = F.grid_sample(src[s.start:s.stop].view(k,-1,H,W), grid.expand(k,-1,-1,-1), padding_mode=outside, align_corners=False)
-        out[s.start:s.stop] = y.view(-1,H,W)
+        out[s.start:s.stop] = F.grid_sample(src[s.start:s.stop].view(k,-1,H,W), grid.expand(k,-1,-1,-1), padding_mode=outside, align_corners=False).view(-1,H,W)
 
 def _resample3d(src, out, m, b, outside):
     C,D,H,W = src.shape
@@ -451,7 +450,7 @@ def _flatten_brain(n, depth):
     one = n.amax(1,keepdim=True)==total
     return torch.where(one, torch.arange(256, device=n.device), lut).repeat_interleave(depth, 0, output_size=len(n)*depth)/255
 
-# %% ../nbs/06_augment.ipynb #2a103bf8
+# %% ../nbs/06_augment.ipynb #b1a30645
 class RandEqualize(RandAug):
     "Equalise the histogram, of 256 levels as the store has them; an image of a single level stays"
     limits = dict(p=_p)
@@ -470,7 +469,7 @@ class RandEqualize(RandAug):
     def change_(self, x, r, mm):
         D = x.shape[1]
         x = x.view(-1,x[0,0].numel())
-        slabs = _slabs(len(x), x.shape[1], x.device, temps=4)
+        slabs = _slabs(len(x), x.shape[1], x.device, temps=8)
         level = lambda s: (x[s.start:s.stop]*255+.5).to(torch.int32).to(torch.int64)
         n = torch.zeros(len(x), 256, dtype=torch.int32, device=x.device)
         unit = torch.ones((), dtype=torch.int32, device=x.device)
