@@ -80,13 +80,13 @@ def _compare(df, grids, same):
 
 def _called(r): return r.patient if pd.isna(r.sequence) else f'{r.patient} {r.sequence}'
 
-# %% ../nbs/17_audit.ipynb #30421ee0
+# %% ../nbs/17_audit.ipynb #0ae650ff
 def audit_cohort(
     cohort:pd.DataFrame, # `patient` and a path column per sequence, as all `*_cohort` functions return
     n_workers:int=None, # Processes; one a core if none, 0 for this one
     progress:bool=True, # Show a progress bar?
 ) -> pd.DataFrame: # `patient`, `sequence`, what `audit_series` tells, `grid` (a letter for each grid of a patient), `findings`, `notes`
-    "Audit every series of a cohort, one row each; a missing series has a row too. Raises nothing on content, and holds neither paths nor header values."
+    "Audit every series of a cohort, one row each; a missing series has a row too. Raises nothing on content; holds no header values, and of paths only the names of faulty files."
     return _table(_jobs(cohort), n_workers, progress)[0]
 
 def _jobs(cohort): return [(str(r['patient']), s, r[s]) for _,r in cohort.iterrows() for s in SEQUENCES if s in cohort]
