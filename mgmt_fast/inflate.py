@@ -425,7 +425,7 @@ def _fit(w, t, mode):
     if w.shape!=t.shape: return 'wrong',f'has shape {tuple(w.shape)}, the network wants {tuple(t.shape)}',None
     return action,', '.join(notes),w
 
-# %% ../nbs/07_inflate.ipynb #29482c8f
+# %% ../nbs/07_inflate.ipynb #383904e6
 def _one(x): return x if isinstance(x, int) else x[0]
 def _two(x): return (x,x) if isinstance(x, int) else tuple(x)
 
@@ -486,7 +486,7 @@ def _reductions(model2d, in_chans, size=512):
         if hasattr(a, 'stride'): a.register_forward_hook(note(b))
     try:
         with torch.no_grad(): meta(torch.empty(1,in_chans,size,size, device='meta'))
-    except RuntimeError as e:
+    except (RuntimeError, AssertionError) as e:
         if len(res)==1: raise MGMTError(f"the 2D network {type(model2d).__name__} cannot be run on 1x{in_chans}x{size}x{size}: {e}") from e # a classifier bound to one image size, after all convolutions, is no obstacle
     return res
 
@@ -508,7 +508,7 @@ def channels_inside(
         if p.ndim in (4,5): p.data = p.data.contiguous(memory_format=torch.channels_last if p.ndim==4 else torch.channels_last_3d)
     return model
 
-# %% ../nbs/07_inflate.ipynb #2c77cfb2
+# %% ../nbs/07_inflate.ipynb #08306ae9
 def inflate_model(
     model2d:nn.Module, # 2D network, as timm makes them; not changed
     in_chans:int=None, # Channels C of the 3D input; as the 2D network's if none
@@ -536,7 +536,7 @@ def inflate_model(
     return channels_inside(m3.train(model2d.training))
 
 def _compare(m2, m3, rgb, in_chans, size=96):
-    "Run both networks on a volume constant along D, and raise on the first module that differs"
+    "Run both networks on a volume constant along D, and blame the module that holds the first difference"
     names,outs,diff,last = {m:n for n,m in m3.named_modules()},{},[],['']
     x = torch.rand(2,1,size,size, generator=torch.Generator().manual_seed(0))
     p = next(m3.parameters())
@@ -559,8 +559,9 @@ def _compare(m2, m3, rgb, in_chans, size=96):
         try: b(x[:,:,None].expand(-1,in_chans,m3.depth_stride+1,-1,-1).to(p))
         except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as e: error,diff = e,diff or [last[0]]
     if diff:
-        at = dict(m2.named_modules()).get(diff[0], m2)
-        raise MGMTError(f"{type(at).__name__}, at {diff[0] or 'the top'!r}, does not give in 3D what it gives in 2D{f' ({error})' if error else ''}: does its code count axes? Write it in 3D, or with modules only") from error
+        at,mods = diff[0],dict(m2.named_modules())
+        while at and _trusted(mods[at]): at = at.rpartition('.')[0]
+        raise MGMTError(f"{type(mods[at]).__name__}, at {at or 'the top'!r}, does not give in 3D what it gives in 2D{f' ({error})' if error else ''}: does its code count axes? Write it in 3D, or with modules only") from error
 
 # %% ../nbs/07_inflate.ipynb #c1f960ca
 def separate_depth(

@@ -1,0 +1,112 @@
+"""Time and memory of one training step (forward, loss, backward) of our backbones and their peers', each in a process of its own.
+
+usage: step.py [--size 1x32x128x128] [--archs efficientnet_b1,...] [--norms train|eval] [--reps 7] [--device cpu|cuda]
+
+CPU: float32, 2 threads. GPU: bf16 autocast, batch 8 unless --size says otherwise, with and without torch.compile.
+`--norms eval` holds batch norm's statistics still, as the peers' own script does. Memory is what a step needs beyond the loaded model
+(CPU: resident set at its highest; GPU: torch's peak). Peers that are not installed are left out with a line that says so."""
+import argparse, importlib.util, json, os, platform, resource, subprocess, sys, time, warnings
+
+MONAI = dict(efficientnet_b1=lambda N: N.EfficientNetBN('efficientnet-b1', pretrained=False, spatial_dims=3, in_channels=1, num_classes=1),
+    efficientnet_b3=lambda N: N.EfficientNetBN('efficientnet-b3', pretrained=False, spatial_dims=3, in_channels=1, num_classes=1),
+    densenet121=lambda N: N.DenseNet121(spatial_dims=3, in_channels=1, out_channels=1),
+    resnet18=lambda N: N.resnet18(spatial_dims=3, n_input_channels=1, num_classes=1, conv1_t_stride=2),
+    resnet10=lambda N: N.resnet10(spatial_dims=3, n_input_channels=1, num_classes=1))
+NOT_IN_TIMM_3D = ('xception','resnet10')
+KINDS = {'ours':{}, 'ours, recomputing':dict(checkpoint=True), 'ours, full':dict(depth='full'), 'ours, all split':dict(depth='separable_all')}
+
+
+def build(who, arch, size):
+    "The network and a batch with its axes in the order that the network's library expects"
+    import torch
+    B,D,H,W = size
+    if who.startswith('ours'):
+        from mgmt_fast.backbones import create_backbone
+        return create_backbone(arch, **KINDS[who.removesuffix(', compiled')]),torch.rand(B,1,D,H,W)
+    x = torch.rand(B,1,H,W,D)
+    if who.startswith('timm_3d'):
+        import timm_3d
+        return timm_3d.create_model(arch, in_chans=1, num_classes=1),x
+    import monai.networks.nets as N
+    return MONAI[arch](N),x
+
+
+def resident(): return int(open('/proc/self/statm').read().split()[1])*resource.getpagesize()/2**20
+
+
+def highest(reset=False):
+    if reset: open('/proc/self/clear_refs','w').write('5')
+    return next(int(l.split()[1])/1024 for l in open('/proc/self/status') if l.startswith('VmHWM'))
+
+
+def measure(who, arch, size, norms, reps, device):
+    "One process' work: JSON with median and least seconds, MiB and parameters"
+    import torch
+    warnings.simplefilter('ignore')
+    torch.manual_seed(0)
+    if device=='cpu': torch.set_num_threads(2)
+    model,x = build(who, arch, size)
+    model,x,y = model.to(device).train(),x.to(device),torch.ones(size[0],1,device=device)
+    if norms=='eval': [m.eval() for m in model.modules() if 'BatchNorm' in type(m).__name__]
+    net = torch.compile(model) if who.endswith('compiled') else model
+    params,base,times = list(model.parameters()),resident(),[]
+    first = time.perf_counter()
+    for i in range(reps+2):
+        if i==2 and device=='cpu': base = resident() if base is None else base; highest(reset=True)
+        if i==2 and device=='cuda': torch.cuda.reset_peak_memory_stats()
+        for p in params: p.grad = None
+        t = time.perf_counter()
+        with torch.autocast('cuda', torch.bfloat16, enabled=device=='cuda'): loss = torch.nn.functional.binary_cross_entropy_with_logits(net(x).float(), y)
+        loss.backward()
+        if device=='cuda': torch.cuda.synchronize()
+        times.append(time.perf_counter()-t)
+        if i==1: warm = time.perf_counter()-first
+    times = sorted(times[2:])
+    mib = torch.cuda.max_memory_allocated()/2**20 if device=='cuda' else highest()-base
+    print('RESULT'+json.dumps(dict(median=times[len(times)//2], least=times[0], mib=mib, params=sum(p.numel() for p in params)/1e6, warm=warm)))
+
+
+def plan(archs, device, has):
+    "(who, arch) pairs to measure"
+    for a in archs:
+        yield 'ours',a
+        if a=='efficientnet_b1': yield from ((w,a) for w in ('ours, recomputing','ours, full'))
+        if a in ('densenet121','resnet18'): yield 'ours, all split',a
+        if a not in NOT_IN_TIMM_3D and has['timm_3d']: yield 'timm_3d',a
+        if a in MONAI and has['monai']: yield 'monai',a
+        if device=='cuda' and a=='efficientnet_b1':
+            yield 'ours, compiled',a
+            if has['timm_3d']: yield 'timm_3d, compiled',a
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--size', help='BxDxHxW'); p.add_argument('--archs', default='efficientnet_b1,efficientnet_b3,xception,densenet121,resnet18,resnet10')
+    p.add_argument('--norms', default='train', choices=['train','eval']); p.add_argument('--reps', type=int, default=7); p.add_argument('--device')
+    p.add_argument('--one', help=argparse.SUPPRESS)
+    o = p.parse_args()
+    import torch
+    device = o.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    size = [int(i) for i in (o.size or ('8x32x128x128' if device=='cuda' else '1x32x128x128')).split('x')]
+    if o.one: return measure(*o.one.split('|'), size, o.norms, o.reps, device)
+    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor())
+    print(f"{torch.cuda.get_device_name() if device=='cuda' else f'{cpu}, 2 threads of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}'}; torch {torch.__version__}; batch {'x'.join(map(str,size))}, {'bf16' if device=='cuda' else 'float32'}, batch norm in {o.norms} mode")
+    has = {n:importlib.util.find_spec(n) is not None for n in ('timm_3d','monai')}
+    for n,h in has.items():
+        if not h: print(f'{n} is not installed: left out')
+    print(f"{'arch':16} {'who':18} {'s/step':>8} {'least':>8} {'vol/s':>7} {'MiB':>7} {'M par':>6}   ours: times faster, share of memory", flush=True)
+    ours = {}
+    for who,arch in plan(o.archs.split(','), device, has):
+        cmd = [sys.executable, __file__, '--one', f'{who}|{arch}', '--size', 'x'.join(map(str,size)), '--norms', o.norms, '--reps', str(o.reps), '--device', device]
+        try: r = subprocess.run(cmd, capture_output=True, text=True, timeout=600 if device=='cpu' else 150)
+        except subprocess.TimeoutExpired: print(f'{arch:16} {who:18} took too long', flush=True); continue
+        out = next((l[6:] for l in r.stdout.splitlines() if l.startswith('RESULT')), None)
+        if out is None: print(f"{arch:16} {who:18} failed: {(r.stderr.strip().splitlines() or ['no message'])[-1][:150]}", flush=True); continue
+        r = json.loads(out)
+        if who=='ours': ours[arch] = r
+        us = ours.get(arch)
+        vs = f"{r['median']/us['median']:5.2f}x {us['mib']/max(r['mib'],1e-9):6.2f}" if us and who!='ours' else ''
+        print(f"{arch:16} {who:18} {r['median']:8.3f} {r['least']:8.3f} {size[0]/r['median']:7.2f} {r['mib']:7.0f} {r['params']:6.1f}   {vs}", flush=True)
+
+
+if __name__=='__main__': main()

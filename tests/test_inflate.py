@@ -1,0 +1,124 @@
+"Inflation: what a 2D network answers, its 3D twin answers at every depth; and what cannot be inflated says so."
+import copy
+
+import pytest, timm, torch
+from torch import nn
+
+from mgmt_fast.core import MGMTError
+from mgmt_fast.inflate import *
+
+
+def randomise(net, seed=0):
+    "Random statistics and norms, mild enough that rounding is not amplified"
+    g = torch.Generator().manual_seed(seed)
+    for n,b in net.named_buffers():
+        if n.endswith('running_mean'): b.copy_(torch.randn(b.shape, generator=g)*.1)
+        if n.endswith('running_var'): b.copy_(torch.rand(b.shape, generator=g)+.5)
+    for n,p in net.named_parameters():
+        if p.ndim==1: p.data.copy_(torch.rand(p.shape, generator=g)*(.5 if 'bias' in n or 'gamma' in n else 1))
+    return net.eval()
+
+
+def error(net2, net3, C=1, D=32, size=64):
+    "Largest error of the 3D features at any depth, relative to the largest 2D feature"
+    x = torch.rand(2,1,size,size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(): a,b = net2.forward_features(x.expand(-1,3,-1,-1)),net3.eval().forward_features(x[:,:,None].expand(-1,C,D,-1,-1))
+    assert b.ndim==5
+    return float((b-a[:,:,None]).abs().max()/a.abs().max())
+
+
+@pytest.mark.parametrize('name,C,D,mode', [('tf_efficientnet_b0',1,33,'mean'), ('seresnet18',4,32,'mean'), ('resnetblur18',1,33,'centre'), ('resnet18d',3,33,'mean'), ('ese_vovnet19b_dw',1,32,'mean'), ('mobilenetv3_small_100',1,32,'mean')])
+def test_other_networks_are_exact_or_refused(name, C, D, mode):
+    if not timm.is_model(name): pytest.skip(f'this timm has no {name}')
+    net = randomise(timm.create_model(name))
+    try: net3 = inflate_model(net, in_chans=C, mode=mode)
+    except MGMTError as e:
+        assert name not in ('tf_efficientnet_b0','resnet18d') and "at '" in str(e)
+        return
+    assert error(net, net3, C, D) < 1e-4
+    assert error(net, separate_depth(net3, 'all'), C, D) < 1e-4
+
+
+def test_depth_position_matters_not_and_zeros_do():
+    net = randomise(timm.create_model('efficientnet_b0'))
+    assert error(net, inflate_model(net, 1)) < 1e-4
+    assert error(net, inflate_model(net, 1, depth_padding='zeros')) > 1e-2
+
+
+def test_separated_and_merged_train_alike():
+    "One step of gradient descent on the parts is not one on the whole, but outputs and input gradients agree before it"
+    net = inflate_model(randomise(timm.create_model('efficientnet_b0')), 1)
+    twin = separate_depth(copy.deepcopy(net))
+    xs = [torch.rand(1,1,32,48,48, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in 'ab']
+    ys = [m.train().forward_features(x) for m,x in zip((net,twin),xs)]
+    for y in ys: y.square().mean().backward()
+    assert torch.allclose(*ys, rtol=1e-3, atol=1e-4*ys[0].abs().max().item())
+    assert (xs[0].grad-xs[1].grad).norm() < 1e-2*xs[0].grad.norm()
+    merge_depth(twin)
+    assert {k:v.shape for k,v in twin.state_dict().items()} == {k:v.shape for k,v in net.state_dict().items()}
+
+
+@pytest.mark.parametrize('k,stride,padding,H', [(5,1,2,17), (5,2,2,16), (7,1,3,15), (7,2,3,16)])
+def test_wide_depthwise_gradient(k, stride, padding, H):
+    conv = InflatedConv3d(6, 6, (1,k,k), (1,stride,stride), groups=6, bias=False, padding=(0,padding,padding))
+    conv.weight.data.normal_(); ref = nn.Conv2d(6, 6, k, stride, padding, groups=6, bias=False)
+    ref.weight.data = conv.weight.data[:,:,0].clone()
+    x = torch.randn(2,6,3,H,H, requires_grad=True); x2 = fold(x.detach()).requires_grad_()
+    y,y2 = conv(x),ref(x2)
+    g = torch.randn_like(y); y.backward(g); y2.backward(fold(g))
+    assert torch.allclose(fold(y), y2, atol=1e-5) and torch.allclose(conv.weight.grad[:,:,0], ref.weight.grad, atol=1e-3) and torch.allclose(fold(x.grad), x2.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize('groups,mode,k,s,D', [(1,'replicate',3,1,6), (1,'replicate',3,2,7), (1,'zeros',3,2,6), (1,'zeros',7,1,5), (1,'replicate',3,1,1), (1,'zeros',3,1,1), (4,'replicate',5,2,9), (2,'zeros',3,1,4)])
+def test_fast_convolution_is_conv3d(groups, mode, k, s, D):
+    "Whatever way a convolution is computed, values and gradients are those of `conv3d`"
+    conv = InflatedConv3d(4, 8, (k,k,k), (s,s,s), groups=groups, padding=(k//2,)*3, depth_padding=mode)
+    for p in conv.parameters(): p.data.normal_()
+    ref = copy.deepcopy(conv)
+    xs = [torch.randn(2,4,D,12,12, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in 'ab']
+    a,b = conv(xs[0]),ref._conv3d(xs[1])
+    g = torch.randn_like(b); a.backward(g); b.backward(g)
+    for p,q in [(a,b),(xs[0].grad,xs[1].grad),(conv.weight.grad,ref.weight.grad),(conv.bias.grad,ref.bias.grad)]: assert torch.allclose(p, q, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_batch_norm_and_silu(training):
+    a = BatchNormAct3d(5, act=nn.SiLU(inplace=True)); b = nn.Sequential(nn.BatchNorm3d(5), nn.SiLU())
+    a.weight.data.normal_(); b[0].load_state_dict(a.state_dict())
+    xs = [torch.randn(2,5,3,4,4, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in 'ab']
+    ys = [m.train(training)(x) for m,x in zip((a,b),xs)]
+    for y in ys: (y*torch.arange(4.)).sum().backward()
+    for p,q in [ys,[x.grad for x in xs],(a.weight.grad,b[0].weight.grad),(a.running_var,b[0].running_var)]: assert torch.allclose(p, q, atol=1e-4)
+
+
+def test_bfloat16_autocast_trains():
+    net = separate_depth(inflate_model(timm.create_model('efficientnet_b0', num_classes=1), 1)).train()
+    with torch.autocast('cpu', torch.bfloat16): loss = net(torch.rand(2,1,32,32,32)).square().mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+class Gelu2(nn.Module):
+    "A user's own leaf"
+    def forward(self, x): return x*torch.sigmoid(1.7*x)
+
+
+def test_unknown_leaf_is_named():
+    with pytest.raises(MGMTError, match="Gelu2, at '1'"): inflate_model(nn.Sequential(nn.Conv2d(3,4,3), Gelu2()))
+
+
+class MeanOfPlane(nn.Module):
+    "Runs in 3D without an error, and wrongly"
+    def __init__(self): super().__init__(); self.conv = nn.Conv2d(4,4,1)
+    def forward(self, x): return x*self.conv(x.mean((2,3), keepdim=True)).sigmoid()
+
+
+def test_wrong_answer_is_named():
+    with pytest.raises(MGMTError, match="MeanOfPlane, at '1'"): inflate_model(nn.Sequential(nn.Conv2d(3,4,3,padding=1), MeanOfPlane()))
+
+
+def test_errors():
+    for f,what in [(lambda: inflate_model(nn.Sequential(nn.Conv3d(1,2,3))), '3D already'), (lambda: inflate_model(nn.Conv2d(3,4,3), mode='center'), "'centre'"),
+            (lambda: inflate_model(nn.Conv2d(4,4,3), in_chans=2), 'only a first convolution of 3'), (lambda: inflate_model(nn.Conv2d(3,4,3,padding_mode='reflect')), 'reflect'),
+            (lambda: separate_depth(nn.Sequential(), 'some'), 'depthwise'), (lambda: checkpoint_blocks(nn.Sequential(nn.Conv3d(1,2,3))), 'no blocks')]:
+        with pytest.raises(MGMTError, match=what): f()
