@@ -219,7 +219,7 @@ choice('backbones', 'head', "from features to a logit: 'plain' or 'published'", 
 choice('backbones', 'freeze', 'layers of the body that do not train, see `freeze_body`', default='none', published='all_but_last=15')
 choice('backbones', 'stem', "how other channels than RGB enter: 'sum' of the RGB weights, or through a random 'adapter' convolution (the thesis)", default='sum', published='adapter')
 
-# %% ../nbs/08_backbones.ipynb #111972d4
+# %% ../nbs/08_backbones.ipynb #38e5ee6c
 def _make(arch, in_chans, pretrained, mode, anisotropic, depth_padding):
     "The network to its features: (net, report, mean, std)"
     given,kw = pretrained is not False,dict(in_chans=in_chans, mode=mode, depth_padding=depth_padding, anisotropic=anisotropic)
@@ -279,7 +279,7 @@ def _load_monai(model, state):
         elif k.startswith('fc.'): action,reason = 'kept','the checkpoint has no classifier'
         else: action,reason = 'missing','not in the checkpoint'
         rows.append((k, action, reason, None, tuple(t.shape)))
-    for k in state.keys()-target.keys(): rows.append((k, 'left out', 'classifier; the published head has its own' if k.startswith('fc.') else 'unknown to the 3D network', None, tuple(state[k].shape)))
+    for k in [o for o in state if o not in target]: rows.append((k, 'left out', 'classifier; the published head has its own' if k.startswith('fc.') else 'unknown to the 3D network', None, tuple(state[k].shape)))
     report = pd.DataFrame(rows, columns=['key','action','reason','shape2d','shape3d'])
     _check_report(report, True)
     with torch.no_grad():
