@@ -35,9 +35,10 @@ def class_distance(
     if not .5<=auc<1: raise MGMTError(f"auc must lie in [.5, 1), since classes that do not overlap are no test and .5 is no information; received {auc}")
     return float(np.sqrt(2)*norm.ppf(auc))
 
-# %% ../nbs/03_phantom.ipynb #d0259b03
-def _gadolinium(latent): return .25*np.exp(.4*latent)    # mM in the enhancing rim
-def _unevenness(latent): return .20*np.exp(.30*latent)   # sd of log FLAIR signal in oedema
+# %% ../nbs/03_phantom.ipynb #46b672c4
+_rates = (.5,.33) # of the two traits, per standard deviation of the latent
+def _gadolinium(latent): return .22*np.exp(_rates[0]*latent)   # mM in the enhancing rim
+def _unevenness(latent): return .20*np.exp(_rates[1]*latent)   # sd of log FLAIR signal in oedema
 
 def _draw_patient(patient, split, label, distance, seed):
     rng = rng_for(seed, 'phantom', patient, 'traits')
@@ -339,7 +340,7 @@ def _oedema_unevenness(x, mask, spacing):
     if max(spacing[1:])<2.5: inside = ndimage.binary_erosion(inside, np.ones((1,3,3)))
     return np.log(x[inside]).std() if inside.sum()>9 else np.nan
 
-# %% ../nbs/03_phantom.ipynb #a8ae374a
+# %% ../nbs/03_phantom.ipynb #53568841
 def measure_traits(
     images, # sequence -> `(image, mask)`, as from `render_patient`
 ) -> dict: # `measured_gadolinium` mM, `measured_unevenness`, and `oracle`, the latent they speak for; NaN where a sequence or the tumour's part is missing
@@ -349,7 +350,7 @@ def measure_traits(
         x,m = map(np.asarray, images['T1wCE'])
         if (m==3).any(): gd = _rim_gadolinium(x, m)
     if 'FLAIR' in images: sd = _oedema_unevenness(*map(np.asarray, images['FLAIR']), images['FLAIR'][0].spacing)
-    latents = np.log([gd/_gadolinium(0), sd/_unevenness(0)])/[.4,.3]
+    latents = np.log([gd/_gadolinium(0), sd/_unevenness(0)])/_rates
     return dict(measured_gadolinium=gd, measured_unevenness=sd, oracle=np.nan if np.isnan(latents).all() else np.nanmean(latents))
 
 # %% ../nbs/03_phantom.ipynb #a9fd1d2d

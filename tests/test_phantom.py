@@ -6,7 +6,7 @@ import numpy as np, pandas as pd, pydicom, pytest
 from scipy.stats import spearmanr
 
 from mgmt_fast.core import SEQUENCES, MGMTError
-from mgmt_fast.phantom import draw_patients, draw_series, make_phantom, measure_traits, phantom_bound, read_side_table, render_patient
+from mgmt_fast.phantom import _gadolinium, _unevenness, draw_patients, draw_series, make_phantom, measure_traits, phantom_bound, read_side_table, render_patient
 from mgmt_fast.series import read_volume
 
 SMALL = dict(slices=6, size=32, progress=False)
@@ -125,7 +125,7 @@ def test_traits_rise_with_the_latent_without_saturation():
     p = draw_patients(4, .9, 2).iloc[1].copy()
     seen = []
     for z in np.linspace(-4.5, 4.5, 6):
-        p['latent'],p['gadolinium'],p['unevenness'] = z,.25*np.exp(.4*z),.2*np.exp(.3*z)
+        p['latent'],p['gadolinium'],p['unevenness'] = z,_gadolinium(z),_unevenness(z)
         seen.append(measure_traits(render_patient(p, 2, 'FLAIR,T1wCE', slices=20, size=80)))
     seen = pd.DataFrame(seen)
     assert (seen.diff()[1:]>0).all().all()
