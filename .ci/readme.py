@@ -7,6 +7,7 @@ from nbconvert import MarkdownExporter
 
 root = Path(__file__).parent.parent
 nb = nbformat.read(root/'nbs/index.ipynb', as_version=4)
+nb.metadata['language_info'] = {'name': 'python'}
 nb.cells = [c for c in nb.cells if not c.source.startswith('#| hide')]
 for c in nb.cells:
     c.source = re.sub(r'^#\| .*\n', '', c.source, flags=re.M)

@@ -106,12 +106,12 @@ def mgmt_train(
     print(f'{dest}/model: weights of epoch {learn.save_best.best_epoch}, validation loss {v[1]:.4f}, AUC {v[2]:.3f} on {len(learn.dls.valid.dataset)} patients (chosen on them: not an estimate of the AUC on others)')
     return int(len(learn.dls.left_out)>0)
 
-# %% ../nbs/90_cli.ipynb #d60dcb31
+# %% ../nbs/90_cli.ipynb #cfc7e07e
 def _train(store, dest, recipe, sequences=None, fold=0, bs=8, seed=0, augs=None):
     dls = mgmt_dls(store, sequences, fold=fold, bs=bs, seed=seed, augs=augs)
     learn = mgmt_learner(dls, recipe=recipe, path=dest, seed=seed)
     _save(show_batch(*dls.train.one_batch(), None, max_n=4, sequences=dls.sequences).flat[0], Path(dest)/'batch.png')
-    learn.fit(learn.recipe.epochs)
+    learn.fit_recipe()
     save_model(learn, Path(dest)/'model')
     _save(plot_history(Path(dest)/'history.csv')[0], Path(dest)/'history.png')
     return learn
@@ -147,19 +147,19 @@ def mgmt_weights(
     print(fetch_weights(dest, *archs.split(',')).to_string(index=False))
     return 0
 
-# %% ../nbs/90_cli.ipynb #b01787e1
+# %% ../nbs/90_cli.ipynb #c1e6cc8b
 @_command
 def mgmt_demo(
     dest:Path='demo', # Folder for the cohort, the store, the model and the figures
     auc:float=.95, # Best attainable AUC of the phantom; .5: the label is not in the images
     seed:int=0, # Of everything
-    n:int=240, # Patients, a third of them held out
+    n:int=320, # Patients, a quarter of them held out
     epochs:int=8, # Passes over the training patients
 ):
     "Phantom cohort, store, training, prediction of held-out patients, and its AUC beside the best attainable"
     start,dest,sequences = time.perf_counter(),Path(dest)/f'auc{auc:g}-seed{seed}',('FLAIR','T1wCE')
-    make_phantom(dest/'cohort', n=n, auc=auc, seed=seed, test=1/3, slices=24, size=80, sequences=sequences)
-    recipe = get_recipe('default', size=(32,48,48), arch='resnet18', lr=1e-3, epochs=epochs, patience=epochs, plateau_patience=3)
+    make_phantom(dest/'cohort', n=n, auc=auc, seed=seed, test=1/4, slices=24, size=80, sequences=sequences)
+    recipe = get_recipe('default', size=(32,48,48), arch='resnet18', schedule='one_cycle', lr=2e-3, epochs=epochs, patience=epochs)
     store = prepare(kaggle_cohort(dest/'cohort'), dest/'store', sequences, recipe=recipe)
     _train(store, dest, recipe, seed=seed, augs=mgmt_augs(get_recipe('none', flip='w'), seed=seed))
     preds = predict(dest/'model', kaggle_cohort(dest/'cohort','test'))

@@ -186,7 +186,7 @@ def cohort_report(
     "What was wrong with a cohort's folders and labels, a row for each problem."
     return pd.DataFrame(cohort.attrs.get('report', []), columns=['patient','sequence','problem','what_to_do'], dtype='string')
 
-# %% ../nbs/02_cohort.ipynb #d461be3c
+# %% ../nbs/02_cohort.ipynb #d364ad59
 def _noted(cohort, rows):
     "`cohort` with more rows in its report"
     cohort = cohort.copy()
@@ -221,6 +221,12 @@ def _summary(df):
         res.append(f"{len(report)} problem{'s'*(len(report)>1)}, listed by cohort_report: {'; '.join(f'{k} ({v})' for k,v in kinds[:6])}{'; ...'*(len(kinds)>6)}")
     return '\n'.join(res)
 
+def _together(report, df):
+    "The report with one row for a sequence that no patient has"
+    never = [s for s in SEQUENCES if len(df)>1 and df[s].isna().all()]
+    rows = [o for o in report if not (o[1] in never and o[2]=='missing')]
+    return rows+[('all', s, 'missing', 'nothing, if it was not acquired') for s in never if len(rows)<len(report)]
+
 def _assemble(scans, labels, source, report=(), keep=False, pad=0):
     "Join scans, `{patient: (paths, problems)}`, with labels; `keep` patients that only the labels know, their ids padded to `pad` digits"
     report,rows,seen = list(report),[],{}
@@ -239,6 +245,7 @@ def _assemble(scans, labels, source, report=(), keep=False, pad=0):
         report.append((patient, '', 'labelled, but has no folder', 'restore the scans, or ignore the label'))
         if keep: rows.append(dict(patient=patient, label=label))
     df = pd.DataFrame(rows, columns=['patient','label',*SEQUENCES]).astype({'patient':'string', 'label':'Int64', **dict.fromkeys(SEQUENCES,'string')})
+    report = _together(report, df)
     df = _noted(df.sort_values('patient', ignore_index=True).assign(source=pd.array([source]*len(df), dtype='string')), report)
     print(_summary(df))
     return df

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MGMTLearner', 'mgmt_learner', 'MGMTModel', 'as_model', 'save_model', 'load_model', 'predict']
 
-# %% ../nbs/11_learner.ipynb #a15ebc29
+# %% ../nbs/11_learner.ipynb #6689f177
 import json, multiprocessing, os
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +14,7 @@ import numpy as np, pandas as pd, torch
 import safetensors.torch as st
 from .core import *
 from fastai.basics import Adam, BCEWithLogitsLossFlat, DataLoaders, Learner, accuracy_multi
+import fastai.callback.schedule
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, TerminateOnNaNCallback, TrackerCallback
 from fastcore.all import *
@@ -24,32 +25,40 @@ from .backbones import create_backbone
 from .callbacks import SaveBest
 from .metrics import AUC
 
-# %% ../nbs/11_learner.ipynb #0c4a03f0
+# %% ../nbs/11_learner.ipynb #0cde2e65
 choice('learner', 'arch', 'name of the backbone, see `list_backbones`', default='resnet18')
 choice('learner', 'anisotropic', 'halvings, counted from the input, that spare the depth; None: as few as the prepared depth demands', default=None)
 choice('learner', 'lr', 'learning rate of Adam', default=1e-4)
 choice('learner', 'wd', 'weight decay, decoupled', default=0.)
 choice('learner', 'epochs', 'passes over the training patients, at most', default=10)
+choice('learner', 'schedule', "'flat' rate, falling on a plateau, or 'one_cycle' up to `lr` and down", default='flat')
 choice('learner', 'patience', 'epochs without a lower validation loss before training stops', default=3)
 choice('learner', 'plateau_patience', 'epochs without a lower validation loss before the rate falls', default=1)
 choice('learner', 'plateau_factor', 'what the rate is divided by then', default=10.)
 
-# %% ../nbs/11_learner.ipynb #72cf831f
+# %% ../nbs/11_learner.ipynb #efbe00ad
 class MGMTLearner(Learner):
     "fastai's `Learner`; its `validate` leaves alone what watches the training, over which fastai's own trips"
     def validate(self, *args, **kwargs):
         with self.removed_cbs([c for c in self.cbs if isinstance(c, TrackerCallback)]): return super().validate(*args, **kwargs)
 
-# %% ../nbs/11_learner.ipynb #6003f19a
+    def fit_recipe(self):
+        "Train as the recipe says: its schedule, for its number of epochs"
+        if self.recipe.schedule=='one_cycle': return self.fit_one_cycle(self.recipe.epochs, self.recipe.lr)
+        if self.recipe.schedule!='flat': raise unknown_name('schedule', self.recipe.schedule, ('flat','one_cycle'))
+        self.fit(self.recipe.epochs)
+
+# %% ../nbs/11_learner.ipynb #fe77a5f2
 def _make_model(r, dls, seed, **kwargs):
     "The recipe's backbone, sparing the depth as often as the prepared one demands"
-    for n in range(6) if r.anisotropic is None else [r.anisotropic]:
+    n = kwargs.pop('anisotropic', r.anisotropic)
+    for n in range(6) if n is None else [n]:
         seed_everything(seed)
         model = create_backbone(r.arch, in_chans=len(dls.sequences), anisotropic=n, **{**r.room('backbones'), **kwargs})
         if model.body.depth_stride<=r.size[0]: break
     return model
 
-# %% ../nbs/11_learner.ipynb #5d6534c7
+# %% ../nbs/11_learner.ipynb #0c78a2dc
 def mgmt_learner(
     dls:DataLoaders, # From `mgmt_dls`
     arch=None, # Backbone's name; the recipe's if None
@@ -59,7 +68,7 @@ def mgmt_learner(
     cbs=None, # More callbacks
     model_kwargs:dict=None, # For `create_backbone`, beyond what the recipe decides
     **kwargs, # For fastai's `Learner`
-) -> MGMTLearner: # Train it with `learn.fit(epochs)`
+) -> MGMTLearner: # Train it with `learn.fit_recipe()`, or any of fastai's own
     "A fastai `Learner` for methylation; nothing in it is hidden from fastai's own methods."
     r = get_recipe(recipe)
     r = get_recipe(r, **({} if arch is None else dict(arch=arch)), **dls.store.recipe.room('prepare'))
