@@ -70,7 +70,7 @@ def _check_values(x, bounded):
     if not (math.isfinite(lo) and math.isfinite(hi)): raise MGMTError(f"intensities must be finite; received {lo} to {hi}: NaN or infinity in a volume, from a failed normalisation?")
     if bounded and (lo<0 or hi>1+1e-5): raise MGMTError(f"intensities must lie in 0 to 1, with 0 for air; received {lo:g} to {hi:g}: augment before the model normalises, not after")
 
-# %% ../nbs/06_augment.ipynb #ac0f6fff
+# %% ../nbs/06_augment.ipynb #13384a18
 class RandAug(ItemTransform):
     "A fastai batch transform for training whose random draw, a table with a row a patient, is apart from its pure application"
     split_idx,order,bounded = 0,30,True
@@ -112,7 +112,7 @@ class RandAug(ItemTransform):
         mm = self._spacing(x, spacing)
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             src = x.detach(); out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            for i,r in enumerate(rows): self.run(src[i], out[i], r, mm[i])
+            self.run_batch(src, out, rows, mm)
         if type(x) is torch.Tensor: return out
         out = out.as_subclass(type(x)); out.__dict__.update(x.__dict__)
         return out
@@ -126,6 +126,16 @@ class RandAug(ItemTransform):
     def ever(self): return self.p>0
     def row(self, k): return self.sample(rng_for(self.seed, 'augment', type(self).__name__, k))
     def acts(self, r): return any(v is not None and r[c]!=v for c,v in self.neutral.items())
+    def fits(self, r): return False
+    def run_batch(self, src, out, rows, mm):
+        "On a GPU rows that fit go together, or by the same arithmetic alone: the bits do not tell"
+        fits = [src.device.type!='cpu' and self.fits(r) for r in rows]
+        if all(fits): return self.together(src, out, rows, mm)
+        for i,r in enumerate(rows):
+            k = slice(i,i+1) if fits[i] else i
+            o = out[k]; s = o if src is out else src[k]
+            if fits[i]: self.together(s, o, [r], mm[k])
+            else: self.run(s, o, r, mm[i])
     def run(self, src, out, r, mm):
         if src is not out: out.copy_(src)
         if self.acts(r): self.change_(out, r, mm)
@@ -165,7 +175,7 @@ def _matrix(r, shape, mm, in_plane):
     centre = (n-1)/2
     return m, centre-m@centre+(back@place-shift/size)/mm
 
-# %% ../nbs/06_augment.ipynb #a51973db
+# %% ../nbs/06_augment.ipynb #c4c666e7
 def _grid(m, b, sizes, axes, like):
     "Normalised coordinates `(*axes, k)`, last axis first as `grid_sample` wants, of `m@(voxel along axes)+b`"
     k = len(sizes)
@@ -181,7 +191,7 @@ def _slabs(n, voxels, device, temps=1):
     k = max(1, (2**21 if device.type=='cpu' else 2**22)//temps//voxels)
     return [range(i,min(i+k,n)) for i in range(0,n,k)]
 
-def _groups(n, device): return math.gcd(n, torch.get_num_threads() if device.type=='cpu' else 8)
+def _groups(n, device, gpu=8): return math.gcd(n, torch.get_num_threads() if device.type=='cpu' else gpu)
 
 def _resample2d(src, out, m, b, outside):
     D,H,W = src.shape[-3:]
@@ -191,9 +201,19 @@ def _resample2d(src, out, m, b, outside):
         k = _groups(len(s), src.device)
         out[s.start:s.stop] = F.grid_sample(src[s.start:s.stop].view(k,-1,H,W), grid.expand(k,-1,-1,-1), padding_mode=outside, align_corners=False).view(-1,H,W)
 
+def _resample_batch(src, out, ms, bs, outside):
+    "`_resample2d` of all patients at once, matrices (B,2,2) and (B,2): on a GPU, launches cost more than arithmetic"
+    B,C,D,H,W = src.shape
+    n = np.array([H,W])
+    c = np.concatenate([2*np.stack(ms)/n[:,None], ((2*np.stack(bs)+1)/n-1)[...,None]], 2)
+    c = torch.from_numpy(c).to(src.device, src.dtype, non_blocking=True)[...,None,None]
+    h,w = torch.arange(H,dtype=src.dtype,device=src.device)[:,None],torch.arange(W,dtype=src.dtype,device=src.device)
+    grid = torch.stack([c[:,i,0]*h+c[:,i,2]+c[:,i,1]*w for i in (1,0)], -1)
+    out.copy_(F.grid_sample(src.reshape(B,-1,H,W), grid, padding_mode=outside, align_corners=False).view_as(out))
+
 def _resample3d(src, out, m, b, outside):
     C,D,H,W = src.shape
-    k = _groups(D, src.device)
+    k = _groups(D, src.device, gpu=1)
     n = max(1, D//k//12)
     for i in range(0, D//k, n):
         part = range(i, min(i+n,D//k))
@@ -201,7 +221,7 @@ def _resample3d(src, out, m, b, outside):
         y = F.grid_sample(src[None].expand(k,-1,-1,-1,-1), grid, padding_mode=outside, align_corners=False)
         out.view(C,k,D//k,H,W)[:,:,part.start:part.stop] = y.transpose(0,1)
 
-# %% ../nbs/06_augment.ipynb #5b4550bb
+# %% ../nbs/06_augment.ipynb #28baecd6
 class RandAffine(RandAug):
     "Mirror, turn, shift, zoom, crop and resize, in one resample; within slices by default, which needs no copy"
     bounded = False
@@ -239,13 +259,19 @@ class RandAffine(RandAug):
         if self.crop_resize<1: r |= dict(crop=self.crop_resize, **{f'crop_{a}': v for a,v in zip('dhw',place) if a in on})
         return r
 
+    def together(self, src, out, rows, mm):
+        ms,bs = zip(*(_matrix(r, src.shape[2:], m if self.use_spacing else np.ones(3), self.in_plane) for r,m in zip(rows,mm)))
+        _resample_batch(src, out, [m[1:,1:] for m in ms], [b[1:] for b in bs], self.outside)
+
+    def across(self, r): return bool(r['turn_h'] or r['turn_w'] or r['shift_d'] or r['frac_d'] or not (self.in_plane or r['zoom']==r['crop']==1))
+    def fits(self, r): return not (r['flip_d'] or self.across(r)) and any(r[c]!=v for c,v in self.neutral.items() if 'flip' not in c)
+
     def run(self, src, out, r, mm):
         if not self.acts(r): return super().run(src, out, r, mm)
         flips = [1+'dhw'.index(a) for a in 'dhw' if r[f'flip_{a}']]
         if all(r[c]==v for c,v in self.neutral.items() if 'flip' not in c): return out.copy_(src.flip(flips))
         m,b = _matrix(r, src.shape[1:], mm if self.use_spacing else np.ones(3), self.in_plane)
-        across = r['turn_h'] or r['turn_w'] or r['shift_d'] or r['frac_d'] or not (self.in_plane or r['zoom']==r['crop']==1)
-        if not across: return _resample2d(src.flip(1) if r['flip_d'] else src, out, m[1:,1:], b[1:], self.outside)
+        if not self.across(r): return _resample2d(src.flip(1) if r['flip_d'] else src, out, m[1:,1:], b[1:], self.outside)
         if src.shape[1]<2: raise MGMTError(f"turning, shifting or zooming across slices needs D of at least 2; received D = {src.shape[1]}: use in_plane=True")
         _resample3d(src.clone() if src.data_ptr()==out.data_ptr() else src, out, m, b, self.outside)
 
@@ -264,7 +290,7 @@ def _means(x, over):
 
 def _bits(rng): return int(rng.integers(2**31))
 
-# %% ../nbs/06_augment.ipynb #8c1011c8
+# %% ../nbs/06_augment.ipynb #c4dc2fb3
 class RandLighting(RandAug):
     "Contrast about the mean, brightness, gamma"
     limits = dict(contrast=(0,1,'as a fraction'), brightness=(0,1,'as a fraction'), gamma=(0,3,'of log gamma'), p=_p)
@@ -285,6 +311,17 @@ class RandLighting(RandAug):
         hit,u = rng.random()<self.p,rng.uniform(-1,1,3)
         r = dict(contrast=1+self.contrast*u[0], brightness=1+self.brightness*u[1], gamma=math.exp(self.gamma*u[2]))
         return r if hit else dict(self.neutral)
+
+    def fits(self, r): return self.acts(r)
+    def together(self, src, out, rows, mm):
+        if src is not out: out.copy_(src)
+        B,C,D = out.shape[:3]
+        k = np.array([(r['contrast']*r['brightness'],(1-r['contrast'])*r['brightness'],r['gamma']) for r in rows])
+        scale,mean,gamma = torch.from_numpy(k).to(out.device, out.dtype, non_blocking=True).T.reshape(3,B,1,1,1,1)
+        brain = out.sign() if self.over=='brain' else None
+        mean = mean*torch.stack([_means(o, self.over) for o in out]).view(B,C,D,1,1)
+        out.mul_(scale).add_(mean).clamp_(0 if brain is None else _least, 1).pow_(gamma)
+        if brain is not None: out.mul_(brain)
 
     def change_(self, x, r, mm):
         c,b = r['contrast'],r['brightness']
@@ -500,7 +537,7 @@ class RandCutOut(RandAug):
         at = [round((n-k)*(r[f'cutout_{a}'] or 0.)) for n,k,a in zip(x.shape[1:],size,'dhw')]
         x[(slice(None),*(slice(i,i+k) for i,k in zip(at,size)))] = 0
 
-# %% ../nbs/06_augment.ipynb #5f77adcf
+# %% ../nbs/06_augment.ipynb #eb3087df
 class ComposeAugs(RandAug):
     "Several augmentations as one, on one copy of the batch"
     def __init__(self,
@@ -517,6 +554,9 @@ class ComposeAugs(RandAug):
 
     def row(self, k): return {c:v for p in self.parts for c,v in p.row(k).items()}
     def acts(self, r): return any(p.acts(r) for p in self.parts)
+    def run_batch(self, src, out, rows, mm):
+        if src.device.type=='cpu': return super().run_batch(src, out, rows, mm)
+        for p in self.parts: p.run_batch(src, out, rows, mm); src = out
     def run(self, src, out, r, mm):
         for p in self.parts:
             if p.acts(r): p.run(src, out, r, mm); src = out
