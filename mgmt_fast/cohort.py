@@ -279,7 +279,7 @@ def kaggle_cohort(
     if not scans and (labels is None or labels is False): raise CohortError(f"{root} has no patients: looked for {split}/PATIENT/{{{','.join(SEQUENCES)}}} and for a label table")
     return _assemble(scans, labels, f'kaggle/{split}', keep=True, pad=5)
 
-# %% ../nbs/02_cohort.ipynb #0110cf34
+# %% ../nbs/02_cohort.ipynb #6113d6d5
 def _patients(root, find):
     "Folders of patients: those in `root`, or `root` if it is one patient's. Ids have digits, names of inner folders such as `raw` do not."
     root = _folder(root)
@@ -293,7 +293,7 @@ def _folder_cohort(root, find, labels, source, looked_for):
     scans = {p.resolve().name: scan_patient(p, find) for p in folders}
     if not any(paths for paths,_ in scans.values()):
         why = uniqueify([f'{seq} {problem}'.strip() for _,o in scans.values() for seq,problem,_ in o if problem!='missing'])
-        if not folders: why = ['files, but no folders: if they are the slices of one series, give the folder above, and name this one after its sequence']
+        if not _subfolders(root): why = ['files, but no folders: if they are the slices of one series, give the folder above, and name this one after its sequence']
         raise CohortError(f"{root} holds no scans that can be told apart ({'; '.join(why[:3])}). Looked for {looked_for}. Any other layout: nifti_cohort(root, pattern='{{patient}}/{{sequence}}.nii.gz')")
     return _assemble(scans, labels, source)
 
