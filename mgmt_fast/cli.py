@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['mgmt_audit', 'mgmt_phantom', 'mgmt_prepare', 'mgmt_train', 'mgmt_predict', 'mgmt_weights', 'mgmt_demo']
 
-# %% ../nbs/90_cli.ipynb #8724416f
+# %% ../nbs/90_cli.ipynb #4eea66c0
 import functools, sys, time
 from pathlib import Path
 
 from .core import *
 from fastcore.script import call_parse
-from .cohort import find_cohort, kaggle_cohort
+from .cohort import cohort_report, find_cohort, kaggle_cohort
 from .phantom import make_phantom, phantom_bound, read_side_table
 from .prepare import VolumeStore, prepare
 from .loader import mgmt_dls, show_batch
@@ -40,6 +40,15 @@ def _say_report(report, what):
     if len(errors): print(f"{errors.patient.nunique()} patients with errors in {what}; everything else is done")
     return int(len(errors)>0)
 
+# %% ../nbs/90_cli.ipynb #2a6d3d5f
+def _cohort(root, most=20, **kwargs):
+    "The cohort of a folder, and the problems of its folders and labels, printed"
+    cohort = find_cohort(root, **kwargs)
+    report = cohort_report(cohort)
+    for r in report[:most].itertuples(): print(f"  {r.patient} {r.sequence}: {r.problem}; {r.what_to_do}")
+    if len(report)>most: print(f'  and {len(report)-most} more')
+    return cohort
+
 # %% ../nbs/90_cli.ipynb #bad12659
 @_command
 def mgmt_audit(
@@ -67,7 +76,7 @@ def mgmt_phantom(
     print(f"{dest}: {n} patients, bound of the AUC on training patients {phantom_bound(dest,'train').bound:.3f}")
     return 0
 
-# %% ../nbs/90_cli.ipynb #852b0fb8
+# %% ../nbs/90_cli.ipynb #513c7040
 @_command
 def mgmt_prepare(
     root:Path, # Folder of scans: competition, BraTS, TCGA, or one patient's
@@ -79,7 +88,7 @@ def mgmt_prepare(
     n_workers:int=None, # Processes; one per core if not given
 ):
     "Crop, resample and normalise a cohort once, into a store; run again to finish after a stop"
-    cohort = find_cohort(root, labels=labels)
+    cohort = _cohort(root, labels=labels)
     store = prepare(cohort, dest, sequences, size=size, recipe=recipe, n_workers=n_workers)
     print(f'{dest}: {store}')
     return _say_report(store.report, 'preparation')
@@ -121,7 +130,7 @@ def _save(ax, path):
     with atomic_path(path) as tmp: ax.figure.savefig(tmp, dpi=110)
     plt.close(ax.figure)
 
-# %% ../nbs/90_cli.ipynb #3eeeea91
+# %% ../nbs/90_cli.ipynb #665ecbf2
 @_command
 def mgmt_predict(
     model:Path, # Model that `mgmt_train` wrote, e.g. run/model
@@ -131,7 +140,7 @@ def mgmt_predict(
     n_workers:int=None, # Processes that prepare scans; one per core if not given
 ):
     "Probability of a methylated MGMT promoter for each patient of a folder"
-    preds = predict(model, find_cohort(root, split=split), n_workers=n_workers)
+    preds = predict(model, _cohort(root, split=split), n_workers=n_workers)
     with atomic_path(out) as tmp: preds.to_csv(tmp, index=False)
     print(preds.to_string(index=False, max_rows=20, max_colwidth=60))
     print(f"{out}: {preds.prob.notna().sum()} of {len(preds)} patients; research use only")

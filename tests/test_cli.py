@@ -25,8 +25,8 @@ def run(command, *args, code=0, **kwargs):
 def work(tmp_path_factory):
     "A phantom, its store and a trained model, made by the commands."
     d = tmp_path_factory.mktemp('work')
-    run('mgmt_phantom', d/'scans', '--n', 18, '--slices', 12, '--size', 48)
-    assert 'VolumeStore of 13 patients' in run('mgmt_prepare', d/'scans', d/'store', '--size', '12x32x32', '--sequences', 'T1wCE')
+    run('mgmt_phantom', d/'scans', '--n', 28, '--slices', 12, '--size', 48)
+    assert 'VolumeStore of 21 patients' in run('mgmt_prepare', d/'scans', d/'store', '--size', '12x32x32', '--sequences', 'T1wCE')
     assert 'not an estimate' in run('mgmt_train', d/'store', d/'run', '--epochs', 1, '--arch', 'resnet18')
     return d
 
@@ -38,7 +38,7 @@ def test_train_writes_what_it_says(work):
 def test_predict_gives_each_patient_a_row(work, tmp_path):
     out = run('mgmt_predict', work/'run/model', work/'scans', '--split', 'test', '--out', tmp_path/'p.csv')
     p = pd.read_csv(tmp_path/'p.csv', dtype={'patient':str})
-    assert len(p)==5 and p.prob.between(0,1).all() and 'research use only' in out
+    assert len(p)==7 and p.prob.between(0,1).all() and 'research use only' in out
     assert p.patient.tolist()==sorted(os.listdir(work/'scans/test'))
 
 
@@ -50,12 +50,12 @@ def test_skipped_patients_are_listed_and_the_exit_code_says_so(work, tmp_path):
     shutil.rmtree(second/'T1wCE')
     out = run('mgmt_prepare', root, tmp_path/'store', '--size', '12x32x32', '--sequences', 'T1wCE', code=1)
     assert first.name in out and 'patient skipped' in out
-    assert VolumeStore(tmp_path/'store').table.T1wCE.sum()==11
+    assert VolumeStore(tmp_path/'store').table.T1wCE.sum()==19
     out = run('mgmt_predict', work/'run/model', root, '--out', tmp_path/'p.csv', code=1)
     p = pd.read_csv(tmp_path/'p.csv', dtype={'patient':str}).set_index('patient')
     assert p.prob.isna().sum()==2 and 'missing' in p.note[second.name]
     out = run('mgmt_train', tmp_path/'store', tmp_path/'run', '--epochs', 1, '--arch', 'resnet18', code=1)
-    assert '2 of 13 patients are left out' in out
+    assert '2 of 21 patients are left out' in out
 
 
 @pytest.mark.parametrize('make,say', [
@@ -78,7 +78,7 @@ def labels(root, text): (root/'train_labels.csv').write_text(text)
     ('BraTS21ID,MGMT_value\n00000,2\n', None, '2'),
     ('BraTS21ID,MGMT_value\n99998,1\n99999,0\n', None, '9999'),
     ('BraTS21ID,MGMT_value\n00000,1\n00000,0\n', None, '00000'),
-    ('a,b\n1,2\n', 2, 'MGMT_value'),
+    ('a,b\n1,2\n', 2, 'a, b'),
 ], ids=['no table', 'label 2', 'ids match no folder', 'duplicate ids', 'other columns'])
 def test_damaged_label_tables(work, tmp_path, text, code, say):
     "An error or rows of a report; never a label made up, never a traceback."
