@@ -22,14 +22,14 @@ from .metrics import auc_ci
 from .report import plot_history, plot_roc
 from .audit import audit
 
-# %% ../nbs/90_cli.ipynb #0853b880
+# %% ../nbs/90_cli.ipynb #58687678
 def _command(f):
     "Errors that we raise on purpose become one line and an exit code; others keep their traceback"
     @functools.wraps(f)
     def _f(*args, **kwargs):
         try: return f(*args, **kwargs)
         except MGMTError as e: print(f'error: {e}', file=sys.stderr); return 2
-        except KeyboardInterrupt: print('interrupted: the same command goes on where it stopped', file=sys.stderr); return 130
+        except KeyboardInterrupt: print('interrupted: run the same command again; a store goes on where it stopped, the rest begins anew', file=sys.stderr); return 130
     return call_parse(_f)
 
 def _say_report(report, what):
