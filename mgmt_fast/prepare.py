@@ -11,7 +11,6 @@ import hashlib, json, multiprocessing, os, signal
 from pathlib import Path
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastcore.all import *
@@ -42,14 +41,17 @@ def resize(
     size:tuple, # (D,H,W) voxels out
 ) -> torch.Tensor: # float32 of that size, over the same extent
     "Resize a box without aliasing."
-    if x.dtype not in (torch.int16,torch.uint8,torch.float32): x = x.float()
-    flat = torch.empty(size[0], *x.shape[1:])
-    for row,w in zip(flat, triangle_weights(len(x), size[0])):
-        used = np.flatnonzero(w)
-        torch.mul(x[used[0]], float(w[used[0]]), out=row)
-        for i in used[1:]: row.add_(x[i], alpha=float(w[i]))
-    if flat.shape[1:]==tuple(size[1:]): return flat
-    return F.interpolate(flat[None], size=tuple(size[1:]), mode='bilinear', antialias=True)[0]
+    size = tuple(size)
+    out,slab,weights,slices = torch.empty(size),torch.empty(16,*x.shape[1:]),triangle_weights(len(x), size[0]),{}
+    for at in range(0, size[0], 16):
+        for row,w in zip(slab, weights[at:at+16]):
+            used = np.flatnonzero(w)
+            slices = {i: slices[i] if i in slices else x[i].float() for i in used}
+            torch.mul(slices[used[0]], float(w[used[0]]), out=row)
+            for i in used[1:]: row.add_(slices[i], alpha=float(w[i]))
+        flat = slab[:size[0]-at]
+        out[at:at+16] = flat if flat.shape[1:]==size[1:] else F.interpolate(flat[None], size=size[1:], mode='bilinear', antialias=True)[0]
+    return out
 
 # %% ../nbs/04_prepare.ipynb #464e83cf
 def _match_axes(cols, onto):
@@ -105,17 +107,18 @@ def _otsu(a, bins=256):
 def foreground(
     vol:Volume, # Any orientation
     step:float=2., # mm between looked-at voxels
-) -> Volume: # uint8 mask of the largest part, coarse, with the affine of its own grid; `.air`: value of constant air, or None if the air is noise
-    "Where there is tissue, its holes filled. Raises `PrepareError` on a constant volume."
+) -> Volume: # uint8 mask of the largest part, coarse, with the affine of its own grid; `.air`: value of constant air, or None if the air is noise, and then holes are filled
+    "Where there is tissue. Raises `PrepareError` on a constant volume."
     stride = np.maximum(1, (step/vol.spacing).round().astype(int))
     vol = vol[tuple(slice(None,None,int(s)) for s in stride)]
-    a = np.nan_to_num(np.asarray(vol, dtype=np.float32))
+    a = np.nan_to_num(np.asarray(vol))
     if a.min()==a.max(): raise PrepareError(f"all looked-at voxels equal {a.min():g}: an empty or blank series? Leave it out of the cohort")
     values,counts = np.unique(np.concatenate([a[:,[0,-1]].ravel(), a[:,:,[0,-1]].ravel()]), return_counts=True)
     air = float(values[counts.argmax()]) if counts.max()>.5*counts.sum() else None
-    mask = a>_otsu(a) if air is None else abs(a-air)>.01*abs(np.percentile(a,99.5)-air)
+    mask = a>_otsu(a) if air is None else abs(a-np.float32(air))>.01*abs(np.percentile(a[::2,::2,::2],99.5)-air)
     parts,n = ndimage.label(mask)
-    mask = ndimage.binary_fill_holes(parts==1+np.bincount(parts.ravel())[1:].argmax())
+    if n>1: mask = parts==1+np.bincount(parts.ravel())[1:].argmax()
+    if air is None: mask = ndimage.binary_fill_holes(mask)
     res = Volume(torch.from_numpy(mask.astype(np.uint8)), affine=vol.affine)
     res.air,res.stride = air,stride
     return res
@@ -172,22 +175,13 @@ def to_bytes(
     clip:tuple, # Percentiles of the brain
 ) -> tuple: # uint8 (D,H,W); the two intensities that became 1 and 255
     "Scale the brain's robust range to 1..255 and air to 0."
-    a = np.asarray(vol)
-    lo,hi = np.percentile(a[brain][::8], clip)
+    some = (slice(None),slice(None,None,2),slice(None,None,4))
+    lo,hi = np.percentile(np.asarray(vol)[some][brain[some]], clip)
     if not hi>lo: raise PrepareError(f"percentiles {clip} of the brain are both {lo:g}: an almost constant series? Leave it out of the cohort")
-    out = ((np.clip(a, lo, hi)-lo)*(254/(hi-lo))+1.5).astype(np.uint8)
-    return out*brain, (float(lo),float(hi))
-
-# %% ../nbs/04_prepare.ipynb #a2b06f2e
-@contextmanager
-def _one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(n)
+    out = vol.as_subclass(torch.Tensor).clamp(lo, hi).sub_(lo).mul_(254/(hi-lo)).add_(1.5).to(torch.uint8)
+    return out.mul_(torch.from_numpy(brain)).numpy(), (float(lo),float(hi))
 
 # %% ../nbs/04_prepare.ipynb #1417ea2a
-@_one_thread()
 def prepare_patient(
     row, # A row of a cohort: `patient` and a path per sequence
     sequences=SEQUENCES, # Which to prepare, in order; the first readable one gives the axes
@@ -221,9 +215,9 @@ def prepare_patient(
 # %% ../nbs/04_prepare.ipynb #24a656d4
 def _prepare_one(v, mask, affine, size, choices):
     out = resample(v, affine, size)
-    if mask.air is None: brain = np.asarray(resample(mask, affine, size))>.5
-    else: brain = abs(np.asarray(out)-mask.air)>.01*abs(np.percentile(np.asarray(out)[::2,::4,::4],99.5)-mask.air)
-    array,window = to_bytes(out, brain, choices['clip'])
+    if mask.air is None: brain = resample(mask, affine, size)>.5
+    else: brain = (out-mask.air).abs_()>.01*abs(np.percentile(np.asarray(out)[::2,::4,::4],99.5)-mask.air)
+    array,window = to_bytes(out, brain.numpy(), choices['clip'])
     return array, dict(window=window, shape=list(v.shape), spacing=v.spacing.round(4).tolist(), plane=v.plane, skull=bool(has_skull(v)))
 
 # %% ../nbs/04_prepare.ipynb #0cce6ccf

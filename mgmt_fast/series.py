@@ -6,7 +6,7 @@
 __all__ = ['SeriesError', 'list_series', 'read_volume', 'has_skull', 'audit_series']
 
 # %% ../nbs/01_series.ipynb #1cd7daca
-import mmap, os, signal, stat, time, warnings
+import functools, mmap, os, signal, stat, struct, time, warnings
 
 import nibabel as nib, numpy as np, pandas as pd, pydicom, torch
 from fastcore.all import *
@@ -39,6 +39,17 @@ _GROUPS = dict(ImagePositionPatient='PlanePositionSequence', ImageOrientationPat
 _KNOWN  = {k: (t:=Tag(tag_for_keyword(k)), dictionary_VR(t)) for k in (*_NAMES,*_GROUPS,*_GROUPS.values())}
 
 # %% ../nbs/01_series.ipynb #fa755b27
+@functools.lru_cache(2**12)
+def _parse(k, v, little):
+    "The bytes `v` of element `k` as a tuple of numbers or a string; `None` where they are blank"
+    vr = _KNOWN[k][1]
+    try:
+        if vr in _CODE: return tuple(np.frombuffer(v, ('<' if little else '>')+_CODE[vr]).tolist())
+        v = v.strip(b' \0')
+        if vr not in _NUM: return v.decode('latin-1') or None
+        return tuple(float(o) for o in v.split(b'\\')) if v else None
+    except ValueError: raise SeriesError(f"{k} is not a number: a damaged header; export the series again") from None
+
 def _value(ds, k):
     "Element `k` as a tuple of numbers, a string or a sequence; `None` where it is absent or empty"
     tag,vr = _KNOWN[k]
@@ -46,13 +57,7 @@ def _value(ds, k):
     if raw is None or not raw.value: return None
     if vr=='SQ': return ds[tag].value
     if not isinstance(raw.value, bytes): raise SeriesError(f"{k} is not of the type that the standard asks for: a damaged header; export the series again")
-    v = raw.value
-    try:
-        if vr in _CODE: return tuple(np.frombuffer(v, ('<' if raw.is_little_endian else '>')+_CODE[vr]).tolist())
-        v = v.strip(b' \0')
-        if vr not in _NUM: return v.decode('latin-1') or None
-        return tuple(float(o) for o in v.split(b'\\')) if v else None
-    except ValueError: raise SeriesError(f"{k} is not a number: a damaged header; export the series again") from None
+    return _parse(k, raw.value, raw.is_little_endian)
 
 # %% ../nbs/01_series.ipynb #5a691c79
 _ALIAS = dict(EffectiveEchoTime='EchoTime', FrameType='ImageType', InversionTimes='InversionTime', TemporalPositionIndex='TemporalPositionIdentifier')
@@ -71,9 +76,52 @@ def _frames(h):
                 if v is not None: res[-1][_ALIAS.get(k,k)] = v
     return res
 
+# %% ../nbs/01_series.ipynb #2fd42950
+_HEAD  = struct.Struct('<HH2sHI')
+_TYPES = {**dict.fromkeys(b'AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US'.split(), 8), **dict.fromkeys(b'OB OD OF OL OV OW SQ SV UC UN UR UT UV'.split(), 12)}
+_TAGS  = {int(_KNOWN[k][0]): k for k in _NAMES}
+
+def _walk(file):
+    "Raw elements of `_NAMES` in a plain file, its transfer syntax, its pixels' place and length in bytes; `None` if it is not plain"
+    raw,at,last,syntax,res = file.read(2**13),132,0,b'',{}
+    if raw[128:132]!=b'DICM': return None
+    while True:
+        if at+12>len(raw): raw += file.read(2**13)
+        if at+12>len(raw): return None
+        group,element,vr,n,far = _HEAD.unpack_from(raw, at)
+        tag = group<<16|element
+        if tag<=last: return None
+        if group!=2 and last>>16<=2: # the file's own header ends here
+            if syntax not in (b'1.2.840.10008.1.2',b'1.2.840.10008.1.2.1'): return None
+            if (syntax==b'1.2.840.10008.1.2')==(vr in _TYPES): return None
+        if group!=2 and syntax==b'1.2.840.10008.1.2': head,n = 8,int.from_bytes(vr,'little')|n<<16
+        elif vr in _TYPES: head = _TYPES[vr]; n = n if head==8 else far
+        else: return None
+        at,last = at+head,tag
+        if tag==0x7fe00010: return res,syntax.decode(),at,n
+        if tag>0x7fe00000 or n>2**24: return None
+        if at+n>len(raw): raw += file.read(at+n+2**13-len(raw))
+        if at+n>len(raw): return None
+        if tag==0x00020010: syntax = raw[at:at+n].rstrip(b' \0')
+        if k:=_TAGS.get(tag):
+            if _KNOWN[k][1]=='SQ': return None
+            res[k] = raw[at:at+n]
+        at += n
+
+def _plain_header(path):
+    "The one frame of a file that a short walk understands, as `_header` gives it; else `None`"
+    with open(path, 'rb', buffering=0) as f:
+        if not (found:=_walk(f)): return None
+        raw,syntax,at,n = found
+        try: h = {**dict.fromkeys(_NAMES[:-2]), **{k: _parse(k, v, True) if v else None for k,v in raw.items()}}
+        except SeriesError: return None
+        if n==2**32-1 or (h['NumberOfFrames'] or (1,))!=(1,): return None
+        return {**h, 'path':path, 'little':True, 'syntax':syntax, 'at':at, 'size':min(n, os.fstat(f.fileno()).st_size-at), 'looked':None, 'native':True, 'frame':0, 'frames':1}
+
 # %% ../nbs/01_series.ipynb #67a612b0
 def _header(path, look=None):
     "Frames of file `path`, `None` if it is no DICOM file; `at` and `size` (bytes) are where pixels lie that need no decoder; `look` takes from a header what only an audit asks for"
+    if look is None and (h:=_plain_header(path)): return [h]
     with open(path, 'rb') as f:
         head = f.read(132)
         if head[128:]!=b'DICM' and head[:2] not in (b'\x08\0',b'\x02\0'): return None
@@ -465,13 +513,16 @@ def _dark_band(vol, x, air, bright):
     points = np.r_[(lo+hi)[:2]/2, top-65] + np.arange(0,140,1.5)[:,None]*_rays()[:,None]
     inv = np.linalg.inv(vol.affine)
     p = ndimage.map_coordinates(x, (points@inv[:3,:3].T+inv[:3,3]).transpose(2,0,1), order=1, cval=np.nan)-air
-    res = []
-    for q in p:
-        end = np.flatnonzero(q>bright-air)
-        if len(end)<10 or end[-1]+2>=len(q) or np.isnan(q[end[-1]+2]): continue
-        rim,band,core = (q[max(0,end[-1]-a):max(1,end[-1]-b)] for a,b in ((4,-1),(16,1),(40,16)))
-        if not np.isnan(np.r_[rim,band,core]).any(): res.append(band.min()<.4*min(rim.max(), np.median(core)))
-    return np.mean(res) if len(res)>50 else 0.
+    lit = p>bright-air
+    end = p.shape[1]-1-lit[:,::-1].argmax(1)
+    ok = (lit.sum(1)>=10)&(end+2<p.shape[1])
+    p,end = p[ok],end[ok]
+    inward = end[:,None]-np.arange(p.shape[1])
+    rim,band,core = ((inward>=a)&(inward<=b) for a,b in ((-2,4),(2,16),(17,40)))
+    ok = core.any(1)&~(np.isnan(p)&(rim|band|core)).any(1)
+    if ok.sum()<=50: return 0.
+    rim,band,core = (np.where(o, p, np.nan)[ok] for o in (rim,band,core))
+    return np.mean(np.nanmin(band,1)<.4*np.minimum(np.nanmax(rim,1), np.nanmedian(core,1)))
 
 # %% ../nbs/01_series.ipynb #48abe961
 def has_skull(
