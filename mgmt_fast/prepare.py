@@ -11,6 +11,7 @@ import hashlib, json, multiprocessing, os, signal
 from pathlib import Path
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastcore.all import *
@@ -312,6 +313,14 @@ def worker_init():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
+@contextmanager
+def _one_thread():
+    "A process prepares on one core, whether it is a pool's worker or the only one"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(n)
+
 # %% ../nbs/04_prepare.ipynb #a762f3ab
 def _write_patient(row, i, dest, sequences, recipe):
     "Prepare one patient in a worker, write its rows, return what goes into the journal"
@@ -395,7 +404,8 @@ def _run(todo, n_workers, progress, dest, sequences, recipe):
     "Results of `_write_patient` as they come, over processes"
     n = min(n_workers or os.cpu_count(), len(todo))
     if n<2:
-        for row,i in track(todo, progress=progress): yield _write_patient(row, i, dest, sequences, recipe)
+        with _one_thread():
+            for row,i in track(todo, progress=progress): yield _write_patient(row, i, dest, sequences, recipe)
         return
     with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context('fork' if os.name=='posix' else 'spawn'), initializer=worker_init) as pool:
         jobs = [pool.submit(_write_patient, row, i, dest, sequences, recipe) for row,i in todo]
