@@ -179,8 +179,9 @@ def to_bytes(
     some = (slice(None),slice(None,None,2),slice(None,None,4))
     lo,hi = np.percentile(np.asarray(vol)[some][brain[some]], clip)
     if not hi>lo: raise PrepareError(f"percentiles {clip} of the brain are both {lo:g}: an almost constant series? Leave it out of the cohort")
-    out = vol.as_subclass(torch.Tensor).clamp(lo, hi).sub_(lo).mul_(254/(hi-lo)).add_(1.5).to(torch.uint8)
-    return out.mul_(torch.from_numpy(brain)).numpy(), (float(lo),float(hi))
+    out = torch.empty(vol.shape, dtype=torch.uint8)
+    for o,x,b in zip(out, vol.as_subclass(torch.Tensor), torch.from_numpy(brain)): o.copy_(x.clamp(lo, hi).sub_(lo).mul_(254/(hi-lo)).add_(1.5)).mul_(b)
+    return out.numpy(), (float(lo),float(hi))
 
 # %% ../nbs/04_prepare.ipynb #1417ea2a
 def prepare_patient(
