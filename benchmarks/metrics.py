@@ -2,7 +2,7 @@
 usage: python benchmarks/metrics.py [speed] [coverage] [alarms] [--reps 2000] [--boot 500] [--workers 2]
 speed: a million predictions, beside scikit-learn's AUC alone, in one run.
 coverage: studies are drawn from populations whose AUC is known, n patients, a share of them methylated; how many of their 95 % intervals hold the true AUC.
-alarms: how often p < .05 where there is nothing to find; and how many studies of the size that `patients_needed` gives tell their AUC from .5.
+alarms: how often p <= .05 where there is nothing to find; and how many studies of the size that `patients_needed` gives tell their AUC from .5.
 Without a choice, all three."""
 import argparse, os, platform, time
 from concurrent.futures import ProcessPoolExecutor
@@ -44,7 +44,7 @@ def cover(cell, reps, boot):
 def alarm(cell, reps):
     name,n = cell
     (auc,test),rng = TESTS[name],rng_for(1,name,n)
-    return dict(test=name, n=f'n={n}', alarms=100*np.mean([test(*study(auc,n,.5,rng,models=2)).p<.05 for _ in range(reps)]))
+    return dict(test=name, n=f'n={n}', alarms=100*np.mean([test(*study(auc,n,.5,rng,models=2)).p<=.05 for _ in range(reps)]))
 
 
 def power(auc, reps):
@@ -68,7 +68,7 @@ def coverage(reps, boot, workers):
 
 def alarms(reps, workers):
     t = pd.DataFrame(spread(alarm, list(product(TESTS,SIZES)), 2*reps, workers=workers)).pivot(index='test', columns='n', values='alarms')
-    print(f'\np < .05 where there is nothing to find, %; {2*reps} studies a cell (standard error {error(2*reps)})')
+    print(f'\np <= .05 where there is nothing to find, %; {2*reps} studies a cell (standard error {error(2*reps)})')
     print(t[[f'n={o}' for o in SIZES]].round(1).to_string())
     print(f'\nStudies of the size that gives a power of 80 %, and how many % find an AUC above .5; {reps} each (standard error {error(reps,.8)})')
     print(pd.DataFrame(spread(power, (.6,.65,.75), reps, workers=workers)).set_index('auc').round(1).to_string())

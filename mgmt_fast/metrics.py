@@ -20,7 +20,6 @@ from scipy import stats
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, logit
 from scipy.stats import norm, rankdata
-from sklearn.metrics import brier_score_loss, log_loss
 
 # %% ../nbs/10_metrics.ipynb #f1a3fddb
 def _check_patients(y, p, clustered):
@@ -139,7 +138,7 @@ def delong_test(
     cluster=None, # Patient of each scan, (n,), where a patient has several; paired only
     level:float=.95, # Coverage of the difference's interval
 ) -> pd.Series: # auc1, auc2, z, p (two-sided), delta = auc1-auc2 and its interval lo, hi
-    """Compare two AUCs, on the same patients or on different ones.
+    """Compare two AUCs, on the same patients or on different ones. `z` is that of pROC, which takes `p` from a t distribution where patients differ; here it is the normal one.
 
     Source: DeLong et al. 1988, Biometrics 44:837. Raises `MGMTError` as `auc_ci`, and if the AUCs differ while neither has any spread."""
     clustered = cluster is not None

@@ -12,7 +12,6 @@ from hypothesis import given, settings, strategies as st
 from scipy.special import expit, logit
 from scipy.stats import norm
 
-
 from mgmt_fast.core import MGMTError, rng_for
 from mgmt_fast.metrics import *
 
