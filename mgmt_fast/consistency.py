@@ -159,8 +159,8 @@ def _external_above(t, names, gap):
         v = best.loc[r[key]]
         def var(o): return auc_se(np.clip(o.auc,.01,.99), *(o.n*s for s in np.nan_to_num([o.minority,1-o.minority], nan=.5)))**2
         far = norm.ppf(.975)*np.sqrt(var(r)+var(v))
-        far = gap if np.isnan(far) else far
-        if r.auc-v.auc>far: yield r['where'],'external above validation','suspect',f"AUC {r.auc:g} on other patients, {v.auc:g} at best on validation; luck explains {far:.3f}: chosen on the test set, patients shared, or a shortcut?"
+        far,why = (gap,'without the numbers of patients, the gap allowed is') if np.isnan(far) else (far,'luck explains')
+        if r.auc-v.auc>far: yield r['where'],'external above validation','suspect',f"AUC {r.auc:g} on other patients, {v.auc:g} at best on validation; {why} {far:.3f}: chosen on the test set, patients shared, or a shortcut?"
 
 # %% ../nbs/10_consistency.ipynb #ab54611b
 def check_consistency(
