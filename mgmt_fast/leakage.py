@@ -590,13 +590,13 @@ def plot_null(
     ax.legend(frameon=False, fontsize=7); ax.spines[['top','right']].set_visible(False)
     return ax
 
-# %% ../nbs/14_leakage.ipynb #14bd1469
+# %% ../nbs/14_leakage.ipynb #400c0d1a
 def _strip(fixed, moving, r):
     "Slices of a pair, the second in the pose of the first, one row each, uint8"
     fixed,moving = (np.asarray(o) for o in (fixed,moving))
     q = torch.stack(torch.meshgrid(*map(torch.arange, _grid), indexing='ij'), -1).reshape(-1,3).double()
     m = torch.from_numpy(np.array(r['matrix']))
-    there = _sample(torch.from_numpy(moving)[None,None].float(), (q@m[:3,:3].T+m[:3,3]-_centre).float()).reshape(_grid).numpy()
+    there = _sample(torch.tensor(moving, dtype=torch.float32)[None,None], (q@m[:3,:3].T+m[:3,3]-_centre).float()).reshape(_grid).numpy()
     full = np.flatnonzero((fixed>0).any((1,2)))
     at = np.linspace(full[0]+.2*np.ptp(full), full[-1]-.15*np.ptp(full), 5).round().astype(int)
     return [np.concatenate([o[i] for i in at], 1).clip(0,255).astype(np.uint8) for o in (fixed,there)]

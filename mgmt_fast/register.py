@@ -76,14 +76,14 @@ def low_resolution(
     lo,hi = np.percentile(x[mask], [0,99.8]) if constant else (air,np.percentile(x[mask], 99.8))
     return Volume(torch.from_numpy(np.where(mask, ((x-lo)*(254/max(hi-lo,1e-9))).clip(0,254)+1, 0).astype(np.uint8)), affine=affine)
 
-# %% ../nbs/13_register.ipynb #4f685f58
+# %% ../nbs/13_register.ipynb #2ffd2e38
 class Structure:
     "What registration needs of one small copy: local contrast `y` and weights `w`, both (48,56,48), and their derivatives at two scales"
     def __init__(self,
         low, # From `low_resolution`
         flip:bool=False, # Exchange left and right first?
     ):
-        x = torch.from_numpy(np.asarray(low)).float()
+        x = torch.tensor(np.asarray(low)).float()
         self.x = x.flip(2) if flip else x
         m = (self.x>0).float()
         x = smooth(self.x, .7)/smooth(m, .7).clamp(min=.05)*m
@@ -99,28 +99,33 @@ class Structure:
     @cached_property
     def fine(self): return _Scale(self.y, self.w, 1)
     @cached_property
-    def spectrum(self): return _spectrum(self._halved)
+    def spectrum(self): return _spectrum(self._halved[0])
     @cached_property
-    def turned(self): return _spectrum(F.grid_sample(self._halved[None].expand(len(_turns),-1,-1,-1,-1), _turned_grids(), align_corners=False))
+    def turned(self): return _spectrum(F.grid_sample(self._halved[None].expand(len(_turns),-1,-1,-1,-1), _turned_grids(), align_corners=False)[:,0])
     @property
-    def _halved(self): return F.avg_pool3d(torch.stack([self.y*self.w, self.w])[None], 2)[0]
+    def _halved(self): return F.avg_pool3d((self.y*self.w)[None], 2)
 
-# %% ../nbs/13_register.ipynb #c545a5aa
+# %% ../nbs/13_register.ipynb #0f2d4197
 class _Scale:
     "Voxels `q` from the centre (N,3) that count at one scale, their values with those of a small turn and shift (N,8), and the field to sample"
     def __init__(self, y, w, step):
-        at = torch.zeros_like(w, dtype=torch.bool)
-        at[::step,::step,::step] = w[::step,::step,::step]>0
-        g = torch.stack(torch.gradient(y), -1)[at]
-        self.at,self.q,self.f = at,at.nonzero()-_centre,y[at]
-        self.basis = torch.cat([torch.ones(len(g),1), self.f[:,None], torch.linalg.cross(self.q,g), g], 1)
-        self.field = torch.stack([y,w])[None]
+        self.at = torch.zeros_like(w, dtype=torch.bool)
+        self.at[::step,::step,::step] = w[::step,::step,::step]>0
+        self.n,self.field = int(self.at.sum()),torch.stack([y,w])[None]
+    @cached_property
+    def q(self): return self.at.nonzero()-_centre
+    @cached_property
+    def f(self): return self.field[0,0][self.at]
+    @cached_property
+    def basis(self):
+        g = torch.stack(torch.gradient(self.field[0,0]), -1)[self.at]
+        return torch.cat([torch.ones(len(g),1), self.f[:,None], torch.linalg.cross(self.q,g), g], 1)
 
 def _sample(field, p):
     "Values of the field (1,C,D,H,W) at voxels `p` (N,3) from the centre"
     return F.grid_sample(field, (p.flip(1)*(2/torch.tensor(_grid[::-1])))[None,None,None], align_corners=False)[0,:,0,0]
 
-# %% ../nbs/13_register.ipynb #5f055692
+# %% ../nbs/13_register.ipynb #a8ccaa39
 _turns = torch.tensor(np.array([Rotation.from_euler('xyz', o, degrees=True).as_matrix() for o in itertools.product((-12,0,12), repeat=3)]), dtype=torch.float32)
 _period = 32 # voxels of 8 mm, so that shifts of 4 cm do not wrap around
 
@@ -134,16 +139,14 @@ def _turned_grids():
 
 def _search(fixed, moving, k):
     "The `k` best starts `(correlation, turn, shift)`, by which voxel `q` of `fixed` lies at `turn@q+shift` of `moving`"
-    both = torch.fft.irfftn(fixed.turned.conj()*moving.spectrum, s=(_period,)*3, dim=(-3,-2,-1))
-    score = (both[:,0]/both[:,1].clamp(min=.7/8*min(fixed.size, moving.size))).flatten(1)
-    value,at = score.max(1)
+    value,at = torch.fft.irfftn(fixed.turned.conj()*moving.spectrum, s=(_period,)*3, dim=(-3,-2,-1)).flatten(1).max(1)
     res = []
     for i in value.topk(k).indices.tolist():
         shift = torch.tensor(np.array(np.unravel_index(int(at[i]), (_period,)*3)), dtype=torch.float32)
         res.append((float(value[i]), _turns[i].T, 2*(shift-_period*(shift>_period/2))))
     return res
 
-# %% ../nbs/13_register.ipynb #57ce987e
+# %% ../nbs/13_register.ipynb #512913fd
 def _descend(fixed, moving, turn, shift, steps):
     "Refine a pose at one scale"
     for _ in range(steps):
@@ -168,7 +171,7 @@ def _agreement(fixed, moving, turn, shift):
     if n<50: return 0.,0.
     m,f = m-(w*m).sum()/n, fixed.f-(w*fixed.f).sum()/n
     ncc = (w*m*f).sum()/((w*m*m).sum()*(w*f*f).sum()).clamp(min=1e-12).sqrt()
-    return float(ncc),float(n/min(len(fixed.q), len(moving.q)))
+    return float(ncc),float(n/min(fixed.n, moving.n))
 
 # %% ../nbs/13_register.ipynb #0340e946
 def normalised_mutual_information(
@@ -185,7 +188,7 @@ def normalised_mutual_information(
     ha,hb = h(joint.sum(1)),h(joint.sum(0))
     return 2*(ha+hb-h(joint))/(ha+hb)
 
-# %% ../nbs/13_register.ipynb #1a34697d
+# %% ../nbs/13_register.ipynb #2e45a44d
 @_one_thread()
 def register_rigid(
     fixed, # `Volume` of any grid, or its `Structure`
@@ -197,14 +200,13 @@ def register_rigid(
 
     Source: the enhanced correlation coefficient of Evangelidis and Psarakis 2008, with weights; starts by FFT. Raises `MGMTError` if a volume is blank."""
     fixed,moving = (o if isinstance(o, Structure) else Structure(low_resolution(o)) for o in (fixed,moving))
-    found = []
-    for m in [moving, *([moving.mirrored] if flips else [])]:
-        for _,turn,shift in _search(fixed, m, starts):
-            pose = _descend(fixed.coarse, m.coarse, turn, shift, 12)
-            ncc,overlap = _agreement(fixed.coarse, m.coarse, *pose)
-            found.append((ncc*min(1, overlap/.7), m, pose))
+    begin,found = [(*o,m) for m in [moving, *([moving.mirrored] if flips else [])] for o in _search(fixed, m, starts)],[]
+    for _,turn,shift,m in sorted(begin, key=lambda o: -o[0])[:starts+1]:
+        pose = _descend(fixed.coarse, m.coarse, turn, shift, 8)
+        ncc,overlap = _agreement(fixed.coarse, m.coarse, *pose)
+        found.append((ncc*min(1, overlap/.7), m, pose))
     _,m,pose = max(found, key=lambda o: o[0])
-    turn,shift = _descend(fixed.fine, m.fine, *pose, 10)
+    turn,shift = _descend(fixed.fine, m.fine, *_descend(fixed.coarse, m.coarse, *pose, 8), 6)
     ncc,overlap = _agreement(fixed.fine, m.fine, turn, shift)
     x,w = _sample(torch.stack([m.x,m.w])[None], fixed.fine.q@turn.T+shift)
     nmi = normalised_mutual_information(fixed.x[fixed.fine.at][w>.5], x[w>.5]) if (w>.5).sum()>256 else 0.
