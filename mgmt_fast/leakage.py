@@ -31,7 +31,7 @@ from .register import _agreement, _centre, _descend, _grid, _mm, _sample, _searc
 class LeakageError(MGMTError):
     "Why two sets cannot be compared, and what to do"
 
-# %% ../nbs/14_leakage.ipynb #1cf5e399
+# %% ../nbs/14_leakage.ipynb #cfd5c7c4
 def _digest(*parts):
     h = hashlib.blake2b(digest_size=12)
     for o in parts: h.update(o)
@@ -45,6 +45,7 @@ class _Side:
         if not isinstance(table, pd.DataFrame) or 'patient' not in table: raise LeakageError(f"{name} must be a VolumeStore or a cohort with a column `patient`; received {type(data).__name__}")
         if not len(table): raise LeakageError(f"{name} has no patients: nothing to compare; a wrong folder, or everything filtered out?")
         self.patients = table.patient.astype(str).tolist()
+        self.key = _digest(*(p.encode() for p in self.patients))
         twice = {p for p in self.patients if self.patients.count(p)>1} if len(set(self.patients))<len(self.patients) else ()
         if twice: raise LeakageError(f"{name} holds {', '.join(sorted(twice)[:3])} more than once: give each scan a name of its own")
         self.source = table.source.astype(str).tolist() if 'source' in table else ['']*len(table)
@@ -132,7 +133,7 @@ def perturb(
     side = int(np.abs(affine[0,:3]).argmax())
     return Volume(y.flip(side), affine=y.affine) if flip else y
 
-# %% ../nbs/14_leakage.ipynb #558d9e88
+# %% ../nbs/14_leakage.ipynb #aed93e43
 _version = 1 # of the small copies and fingerprints
 
 @_one_thread()
@@ -143,12 +144,11 @@ def _small(side, i, seq):
         return low_resolution(vol).numpy(),dict(voxels=voxels, uids=uids, affine=None)
     except MGMTError as e: return None,dict(error=f'{type(e).__name__}: {e}')
 
-def _parallel(f, jobs, n_workers, progress):
-    "Results of `f(*job)` as they come, in order; joblib's engine, so that a dask cluster serves as well"
-    jobs = list(jobs)
-    n = min(n_workers or os.cpu_count(), max(1,len(jobs))) if n_workers!=0 else 1
-    if n<2: return (f(*o) for o in track(jobs, len(jobs), progress))
-    return iter(track(joblib.Parallel(n, return_as='generator')(joblib.delayed(f)(*o) for o in jobs), len(jobs), progress))
+def _parallel(f, jobs, opt, total=None):
+    "Results of `f(*job)` in order, as they come; joblib's engine, so that a dask cluster serves as well"
+    n = os.cpu_count() if opt.n_workers is None else max(1, opt.n_workers)
+    done = (f(*o) for o in jobs) if min(n, total)<2 else joblib.Parallel(n, return_as='generator')(joblib.delayed(f)(*o) for o in jobs)
+    yield from track(done, total, opt.progress)
 
 def _read_lines(path):
     "Entries that an earlier run left; the last line may be cut off"
@@ -175,11 +175,6 @@ def _kept(folder, name, key, contents, shape, dtype, compute):
             facts[i] = dict(i=i, content=contents[i], **fact)
             f.write(json.dumps(facts[i])+'\n'); f.flush()
     return np.load(arrays, mmap_mode='r'),[facts.get(i) for i in range(len(contents))]
-
-def _smalls(side, seq, folder, n_workers, progress):
-    contents = [side.content(i, seq) if side.has(i, seq) else None for i in range(len(side.patients))]
-    key = _digest(*(p.encode() for p in side.patients))
-    return _kept(folder, f'small_{seq}', key, contents, _grid, np.uint8, lambda todo: _parallel(_small, [(side,i,seq) for i in todo], n_workers, progress))
 
 # %% ../nbs/14_leakage.ipynb #8e41cd0b
 def _template(y, w):
@@ -282,22 +277,23 @@ class Null:
     def chance(self, score): return stats.t.sf((np.log(np.maximum(score, 1e-3))-self.mean)/self.sd, self.df)
     def threshold(self, chance): return float(np.clip(np.exp(self.mean+self.sd*stats.t.isf(chance, self.df)), 0, 1))
 
-# %% ../nbs/14_leakage.ipynb #9c257403
+# %% ../nbs/14_leakage.ipynb #a4c20260
 def _score(r): return float(np.sqrt(max(r.ncc,0)*max(r.nmi,0))*min(1, r.overlap/.5))
 
 @_one_thread()
 def _confirm(fixed, movings):
     "Register several small copies onto one"
     fixed = Structure(fixed)
-    return [(r:=register_rigid(fixed, Structure(m))) and dict(ncc=r.ncc, nmi=r.nmi, overlap=r.overlap, flipped=r.flipped, score=_score(r), matrix=r.matrix.round(5).tolist()) for m in movings]
+    res = [register_rigid(fixed, Structure(m)) for m in movings]
+    return [dict(ncc=r.ncc, nmi=r.nmi, overlap=r.overlap, flipped=r.flipped, score=_score(r), matrix=r.matrix.round(5).tolist()) for r in res]
 
-def _confirm_all(jobs, n_workers, progress):
-    "`jobs`: (key, fixed, moving) with small copies; results by key; pairs of one fixed brain go together"
+def _confirm_all(jobs, opt, most=16):
+    "Results of jobs `(key, part, i, part, j)` by key; those of one fixed brain go together, some at a time"
     groups = {}
-    for k,fk,f,m in jobs: groups.setdefault(fk, (f,[],[])); groups[fk][1].append(k); groups[fk][2].append(m)
-    groups = [(f, ks[i:i+16], ms[i:i+16]) for f,ks,ms in groups.values() for i in range(0, len(ks), 16)]
-    done = _parallel(_confirm, [(np.asarray(f),[np.asarray(m) for m in ms]) for f,_,ms in groups], n_workers, progress)
-    return {k:r for (_,ks,_),rs in zip(groups, done) for k,r in zip(ks, rs)}
+    for key,A,i,B,j in jobs: groups.setdefault((id(A),i), []).append((key,A,i,B,j))
+    groups = [o[k:k+most] for o in groups.values() for k in range(0, len(o), most)]
+    done = _parallel(_confirm, ((np.array(o[0][1].rows[o[0][2]]),[np.array(B.rows[j]) for *_,B,j in o]) for o in groups), opt, len(groups))
+    return {o[0]:r for g,rs in zip(groups, done) for o,r in zip(g, rs)}
 
 # %% ../nbs/14_leakage.ipynb #7f779c47
 choice('leakage', 'published_alarm', 'cross-correlation and mutual information above which the thesis\' check reports a pair, and whether one suffices', default=(.8,'both'), published=(.8,'both'))
@@ -312,7 +308,7 @@ def published_similarity(
     x,y = ((o.ravel()-o.mean())/max(o.std(), 1e-9) for o in (np.asarray(a, float), np.asarray(b, float)))
     return NS(xcorr=float(correlate(x, y).max()/np.sqrt((x@x)*(y@y))), mi=float(mutual_info_score(a.ravel(), b.ravel())))
 
-# %% ../nbs/14_leakage.ipynb #03cbbd3e
+# %% ../nbs/14_leakage.ipynb #0c428003
 def _sequence_pairs(sequences, a, b):
     have = a.sequences(),b.sequences()
     if sequences is None:
@@ -331,6 +327,8 @@ def _sequence_pairs(sequences, a, b):
     if len(set(res))<len(res): raise LeakageError(f"sequences must be distinct; received {sequences}")
     return res
 
+_bare = 'equal numbers of two sources'
+
 def _id_map(ids):
     if ids is None: return {}
     if isinstance(ids, dict): return {id_key(k):id_key(v) for k,v in ids.items()}
@@ -348,7 +346,7 @@ def _named_pairs(a, b, ids):
         for k in {id_key(p), patient_key(p)}:
             for i in train.get(k, ()):
                 bare = k.isdigit() and a.source[i].split('/')[0]!=b.source[j].split('/')[0]
-                res[i,j] = 'equal numbers of two sources' if bare else 'equal patient id' if id_key(a.patients[i])==id_key(p) else 'same patient, another visit by its id'
+                res[i,j] = _bare if bare else 'equal patient id' if id_key(a.patients[i])==id_key(p) else 'same patient, another visit by its id'
     back = {}
     for k,v in ids.items(): back.setdefault(v, []).append(k)
     for j,p in enumerate(b.patients):
@@ -368,14 +366,17 @@ def _equal_content(fa, fb):
                 for i in seen.get(h, ()): res[i,j] = what
     return res
 
-# %% ../nbs/14_leakage.ipynb #6b3bfd66
+# %% ../nbs/14_leakage.ipynb #d1abc0e0
 def _different(side, i, j): return patient_key(side.patients[i])!=patient_key(side.patients[j])
 
-def _null_pairs(side, ok, n, rng):
-    "Up to `n` pairs of different patients, at random"
-    pairs = [(i,j) for k,i in enumerate(ok) for j in ok[k+1:] if _different(side, i, j)] if len(ok)<400 else list({tuple(sorted(rng.choice(ok, 2, replace=False).tolist())) for _ in range(3*n)})
-    pairs = [o for o in pairs if _different(side, *o)]
-    return [pairs[k] for k in sorted(rng.choice(len(pairs), n, replace=False))] if len(pairs)>n else pairs
+def _null_pairs(A, B, opt, n=300):
+    "Pairs of different patients within the training set, and within the test set where those are few: `(part, i, j)`"
+    rng,res = rng_for(opt.seed, 'leakage', 'null', A.seq),[]
+    for part in (A,B):
+        pairs = [(part,i,j) for k,i in enumerate(part.ok) for j in part.ok[k+1:] if _different(part.side, i, j)]
+        res += [pairs[k] for k in sorted(rng.choice(len(pairs), min(n,len(pairs)), replace=False))]
+        if len(res)>=30: break
+    return res
 
 @_one_thread()
 def _plant(side, i, seq, seed):
@@ -384,98 +385,82 @@ def _plant(side, i, seq, seed):
     try: return low_resolution(perturb(side.volume(i, seq)[0], rng, **draw)).numpy(),dict(draw=draw)
     except MGMTError as e: return None,dict(error=f'{type(e).__name__}: {e}')
 
-# %% ../nbs/14_leakage.ipynb #043840c5
-def _fingerprints(smalls, ok, template, folder, name, facts, n_workers, progress):
+# %% ../nbs/14_leakage.ipynb #56a899cb
+class _Part:
+    "One sequence of one side: small copies `rows`, their `facts`, and which of them are `ok`, with their places in that list"
+    def __init__(self, side, seq, rows, facts, ok=None):
+        self.side,self.seq,self.rows,self.facts = side,seq,rows,facts
+        self.ok = [i for i,f in enumerate(facts) if f and 'error' not in f] if ok is None else ok
+        self.place = {i:k for k,i in enumerate(self.ok)}
+
+def _small_part(side, seq, opt):
+    contents = [side.content(i, seq) if side.has(i, seq) else None for i in range(len(side.patients))]
+    return _Part(side, seq, *_kept(opt.cache(side), f'small_{seq}', side.key, contents, _grid, np.uint8, lambda todo: _parallel(_small, ((side,i,seq) for i in todo), opt, len(todo))))
+
+def _planted_part(A, opt):
+    chosen = set(rng_for(opt.seed, 'leakage', 'planted', A.seq).choice(A.ok, min(opt.planted, len(A.ok)), replace=False).tolist())
+    contents = [f"{opt.seed} {f['content']}" if i in chosen else None for i,f in enumerate(A.facts)]
+    return _Part(A.side, A.seq, *_kept(opt.cache(A.side), f'planted_{A.seq}', A.side.key, contents, _grid, np.uint8, lambda todo: _parallel(_plant, ((A.side,i,A.seq,opt.seed) for i in todo), opt, len(todo))))
+
+# %% ../nbs/14_leakage.ipynb #20fc3e98
+def _prints(part, template, name, opt):
+    "Fingerprints of the volumes in `part.ok`, in that order"
     key = _digest(template.y.numpy(), template.w.numpy())
-    contents = [f"{key} {facts[i].get('content','')}" if i in ok else None for i in range(len(facts))]
-    k = len(_points(template)[0])
-    def _compute(todo): return ((o,{}) for o in _parallel(fingerprint, ((np.asarray(smalls[i]),template) for i in todo), n_workers, progress))
-    rows,_ = _kept(folder, name, key, contents, (k,), np.float16, _compute)
-    return np.asarray(rows[ok])
-
-# %% ../nbs/14_leakage.ipynb #10be42df
-def _audit_sequence(a, b, s, u, named, opt):
-    "All stages for one sequence of the training set, one of the test set: rows, and facts for the summary"
-    quiet = dict(n_workers=opt.n_workers, progress=opt.progress)
-    (xa,fa),(xb,fb) = _smalls(a, s, opt.cache(a), **quiet),_smalls(b, u, opt.cache(b), **quiet)
-    oka,okb = ([i for i,f in enumerate(o) if f and 'voxels' in f] for o in (fa,fb))
-    label = s if s==u else f'{s}~{u}'
-    report = [dict(side=side.name, patient=side.patients[i], sequence=q, what=f['error'] if f else 'sequence missing') for side,o,q in ((a,fa,s),(b,fb,u)) for i,f in enumerate(o) if not f or 'error' in f]
-    if not oka or not okb: return [],NS(label=label, report=report, reason=f"no volume of {(b if oka else a).name} could be used")
-    rng = rng_for(opt.seed, 'leakage', label)
-    seta,setb = set(oka),set(okb)
-    planted = sorted(rng.choice(oka, min(opt.planted, len(oka)), replace=False).tolist()) if opt.planted else []
-    content = [f"{opt.seed} {fa[i]['content']}" if i in planted else None for i in range(len(fa))]
-    xp,fp = _kept(opt.cache(a), f'planted_{s}', _digest(*(p.encode() for p in a.patients)), content, _grid, np.uint8, lambda todo: _parallel(_plant, [(a,i,s,opt.seed) for i in todo], **quiet))
-    planted = [i for i in planted if 'draw' in fp[i]]
-    known = {k:v for k,v in {**named, **_equal_content(fa, fb)}.items() if k[0] in seta and k[1] in setb}
-    every = len(oka)*len(okb)<=opt.small
-    scores,limit,reached = {},np.nan,len(oka)*len(okb)
-    if every:
-        pairs = {(i,j) for i in oka for j in okb}
-        null = [(0,*o) for o in _null_pairs(a, oka, 300, rng)]
-        if len(null)<30: null += [(1,*o) for o in _null_pairs(b, okb, 30, rng)]
-        passed = planted
-    else:
-        pairs,null,passed,scores,limit = _candidates(a, s, u, (xa,fa,oka), (xb,fb,okb), (xp,fp,planted), opt)
-        reached = opt.candidates
-    pairs |= set(known)
-    jobs = [(('pair',i,j), i, xa[i], xb[j]) for i,j in sorted(pairs)] + [(('planted',i), i, xa[i], xp[i]) for i in passed]
-    jobs += [(('null',w,i,j), (w,i), (xa,xb)[w][i], (xa,xb)[w][j]) for w,i,j in null]
-    done = _confirm_all(jobs, **quiet)
-    nulls = Null([done['null',*o]['score'] for o in null])
-    same,doubt = (nulls.threshold(o/reached) for o in opt.alarms)
-    rows = []
-    for i,j in sorted(pairs):
-        r = done['pair',i,j]
-        verdict = 'same' if r['score']>=same else 'uncertain' if r['score']>=doubt else 'different'
-        why = known.get((i,j), '')
-        if why: verdict = 'uncertain' if why=='equal numbers of two sources' and verdict!='same' else 'same'
-        rows.append(dict(train=a.patients[i], test=b.patients[j], sequence=label, stage='identifiers' if why else 'confirmation', identifiers=why, fingerprint=scores.get((i,j), np.nan),
-            ncc=r['ncc'], nmi=r['nmi'], overlap=r['overlap'], flipped=r['flipped'], score=r['score'], false_alarms=min(1.,nulls.chance(r['score']))*reached, verdict=verdict, _at=(i,j,r['matrix'])))
-    hits = {i: done['planted',i]['score'] for i in passed}
-    odd = [(a if null[k][0]==0 else b, *null[k][1:]) for k in nulls.odd]
-    report += [dict(side=side.name, patient=f'{side.patients[i]}, {side.patients[j]}', sequence=label, what='look like one brain: one patient under two names within the set?') for side,i,j in odd]
-    facts = NS(label=label, report=report, reason='', null=nulls, same=same, doubt=doubt, every=every, pairs=len(oka)*len(okb), reached=len(pairs), limit=limit, n=(len(oka),len(okb)),
-        planted=len(planted), passed=len(passed), found=sum(v>=same for v in hits.values()), hits=hits, smalls=(xa,xb))
-    return rows,facts
-
-# %% ../nbs/14_leakage.ipynb #b4749d01
-def _candidates(a, s, u, A, B, P, opt):
-    "Pairs that the fingerprints pass on, null pairs chosen alike, and planted copies that passed"
-    (xa,fa,oka),(xb,fb,okb),(xp,fp,planted) = A,B,P
-    rng = rng_for(opt.seed, 'leakage', 'template', s)
-    template = average_brain([xa[i] for i in sorted(rng.choice(oka, min(24,len(oka)), replace=False))])
-    mirror = _points(template)[1]
-    quiet = dict(n_workers=opt.n_workers, progress=opt.progress)
-    va,vb = (_fingerprints(x, ok, template, opt.cache(side), f'prints_{q}', f, **quiet) for x,ok,side,q,f in ((xa,oka,a,s,fa),(xb,okb,b,u,fb)))
-    vp = _fingerprints(xp, planted, template, opt.cache(a), f'planted_prints_{s}', fp, **quiet)
-    mean = va.astype(np.float32).mean(0); mean = (mean+mean[mirror])/2
-    want = max(50, opt.candidates*len(oka)//(2*len(okb)))
-    top = _top(compare_fingerprints(va, va, mean, mirror), lambda i,j: i<j and _different(a, oka[i], oka[j]), 4*want)
-    limit = _limit(top, opt.candidates/(len(oka)*len(okb)), len(oka)*(len(oka)-1)//2)
-    null = [(0,oka[i],oka[j]) for _,i,j in top[:want]]
-    found = [(v,i,j) for i0,m in compare_fingerprints(va, vb, mean, mirror) for i,j in np.argwhere(m>limit) for v in [m[i,j]] for i in [i+i0]]
-    scores = {(oka[i],okb[j]):float(v) for v,i,j in found}
-    own = {i:float(m[0,0]) for k,i in enumerate(planted) for _,m in compare_fingerprints(va[[oka.index(i)]], vp[[k]], mean, mirror)}
-    return set(scores),null,[i for i in planted if own[i]>limit],scores,limit
+    contents = [f"{key} {f['content']}" if i in part.place else None for i,f in enumerate(part.facts)]
+    def _compute(todo): return ((o,{}) for o in _parallel(fingerprint, ((np.array(part.rows[i]),template) for i in todo), opt, len(todo)))
+    rows,_ = _kept(opt.cache(part.side), f'{name}_{part.seq}', key, contents, (len(_points(template)[0]),), np.float16, _compute)
+    return np.asarray(rows[part.ok])
 
 def _top(blocks, allowed, n):
-    "The `n` highest allowed scores, `(score, i, j)`, highest first"
+    "The `n` highest scores of allowed pairs `(score, i, j)`, `i<j`, highest first"
     best = []
-    for i0,m in blocks:
-        flat = np.triu(m, i0+1).ravel() if m.shape[0]+i0<=m.shape[1] else m.ravel()
-        k = min(n, flat.size)
-        at = np.argpartition(flat, -k)[-k:]
-        best += [(float(flat[o]),i0+int(o//m.shape[1]),int(o%m.shape[1])) for o in at]
+    for first,m in blocks:
+        m = np.where(np.arange(m.shape[1])>first+np.arange(len(m))[:,None], m, -9)
+        at = np.argpartition(m, -min(4*n, m.size), None)[-4*n:]
+        best += [(float(m[i,j]),first+int(i),int(j)) for i,j in zip(*np.unravel_index(at, m.shape)) if m[i,j]>-9]
     return sorted((o for o in best if allowed(*o[1:])), reverse=True)[:n]
 
-def _limit(top, share, pairs):
-    "The score that a share of all pairs exceeds"
-    k = int(np.clip(round(share*pairs), 1, len(top)))
-    return top[k-1][0]
+def _candidates(A, B, P, opt):
+    "Pairs that the fingerprints pass on, with their scores; null pairs chosen alike; planted copies that passed; the limit"
+    chosen = rng_for(opt.seed, 'leakage', 'template', A.seq).choice(A.ok, min(24,len(A.ok)), replace=False)
+    template = average_brain([A.rows[i] for i in sorted(chosen)])
+    mirror = _points(template)[1]
+    va,vb,vp = (_prints(part, template, name, opt) for part,name in ((A,'prints'),(B,'prints'),(P,'planted_prints')))
+    mean = va.astype(np.float32).mean(0)
+    mean = (mean+mean[mirror])/2
+    alike = opt.candidates*len(A.ok)//(2*len(B.ok))
+    top = _top(compare_fingerprints(va, va, mean, mirror), lambda i,j: _different(A.side, A.ok[i], A.ok[j]), max(50,alike))
+    limit = top[min(alike, len(top)-1)][0] if top else -1.
+    scores = {(A.ok[first+i],B.ok[j]): float(m[i,j]) for first,m in compare_fingerprints(va, vb, mean, mirror) for i,j in np.argwhere(m>limit)}
+    own = {i: next(compare_fingerprints(va[[A.place[i]]], vp[[k]], mean, mirror))[1].item() for i,k in P.place.items()}
+    return scores,[(A,A.ok[i],A.ok[j]) for _,i,j in top],[i for i in P.ok if own[i]>limit],limit
 
-# %% ../nbs/14_leakage.ipynb #2992d2db
+# %% ../nbs/14_leakage.ipynb #6c22bd00
+def _audit_sequence(a, b, s, u, named, opt):
+    "All stages for one sequence of the training set and one of the test set: rows, and facts for the summary"
+    A,B = _small_part(a, s, opt),_small_part(b, u, opt)
+    label = s if s==u else f'{s}~{u}'
+    report = [dict(side=o.side.name, patient=o.side.patients[i], sequence=o.seq, what=f['error'] if f else 'sequence missing') for o in (A,B) for i,f in enumerate(o.facts) if not f or 'error' in f]
+    if not A.ok or not B.ok: return [],NS(label=label, report=report, reason=f'no volume of {(B if A.ok else A).side.name} could be used')
+    P,total = _planted_part(A, opt),len(A.ok)*len(B.ok)
+    known = {(i,j):why for (i,j),why in {**named, **_equal_content(A.facts, B.facts)}.items() if i in A.place and j in B.place}
+    if total<=opt.small: scores,null,passed,limit,expected = {(i,j):np.nan for i in A.ok for j in B.ok},_null_pairs(A, B, opt),P.ok,np.nan,total
+    else: (scores,null,passed,limit),expected = _candidates(A, B, P, opt),opt.candidates
+    pairs = sorted({*scores,*known})
+    done = _confirm_all([*((('pair',i,j), A, i, B, j) for i,j in pairs), *((('planted',i), A, i, P, i) for i in passed), *((('null',k), o, i, o, j) for k,(o,i,j) in enumerate(null))], opt)
+    nulls = Null([done['null',k]['score'] for k in range(len(null))])
+    same,doubt = (nulls.threshold(o/expected) for o in opt.alarms)
+    rows = []
+    for i,j in pairs:
+        r,why = done['pair',i,j],known.get((i,j), '')
+        verdict = 'same' if r['score']>=same or why and why!=_bare else 'uncertain' if r['score']>=doubt or why else 'different'
+        rows.append({**r, **dict(train=a.patients[i], test=b.patients[j], sequence=label, stage='identifiers' if why else 'confirmation', identifiers=why, fingerprint=scores.get((i,j), np.nan),
+            false_alarms=nulls.chance(r['score'])*expected, verdict=verdict, _at=(i,j))})
+    for k in nulls.odd: o,i,j = null[k]; report.append(dict(side=o.side.name, patient=f'{o.side.patients[i]}, {o.side.patients[j]}', sequence=o.seq, what='look like one brain: one patient under two names within the set?'))
+    hits = [done['planted',i]['score'] for i in passed]
+    return rows,NS(label=label, report=report, reason='', null=nulls, same=same, doubt=doubt, n=(len(A.ok),len(B.ok)), pairs=total, confirmed=len(pairs), limit=limit, planted=len(P.ok), passed=len(passed), found=sum(o>=same for o in hits), hits=hits, parts=(A,B))
+
+# %% ../nbs/14_leakage.ipynb #b119e48f
 def leakage_audit(
     train, # `VolumeStore`, or a cohort's table of paths
     test, # The same, or the other kind
@@ -499,14 +484,14 @@ def leakage_audit(
     with tempfile.TemporaryDirectory() as tmp:
         opt = NS(alarms=alarms, small=small, candidates=candidates, planted=planted, n_workers=n_workers, seed=seed, progress=progress, cache=lambda side: _cache(side, dest, tmp))
         parts = [_audit_sequence(a, b, s, u, named, opt) for s,u in pairs]
-        df = pd.DataFrame([r for rows,_ in parts for r in rows], columns=[*_columns,'_at'])
+        df = pd.DataFrame([r for rows,_ in parts for r in rows], columns=[*_columns,'matrix','_at'])
         facts = [f for _,f in parts]
         if published: df = _add_published(df, a, b, pairs, progress, dest)
         df.attrs = _attrs(df, facts, named, a, b)
         if dest is not None: _write(df, facts, Path(dest))
-        return df.drop(columns='_at')
+        return df.drop(columns=['matrix','_at'])
 
-# %% ../nbs/14_leakage.ipynb #c763db81
+# %% ../nbs/14_leakage.ipynb #9322f8e0
 _columns = 'train test sequence stage identifiers fingerprint ncc nmi overlap flipped score false_alarms verdict'.split()
 
 def _cache(side, dest, tmp):
@@ -522,7 +507,7 @@ def _attrs(df, facts, named, a, b):
     report = [o for f in facts for o in f.report]
     report += [dict(side='both', patient=f'{a.patients[i]}, {b.patients[j]}', sequence='', what=f'{why}, but no volume of theirs could be compared') for (i,j),why in named.items() if not ((df.train==a.patients[i])&(df.test==b.patients[j])).any()]
     recall = pd.DataFrame([dict(sequence=f.label, planted=f.planted, passed_fingerprints=f.passed, found=f.found) for f in done], columns=['sequence','planted','passed_fingerprints','found'])
-    thresholds = pd.DataFrame([dict(sequence=f.label, pairs=f.pairs, confirmed=f.reached, null_pairs=len(f.null.scores), null_mean=float(np.exp(f.null.mean)), same=f.same, uncertain=f.doubt) for f in done])
+    thresholds = pd.DataFrame([dict(sequence=f.label, pairs=f.pairs, confirmed=f.confirmed, null_pairs=len(f.null.scores), null_mean=float(np.exp(f.null.mean)), same=f.same, uncertain=f.doubt) for f in done])
     res = dict(recall=recall.to_dict('records'), thresholds=thresholds.to_dict('records'), report=report)
     return {**res, 'summary':_summary(df, facts, recall)}
 
@@ -530,7 +515,7 @@ def _summary(df, facts, recall):
     lines = []
     for f in facts:
         if f.reason: lines.append(f'{f.label}: not compared: {f.reason}'); continue
-        how = 'every pair registered' if f.every else f'{f.reached} registered, those with a fingerprint score above {f.limit:.2f}'
+        how = 'every pair registered' if np.isnan(f.limit) else f'{f.confirmed} registered, those with a fingerprint score above {f.limit:.2f}'
         lines.append(f'{f.label}: {f.n[0]} x {f.n[1]} = {f.pairs} pairs, {how}; same from a score of {f.same:.3f}, uncertain from {f.doubt:.3f} (null: {len(f.null.scores)} pairs known to differ, at most {max(f.null.scores, default=np.nan):.3f})')
     found,n = int(recall.found.sum()),int(recall.planted.sum())
     known = f'{found} of {n} planted copies were found' + (f' (recall {found/n:.1%}, 95 % interval {_wilson(found,n)})' if n else '')
@@ -555,13 +540,14 @@ def set_aside(
     "The test patients that an honest external test leaves out."
     return sorted(table.test[table.verdict.isin(['same','uncertain'] if uncertain else ['same'])].unique())
 
-# %% ../nbs/14_leakage.ipynb #3dfa61aa
+# %% ../nbs/14_leakage.ipynb #865f49a5
 def _add_published(df, a, b, pairs, progress, dest):
     limit,rule = get_recipe('published')['published_alarm']
     labels,rows = {(s if s==u else f'{s}~{u}'):(s,u) for s,u in pairs},[]
     for r in track(list(df.itertuples()), progress=progress):
         s,u = labels[r.sequence]
-        o = published_similarity(a.volume(r._14[0], s)[0].numpy(), b.volume(r._14[1], u)[0].numpy())
+        i,j = r[-1]
+        o = published_similarity(a.volume(i, s)[0].numpy(), b.volume(j, u)[0].numpy())
         hits = [o.xcorr>limit, o.mi>limit]
         rows.append(dict(published_xcorr=o.xcorr, published_mi=o.mi, published_alarm=all(hits) if rule=='both' else any(hits)))
         if dest is not None: _append(Path(dest)/'published.csv', dict(train=r.train, test=r.test, sequence=r.sequence, **rows[-1]))
@@ -590,12 +576,12 @@ def plot_null(
     ax.legend(frameon=False, fontsize=7); ax.spines[['top','right']].set_visible(False)
     return ax
 
-# %% ../nbs/14_leakage.ipynb #400c0d1a
-def _strip(fixed, moving, r):
+# %% ../nbs/14_leakage.ipynb #00908441
+def _strip(fixed, moving, matrix):
     "Slices of a pair, the second in the pose of the first, one row each, uint8"
     fixed,moving = (np.asarray(o) for o in (fixed,moving))
     q = torch.stack(torch.meshgrid(*map(torch.arange, _grid), indexing='ij'), -1).reshape(-1,3).double()
-    m = torch.from_numpy(np.array(r['matrix']))
+    m = torch.from_numpy(np.array(matrix))
     there = _sample(torch.tensor(moving, dtype=torch.float32)[None,None], (q@m[:3,:3].T+m[:3,3]-_centre).float()).reshape(_grid).numpy()
     full = np.flatnonzero((fixed>0).any((1,2)))
     at = np.linspace(full[0]+.2*np.ptp(full), full[-1]-.15*np.ptp(full), 5).round().astype(int)
@@ -616,16 +602,16 @@ def _sheet(df, facts, path):
     hits = df[df.verdict!='different'].sort_values('score', ascending=False)
     rows = ''
     for r in hits.to_dict('records'):
-        i,j,matrix = r['_at']
-        pictures = ''.join(map(_png, _strip(of[r['sequence']].smalls[0][i], of[r['sequence']].smalls[1][j], dict(matrix=matrix))))
+        (i,j),(A,B) = r['_at'],of[r['sequence']].parts
+        pictures = ''.join(map(_png, _strip(A.rows[i], B.rows[j], r['matrix'])))
         rows += f"<tr><td><b class='{r['verdict']}'>{r['verdict']}</b><br>train {e(r['train'])}<br>test {e(r['test'])}<br>{e(r['sequence'])}<br>{e(r['identifiers'])}</td><td>score {r['score']:.3f}<br>NCC {r['ncc']:.3f}<br>NMI {r['nmi']:.3f}<br>{r['false_alarms']:.1g} false alarms expected</td><td>{pictures}</td></tr>"
-    figures = ''.join(_figure(plot_null(f.null, f.same, f.doubt, f.hits.values(), title=f.label)) for f in facts if not f.reason)
+    figures = ''.join(_figure(plot_null(f.null, f.same, f.doubt, f.hits, title=f.label)) for f in facts if not f.reason)
     with atomic_path(path) as tmp: tmp.write_text(f"<!doctype html><meta charset='utf-8'><title>Leakage</title><style>{_STYLE}</style><h1>Is any test patient in the training set?</h1><pre>{e(df.attrs['summary'])}</pre>"
         f"<h2>Suspects</h2><p>Upper row: training set; lower row: test set, in the same pose.</p><table>{rows or '<tr><td>none</td></tr>'}</table><h2>Null distributions</h2>{figures}", encoding='utf-8')
 
 def _write(df, facts, dest):
     make_folder(dest)
-    table = df.drop(columns='_at')
+    table = df.drop(columns=['matrix','_at'])
     for name,o in dict(leakage=table, set_aside=pd.DataFrame(dict(patient=set_aside(df))), report=pd.DataFrame(df.attrs['report'], columns=['side','patient','sequence','what'])).items():
         with atomic_path(dest/f'{name}.csv') as tmp: o.to_csv(tmp, index=False)
     write_json(dest/'leakage.json', dict(version=__version__, **{k:df.attrs[k] for k in ('summary','recall','thresholds')}))
