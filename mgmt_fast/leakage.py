@@ -308,7 +308,7 @@ def published_similarity(
     x,y = ((o.ravel()-o.mean())/max(o.std(), 1e-9) for o in (np.asarray(a, float), np.asarray(b, float)))
     return NS(xcorr=float(correlate(x, y).max()/np.sqrt((x@x)*(y@y))), mi=float(mutual_info_score(a.ravel(), b.ravel())))
 
-# %% ../nbs/14_leakage.ipynb #0c428003
+# %% ../nbs/14_leakage.ipynb #47393b40
 def _sequence_pairs(sequences, a, b):
     have = a.sequences(),b.sequences()
     if sequences is None:
@@ -327,7 +327,7 @@ def _sequence_pairs(sequences, a, b):
     if len(set(res))<len(res): raise LeakageError(f"sequences must be distinct; received {sequences}")
     return res
 
-_bare = 'equal numbers of two sources'
+_bare = 'equal patient number' # two sources may number their patients alike, so the images must agree
 
 def _id_map(ids):
     if ids is None: return {}
@@ -345,8 +345,7 @@ def _named_pairs(a, b, ids):
     for j,p in enumerate(b.patients):
         for k in {id_key(p), patient_key(p)}:
             for i in train.get(k, ()):
-                bare = k.isdigit() and a.source[i].split('/')[0]!=b.source[j].split('/')[0]
-                res[i,j] = _bare if bare else 'equal patient id' if id_key(a.patients[i])==id_key(p) else 'same patient, another visit by its id'
+                res[i,j] = _bare if k.isdigit() else 'equal patient id' if id_key(a.patients[i])==id_key(p) else 'same patient, another visit by its id'
     back = {}
     for k,v in ids.items(): back.setdefault(v, []).append(k)
     for j,p in enumerate(b.patients):
