@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ProtocolError', 'check_predictions', 'choose_threshold', 'cross_validate', 'read_oof', 'select_inside', 'ensemble',
            'mean_auc_ci', 'results_table', 'show_results', 'gains', 'preparation', 'preparation_differs', 'Bundle',
-           'freeze_bundle', 'cv_models', 'external_test', 'read_result']
+           'freeze_bundle', 'cv_models', 'external_test', 'read_result', 'external_table', 'model_card',
+           'evaluate_report']
 
-# %% ../nbs/13_evaluate.ipynb #346f26ad
+# %% ../nbs/13_evaluate.ipynb #10c54a47
 import contextlib, copy, gc, hashlib, io, json, re, shutil
 from collections import Counter
 from datetime import datetime, timezone
@@ -19,12 +20,15 @@ from scipy.special import expit, logit
 from scipy.stats import binomtest, norm
 from sklearn.metrics import log_loss
 from . import __version__
-from .cohort import assign_folds, id_key, patient_key
+from .cohort import assign_folds, id_key, patient_key, plot_balance
 from .prepare import VolumeStore, prepare
 from .loader import mgmt_dls, usable_patients
 from .augment import mgmt_augs, tta
 from .learner import MGMTModel, load_model, mgmt_learner, predict, save_model
 from .metrics import *
+from .consistency import *
+from .report import *
+from .baselines import baselines, subgroups
 
 # %% ../nbs/13_evaluate.ipynb #da5ec7ac
 class ProtocolError(MGMTError):
@@ -489,7 +493,7 @@ def _performance(t, threshold):
     res = dict(auc=auc.tolist(), p_permutation=permutation_test(y, p).p, **shares, **truth)
     return dict(n=len(t), methylated=int(y.sum()), **{k: np.round(v,6).tolist() for k,v in res.items()})
 
-# %% ../nbs/13_evaluate.ipynb #0ad70363
+# %% ../nbs/13_evaluate.ipynb #2ceda972
 def external_test(
     bundle, # `Bundle`, or its folder
     cohort, # `VolumeStore` prepared by the bundle's recipe, or a cohort table of scans with labels, which is prepared here
@@ -525,7 +529,7 @@ def external_test(
     write_json(_held_out(store), {**held, b.signature:nth})
     with open(b.path/'ledger.jsonl','a',encoding='utf-8') as f: f.write(json.dumps(entry)+'\n')
     with atomic_path(dest/f'{name}.csv') as tmp: preds.to_csv(tmp, index=False)
-    res = _sign(json.loads(json.dumps({'date':entry['date'], 'version':__version__, 'bundle':b.signature, 'models':[m['files'] for m in b.models], 'threshold':b.threshold, 'ledger':entry['signature'],
+    res = _sign(json.loads(json.dumps({'date':entry['date'], 'version':__version__, 'bundle':b.signature, 'model':dict(arch=', '.join(uniqueify(m['arch'] for m in b.models)), sequences=' and '.join(uniqueify('+'.join(m['sequences']) for m in b.models)), recipe=b.recipe.name), 'models':[m['files'] for m in b.models], 'threshold':b.threshold, 'ledger':entry['signature'],
         'pass':nth, 'note':'first pass' if nth==1 else f'pass {nth}: patients of this cohort were tested {nth-1} times before with this bundle, so this is no longer an untouched test set',
         'cohort':dict(hash=_hash([t.astype(object).where(t.notna(), None).values.tolist(), sorted(volumes)]), n=len(t), methylated=int((t.label==1).sum()), unmethylated=int((t.label==0).sum()), left_out=why),
         'overridden':differ.astype(str).to_dict('records'), 'leakage':'no report was given' if aside is None else dict(set_aside=aside),
@@ -543,3 +547,123 @@ def read_result(
     p = Path(path).parent/d['predictions']['file']
     if not p.exists() or _file_hash(p)!=d['predictions']['hash']: raise ProtocolError(f"{p} is missing or was changed after {Path(path).name} was signed: restore it")
     return d
+
+# %% ../nbs/13_evaluate.ipynb #62907e73
+def external_table(
+    results, # Results of `external_test`: dicts or paths, one or several
+) -> pd.DataFrame: # As `results_table`, with set (`'external'` or `'external, without suspected'`) and pass; no row where there is no number
+    "Results of external tests as rows of a table."
+    rows = []
+    for r in listify(results):
+        r = r if isinstance(r, dict) else read_result(r)
+        for part,name in (('all','external'),('without_suspected','external, without suspected')):
+            x = r[part]
+            if x is None or 'why' in x: continue
+            rows.append({**r['model'], 'set':name, 'pass':r['pass'], 'n':x['n'], 'minority':min(x['methylated'],x['n']-x['methylated'])/x['n'], **{k+s: v for k in ('accuracy','auc','loss') for s,v in zip(('','_lo','_hi'), x[k])}})
+    return pd.DataFrame(rows)
+
+# %% ../nbs/13_evaluate.ipynb #372372e4
+_tripod = """1 Title|2 Abstract|3a Healthcare context and rationale|3b Target population, purpose, users|3c Health inequalities|4 Objectives|5a Sources of data|5b Dates of the data|6a Setting and centres|6b Eligibility|6c Treatments
+7 Data preparation|8a Outcome|8b Qualification of who assessed the outcome|8c Blinding of who assessed it|9a Choice of predictors|9b Definition of predictors|9c Qualification of who assessed predictors|10 Sample size|11 Missing data
+12a Use of the data|12b Handling of predictors|12c Model, its building, internal validation|12d Heterogeneity between clusters|12e Measures of performance|12f Model updating|12g How predictions were made in the evaluation|13 Class imbalance|14 Fairness|15 Output of the model|16 Training against evaluation data
+17 Ethical approval|18a Funding|18b Conflicts of interest|18c Protocol|18d Registration|18e Data sharing|18f Code sharing|19 Patient and public involvement|20a Flow of participants|20b Their characteristics|20c Development against evaluation data
+21 Participants and outcomes in each analysis|22 Specification of the model|23a Performance with intervals|23b Heterogeneity of performance|24 Results of model updating|25 Interpretation|26 Limitations|27a Poor or missing input|27b User's part and expertise|27c Next steps"""
+
+# %% ../nbs/13_evaluate.ipynb #ecadf274
+def model_card(
+    store:VolumeStore, # What was trained on
+    oof:pd.DataFrame=None, # From `cross_validate`
+    bundle=None, # The frozen `Bundle`, where there is one
+    results=(), # Of `external_test`: dicts or paths
+) -> pd.DataFrame: # item (of TRIPOD+AI), what; `'open: ...'` where only the authors know
+    """A model card in the items of TRIPOD+AI, filled in as far as data and files can tell.
+
+    Source: Collins et al. 2024, BMJ 385:e078378."""
+    t,known = store.table,{}
+    n,k = int(t.label.notna().sum()),int((t.label==1).sum())
+    lost = store.report[store.report.level=='error'].patient.nunique()
+    known['5a'] = known['6a'] = f"{', '.join(sorted(set(t.source)))}; which hospitals these are is open"
+    known['7'] = f"one box, grid and intensity range per volume, {'x'.join(map(str,store.size))} voxels, recipe {store.recipe.name!r}, mgmt_fast {store.version}; as acquired: " + '; '.join(f"{s}: {v['plane']}, {' x '.join(f'{o:g}' for o in v['spacing'])} mm, {v['skull']:.0%} with skull" for s,v in preparation(store).items())
+    known['8a'] = 'methylation of the MGMT promoter, yes or no; assay and cut-off are open'
+    known['9a'] = known['9b'] = f"voxels of {', '.join(store.sequences)}; no others"
+    known['10'] = f"{n} patients, {k} methylated: to tell an AUC of .6 from chance takes {patients_needed(.6, share=k/n)}, one of .65 {patients_needed(.65, share=k/n)} (power 80 %)"
+    known['11'] = f"no imputation: a patient without a sequence that a model needs gets no prediction; {lost} patients had series that could not be prepared"
+    known['13'] = f"none resampled or weighted; {k/n:.1%} methylated"
+    known['15'] = 'the probability of a methylated promoter, 0 to 1; research use only'
+    known['20a'] = f"{len(t)} prepared, {n} with a label" + (f", {oof.patient.nunique()} predicted out of fold" if oof is not None else '')
+    known['26'] = 'the truth of the labels, and what distinguishes these patients from those elsewhere, cannot be seen from here; see the baselines for what the acquisition gives away'
+    known['27a'] = 'a series that cannot be read or prepared is refused with its reason, and the patient gets no probability'
+    if oof is not None:
+        real = oof[oof.arch!='selected']
+        known['12a'] = f"{real.fold.nunique()} patient-level folds, stratified by label, {real.repeat.nunique()} repeats, {real.member.nunique()} seeds; the inner validation part of each training set chose epoch, temperature and threshold"
+        known['12c'] = f"{', '.join(uniqueify(real.arch))} on {', '.join(uniqueify(real.sequences))}"
+        known['12e'] = known['23a'] = 'AUC (DeLong), accuracy (Wilson), log loss, calibration, decision curve: in the tables and figures of the report'
+    if bundle is not None:
+        known['12g'] = known['22'] = f"bundle {bundle.signature[:8]}: {len(bundle.models)} models, mean log-odds{', test-time augmentation' if bundle.tta else ''}, threshold {bundle.threshold:.3f}, all files hashed"
+        known['12f'] = known['24'] = 'none: frozen before the test'
+    if len(listify(results)):
+        x = external_table(results)
+        known['23a'] = '; '.join(f"{r['set']}, pass {r['pass']}: AUC {r.auc:.3f} [{r.auc_lo:.3f}, {r.auc_hi:.3f}] in {r.n} patients" for _,r in x.iterrows())
+        known['16'] = known['20c'] = 'preparation compared by the external test; what was overridden stands in its result'
+    return pd.DataFrame([(item, known.get(item.split(' ')[0], 'open: for the authors to fill in')) for item in re.split(r'[|\n]', _tripod)], columns=['item','what'])
+
+# %% ../nbs/13_evaluate.ipynb #c216badf
+def _as_cohort(store):
+    "The store's table as a cohort: a path's place holds whether there is a volume"
+    t = store.table
+    return t.assign(**{s: t[s].where(t[s]) if s in t else None for s in SEQUENCES})
+
+def _consistency(table, thresholds=(.5,)):
+    "What cannot be in a table that is about to be printed"
+    return check_consistency(table[[c for c in ('set','arch','sequences','recipe','n','minority','accuracy','auc','loss') if c in table]], threshold=max(thresholds, key=lambda t: abs(t-.5)))
+
+def _main(oof):
+    "The one model that is looked at closely, without having been chosen by its result"
+    chosen = oof[oof.arch=='selected']
+    if len(chosen): return 'models selected inside',ensemble(chosen,_rep)
+    return ('mean of all models' if oof.run.nunique()>oof.groupby(_rep).fold.nunique().iloc[0] else oof.arch.iloc[0]),ensemble(oof,[*_rep,*_cell])
+
+# %% ../nbs/13_evaluate.ipynb #86b95533
+def evaluate_report(
+    store:VolumeStore, # What `cross_validate` was given
+    dest, # Its folder; tables, `figures/` and `report.html` are written there
+    clinical:pd.DataFrame=None, # patient, and any of site, scanner, sex, age (years)
+    results=(), # Of `external_test`, to stand beside: dicts or paths
+    bundle=None, # The frozen `Bundle`, for the model card
+    seed:int=0, # Of permutations and bootstraps
+) -> Path: # The page
+    "Tables, figures and one self-contained page of a cross-validation. The model looked at closely is the one selected inside, or the mean of all: never the best."
+    dest,oof = Path(dest),read_oof(dest)
+    name,main = _main(oof)
+    y,p = main.label.to_numpy(),main.prob.to_numpy()
+    table = results_table(oof).assign(set='validation')
+    real = table[table.arch!='selected']
+    ext = external_table(results) if len(listify(results)) else None
+    both = pd.concat([table, ext], ignore_index=True) if ext is not None else table
+    faults = _consistency(both, [*oof.threshold, .5])
+    raw = expit(oof[oof.run.isin(oof[oof.arch!='selected'].run)].assign(z=_logits(oof.raw)).groupby('patient').z.mean().loc[main.patient].to_numpy())
+    tables = dict(results=both, gains=gains(oof), baselines=baselines(store, main, clinical, seed=seed, progress=False), card=model_card(store, oof, bundle, results))
+    figs = dict(balance=plot_balance(_as_cohort(store)), forest=plot_forest(table, ['arch','sequences']), roc=plot_roc(y, p, name, seed=seed), pr=plot_pr(y, p, name), reliability=plot_reliability(y, p, name),
+        calibration=plot_calibration(y, {'before the temperature':raw, 'after':p}), decision=plot_decision(y, {name:p}),
+        losses=plot_losses({(r.arch,r.sequences): [dest/'runs'/o/'history.csv' for o in oof.run[(oof[_cell]==pd.Series({c:r[c] for c in _cell})).all(axis=1)].unique()] for _,r in real.iterrows()}))
+    who = None
+    if clinical is not None or main.patient.map(id_key).str.startswith('TCGA-').all():
+        who = tables['subgroups'] = subgroups(main, main[['patient']] if clinical is None else clinical)
+        if who.auc.notna().any(): figs['subgroups'] = plot_forest(who, ['group','level'])
+    for k,o in figs.items():
+        with atomic_path(dest/'figures'/f'{k}.png') as tmp: np.ravel(o)[0].figure.savefig(tmp, dpi=110)
+    for k,o in tables.items():
+        with atomic_path(dest/f'{k}.csv') as tmp: o.to_csv(tmp, index=False)
+    half = (expected_ci(.6, len(y), y.mean())[['lo','hi']])
+    sections = {
+        'Patients': [f"{len(store)} prepared, {len(y)} predicted, {y.sum()} methylated. With as many, an AUC of .600 comes with an interval of about {half.lo:.3f} to {half.hi:.3f}.", figs['balance']],
+        'Results': ["Every patient predicted by models that never saw them; accuracy at thresholds that the inner validation part chose.", show_results(table), figs['forest'],
+            *(["External test:", show_results(ext.assign(sequences=ext.sequences+', '+ext['set']+', pass '+ext['pass'].astype(str)), ('loss','accuracy','auc'))] if ext is not None and len(ext) else []),
+            *(["What cannot be, or should not, in these tables:", faults] if len(faults) else ["No figure of these tables contradicts another."])],
+        'Baselines': ["What could be had without looking at the tumour. One of the acquisition's that beats chance means that the images leak the label.", tables['baselines']],
+        f'Closer: {name}': [figs['roc'], figs['pr'], figs['reliability'], figs['calibration'], figs['decision'], calibration(y, p).reset_index(names='figure')],
+        'What was gained': ["Paired intervals of DeLong, p by Holm." if len(tables['gains']) else "One model a patient: nothing to compare.", *([tables['gains']] if len(tables['gains']) else [])],
+        'For whom it fails': [who, *([figs['subgroups']] if 'subgroups' in figs else [])] if who is not None else ["No table of sites, scanners, sex or age was given."],
+        'Training': [figs['losses']],
+        'Model card': [f"{tables['card'].what.str.startswith('open').sum()} of {len(tables['card'])} items are open.", tables['card']]}
+    return write_report(dest/'report.html', f"MGMT methylation from MRI: cross-validation of {len(real)} model{'s'*(len(real)>1)}", sections)
