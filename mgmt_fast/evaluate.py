@@ -272,14 +272,14 @@ def results_table(
             **mean_auc_ci(y, P, who).rename(dict(lo='auc_lo',hi='auc_hi')), loss=losses.mean(), loss_lo=losses.mean()-half, loss_hi=losses.mean()+half))
     return pd.DataFrame(rows)
 
-# %% ../nbs/13_evaluate.ipynb #0b1014f2
+# %% ../nbs/13_evaluate.ipynb #84333c19
 def show_results(
     table:pd.DataFrame, # From `results_table`
     values=('accuracy','auc'), # What to show of each model, some of `'loss'`, `'accuracy'`, `'auc'`
 ) -> pd.DataFrame: # Rows: architectures; columns: sequences; cells: text with intervals
     "The table as papers print it: architecture by sequence."
     def _one(r, k): return f"{r[k]:.1%} [{r[k+'_lo']:.1%}, {r[k+'_hi']:.1%}]" if k=='accuracy' else f"{r[k]:.3f} [{r[k+'_lo']:.3f}, {r[k+'_hi']:.3f}]"
-    t = table.assign(cell=[' / '.join(_one(r,k) for k in listify(values)) for _,r in table.iterrows()], row=table.arch+np.where(table.recipe.nunique()>1, ' '+table.recipe, ''))
+    t = table.assign(cell=[' / '.join(_one(r,k) for k in listify(values)) for _,r in table.iterrows()], row=table.arch+np.where((table.recipe!='inside')&(table.recipe[table.recipe!='inside'].nunique()>1), ' '+table.recipe, ''))
     t = t.pivot(index='row', columns='sequences', values='cell').loc[uniqueify(t.row), uniqueify(t.sequences)].fillna('')
     return t.rename_axis(index=None, columns=' / '.join(listify(values)))
 
@@ -623,7 +623,7 @@ def _main(oof):
     if len(chosen): return 'models selected inside',ensemble(chosen,_rep)
     return ('mean of all models' if oof.run.nunique()>oof.groupby(_rep).fold.nunique().iloc[0] else oof.arch.iloc[0]),ensemble(oof,[*_rep,*_cell])
 
-# %% ../nbs/13_evaluate.ipynb #86b95533
+# %% ../nbs/13_evaluate.ipynb #373ff4a6
 def evaluate_report(
     store:VolumeStore, # What `cross_validate` was given
     dest, # Its folder; tables, `figures/` and `report.html` are written there
@@ -640,7 +640,7 @@ def evaluate_report(
     real = table[table.arch!='selected']
     ext = external_table(results) if len(listify(results)) else None
     both = pd.concat([table, ext], ignore_index=True) if ext is not None else table
-    faults = _consistency(both, [*oof.threshold, .5])
+    faults = _consistency(both[both.arch!='selected'], [*oof.threshold, .5])
     raw = expit(oof[oof.run.isin(oof[oof.arch!='selected'].run)].assign(z=_logits(oof.raw)).groupby('patient').z.mean().loc[main.patient].to_numpy())
     tables = dict(results=both, gains=gains(oof), baselines=baselines(store, main, clinical, seed=seed, progress=False), card=model_card(store, oof, bundle, results))
     figs = dict(balance=plot_balance(_as_cohort(store)), forest=plot_forest(table, ['arch','sequences']), roc=plot_roc(y, p, name, seed=seed), pr=plot_pr(y, p, name), reliability=plot_reliability(y, p, name),
