@@ -85,7 +85,7 @@ def study(tmp_path_factory):
     d = tmp_path_factory.mktemp('study')
     train,test = phantom_store(d/'train', 30),phantom_store(d/'test', 24, first=900, seed=1)
     torch.manual_seed(0)
-    model = MGMTModel(create_backbone('resnet18', anisotropic=3), get_recipe('default', arch='resnet18', size=(8,24,24)), ('T1wCE',))
+    model = MGMTModel(create_backbone('timm/resnet10t', anisotropic=3), get_recipe('default', arch='timm/resnet10t', size=(8,24,24)), ('T1wCE',))
     save_model(model, d/'model')
     v = train.table[['patient','label']].assign(prob=rng_for(0,'v').random(30))
     freeze_bundle(d/'model', v, train, d/'bundle')
@@ -126,7 +126,7 @@ def test_with_and_without_suspected_overlaps(copy_of):
     assert len(pd.read_json(d/'bundle/ledger.jsonl', lines=True))==2
 
 
-@pytest.mark.parametrize('kwargs', [dict(recalibrate=True), dict(threshold=.3), dict(fit=True), dict(arch='resnet18')])
+@pytest.mark.parametrize('kwargs', [dict(recalibrate=True), dict(threshold=.3), dict(fit=True), dict(arch='resnet10')])
 def test_nothing_is_fitted_on_the_test_set(copy_of, kwargs):
     d,b,test = copy_of
     with pytest.raises(ProtocolError, match='a test cohort is for testing'): external_test(b, test, **kwargs)
@@ -199,7 +199,7 @@ def test_labels_decide_who_is_scored(copy_of):
 def test_folds_are_kept_and_used_again(tmp_path, monkeypatch):
     "An interruption costs the run that was under way; other inputs cost all that depends on them."
     store = phantom_store(tmp_path, 48)
-    kw = dict(recipe=get_recipe('default', arch='resnet18', epochs=1), n_folds=2, inner=2, progress=False)
+    kw = dict(recipe=get_recipe('default', arch='timm/mobilenetv2_035', anisotropic=2, epochs=1), n_folds=2, inner=2, progress=False)
     fits,fit = [],Learner.fit
     def counted(self, *args, **kwargs):
         if len(fits)==1 and not resumed: raise KeyboardInterrupt
