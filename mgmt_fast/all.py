@@ -23,6 +23,8 @@ from .learner import *
 from .consistency import *
 from .metrics import *
 from .report import *
+from .baselines import *
+from .evaluate import *
 from .audit import *
 
 # %% ../nbs/99_all.ipynb #2123936e
