@@ -282,6 +282,8 @@ class SeparableConv3d(InflatedConv3d):
         return y if self.bias is None else y+self.bias.view(-1,1,1,1)
 
 # %% ../nbs/07_inflate.ipynb #b0c16203
+def _large(x): "Whether passes over memory cost more than calls from Python"; return x.device.type=='cpu' and x.numel()>=2**15
+
 class _BatchNormSiLU(torch.autograd.Function):
     "Batch norm and SiLU that keep only their input"
     @staticmethod
@@ -357,13 +359,13 @@ class BatchNormAct3d(nn.BatchNorm3d):
 
     def forward(self, x):
         w,b,mean,var,*rest = self._now()
-        fused = type(self.act) is nn.SiLU and type(self.drop) is nn.Identity and x.device.type=='cpu' and torch.is_grad_enabled()
+        fused = type(self.act) is nn.SiLU and type(self.drop) is nn.Identity and _large(x) and torch.is_grad_enabled()
         if fused: return _BatchNormSiLU.apply(x, w, b, mean, var, *rest)
         return self.act(self.drop(F.batch_norm(x, mean, var, w, b, *rest)))
 
 def _conv_norm(conv, norm, x):
     "`norm(conv(x))`, with fewer passes over memory if `conv` multiplies the channels"
-    pays = x.device.type=='cpu' and _is_pointwise(conv) and conv.out_channels>=2*conv.in_channels and x.numel()>=8*conv.in_channels**2
+    pays = _large(x) and _is_pointwise(conv) and conv.out_channels>=2*conv.in_channels and x.numel()>=8*conv.in_channels**2
     if not (pays and conv.bias is None and type(norm) is BatchNormAct3d and norm.affine): return norm(conv(x))
     y = norm.drop(_ExpandNorm.apply(*_cast(x, conv.weight), *norm._now()))
     return F.silu(y, inplace=not torch.is_grad_enabled()) if type(norm.act) is nn.SiLU else norm.act(y)
@@ -417,7 +419,7 @@ class _Mean(torch.autograd.Function):
 def _linear(conv, s): return F.linear(s, conv.weight.flatten(1), conv.bias)
 
 class _SqueezeExcite3d(_eb.SqueezeExcite):
-    def scale(self, x): "(B,C)"; return self.gate(_linear(self.conv_expand, self.act1(_linear(self.conv_reduce, _Mean.apply(x)))))
+    def scale(self, x): "(B,C)"; return self.gate(_linear(self.conv_expand, self.act1(_linear(self.conv_reduce, _Mean.apply(x) if _large(x) else x.mean((2,3,4))))))
     def forward(self, x): return x*self.scale(x)[...,None,None,None]
     def before(self, conv, x):
         "`conv(self(x))`: a pointwise convolution of many voxels has the scales in its weights, so that no scaled volume is written"
