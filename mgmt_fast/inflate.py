@@ -243,7 +243,7 @@ class InflatedConv3d(nn.Module):
         w,o,D = self.weight,self.along,x.shape[2]
         if x.device.type=='cpu' and _is_pointwise(self): return _across(x, lambda rows: F.linear(rows, w.flatten(1), self.bias))
         if o.k==1: y = self._plane(fold(_skip(x, o.s)), w[:,:,0])
-        elif D==1 and (o.mode=='replicate' or o.d==1): y = self._plane(fold(x), sum(w.unbind(2)) if o.mode=='replicate' else w[:,:,o.p])
+        elif D==1 and (o.mode=='replicate' or o.d==1): y = self._plane(fold(x), w.sum(2) if o.mode=='replicate' else w[:,:,o.p])
         elif x.device.type=='cpu' and self.groups==1:
             pad = self.padding[1:]
             if self.same: x,pad = unfold(tl.pad_same(fold(x), self.kernel_size[1:], self.stride[1:], self.dilation[1:]), len(x)),(0,0)
