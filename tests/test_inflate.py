@@ -102,7 +102,7 @@ def test_norm_in_the_convolution(ni, no, D, H, off, training):
     for p in (conv.weight,norm.weight,norm.bias): p.data.normal_(generator=g)
     x = (torch.randn(2,ni,D,H,H, generator=g)+off*torch.randn(ni, generator=g).view(-1,1,1,1)).contiguous(memory_format=torch.channels_last_3d)
     def run(f, dtype):
-        c,n,u = copy.deepcopy(conv).to(dtype).train(training),copy.deepcopy(norm).to(dtype).train(training),x.to(dtype).requires_grad_()
+        c,n,u = copy.deepcopy(conv).to(dtype).train(training),copy.deepcopy(norm).to(dtype).train(training),x.detach().clone().to(dtype).requires_grad_()
         y = f(c, n, u)
         (y*torch.randn(y.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
         return [o.double() for o in (y, u.grad, c.weight.grad, n.weight.grad, n.bias.grad, n.running_mean, n.running_var)]
