@@ -29,7 +29,7 @@ def _command(f):
     def _f(*args, **kwargs):
         try: return f(*args, **kwargs)
         except MGMTError as e: print(f'error: {e}', file=sys.stderr); return 2
-        except KeyboardInterrupt: print('interrupted: run the same command again; a store goes on where it stopped, the rest begins anew', file=sys.stderr); return 130
+        except KeyboardInterrupt: print('interrupted: run the same command again; a store, a training and a sweep go on where they stopped, the rest begins anew', file=sys.stderr); return 130
     return call_parse(_f)
 
 def _say_report(report, what):
@@ -107,20 +107,27 @@ def mgmt_train(
     seed:int=0, # Of folds, order and initial weights
     recipe:str='default', # Recipe
 ):
-    "Train one model on a store; writes model.safetensors, model.json, history.csv and figures"
+    "Train one model on a store; writes model.safetensors, model.json, history.csv and figures. Run again to finish after a stop; with `accelerate launch` before it, on several processes"
     changes = {k:v for k,v in dict(arch=arch,epochs=epochs,lr=lr).items() if v is not None}
     store,recipe = VolumeStore(store),get_recipe(recipe, **changes)
     learn = _train(store, dest, recipe, sequences, fold=fold, bs=bs, seed=seed, augs=mgmt_augs(recipe, seed=seed, spacing=store.spacing))
+    if rank_distrib(): return 0
     v = learn.recorder.values[learn.save_best.best_epoch]
     print(f'{dest}/model: weights of epoch {learn.save_best.best_epoch}, validation loss {v[1]:.4f}, AUC {v[2]:.3f} on {len(learn.dls.valid.dataset)} patients (chosen on them: not an estimate of the AUC on others)')
     return int(len(learn.dls.left_out)>0)
 
 # %% ../nbs/90_cli.ipynb #cfc7e07e
+from fastai.torch_core import num_distrib, rank_distrib
+from mgmt_fast.callbacks import DistributedTraining
+
 def _train(store, dest, recipe, sequences=None, fold=0, bs=8, seed=0, augs=None):
+    if num_distrib()>1: DistributedTraining()
     dls = mgmt_dls(store, sequences, fold=fold, bs=bs, seed=seed, augs=augs)
     learn = mgmt_learner(dls, recipe=recipe, path=dest, seed=seed)
-    _save(show_batch(*dls.train.one_batch(), None, max_n=4, sequences=dls.sequences).flat[0], Path(dest)/'batch.png')
-    learn.fit_recipe()
+    batch,main = dls.train.one_batch(),not rank_distrib()
+    if main: _save(show_batch(*batch, None, max_n=4, sequences=dls.sequences).flat[0], Path(dest)/'batch.png')
+    learn.fit_recipe(resume=True)
+    if not main: return learn
     save_model(learn, Path(dest)/'model')
     _save(plot_history(Path(dest)/'history.csv')[0], Path(dest)/'history.png')
     return learn
