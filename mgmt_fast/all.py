@@ -22,6 +22,7 @@ from .callbacks import *
 from .learner import *
 from .metrics import *
 from .report import *
+from .sweep import *
 from .audit import *
 
 # %% ../nbs/99_all.ipynb #2123936e
