@@ -20,7 +20,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.learner import AvgSmoothLoss, Recorder
 from fastai.torch_core import find_bs, get_model, rank_distrib, to_detach
 from fastcore.all import *
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model as load_weights, save_model as save_weights
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -308,7 +308,7 @@ class Checkpoint(Callback):
         if not file.exists(): return 0
         try:
             with safe_open(str(file), framework='pt') as f: d = json.loads(f.metadata()['state'])
-        except (st.SafetensorError, TypeError, KeyError, json.JSONDecodeError) as e: raise TrainingError(f"{file} is not a checkpoint, or damaged ({type(e).__name__}): delete it to begin anew, or give another folder") from e
+        except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as e: raise TrainingError(f"{file} is not a checkpoint, or damaged ({type(e).__name__}): delete it to begin anew, or give another folder") from e
         differ = {k:(d['key'].get(k),self.key.get(k)) for k in {**d['key'],**self.key} if d['key'].get(k)!=self.key.get(k)}
         if 'store' in differ: raise TrainingError(f"the store has changed since the training in {file.parent} began (its hashes differ): bring the old store back, or train into another folder")
         if differ: raise TrainingError(f"{file.parent} holds the checkpoint of another training (what: there, now): {differ}; give another folder, or delete {file.name} to begin anew")

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np, pandas as pd, torch
 import safetensors.torch as st
+from safetensors import SafetensorError
 from .core import *
 from fastai.basics import Adam, BCEWithLogitsLossFlat, DataLoaders, Learner, accuracy_multi
 import fastai.callback.schedule
@@ -199,7 +200,7 @@ def load_model(
     recipe = Recipe(d['recipe']['name'], d['recipe']['choices'])
     model = set_norms(create_backbone(**d['config']), recipe.values().get('norms','batch'))
     try: missing,extra = st.load_model(model, str(ts), strict=False)
-    except (RuntimeError, st.SafetensorError) as e: raise MGMTError(f"{ts.name} does not fit {d['config'].get('arch')!r}, which {js.name} describes: were two models' files mixed, or was the file cut off? ({str(e).splitlines()[0]})") from e
+    except (RuntimeError, SafetensorError) as e: raise MGMTError(f"{ts.name} does not fit {d['config'].get('arch')!r}, which {js.name} describes: were two models' files mixed, or was the file cut off? ({str(e).splitlines()[0]})") from e
     if missing or extra: raise MGMTError(f"{ts.name} does not fit {d['config'].get('arch')!r}: {len(missing)} tensors missing, {len(extra)} too many, e.g. {[*missing,*extra][0]!r}; were two models' files mixed?")
     return MGMTModel(model.eval(), recipe, check_sequences(d['sequences']), d['version'], d['trained'])
 

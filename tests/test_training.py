@@ -150,8 +150,9 @@ def test_a_stopped_training_ends_where_the_undisturbed_one_does(store, tmp_path,
         more = [] if kind=='plain' else [GradientAccumulation(n_batches=3), AverageWeights('ema', .9), Precision('fp16'), ReduceLROnPlateau(patience=1), EarlyStoppingCallback(patience=2)]
         torch.manual_seed(5)
         return learner(store, tmp_path/path, bs=4, dropout=.3, epochs=4, schedule='one_cycle' if kind=='plain' else 'flat', cbs=[*more,*cbs])
-    straight,killed = make('a'),make('b',[Kill(2,event)])
+    straight = make('a')
     fit(straight, resume=True)
+    killed = make('b', [Kill(2,event)])
     with pytest.raises(KeyboardInterrupt): fit(killed, resume=True)
     torch.manual_seed(99); np.random.seed(99)
     again = make('b')
@@ -203,7 +204,7 @@ def test_out_of_memory_says_what_to_change(store, tmp_path):
 def test_one_class_or_nobody_to_train_on(store, tmp_path):
     dls = mgmt_dls(store)
     data = dls.train.dataset
-    data.labels[:] = 1
+    data.labels = np.ones_like(data.labels)
     with pytest.raises(TrainingError, match='both classes'): mgmt_learner(dls, 'resnet10', path=tmp_path)
     data.labels,data.patients = data.labels[:0],[]
     with pytest.raises(TrainingError, match='empty'): mgmt_learner(dls, 'resnet10', path=tmp_path)
