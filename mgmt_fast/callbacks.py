@@ -355,6 +355,8 @@ class Checkpoint(Callback):
         rec.lrs,rec.iters,rec.values,rec.losses = d['recorder']['lrs'],d['recorder']['iters'],[L(v) for v in d['recorder']['values']],list(tensors['losses'])
         vars(rec.smooth_loss).update(_get('smooth', d['smooth']))
         self.learn.first_epoch,self.learn.train_iter = d['epoch']+1,d['train_iter']
+        bar = getattr(getattr(self.learn,'progress',None),'mbar',None)
+        if bar: bar.update(0) # its clock starts at the first epoch, which is not run again
         for dl,s in zip(self.dls,d['loaders']): _set_random(dl.rng, s)
         for t,k in zip(getattr(self.dls.train,'augs',()),d['drawn']): t.drawn = k
         _set_random(random, d['rng']['python']); np.random.set_state((d['rng']['numpy'][0],np.array(d['rng']['numpy'][1],dtype=np.uint32),*d['rng']['numpy'][2:]))

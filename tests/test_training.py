@@ -243,8 +243,8 @@ def test_a_killed_command_goes_on_by_itself(store, tmp_path):
         time.sleep(.05)
     p.send_signal(signal.SIGKILL); p.wait()
     assert not (tmp_path/'killed/model.json').exists()
-    out = subprocess.run(cmd('killed'), check=True, capture_output=True, text=True).stdout
-    assert 'resumed: ' in out
+    r = subprocess.run(cmd('killed'), capture_output=True, text=True)
+    assert r.returncode==0 and 'resumed: ' in r.stdout, r.stdout+r.stderr
     a,b = (load_file(tmp_path/d/'model.safetensors') for d in ('straight','killed'))
     assert all(torch.equal(v,b[k]) for k,v in a.items())
     r = subprocess.run([*cmd('killed'), '--lr', '.1'], capture_output=True, text=True)
