@@ -19,12 +19,15 @@ from .augment import *
 from .inflate import *
 from .backbones import *
 from .callbacks import *
+from .metrics import *
 from .learner import *
 from .consistency import *
-from .metrics import *
 from .report import *
 from .baselines import *
 from .evaluate import *
+from .register import *
+from .leakage import *
+from .sweep import *
 from .audit import *
 
 # %% ../nbs/99_all.ipynb #2123936e
