@@ -27,7 +27,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('folder', nargs='?'); p.add_argument('--patients', type=int, default=192); p.add_argument('--epochs', type=int, default=8); p.add_argument('--seeds', type=int, default=2); p.add_argument('--auc', type=float, default=.95)
     o = p.parse_args()
-    root,size,seqs,rows = Path(o.folder or tempfile.mkdtemp()),(16,48,48),('FLAIR','T1wCE'),[]
+    root,size,seqs,rows = Path(o.folder or tempfile.mkdtemp()),(12,32,32),('FLAIR','T1wCE'),[]
     for seed in range(o.seeds):
         at = root/f'seed{seed}'
         make_phantom(at/'cohort', n=o.patients, auc=o.auc, seed=seed, test=1/3, slices=20, size=64, sequences=seqs, progress=False)

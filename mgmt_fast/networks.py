@@ -9,10 +9,10 @@ __all__ = ['PairLoss', 'Prototypes', 'create_network']
 import copy, math
 
 import pandas as pd, timm, torch, torch.nn.functional as F
+from .core import *
 from fastai.callback.core import Callback
 from fastcore.all import *
 from torch import nn
-from .core import *
 from .backbones import *
 from .backbones import _from_hub, _take_norm, _timm_name
 from .inflate import _GlobalPool3d

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['faults', 'compare_recipes', 'L2Penalty', 'StepRate', 'SummedGradients']
 
-# %% ../nbs/10_recipes.ipynb #6cf3871f
-import pandas as pd, torch
+# %% ../nbs/10_recipes.ipynb #0a254d00
+import pandas as pd
+from .core import *
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.fp16 import MixedPrecision
 from fastcore.all import *
-from .core import *
 
 # %% ../nbs/10_recipes.ipynb #f940e5ec
 _faults = [ # number in the list of the thesis' faults, choice, the value that commits it, what the thesis did
