@@ -21,8 +21,13 @@ RECIPE = get_recipe('default', size=(8,32,32), arch=ARCH)
 
 
 def network(sequences, seed, **kwargs):
+    "An untrained network whose batch norms have seen something, so that it tells patients apart"
     torch.manual_seed(seed)
-    return MGMTModel(create_network(arch=ARCH, in_chans=len(sequences), anisotropic=2, **kwargs).eval(), RECIPE, sequences, prepared=SEQS)
+    net = create_network(arch=ARCH, in_chans=len(sequences), **{'anisotropic':2, **kwargs} if kwargs.get('network')!='2d' else kwargs)
+    for m in net.modules():
+        if hasattr(m, 'running_mean'): m.momentum = 1.
+    with torch.no_grad(): net.train()(torch.rand(8,len(sequences),8,32,32))
+    return MGMTModel(net.eval(), RECIPE, sequences, prepared=SEQS)
 
 
 @pytest.fixture(scope='module')
@@ -73,7 +78,7 @@ def test_regressions_are_those_of_the_saved_json(parts, store, tmp_path):
 @pytest.mark.parametrize('kind', ['fusion of fusions','hybrid','siamese','2d','adapter1x1'])
 def test_every_kind_is_loaded_as_saved(kind, parts, store, tmp_path):
     m = {'fusion of fusions': lambda: fuse(dict(a=fuse(parts), b=parts['FLAIR'])), 'hybrid': lambda: fuse(dict(FLAIR=parts['FLAIR']), made_up(), ['age']),
-        'siamese': lambda: network(SEQS, 3, network='siamese'), '2d': lambda: MGMTModel(create_network('2d', 8, arch=ARCH, in_chans=2).eval(), RECIPE, SEQS), 'adapter1x1': lambda: network(SEQS, 4, stem='adapter1x1')}[kind]()
+        'siamese': lambda: network(SEQS, 3, network='siamese'), '2d': lambda: network(SEQS, 5, network='2d', slices=8), 'adapter1x1': lambda: network(SEQS, 4, stem='adapter1x1')}[kind]()
     if kind=='siamese': m.model.head.prototypes.copy_(torch.randn(2,32))
     save_model(m, tmp_path/'m')
     ages = pd.DataFrame(dict(patient=store.table.patient, age=range(50,62)))
