@@ -13,13 +13,16 @@ from .core import *
 from .series import *
 from .cohort import *
 from .phantom import *
+from .slicewise import *
 from .prepare import *
 from .loader import *
 from .augment import *
 from .inflate import *
 from .backbones import *
+from .networks import *
 from .callbacks import *
 from .metrics import *
+from .recipes import *
 from .learner import *
 from .consistency import *
 from .report import *
@@ -27,6 +30,7 @@ from .baselines import *
 from .evaluate import *
 from .register import *
 from .leakage import *
+from .fusion import *
 from .sweep import *
 from .audit import *
 

@@ -120,10 +120,11 @@ def mgmt_train(
 # %% ../nbs/90_cli.ipynb #cfc7e07e
 from fastai.torch_core import num_distrib, rank_distrib
 from mgmt_fast.callbacks import DistributedTraining
+from mgmt_fast.learner import recipe_dls
 
 def _train(store, dest, recipe, sequences=None, fold=0, bs=8, seed=0, augs=None):
     if num_distrib()>1: DistributedTraining()
-    dls = mgmt_dls(store, sequences, fold=fold, bs=bs, seed=seed, augs=augs)
+    dls = recipe_dls(store, get_recipe(recipe, bs=bs), sequences, fold=fold, seed=seed, augs=augs)
     learn = mgmt_learner(dls, recipe=recipe, path=dest, seed=seed)
     batch,main = dls.train.one_batch(),not rank_distrib()
     if main: _save(show_batch(*batch, None, max_n=4, sequences=dls.sequences).flat[0], Path(dest)/'batch.png')
