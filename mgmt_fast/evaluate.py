@@ -641,7 +641,8 @@ def evaluate_report(
     ext = external_table(results) if len(listify(results)) else None
     both = pd.concat([table, ext], ignore_index=True) if ext is not None else table
     faults = _consistency(both[both.arch!='selected'], [*oof.threshold, .5])
-    raw = expit(oof[oof.run.isin(oof[oof.arch!='selected'].run)].assign(z=_logits(oof.raw)).groupby('patient').z.mean().loc[main.patient].to_numpy())
+    seen = oof[oof.arch=='selected'] if (oof.arch=='selected').any() else oof
+    raw = expit(seen.assign(z=_logits(seen.raw)).groupby('patient').z.mean().loc[main.patient].to_numpy())
     tables = dict(results=both, gains=gains(oof), baselines=baselines(store, main, clinical, seed=seed, progress=False), card=model_card(store, oof, bundle, results))
     figs = dict(balance=plot_balance(_as_cohort(store)), forest=plot_forest(table, ['arch','sequences']), roc=plot_roc(y, p, name, seed=seed), pr=plot_pr(y, p, name), reliability=plot_reliability(y, p, name),
         calibration=plot_calibration(y, {'before the temperature':raw, 'after':p}), decision=plot_decision(y, {name:p}),
