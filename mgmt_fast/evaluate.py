@@ -652,7 +652,7 @@ def evaluate_report(
         who = tables['subgroups'] = subgroups(main, main[['patient']] if clinical is None else clinical)
         if who.auc.notna().any(): figs['subgroups'] = plot_forest(who, ['group','level'])
     for k,o in figs.items():
-        with atomic_path(dest/'figures'/f'{k}.png') as tmp: np.ravel(o)[0].figure.savefig(tmp, dpi=110)
+        with atomic_path(dest/'figures'/f'{k}.png') as tmp: np.ravel(o)[0].figure.savefig(tmp, dpi=110, bbox_inches='tight')
     for k,o in tables.items():
         with atomic_path(dest/f'{k}.csv') as tmp: o.to_csv(tmp, index=False)
     half = (expected_ci(.6, len(y), y.mean())[['lo','hi']])
