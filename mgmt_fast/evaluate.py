@@ -8,10 +8,11 @@ __all__ = ['ProtocolError', 'check_predictions', 'choose_threshold', 'cross_vali
            'freeze_bundle', 'cv_models', 'external_test', 'read_result', 'external_table', 'model_card',
            'evaluate_report']
 
-# %% ../nbs/13_evaluate.ipynb #10c54a47
+# %% ../nbs/13_evaluate.ipynb #7d4e1b9e
 import contextlib, copy, gc, hashlib, io, json, re, shutil
 from collections import Counter
 from datetime import datetime, timezone
+from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from .core import *
@@ -55,7 +56,7 @@ def check_predictions(
     check_probs(t.label.to_numpy(), t.prob.to_numpy())
     return t[['patient','label','prob']].astype({'label':int}).reset_index(drop=True)
 
-# %% ../nbs/13_evaluate.ipynb #89f1f216
+# %% ../nbs/13_evaluate.ipynb #e672ee1f
 def _part(store, patients):
     "The store as if it held these patients only"
     part,keep = copy.copy(store),set(patients)
@@ -65,8 +66,7 @@ def _part(store, patients):
     return part
 
 def _hash(obj): return hashlib.blake2b(json.dumps(obj, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-def _file_hash(path):
-    with open(path,'rb') as f: return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+def _file_hash(path): return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
 
 def _volumes(store, patients, sequences):
     "The hashes of the volumes that are looked at"
@@ -138,12 +138,12 @@ def _run(job, dest):
     t['prob'] = expit(_logits(t.raw)/res['temperature'])
     return t.assign(**job.row, run=job.name, **{k: res[k] for k in ('temperature','threshold','valid_loss')})
 
-# %% ../nbs/13_evaluate.ipynb #b91f18dc
+# %% ../nbs/13_evaluate.ipynb #ba55a6cc
 def _job(store, cell, folds, repeat, fold, member, inner, bs, tta, augment, seed):
     "One training run: its patients, its settings, and a key that changes with any of them"
     arch,sequences,label,recipe = cell
-    ok = usable_patients(store, sequences)[0].patient
     of = dict(zip(folds.patient, folds.fold))
+    ok = [p for p in usable_patients(store, sequences)[0].patient if p in of]
     train,test = ([p for p in ok if (of[p]==fold)==out] for out in (False,True))
     seed = int(rng_for(seed, 'cross_validate', repeat, fold, member).integers(2**31))
     key = _hash([__version__, arch, sequences, recipe.values(), augment.values(), inner, bs, tta, seed, _volumes(store, train, sequences), _volumes(store, test, sequences),
@@ -641,7 +641,8 @@ def evaluate_report(
     ext = external_table(results) if len(listify(results)) else None
     both = pd.concat([table, ext], ignore_index=True) if ext is not None else table
     faults = _consistency(both[both.arch!='selected'], [*oof.threshold, .5])
-    raw = expit(oof[oof.run.isin(oof[oof.arch!='selected'].run)].assign(z=_logits(oof.raw)).groupby('patient').z.mean().loc[main.patient].to_numpy())
+    seen = oof[oof.arch=='selected'] if (oof.arch=='selected').any() else oof
+    raw = expit(seen.assign(z=_logits(seen.raw)).groupby('patient').z.mean().loc[main.patient].to_numpy())
     tables = dict(results=both, gains=gains(oof), baselines=baselines(store, main, clinical, seed=seed, progress=False), card=model_card(store, oof, bundle, results))
     figs = dict(balance=plot_balance(_as_cohort(store)), forest=plot_forest(table, ['arch','sequences']), roc=plot_roc(y, p, name, seed=seed), pr=plot_pr(y, p, name), reliability=plot_reliability(y, p, name),
         calibration=plot_calibration(y, {'before the temperature':raw, 'after':p}), decision=plot_decision(y, {name:p}),
@@ -651,7 +652,7 @@ def evaluate_report(
         who = tables['subgroups'] = subgroups(main, main[['patient']] if clinical is None else clinical)
         if who.auc.notna().any(): figs['subgroups'] = plot_forest(who, ['group','level'])
     for k,o in figs.items():
-        with atomic_path(dest/'figures'/f'{k}.png') as tmp: np.ravel(o)[0].figure.savefig(tmp, dpi=110)
+        with atomic_path(dest/'figures'/f'{k}.png') as tmp: np.ravel(o)[0].figure.savefig(tmp, dpi=110, bbox_inches='tight')
     for k,o in tables.items():
         with atomic_path(dest/f'{k}.csv') as tmp: o.to_csv(tmp, index=False)
     half = (expected_ci(.6, len(y), y.mean())[['lo','hi']])
