@@ -31,7 +31,7 @@ from .register import _agreement, _centre, _descend, _grid, _mm, _sample, _searc
 class LeakageError(MGMTError):
     "Why two sets cannot be compared, and what to do"
 
-# %% ../nbs/14_leakage.ipynb #0245b69f
+# %% ../nbs/14_leakage.ipynb #04119586
 def _digest(*parts):
     h = hashlib.blake2b(digest_size=12)
     for o in parts: h.update(o)
@@ -61,8 +61,9 @@ class _Side:
         "What changes when the volume does"
         if self.store: return self.data.meta[self.patients[i]]['volumes'][seq]['hash']
         path = Path(self.table[seq].iat[i])
-        files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
-        return _digest(str(path).encode(), *(f'{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}'.encode() for f in files))
+        try: state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
+        except OSError: state = [] # reading will say what is wrong
+        return _digest(str(path).encode(), str(state).encode())
 
     def volume(self, i, seq):
         "The volume, a hash of its voxels, and hashes of its UIDs"
