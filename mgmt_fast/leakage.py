@@ -132,7 +132,7 @@ def perturb(
     side = int(np.abs(affine[0,:3]).argmax())
     return Volume(y.flip(side), affine=y.affine) if flip else y
 
-# %% ../nbs/14_leakage.ipynb #0dba7ca5
+# %% ../nbs/14_leakage.ipynb #fb56099b
 _version = 1 # of the small copies and fingerprints
 
 @_one_thread()
@@ -168,11 +168,18 @@ def _kept(folder, name, key, contents, shape, dtype, compute):
     with atomic_path(journal) as tmp: tmp.write_text('\n'.join(map(json.dumps, [key,*facts.values()]))+'\n', encoding='utf-8')
     rows = np.load(arrays, mmap_mode='r+')
     todo = [i for i,c in enumerate(contents) if c is not None and i not in facts]
-    with open(journal, 'a', encoding='utf-8') as f:
+    fresh = []
+    def _save():
+        rows.flush()
+        with open(journal, 'a', encoding='utf-8') as f: f.write(''.join(json.dumps(facts[i])+'\n' for i in fresh))
+        fresh.clear()
+    try:
         for i,(row,fact) in zip(todo, compute(todo)):
-            if row is not None: rows[i] = row; rows.flush()
+            if row is not None: rows[i] = row
             facts[i] = dict(i=i, content=contents[i], **fact)
-            f.write(json.dumps(facts[i])+'\n'); f.flush()
+            fresh.append(i)
+            if len(fresh)==64: _save()
+    finally: _save()
     return np.load(arrays, mmap_mode='r'),[facts.get(i) for i in range(len(contents))]
 
 # %% ../nbs/14_leakage.ipynb #0751b6c9
@@ -266,7 +273,7 @@ class Null:
         for _ in range(10):
             if keep.sum()<8: break
             q = np.quantile(u[keep], [.16,.5])
-            new = u<q[1]+8*max(q[1]-q[0], .1)
+            new = u<q[1]+5*max(q[1]-q[0], .1)
             if (new==keep).all(): break
             keep = new
         self.scores,self.odd = np.asarray(scores, float)[keep],np.flatnonzero(~keep)
