@@ -23,7 +23,7 @@ class Net(nn.Sequential):
     arch = 'net'
     def __init__(self, norm):
         torch.manual_seed(0)
-        super().__init__(nn.AvgPool3d(2), nn.Conv3d(1,4,3), nn.BatchNorm3d(4) if norm else nn.Identity(), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4,1))
+        super().__init__(nn.AvgPool3d(2), nn.Conv3d(1,4,3,bias=not norm), nn.BatchNorm3d(4) if norm else nn.Identity(), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4,1))
     def forward(self, x): return super().forward(x.as_subclass(torch.Tensor))
 
 
