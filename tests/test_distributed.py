@@ -25,7 +25,7 @@ SCRIPT = Path(__file__).parent/'distributed_run.py'
 
 @pytest.fixture(scope='module')
 def store(tmp_path_factory):
-    "26 patients: 21 train, 5 validate, so that with batches of 4 or 8 the last has an odd number, or one."
+    "26 patients: beside fold 1 there are 21 to train on, so that with batches of 4 or 8 the last has an odd number, or one."
     d = tmp_path_factory.mktemp('distributed')
     make_phantom(d/'scans', n=26, test=0, auc=.95, seed=2, slices=8, size=32, sequences=('FLAIR','T1wCE'), progress=False)
     return prepare(kaggle_cohort(d/'scans'), d/'store', 'FLAIR,T1wCE', size=(8,16,16), n_workers=1, progress=False)
