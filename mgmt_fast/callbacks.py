@@ -109,19 +109,22 @@ class GroupNormAct(nn.GroupNorm):
     def forward(self, x): return self.act(self.drop(super().forward(x)))
 
 class SyncNorm:
-    "Mixed into a batch norm: in training its statistics are those of all processes"
+    "Mixed into a batch norm: in training its statistics are those of all processes with a part in the batch"
+    counts = True
     def forward(self, x):
         if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size()>1): return super().forward(x)
         from torch.distributed.nn.functional import all_reduce
-        axes,shape = [i for i in range(x.ndim) if i!=1],[1,-1]+[1]*(x.ndim-2)
-        n = x.new_full((1,), x.numel()/x.shape[1])
-        total = all_reduce(torch.cat([x.sum(axes), (x*x).sum(axes), n]))
-        n,(mean,sq) = total[-1],(total[:-1]/total[-1]).chunk(2)
-        var = sq-mean*mean
+        axes,shape,dtype,x = [i for i in range(x.ndim) if i!=1],[1,-1]+[1]*(x.ndim-2),x.dtype,x.float()
+        def _mean(x):
+            total = all_reduce(self.counts*torch.cat([x.sum(axes), x.new_full((1,), x.numel()/x.shape[1])]))
+            return total[:-1]/total[-1],total[-1]
+        mean,n = _mean(x)
+        x = x-mean.view(shape)
+        var,_ = _mean(x*x)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             for old,new in ((self.running_mean,mean),(self.running_var,var*n/(n-1))): old.lerp_(new.to(old.dtype), self.momentum)
-        x = (x-mean.view(shape))*(var+self.eps).rsqrt().view(shape)*self.weight.view(shape)+self.bias.view(shape)
+        x = (x*(var+self.eps).rsqrt().view(shape)*self.weight.view(shape)+self.bias.view(shape)).to(dtype)
         return getattr(self,'act',nn.Identity())(getattr(self,'drop',nn.Identity())(x))
 
 # %% ../nbs/09_callbacks.ipynb #9c00000f
@@ -361,7 +364,7 @@ class Checkpoint(Callback):
         for t,k in zip(getattr(self.dls.train,'augs',()),d['drawn']): t.drawn = k
         _set_random(random, d['rng']['python']); np.random.set_state((d['rng']['numpy'][0],np.array(d['rng']['numpy'][1],dtype=np.uint32),*d['rng']['numpy'][2:]))
         rank = rank_distrib()%len(tensors['rng.torch'])
-        torch.set_rng_state(tensors['rng.torch'][rank])
+        torch.set_rng_state(tensors['rng.torch'][rank].clone()) # it reads from the start of the storage, whatever the view
         if 'rng.cuda' in tensors and self.dls.device.type=='cuda': torch.cuda.set_rng_state(tensors['rng.cuda'][rank], self.dls.device)
 
 # %% ../nbs/09_callbacks.ipynb #9c00001e
@@ -381,6 +384,10 @@ class DistributedTraining(Callback):
         if self.me: torch.manual_seed(torch.initial_seed()+self.me)
 
     def sizes(self): return [p.stop-p.start for p in self.dl.parts(self.iter)]
+
+    def before_batch(self):
+        for m in self.model.modules():
+            if isinstance(m, SyncNorm): m.counts = self.sizes()[self.me]>0
 
     def after_pred(self):
         if self.training: return

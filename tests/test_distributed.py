@@ -17,6 +17,7 @@ from mgmt_fast.core import get_recipe
 from mgmt_fast.phantom import make_phantom
 from mgmt_fast.prepare import prepare
 from mgmt_fast.sweep import sweep, sweep_table
+from distributed_run import train
 
 BIN = Path(sys.executable).parent
 SCRIPT = Path(__file__).parent/'distributed_run.py'
@@ -24,23 +25,17 @@ SCRIPT = Path(__file__).parent/'distributed_run.py'
 
 @pytest.fixture(scope='module')
 def store(tmp_path_factory):
-    "26 patients: 21 train, 5 validate, so that with batches of 4 or 8 the last has an odd number, or one."
+    "26 patients: beside fold 1 there are 21 to train on, so that with batches of 4 or 8 the last has an odd number, or one."
     d = tmp_path_factory.mktemp('distributed')
     make_phantom(d/'scans', n=26, test=0, auc=.95, seed=2, slices=8, size=32, sequences=('FLAIR','T1wCE'), progress=False)
     return prepare(kaggle_cohort(d/'scans'), d/'store', 'FLAIR,T1wCE', size=(8,16,16), n_workers=1, progress=False)
 
 
-@pytest.fixture(scope='module')
-def one_sequence(store, tmp_path_factory): return prepare(kaggle_cohort(store.path.parent/'scans'), tmp_path_factory.mktemp('one')/'store', 'T1wCE', size=(8,16,16), n_workers=1, progress=False)
-
-
-def launch(n, args, script=SCRIPT):
-    "Processes as a launcher starts them; their exit codes and what they said."
+def launch(*cmd, n=2):
+    "Processes as a launcher starts them, and what they said."
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    env = {**os.environ, 'OMP_NUM_THREADS':'1'}
-    many = dict(WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=port, ACCELERATE_USE_CPU='true')
-    envs = [{**env, **{k:str(v) for k,v in {**many, 'RANK':r, 'LOCAL_RANK':r}.items()}} for r in range(n)] if n>1 else [env]
-    jobs = [subprocess.Popen([*map(str, [*script, *args] if isinstance(script,list) else [sys.executable, script, *args])], env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for e in envs]
+    env = dict(WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=port, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS=1)
+    jobs = [subprocess.Popen([str(o) for o in cmd], env={**os.environ, **{k:str(v) for k,v in env.items()}, 'RANK':str(r), 'LOCAL_RANK':str(r)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(n)]
     outs = [j.communicate()[0] for j in jobs]
     assert all(j.returncode==0 for j in jobs), '\n'.join(outs)
     return outs
@@ -49,31 +44,41 @@ def launch(n, args, script=SCRIPT):
 def result(dest, rank=0): return json.loads((dest/f'rank{rank}.json').read_text())
 
 
-@pytest.mark.parametrize('bs,acc,norm', [(8,1,0), (4,2,0), (4,1,1)], ids=['no batch norm, last of 5', 'accumulated, last of 1', 'batch norm in step, last of 1'])
-def test_two_processes_are_one(one_sequence, tmp_path, bs, acc, norm):
+CASES = {'no batch norm, last of 5': dict(bs=8), 'accumulated, last of 1': dict(bs=4, acc=2), 'batch norm in step, last of 1': dict(bs=4, norm=1)}
+
+
+@pytest.fixture(scope='module')
+def two(store, tmp_path_factory):
+    "What two processes made of each case; and of one that was stopped after its first epoch, then given to two others."
+    d = tmp_path_factory.mktemp('two')
+    jobs = {**CASES, 'straight': dict(bs=4), 'stopped': dict(bs=4, stop=1)}
+    launch(sys.executable, SCRIPT, store.path, json.dumps({str(d/k): v for k,v in jobs.items()}))
+    assert not (d/'stopped/rank0.json').exists()
+    launch(sys.executable, SCRIPT, store.path, json.dumps({str(d/'stopped'): dict(bs=4)}))
+    return d
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_two_processes_are_one(two, store, tmp_path, case):
     "Parameters after three epochs, the log, the AUC and the best epoch; both processes agree to the bit, and gradients travel once a step."
-    if norm: bs = 7
-    for n in (1,2): (tmp_path/str(n)).mkdir(); launch(n, [one_sequence.path, tmp_path/str(n), bs, acc, norm, -1])
-    a,b,c = result(tmp_path/'1'),result(tmp_path/'2'),result(tmp_path/'2', 1)
+    train(store.path, tmp_path, **CASES[case])
+    a,b,c = result(tmp_path),result(two/case),result(two/case, 1)
     p,q = np.array(a['params']),np.array(b['params'])
     assert np.linalg.norm(p-q)<1e-5*np.linalg.norm(p)
     assert b['params']==c['params'] and b['values']==c['values']
     np.testing.assert_allclose(a['values'], b['values'], rtol=1e-4)
-    assert a['best']==b['best'] and a['steps']==b['steps']==b['traffic']==3*-(-21//(bs*acc))
+    steps = 3*-(-21//(CASES[case]['bs']*CASES[case].get('acc',1)))
+    assert a['best']==b['best'] and a['steps']==b['steps']==b['traffic']==steps
 
 
-def test_two_processes_resume(one_sequence, tmp_path):
-    for d in ('straight','stopped'): (tmp_path/d).mkdir()
-    launch(2, [one_sequence.path, tmp_path/'straight', 4, 1, 0, -1])
-    launch(2, [one_sequence.path, tmp_path/'stopped', 4, 1, 0, 1])
-    assert not (tmp_path/'stopped/rank0.json').exists()
-    launch(2, [one_sequence.path, tmp_path/'stopped', 4, 1, 0, -1])
-    assert result(tmp_path/'straight')['params']==result(tmp_path/'stopped')['params']
+def test_two_processes_resume(two):
+    "To the bit"
+    assert result(two/'straight')['params']==result(two/'stopped')['params']
 
 
-def test_the_command_on_two_processes(one_sequence, tmp_path):
+def test_the_command_on_two_processes(store, tmp_path):
     "As `accelerate launch` starts it: one of the two speaks and writes."
-    outs = launch(2, [one_sequence.path, tmp_path/'run', '--arch', 'resnet10', '--epochs', 1, '--bs', 7], [BIN/'mgmt_train'])
+    outs = launch(BIN/'mgmt_train', store.path, tmp_path/'run', '--sequences', 'T1wCE', '--arch', 'resnet10', '--epochs', 1, '--bs', 7)
     assert sum('not an estimate' in o for o in outs)==1
     assert {'model.safetensors','model.json','history.csv'}<={f.name for f in (tmp_path/'run').iterdir()}
 
