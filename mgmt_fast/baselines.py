@@ -135,7 +135,7 @@ def subgroups(
             few = len(s)<least or min(y.sum(),(1-y).sum())<least_class
             rows.append({**row, 'note':f'too few for a number: {least} patients and {least_class} of each class are needed'} if few else {**row, **_judge(y, p)})
     cols = 'group level n methylated auc auc_lo auc_hi said seen intercept intercept_lo intercept_hi slope slope_lo slope_hi note'.split()
-    return pd.DataFrame(rows, columns=cols).assign(note=lambda t: t.note.fillna(''))
+    return pd.DataFrame(rows, columns=cols).assign(note=lambda t: t.note.astype(object).fillna(''))
 
 def _judge(y, p):
     try: auc,cal = auc_ci(y, p),calibration(y, p)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ProtocolError', 'check_predictions', 'choose_threshold', 'cross_validate', 'read_oof', 'select_inside', 'ensemble',
            'mean_auc_ci', 'results_table', 'show_results', 'gains', 'preparation', 'preparation_differs', 'Bundle',
-           'freeze_bundle', 'cv_models', 'read_result', 'external_table', 'model_card', 'evaluate_report']
+           'freeze_bundle', 'cv_models', 'external_test', 'read_result', 'external_table', 'model_card',
+           'evaluate_report']
 
 # %% ../nbs/13_evaluate.ipynb #7d4e1b9e
 import contextlib, copy, gc, hashlib, io, json, re, shutil
@@ -528,7 +529,7 @@ def external_test(
     with open(b.path/'ledger.jsonl','a',encoding='utf-8') as f: f.write(json.dumps(entry)+'\n')
     with atomic_path(dest/f'{name}.csv') as tmp: preds.to_csv(tmp, index=False)
     res = _sign(json.loads(json.dumps({'date':entry['date'], 'version':__version__, 'bundle':b.signature, 'model':dict(arch=', '.join(uniqueify(m['arch'] for m in b.models)), sequences=' and '.join(uniqueify('+'.join(m['sequences']) for m in b.models)), recipe=b.recipe.name), 'models':[m['files'] for m in b.models], 'threshold':b.threshold, 'ledger':entry['signature'],
-        'pass':nth, 'note':'first pass' if nth==1 else f'pass {nth}: patients of this cohort were tested {nth-1} time{'s'*(nth>2)} before with this bundle, so this is no longer an untouched test set',
+        'pass':nth, 'note':'first pass' if nth==1 else f'pass {nth}: patients of this cohort were tested before with this bundle, so this is no longer an untouched test set',
         'cohort':dict(hash=_hash([t.astype(object).where(t.notna(), None).values.tolist(), sorted(volumes)]), n=len(t), methylated=int((t.label==1).sum()), unmethylated=int((t.label==0).sum()), left_out=why),
         'overridden':differ.astype(str).to_dict('records'), 'leakage':'no report was given' if aside is None else dict(set_aside=aside),
         'all':_performance(scored, b.threshold), 'without_suspected':None if aside is None else _performance(scored[~scored.patient.isin(aside)], b.threshold),
