@@ -82,6 +82,7 @@ def baselines(
     if shown.any(): res.loc[shown,'p_holm'] = holm(res.p[shown])
     leak = shown & (res.p_holm<.05) & ~res.baseline.isin(_clinical_names)
     res.loc[leak,'note'] = 'beats chance: the label shows in the acquisition, and a network may have learned that'
+    res.loc[leak & res.baseline.isin(['brain volume','intensity scale']),'note'] = 'beats chance: the label shifts brightness or size of the whole image; by the scanner, or by the tumour itself'
     res.loc[shown & (res.p_holm>=.05),'note'] = 'no better than chance here'
     return res
 
@@ -112,7 +113,7 @@ def _groups(table):
     for c in ('site','scanner','sex'):
         if c in table: t[c] = table[c].astype('string')
     if 'site' not in t and t.key.str.startswith('TCGA-').all(): t['site'] = t.key.str.split('-').str[1]
-    if 'age' in table: t['age'] = pd.cut(pd.to_numeric(table.age), [0,50,60,70,np.inf], right=False, labels=['below 50','50 to 59','60 to 69','70 and above']).astype('string')
+    if 'age' in table: t['age'] = pd.cut(pd.to_numeric(table.age), [0,50,60,70,np.inf], right=False, labels=['0 to 49','50 to 59','60 to 69','70 and above']).astype('string')
     return t.drop_duplicates('key')
 
 # %% ../nbs/13_baselines.ipynb #27727698
@@ -134,7 +135,7 @@ def subgroups(
             few = len(s)<least or min(y.sum(),(1-y).sum())<least_class
             rows.append({**row, 'note':f'too few for a number: {least} patients and {least_class} of each class are needed'} if few else {**row, **_judge(y, p)})
     cols = 'group level n methylated auc auc_lo auc_hi said seen intercept intercept_lo intercept_hi slope slope_lo slope_hi note'.split()
-    return pd.DataFrame(rows, columns=cols).assign(note=lambda t: t.note.fillna(''))
+    return pd.DataFrame(rows, columns=cols).assign(note=lambda t: t.note.astype(object).fillna(''))
 
 def _judge(y, p):
     try: auc,cal = auc_ci(y, p),calibration(y, p)

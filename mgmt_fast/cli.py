@@ -219,14 +219,14 @@ def mgmt_evaluate(
     tta:store_true=False, # Predict under test-time augmentation as well
     epochs:int=None, # Passes over the patients, at most; the recipe's if not given
     lr:float=None, # Learning rate; the recipe's if not given
-    bs:int=8, # Patients per batch
+    bs:int=None, # Patients per batch; the recipe's if not given
     recipe:str='default', # Recipe
     clinical:Path=None, # Table with patient and any of site, scanner, sex, age
     bundle:Path=None, # Folder for all models, frozen for `mgmt_external`
 ):
     "Cross-validate, and write what can be said of it: tables, figures and one page; run again to finish after a stop"
-    dest,store,recipe = Path(dest),VolumeStore(store),get_recipe(recipe, **{k:v for k,v in dict(epochs=epochs,lr=lr).items() if v is not None})
-    oof = cross_validate(store, dest, archs and archs.split(','), None if sequences=='all' else sequences, recipe, folds, repeats, seeds, seed, inner=inner, nested=nested, tta=tta, bs=bs)
+    dest,store,recipe = Path(dest),VolumeStore(store),get_recipe(recipe, **{k:v for k,v in dict(epochs=epochs,lr=lr,bs=bs).items() if v is not None})
+    oof = cross_validate(store, dest, archs and archs.split(','), store.sequences if sequences=='all' else sequences, recipe, folds, repeats, seeds, seed, inner=inner, nested=nested, tta=tta)
     print(show_results(results_table(oof)).to_string())
     page = evaluate_report(store, dest, None if clinical is None else pd.read_csv(clinical, dtype=dict(patient=str)), seed=seed)
     if bundle is not None:

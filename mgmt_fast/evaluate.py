@@ -23,9 +23,9 @@ from sklearn.metrics import log_loss
 from . import __version__
 from .cohort import assign_folds, id_key, patient_key, plot_balance
 from .prepare import VolumeStore, prepare
-from .loader import mgmt_dls, usable_patients
+from .loader import usable_patients
 from .augment import mgmt_augs, tta
-from .learner import MGMTModel, load_model, mgmt_learner, predict, save_model
+from .learner import MGMTModel, load_model, mgmt_learner, predict, recipe_dls, save_model
 from .metrics import *
 from .consistency import *
 from .report import *
@@ -100,15 +100,15 @@ def choose_threshold(
 def _cells(store, archs, sequences, recipes):
     "The models to compare: (arch, sequences, label of the recipe, recipe)"
     if not isinstance(recipes, dict): recipes = {get_recipe(r).name: get_recipe(r) for r in (recipes if isinstance(recipes, (list,tuple)) else [recipes])}
-    each = [(s,) for s in store.sequences] if isinstance(sequences, str) and sequences=='each' else [store.sequences] if sequences is None else \
+    each = [(s,) for s in store.sequences] if isinstance(sequences, str) and sequences=='each' else [None] if sequences is None else \
         [check_sequences(s) for s in sequences] if isinstance(sequences, (list,tuple)) and any(not isinstance(s, str) for s in sequences) else [check_sequences(sequences)]
-    for s in each: usable_patients(store, s)
-    return [(a or r.arch, s, name, r) for name,r in ((k,get_recipe(r)) for k,r in recipes.items()) for a in ([archs] if archs is None or isinstance(archs, str) else archs) for s in each]
+    cells = [(a or r.arch, s or r.sequences or store.sequences, name, r) for name,r in ((k,get_recipe(r)) for k,r in recipes.items()) for a in ([archs] if archs is None or isinstance(archs, str) else archs) for s in each]
+    for _,s,*_ in cells: usable_patients(store, s)
+    return cells
 
 def _train(job, path):
     "Train one model on the patients of `job.train`; its threshold and temperature from those whom the inner split held back"
-    dls = mgmt_dls(_part(job.store, job.train), job.sequences, fold=0, n_folds=job.inner, bs=job.bs, seed=job.seed,
-        augs=mgmt_augs(job.augment, seed=job.seed, spacing=job.store.spacing))
+    dls = recipe_dls(_part(job.store, job.train), job.recipe, job.sequences, fold=0, n_folds=job.inner, seed=job.seed, augs=mgmt_augs(job.augment, seed=job.seed, spacing=job.store.spacing))
     learn = mgmt_learner(dls, job.arch, job.recipe, path=path, seed=job.seed)
     with learn.no_bar(), contextlib.redirect_stdout(io.StringIO()): learn.fit_recipe()
     save_model(learn, path/'model')
@@ -139,18 +139,18 @@ def _run(job, dest):
     return t.assign(**job.row, run=job.name, **{k: res[k] for k in ('temperature','threshold','valid_loss')})
 
 # %% ../nbs/13_evaluate.ipynb #ba55a6cc
-def _job(store, cell, folds, repeat, fold, member, inner, bs, tta, augment, seed):
+def _job(store, cell, folds, repeat, fold, member, inner, tta, augment, seed):
     "One training run: its patients, its settings, and a key that changes with any of them"
     arch,sequences,label,recipe = cell
     of = dict(zip(folds.patient, folds.fold))
     ok = [p for p in usable_patients(store, sequences)[0].patient if p in of]
     train,test = ([p for p in ok if (of[p]==fold)==out] for out in (False,True))
     seed = int(rng_for(seed, 'cross_validate', repeat, fold, member).integers(2**31))
-    key = _hash([__version__, arch, sequences, recipe.values(), augment.values(), inner, bs, tta, seed, _volumes(store, train, sequences), _volumes(store, test, sequences),
+    key = _hash([__version__, arch, sequences, recipe.values(), augment.values(), inner, tta, seed, _volumes(store, train, sequences), _volumes(store, test, sequences),
         store.table.set_index('patient').label[train].tolist()])
     row = dict(arch=arch, sequences='+'.join(sequences), recipe=label, repeat=repeat, fold=fold, member=member)
     name = re.sub(r'[^\w.+-]', '_', f"{arch}-{row['sequences']}-{label}-r{repeat}f{fold}m{member}-{key[:8]}")
-    return NS(arch=arch, sequences=sequences, recipe=recipe, augment=augment, store=store, train=train, test=test, inner=inner, bs=bs, tta=tta, seed=seed, key=key, row=row, name=name)
+    return NS(arch=arch, sequences=sequences, recipe=recipe, augment=augment, store=store, train=train, test=test, inner=inner, tta=tta, seed=seed, key=key, row=row, name=name)
 
 def _held_out(store): return store.path/'held_out.json'
 
@@ -162,7 +162,7 @@ def cross_validate(
     store:VolumeStore, # Prepared cohort with labels
     dest, # Folder for models, logs and predictions; finished runs with the same inputs are kept and used
     archs=None, # Backbone or backbones; the recipe's if None
-    sequences=None, # Channels of one model (all of the store's if None), `'each'` for a model per sequence, or a list of tuples for a model each
+    sequences=None, # Channels of one model (the recipe's if None, or all of the store's), `'each'` for a model per sequence, or a list of tuples for a model each
     recipe='default', # Name or `Recipe`, or `{label: recipe}` to compare several
     n_folds:int=5, # Folds, stratified by label
     repeats:int=1, # Times that the patients are dealt anew
@@ -173,7 +173,6 @@ def cross_validate(
     nested:bool=False, # Let the inner part choose among the models too, and add the chosen ones as `arch='selected'`
     tta:bool=False, # Predict under test-time augmentation as well
     augment=None, # Recipe of the augmentation; `recipe` if None
-    bs:int=8, # Patients per batch
     progress:bool=True, # Show a progress bar
 ) -> pd.DataFrame: # A row per patient and run: patient, label, arch, sequences, recipe, repeat, fold, member, raw, tta, prob (`raw` at the run's temperature), run, temperature, threshold, valid_loss; the same in `dest/oof.csv`
     """Predict every patient by models that never saw them, not even to choose an epoch.
@@ -187,7 +186,7 @@ def cross_validate(
     for repeat in range(repeats):
         deal = assign_folds(table, n=n_folds, seed=seed+repeat, folds=folds).dropna(subset=['fold'])
         dealt.append(deal.assign(repeat=repeat))
-        jobs += [_job(store, c, deal, repeat, fold, member, inner, bs, tta, get_recipe(c[3] if augment is None else augment), seed) for c in cells for fold in sorted(deal.fold.unique()) for member in range(seeds)]
+        jobs += [_job(store, c, deal, repeat, fold, member, inner, tta, get_recipe(c[3] if augment is None else augment), seed) for c in cells for fold in sorted(deal.fold.unique()) for member in range(seeds)]
     dest = make_folder(dest)
     oof = pd.concat([_run(j, dest) for j in track(jobs, progress=progress)], ignore_index=True)
     oof.insert(1, 'label', oof.patient.map(dict(zip(table.patient, table.label))).astype(int))
@@ -530,7 +529,7 @@ def external_test(
     with open(b.path/'ledger.jsonl','a',encoding='utf-8') as f: f.write(json.dumps(entry)+'\n')
     with atomic_path(dest/f'{name}.csv') as tmp: preds.to_csv(tmp, index=False)
     res = _sign(json.loads(json.dumps({'date':entry['date'], 'version':__version__, 'bundle':b.signature, 'model':dict(arch=', '.join(uniqueify(m['arch'] for m in b.models)), sequences=' and '.join(uniqueify('+'.join(m['sequences']) for m in b.models)), recipe=b.recipe.name), 'models':[m['files'] for m in b.models], 'threshold':b.threshold, 'ledger':entry['signature'],
-        'pass':nth, 'note':'first pass' if nth==1 else f'pass {nth}: patients of this cohort were tested {nth-1} times before with this bundle, so this is no longer an untouched test set',
+        'pass':nth, 'note':'first pass' if nth==1 else f'pass {nth}: patients of this cohort were tested before with this bundle, so this is no longer an untouched test set',
         'cohort':dict(hash=_hash([t.astype(object).where(t.notna(), None).values.tolist(), sorted(volumes)]), n=len(t), methylated=int((t.label==1).sum()), unmethylated=int((t.label==0).sum()), left_out=why),
         'overridden':differ.astype(str).to_dict('records'), 'leakage':'no report was given' if aside is None else dict(set_aside=aside),
         'all':_performance(scored, b.threshold), 'without_suspected':None if aside is None else _performance(scored[~scored.patient.isin(aside)], b.threshold),

@@ -368,7 +368,8 @@ def _conv_norm(conv, norm, x):
     pays = _large(x) and _is_pointwise(conv) and conv.out_channels>=2*conv.in_channels and x.numel()>=8*conv.in_channels**2
     if not (pays and conv.bias is None and type(norm) is BatchNormAct3d and norm.affine): return norm(conv(x))
     y = norm.drop(_ExpandNorm.apply(*_cast(x, conv.weight), *norm._now()))
-    return F.silu(y, inplace=not torch.is_grad_enabled()) if type(norm.act) is nn.SiLU else norm.act(y)
+    if type(norm.act) is nn.SiLU: return F.silu(y, inplace=not torch.is_grad_enabled())
+    return norm.act(y.clone() if getattr(norm.act, 'inplace', False) and torch.is_grad_enabled() else y) # what a custom function returns must not be changed in place
 
 
 # %% ../nbs/07_inflate.ipynb #e59bff8c

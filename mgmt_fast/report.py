@@ -72,7 +72,7 @@ def plot_history(
     axs[1].plot(h.epoch, h.auc, marker='.', color='C1', label='validation')
     axs[1].axhline(.5, ls=':', color='gray', lw=1)
     axs[0].set(xlabel='epoch', ylabel='binary cross-entropy', ylim=(0,None)); axs[1].set(xlabel='epoch', ylabel='AUC', ylim=(0,1.02))
-    for ax in axs: ax.axvline(best, color='gray', lw=.8, ls='--', label='weights kept'); ax.legend()
+    for ax in axs: ax.axvline(best, color='gray', lw=.8, ls='--', label='weights kept'); ax.legend(); ax.xaxis.get_major_locator().set_params(integer=True)
     return axs
 
 # %% ../nbs/12_report.ipynb #ecf1d88d
@@ -186,7 +186,7 @@ def plot_losses(
         ax.set_title(f'{a}, {s}', fontsize=9)
     for ax in axs.flat: ax.axhline(np.log(2), ls=':', color='gray', lw=1)
     axs[0][0].set_ylim(0, min(axs[0][0].get_ylim()[1], 2))
-    for ax in axs[-1]: ax.set_xlabel('epoch')
+    for ax in axs[-1]: ax.set_xlabel('epoch'); ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in axs[:,0]: ax.set_ylabel('cross-entropy')
     axs[0][0].legend(fontsize=8)
     return axs

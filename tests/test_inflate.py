@@ -95,10 +95,11 @@ def test_batch_norm_and_silu(training):
 
 @pytest.mark.parametrize('ni,no,D,H,off', [(16,96,4,16,0), (16,96,4,16,30), (40,240,8,16,5)])
 @pytest.mark.parametrize('training', [True, False])
-def test_norm_in_the_convolution(ni, no, D, H, off, training):
+@pytest.mark.parametrize('act', [nn.SiLU(), nn.ReLU6(inplace=True)])
+def test_norm_in_the_convolution(ni, no, D, H, off, training, act):
     "The norm within the convolution is as near to float64 as the two one after the other, also where channels have large means"
     g = torch.Generator().manual_seed(0)
-    conv,norm = InflatedConv3d(ni, no, (1,1,1), bias=False),BatchNormAct3d(no, act=nn.SiLU())
+    conv,norm = InflatedConv3d(ni, no, (1,1,1), bias=False),BatchNormAct3d(no, act=act)
     for p in (conv.weight,norm.weight,norm.bias): p.data.normal_(generator=g)
     x = (torch.randn(2,ni,D,H,H, generator=g)+off*torch.randn(ni, generator=g).view(-1,1,1,1)).contiguous(memory_format=torch.channels_last_3d)
     def run(f, dtype):
