@@ -8,7 +8,7 @@ The made-up stores hold one array file each, which all sequences share: 4 MiB a 
 import argparse, json, os, platform, resource, shutil, tempfile, time
 from pathlib import Path
 
-import numpy as np, torch
+import joblib, numpy as np, torch
 from fastcore.all import NS
 from mgmt_fast.cohort import kaggle_cohort
 from mgmt_fast.core import SEQUENCES, get_recipe, rng_for
@@ -48,7 +48,10 @@ def made_up_store(dest, patients, sequences):
     return VolumeStore(dest)
 
 
-def memory(): return f"memory at most {' and '.join(f'{resource.getrusage(o).ru_maxrss/2**20:.2f}' for o in (resource.RUSAGE_SELF,resource.RUSAGE_CHILDREN))} GB in this process and in a worker"
+def memory(a):
+    own = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
+    workers = joblib.Parallel(a.workers)(joblib.delayed(own)() for _ in range(4*a.workers)) if a.workers>1 else []
+    return f'memory at most {own():.2f} GB here'+(f' and {max(workers):.2f} GB in each of {a.workers} workers' if workers else '')
 
 
 def stores(a, home): return [made_up_store(home/k, [f'{k}{i:04d}' for i in range(n)], a.sequences) for k,n in (('train',a.train),('test',a.test))]
@@ -65,7 +68,7 @@ def fingerprints(a, home):
         for o in (A,B): _prints(o, pose, 'prints', opt)
     took = time.perf_counter()-s
     (home/'fingerprints.json').write_text(json.dumps(took))
-    print(f'\n{volumes} volumes at {"x".join(map(str,size))}: fingerprints in {took:.0f} s, {volumes/took:.1f} volumes a second; {memory()}', flush=True)
+    print(f'\n{volumes} volumes at {"x".join(map(str,size))}: fingerprints in {took:.0f} s, {volumes/took:.1f} volumes a second; {memory(a)}', flush=True)
 
 
 def audit(a, home):
@@ -73,7 +76,7 @@ def audit(a, home):
     pairs,first = a.train*a.test*a.sequences,json.loads((home/'fingerprints.json').read_text())
     s = time.perf_counter(); df = leakage_audit(train, test, SEQUENCES[:a.sequences], n_workers=a.workers, progress=False); second = time.perf_counter()-s
     print(f'\n{a.train} x {a.test} patients x {a.sequences} sequences, {pairs} pairs: from fingerprints to the answer {second:.0f} s')
-    print(f"  {len(df)} pairs confirmed, {sum(o['null_pairs'] for o in df.attrs['thresholds'])} of the null, {sum(o['planted'] for o in df.attrs['recall'])} planted copies made and sought; verdicts {df.verdict.value_counts().to_dict()}; {memory()}")
+    print(f"  {len(df)} pairs confirmed, {sum(o['null_pairs'] for o in df.attrs['thresholds'])} of the null, {sum(o['planted'] for o in df.attrs['recall'])} planted copies made and sought; verdicts {df.verdict.value_counts().to_dict()}; {memory(a)}")
     print('  '+df.attrs['summary'].splitlines()[-1])
     x,y = train.read(train.table.patient[0], SEQUENCES[0])[0],test.read(test.table.patient[0], SEQUENCES[0])[0]
     s = time.perf_counter(); published_similarity(x, y); theirs = time.perf_counter()-s
@@ -97,7 +100,7 @@ def growth(a, home):
 
 
 def recall(a, home):
-    make_phantom(home/'phantom', n=a.recall, test=0, slices=48, size=96, sequences=('FLAIR',), n_workers=a.workers, progress=False)
+    if not (home/'phantom').exists(): make_phantom(home/'phantom', n=a.recall, test=0, slices=48, size=96, sequences=('FLAIR',), n_workers=a.workers, progress=False)
     s = time.perf_counter()
     table = planted_recall(kaggle_cohort(home/'phantom'), 'FLAIR', n_workers=a.workers, progress=False)
     print(f"\n{a.recall} phantoms, decided as among 150,000 pairs: same from {table.attrs['threshold']:.3f}; {table.attrs['null_pairs']} pairs of the null reach {table.attrs['null_highest']:.3f}; {time.perf_counter()-s:.0f} s")

@@ -652,7 +652,7 @@ def plot_null(
     ax.hist(null.scores, bins, color='.6', label=f'{len(null.scores)} pairs known to differ')
     if len(hits): ax.hist(list(hits), bins, color='C2', alpha=.8, label=f'{len(hits)} planted copies')
     ax.axvline(same, color='C3', label=f'same from {same:.2f}'); ax.axvline(doubt, color='C1', ls='--', label=f'uncertain from {doubt:.2f}')
-    ax.set(xlabel='score', ylabel='pairs', yscale='symlog', xlim=(0,1), title=title)
+    ax.set(xlabel='score', ylabel='pairs', yscale='symlog', xlim=(0,1), title=title); ax.yaxis.set_major_formatter('{x:g}')
     ax.legend(frameon=False, fontsize=7); ax.spines[['top','right']].set_visible(False)
     return ax
 
