@@ -165,7 +165,7 @@ def test_a_mirrored_scan_has_the_mirrored_fingerprint(cohorts):
     (*_,s), = compare_fingerprints(np.stack([x]), np.stack([x,x[mirror]]), zero, mirror)
     parts = [m for *_,m in compare_fingerprints(np.stack([x,y]), np.stack([x,x[mirror]]), zero, mirror, block=1)]
     assert len(parts)==4 and np.allclose(parts[0], s[0,0])
-    assert np.allclose(s, 1, atol=.02)
+    assert np.allclose(s, (x!=0).mean()**.5, atol=1e-3)
 
 
 def test_null_keeps_its_promise_and_ignores_copies_within():
@@ -226,10 +226,10 @@ def test_published_measure_is_appended(home, store):
 
 
 def test_mutual_information_does_not_see_the_curve_between():
-    x = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4800, generator=torch.Generator().manual_seed(0))
     assert abs(normalised_mutual_information(x, x.exp()*3)-1)<1e-9
     assert abs(normalised_mutual_information(x, -x)-1)<1e-9
-    assert normalised_mutual_information(x, torch.randn(5000, generator=torch.Generator().manual_seed(1)))<.05
+    assert normalised_mutual_information(x, torch.randn(4800, generator=torch.Generator().manual_seed(1)))<.05
     fails(lambda: low_resolution(Volume(torch.full((9,9,9), 3.))), contains='blank')
 
 
