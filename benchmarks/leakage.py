@@ -1,16 +1,18 @@
 """The leakage audit: what it finds, how fast, beside the thesis' own measure, in one run.
-usage: python benchmarks/leakage.py [--what speed,growth,recall] [--train 585] [--test 262] [--sequences 4] [--recall 24] [--workers 2] [--keep FOLDER]
-speed   two made-up stores at 64x256x256, all stages through `leakage_audit`, and seconds a pair beside the thesis' cross-correlation and mutual information
+usage: python benchmarks/leakage.py [--what fingerprints,audit,growth,recall] [--train 585] [--test 262] [--sequences 4] [--recall 24] [--workers 2] [--keep FOLDER]
+fingerprints  of two made-up stores at 64x256x256
+audit   the other stages on them, through `leakage_audit`, and seconds a pair beside the thesis' cross-correlation and mutual information
 growth  all pairs of made-up fingerprints at four sizes, and from them 100,000 x 100,000
 recall  phantoms whose anatomies differ, copies under each change and all together
 The made-up stores hold one array file each, which all sequences share: 4 MiB a patient on disk."""
 import argparse, json, os, platform, resource, shutil, tempfile, time
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
+import joblib, numpy as np, torch
+from fastcore.all import NS
 from mgmt_fast.cohort import kaggle_cohort
 from mgmt_fast.core import SEQUENCES, get_recipe, rng_for
-from mgmt_fast.leakage import compare_fingerprints, leakage_audit, planted_recall, plot_recall, published_similarity
+from mgmt_fast.leakage import _Side, _common_pose, _prints, _small_part, compare_fingerprints, leakage_audit, planted_recall, plot_recall, published_similarity
 from mgmt_fast.phantom import make_phantom
 from mgmt_fast.prepare import VolumeStore, triangle_weights
 
@@ -46,24 +48,40 @@ def made_up_store(dest, patients, sequences):
     return VolumeStore(dest)
 
 
-def peak(): return [resource.getrusage(o).ru_maxrss/2**20 for o in (resource.RUSAGE_SELF,resource.RUSAGE_CHILDREN)]
+def memory(a):
+    own = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
+    workers = joblib.Parallel(a.workers)(joblib.delayed(own)() for _ in range(4*a.workers)) if a.workers>1 else []
+    return f'memory at most {own():.2f} GB here'+(f' and {max(workers):.2f} GB in each of {a.workers} workers' if workers else '')
 
 
-def speed(a, home):
-    train,test = (made_up_store(home/k, [f'{k}{i:04d}' for i in range(n)], a.sequences) for k,n in (('train',a.train),('test',a.test)))
+def stores(a, home): return [made_up_store(home/k, [f'{k}{i:04d}' for i in range(n)], a.sequences) for k,n in (('train',a.train),('test',a.test))]
+
+
+def fingerprints(a, home):
+    train,test = stores(a, home)
     for o in (train,test): shutil.rmtree(o.path/'fingerprints', ignore_errors=True)
-    volumes,pairs = (a.train+a.test)*a.sequences,a.train*a.test*a.sequences
-    print(f'\n{a.train} x {a.test} patients x {a.sequences} sequences at {"x".join(map(str,size))}: {volumes} volumes, {pairs} pairs')
-    s = time.perf_counter(); leakage_audit(train, test, SEQUENCES[:a.sequences], n_workers=a.workers, progress=False, planted=0, candidates=1); first = time.perf_counter()-s
-    print(f'  fingerprints {first:.0f} s with the little that follows them: {volumes/first:.1f} volumes a second')
+    opt = NS(n_workers=a.workers, progress=False, seed=0, cache=lambda side: side.data.path/'fingerprints')
+    s,volumes = time.perf_counter(),(a.train+a.test)*a.sequences
+    for seq in SEQUENCES[:a.sequences]:
+        A,B = (_small_part(_Side(o, k), seq, opt) for o,k in ((train,'train'),(test,'test')))
+        pose = _common_pose(A, opt)
+        for o in (A,B): _prints(o, pose, 'prints', opt)
+    took = time.perf_counter()-s
+    (home/'fingerprints.json').write_text(json.dumps(took))
+    print(f'\n{volumes} volumes at {"x".join(map(str,size))}: fingerprints in {took:.0f} s, {volumes/took:.1f} volumes a second; {memory(a)}', flush=True)
+
+
+def audit(a, home):
+    train,test = stores(a, home)
+    pairs,first = a.train*a.test*a.sequences,json.loads((home/'fingerprints.json').read_text())
     s = time.perf_counter(); df = leakage_audit(train, test, SEQUENCES[:a.sequences], n_workers=a.workers, progress=False); second = time.perf_counter()-s
-    print(f'  from fingerprints to the answer {second:.0f} s: all pairs, {len(df)} confirmed and as many of the null, {16*a.sequences} planted copies made and sought')
-    print(f'  verdicts {df.verdict.value_counts().to_dict()}; memory at most {" and ".join(f"{o:.2f}" for o in peak())} GB in this process and in a worker')
+    print(f'\n{a.train} x {a.test} patients x {a.sequences} sequences, {pairs} pairs: from fingerprints to the answer {second:.0f} s')
+    print(f"  {len(df)} pairs confirmed, {sum(o['null_pairs'] for o in df.attrs['thresholds'])} of the null, {sum(o['planted'] for o in df.attrs['recall'])} planted copies made and sought; verdicts {df.verdict.value_counts().to_dict()}; {memory(a)}")
     print('  '+df.attrs['summary'].splitlines()[-1])
     x,y = train.read(train.table.patient[0], SEQUENCES[0])[0],test.read(test.table.patient[0], SEQUENCES[0])[0]
     s = time.perf_counter(); published_similarity(x, y); theirs = time.perf_counter()-s
     ours = (first+second)/pairs
-    print(f"  a pair: ours {ours*1e6:.0f} us, all stages; the thesis' measure {theirs:.2f} s, {theirs/ours:.0f} times as long: {theirs*pairs/86400:.0f} days for all")
+    print(f"  a pair: ours {ours*1e6:.0f} us, all stages; the thesis' measure {theirs:.2f} s, {theirs/ours:.0f} times as long: {theirs*pairs/86400:.0f} days for all", flush=True)
 
 
 def growth(a, home):
@@ -82,7 +100,7 @@ def growth(a, home):
 
 
 def recall(a, home):
-    make_phantom(home/'phantom', n=a.recall, test=0, slices=48, size=96, sequences=('FLAIR',), n_workers=a.workers, progress=False)
+    if not (home/'phantom').exists(): make_phantom(home/'phantom', n=a.recall, test=0, slices=48, size=96, sequences=('FLAIR',), n_workers=a.workers, progress=False)
     s = time.perf_counter()
     table = planted_recall(kaggle_cohort(home/'phantom'), 'FLAIR', n_workers=a.workers, progress=False)
     print(f"\n{a.recall} phantoms, decided as among 150,000 pairs: same from {table.attrs['threshold']:.3f}; {table.attrs['null_pairs']} pairs of the null reach {table.attrs['null_highest']:.3f}; {time.perf_counter()-s:.0f} s")
@@ -93,14 +111,14 @@ def recall(a, home):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--what', default='speed,growth,recall'); ap.add_argument('--keep')
+    ap.add_argument('--what', default='fingerprints,audit,growth,recall'); ap.add_argument('--keep')
     ap.add_argument('--rate', type=float, default=20, help='volumes a second, for the estimate of growth')
     for k,v in dict(train=585, test=262, sequences=4, recall=24, workers=2).items(): ap.add_argument(f'--{k}', type=int, default=v)
     a = ap.parse_args()
     print(machine())
     home = Path(a.keep or tempfile.mkdtemp(prefix='mgmt_leakage_'))
     try:
-        for o in a.what.split(','): dict(speed=speed, growth=growth, recall=recall)[o](a, home)
+        for o in a.what.split(','): dict(fingerprints=fingerprints, audit=audit, growth=growth, recall=recall)[o](a, home)
     finally:
         if not a.keep: shutil.rmtree(home)
 

@@ -37,6 +37,14 @@ def _digest(*parts):
     for o in parts: h.update(o)
     return h.hexdigest()
 
+def _voxel_hash(x):
+    "Equal for equal values, whatever type they are stored as"
+    if x.dtype.kind=='f':
+        with np.errstate(invalid='ignore'): whole = x.astype(np.int32)
+        x = whole if (whole==x).all() else x.astype(np.float32)
+    if x.dtype.kind!='f': x = x.astype(np.uint8 if x.min()>=0 and x.max()<256 else np.int32)
+    return _digest(str(x.shape).encode(), np.ascontiguousarray(x))
+
 class _Side:
     "A set of patients: `patients`, `source`, and volumes with hashes that tell equal ones"
     def __init__(self, data, name):
@@ -74,8 +82,7 @@ class _Side:
             except SeriesError as e: raise SeriesError(str(e).replace(str(path), seq)) from None
             frames = [] if isinstance(found, Path) else found[0]
             uids = sorted({_digest(k.encode(), str(f[k]).encode()) for f in frames for k in ('SeriesInstanceUID','SOPInstanceUID') if f[k]})
-        x = vol.numpy()
-        return vol,_digest(str(x.shape).encode(), np.ascontiguousarray(x, dtype=np.float32)),uids
+        return vol,_voxel_hash(vol.numpy()),uids
 
 # %% ../nbs/14_leakage.ipynb #9a604d26
 _strengths = dict(shift=15., turn=10., slices=(1.,5.), gamma=(.7,1.4), noise=.05, crop=.15, flip=.5)
@@ -133,7 +140,7 @@ def perturb(
     return Volume(y.flip(side), affine=y.affine) if flip else y
 
 # %% ../nbs/14_leakage.ipynb #fb56099b
-_version = 1 # of the small copies and fingerprints
+_version = 2 # of the small copies and fingerprints
 
 @_one_thread()
 def _small(side, i, seq):
@@ -143,10 +150,15 @@ def _small(side, i, seq):
         return low_resolution(vol).numpy(),dict(voxels=voxels, uids=uids)
     except MGMTError as e: return None,dict(error=f'{type(e).__name__}: {e}')
 
-def _parallel(f, jobs, opt, total=None):
+def _each(f, jobs): return [f(*o) for o in jobs]
+
+def _parallel(f, jobs, opt, total):
     "Results of `f(*job)` in order, as they come; joblib's engine, so that a dask cluster serves as well"
     n = os.cpu_count() if opt.n_workers is None else max(1, opt.n_workers)
-    done = (f(*o) for o in jobs) if min(n, total)<2 else joblib.Parallel(n, return_as='generator')(joblib.delayed(f)(*o) for o in jobs)
+    if min(n, total)<2: done = (f(*o) for o in jobs)
+    else:
+        parts = chunked(jobs, max(1, min(16, total//(4*n)))) # what the jobs of a part share travels once
+        done = (r for rs in joblib.Parallel(n, return_as='generator')(joblib.delayed(_each)(f, o) for o in parts) for r in rs)
     yield from track(done, total, opt.progress)
 
 def _read_lines(path):
@@ -305,7 +317,8 @@ def _confirm_all(jobs, opt, most=16):
     return {o[0]:r for g,rs in zip(groups, done) for o,r in zip(g, rs)}
 
 # %% ../nbs/14_leakage.ipynb #047f419d
-choice('leakage', 'published_alarm', 'cross-correlation and mutual information above which the thesis\' check reports a pair, and whether one suffices', default=(.8,'both'), published=(.8,'both'))
+_alarms = dict(text=(.8,all), code=(.9,any))
+choice('leakage', 'published_alarm', "when the thesis' check reports a pair: 'text', cross-correlation and mutual information both above .8; 'code', either above .9", default='text', published='text')
 
 # %% ../nbs/14_leakage.ipynb #8b2e42a6
 def published_similarity(
@@ -429,10 +442,13 @@ def _top(blocks, allowed, n):
         best = sorted((o for o in best if allowed(*o[1:])), reverse=True)[:n]
     return best
 
+def _common_pose(A, opt):
+    chosen = rng_for(opt.seed, 'leakage', 'template', A.seq).choice(A.ok, min(24,len(A.ok)), replace=False)
+    return average_brain([A.rows[i] for i in sorted(chosen)])
+
 def _candidates(A, B, P, opt):
     "Pairs that the fingerprints pass on, with their scores; null pairs chosen alike; planted copies that passed; the limit"
-    chosen = rng_for(opt.seed, 'leakage', 'template', A.seq).choice(A.ok, min(24,len(A.ok)), replace=False)
-    template = average_brain([A.rows[i] for i in sorted(chosen)])
+    template = _common_pose(A, opt)
     mirror = _points(template)[1]
     va,vb,vp = (_prints(part, template, name, opt) for part,name in ((A,'prints'),(B,'prints'),(P,'planted_prints')))
     mean = va.astype(np.float32).mean(0)
@@ -480,7 +496,7 @@ def leakage_audit(
     small:int=2000, # Up to so many pairs a sequence, every pair is confirmed
     candidates:int=50, # Else: unrelated pairs a sequence that the fingerprints are expected to pass on
     planted:int=16, # Copies to make of training patients and hide among the test set
-    published:bool=False, # Add the thesis' own measure, some seconds a pair
+    published=False, # Add the thesis' own measure, some seconds a pair? True, or its alarm: `'text'` (both above .8, which True means) or `'code'` (either above .9)
     n_workers:int=None, # Processes; one a core if None, 0 for this one
     seed:int=0, # Of the planted copies and the null pairs
     progress:bool=True, # Show progress bars?
@@ -488,6 +504,8 @@ def leakage_audit(
     """Find patients of the training set in the test set, by identifiers, fingerprints and registration, and say how much the answer is worth.
 
     `verdict` is `'same'`, `'uncertain'` or `'different'`. What is computed is kept beside a store, else in `dest`, and used again. A volume that cannot be used is a row of the report. Raises `LeakageError` where nothing can be compared."""
+    if published is True: published = get_recipe('published').published_alarm
+    if published and published not in _alarms: raise unknown_name('published alarm', published, _alarms)
     a,b = _Side(train,'train'),_Side(test,'test')
     pairs,named = _sequence_pairs(sequences, a, b),_named_pairs(a, b, ids)
     with tempfile.TemporaryDirectory() as tmp:
@@ -495,7 +513,7 @@ def leakage_audit(
         parts = [_audit_sequence(a, b, s, u, named, opt) for s,u in pairs]
         df = pd.DataFrame([r for rows,_ in parts for r in rows], columns=[*_columns,'matrix','_at'])
         facts = [f for _,f in parts]
-        if published: df = _add_published(df, a, b, pairs, progress, dest)
+        if published: df = _add_published(df, a, b, pairs, published, progress, dest)
         df.attrs = _attrs(df, facts, named, a, b)
         if dest is not None: _write(df, facts, Path(dest))
         return df.drop(columns=['matrix','_at'])
@@ -550,15 +568,14 @@ def set_aside(
     return sorted(table.test[table.verdict.isin(['same','uncertain'] if uncertain else ['same'])].unique())
 
 # %% ../nbs/14_leakage.ipynb #867c586c
-def _add_published(df, a, b, pairs, progress, dest):
-    limit,rule = get_recipe('published')['published_alarm']
+def _add_published(df, a, b, pairs, published, progress, dest):
+    limit,rule = _alarms[published]
     labels,rows = {(s if s==u else f'{s}~{u}'):(s,u) for s,u in pairs},[]
     for r in track(list(df.itertuples()), progress=progress):
         s,u = labels[r.sequence]
         i,j = r[-1]
         o = published_similarity(a.volume(i, s)[0].numpy(), b.volume(j, u)[0].numpy())
-        hits = [o.xcorr>limit, o.mi>limit]
-        rows.append(dict(published_xcorr=o.xcorr, published_mi=o.mi, published_alarm=all(hits) if rule=='both' else any(hits)))
+        rows.append(dict(published_xcorr=o.xcorr, published_mi=o.mi, published_alarm=rule([o.xcorr>limit, o.mi>limit])))
         if dest is not None: _append(Path(dest)/'published.csv', dict(train=r.train, test=r.test, sequence=r.sequence, **rows[-1]))
     return df.assign(**pd.DataFrame(rows, columns=['published_xcorr','published_mi','published_alarm'], index=df.index))
 
@@ -635,7 +652,7 @@ def plot_null(
     ax.hist(null.scores, bins, color='.6', label=f'{len(null.scores)} pairs known to differ')
     if len(hits): ax.hist(list(hits), bins, color='C2', alpha=.8, label=f'{len(hits)} planted copies')
     ax.axvline(same, color='C3', label=f'same from {same:.2f}'); ax.axvline(doubt, color='C1', ls='--', label=f'uncertain from {doubt:.2f}')
-    ax.set(xlabel='score', ylabel='pairs', yscale='symlog', xlim=(0,1), title=title)
+    ax.set(xlabel='score', ylabel='pairs', yscale='symlog', xlim=(0,1), title=title); ax.yaxis.set_major_formatter('{x:g}')
     ax.legend(frameon=False, fontsize=7); ax.spines[['top','right']].set_visible(False)
     return ax
 

@@ -33,8 +33,8 @@ def home(tmp_path_factory): return tmp_path_factory.mktemp('leakage')
 
 @pytest.fixture(scope='module')
 def cohorts(home):
-    "12 unlike phantoms, 8 of them for training"
-    make_phantom(home/'scans', n=12, test=1/3, slices=36, size=72, sequences=('FLAIR','T1wCE'), n_workers=0, progress=False)
+    "9 unlike phantoms, 6 of them for training"
+    make_phantom(home/'scans', n=9, test=1/3, slices=36, size=72, sequences=('FLAIR','T1wCE'), n_workers=0, progress=False)
     return kaggle_cohort(home/'scans'),kaggle_cohort(home/'scans','test')
 
 
@@ -47,10 +47,10 @@ def hidden(home, cohorts):
     "Three training patients under other names, changed in every way at once, among the test set"
     train,test = cohorts
     rows = []
-    for i in (1,4,6):
+    for i in (1,3,5):
         rng = rng_for(3, 'hidden', i)
         rows.append(dict(patient=f'X{i}', source='test', FLAIR=save(perturb(read_volume(train.FLAIR[i]), rng, **draw_perturbation(rng)), home/f'X{i}.nii')))
-    return pd.concat([test, pd.DataFrame(rows)], ignore_index=True), {(train.patient[i],f'X{i}') for i in (1,4,6)}
+    return pd.concat([test, pd.DataFrame(rows)], ignore_index=True), {(train.patient[i],f'X{i}') for i in (1,3,5)}
 
 
 def pairs(df, verdict='same'): return set(zip(df.train[df.verdict==verdict], df.test[df.verdict==verdict]))
@@ -60,10 +60,10 @@ def test_hidden_copies_are_found_and_nobody_else(home, store, hidden):
     "A store on one side, files on the other; in a small set every pair is registered"
     test,truth = hidden
     df = leakage_audit(store, test, 'FLAIR', dest=home/'out', **quick)
-    assert len(df)==8*7 and df.attrs['recall'][0]['planted']==2
+    assert len(df)==6*6 and df.attrs['recall'][0]['planted']==2
     assert pairs(df)==truth and not pairs(df, 'uncertain')
-    assert set_aside(df)==['X1','X4','X6']
-    assert set(drop_patients(test, home/'out'/'set_aside.csv').patient)==set(test.patient)-{'X1','X4','X6'}
+    assert set_aside(df)==['X1','X3','X5']
+    assert set(drop_patients(test, home/'out'/'set_aside.csv').patient)==set(test.patient)-{'X1','X3','X5'}
     page = (home/'out'/'leakage.html').read_text()
     assert page.count('alt="slices"')==6 and page.count('alt="histogram"')==1 and 'src="http' not in page
     for f in (home/'out').rglob('*'):
@@ -73,7 +73,7 @@ def test_hidden_copies_are_found_and_nobody_else(home, store, hidden):
 def test_large_sets_go_through_fingerprints(home, store, hidden):
     test,truth = hidden
     df = leakage_audit(store, test, 'FLAIR', small=0, candidates=4, **quick)
-    assert pairs(df)==truth and len(df)<8*7/2
+    assert pairs(df)==truth and len(df)<6*6/2
     assert df.fingerprint[df.verdict=='same'].min()>df.fingerprint[df.verdict=='different'].max()
     assert df.attrs['recall'][0]['found']==2
 
@@ -146,7 +146,7 @@ def test_a_pose_is_recovered():
     "The matrix takes each point of the fixed head to the same point of the moved one"
     v = render_patient(draw_patients(1, seed=4).iloc[0], 4, 'T1wCE', slices=40, size=80)['T1wCE'][0]
     a = np.eye(4); a[:3,:3] = np.array([[.98,-.17,0],[.17,.98,0],[0,0,1]])/np.hypot(.98,.17); a[:3,3] = 7,-5,9
-    moved = Volume(v.as_subclass(torch.Tensor), affine=a@v.affine)
+    moved = Volume(v, affine=a@v.affine)
     low = [low_resolution(o) for o in (v,moved)]
     found = low[1].affine@register_rigid(v, moved, flips=False).matrix@np.linalg.inv(low[0].affine)
     points = np.random.default_rng(0).uniform(-50, 50, (50,3))
@@ -165,7 +165,7 @@ def test_a_mirrored_scan_has_the_mirrored_fingerprint(cohorts):
     (*_,s), = compare_fingerprints(np.stack([x]), np.stack([x,x[mirror]]), zero, mirror)
     parts = [m for *_,m in compare_fingerprints(np.stack([x,y]), np.stack([x,x[mirror]]), zero, mirror, block=1)]
     assert len(parts)==4 and np.allclose(parts[0], s[0,0])
-    assert np.allclose(s, 1, atol=.02)
+    assert np.allclose(s, (x!=0).mean()**.5, atol=1e-3)
 
 
 def test_null_keeps_its_promise_and_ignores_copies_within():
@@ -217,17 +217,19 @@ def test_a_store_of_another_size(home, cohorts, store):
 
 def test_published_measure_is_appended(home, store):
     few = prepare(kaggle_cohort(home/'scans','test').iloc[:1], home/'few', ('FLAIR',), size=(32,64,64), n_workers=1, progress=False)
-    for n in (8,16):
-        df = leakage_audit(store, few, dest=home/'published', published=True, **quick)
+    for n,rule,limit,how in ((6,True,.8,'all'),(12,'code',.9,'any')):
+        df = leakage_audit(store, few, dest=home/'published', published=rule, **quick)
         assert len(pd.read_csv(home/'published'/'published.csv'))==n
+        assert (df.published_alarm==getattr(df[['published_xcorr','published_mi']]>limit, how)(axis=1)).all()
     assert df.published_xcorr.between(-1,1.001).all() and (df.published_mi>0).all() and df.published_alarm.dtype==bool
+    fails(lambda: leakage_audit(store, few, published='txt', **quick), contains='text')
 
 
 def test_mutual_information_does_not_see_the_curve_between():
-    x = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4800, generator=torch.Generator().manual_seed(0))
     assert abs(normalised_mutual_information(x, x.exp()*3)-1)<1e-9
     assert abs(normalised_mutual_information(x, -x)-1)<1e-9
-    assert normalised_mutual_information(x, torch.randn(5000, generator=torch.Generator().manual_seed(1)))<.05
+    assert normalised_mutual_information(x, torch.randn(4800, generator=torch.Generator().manual_seed(1)))<.05
     fails(lambda: low_resolution(Volume(torch.full((9,9,9), 3.))), contains='blank')
 
 
