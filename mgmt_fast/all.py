@@ -20,6 +20,7 @@ from .inflate import *
 from .backbones import *
 from .callbacks import *
 from .learner import *
+from .consistency import *
 from .metrics import *
 from .report import *
 from .audit import *
