@@ -1,0 +1,246 @@
+"The leakage audit: what it must find, what it must not, and what it says where it cannot tell."
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastcore.test import test_fail as fails
+
+from mgmt_fast import leakage
+from mgmt_fast.cohort import drop_patients, kaggle_cohort
+from mgmt_fast.core import MGMTError, Volume, rng_for
+from mgmt_fast.leakage import Null, compare_fingerprints, draw_perturbation, fingerprint, average_brain, leakage_audit, perturb, set_aside
+from mgmt_fast.phantom import draw_patients, make_phantom, render_patient
+from mgmt_fast.prepare import VolumeStore, prepare
+from mgmt_fast.register import Structure, low_resolution, normalised_mutual_information, register_rigid
+from mgmt_fast.series import read_volume
+
+quick = dict(n_workers=0, progress=False, planted=2)
+
+
+def save(vol, path):
+    "As NIfTI, axes x y z"
+    a = np.asarray(vol).transpose(2,1,0).astype(np.float32)
+    nib.save(nib.Nifti1Image(a, vol.affine[:,[2,1,0,3]]), path)
+    return str(path)
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory): return tmp_path_factory.mktemp('leakage')
+
+
+@pytest.fixture(scope='module')
+def cohorts(home):
+    "12 unlike phantoms, 8 of them for training"
+    make_phantom(home/'scans', n=12, test=1/3, slices=36, size=72, sequences=('FLAIR','T1wCE'), n_workers=0, progress=False)
+    return kaggle_cohort(home/'scans'),kaggle_cohort(home/'scans','test')
+
+
+@pytest.fixture(scope='module')
+def store(home, cohorts): return prepare(cohorts[0], home/'store', ('FLAIR',), size=(32,64,64), n_workers=1, progress=False)
+
+
+@pytest.fixture(scope='module')
+def hidden(home, cohorts):
+    "Three training patients under other names, changed in every way at once, among the test set"
+    train,test = cohorts
+    rows = []
+    for i in (1,4,6):
+        rng = rng_for(3, 'hidden', i)
+        rows.append(dict(patient=f'X{i}', source='test', FLAIR=save(perturb(read_volume(train.FLAIR[i]), rng, **draw_perturbation(rng)), home/f'X{i}.nii')))
+    return pd.concat([test, pd.DataFrame(rows)], ignore_index=True), {(train.patient[i],f'X{i}') for i in (1,4,6)}
+
+
+def pairs(df, verdict='same'): return set(zip(df.train[df.verdict==verdict], df.test[df.verdict==verdict]))
+
+
+def test_hidden_copies_are_found_and_nobody_else(home, store, hidden):
+    "A store on one side, files on the other; in a small set every pair is registered"
+    test,truth = hidden
+    df = leakage_audit(store, test, 'FLAIR', dest=home/'out', **quick)
+    assert len(df)==8*7 and df.attrs['recall'][0]['planted']==2
+    assert pairs(df)==truth and not pairs(df, 'uncertain')
+    assert set_aside(df)==['X1','X4','X6']
+    assert set(drop_patients(test, home/'out'/'set_aside.csv').patient)==set(test.patient)-{'X1','X4','X6'}
+    page = (home/'out'/'leakage.html').read_text()
+    assert page.count('alt="slices"')==6 and page.count('alt="histogram"')==1 and 'http' not in page
+    for f in (home/'out').rglob('*'):
+        if f.is_file(): assert str(home).encode() not in f.read_bytes(), f.name
+
+
+def test_large_sets_go_through_fingerprints(home, store, hidden):
+    test,truth = hidden
+    df = leakage_audit(store, test, 'FLAIR', small=0, candidates=4, **quick)
+    assert pairs(df)==truth and len(df)<8*7/2
+    assert df.fingerprint[df.verdict=='same'].min()>df.fingerprint[df.verdict=='different'].max()
+    assert df.attrs['recall'][0]['found']==2
+
+
+def test_an_audit_goes_on_where_it_was_stopped(home, store, hidden, monkeypatch):
+    "Nothing is read twice, and a volume that changed is read again"
+    test,_ = hidden
+    kw = dict(sequences='FLAIR', dest=home/'again', **{**quick, 'planted':0})
+    real,calls = leakage._small,[]
+    def dies(side, i, seq):
+        calls.append((side.name,i))
+        if len(calls)==6: raise KeyboardInterrupt
+        return real(side, i, seq)
+    monkeypatch.setattr(leakage, '_small', dies)
+    with pytest.raises(KeyboardInterrupt): leakage_audit(cohort_of(store, home, test), test, **kw)
+    first = leakage_audit(cohort_of(store, home, test), test, **kw)
+    assert len(calls)==len(set(calls))+1
+    monkeypatch.setattr(leakage, '_small', lambda *_: 1/0)
+    pd.testing.assert_frame_equal(leakage_audit(cohort_of(store, home, test), test, **kw), first)
+
+
+def cohort_of(store, home, test): return kaggle_cohort(home/'scans').iloc[:3]
+
+
+def test_workers_change_nothing(cohorts):
+    train,test = cohorts
+    a,b = (leakage_audit(train.iloc[:3], test.iloc[:2], 'FLAIR', **{**quick,'n_workers':n}) for n in (0,2))
+    pd.testing.assert_frame_equal(a, b)
+
+
+def test_identifiers(home, cohorts):
+    "A map, a barcode, a shared UID and equal voxels are each enough; equal numbers are not, where the images differ"
+    train,test = (o.iloc[:3].reset_index(drop=True) for o in cohorts)
+    train = train.assign(patient=['TCGA-02-0001','00001','00002'])
+    renamed = test.assign(patient=['TCGA-02-0001-01','00001','Y'])
+    df = leakage_audit(train, renamed, 'FLAIR', ids={'00002':'Y'}, **quick).set_index(['train','test'])
+    assert df.verdict['TCGA-02-0001','TCGA-02-0001-01']=='same' and df.identifiers['TCGA-02-0001','TCGA-02-0001-01']=='equal patient id'
+    assert df.verdict['00002','Y']=='same' and df.identifiers['00002','Y']=='id map' and df.stage['00002','Y']=='identifiers'
+    assert df.verdict['00001','00001']=='uncertain'
+    shutil.copytree(train.FLAIR[1], home/'copy')
+    v = read_volume(train.FLAIR[2])
+    twin = test.assign(patient=list('ABC'), FLAIR=[str(home/'copy'), save(v, home/'twin.nii'), test.FLAIR[2]])
+    df = leakage_audit(train, twin, 'FLAIR', **quick).set_index(['train','test'])
+    assert df.identifiers['00001','A'] in ('equal voxels','a shared series or SOP UID') and df.verdict['00001','A']=='same'
+    assert df.verdict['00002','B']=='same'
+    uids = [f['uids'] for f in map(json.loads, []) ]
+    assert not uids
+
+
+@pytest.mark.parametrize('kind', ['shift','turn','slices','gamma','noise','crop','flip','all'])
+def test_every_change_alone_and_together(cohorts, kind):
+    "A changed copy is nearer its own brain than any other brain is"
+    train,_ = cohorts
+    vols = [read_volume(p) for p in train.FLAIR[:3]]
+    fixed = [Structure(low_resolution(v)) for v in vols]
+    for i in range(3):
+        rng = rng_for(0, kind, i)
+        copy = Structure(low_resolution(perturb(vols[i], rng, **draw_perturbation(rng, full=True, **({} if kind=='all' else dict(kinds=(kind,)))))))
+        scores = [leakage._score(register_rigid(f, copy)) for f in (fixed[i],fixed[(i+1)%3])]
+        assert scores[0]>.4>.3>scores[1], (kind,i,scores)
+
+
+def test_with_its_skull_against_without():
+    p = draw_patients(2, seed=2)
+    brains = [render_patient(p.iloc[i], 2, 'T1wCE', slices=36, size=72)['T1wCE'][0] for i in (0,1)]
+    head = render_patient(p.iloc[0], 2, 'T1wCE', skull=True, slices=30, size=84, fov=240)['T1wCE'][0]
+    own,other = (leakage._score(register_rigid(b, head)) for b in brains)
+    assert own>.5 and other<.3
+
+
+def test_a_pose_is_recovered():
+    "The matrix takes each point of the fixed head to the same point of the moved one"
+    v = render_patient(draw_patients(1, seed=4).iloc[0], 4, 'T1wCE', slices=40, size=80)['T1wCE'][0]
+    a = np.eye(4); a[:3,:3] = np.array([[.98,-.17,0],[.17,.98,0],[0,0,1]])/np.hypot(.98,.17); a[:3,3] = 7,-5,9
+    moved = Volume(v.as_subclass(torch.Tensor), affine=a@v.affine)
+    low = [low_resolution(o) for o in (v,moved)]
+    found = low[1].affine@register_rigid(v, moved, flips=False).matrix@np.linalg.inv(low[0].affine)
+    points = np.random.default_rng(0).uniform(-50, 50, (50,3))
+    off = points@found[:3,:3].T+found[:3,3] - (points@a[:3,:3].T+a[:3,3])
+    assert np.linalg.norm(off, axis=1).max()<1.5
+
+
+def test_a_mirrored_scan_has_the_mirrored_fingerprint(cohorts):
+    low = [low_resolution(read_volume(p)) for p in cohorts[0].FLAIR[:4]]
+    t = average_brain(low)
+    mirror = leakage._points(t)[1]
+    x,y = fingerprint(low[0], t),fingerprint(np.asarray(low[0])[:,:,::-1].copy(), t)
+    assert np.corrcoef(x[mirror], y)[0,1]>.95
+    assert (mirror[mirror]==np.arange(len(mirror))).all()
+    zero = np.zeros(len(mirror), np.float32)
+    (_,s), = compare_fingerprints(np.stack([x]), np.stack([x,x[mirror]]), zero, mirror)
+    assert np.allclose(s, 1, atol=.02)
+
+
+def test_null_keeps_its_promise_and_ignores_copies_within():
+    rng = np.random.default_rng(0)
+    scores = np.exp(rng.normal(-1.8, .2, 300))
+    null = Null(scores)
+    fresh = np.exp(rng.normal(-1.8, .2, 200_000))
+    assert .3<(fresh>null.threshold(.01)).mean()/.01<3
+    dirty = Null(np.r_[scores, np.full(20,.7)])
+    assert len(dirty.odd)==20 and abs(dirty.threshold(1e-4)-null.threshold(1e-4))<.01
+    assert Null([]).threshold(.01)>.25 and Null(scores[:3]).threshold(1e-3)>null.threshold(1e-3)
+    assert abs(null.chance(null.threshold(1e-3))-1e-3)<1e-6
+
+
+def test_none_found_never_without_the_recall(cohorts):
+    train,test = (o.iloc[:3] for o in cohorts)
+    said = leakage_audit(train, test, 'FLAIR', **quick).attrs['summary']
+    assert 'None found; 2 of 2 planted copies were found (recall 100.0%, 95 % interval' in said
+    said = leakage_audit(train, test, 'FLAIR', **{**quick, 'planted':0}).attrs['summary']
+    assert 'None found' not in said and 'not known' in said
+
+
+def test_bad_input_is_refused_or_reported(home, cohorts, store):
+    train,test = (o.iloc[:3].reset_index(drop=True) for o in cohorts)
+    fails(lambda: leakage_audit(train, test[:0], **quick), contains='test has no patients')
+    fails(lambda: leakage_audit(train.drop(columns='FLAIR'), test.drop(columns='T1wCE'), **quick), contains="name them: sequences=[('T1w','T1wCE')]")
+    fails(lambda: leakage_audit(train, test, 'T2w', **quick), contains='no patient of train has T2w')
+    fails(lambda: leakage_audit(train, test, 'FLAIRE', **quick), contains='FLAIR')
+    fails(lambda: leakage_audit([1], test, **quick), contains='must be a VolumeStore')
+    fails(lambda: leakage_audit(pd.concat([train,train]), test, **quick), contains='more than once')
+    blank = save(Volume(torch.zeros(8,16,16)), home/'blank.nii')
+    lacking = test.assign(FLAIR=[blank, None, test.FLAIR[2]])
+    df = leakage_audit(train, lacking, 'FLAIR', **quick)
+    report = pd.DataFrame(df.attrs['report']).set_index('patient').what
+    assert len(df)==3 and 'empty or blank' in report[test.patient[0]] and report[test.patient[1]]=='sequence missing'
+    assert str(home) not in df.attrs['summary']+report.str.cat()
+    df = leakage_audit(train, test.assign(FLAIR=[blank,None,None]), 'FLAIR', **quick)
+    assert not len(df) and 'not compared: no volume of test could be used' in df.attrs['summary'] and 'None found' not in df.attrs['summary']
+    df = leakage_audit(train, test.iloc[:1], [('FLAIR','T1wCE')], **quick)
+    assert set(df.sequence)=={'FLAIR~T1wCE'}
+
+
+def test_a_store_of_another_size(home, cohorts, store):
+    other = prepare(cohorts[0].iloc[:2].assign(patient=['a','b']), home/'other', ('FLAIR',), size=(24,48,56), n_workers=1, progress=False)
+    df = leakage_audit(store, other, **quick)
+    assert pairs(df)=={(store.table.patient[0],'a'),(store.table.patient[1],'b')}
+    assert (home/'other'/'fingerprints'/'small_FLAIR.npy').exists() and len(VolumeStore(home/'other'))==2
+
+
+def test_published_measure_is_appended(home, store):
+    few = prepare(kaggle_cohort(home/'scans','test').iloc[:1], home/'few', ('FLAIR',), size=(32,64,64), n_workers=1, progress=False)
+    for n in (8,16):
+        df = leakage_audit(store, few, dest=home/'published', published=True, **quick)
+        assert len(pd.read_csv(home/'published'/'published.csv'))==n
+    assert df.published_xcorr.between(-1,1.001).all() and (df.published_mi>0).all() and df.published_alarm.dtype==bool
+
+
+def test_mutual_information_does_not_see_the_curve_between():
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    assert abs(normalised_mutual_information(x, x.exp()*3)-1)<1e-9
+    assert abs(normalised_mutual_information(x, -x)-1)<1e-9
+    assert normalised_mutual_information(x, torch.randn(5000, generator=torch.Generator().manual_seed(1)))<.05
+    fails(lambda: low_resolution(Volume(torch.full((9,9,9), 3.))), contains='blank')
+
+
+@pytest.mark.real
+def test_the_real_pair_among_phantoms(home, cohorts):
+    "A patient as scanned, and after another pipeline, without the skull; and a patient who is somebody else"
+    import os
+    data = os.environ['MGMT_FAST_DATA']
+    raw = next(iter(__import__('pathlib').Path(data,'tcga_lgg_raw/TCGA-FG-6692').glob('*_fla.nii.gz')))
+    real = [dict(patient='BraTS-GLI-00001-000', FLAIR=f'{data}/brats/BraTS-GLI-00001-000/BraTS-GLI-00001-000-t2f.nii.gz', source='brats'),
+        dict(patient='BraTS-9', FLAIR=f'{data}/tcga_lgg_brats_space/TCGA-FG-6692/raw_bet/OtherEXampleFromTCIA_fla_bet.nii.gz', source='brats')]
+    train = pd.concat([cohorts[0].iloc[:4], pd.DataFrame(real)], ignore_index=True)
+    test = pd.concat([cohorts[1].iloc[:2], pd.DataFrame([dict(patient='TCGA-FG-6692', FLAIR=str(raw), source='tcga')])], ignore_index=True)
+    df = leakage_audit(train, test, 'FLAIR', **quick)
+    assert pairs(df)=={('BraTS-9','TCGA-FG-6692')} and not pairs(df, 'uncertain')
