@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LeakageError', 'draw_perturbation', 'perturb', 'average_brain', 'fingerprint', 'compare_fingerprints', 'Null',
-           'published_similarity', 'leakage_audit', 'set_aside', 'plot_null']
+           'published_similarity', 'leakage_audit', 'set_aside', 'planted_recall', 'plot_recall', 'plot_null']
 
 # %% ../nbs/14_leakage.ipynb #faf4592a
 import base64, hashlib, html, io, json, os, tempfile
@@ -76,32 +76,30 @@ class _Side:
         x = vol.numpy()
         return vol,_digest(str(x.shape).encode(), np.ascontiguousarray(x, dtype=np.float32)),uids
 
-# %% ../nbs/14_leakage.ipynb #fe7b5fed
+# %% ../nbs/14_leakage.ipynb #055eab6f
 _strengths = dict(shift=15., turn=10., slices=(1.,5.), gamma=(.7,1.4), noise=.05, crop=.15, flip=.5)
 
 def draw_perturbation(
     rng:np.random.Generator, # Where the draw comes from
     kinds=tuple(_strengths), # Which of `shift`, `turn`, `slices`, `gamma`, `noise`, `crop`, `flip` to draw
-    full:bool=False, # At full strength, and not anywhere up to it?
+    strength:float=None, # Of each, as a share of the strongest, 0 to 1; anything up to the strongest if None
 ) -> dict: # For `perturb`
     "Draw how a copy differs: up to 15 mm, 10 degrees, slices of 1 to 5 mm, gamma .7 to 1.4, noise of 5 %, 15 % cut off each end, every second one mirrored."
-    def size(): return 1. if full else rng.random()
-    def ends(lo, hi): return float(rng.choice([lo,hi]) if full else np.exp(rng.uniform(np.log(lo), np.log(hi))))
-    way = lambda: (v:=rng.standard_normal(3))/np.linalg.norm(v)
-    draws = dict(shift=lambda: (way()*_strengths['shift']*size()).tolist(), turn=lambda: (way()*_strengths['turn']*size()).tolist(), slices=lambda: ends(*_strengths['slices']),
-        gamma=lambda: ends(*_strengths['gamma']), noise=lambda: _strengths['noise']*size(), flip=lambda: bool(full or rng.random()<_strengths['flip']),
-        crop=lambda: (_strengths['crop']*(np.ones((3,2)) if full else rng.random((3,2)))).tolist())
+    def size(n=()): return rng.random(n) if strength is None else strength*np.ones(n)
+    def between(lo, hi): return float(np.exp(rng.uniform(np.log(lo), np.log(hi)))) if strength is None else float(rng.choice([lo,hi])**strength)
+    def vector(most): v = rng.standard_normal(3); return (v/np.linalg.norm(v)*most*size()).tolist()
+    how = dict(shift=vector, turn=vector, slices=lambda o: between(*o), gamma=lambda o: between(*o), noise=lambda o: float(o*size()), crop=lambda o: (o*size((3,2))).tolist(), flip=lambda o: bool(rng.random()<o))
     for k in kinds:
-        if k not in draws: raise unknown_name('perturbation', k, draws)
-    return {k: draws[k]() for k in kinds}
+        if k not in how: raise unknown_name('perturbation', k, how)
+    return {k: how[k](_strengths[k]) for k in kinds}
 
-# %% ../nbs/14_leakage.ipynb #7d610555
+# %% ../nbs/14_leakage.ipynb #f1ba5ecd
 def perturb(
     vol:Volume, # (D,H,W)
     rng:np.random.Generator, # For the noise
     shift=(0,0,0), # mm along R, A, S
     turn=(0,0,0), # Degrees, a rotation vector
-    slices:float=None, # mm from slice to slice of the copy; as they are if None
+    slices:float=None, # mm from slice to slice of the copy, as they are if None; its pixels have 1 mm at least
     gamma:float=1., # Of intensities over their range
     noise:float=0., # Rician, standard deviation as a share of the 99.5th percentile
     crop=((0,0),)*3, # Share cut off both ends of what holds tissue, along D, H, W
@@ -111,7 +109,7 @@ def perturb(
     vol = Volume(vol.as_subclass(torch.Tensor).float(), affine=vol.affine)
     size,step = np.array(vol.shape),vol.spacing.copy()
     centre = vol.world((size-1)/2)
-    new = np.where([slices is not None,False,False], slices, step)
+    new = np.r_[slices or step[0], np.maximum(step[1:], 1)]
     n = tuple(int(o) for o in np.ceil((size*step+2*np.linalg.norm(shift)+40*(np.linalg.norm(turn)>0))/new))
     affine = np.eye(4)
     affine[:3,:3] = vol.affine[:3,:3]/step*new
@@ -133,7 +131,7 @@ def perturb(
     side = int(np.abs(affine[0,:3]).argmax())
     return Volume(y.flip(side), affine=y.affine) if flip else y
 
-# %% ../nbs/14_leakage.ipynb #aed93e43
+# %% ../nbs/14_leakage.ipynb #49c9f4e6
 _version = 1 # of the small copies and fingerprints
 
 @_one_thread()
@@ -141,7 +139,7 @@ def _small(side, i, seq):
     "The small copy of a volume and its hashes, or why there is none"
     try:
         vol,voxels,uids = side.volume(i, seq)
-        return low_resolution(vol).numpy(),dict(voxels=voxels, uids=uids, affine=None)
+        return low_resolution(vol).numpy(),dict(voxels=voxels, uids=uids)
     except MGMTError as e: return None,dict(error=f'{type(e).__name__}: {e}')
 
 def _parallel(f, jobs, opt, total=None):
@@ -232,27 +230,30 @@ def fingerprint(
     y,w = _sample(s.coarse.field, _points(template)[0]@turn.T+shift)
     return torch.where(w>.5, y, 0).numpy().astype(np.float16)
 
-# %% ../nbs/14_leakage.ipynb #3c66e151
+# %% ../nbs/14_leakage.ipynb #5578f228
 def compare_fingerprints(
-    a, # (n,K), the fixed side
+    a, # (n,K)
     b, # (m,K)
     mean:np.ndarray, # (K,), of the training set
     mirror:np.ndarray, # (K,), numbers of the points' mirror images
-    block:int=4096, # Rows of `a` at a time
-): # Blocks `(first row, (rows,m) scores)`, the better of both ways round: 1 for a brain and itself, around 0 for unrelated ones
-    "Correlate all pairs over the points that both have; what all brains share is taken off first."
-    def _parts(v): v = np.asarray(v, np.float32); m = (v!=0).astype(np.float32); v = (v-mean)*m; return v,m
-    y,my = _parts(b)
+    block:int=2048, # Fingerprints of each side at a time
+): # Blocks `(i, j, scores)` from row `i` of `a` and `j` of `b` on, the better of both ways round: 1 for a brain and itself, around 0 for unrelated ones
+    "Correlate all pairs over the points that both have, by matrix products; what all brains share is taken off first. Memory is that of a block."
+    def _parts(v): v = np.asarray(v, np.float32); m = (v!=0).astype(np.float32); return (v-mean)*m,m
     for i in range(0, len(a), block):
         x,mx = _parts(a[i:i+block])
-        best = None
-        for u,mu in ((y,my),(y[:,mirror],my[:,mirror])):
-            shared = mx@mu.T
-            s = x@u.T*np.sqrt(shared/len(mean))/np.sqrt(np.maximum((x*x)@mu.T * (mx@(u*u).T), 1e-6))
-            best = s if best is None else np.maximum(best, s)
-        yield i,best
+        xx = x*x
+        for j in range(0, len(b), block):
+            y,my = _parts(b[j:j+block])
+            yield i,j,np.maximum(*(_correlate(x, xx, mx, u, mu) for u,mu in ((y,my),(y[:,mirror],my[:,mirror]))))
 
-# %% ../nbs/14_leakage.ipynb #82231ec2
+# %% ../nbs/14_leakage.ipynb #d9f9fcd1
+def _correlate(x, xx, mx, y, my):
+    "Correlation over shared points, less the fewer there are"
+    shared = mx@my.T
+    return x@y.T*np.sqrt(shared/x.shape[1]/np.maximum(xx@my.T*(mx@(y*y).T), 1e-6))
+
+# %% ../nbs/14_leakage.ipynb #456e3084
 class Null:
     "Scores of known-different pairs, and what they say of a score's rarity; pairs far above all others (copies within the training set) are set aside as `.odd`"
     prior = (-1.95,.35,8) # mean and standard deviation of the logarithm of the score, and how many pairs they are worth
@@ -277,7 +278,7 @@ class Null:
     def chance(self, score): return stats.t.sf((np.log(np.maximum(score, 1e-3))-self.mean)/self.sd, self.df)
     def threshold(self, chance): return float(np.clip(np.exp(self.mean+self.sd*stats.t.isf(chance, self.df)), 0, 1))
 
-# %% ../nbs/14_leakage.ipynb #a4c20260
+# %% ../nbs/14_leakage.ipynb #fc44de85
 def _score(r): return float(np.sqrt(max(r.ncc,0)*max(r.nmi,0))*min(1, r.overlap/.5))
 
 @_one_thread()
@@ -295,10 +296,10 @@ def _confirm_all(jobs, opt, most=16):
     done = _parallel(_confirm, ((np.array(o[0][1].rows[o[0][2]]),[np.array(B.rows[j]) for *_,B,j in o]) for o in groups), opt, len(groups))
     return {o[0]:r for g,rs in zip(groups, done) for o,r in zip(g, rs)}
 
-# %% ../nbs/14_leakage.ipynb #7f779c47
+# %% ../nbs/14_leakage.ipynb #45142af4
 choice('leakage', 'published_alarm', 'cross-correlation and mutual information above which the thesis\' check reports a pair, and whether one suffices', default=(.8,'both'), published=(.8,'both'))
 
-# %% ../nbs/14_leakage.ipynb #8501577d
+# %% ../nbs/14_leakage.ipynb #652ee1c1
 def published_similarity(
     a:np.ndarray, # (D,H,W)
     b:np.ndarray, # (D,H,W); resized to the shape of `a` if it has another
@@ -308,7 +309,7 @@ def published_similarity(
     x,y = ((o.ravel()-o.mean())/max(o.std(), 1e-9) for o in (np.asarray(a, float), np.asarray(b, float)))
     return NS(xcorr=float(correlate(x, y).max()/np.sqrt((x@x)*(y@y))), mi=float(mutual_info_score(a.ravel(), b.ravel())))
 
-# %% ../nbs/14_leakage.ipynb #47393b40
+# %% ../nbs/14_leakage.ipynb #917ec477
 def _sequence_pairs(sequences, a, b):
     have = a.sequences(),b.sequences()
     if sequences is None:
@@ -365,7 +366,7 @@ def _equal_content(fa, fb):
                 for i in seen.get(h, ()): res[i,j] = what
     return res
 
-# %% ../nbs/14_leakage.ipynb #d1abc0e0
+# %% ../nbs/14_leakage.ipynb #f0efd3e9
 def _different(side, i, j): return patient_key(side.patients[i])!=patient_key(side.patients[j])
 
 def _null_pairs(A, B, opt, n=300):
@@ -384,7 +385,7 @@ def _plant(side, i, seq, seed):
     try: return low_resolution(perturb(side.volume(i, seq)[0], rng, **draw)).numpy(),dict(draw=draw)
     except MGMTError as e: return None,dict(error=f'{type(e).__name__}: {e}')
 
-# %% ../nbs/14_leakage.ipynb #56a899cb
+# %% ../nbs/14_leakage.ipynb #0ca19746
 class _Part:
     "One sequence of one side: small copies `rows`, their `facts`, and which of them are `ok`, with their places in that list"
     def __init__(self, side, seq, rows, facts, ok=None):
@@ -401,7 +402,7 @@ def _planted_part(A, opt):
     contents = [f"{opt.seed} {f['content']}" if i in chosen else None for i,f in enumerate(A.facts)]
     return _Part(A.side, A.seq, *_kept(opt.cache(A.side), f'planted_{A.seq}', A.side.key, contents, _grid, np.uint8, lambda todo: _parallel(_plant, ((A.side,i,A.seq,opt.seed) for i in todo), opt, len(todo))))
 
-# %% ../nbs/14_leakage.ipynb #20fc3e98
+# %% ../nbs/14_leakage.ipynb #080672aa
 def _prints(part, template, name, opt):
     "Fingerprints of the volumes in `part.ok`, in that order"
     key = _digest(template.y.numpy(), template.w.numpy())
@@ -413,11 +414,12 @@ def _prints(part, template, name, opt):
 def _top(blocks, allowed, n):
     "The `n` highest scores of allowed pairs `(score, i, j)`, `i<j`, highest first"
     best = []
-    for first,m in blocks:
-        m = np.where(np.arange(m.shape[1])>first+np.arange(len(m))[:,None], m, -9)
+    for i0,j0,m in blocks:
+        m = np.where(j0+np.arange(m.shape[1])>i0+np.arange(len(m))[:,None], m, -9)
         at = np.argpartition(m, -min(4*n, m.size), None)[-4*n:]
-        best += [(float(m[i,j]),first+int(i),int(j)) for i,j in zip(*np.unravel_index(at, m.shape)) if m[i,j]>-9]
-    return sorted((o for o in best if allowed(*o[1:])), reverse=True)[:n]
+        best += [(float(m[i,j]),i0+int(i),j0+int(j)) for i,j in zip(*np.unravel_index(at, m.shape)) if m[i,j]>-9]
+        best = sorted((o for o in best if allowed(*o[1:])), reverse=True)[:n]
+    return best
 
 def _candidates(A, B, P, opt):
     "Pairs that the fingerprints pass on, with their scores; null pairs chosen alike; planted copies that passed; the limit"
@@ -430,11 +432,11 @@ def _candidates(A, B, P, opt):
     alike = opt.candidates*len(A.ok)//(2*len(B.ok))
     top = _top(compare_fingerprints(va, va, mean, mirror), lambda i,j: _different(A.side, A.ok[i], A.ok[j]), max(50,alike))
     limit = top[min(alike, len(top)-1)][0] if top else -1.
-    scores = {(A.ok[first+i],B.ok[j]): float(m[i,j]) for first,m in compare_fingerprints(va, vb, mean, mirror) for i,j in np.argwhere(m>limit)}
-    own = {i: next(compare_fingerprints(va[[A.place[i]]], vp[[k]], mean, mirror))[1].item() for i,k in P.place.items()}
+    scores = {(A.ok[i0+i],B.ok[j0+j]): float(m[i,j]) for i0,j0,m in compare_fingerprints(va, vb, mean, mirror) for i,j in np.argwhere(m>limit)}
+    own = {i: next(compare_fingerprints(va[[A.place[i]]], vp[[k]], mean, mirror))[2].item() for i,k in P.place.items()}
     return scores,[(A,A.ok[i],A.ok[j]) for _,i,j in top],[i for i in P.ok if own[i]>limit],limit
 
-# %% ../nbs/14_leakage.ipynb #6c22bd00
+# %% ../nbs/14_leakage.ipynb #de62f6f8
 def _audit_sequence(a, b, s, u, named, opt):
     "All stages for one sequence of the training set and one of the test set: rows, and facts for the summary"
     A,B = _small_part(a, s, opt),_small_part(b, u, opt)
@@ -459,7 +461,7 @@ def _audit_sequence(a, b, s, u, named, opt):
     hits = [done['planted',i]['score'] for i in passed]
     return rows,NS(label=label, report=report, reason='', null=nulls, same=same, doubt=doubt, n=(len(A.ok),len(B.ok)), pairs=total, confirmed=len(pairs), limit=limit, planted=len(P.ok), passed=len(passed), found=sum(o>=same for o in hits), hits=hits, parts=(A,B))
 
-# %% ../nbs/14_leakage.ipynb #b119e48f
+# %% ../nbs/14_leakage.ipynb #aef734e0
 def leakage_audit(
     train, # `VolumeStore`, or a cohort's table of paths
     test, # The same, or the other kind
@@ -490,7 +492,7 @@ def leakage_audit(
         if dest is not None: _write(df, facts, Path(dest))
         return df.drop(columns=['matrix','_at'])
 
-# %% ../nbs/14_leakage.ipynb #9322f8e0
+# %% ../nbs/14_leakage.ipynb #3680cb94
 _columns = 'train test sequence stage identifiers fingerprint ncc nmi overlap flipped score false_alarms verdict'.split()
 
 def _cache(side, dest, tmp):
@@ -531,7 +533,7 @@ def _wilson(k, n):
     r = stats.binomtest(k, n).proportion_ci(method='wilson')
     return f'{r.low:.1%} to {r.high:.1%}'
 
-# %% ../nbs/14_leakage.ipynb #33a6a18f
+# %% ../nbs/14_leakage.ipynb #d2246ebe
 def set_aside(
     table:pd.DataFrame, # From `leakage_audit`
     uncertain:bool=True, # Those of uncertain pairs too?
@@ -539,7 +541,7 @@ def set_aside(
     "The test patients that an honest external test leaves out."
     return sorted(table.test[table.verdict.isin(['same','uncertain'] if uncertain else ['same'])].unique())
 
-# %% ../nbs/14_leakage.ipynb #865f49a5
+# %% ../nbs/14_leakage.ipynb #393f6a6e
 def _add_published(df, a, b, pairs, progress, dest):
     limit,rule = get_recipe('published')['published_alarm']
     labels,rows = {(s if s==u else f'{s}~{u}'):(s,u) for s,u in pairs},[]
@@ -556,7 +558,61 @@ def _append(path, row):
     make_folder(path.parent)
     pd.DataFrame([row]).to_csv(path, mode='a', header=not path.exists(), index=False)
 
-# %% ../nbs/14_leakage.ipynb #c0ba72b0
+# %% ../nbs/14_leakage.ipynb #43cb9399
+@_one_thread()
+def _copies(side, i, seq, other, draws, seed):
+    "Scores of changed copies of a volume, against itself and against another brain"
+    vol = side.volume(i, seq)[0]
+    own,other,res = Structure(low_resolution(vol)),Structure(other),[]
+    for kinds,strength in draws:
+        rng = rng_for(seed, 'leakage', 'copies', side.patients[i], *kinds, strength)
+        copy = Structure(low_resolution(perturb(vol, rng, **draw_perturbation(rng, kinds, strength))))
+        res.append([_score(register_rigid(o, copy)) for o in (own,other)])
+    return res
+
+# %% ../nbs/14_leakage.ipynb #8fdf6d4c
+def planted_recall(
+    cohort, # `VolumeStore`, or a cohort's table of paths
+    sequence:str, # One that all its patients have
+    strengths=(.5,1.), # Shares of the strongest change
+    kinds=tuple(_strengths), # Changes, one at a time; then all together
+    pairs:int=150_000, # Pairs among which an audit would have to decide
+    alarms:float=.01, # Expected false alarms among them
+    n_workers:int=None, # Processes; one a core if None, 0 for this one
+    seed:int=0, # Of the copies
+    progress:bool=True, # Show a progress bar?
+) -> pd.DataFrame: # A row for each change and strength: `copies`, `found`, `false_alarms` against another brain, lowest `own` and highest `other` score; `.attrs['threshold']`
+    "Find out which changes of a copy the audit sees through. Raises `LeakageError` if a volume cannot be used."
+    side,opt = _Side(cohort,'cohort'),NS(n_workers=n_workers, progress=progress, seed=seed)
+    n = len(side.patients)
+    smalls = list(_parallel(_small, ((side,i,sequence) for i in range(n)), opt, n))
+    bad = [f"{side.patients[i]}: {f['error']}" for i,(_,f) in enumerate(smalls) if 'error' in f]
+    if bad or n<3: raise LeakageError(f"recall needs three patients or more with a usable {sequence}; {'; '.join(bad[:3]) or f'received {n}'}")
+    A = _Part(side, sequence, [o for o,_ in smalls], [f for _,f in smalls])
+    null = Null([r['score'] for r in _confirm_all([((i,j), A, i, A, j) for _,i,j in _null_pairs(A, A, opt)], opt).values()])
+    limit,draws = null.threshold(alarms/pairs),[(tuple(k),s) for k in (*((k,) for k in kinds), kinds) for s in strengths]
+    scores = np.array(list(_parallel(_copies, ((side,i,sequence,A.rows[(i+1)%n],draws,seed) for i in range(n)), opt, n)))
+    df = pd.DataFrame([dict(change=k[0] if len(k)==1 else 'all together', strength=s, copies=n, found=int((o[:,0]>=limit).sum()), false_alarms=int((o[:,1]>=limit).sum()), own=o[:,0].min(), other=o[:,1].max()) for (k,s),o in zip(draws, scores.swapaxes(0,1))])
+    df.attrs = dict(threshold=limit, null_pairs=len(null.scores), null_highest=float(null.scores.max()))
+    return df
+
+# %% ../nbs/14_leakage.ipynb #51ac18dd
+def plot_recall(
+    table:pd.DataFrame, # From `planted_recall`
+    ax=None, # Axes to draw on; new ones if none
+): # The axes
+    "Draw, for each change and strength, the share of copies found, the lowest score of a copy, and the highest of another brain."
+    if ax is None: ax = plt.subplots(figsize=(6.5,3.2), layout='constrained')[1]
+    names = [f'{r.change} {r.strength:.0%}' for r in table.itertuples()]
+    ax.barh(names, table.own-table.other, left=table.other, color='.85')
+    ax.plot(table.own, names, 'o', color='C2', label='lowest score of a copy'); ax.plot(table.other, names, 'o', color='.4', label='highest score of another brain')
+    ax.axvline(table.attrs['threshold'], color='C3', label=f"same from {table.attrs['threshold']:.2f}")
+    for y,r in enumerate(table.itertuples()): ax.text(1.01, y, f'{r.found}/{r.copies}', va='center', fontsize=7)
+    ax.invert_yaxis(); ax.set(xlim=(0,1), xlabel='score'); ax.tick_params(labelsize=7)
+    ax.legend(frameon=False, fontsize=7, ncols=3, loc='lower center', bbox_to_anchor=(.5,1)); ax.spines[['top','right']].set_visible(False)
+    return ax
+
+# %% ../nbs/14_leakage.ipynb #1407eff4
 def plot_null(
     null:Null, # Scores of pairs known to differ
     same:float, # Threshold
@@ -575,7 +631,7 @@ def plot_null(
     ax.legend(frameon=False, fontsize=7); ax.spines[['top','right']].set_visible(False)
     return ax
 
-# %% ../nbs/14_leakage.ipynb #00908441
+# %% ../nbs/14_leakage.ipynb #7e14c497
 def _strip(fixed, moving, matrix):
     "Slices of a pair, the second in the pose of the first, one row each, uint8"
     fixed,moving = (np.asarray(o) for o in (fixed,moving))
