@@ -13,16 +13,20 @@ from .core import *
 from .series import *
 from .cohort import *
 from .phantom import *
+from .slicewise import *
 from .prepare import *
 from .loader import *
 from .augment import *
 from .inflate import *
 from .backbones import *
+from .networks import *
 from .callbacks import *
+from .recipes import *
 from .learner import *
 from .consistency import *
 from .metrics import *
 from .report import *
+from .fusion import *
 from .audit import *
 
 # %% ../nbs/99_all.ipynb #2123936e

@@ -45,6 +45,7 @@ choice('augment', 'cutout', 'of each side, size of the box that cut-out empties 
 choice('augment', 'cutout_p', 'probability of cut-out (the thesis describes it and does not call it)', default=0., published=0., none=0.)
 choice('augment', 'tta_flip', 'axes mirrored in test-time augmentation', default='w', published='', none='')
 choice('augment', 'tta_shift', 'mm, shift of the views of test-time augmentation', default=2., published=0., none=0.)
+same_choices('augment', 'winner', like='none')
 
 # %% ../nbs/06_augment.ipynb #1bbf3ce0
 def _within(name, value, lo, hi, unit):

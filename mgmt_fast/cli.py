@@ -117,8 +117,10 @@ def mgmt_train(
     return int(len(learn.dls.left_out)>0)
 
 # %% ../nbs/90_cli.ipynb #cfc7e07e
+from mgmt_fast.learner import recipe_dls
+
 def _train(store, dest, recipe, sequences=None, fold=0, bs=8, seed=0, augs=None):
-    dls = mgmt_dls(store, sequences, fold=fold, bs=bs, seed=seed, augs=augs)
+    dls = recipe_dls(store, get_recipe(recipe, bs=bs), sequences, fold=fold, seed=seed, augs=augs)
     learn = mgmt_learner(dls, recipe=recipe, path=dest, seed=seed)
     _save(show_batch(*dls.train.one_batch(), None, max_n=4, sequences=dls.sequences).flat[0], Path(dest)/'batch.png')
     learn.fit_recipe()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEQUENCES', 'MGMTError', 'unknown_name', 'check_sequences', 'Volume', 'montage', 'TensorMR', 'rng_for',
-           'seed_everything', 'make_folder', 'atomic_path', 'write_json', 'track', 'choice', 'Recipe', 'get_recipe']
+           'seed_everything', 'make_folder', 'atomic_path', 'write_json', 'track', 'choice', 'same_choices', 'Recipe',
+           'get_recipe']
 
 # %% ../nbs/00_core.ipynb #3cf4ead2
 import difflib, json, os, tempfile, warnings, zlib
@@ -234,6 +235,15 @@ def choice(
     "Register a choice that recipes make. A room that leaves a recipe out does not support it, and says so when asked."
     if name in _choices and _choices[name].room!=room: raise MGMTError(f"choice {name!r} belongs to room {_choices[name].room!r} already; choose another name in {room!r}")
     _choices[name] = NS(room=room, doc=doc, values=values)
+
+def same_choices(
+    room:str, # Room (module)
+    recipe:str, # Recipe that is to support the room
+    like:str, # Recipe whose values it takes there
+):
+    "Let a recipe choose in a room as another one does, in all that is registered so far."
+    for c in _choices.values():
+        if c.room==room: c.values[recipe] = c.values[like]
 
 # %% ../nbs/00_core.ipynb #755287bf
 class Recipe:

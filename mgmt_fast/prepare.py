@@ -19,12 +19,13 @@ from scipy import ndimage
 from . import __version__
 from .core import *
 from .series import read_volume, has_skull, SeriesError
+from .slicewise import slicewise_patient
 
 # %% ../nbs/04_prepare.ipynb #21f0908d
-choice('prepare', 'size', 'voxels (D,H,W) of a prepared volume', default=(64,256,256))
-choice('prepare', 'margin', 'mm left around the brain box', default=2.)
-choice('prepare', 'clip', 'percentiles of the brain that become 1 and 255', default=(.5,99.9))
-choice('prepare', 'min_overlap', 'share of a sequence\'s brain box that must lie in the first sequence\'s, or it is refused', default=.5)
+choice('prepare', 'size', "voxels (D,H,W) of a prepared volume (the thesis' code, against its text: 64x128x128)", default=(64,256,256), published=(64,256,256), winner=(64,256,256))
+choice('prepare', 'margin', 'mm left around the brain box', default=2., published=2., winner=2.)
+choice('prepare', 'clip', 'percentiles of the brain that become 1 and 255', default=(.5,99.9), published=(.5,99.9), winner=(.5,99.9))
+choice('prepare', 'min_overlap', 'share of a sequence\'s brain box that must lie in the first sequence\'s, or it is refused', default=.5, published=.5, winner=.5)
 
 # %% ../nbs/04_prepare.ipynb #9ac12b88
 def triangle_weights(
@@ -191,6 +192,7 @@ def prepare_patient(
 ) -> NS: # `.arrays`: sequence to uint8 (D,H,W); `.meta`: sequence to facts; `.affine`; `.report`: list of problems and notes
     "Read, box, resample and normalise one patient. What fails is a row of the report, never an exception."
     r,sequences = get_recipe(recipe),check_sequences(sequences)
+    if r.prepare_by!='patient': return slicewise_patient(row, sequences, r)
     choices,size = r.room('prepare'),tuple(r.size)
     vols,masks,meta,arrays,report,affine = {},{},{},{},[],None
     def _say(seq, level, what): report.append(dict(patient=str(row['patient']), sequence=seq, level=level, what=what))
@@ -286,7 +288,7 @@ def volume(
     self:VolumeStore,
     patient:str, # As in `store.table.patient`
     sequence:str, # One of the store's
-) -> Volume: # uint8 (D,H,W), with the affine of the prepared grid
+) -> Volume: # uint8 (D,H,W), with the affine of the prepared grid (the identity if slices were prepared one by one)
     "One prepared volume with its place in the patient."
     return Volume(torch.from_numpy(self.read(patient, sequence)[0]), affine=self.meta[patient]['affine'])
 
@@ -294,10 +296,10 @@ def volume(
 @patch(as_prop=True)
 def spacing(
     self:VolumeStore,
-) -> tuple: # mm along D, H and W
+) -> tuple: # mm along D, H and W; None if slices were prepared one by one
     "Median voxel size of the patients; each one's own is in the affine of `volume`."
     all_mm = [np.linalg.norm(np.array(m['affine'])[:3,:3], axis=0) for m in self.meta.values() if m['affine'] is not None]
-    return tuple(np.median(all_mm, axis=0).tolist())
+    return None if not all_mm else tuple(np.median(all_mm, axis=0).tolist())
 
 # %% ../nbs/04_prepare.ipynb #48e6cd1b
 @patch
