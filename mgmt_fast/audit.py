@@ -6,7 +6,7 @@
 __all__ = ['thumbnail', 'audit_cohort', 'write_sheet', 'audit']
 
 # %% ../nbs/17_audit.ipynb #5a676e86
-import base64, contextlib, hashlib, html, io, multiprocessing, os, re
+import base64, contextlib, hashlib, html, io, json, multiprocessing, os, re
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -48,15 +48,46 @@ def _one(job):
     row,vol = _audit(path, sequence, patient)
     if vol is None: return row.to_dict(),None,None,None
     same = None if row['min']==row['max'] else hashlib.blake2b(np.ascontiguousarray(vol.numpy()[:,::2,::2]), digest_size=16).hexdigest()
-    return row.to_dict(),(tuple(vol.shape),tuple(vol.affine.round(2).ravel()+0.)),same,thumbnail(vol)
+    return row.to_dict(),f'{tuple(vol.shape)} {(vol.affine.round(2)+0.).tolist()}',same,thumbnail(vol)
 
-def _run(jobs, n_workers, progress):
+def _run(jobs, n_workers, progress, journal=None):
+    "Results of `_one` in the jobs' order; those that a stopped run left in `journal` are taken from there"
+    if journal is None: return list(_results(jobs, n_workers, progress))
+    keys,done = [*map(_key, jobs)],_left(journal)
+    todo = [i for i,k in enumerate(keys) if k not in done]
+    with open(journal, 'a', encoding='utf-8') as f:
+        for res,i in zip(_results([jobs[i] for i in todo], n_workers, progress), todo):
+            done[keys[i]] = res
+            f.write(json.dumps([keys[i],*res[:3],_packed(res[3])], default=lambda o: o.item())+'\n'); f.flush()
+    return [done[k] for k in keys]
+
+def _results(jobs, n_workers, progress):
     n = min(os.cpu_count() if n_workers is None else n_workers, len(jobs))
-    if n<2: return [_one(o) for o in track(jobs, len(jobs), progress)]
+    if n<2: yield from map(_one, track(jobs, len(jobs), progress)); return
     with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context('fork' if os.name=='posix' else 'spawn'), initializer=worker_init) as pool:
-        try: return list(track(pool.map(_one, jobs), len(jobs), progress))
+        try: yield from track(pool.map(_one, jobs), len(jobs), progress)
         except BrokenProcessPool as e: raise MGMTError('a worker process died, most likely for want of memory: run again with fewer workers (n_workers=1)') from e
         finally: pool.shutdown(wait=True, cancel_futures=True)
+
+# %% ../nbs/17_audit.ipynb #6656d7dd
+def _key(job):
+    "Which series, as it is now; a digest, since a path may name people"
+    state = None if pd.isna(job[2]) or not os.path.exists(job[2]) else os.stat(job[2]).st_mtime_ns
+    return hashlib.blake2b(repr((__version__,*job,state)).encode(), digest_size=16).hexdigest()
+
+def _packed(a):
+    if a is None: return None
+    Image.fromarray(a).save(f:=io.BytesIO(), 'PNG')
+    return base64.b64encode(f.getvalue()).decode()
+
+def _left(journal):
+    "What a stopped run wrote, by key; its last line may be cut off"
+    res = {}
+    for o in journal.read_text(encoding='utf-8').split('\n')[:-1] if journal.exists() else []:
+        try: k,row,grid,same,picture = json.loads(o)
+        except ValueError: continue
+        res[k] = row,grid,same,None if picture is None else np.array(Image.open(io.BytesIO(base64.b64decode(picture))))
+    return res
 
 # %% ../nbs/17_audit.ipynb #7c8dec3a
 def _compare(df, grids, same):
@@ -91,9 +122,9 @@ def audit_cohort(
 
 def _jobs(cohort): return [(str(r['patient']), s, r[s]) for _,r in cohort.iterrows() for s in SEQUENCES if s in cohort]
 
-def _table(jobs, n_workers, progress):
+def _table(jobs, n_workers, progress, journal=None):
     "The audited jobs, and a picture of each that can be read"
-    rows,grids,same,pictures = zip(*_run(jobs, n_workers, progress)) if jobs else [()]*4
+    rows,grids,same,pictures = zip(*_run(jobs, n_workers, progress, journal)) if jobs else [()]*4
     df = pd.DataFrame([dict(patient=p, sequence=s, **r) for (p,s,_),r in zip(jobs,rows)], columns=['patient','sequence',*_AUDIT])
     df = df.astype(dict.fromkeys(['volumes','slices','rows','columns','missing','duplicates','blank','near_blank'], 'Int64'))
     return _compare(df, grids, same)[['patient','sequence',*_AUDIT[:-2],'grid','findings','notes']], pictures
@@ -159,7 +190,7 @@ def _find_series(root):
 
 def _find_cohort(root, labels):
     "The cohort of a folder, both splits if it is the competition's, and what there is to say about it; `None` if it is none"
-    splits = [o for o in ('train','test') if (root/o).is_dir()] or [None]
+    splits = [o for o in ('train','test') if (root/o).is_dir() and any((root/o).iterdir())] or [None]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         try: return pd.concat([find_cohort(root, labels if s!='test' else None, split=s) for s in splits], ignore_index=True),said.getvalue()
         except CohortError:
@@ -174,7 +205,7 @@ def audit(
     n_workers:int=None, # Processes; one a core if none, 0 for this one
     progress:bool=True, # Show a progress bar?
 ) -> bool: # Was anything found that calls for a decision?
-    "Audit all series below a folder: writes the table and the sheet, prints a summary. Raises `MGMTError` if there is no series at all, or `dest` cannot be written."
+    "Audit all series below a folder: writes the table and the sheet, prints a summary; run again to finish after a stop. Raises `MGMTError` if there is no series at all, or `dest` cannot be written."
     root,dest = Path(root),Path(dest)
     if not root.is_dir(): raise MGMTError(f"no folder at {root}: a misspelt path?")
     series = _find_series(root)
@@ -185,9 +216,11 @@ def audit(
     others = [o for o in series if os.path.realpath(o) not in known]
     if len(others)>len(known) and len(known)<len(jobs)/2 or not jobs: # names that look like sequences by chance are no cohort
         jobs,others,said = [(os.path.relpath(o, root) if o!=root else root.resolve().name, None, o) for o in series],[],''
-    table,pictures = _table(jobs, n_workers, progress)
+    journal = make_folder(dest)/'audit.jsonl'
+    table,pictures = _table(jobs, n_workers, progress, journal)
     with atomic_path(dest/'audit.csv') as tmp: table.to_csv(tmp, index=False)
     write_sheet(table, pictures, dest/'audit.html', f'Audit of {root.resolve().name}')
+    journal.unlink()
     print(f"{said}{root}: {_summary(table)}" + (f'; {len(others)} images below it are no sequence of a patient (segmentations?) and were left out' if others else ''))
     for k,n in _kinds(table.findings): print(f'{n:6d} x {k}')
     print(f"table: {dest/'audit.csv'}; pictures: {dest/'audit.html'}")

@@ -90,10 +90,12 @@ class RandAug(ItemTransform):
         start:int=None, # First draw, to repeat it; without it the next that was not drawn yet
     ) -> pd.DataFrame: # A row a patient, the index says which draw, columns are named magnitudes
         "Draw parameters; what leaves a volume alone shows as a neutral value."
-        n = n if isinstance(n,(int,np.integer)) else len(n)
+        draws = self._next(n if isinstance(n,(int,np.integer)) else len(n), start)
+        return pd.DataFrame([self.row(k) for k in draws], index=pd.Index(draws,name='draw'))
+
+    def _next(self, n, start=None):
         if start is None: start = self.drawn; self.drawn += n
-        rows = range(start, start+n)
-        return pd.DataFrame([self.row(k) for k in rows], index=pd.Index(rows,name='draw'))
+        return range(start, start+n)
 
     def apply(self,
         x, # (B,C,D,H,W) float, 0 to 1; is not changed
@@ -107,8 +109,11 @@ class RandAug(ItemTransform):
             least = params[c].min()
             if self.neutral[c]==1. and least<=0: raise MGMTError(f"{c} is a factor and must be above 0; received {least:g}")
         if len(params)!=len(x): raise MGMTError(f"a draw has a row a patient; received {len(params)} rows for a batch of {len(x)}")
+        return self._apply(x, [{k:v for k,v in r.items() if v==v} for r in params.to_dict('records')], spacing)
+
+    def _apply(self, x, rows, spacing=None):
         if x.device.type=='cpu' or not self.looked: _check_values(x, self.bounded); self.looked = True
-        rows = [{**self.neutral, **{k:v for k,v in r.items() if v==v}} for r in params.to_dict('records')]
+        rows = [{**self.neutral, **r} for r in rows]
         if not any(map(self.acts, rows)): return x
         mm = self._spacing(x, spacing)
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
@@ -121,7 +126,7 @@ class RandAug(ItemTransform):
     def encodes(self, b):
         x,rest = (b[0],b[1:]) if isinstance(b,(list,tuple)) else (b,None)
         _check_batch(x)
-        x = self.apply(x, self.draw(len(x)))
+        x = self._apply(x, [self.row(k) for k in self._next(len(x))])
         return x if rest is None else [x,*rest]
 
     def ever(self): return self.p>0
@@ -188,8 +193,8 @@ def _grid(m, b, sizes, axes, like):
     return grid
 
 def _slabs(n, voxels, device, temps=1):
-    "Ranges over n slices of some voxels each: small beside the volume, and within a CPU's cache"
-    k = max(1, (2**21 if device.type=='cpu' else 2**22)//temps//voxels)
+    "Ranges over n slices of some voxels each: small beside the volume; within a CPU's cache, few on a GPU"
+    k = max(1, 2**21//temps//voxels if device.type=='cpu' else max(2**22//temps//voxels, n//2//temps))
     return [range(i,min(i+k,n)) for i in range(0,n,k)]
 
 def _groups(n, device, gpu=8): return math.gcd(n, torch.get_num_threads() if device.type=='cpu' else gpu)
@@ -504,16 +509,26 @@ class RandEqualize(RandAug):
 
     def sample(self, rng): return dict(equalize=int(rng.random()<self.p))
 
-    def change_(self, x, r, mm):
-        D = x.shape[1]
-        x = x.view(-1,x[0,0].numel())
-        slabs = _slabs(len(x), x.shape[1], x.device, temps=8)
-        level = lambda s: (x[s.start:s.stop]*255+.5).to(torch.int32).to(torch.int64)
-        n = torch.zeros(len(x), 256, dtype=torch.int32, device=x.device)
+    def fits(self, r): return True
+    def together(self, src, out, rows, mm):
+        if src is not out: out.copy_(src)
+        at = torch.tensor([i for i,r in enumerate(rows) if r['equalize']])
+        if not len(at): return
+        slices = (at[:,None]*out[0,:,:,0,0].numel()+torch.arange(out[0,:,:,0,0].numel())).view(-1).to(out.device, non_blocking=True)
+        self.flatten_(out.view(-1,out[0,0,0].numel()), out.shape[2], slices)
+
+    def change_(self, x, r, mm): self.flatten_(x.view(-1,x[0,0].numel()), x.shape[1])
+
+    def flatten_(self, x, depth, slices=None):
+        "Flatten the histograms of `x` (N,H*W), or of some of its rows; counts are whole numbers, so how rows are grouped does not tell"
+        n = len(x) if slices is None else len(slices)
+        slabs,counts = _slabs(n, x.shape[1], x.device, temps=8),torch.zeros(n, 256, dtype=torch.int32, device=x.device)
+        rows = lambda s: slice(s.start,s.stop) if slices is None else slices[s.start:s.stop]
+        level = lambda s: (x[rows(s)]*255+.5).to(torch.int32).to(torch.int64)
         unit = torch.ones((), dtype=torch.int32, device=x.device)
-        for s in slabs: i = level(s); n[s.start:s.stop].scatter_add_(1, i, unit.expand_as(i))
-        lut = (_flatten_slices(n.long()) if self.over=='slice' else _flatten_brain(n.long(), D)).to(x.dtype)
-        for s in slabs: x[s.start:s.stop] = lut[s.start:s.stop].gather(1, level(s))
+        for s in slabs: i = level(s); counts[s.start:s.stop].scatter_add_(1, i, unit.expand_as(i))
+        lut = (_flatten_slices(counts.long()) if self.over=='slice' else _flatten_brain(counts.long(), depth)).to(x.dtype)
+        for s in slabs: x[rows(s)] = lut[s.start:s.stop].gather(1, level(s))
 
 # %% ../nbs/06_augment.ipynb #29565b38
 class RandCutOut(RandAug):

@@ -94,12 +94,11 @@ def as_numbers(
 _figures = ('accuracy','auc','loss','sensitivity','specificity')
 
 def _half_unit(x):
-    "Half a unit of the last digit that a column is given with; two digits are taken for granted"
-    digits = [Decimal(repr(float(o))).normalize().as_tuple().exponent for o in x.dropna()]
-    return np.clip(.5*10.**min(digits, default=0), 1e-9, .005)
+    "Half a unit of the last digit that a figure is given with; two digits are taken for granted"
+    return np.nan if np.isnan(x) else np.clip(.5*10.**Decimal(repr(float(x))).normalize().as_tuple().exponent, 1e-9, .005)
 
 def _read_table(table, minority):
-    "One row a result, figures as shares; and what rounding may have hidden of each"
+    "One row a result, figures as shares; and the columns that name the row"
     t = pd.DataFrame(table)
     if t.columns.nlevels>1:
         inner = next((i for i in range(t.columns.nlevels) if {str(o).lower() for o in t.columns.levels[i]}&set(_figures)), None)
@@ -110,23 +109,23 @@ def _read_table(table, minority):
     if not seen: raise MGMTError(f"a table to check has columns of {', '.join(_figures)}; received {list(t.columns)}")
     for o in seen: t[o] = as_numbers(t[o], o)
     for o in seen:
-        if o!='loss' and t[o].median()>1: t[o] = (t[o]/100).round(12)
+        if o!='loss' and t[o].median()>2: t[o] = (t[o]/100).round(12)
     names = [o for o in t if o not in (*_figures,'minority','n') and not pd.api.types.is_numeric_dtype(t[o])]
     t['where'] = t[names].astype(str).agg(', '.join, axis=1) if names else [f'row {i}' for i in range(len(t))]
     if minority is not None: t['minority'] = t['set'].map(minority) if isinstance(minority, dict) else minority
     t = t.reindex(columns=uniqueify([*names,'where',*_figures,'minority','n']))
     bad = t.minority[(t.minority<=0)|(t.minority>.5)]
     if len(bad): raise MGMTError(f"the minority's share lies in (0,.5]; received {bad.iloc[0]:g}: the share of the other class?")
-    return t, {o: _half_unit(t[o]) for o in (*_figures,'minority')}, names
+    return t, names
 
 # %% ../nbs/10_consistency.ipynb #f86e89a8
-def _row_findings(r, h, threshold):
+def _row_findings(r, threshold):
     "What one row says that cannot be, or that asks something of the balance"
     a,auc,loss,s,c,share,n = (r[o] for o in (*_figures,'minority','n'))
     out = [o for o in _figures if r[o]<0 or o!='loss' and r[o]>1]
     for o in out: yield 'range','impossible',f"{o} {r[o]:g}: no such figure exists"
     if out: return
-    ha,hu,hl,hs,hc,hm = h.values()
+    ha,hu,hl,hs,hc,hm = map(_half_unit, (a,auc,loss,s,c,share))
     lo,hi = auc_bounds(max(0,s-hs),max(0,c-hc))[0],auc_bounds(min(1,s+hs),min(1,c+hc))[1]
     if auc+hu<lo or auc-hu>hi: yield 'auc and sensitivity','impossible',f"sensitivity {s:g} and specificity {c:g} leave {lo:.4f} to {hi:.4f} for the AUC, whatever the scores; it says {auc:g}"
     limit = np.nanmin([.5, (1-a+ha)/max(1-auc-hu,1e-12), (a+ha)/max(auc-hu,1e-12)])
@@ -160,8 +159,8 @@ def _external_above(t, names, gap):
         v = best.loc[r[key]]
         def var(o): return auc_se(np.clip(o.auc,.01,.99), *(o.n*s for s in np.nan_to_num([o.minority,1-o.minority], nan=.5)))**2
         far = norm.ppf(.975)*np.sqrt(var(r)+var(v))
-        far = gap if np.isnan(far) else far
-        if r.auc-v.auc>far: yield r['where'],'external above validation','suspect',f"AUC {r.auc:g} on other patients, {v.auc:g} at best on validation; luck explains {far:.3f}: chosen on the test set, patients shared, or a shortcut?"
+        far,why = (gap,'without the numbers of patients, the gap allowed is') if np.isnan(far) else (far,'luck explains')
+        if r.auc-v.auc>far: yield r['where'],'external above validation','suspect',f"AUC {r.auc:g} on other patients, {v.auc:g} at best on validation; {why} {far:.3f}: chosen on the test set, patients shared, or a shortcut?"
 
 # %% ../nbs/10_consistency.ipynb #ab54611b
 def check_consistency(
@@ -170,9 +169,9 @@ def check_consistency(
     threshold:float=.5, # Probability that the accuracy was counted at
     gap:float=.1, # How far an external AUC may be above validation where the numbers of patients are unknown
 ) -> pd.DataFrame: # One row a finding: where, check, verdict, finding; verdict is 'impossible', 'suspect', or 'condition' (on what is not told)
-    """Find the figures of a table that cannot be, and those that should not be. A column of shares whose median exceeds 1 is read as per cent; what rounding may have hidden counts in the table's favour.
+    """Find the figures of a table that cannot be, and those that should not be. A column of shares whose median exceeds 2 is read as per cent; what rounding may have hidden counts in the table's favour.
 
     Raises `MGMTError` on a table without any of the figures, or a minority of more than half."""
-    t,half,names = _read_table(table, minority)
-    rows = [(r['where'],*o) for _,r in t.iterrows() for o in _row_findings(r, half, threshold)]
+    t,names = _read_table(table, minority)
+    rows = [(r['where'],*o) for _,r in t.iterrows() for o in _row_findings(r, threshold)]
     return pd.DataFrame([*rows, *_equal_rows(t), *_external_above(t, names, gap)], columns=['where','check','verdict','finding'])

@@ -27,11 +27,11 @@ from .prepare import VolumeStore, _canonical, _canonical_affine, _one_thread, re
 from .register import *
 from .register import _agreement, _centre, _descend, _grid, _mm, _sample, _search
 
-# %% ../nbs/14_leakage.ipynb #7fd3a03e
+# %% ../nbs/14_leakage.ipynb #c7e5c8f0
 class LeakageError(MGMTError):
     "Why two sets cannot be compared, and what to do"
 
-# %% ../nbs/14_leakage.ipynb #cfd5c7c4
+# %% ../nbs/14_leakage.ipynb #0245b69f
 def _digest(*parts):
     h = hashlib.blake2b(digest_size=12)
     for o in parts: h.update(o)
@@ -76,7 +76,7 @@ class _Side:
         x = vol.numpy()
         return vol,_digest(str(x.shape).encode(), np.ascontiguousarray(x, dtype=np.float32)),uids
 
-# %% ../nbs/14_leakage.ipynb #055eab6f
+# %% ../nbs/14_leakage.ipynb #9a604d26
 _strengths = dict(shift=15., turn=10., slices=(1.,5.), gamma=(.7,1.4), noise=.05, crop=.15, flip=.5)
 
 def draw_perturbation(
@@ -93,7 +93,7 @@ def draw_perturbation(
         if k not in how: raise unknown_name('perturbation', k, how)
     return {k: how[k](_strengths[k]) for k in kinds}
 
-# %% ../nbs/14_leakage.ipynb #f1ba5ecd
+# %% ../nbs/14_leakage.ipynb #ea84c0b6
 def perturb(
     vol:Volume, # (D,H,W)
     rng:np.random.Generator, # For the noise
@@ -131,7 +131,7 @@ def perturb(
     side = int(np.abs(affine[0,:3]).argmax())
     return Volume(y.flip(side), affine=y.affine) if flip else y
 
-# %% ../nbs/14_leakage.ipynb #49c9f4e6
+# %% ../nbs/14_leakage.ipynb #0dba7ca5
 _version = 1 # of the small copies and fingerprints
 
 @_one_thread()
@@ -174,7 +174,7 @@ def _kept(folder, name, key, contents, shape, dtype, compute):
             f.write(json.dumps(facts[i])+'\n'); f.flush()
     return np.load(arrays, mmap_mode='r'),[facts.get(i) for i in range(len(contents))]
 
-# %% ../nbs/14_leakage.ipynb #8e41cd0b
+# %% ../nbs/14_leakage.ipynb #0751b6c9
 def _template(y, w):
     t = Structure.__new__(Structure)
     y,w = (y+y.flip(2))/2,(w+w.flip(2))/2
@@ -196,7 +196,7 @@ def _on_template(template, small):
     q = torch.stack(torch.meshgrid(*map(torch.arange, _grid), indexing='ij'), -1).reshape(-1,3)-_centre
     return _sample(torch.stack([s.y*s.w,s.w])[None], q@turn.T+shift).reshape(2,*_grid)
 
-# %% ../nbs/14_leakage.ipynb #37fa8a37
+# %% ../nbs/14_leakage.ipynb #60b9e213
 @_one_thread()
 def average_brain(
     smalls, # (n,48,56,48) uint8, small copies
@@ -208,7 +208,7 @@ def average_brain(
     for _ in range(rounds): t = _template(*sum(_on_template(t, o) for o in smalls))
     return t
 
-# %% ../nbs/14_leakage.ipynb #0eee9b2d
+# %% ../nbs/14_leakage.ipynb #7cb80c4f
 def _points(template):
     "Points 8 mm apart that lie inside the template (K,3), and for each the number of its mirror image"
     half = [n//2 for n in _grid]
@@ -218,7 +218,7 @@ def _points(template):
     number = torch.full(half, -1); number[inside] = torch.arange(len(at))
     return (at-(torch.tensor(half)-1)/2)*2, number.flip(2)[inside].numpy()
 
-# %% ../nbs/14_leakage.ipynb #24f0de9d
+# %% ../nbs/14_leakage.ipynb #c4125657
 @_one_thread()
 def fingerprint(
     small, # (48,56,48) uint8, from `low_resolution`
@@ -230,7 +230,7 @@ def fingerprint(
     y,w = _sample(s.coarse.field, _points(template)[0]@turn.T+shift)
     return torch.where(w>.5, y, 0).numpy().astype(np.float16)
 
-# %% ../nbs/14_leakage.ipynb #5578f228
+# %% ../nbs/14_leakage.ipynb #4640d575
 def compare_fingerprints(
     a, # (n,K)
     b, # (m,K)
@@ -247,13 +247,13 @@ def compare_fingerprints(
             y,my = _parts(b[j:j+block])
             yield i,j,np.maximum(*(_correlate(x, xx, mx, u, mu) for u,mu in ((y,my),(y[:,mirror],my[:,mirror]))))
 
-# %% ../nbs/14_leakage.ipynb #d9f9fcd1
+# %% ../nbs/14_leakage.ipynb #de762be2
 def _correlate(x, xx, mx, y, my):
     "Correlation over shared points, less the fewer there are"
     shared = mx@my.T
     return x@y.T*np.sqrt(shared/x.shape[1]/np.maximum(xx@my.T*(mx@(y*y).T), 1e-6))
 
-# %% ../nbs/14_leakage.ipynb #456e3084
+# %% ../nbs/14_leakage.ipynb #2c756780
 class Null:
     "Scores of known-different pairs, and what they say of a score's rarity; pairs far above all others (copies within the training set) are set aside as `.odd`"
     prior = (-1.95,.35,8) # mean and standard deviation of the logarithm of the score, and how many pairs they are worth
@@ -278,7 +278,7 @@ class Null:
     def chance(self, score): return stats.t.sf((np.log(np.maximum(score, 1e-3))-self.mean)/self.sd, self.df)
     def threshold(self, chance): return float(np.clip(np.exp(self.mean+self.sd*stats.t.isf(chance, self.df)), 0, 1))
 
-# %% ../nbs/14_leakage.ipynb #fc44de85
+# %% ../nbs/14_leakage.ipynb #17256de8
 def _score(r): return float(np.sqrt(max(r.ncc,0)*max(r.nmi,0))*min(1, r.overlap/.5))
 
 @_one_thread()
@@ -296,10 +296,10 @@ def _confirm_all(jobs, opt, most=16):
     done = _parallel(_confirm, ((np.array(o[0][1].rows[o[0][2]]),[np.array(B.rows[j]) for *_,B,j in o]) for o in groups), opt, len(groups))
     return {o[0]:r for g,rs in zip(groups, done) for o,r in zip(g, rs)}
 
-# %% ../nbs/14_leakage.ipynb #45142af4
+# %% ../nbs/14_leakage.ipynb #047f419d
 choice('leakage', 'published_alarm', 'cross-correlation and mutual information above which the thesis\' check reports a pair, and whether one suffices', default=(.8,'both'), published=(.8,'both'))
 
-# %% ../nbs/14_leakage.ipynb #652ee1c1
+# %% ../nbs/14_leakage.ipynb #8b2e42a6
 def published_similarity(
     a:np.ndarray, # (D,H,W)
     b:np.ndarray, # (D,H,W); resized to the shape of `a` if it has another
@@ -309,7 +309,7 @@ def published_similarity(
     x,y = ((o.ravel()-o.mean())/max(o.std(), 1e-9) for o in (np.asarray(a, float), np.asarray(b, float)))
     return NS(xcorr=float(correlate(x, y).max()/np.sqrt((x@x)*(y@y))), mi=float(mutual_info_score(a.ravel(), b.ravel())))
 
-# %% ../nbs/14_leakage.ipynb #917ec477
+# %% ../nbs/14_leakage.ipynb #fd1c12de
 def _sequence_pairs(sequences, a, b):
     have = a.sequences(),b.sequences()
     if sequences is None:
@@ -366,7 +366,7 @@ def _equal_content(fa, fb):
                 for i in seen.get(h, ()): res[i,j] = what
     return res
 
-# %% ../nbs/14_leakage.ipynb #f0efd3e9
+# %% ../nbs/14_leakage.ipynb #50313520
 def _different(side, i, j): return patient_key(side.patients[i])!=patient_key(side.patients[j])
 
 def _null_pairs(A, B, opt, n=300):
@@ -385,7 +385,7 @@ def _plant(side, i, seq, seed):
     try: return low_resolution(perturb(side.volume(i, seq)[0], rng, **draw)).numpy(),dict(draw=draw)
     except MGMTError as e: return None,dict(error=f'{type(e).__name__}: {e}')
 
-# %% ../nbs/14_leakage.ipynb #0ca19746
+# %% ../nbs/14_leakage.ipynb #7447415b
 class _Part:
     "One sequence of one side: small copies `rows`, their `facts`, and which of them are `ok`, with their places in that list"
     def __init__(self, side, seq, rows, facts, ok=None):
@@ -402,7 +402,7 @@ def _planted_part(A, opt):
     contents = [f"{opt.seed} {f['content']}" if i in chosen else None for i,f in enumerate(A.facts)]
     return _Part(A.side, A.seq, *_kept(opt.cache(A.side), f'planted_{A.seq}', A.side.key, contents, _grid, np.uint8, lambda todo: _parallel(_plant, ((A.side,i,A.seq,opt.seed) for i in todo), opt, len(todo))))
 
-# %% ../nbs/14_leakage.ipynb #080672aa
+# %% ../nbs/14_leakage.ipynb #4254b66f
 def _prints(part, template, name, opt):
     "Fingerprints of the volumes in `part.ok`, in that order"
     key = _digest(template.y.numpy(), template.w.numpy())
@@ -436,7 +436,7 @@ def _candidates(A, B, P, opt):
     own = {i: next(compare_fingerprints(va[[A.place[i]]], vp[[k]], mean, mirror))[2].item() for i,k in P.place.items()}
     return scores,[(A,A.ok[i],A.ok[j]) for _,i,j in top],[i for i in P.ok if own[i]>limit],limit
 
-# %% ../nbs/14_leakage.ipynb #de62f6f8
+# %% ../nbs/14_leakage.ipynb #c5966ebc
 def _audit_sequence(a, b, s, u, named, opt):
     "All stages for one sequence of the training set and one of the test set: rows, and facts for the summary"
     A,B = _small_part(a, s, opt),_small_part(b, u, opt)
@@ -461,7 +461,7 @@ def _audit_sequence(a, b, s, u, named, opt):
     hits = [done['planted',i]['score'] for i in passed]
     return rows,NS(label=label, report=report, reason='', null=nulls, same=same, doubt=doubt, n=(len(A.ok),len(B.ok)), pairs=total, confirmed=len(pairs), limit=limit, planted=len(P.ok), passed=len(passed), found=sum(o>=same for o in hits), hits=hits, parts=(A,B))
 
-# %% ../nbs/14_leakage.ipynb #aef734e0
+# %% ../nbs/14_leakage.ipynb #1d8749af
 def leakage_audit(
     train, # `VolumeStore`, or a cohort's table of paths
     test, # The same, or the other kind
@@ -492,7 +492,7 @@ def leakage_audit(
         if dest is not None: _write(df, facts, Path(dest))
         return df.drop(columns=['matrix','_at'])
 
-# %% ../nbs/14_leakage.ipynb #3680cb94
+# %% ../nbs/14_leakage.ipynb #695ee489
 _columns = 'train test sequence stage identifiers fingerprint ncc nmi overlap flipped score false_alarms verdict'.split()
 
 def _cache(side, dest, tmp):
@@ -533,7 +533,7 @@ def _wilson(k, n):
     r = stats.binomtest(k, n).proportion_ci(method='wilson')
     return f'{r.low:.1%} to {r.high:.1%}'
 
-# %% ../nbs/14_leakage.ipynb #d2246ebe
+# %% ../nbs/14_leakage.ipynb #3e54922b
 def set_aside(
     table:pd.DataFrame, # From `leakage_audit`
     uncertain:bool=True, # Those of uncertain pairs too?
@@ -541,7 +541,7 @@ def set_aside(
     "The test patients that an honest external test leaves out."
     return sorted(table.test[table.verdict.isin(['same','uncertain'] if uncertain else ['same'])].unique())
 
-# %% ../nbs/14_leakage.ipynb #393f6a6e
+# %% ../nbs/14_leakage.ipynb #867c586c
 def _add_published(df, a, b, pairs, progress, dest):
     limit,rule = get_recipe('published')['published_alarm']
     labels,rows = {(s if s==u else f'{s}~{u}'):(s,u) for s,u in pairs},[]
@@ -558,7 +558,7 @@ def _append(path, row):
     make_folder(path.parent)
     pd.DataFrame([row]).to_csv(path, mode='a', header=not path.exists(), index=False)
 
-# %% ../nbs/14_leakage.ipynb #43cb9399
+# %% ../nbs/14_leakage.ipynb #7dcf5696
 @_one_thread()
 def _copies(side, i, seq, other, draws, seed):
     "Scores of changed copies of a volume, against itself and against another brain"
@@ -570,7 +570,7 @@ def _copies(side, i, seq, other, draws, seed):
         res.append([_score(register_rigid(o, copy)) for o in (own,other)])
     return res
 
-# %% ../nbs/14_leakage.ipynb #8fdf6d4c
+# %% ../nbs/14_leakage.ipynb #1282cd3f
 def planted_recall(
     cohort, # `VolumeStore`, or a cohort's table of paths
     sequence:str, # One that all its patients have
@@ -596,7 +596,7 @@ def planted_recall(
     df.attrs = dict(threshold=limit, null_pairs=len(null.scores), null_highest=float(null.scores.max()))
     return df
 
-# %% ../nbs/14_leakage.ipynb #51ac18dd
+# %% ../nbs/14_leakage.ipynb #d1b48e16
 def plot_recall(
     table:pd.DataFrame, # From `planted_recall`
     ax=None, # Axes to draw on; new ones if none
@@ -612,7 +612,7 @@ def plot_recall(
     ax.legend(frameon=False, fontsize=7, ncols=3, loc='lower center', bbox_to_anchor=(.5,1)); ax.spines[['top','right']].set_visible(False)
     return ax
 
-# %% ../nbs/14_leakage.ipynb #1407eff4
+# %% ../nbs/14_leakage.ipynb #7044ba39
 def plot_null(
     null:Null, # Scores of pairs known to differ
     same:float, # Threshold
@@ -631,7 +631,7 @@ def plot_null(
     ax.legend(frameon=False, fontsize=7); ax.spines[['top','right']].set_visible(False)
     return ax
 
-# %% ../nbs/14_leakage.ipynb #7e14c497
+# %% ../nbs/14_leakage.ipynb #ee544861
 def _strip(fixed, moving, matrix):
     "Slices of a pair, the second in the pose of the first, one row each, uint8"
     fixed,moving = (np.asarray(o) for o in (fixed,moving))

@@ -17,15 +17,17 @@ from scipy.spatial.transform import Rotation
 from .core import *
 from .prepare import _canonical, _one_thread, resample
 
-# %% ../nbs/13_register.ipynb #0ded6519
+# %% ../nbs/13_register.ipynb #57ad4c77
 _mm,_grid = 4.,(48,56,48)
 _centre = (torch.tensor(_grid, dtype=torch.float32)-1)/2
 
 def _air(a):
-    "The value of air in `a`, and whether it is one value and not noise"
-    values,counts = np.unique(np.concatenate([a[:,[0,-1]].ravel(), a[:,:,[0,-1]].ravel()]), return_counts=True)
-    constant = counts.max()>.5*counts.sum()
-    return float(values[counts.argmax()] if constant else np.repeat(values, counts)[counts.sum()//2]),constant
+    "The value of air in `a`, and whether it is one value and not noise; a tight crop may have little of it at its faces"
+    faces = np.concatenate([a[:,[0,-1]].ravel(), a[:,:,[0,-1]].ravel()])
+    for x,share in ((faces,.5),(a.ravel(),.1)):
+        values,counts = np.unique(x, return_counts=True)
+        if counts.max()>share*len(x): return float(values[counts.argmax()]),True
+    return float(np.percentile(faces, 10)),False
 
 def _tissue(a, air, constant, high): return abs(a-air)>.01*abs(high-air) if constant else a>air+.15*(high-air)
 

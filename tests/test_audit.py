@@ -49,6 +49,23 @@ def test_one_bad_series_does_not_end_the_audit(planted, tmp_path):
     assert 'no such file or folder' in table[(table.patient=='00005')&(table.sequence=='T2w')].findings.item() and len(table)==16
 
 
+def test_a_stopped_audit_goes_on_where_it_stopped(planted, tmp_path, monkeypatch):
+    from mgmt_fast import audit as module
+    look,seen = module._one,[]
+    def stops_once(job):
+        seen.append(job)
+        if len(seen)==8: raise KeyboardInterrupt
+        return look(job)
+    monkeypatch.setattr(module, '_one', stops_once)
+    with pytest.raises(KeyboardInterrupt): audit(planted, tmp_path/'out', n_workers=0, progress=False)
+    with open(tmp_path/'out/audit.jsonl', 'a') as f: f.write('{"cut off')
+    assert audit(planted, tmp_path/'out', n_workers=0, progress=False)
+    assert len(seen)==17 # 16 series, one of them looked at twice
+    audit(planted, tmp_path/'whole', n_workers=0, progress=False)
+    assert sorted(o.name for o in (tmp_path/'out').iterdir())==['audit.csv','audit.html']
+    for f in ('audit.csv','audit.html'): assert (tmp_path/'out'/f).read_text()==(tmp_path/'whole'/f).read_text()
+
+
 def test_nothing_from_the_headers_reaches_the_disk(tmp_path):
     secret = dict(PatientName='SECRET^NAME', PatientID='SECRETID', PatientBirthDate='19010203', AccessionNumber='SECRETACC', InstitutionName='SECRETHOSPITAL', StudyDate='20010203', PatientAddress='SECRETSTREET')
     write_series(tmp_path/'in/a', noise(), AXIAL, **{**GOOD, **secret})

@@ -176,6 +176,20 @@ def test_test_time_views_average_logits():
     assert torch.equal(tta(net, x, 'none'), net(x).detach()) and tta(net, x).requires_grad is False
 
 
+@pytest.mark.parametrize('t', [RandAffine(shift=4.), RandLighting(p=.8), RandLighting(p=.8, over='slice'), RandEqualize(p=.5), RandEqualize(p=.5, over='slice')], ids=repr)
+def test_patients_together_as_a_gpu_takes_them_come_out_as_alone(t):
+    x = brains(5)
+    params = t.draw(5)
+    rows = [{**t.neutral, **{k:v for k,v in r.items() if v==v}} for r in params.to_dict('records')]
+    out = torch.empty_like(x)
+    at = [i for i,r in enumerate(rows) if t.fits(r)]
+    src,out = x[at],out[at]
+    t.together(src, out, [rows[i] for i in at], t._spacing(src, None))
+    alone = t.apply(x, params)[at]
+    torch.testing.assert_close(out, alone, atol=0 if isinstance(t, RandEqualize) else 1e-5, rtol=0)
+    assert len(at)>1 and not torch.equal(out, src)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize('maker', MAKERS)
 def test_on_a_gpu_nothing_waits_and_draws_repeat(maker):
