@@ -8,10 +8,11 @@ __all__ = ['ProtocolError', 'check_predictions', 'choose_threshold', 'cross_vali
            'freeze_bundle', 'cv_models', 'external_test', 'read_result', 'external_table', 'model_card',
            'evaluate_report']
 
-# %% ../nbs/13_evaluate.ipynb #10c54a47
+# %% ../nbs/13_evaluate.ipynb #7d4e1b9e
 import contextlib, copy, gc, hashlib, io, json, re, shutil
 from collections import Counter
 from datetime import datetime, timezone
+from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from .core import *
@@ -55,7 +56,7 @@ def check_predictions(
     check_probs(t.label.to_numpy(), t.prob.to_numpy())
     return t[['patient','label','prob']].astype({'label':int}).reset_index(drop=True)
 
-# %% ../nbs/13_evaluate.ipynb #89f1f216
+# %% ../nbs/13_evaluate.ipynb #e672ee1f
 def _part(store, patients):
     "The store as if it held these patients only"
     part,keep = copy.copy(store),set(patients)
@@ -65,8 +66,7 @@ def _part(store, patients):
     return part
 
 def _hash(obj): return hashlib.blake2b(json.dumps(obj, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-def _file_hash(path):
-    with open(path,'rb') as f: return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+def _file_hash(path): return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
 
 def _volumes(store, patients, sequences):
     "The hashes of the volumes that are looked at"
@@ -138,12 +138,12 @@ def _run(job, dest):
     t['prob'] = expit(_logits(t.raw)/res['temperature'])
     return t.assign(**job.row, run=job.name, **{k: res[k] for k in ('temperature','threshold','valid_loss')})
 
-# %% ../nbs/13_evaluate.ipynb #b91f18dc
+# %% ../nbs/13_evaluate.ipynb #ba55a6cc
 def _job(store, cell, folds, repeat, fold, member, inner, bs, tta, augment, seed):
     "One training run: its patients, its settings, and a key that changes with any of them"
     arch,sequences,label,recipe = cell
-    ok = usable_patients(store, sequences)[0].patient
     of = dict(zip(folds.patient, folds.fold))
+    ok = [p for p in usable_patients(store, sequences)[0].patient if p in of]
     train,test = ([p for p in ok if (of[p]==fold)==out] for out in (False,True))
     seed = int(rng_for(seed, 'cross_validate', repeat, fold, member).integers(2**31))
     key = _hash([__version__, arch, sequences, recipe.values(), augment.values(), inner, bs, tta, seed, _volumes(store, train, sequences), _volumes(store, test, sequences),
@@ -272,14 +272,14 @@ def results_table(
             **mean_auc_ci(y, P, who).rename(dict(lo='auc_lo',hi='auc_hi')), loss=losses.mean(), loss_lo=losses.mean()-half, loss_hi=losses.mean()+half))
     return pd.DataFrame(rows)
 
-# %% ../nbs/13_evaluate.ipynb #0b1014f2
+# %% ../nbs/13_evaluate.ipynb #84333c19
 def show_results(
     table:pd.DataFrame, # From `results_table`
     values=('accuracy','auc'), # What to show of each model, some of `'loss'`, `'accuracy'`, `'auc'`
 ) -> pd.DataFrame: # Rows: architectures; columns: sequences; cells: text with intervals
     "The table as papers print it: architecture by sequence."
     def _one(r, k): return f"{r[k]:.1%} [{r[k+'_lo']:.1%}, {r[k+'_hi']:.1%}]" if k=='accuracy' else f"{r[k]:.3f} [{r[k+'_lo']:.3f}, {r[k+'_hi']:.3f}]"
-    t = table.assign(cell=[' / '.join(_one(r,k) for k in listify(values)) for _,r in table.iterrows()], row=table.arch+np.where(table.recipe.nunique()>1, ' '+table.recipe, ''))
+    t = table.assign(cell=[' / '.join(_one(r,k) for k in listify(values)) for _,r in table.iterrows()], row=table.arch+np.where((table.recipe!='inside')&(table.recipe[table.recipe!='inside'].nunique()>1), ' '+table.recipe, ''))
     t = t.pivot(index='row', columns='sequences', values='cell').loc[uniqueify(t.row), uniqueify(t.sequences)].fillna('')
     return t.rename_axis(index=None, columns=' / '.join(listify(values)))
 
@@ -623,7 +623,7 @@ def _main(oof):
     if len(chosen): return 'models selected inside',ensemble(chosen,_rep)
     return ('mean of all models' if oof.run.nunique()>oof.groupby(_rep).fold.nunique().iloc[0] else oof.arch.iloc[0]),ensemble(oof,[*_rep,*_cell])
 
-# %% ../nbs/13_evaluate.ipynb #86b95533
+# %% ../nbs/13_evaluate.ipynb #373ff4a6
 def evaluate_report(
     store:VolumeStore, # What `cross_validate` was given
     dest, # Its folder; tables, `figures/` and `report.html` are written there
@@ -640,7 +640,7 @@ def evaluate_report(
     real = table[table.arch!='selected']
     ext = external_table(results) if len(listify(results)) else None
     both = pd.concat([table, ext], ignore_index=True) if ext is not None else table
-    faults = _consistency(both, [*oof.threshold, .5])
+    faults = _consistency(both[both.arch!='selected'], [*oof.threshold, .5])
     raw = expit(oof[oof.run.isin(oof[oof.arch!='selected'].run)].assign(z=_logits(oof.raw)).groupby('patient').z.mean().loc[main.patient].to_numpy())
     tables = dict(results=both, gains=gains(oof), baselines=baselines(store, main, clinical, seed=seed, progress=False), card=model_card(store, oof, bundle, results))
     figs = dict(balance=plot_balance(_as_cohort(store)), forest=plot_forest(table, ['arch','sequences']), roc=plot_roc(y, p, name, seed=seed), pr=plot_pr(y, p, name), reliability=plot_reliability(y, p, name),
