@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['out_of_fold', 'FusionModel', 'fuse', 'fused_oof', 'sequence_experiments']
 
-# %% ../nbs/15_fusion.ipynb #7b01bcf7
-import itertools, re
+# %% ../nbs/15_fusion.ipynb #b1bcb83c
+import io, itertools, re
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import numpy as np, pandas as pd
@@ -34,8 +35,9 @@ def out_of_fold(
     "Train a network for each fold on the others, and predict it. Raises `MGMTError` as `recipe_dls` does."
     r,rows,parts = get_recipe(recipe),[],{}
     for k in track(range(n_folds), progress=progress):
-        dls = recipe_dls(store, r, sequences, fold=k, seed=seed, n_folds=n_folds)
-        learn = mgmt_learner(dls, recipe=r, path=Path(path)/f'fold{k}', seed=seed, model_kwargs=model_kwargs)
+        with redirect_stdout(io.StringIO()) if k else nullcontext(): # what there is to say is the same for every fold
+            dls = recipe_dls(store, r, sequences, fold=k, seed=seed, n_folds=n_folds)
+            learn = mgmt_learner(dls, recipe=r, path=Path(path)/f'fold{k}', seed=seed, model_kwargs=model_kwargs)
         learn.remove_cbs([c for c in learn.cbs if isinstance(c, TrackerCallback)])
         with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
         m = parts[f'fold{k}'] = as_model(learn)

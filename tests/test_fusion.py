@@ -16,18 +16,14 @@ from mgmt_fast.phantom import make_phantom
 from mgmt_fast.prepare import prepare
 
 SEQS = ('FLAIR','T1wCE')
-ARCH = 'timm/tinynet_e'
+ARCH = 'timm/resnet10t'
 RECIPE = get_recipe('default', size=(8,32,32), arch=ARCH)
 
 
 def network(sequences, seed, **kwargs):
-    "An untrained network whose batch norms have seen something, so that it tells patients apart"
     torch.manual_seed(seed)
-    net = create_network(arch=ARCH, in_chans=len(sequences), **{'anisotropic':2, **kwargs} if kwargs.get('network')!='2d' else kwargs)
-    for m in net.modules():
-        if hasattr(m, 'running_mean'): m.momentum = 1.
-    with torch.no_grad(): net.train()(torch.rand(8,len(sequences),8,32,32))
-    return MGMTModel(net.eval(), RECIPE, sequences, prepared=SEQS)
+    kwargs = kwargs if kwargs.get('network')=='2d' else dict(anisotropic=2, **kwargs)
+    return MGMTModel(create_network(arch=ARCH, in_chans=len(sequences), **kwargs).eval(), RECIPE, sequences, prepared=SEQS)
 
 
 @pytest.fixture(scope='module')
@@ -56,7 +52,7 @@ def made_up(n=200, seed=0):
 
 def test_the_mean_is_that_of_what_there_is(parts, store):
     a,b,f = (logits(predict(m, store, progress=False)) for m in (*parts.values(), fuse(parts)))
-    np.testing.assert_allclose(f, np.nanmean([a,b], axis=0), atol=1e-5)
+    np.testing.assert_allclose(f, np.nanmean([a,b], axis=0), atol=1e-4)
     assert np.isnan(a).sum()==np.isnan(b).sum()==1 and not np.isnan(f).any()
 
 
@@ -141,4 +137,4 @@ def test_parts_prepared_apart_are_each_given_their_own(parts, cohort):
     f = fuse(dict(a=parts['FLAIR'], b=other))
     a,b,c = (logits(predict(m, cohort.iloc[[0,2]], n_workers=1, progress=False)) for m in (parts['FLAIR'], other, f))
     assert len(f.needs())==2
-    np.testing.assert_allclose(c, (a+b)/2, atol=1e-5)
+    np.testing.assert_allclose(c, (a+b)/2, atol=1e-4)
