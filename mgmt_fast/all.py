@@ -26,7 +26,12 @@ from .learner import *
 from .consistency import *
 from .metrics import *
 from .report import *
+from .baselines import *
+from .evaluate import *
+from .register import *
+from .leakage import *
 from .fusion import *
+from .kaggle import *
 from .audit import *
 
 # %% ../nbs/99_all.ipynb #2123936e
