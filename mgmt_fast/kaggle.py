@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COMPETITION', 'DATASETS', 'LACKING', 'KaggleError', 'kaggle_root', 'on_kaggle', 'find_input', 'competition_folder',
            'working_folder', 'store_gb', 'kaggle_data', 'find_weights', 'find_store', 'carry_on', 'Clock',
-           'train_bundles', 'find_bundles', 'refuse_unprepared', 'make_tcga_phantom', 'find_tcga', 'thesis_results',
-           'beside_thesis', 'say_results', 'make_submission', 'predict_submission', 'slug_of', 'check_kernel',
-           'fill_kernel', 'build_wheels', 'describe_dataset', 'build_kaggle']
+           'train_bundles', 'find_bundles', 'phantom_bundles', 'refuse_unprepared', 'make_tcga_phantom', 'find_tcga',
+           'thesis_results', 'beside_thesis', 'say_results', 'make_submission', 'predict_submission', 'slug_of',
+           'check_kernel', 'fill_kernel', 'build_wheels', 'describe_dataset', 'build_kaggle']
 
 # %% ../nbs/15_kaggle.ipynb #3b328e50
 import json, os, re, shutil, subprocess, sys, time
@@ -19,7 +19,7 @@ from fastcore.all import *
 from .core import *
 from . import __version__
 from .series import has_skull, read_volume
-from .cohort import read_labels, tcga_cohort
+from .cohort import kaggle_cohort, read_labels, tcga_cohort
 from .phantom import draw_patients, make_phantom, render_patient
 from .prepare import VolumeStore, prepare
 from .backbones import _archs
@@ -173,8 +173,9 @@ def train_bundles(
 # %% ../nbs/15_kaggle.ipynb #167237b5
 def find_bundles(
     dest, # Folder to copy them to, since the ledger of an external test is written beside them
-) -> dict: # Name to folder, in the order of their names; empty where none is attached
-    "Frozen models of the train kernel, whose output is attached; copies that are there already are kept, with their ledgers."
+    needed:bool=False, # Is it an error if there are none?
+) -> dict: # Name to folder, in the order of their names
+    "Frozen models of the train kernel, whose output is attached; copies that are there already are kept, with their ledgers. Raises `KaggleError` where they are needed and not there."
     folder = find_input('mgmt-fast-train') if on_kaggle() else None
     there = [] if folder is None else sorted(p.parent for above in ('','*/','*/*/') for p in folder.glob(f'{above}*/bundle.json'))
     for p in there:
@@ -182,9 +183,25 @@ def find_bundles(
         if (to/'bundle.json').exists(): continue
         make_folder(to)
         for f in sorted(p.iterdir(), key=lambda f: f.name=='bundle.json'): shutil.copyfile(f, to/f.name)
-    return {p.parent.name: p.parent for p in sorted(Path(dest).glob('*/bundle.json'))}
+    res = {p.parent.name: p.parent for p in sorted(Path(dest).glob('*/bundle.json'))}
+    if needed and not res: raise KaggleError("no frozen models are attached: run the kernel mgmt-fast-train to its end, and attach its output to this one (Add Input, Notebooks)")
+    return res
 
-# %% ../nbs/15_kaggle.ipynb #b775be5d
+# %% ../nbs/15_kaggle.ipynb #051090c9
+def phantom_bundles(
+    work, # Folder for the phantom, its store and the models
+    cells=(*((s,) for s in SEQUENCES),SEQUENCES), # Channels of each model
+    **phantom, # Settings of `make_phantom`
+) -> dict: # Name to folder, as `find_bundles` returns it
+    "Small models of a phantom, for where the train kernel's are not attached; `work/store` is what they were trained on."
+    work = Path(work)
+    print('PHANTOM: the output of mgmt-fast-train is not attached; small models of a phantom stand in for its')
+    make_phantom(work/'phantom', **{'progress':False, **phantom})
+    store = prepare(kaggle_cohort(work/'phantom'), work/'store', uniqueify(s for c in cells for s in c), size=(12,32,32), progress=False)
+    train_bundles(store, work/'train', cells, archs='resnet10', recipe=get_recipe('default', epochs=1, lr=1e-3), n_folds=2, inner=2, progress=False)
+    return find_bundles(work/'train/bundles')
+
+# %% ../nbs/15_kaggle.ipynb #dab47d2e
 def _grid(path):
     "Shape and spacing, the affine, or why there are none"
     if not str(path).endswith(('.nii','.nii.gz')): return None,None,'not NIfTI: convert, register and skull-strip it first'
@@ -214,7 +231,7 @@ def refuse_unprepared(
     refused = pd.DataFrame(rows, columns=['patient','sequence','why'])
     return cohort[~cohort.patient.isin(refused.patient)].reset_index(drop=True),refused
 
-# %% ../nbs/15_kaggle.ipynb #b9674db4
+# %% ../nbs/15_kaggle.ipynb #bbbf14b6
 def make_tcga_phantom(
     dest, # Folder to make
     n:int=16, # Patients
@@ -224,17 +241,17 @@ def make_tcga_phantom(
     size:int=64, # H and W
     fov:float=205., # mm a side of a slice
     skulls:int=0, # Patients, the last ones, whose skull is left on
-) -> Path: # `dest`, with `PATIENT/SEQUENCE/scan.nii.gz` and `labels.csv` (TCGAID, MGMT_value)
+) -> Path: # `dest`, with `PATIENT/SEQUENCE/scan.nii` and `labels.csv` (TCGAID, MGMT_value)
     "Synthetic patients in the layout of the thesis' external set: NIfTI, skull-stripped, one space. What is there already is kept."
     dest,table = Path(dest),draw_patients(n, auc, seed, 0.)
     if (dest/'labels.csv').exists(): return dest
     for i,(_,p) in enumerate(table.iterrows()):
         for seq,(v,_) in render_patient(p, seed, slices=slices, size=size, fov=fov, skull=i>=n-skulls).items():
-            with atomic_path(dest/f'TCGA-00-{i:04d}'/seq/'scan.nii.gz') as tmp: nib.save(nib.Nifti1Image(np.asarray(v).transpose(2,1,0).astype(np.int16), v.affine[:,[2,1,0,3]]), tmp)
+            with atomic_path(dest/f'TCGA-00-{i:04d}'/seq/'scan.nii') as tmp: nib.save(nib.Nifti1Image(np.asarray(v).transpose(2,1,0).astype(np.int16), v.affine[:,[2,1,0,3]]), tmp)
     with atomic_path(dest/'labels.csv') as tmp: pd.DataFrame(dict(TCGAID=[f'TCGA-00-{i:04d}' for i in range(n)], MGMT_value=table.label)).to_csv(tmp, index=False)
     return dest
 
-# %% ../nbs/15_kaggle.ipynb #04b1be61
+# %% ../nbs/15_kaggle.ipynb #69707d12
 def find_tcga(
     phantom:dict, # Settings of `make_tcga_phantom`, for where none is attached
     work='working', # Folder for it
@@ -251,7 +268,7 @@ def find_tcga(
         return NS(root=root, labels=p, real=True)
     raise KaggleError(f"{root} has scans but no table of labels: add the published one (TCGAID,MGMT_value, or Ceccarelli 2016 with MGMT.promoter.status) as a CSV beside the patients' folders")
 
-# %% ../nbs/15_kaggle.ipynb #376b7b20
+# %% ../nbs/15_kaggle.ipynb #81293eb5
 _validation = """EfficientNet-B3 FLAIR .560894 .5955|EfficientNet-B3 T1wCE .547999 .57846|EfficientNet-B3 T1w .477925 .5651|EfficientNet-B3 T2w .560894 .5955
 EfficientNet-B1 FLAIR .576748 .5817|EfficientNet-B1 T1wCE .585414 .6064|EfficientNet-B1 T1w .498714 .4917|EfficientNet-B1 T2w .579615 .6104
 Xception FLAIR .528528 .5507|Xception T1wCE .555924 .4756|Xception T1w .515852 .5062|Xception T2w .528528 .5507
@@ -266,7 +283,7 @@ def thesis_results(
     if part!='test': raise unknown_name('part of the results', part, ('validation','test'))
     return pd.DataFrame([(a,'average',*map(float,o)) for a,*o in map(str.split, _test.split('|'))], columns=['arch','sequences','loss','accuracy','auc'])
 
-# %% ../nbs/15_kaggle.ipynb #6dedeb6d
+# %% ../nbs/15_kaggle.ipynb #002c281e
 def beside_thesis(
     table:pd.DataFrame, # From `results_table`
     part:str, # `'validation'` or `'test'`
@@ -278,7 +295,7 @@ def beside_thesis(
     theirs = t.pivot(index='arch', columns='sequences', values='cell').loc[uniqueify(t.arch)]
     return pd.concat({'here':ours, 'thesis':theirs}).reindex(columns=uniqueify([*ours,*theirs])).fillna('').rename_axis(columns=' / '.join(values))
 
-# %% ../nbs/15_kaggle.ipynb #b00787ff
+# %% ../nbs/15_kaggle.ipynb #0645c26a
 def say_results(
     table:pd.DataFrame, # From `results_table`, of an external test
     p, # p against chance of each row, as `external_test` gives it
@@ -305,7 +322,7 @@ def say_results(
     out += [f"{len(findings)} figures of the table contradict others or ask for an explanation; see the check." if len(findings) else 'No figure of the table contradicts another.']
     return ' '.join(out)
 
-# %% ../nbs/15_kaggle.ipynb #fbbbd929
+# %% ../nbs/15_kaggle.ipynb #967a1a5a
 def make_submission(
     preds:pd.DataFrame, # patient, prob (missing where it could not be had), note
     sample, # Path of `sample_submission.csv`
@@ -321,7 +338,7 @@ def make_submission(
     why = want[id_col].map(of.note).fillna('no scans in the test folder').replace('', 'no prediction')
     return want.assign(**{prob_col: prob.fillna(prevalence)}),pd.DataFrame(dict(patient=want[id_col], why=why))[prob.isna()].reset_index(drop=True)
 
-# %% ../nbs/15_kaggle.ipynb #06fe55b9
+# %% ../nbs/15_kaggle.ipynb #7ab26095
 def predict_submission(
     cohort:pd.DataFrame, # The test patients
     bundles, # Folders of bundles; their log-odds are averaged over those that a patient's sequences allow
@@ -339,14 +356,14 @@ def predict_submission(
     why = store.report.assign(what=store.report.sequence+': '+store.report.what).groupby('patient').what.agg('; '.join)
     return pd.DataFrame(dict(patient=store.table.patient, prob=1/(1+np.exp(-z)), note=store.table.patient.map(why).fillna('')))
 
-# %% ../nbs/15_kaggle.ipynb #49f7d12d
+# %% ../nbs/15_kaggle.ipynb #2436125e
 def slug_of(
     title:str, # Of a kernel or a data set
 ) -> str: # What Kaggle calls it in addresses
     "Lower case, and a dash for what is neither letter nor digit."
     return re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')
 
-# %% ../nbs/15_kaggle.ipynb #8c668399
+# %% ../nbs/15_kaggle.ipynb #5652cd81
 def check_kernel(
     folder, # With `kernel-metadata.json`
 ) -> pd.DataFrame: # kernel, field, problem, what_to_do; no rows if all is well
@@ -384,7 +401,7 @@ def _check_fields(d, folder, say):
     for k in d:
         if k not in known: say(k, 'is no field that Kaggle knows', 'delete it')
 
-# %% ../nbs/15_kaggle.ipynb #22fcfa93
+# %% ../nbs/15_kaggle.ipynb #94bebf06
 def fill_kernel(
     folder, # Of the kernel
     dest, # Folder to write the copy to
@@ -402,7 +419,7 @@ def fill_kernel(
     if len(bad): raise KaggleError('; '.join(f'{r.kernel}, {r.field}: {r.problem} ({r.what_to_do})' for r in bad.itertuples()))
     return d
 
-# %% ../nbs/15_kaggle.ipynb #fc4a6ae3
+# %% ../nbs/15_kaggle.ipynb #918ba990
 LACKING = ('timm-3d', 'pydicom', 'python-gdcm', 'pylibjpeg', 'pylibjpeg-openjpeg')
 
 def build_wheels(
@@ -427,7 +444,7 @@ def _pip(*args):
     r = subprocess.run([sys.executable,'-m','pip',*map(str,args),'--quiet','--disable-pip-version-check'], capture_output=True, text=True)
     if r.returncode: raise KaggleError(f"pip {args[0]} failed: {' '.join(r.stderr.split())[-400:]}. Is there internet, and does that version exist for Kaggle's Python?")
 
-# %% ../nbs/15_kaggle.ipynb #1f565b40
+# %% ../nbs/15_kaggle.ipynb #2aa8aaa7
 def describe_dataset(
     folder, # Of the data set's files
     title:str, # Becomes its slug
@@ -440,7 +457,7 @@ def describe_dataset(
     write_json(path, dict(id=f'{user}/{slug_of(title)}', title=title, licenses=[dict(name='other')], description=about))
     return path
 
-# %% ../nbs/15_kaggle.ipynb #54b92c3d
+# %% ../nbs/15_kaggle.ipynb #3978ef4e
 _about = dict(wheels='Wheels of mgmt_fast and of what Kaggle lacks for it; each keeps its own licence.', weights='2D ImageNet weights of timm, for inflation to 3D; each file names its licence.',
     store='Scans of the competition, prepared by mgmt_fast; the rules of the competition apply.', tcga='TCGA-GBM scans, skull-stripped in one space, and a table of MGMT labels; the terms of TCIA apply.')
 
