@@ -91,11 +91,14 @@ def store_gb(
 def kaggle_data(
     *splits:str, # Of the competition, that are needed
     phantom:dict, # Settings of `make_phantom`, for where the competition is not attached
-) -> NS: # `root`: a folder in the competition's layout; `real`: is it the competition's?; `work`: where to write
+) -> NS: # `root`: a folder in the competition's layout; `real`: are they patients?; `work`: where to write
     "The scans to work on. Without the competition a phantom takes its place, and a line says so."
     work = working_folder()
     root = competition_folder(*splits) if on_kaggle() else None
-    if root is not None: print(f'competition: {root}'); return NS(root=root, real=True, work=work)
+    if root is not None:
+        real = not (root/'phantom.json').exists()
+        print(f"{'competition' if real else 'PHANTOM, attached in its place'}: {root}")
+        return NS(root=root, real=real, work=work)
     print(f"PHANTOM: {'the competition is not attached (attach ' + COMPETITION + ')' if on_kaggle() else 'no Kaggle kernel'}; synthetic patients stand in for it, and no figure below says anything about real ones")
     make_phantom(work/'phantom', **{'progress':False, **phantom})
     return NS(root=work/'phantom', real=False, work=work)
@@ -245,6 +248,7 @@ def make_tcga_phantom(
     "Synthetic patients in the layout of the thesis' external set: NIfTI, skull-stripped, one space. What is there already is kept."
     dest,table = Path(dest),draw_patients(n, auc, seed, 0.)
     if (dest/'labels.csv').exists(): return dest
+    write_json(dest/'phantom.json', dict(n=n, auc=auc, seed=seed, slices=slices, size=size, fov=fov, skulls=skulls, version=__version__))
     for i,(_,p) in enumerate(table.iterrows()):
         for seq,(v,_) in render_patient(p, seed, slices=slices, size=size, fov=fov, skull=i>=n-skulls).items():
             with atomic_path(dest/f'TCGA-00-{i:04d}'/seq/'scan.nii') as tmp: nib.save(nib.Nifti1Image(np.asarray(v).transpose(2,1,0).astype(np.int16), v.affine[:,[2,1,0,3]]), tmp)
@@ -265,7 +269,7 @@ def find_tcga(
     for p in sorted([*root.glob('*.csv'),*root.glob('*.tsv')]):
         try: read_labels(p)
         except MGMTError: continue
-        return NS(root=root, labels=p, real=True)
+        return NS(root=root, labels=p, real=not (root/'phantom.json').exists())
     raise KaggleError(f"{root} has scans but no table of labels: add the published one (TCGAID,MGMT_value, or Ceccarelli 2016 with MGMT.promoter.status) as a CSV beside the patients' folders")
 
 # %% ../nbs/15_kaggle.ipynb #81293eb5
