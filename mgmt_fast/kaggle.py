@@ -163,7 +163,7 @@ def train_bundles(
     dest,took,oof = Path(dest),0.,None
     for i,cell in enumerate(cells):
         name = '+'.join(cell)
-        if clock is not None and i and clock.left<1.2*took: print(f"{clock.left:.1f} hours left, the last model took {took:.1f}: stopped before {name}. Attach this kernel's output to itself and run it again: it goes on from there"); break
+        if clock is not None and i and clock.left<1.2*took: print(f"{max(clock.left,0):.1f} hours left, a model takes {took:.1f}: stopped before {name}. Attach this kernel's output to itself and run it again: it goes on from there"); break
         start = time.monotonic()
         oof = cross_validate(store, dest/'cv', sequences=list(cells[:i+1]), **kwargs)
         took = max(took, (time.monotonic()-start)/3600)
@@ -200,8 +200,8 @@ def phantom_bundles(
     work = Path(work)
     print('PHANTOM: the output of mgmt-fast-train is not attached; small models of a phantom stand in for its')
     make_phantom(work/'phantom', **{'progress':False, **phantom})
-    store = prepare(kaggle_cohort(work/'phantom'), work/'store', uniqueify(s for c in cells for s in c), size=(12,32,32), progress=False)
-    train_bundles(store, work/'train', cells, archs='resnet10', recipe=get_recipe('default', epochs=1, lr=1e-3), n_folds=2, inner=2, progress=False)
+    store = prepare(kaggle_cohort(work/'phantom'), work/'store', uniqueify(s for c in cells for s in c), size=(8,32,32), progress=False)
+    train_bundles(store, work/'train', cells, archs='efficientnet_b0', recipe=get_recipe('default', epochs=1, lr=1e-3), n_folds=2, inner=2, progress=False)
     return find_bundles(work/'train/bundles')
 
 # %% ../nbs/15_kaggle.ipynb #dab47d2e
