@@ -32,10 +32,10 @@ def sim(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(*args, code=0, cwd=None):
-    "The command, as a user types it"
-    r = subprocess.run([sys.executable,'-c','import sys; from mgmt_fast.cli import mgmt_kaggle; sys.argv[0]="mgmt_kaggle"; mgmt_kaggle()', *map(str,args)], capture_output=True, text=True, cwd=cwd,
-        env={**os.environ, 'PYTHONPATH':str(ROOT)})
+def run(tmp, *args, code=0, cwd=None):
+    "The command, as its installed script calls it"
+    (tmp/'mgmt_kaggle').write_text('from mgmt_fast.cli import mgmt_kaggle\nimport sys\nsys.exit(mgmt_kaggle())\n')
+    r = subprocess.run([sys.executable, tmp/'mgmt_kaggle', *map(str,args)], capture_output=True, text=True, cwd=cwd, env={**os.environ, 'PYTHONPATH':str(ROOT)})
     assert r.returncode==code and 'Traceback' not in r.stderr, r.stdout+r.stderr
     return r.stdout+r.stderr
 
@@ -79,7 +79,7 @@ def test_metadata_that_cannot_be_read(tmp_path):
 
 def test_the_command_builds_checks_and_says_what_to_type(clone, tmp_path):
     (tmp_path/'w').mkdir(); (tmp_path/'w/resnet18.safetensors').write_bytes(b'x')
-    out = run('some-body', '--dest', tmp_path/'up', '--weights', tmp_path/'w', '--lacking', 'none', cwd=clone)
+    out = run(tmp_path, 'some-body', '--dest', tmp_path/'up', '--weights', tmp_path/'w', '--lacking', 'none', cwd=clone)
     commands = [o.strip() for o in out.splitlines() if o.strip().startswith('kaggle ')]
     assert [o.split()[1:3] for o in commands]==[['datasets','create']]*2+[['kernels','push']]*4+[['competitions','submit']]
     assert [o.rsplit('/',1)[1] for o in commands[2:6]]==['eda','train','tcga-eval','submit']
@@ -93,10 +93,17 @@ def test_the_command_builds_checks_and_says_what_to_type(clone, tmp_path):
         assert set(sources)<={'some-body/mgmt-fast-wheels','some-body/mgmt-fast-weights'}, 'only what there is'
 
 
-@pytest.mark.parametrize('args,say', [
-    (('no body','--lacking','none'), "your profile's address"), (('some-body','--source','nowhere'), 'no clone of the library'), (('some-body','--kernels','nowhere'), 'no kernels found'),
-    (('some-body','--tcga','nowhere','--lacking','none'), 'holds nothing that could become'), (('some-body','--source','absent.whl'), 'no wheel at')], ids=lambda o: o[0] if isinstance(o,tuple) else '')
-def test_the_command_refuses(clone, tmp_path, args, say): assert say in run(*args, '--dest', tmp_path/'up', code=2, cwd=clone)
+def test_the_command_refuses_in_one_line(clone, tmp_path):
+    out = run(tmp_path, 'no body', '--dest', tmp_path/'up', '--lacking', 'none', code=2, cwd=clone)
+    assert out.startswith('error: ') and "your profile's address" in out
+
+
+@pytest.mark.parametrize('kw,say', [
+    (dict(source='nowhere'), 'no clone of the library'), (dict(kernels='nowhere'), 'no kernels found'), (dict(source='absent.whl'), 'no wheel at'),
+    (dict(tcga='nowhere'), 'holds nothing that could become'), (dict(wights='w'), "did you mean 'weights'")], ids=str)
+def test_what_cannot_be_built(tmp_path, kw, say):
+    (tmp_path/'mgmt_fast-0-py3-none-any.whl').touch()
+    fails(lambda: build_kaggle(tmp_path/'up', 'some-body', **{**dict(kernels=ROOT/'kaggle', source=tmp_path/'mgmt_fast-0-py3-none-any.whl', lacking=()), **kw}), contains=say)
 
 
 def test_sources_are_found_in_every_layout(sim):
