@@ -172,7 +172,7 @@ def test_tcga_input_is_the_thesis_layout_or_refused(tmp_path, sim):
     def move(p, s, f):
         path = d/p/s/'scan.nii'
         img = nib.load(path)
-        data,affine = f(np.asarray(img.dataobj), img.affine.copy())
+        data,affine = f(np.array(img.dataobj), img.affine.copy())
         nib.save(nib.Nifti1Image(data, affine), path)
     move('TCGA-00-0000', 'T2w', lambda x,a: (x[:-2], a))
     for s in SEQUENCES: move('TCGA-00-0001', s, lambda x,a: (x[:,:-4], a))
