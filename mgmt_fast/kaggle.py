@@ -193,7 +193,7 @@ def find_bundles(
 # %% ../nbs/15_kaggle.ipynb #051090c9
 def phantom_bundles(
     work, # Folder for the phantom, its store and the models
-    cells=(*((s,) for s in SEQUENCES),SEQUENCES), # Channels of each model
+    cells=(('FLAIR',),('T1wCE',),('FLAIR','T1wCE')), # Channels of each model
     **phantom, # Settings of `make_phantom`
 ) -> dict: # Name to folder, as `find_bundles` returns it
     "Small models of a phantom, for where the train kernel's are not attached; `work/store` is what they were trained on."
