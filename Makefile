@@ -23,7 +23,7 @@ check: .venv/installed
 
 # Readers see the saved outputs, so run everything in place, then clean.
 nbs: .venv/installed
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS) kaggle/*/*.ipynb
+	env -u MPLBACKEND $(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS) kaggle/*/*.ipynb
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/python .ci/readme.py

@@ -1,11 +1,12 @@
 """Time and memory of one training step (forward, loss, backward) of our backbones and their peers', each in a process of its own.
 
-usage: step.py [--size 1x32x128x128] [--archs efficientnet_b1,...] [--norms train|eval] [--reps 7] [--device cpu|cuda]
+usage: step.py [--size 1x32x128x128] [--archs efficientnet_b1,...] [--who ours timm_3d ...] [--norms train|eval] [--rounds 3] [--reps 5] [--device cpu|cuda]
 
 CPU: float32, 2 threads. GPU: bf16 autocast, batch 8 unless --size says otherwise, with and without torch.compile.
+Networks take turns, round after round, so that a machine that slows down slows all of them.
 `--norms eval` holds batch norm's statistics still, as the peers' own script does. Memory is what a step needs beyond the loaded model
 (CPU: resident set at its highest; GPU: torch's peak). Peers that are not installed are left out with a line that says so."""
-import argparse, importlib.util, json, os, platform, resource, subprocess, sys, time, warnings
+import argparse, importlib.util, json, os, platform, resource, statistics, subprocess, sys, time, warnings
 
 MONAI = dict(efficientnet_b1=lambda N: N.EfficientNetBN('efficientnet-b1', pretrained=False, spatial_dims=3, in_channels=1, num_classes=1),
     efficientnet_b3=lambda N: N.EfficientNetBN('efficientnet-b3', pretrained=False, spatial_dims=3, in_channels=1, num_classes=1),
@@ -40,7 +41,7 @@ def highest(reset=False):
 
 
 def measure(who, arch, size, norms, reps, device):
-    "One process' work: JSON with median and least seconds, MiB and parameters"
+    "One process' work: JSON with the seconds of each step, MiB and parameters"
     import torch
     warnings.simplefilter('ignore')
     torch.manual_seed(0)
@@ -61,28 +62,28 @@ def measure(who, arch, size, norms, reps, device):
         if device=='cuda': torch.cuda.synchronize()
         times.append(time.perf_counter()-t)
         if i==1: warm = time.perf_counter()-first
-    times = sorted(times[2:])
     mib = torch.cuda.max_memory_allocated()/2**20 if device=='cuda' else highest()-base
-    print('RESULT'+json.dumps(dict(median=times[len(times)//2], least=times[0], mib=mib, params=sum(p.numel() for p in params)/1e6, warm=warm)))
+    print('RESULT'+json.dumps(dict(times=times[2:], mib=mib, params=sum(p.numel() for p in params)/1e6, warm=warm)))
 
 
-def plan(archs, device, has):
-    "(who, arch) pairs to measure"
-    for a in archs:
-        yield 'ours',a
-        if a=='efficientnet_b1': yield from ((w,a) for w in ('ours, recomputing','ours, full'))
-        if a in ('densenet121','resnet18'): yield 'ours, all split',a
-        if a not in NOT_IN_TIMM_3D and has['timm_3d']: yield 'timm_3d',a
-        if a in MONAI and has['monai']: yield 'monai',a
-        if device=='cuda' and a=='efficientnet_b1':
-            yield 'ours, compiled',a
-            if has['timm_3d']: yield 'timm_3d, compiled',a
+def plan(a, device, has):
+    "Who is measured on an architecture"
+    yield 'ours'
+    if a in ('efficientnet_b1','efficientnet_b3'): yield 'ours, recomputing'
+    if a=='efficientnet_b1': yield 'ours, full'
+    if a in ('densenet121','resnet18'): yield 'ours, all split'
+    if a not in NOT_IN_TIMM_3D and has['timm_3d']: yield 'timm_3d'
+    if a in MONAI and has['monai']: yield 'monai'
+    if device=='cuda' and a=='efficientnet_b1':
+        yield 'ours, compiled'
+        if has['timm_3d']: yield 'timm_3d, compiled'
+
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--size', help='BxDxHxW'); p.add_argument('--archs', default='efficientnet_b1,efficientnet_b3,xception,densenet121,resnet18,resnet10')
-    p.add_argument('--norms', default='train', choices=['train','eval']); p.add_argument('--reps', type=int, default=7); p.add_argument('--device')
+    p.add_argument('--norms', default='train', choices=['train','eval']); p.add_argument('--reps', type=int, default=5); p.add_argument('--rounds', type=int, default=3); p.add_argument('--who', nargs='*', help="'ours' timm_3d ...; all if none"); p.add_argument('--device')
     p.add_argument('--one', help=argparse.SUPPRESS)
     o = p.parse_args()
     import torch
@@ -95,18 +96,25 @@ def main():
     for n,h in has.items():
         if not h: print(f'{n} is not installed: left out')
     print(f"{'arch':16} {'who':18} {'s/step':>8} {'least':>8} {'vol/s':>7} {'MiB':>7} {'M par':>6}   ours: times faster, share of memory", flush=True)
-    ours = {}
-    for who,arch in plan(o.archs.split(','), device, has):
-        cmd = [sys.executable, __file__, '--one', f'{who}|{arch}', '--size', 'x'.join(map(str,size)), '--norms', o.norms, '--reps', str(o.reps), '--device', device]
-        try: r = subprocess.run(cmd, capture_output=True, text=True, timeout=600 if device=='cpu' else 150)
-        except subprocess.TimeoutExpired: print(f'{arch:16} {who:18} took too long', flush=True); continue
-        out = next((l[6:] for l in r.stdout.splitlines() if l.startswith('RESULT')), None)
-        if out is None: print(f"{arch:16} {who:18} failed: {(r.stderr.strip().splitlines() or ['no message'])[-1][:150]}", flush=True); continue
-        r = json.loads(out)
-        if who=='ours': ours[arch] = r
-        us = ours.get(arch)
-        vs = f"{r['median']/us['median']:5.2f}x {us['mib']/max(r['mib'],1e-9):6.2f}" if us and who!='ours' else ''
-        print(f"{arch:16} {who:18} {r['median']:8.3f} {r['least']:8.3f} {size[0]/r['median']:7.2f} {r['mib']:7.0f} {r['params']:6.1f}   {vs}", flush=True)
+    for arch in o.archs.split(','):
+        whos,runs = [w for w in plan(arch, device, has) if not o.who or w in o.who],{}
+        for who in whos*o.rounds:
+            cmd = [sys.executable, __file__, '--one', f'{who}|{arch}', '--size', 'x'.join(map(str,size)), '--norms', o.norms, '--reps', str(o.reps), '--device', device]
+            try: r = subprocess.run(cmd, capture_output=True, text=True, timeout=600 if device=='cpu' else 150)
+            except subprocess.TimeoutExpired: print(f'{arch:16} {who:18} took too long', flush=True); continue
+            out = next((l[6:] for l in r.stdout.splitlines() if l.startswith('RESULT')), None)
+            if out is None: print(f"{arch:16} {who:18} failed: {(r.stderr.strip().splitlines() or ['no message'])[-1][:150]}", flush=True)
+            else: runs.setdefault(who, []).append(json.loads(out))
+        show(arch, runs, size[0])
+
+
+def show(arch, runs, B):
+    "One line a network: medians over all steps and rounds, and beside ours"
+    med = {w:(statistics.median(sum((r['times'] for r in rs), [])),statistics.median(r['mib'] for r in rs)) for w,rs in runs.items()}
+    for w,(s,mib) in med.items():
+        us = f"{s/med['ours'][0]:5.2f}x {med['ours'][1]/max(mib,1e-9):6.2f}" if w!='ours' and 'ours' in med else ''
+        print(f"{arch:16} {w:18} {s:8.3f} {min(min(r['times']) for r in runs[w]):8.3f} {B/s:7.2f} {mib:7.0f} {runs[w][0]['params']:6.1f}   {us}", flush=True)
+
 
 
 if __name__=='__main__': main()

@@ -21,10 +21,10 @@ from .inflate import *
 from .backbones import *
 from .networks import *
 from .callbacks import *
+from .metrics import *
 from .recipes import *
 from .learner import *
 from .consistency import *
-from .metrics import *
 from .report import *
 from .baselines import *
 from .evaluate import *
@@ -32,6 +32,7 @@ from .register import *
 from .leakage import *
 from .fusion import *
 from .kaggle import *
+from .sweep import *
 from .audit import *
 
 # %% ../nbs/99_all.ipynb #2123936e

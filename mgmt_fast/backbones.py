@@ -113,7 +113,7 @@ class Backbone(nn.Module):
         self.arch,self.config,self.report,self.frozen_norms = arch,config,None,[]
         if arch=='resnet10': self.register_load_state_dict_pre_hook(_from_monai)
 
-    def forward(self, x): return self.head(self.body(self.standardize(x.as_subclass(torch.Tensor))))
+    def forward(self, x): return self.head(self.body(self.standardize(x if type(x) is torch.Tensor else x.as_subclass(torch.Tensor)))) # fastai's tensor types cannot be compiled
 
     def train(self, mode=True):
         super().train(mode)

@@ -641,7 +641,8 @@ def evaluate_report(
     ext = external_table(results) if len(listify(results)) else None
     both = pd.concat([table, ext], ignore_index=True) if ext is not None else table
     faults = _consistency(both[both.arch!='selected'], [*oof.threshold, .5])
-    raw = expit(oof[oof.run.isin(oof[oof.arch!='selected'].run)].assign(z=_logits(oof.raw)).groupby('patient').z.mean().loc[main.patient].to_numpy())
+    seen = oof[oof.arch=='selected'] if (oof.arch=='selected').any() else oof
+    raw = expit(seen.assign(z=_logits(seen.raw)).groupby('patient').z.mean().loc[main.patient].to_numpy())
     tables = dict(results=both, gains=gains(oof), baselines=baselines(store, main, clinical, seed=seed, progress=False), card=model_card(store, oof, bundle, results))
     figs = dict(balance=plot_balance(_as_cohort(store)), forest=plot_forest(table, ['arch','sequences']), roc=plot_roc(y, p, name, seed=seed), pr=plot_pr(y, p, name), reliability=plot_reliability(y, p, name),
         calibration=plot_calibration(y, {'before the temperature':raw, 'after':p}), decision=plot_decision(y, {name:p}),
@@ -651,7 +652,7 @@ def evaluate_report(
         who = tables['subgroups'] = subgroups(main, main[['patient']] if clinical is None else clinical)
         if who.auc.notna().any(): figs['subgroups'] = plot_forest(who, ['group','level'])
     for k,o in figs.items():
-        with atomic_path(dest/'figures'/f'{k}.png') as tmp: np.ravel(o)[0].figure.savefig(tmp, dpi=110)
+        with atomic_path(dest/'figures'/f'{k}.png') as tmp: np.ravel(o)[0].figure.savefig(tmp, dpi=110, bbox_inches='tight')
     for k,o in tables.items():
         with atomic_path(dest/f'{k}.csv') as tmp: o.to_csv(tmp, index=False)
     half = (expected_ci(.6, len(y), y.mean())[['lo','hi']])

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fastcore.all import *
 from timm import layers as tl
 from timm.layers import pool2d_same
-from timm.models import _efficientnet_blocks, convnext, densenet, resnet, xception_aligned
+from timm.models import _efficientnet_blocks as _eb, convnext, densenet, resnet, xception_aligned
 from timm.models.xception import Block as _XceptionBlock
 from .core import *
 
@@ -122,6 +122,8 @@ class _Depth:
     def __repr__(self): return f"k={self.k}, s={self.s}, {self.mode}"
 
 # %% ../nbs/07_inflate.ipynb #6d6df031
+_wide_pays = torch.backends.cpu.get_cpu_capability().startswith('AVX512')
+
 def _wide_grad(g, x, w, stride, padding, dilation, groups):
     "Gradient of a depthwise kernel wider than 3, from narrow ones: the middle three columns, then each outer pair as a dilated kernel of width 2"
     def part(width, pad, dil):
@@ -214,7 +216,7 @@ def _conv2d(x, w, stride, padding, dilation, groups):
     k = w.shape[3]
     if len(x)==1 and x.device.type=='cpu': # torch's operator for single small images answers with channels outermost, and every later sum of gradients would follow
         return ChannelsInside.apply(F.conv2d(ChannelsInside.apply(x), w, None, stride, padding, dilation, groups))
-    wide = x.device.type=='cpu' and groups==w.shape[0]>1 and w.shape[1]==1 and k in (5,7) and dilation[1]==1 and padding[1]>=k//2-1
+    wide = _wide_pays and x.device.type=='cpu' and groups==w.shape[0]>1 and w.shape[1]==1 and k in (5,7) and dilation[1]==1 and padding[1]>=k//2-1
     if not (wide and torch.is_grad_enabled() and w.requires_grad): return F.conv2d(x, w, None, stride, padding, dilation, groups)
     return _Depthwise.apply(*_cast(x, w), stride, padding, dilation, groups)
 
@@ -239,8 +241,9 @@ class InflatedConv3d(nn.Module):
 
     def forward(self, x):
         w,o,D = self.weight,self.along,x.shape[2]
+        if x.device.type=='cpu' and _is_pointwise(self): return _across(x, lambda rows: F.linear(rows, w.flatten(1), self.bias))
         if o.k==1: y = self._plane(fold(_skip(x, o.s)), w[:,:,0])
-        elif D==1 and (o.mode=='replicate' or o.d==1): y = self._plane(fold(x), sum(w.unbind(2)) if o.mode=='replicate' else w[:,:,o.p])
+        elif D==1 and (o.mode=='replicate' or o.d==1): y = self._plane(fold(x), w.sum(2) if o.mode=='replicate' else w[:,:,o.p])
         elif x.device.type=='cpu' and self.groups==1:
             pad = self.padding[1:]
             if self.same: x,pad = unfold(tl.pad_same(fold(x), self.kernel_size[1:], self.stride[1:], self.dilation[1:]), len(x)),(0,0)
@@ -255,6 +258,10 @@ class InflatedConv3d(nn.Module):
         return F.conv3d(x, self.weight, self.bias, self.stride, pad, self.dilation, self.groups)
 
     def extra_repr(self): return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, groups={self.groups}, depth_padding={self.along.mode!r}"
+
+def _across(x, f): return f(x.permute(0,2,3,4,1)).permute(0,4,1,2,3)
+def _is_pointwise(conv): return type(conv) is InflatedConv3d and conv.kernel_size==conv.stride==(1,1,1) and conv.groups==1 and not any(conv.padding)
+
 
 # %% ../nbs/07_inflate.ipynb #2899db50
 class SeparableConv3d(InflatedConv3d):
@@ -275,6 +282,8 @@ class SeparableConv3d(InflatedConv3d):
         return y if self.bias is None else y+self.bias.view(-1,1,1,1)
 
 # %% ../nbs/07_inflate.ipynb #b0c16203
+def _large(x): "Whether passes over memory cost more than calls from Python"; return x.device.type=='cpu' and x.numel()>=2**15
+
 class _BatchNormSiLU(torch.autograd.Function):
     "Batch norm and SiLU that keep only their input"
     @staticmethod
@@ -292,6 +301,44 @@ class _BatchNormSiLU(torch.autograd.Function):
         gx,gw,gb = torch.ops.aten.native_batch_norm_backward(g, x, w, mean, var, m, s, ctx.training, ctx.eps, list(ctx.needs_input_grad[:3]))
         return gx,gw,gb,*(None,)*5
 
+# %% ../nbs/07_inflate.ipynb #e4a90c12
+def _rows(x): return x.permute(0,2,3,4,1).flatten(0,3)
+def _volume(rows, x): return rows.unflatten(0, (len(x),*x.shape[2:])).permute(0,4,1,2,3)
+
+class _ExpandNorm(torch.autograd.Function):
+    "A pointwise convolution, and the batch norm of what it gives"
+    @staticmethod
+    def forward(ctx, x, w, gamma, beta, mean, var, training, momentum, eps):
+        u,W,mu,P = _rows(x),w.flatten(1).double(),None,None
+        if training:
+            mu = u.mean(0, dtype=torch.double)
+            c = u-mu
+            P = W@(c.t()@c/len(u))
+            m,v = W@mu,(P*W).sum(1)
+            if mean is not None:
+                mean.lerp_(m.to(mean), momentum)
+                var.lerp_((v*len(u)/max(len(u)-1, 1)).to(var), momentum)
+        else: m,v = mean.double(),var.double()
+        s = (v+eps).rsqrt()
+        a = gamma*s
+        ctx.save_for_backward(x, w, gamma, mu, P, m, s)
+        return unfold(F.conv2d(fold(x), (a[:,None]*W).to(w).view_as(w[:,:,0]), (beta-a*m).to(w)), len(x)).contiguous(memory_format=torch.channels_last_3d)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x,w,gamma,mu,P,m,s = ctx.saved_tensors
+        u,g,W,a = _rows(x),_rows(g),w.flatten(1).double(),gamma*s
+        A,G,gb = a[:,None]*W,(g.t()@u).double(),g.sum(0).double()
+        gg = s*((W*G).sum(1)-m*gb)
+        gu = g@A.to(g) if ctx.needs_input_grad[0] else None
+        if mu is not None:
+            t = s*gg
+            G = G-torch.outer(gb, mu)-t[:,None]*P
+            if gu is not None: gu.addmm_(u, (W.t()*-t@A/len(u)).to(u)).add_(((t*m-gb)@A/len(u)).to(u))
+        return gu if gu is None else _volume(gu, x),(a[:,None]*G).to(w).view_as(w),gg.to(gamma),gb.to(gamma),*(None,)*5
+
+
 # %% ../nbs/07_inflate.ipynb #ea10a4c2
 class BatchNormAct3d(nn.BatchNorm3d):
     "Batch norm over (B,D,H,W), then an activation if there is one"
@@ -300,17 +347,29 @@ class BatchNormAct3d(nn.BatchNorm3d):
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
         self.act,self.drop = act or nn.Identity(),drop or nn.Identity()
 
-    def forward(self, x):
-        train = self.training or self.running_mean is None
+    def _now(self):
+        "What a batch norm function wants besides its input: weight, bias, running mean and variance, whether to use the batch's own, momentum, eps"
         mean,var = (self.running_mean,self.running_var) if not self.training or self.track_running_stats else (None,None)
         momentum = self.momentum
         if self.training and mean is not None:
             if BatchNormAct3d.recomputing: mean,var = mean.clone(),var.clone()
             else: self.num_batches_tracked.add_(1)
             if momentum is None: momentum = 1/float(self.num_batches_tracked)
-        fused = type(self.act) is nn.SiLU and type(self.drop) is nn.Identity and x.device.type=='cpu' and torch.is_grad_enabled()
-        if fused: return _BatchNormSiLU.apply(x, self.weight, self.bias, mean, var, train, momentum or 0., self.eps)
-        return self.act(self.drop(F.batch_norm(x, mean, var, self.weight, self.bias, train, momentum or 0., self.eps)))
+        return self.weight,self.bias,mean,var,self.training or mean is None,momentum or 0.,self.eps
+
+    def forward(self, x):
+        w,b,mean,var,*rest = self._now()
+        fused = type(self.act) is nn.SiLU and type(self.drop) is nn.Identity and _large(x) and torch.is_grad_enabled()
+        if fused: return _BatchNormSiLU.apply(x, w, b, mean, var, *rest)
+        return self.act(self.drop(F.batch_norm(x, mean, var, w, b, *rest)))
+
+def _conv_norm(conv, norm, x):
+    "`norm(conv(x))`, with fewer passes over memory if `conv` multiplies the channels"
+    pays = _large(x) and _is_pointwise(conv) and conv.out_channels>=2*conv.in_channels and x.numel()>=8*conv.in_channels**2
+    if not (pays and conv.bias is None and type(norm) is BatchNormAct3d and norm.affine): return norm(conv(x))
+    y = norm.drop(_ExpandNorm.apply(*_cast(x, conv.weight), *norm._now()))
+    return F.silu(y, inplace=not torch.is_grad_enabled()) if type(norm.act) is nn.SiLU else norm.act(y)
+
 
 # %% ../nbs/07_inflate.ipynb #e59bff8c
 class InflatedPool3d(nn.Module):
@@ -349,8 +408,39 @@ class _SelectPool3d(tl.SelectAdaptivePool2d):
 class _LayerNorm3d(tl.LayerNorm2d):
     def forward(self, x): return unfold(super().forward(fold(x)), len(x))
 
-class _SqueezeExcite3d(_efficientnet_blocks.SqueezeExcite):
-    def forward(self, x): return x*self.gate(self.conv_expand(self.act1(self.conv_reduce(x.mean((2,3,4), keepdim=True)))))
+class _Mean(torch.autograd.Function):
+    "Mean over (D,H,W) whose gradient is not written out"
+    @staticmethod
+    def forward(ctx, x): ctx.shape = x.shape; return x.mean((2,3,4))
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): return (g/math.prod(ctx.shape[2:]))[...,None,None,None].expand(ctx.shape)
+
+def _linear(conv, s): return F.linear(s, conv.weight.flatten(1), conv.bias)
+
+class _SqueezeExcite3d(_eb.SqueezeExcite):
+    def scale(self, x): "(B,C)"; return self.gate(_linear(self.conv_expand, self.act1(_linear(self.conv_reduce, _Mean.apply(x) if _large(x) else x.mean((2,3,4))))))
+    def forward(self, x): return x*self.scale(x)[...,None,None,None]
+    def before(self, conv, x):
+        "`conv(self(x))`: a pointwise convolution of many voxels has the scales in its weights, so that no scaled volume is written"
+        if not (_is_pointwise(conv) and conv.bias is None and x[0,0].numel()>conv.out_channels): return conv(self(x))
+        w = conv.weight.flatten(1)*self.scale(x)[:,None]
+        return _across(x, lambda rows: (rows.flatten(1,3)@w.transpose(1,2)).unflatten(1, x.shape[2:]))
+
+def _excite(se, conv, x): return se.before(conv, x) if isinstance(se, _SqueezeExcite3d) and x.device.type=='cpu' else conv(se(x))
+
+class _DepthwiseSeparable3d(_eb.DepthwiseSeparableConv):
+    def forward(self, x):
+        y = x if self.conv_s2d is None else self.bn_s2d(self.conv_s2d(x))
+        y = self.bn2(_excite(self.se, self.conv_pw, self.aa(self.bn1(self.conv_dw(y)))))
+        return self.drop_path(y)+x if self.has_skip else y
+
+class _InvertedResidual3d(_eb.InvertedResidual):
+    def forward(self, x):
+        y = x if self.conv_s2d is None else self.bn_s2d(self.conv_s2d(x))
+        y = self.conv_dw(_conv_norm(self.conv_pw, self.bn1, y))
+        y = self.bn3(_excite(self.se, self.conv_pwl, self.aa(self.bn2(y))))
+        return self.drop_path(y)+x if self.has_skip else y
 
 def _squeeze(self, x):
     s = x.mean((2,3,4), keepdim=True)
@@ -461,7 +551,7 @@ _known = {nn.Conv2d:_conv, tl.Conv2dSame:_conv, nn.BatchNorm2d:_bn, tl.BatchNorm
     nn.MaxPool2d:_pool('max'), pool2d_same.MaxPool2dSame:_pool('max'), nn.AvgPool2d:_pool('avg'), pool2d_same.AvgPool2dSame:_pool('avg'), tl.BlurPool2d:_pool('blur'),
     nn.AdaptiveAvgPool2d:_global('avg'), nn.AdaptiveMaxPool2d:_global('max'), _am.AdaptiveAvgMaxPool2d:_global('avgmax'), _am.AdaptiveCatAvgMaxPool2d:_global('catavgmax'),
     _am.FastAdaptiveAvgPool:_global('avg'), _am.FastAdaptiveMaxPool:_global('max'), _am.FastAdaptiveAvgMaxPool:_global('avgmax'), _am.FastAdaptiveCatAvgMaxPool:_global('catavgmax'),
-    tl.SelectAdaptivePool2d:_recast(_SelectPool3d), _efficientnet_blocks.SqueezeExcite:_recast(_SqueezeExcite3d), tl.SEModule:_recast(_SEModule3d),
+    tl.SelectAdaptivePool2d:_recast(_SelectPool3d), _eb.SqueezeExcite:_recast(_SqueezeExcite3d), _eb.DepthwiseSeparableConv:_recast(_DepthwiseSeparable3d), _eb.InvertedResidual:_recast(_InvertedResidual3d), tl.SEModule:_recast(_SEModule3d),
     tl.EffectiveSEModule:_recast(_EffectiveSEModule3d), convnext.ConvNeXtBlock:_recast(_ConvNeXtBlock3d), nn.Dropout2d:lambda m,o: nn.Dropout3d(m.p, m.inplace)}
 _same_in_3d = (nn.Identity, nn.Dropout, nn.Linear, nn.Flatten, nn.GroupNorm, nn.LayerNorm, tl.DropPath)
 _trusted_files = set('''torch.nn.modules.container torch.nn.modules.activation timm.layers.activations timm.layers.classifier timm.layers.conv_bn_act timm.layers.mlp
@@ -624,13 +714,12 @@ def checkpoint_blocks(
         if on: m.forward = partial(_recompute, m)
     return blocks
 
-_eb = _efficientnet_blocks
 _known_blocks = [_eb.InvertedResidual, _eb.DepthwiseSeparableConv, _eb.EdgeResidual, _eb.ConvBnAct, resnet.BasicBlock, resnet.Bottleneck,
     densenet.DenseLayer, _XceptionBlock, xception_aligned.XceptionModule, convnext.ConvNeXtBlock]
 
 def _recompute(m, x):
     f = partial(type(m).forward, m)
-    return checkpoint(f, x, use_reentrant=False, context_fn=_contexts) if torch.is_grad_enabled() else f(x)
+    return checkpoint(f, x, use_reentrant=False, context_fn=_contexts) if torch.is_grad_enabled() and x[0,0].numel()>=512 else f(x)
 
 def _contexts(): return nullcontext(),_second_time()
 

@@ -31,7 +31,7 @@ from .register import _agreement, _centre, _descend, _grid, _mm, _sample, _searc
 class LeakageError(MGMTError):
     "Why two sets cannot be compared, and what to do"
 
-# %% ../nbs/14_leakage.ipynb #0245b69f
+# %% ../nbs/14_leakage.ipynb #04119586
 def _digest(*parts):
     h = hashlib.blake2b(digest_size=12)
     for o in parts: h.update(o)
@@ -61,8 +61,9 @@ class _Side:
         "What changes when the volume does"
         if self.store: return self.data.meta[self.patients[i]]['volumes'][seq]['hash']
         path = Path(self.table[seq].iat[i])
-        files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
-        return _digest(str(path).encode(), *(f'{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}'.encode() for f in files))
+        try: state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
+        except OSError: state = [] # reading will say what is wrong
+        return _digest(str(path).encode(), str(state).encode())
 
     def volume(self, i, seq):
         "The volume, a hash of its voxels, and hashes of its UIDs"
@@ -131,7 +132,7 @@ def perturb(
     side = int(np.abs(affine[0,:3]).argmax())
     return Volume(y.flip(side), affine=y.affine) if flip else y
 
-# %% ../nbs/14_leakage.ipynb #0dba7ca5
+# %% ../nbs/14_leakage.ipynb #fb56099b
 _version = 1 # of the small copies and fingerprints
 
 @_one_thread()
@@ -167,11 +168,18 @@ def _kept(folder, name, key, contents, shape, dtype, compute):
     with atomic_path(journal) as tmp: tmp.write_text('\n'.join(map(json.dumps, [key,*facts.values()]))+'\n', encoding='utf-8')
     rows = np.load(arrays, mmap_mode='r+')
     todo = [i for i,c in enumerate(contents) if c is not None and i not in facts]
-    with open(journal, 'a', encoding='utf-8') as f:
+    fresh = []
+    def _save():
+        rows.flush()
+        with open(journal, 'a', encoding='utf-8') as f: f.write(''.join(json.dumps(facts[i])+'\n' for i in fresh))
+        fresh.clear()
+    try:
         for i,(row,fact) in zip(todo, compute(todo)):
-            if row is not None: rows[i] = row; rows.flush()
+            if row is not None: rows[i] = row
             facts[i] = dict(i=i, content=contents[i], **fact)
-            f.write(json.dumps(facts[i])+'\n'); f.flush()
+            fresh.append(i)
+            if len(fresh)==64: _save()
+    finally: _save()
     return np.load(arrays, mmap_mode='r'),[facts.get(i) for i in range(len(contents))]
 
 # %% ../nbs/14_leakage.ipynb #0751b6c9
@@ -265,7 +273,7 @@ class Null:
         for _ in range(10):
             if keep.sum()<8: break
             q = np.quantile(u[keep], [.16,.5])
-            new = u<q[1]+8*max(q[1]-q[0], .1)
+            new = u<q[1]+5*max(q[1]-q[0], .1)
             if (new==keep).all(): break
             keep = new
         self.scores,self.odd = np.asarray(scores, float)[keep],np.flatnonzero(~keep)

@@ -7,24 +7,28 @@ __all__ = ['model_kinds', 'MGMTLearner', 'mgmt_learner', 'recipe_dls', 'MGMTMode
            'predict']
 
 # %% ../nbs/11_learner.ipynb #6689f177
-import importlib, json, multiprocessing, os
+import hashlib, importlib, json, multiprocessing, os
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np, pandas as pd, torch
 import safetensors.torch as st
+from safetensors import SafetensorError
 from .core import *
 from fastai.basics import Adam, BCEWithLogitsLossFlat, DataLoaders, Learner, accuracy_multi
 import fastai.callback.schedule
-from fastai.callback.progress import CSVLogger
-from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, TerminateOnNaNCallback, TrackerCallback
+from fastai.callback.core import CancelEpochException
+from fastai.callback.mixup import MixUp
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, TrackerCallback
+from fastai.callback.training import GradientClip
+from fastai.torch_core import num_distrib
 from fastcore.all import *
 from . import __version__
 from .prepare import VolumeStore, prepare_patient, worker_init
 from .loader import LABELS, ToUnit, mgmt_dls
 from .augment import mgmt_augs
 from .networks import PairLoss, Prototypes, create_network
-from .callbacks import SaveBest
+from .callbacks import *
 from .recipes import L2Penalty, StepRate, SummedGradients, faults
 from .metrics import AUC
 
@@ -49,17 +53,87 @@ choice('learner', 'patience', 'epochs without a lower validation loss before tra
 choice('learner', 'plateau_patience', "epochs without a lower validation loss before a 'flat' rate falls; None: it never does (the thesis does not give it: ours)", default=2, published=2, winner=None)
 choice('learner', 'plateau_factor', "what the rate is divided by then (the thesis does not give it: Keras' default)", default=10., published=10., winner=10.)
 
+# %% ../nbs/11_learner.ipynb #11c00001
+def _same(v): return dict(default=v, published=v, winner=v)
+choice('learner', 'accumulate', 'batches whose gradients make one step', **_same(1))
+choice('learner', 'norms', "batch norm: 'batch', 'frozen', 'group' or 'sync', see `set_norms`", **_same('batch'))
+choice('learner', 'precision', "'float32', 'bf16' or 'fp16'", **_same('float32'))
+choice('learner', 'clip_norm', 'largest norm of the gradient; None: no limit', **_same(None))
+choice('learner', 'loss', "'bce', or 'focal': patients that are told already count less", **_same('bce'))
+choice('learner', 'focal_gamma', 'how much less', **_same(2.))
+choice('learner', 'class_weights', "'balanced': both classes weigh the same in the loss; None: as often as they are", **_same(None))
+choice('learner', 'progressive', 'shares of H and W that training begins with, each for as many epochs; empty: all voxels from the start', **_same(()))
+choice('learner', 'average', "weights averaged: 'ema' over steps, 'swa' over epochs, or None", **_same(None))
+choice('learner', 'mixup', "alpha of mixup's Beta distribution; 0: no mixup", **_same(0.))
+
 # %% ../nbs/11_learner.ipynb #efbe00ad
 class MGMTLearner(Learner):
     "fastai's `Learner`; its `validate` leaves alone what watches the training, over which fastai's own trips"
+    first_epoch,failure = 0,None
     def validate(self, *args, **kwargs):
-        with self.removed_cbs([c for c in self.cbs if isinstance(c, TrackerCallback)]): return super().validate(*args, **kwargs)
+        with self.removed_cbs([c for c in self.cbs if isinstance(c, (TrackerCallback,HistoryLogger))]): return super().validate(*args, **kwargs)
 
-    def fit_recipe(self):
-        "Train as the recipe says: its schedule, for its number of epochs"
-        if self.recipe.schedule=='one_cycle': return self.fit_one_cycle(self.recipe.epochs, self.recipe.lr)
-        if self.recipe.schedule not in ('flat','steps'): raise unknown_name('schedule', self.recipe.schedule, ('flat','one_cycle','steps'))
-        self.fit(self.recipe.epochs)
+    def fit(self, *args, **kwargs):
+        self.first_epoch,self.failure = 0,None
+        try: super().fit(*args, **kwargs)
+        except torch.OutOfMemoryError as e: raise _too_large(self) from e
+        if self.failure: raise self.failure
+
+    def _do_fit(self):
+        for self.epoch in range(self.first_epoch, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+
+    def fit_recipe(self, resume:bool=False):
+        "Train as the recipe says: its schedule, for its number of epochs; with `resume`, from where an interrupted training in `path` stopped"
+        with self.added_cbs(_run_cbs(self, resume)):
+            if self.recipe.schedule=='one_cycle': return self.fit_one_cycle(self.recipe.epochs, self.recipe.lr)
+            if self.recipe.schedule not in ('flat','steps'): raise unknown_name('schedule', self.recipe.schedule, ('flat','one_cycle','steps'))
+            self.fit(self.recipe.epochs)
+
+# %% ../nbs/11_learner.ipynb #11c00002
+def _digest(b): return hashlib.blake2b(b, digest_size=8).hexdigest()
+
+def _training_key(learn):
+    "What makes a training what it is, in what JSON holds"
+    dls = learn.dls
+    return {**learn.recipe.values(), 'recipe':learn.recipe.name, 'sequences':list(dls.sequences), 'seed':learn.seed, 'bs':dls.bs, 'store':_digest((dls.store.path/'store.json').read_bytes()),
+        **{f'{k} patients': _digest('|'.join(o.dataset.patients).encode()) for k,o in zip(('training','validation'),dls)}}
+
+def _run_cbs(learn, resume):
+    cbs = [DistributedTraining()] if num_distrib()>1 else []
+    if not resume: return cbs
+    ckpt = Checkpoint(key=_training_key(learn))
+    n = ckpt.check(learn.path)
+    if n: print(f"resumed: {n} of {learn.recipe.epochs} epochs are done")
+    return [*cbs, ckpt]
+
+def _too_large(learn):
+    x = learn.xb[0]
+    shape = 'x'.join(map(str, x.shape)) if torch.is_tensor(x) else 'unknown shape'
+    return TrainingError(f"out of memory on {learn.dls.device} with a batch (B,C,D,H,W) of {shape}: halve bs and set accumulate=2 (the same step), or prepare a smaller size, or recompute activations with model_kwargs=dict(checkpoint=True), or use precision='bf16'")
+
+# %% ../nbs/11_learner.ipynb #11c00003
+def _check_labels(dls):
+    "Refuse to train on nobody, or on one class"
+    y = getattr(dls.train.dataset, 'labels', None)
+    if y is None: return
+    if not len(y): raise TrainingError("the training fold is empty: are all patients in the validation fold, or without a label or a sequence? See `dls.left_out`")
+    if len(np.unique(y))<2: raise TrainingError(f"all {len(y)} training patients are {LABELS[int(y[0])]}: a classifier needs both classes; choose another split")
+
+def _engine(r):
+    "Callbacks that the recipe's choices ask for"
+    if r.precision not in ('float32','bf16','fp16'): raise unknown_name('precision', r.precision, ('float32','bf16','fp16'))
+    asked = [(r.precision!='float32', lambda: Precision(r.precision)), (r.accumulate!=1, lambda: GradientAccumulation(n_batches=r.accumulate)), (r.clip_norm, lambda: GradientClip(r.clip_norm)),
+        (r.progressive, lambda: ProgressiveSize(r.progressive)), (r.average, lambda: AverageWeights(r.average)), (r.mixup, lambda: MixUp(r.mixup))]
+    return [make() for wanted,make in asked if wanted]
+
+def _loss(r, dls, model):
+    if r.network=='siamese': return PairLoss(model.head)
+    if r.class_weights not in (None,'balanced'): raise unknown_name('choice of class_weights', r.class_weights, ('balanced',))
+    y = dls.train.dataset.labels if r.class_weights else None
+    weight = None if y is None else torch.tensor(float((y==0).sum()/(y==1).sum()))
+    if r.loss=='focal': return BinaryFocalLoss(r.focal_gamma, weight)
+    if r.loss!='bce': raise unknown_name('loss', r.loss, ('bce','focal'))
+    return BCEWithLogitsLossFlat(pos_weight=weight)
 
 # %% ../nbs/11_learner.ipynb #fe77a5f2
 def _make_model(r, dls, seed, **kwargs):
@@ -72,18 +146,18 @@ def _make_model(r, dls, seed, **kwargs):
         if model.body.depth_stride<=r.size[0]: break
     if r.double_rescale:
         for k in ('mean','std'): getattr(model.standardize, k).mul_(255); model.config[k] *= 255
-    return model
+    return set_norms(model, r.norms)
 
 def _watchers(r):
     "What follows a training, by recipe"
-    res = [CSVLogger(), SaveBest(), TerminateOnNaNCallback()]
+    res = [HistoryLogger(), SaveBest(), StopOnNaN()]
     if r.patience is not None: res.append(EarlyStoppingCallback(patience=r.patience))
     if r.schedule=='flat' and r.plateau_patience is not None: res.append(ReduceLROnPlateau(patience=r.plateau_patience, factor=r.plateau_factor))
     if r.schedule=='steps': res.append(StepRate(r.lr, r.step_epoch, r.step_factor))
     if r.l2: res.append(L2Penalty(r.l2))
     if r.summed_batches>1: res.append(SummedGradients(r.summed_batches))
     if r.network=='siamese': res.append(Prototypes())
-    return res
+    return [*res, *_engine(r)]
 
 # %% ../nbs/11_learner.ipynb #0c78a2dc
 def mgmt_learner(
@@ -99,11 +173,11 @@ def mgmt_learner(
     "A fastai `Learner` for methylation; nothing in it is hidden from fastai's own methods."
     r = get_recipe(recipe)
     r = get_recipe(r, **({} if arch is None else dict(arch=arch)), **dls.store.recipe.room('prepare'))
+    _check_labels(dls)
     model = _make_model(r, dls, seed, **(model_kwargs or {}))
-    loss = PairLoss(model.head) if r.network=='siamese' else BCEWithLogitsLossFlat()
-    learn = MGMTLearner(dls, model, loss_func=loss, opt_func=Adam, lr=r.lr, wd=r.wd, path=make_folder(path), cbs=_watchers(r)+L(cbs),
+    learn = MGMTLearner(dls, model, loss_func=_loss(r, dls, model), opt_func=Adam, lr=r.lr, wd=r.wd, path=make_folder(path), cbs=_watchers(r)+L(cbs),
         metrics=[AUC(), partialler(accuracy_multi, thresh=.5, sigmoid=True)], **kwargs)
-    learn.recipe = r
+    learn.recipe,learn.seed = r,seed
     if r.name=='published': print(f"recipe 'published' trains as the thesis did, its faults included ({', '.join(faults(r).query('on').choice)}): for comparison, see `faults`")
     return learn
 
@@ -157,11 +231,12 @@ class MGMTModel:
     def read(cls, path, d):
         ts,arch = Path(f'{path}.safetensors'),d['config'].get('arch')
         if not ts.exists(): raise MGMTError(f"no model at {path}: {ts.name} is missing; a model is the files that `save_model` wrote, kept together")
-        model = create_network(**d['config'])
+        recipe = Recipe(d['recipe']['name'], d['recipe']['choices'])
+        model = set_norms(create_network(**d['config']), recipe.values().get('norms','batch'))
         try: missing,extra = st.load_model(model, str(ts), strict=False)
-        except (RuntimeError, st.SafetensorError) as e: raise MGMTError(f"{ts.name} does not fit {arch!r}, which {path.name}.json describes: were two models' files mixed, or was the file cut off? ({str(e).splitlines()[0]})") from e
+        except (RuntimeError, SafetensorError) as e: raise MGMTError(f"{ts.name} does not fit {arch!r}, which {path.name}.json describes: were two models' files mixed, or was the file cut off? ({str(e).splitlines()[0]})") from e
         if missing or extra: raise MGMTError(f"{ts.name} does not fit {arch!r}: {len(missing)} tensors missing, {len(extra)} too many, e.g. {[*missing,*extra][0]!r}; were two models' files mixed?")
-        return cls(model.eval(), Recipe(d['recipe']['name'], d['recipe']['choices']), check_sequences(d['sequences']), d['version'], d['trained'], d.get('prepared'))
+        return cls(model.eval(), recipe, check_sequences(d['sequences']), d['version'], d['trained'], d.get('prepared'))
 
 # %% ../nbs/11_learner.ipynb #3f0a6c12
 model_kinds = dict(network=MGMTModel) # what a model's JSON calls itself: its class

@@ -182,9 +182,8 @@ def permutation_test(
 def holm(
     p, # p-values of all comparisons that were made, (k,)
 ) -> np.ndarray: # (k,) adjusted
-    "p-values of several comparisons, raised so that the chance of even one false alarm stays at the level. Raises `MGMTError` where statsmodels is missing."
-    try: from statsmodels.stats.multitest import multipletests
-    except ImportError: raise MGMTError("Holm's correction comes from statsmodels, which is not installed: `pip install mgmt_fast[stats]`") from None
+    "p-values of several comparisons, raised so that the chance of even one false alarm stays at the level."
+    from statsmodels.stats.multitest import multipletests # here, for it takes long to import
     return multipletests(as_numbers(p, 'p-values'), method='holm')[1]
 
 # %% ../nbs/10_metrics.ipynb #6d6586bc

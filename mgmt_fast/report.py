@@ -203,7 +203,7 @@ def _html(o):
     if isinstance(o, str): return f'<p>{html.escape(o)}</p>'
     if isinstance(o, pd.DataFrame): return o.to_html(index=not isinstance(o.index, pd.RangeIndex), na_rep='', float_format='{:.3f}'.format, border=0, justify='left')
     fig = getattr(np.ravel(o)[0] if isinstance(o, np.ndarray) else o, 'figure', o)
-    fig.savefig(f:=io.BytesIO(), format='png', dpi=110); plt.close(fig)
+    fig.savefig(f:=io.BytesIO(), format='png', dpi=110, bbox_inches='tight'); plt.close(fig)
     return f'<img alt="figure" src="data:image/png;base64,{base64.b64encode(f.getvalue()).decode()}">'
 
 # %% ../nbs/12_report.ipynb #7e2372ec

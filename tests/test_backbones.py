@@ -8,6 +8,7 @@ from torch import nn
 from mgmt_fast.core import MGMTError, rng_for
 from mgmt_fast.backbones import *
 from mgmt_fast.backbones import _archs
+from mgmt_fast.inflate import separate_depth
 from test_inflate import randomise
 
 ARCHS = list(_archs)
@@ -25,19 +26,26 @@ def weights(tmp_path_factory):
     return make
 
 
-def check(net, folder, arch, C, D, mode, depth, size=64, **kwargs):
-    model = create_backbone(arch, C, pretrained=folder, mode=mode, depth=depth, **kwargs).eval()
+def check(net, model, C, Ds, size=64):
     x = torch.rand(1,1,size,size, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(): a,b = net.forward_features(x.expand(-1,3,-1,-1)),model.body(x[:,:,None].expand(-1,C,D,-1,-1))
-    assert b.shape[:2]==(1,model.body.num_features)
-    assert float((b-a[:,:,None]).abs().max()) < 1e-4*float(a.abs().max()), (arch,C,D,mode,depth)
+    with torch.no_grad(): a = net.forward_features(x.expand(-1,3,-1,-1))
+    for D in Ds:
+        with torch.no_grad(): b = model.body(x[:,:,None].expand(-1,C,D,-1,-1))
+        assert b.shape[:2]==(1,model.body.num_features)
+        assert float((b-a[:,:,None]).abs().max()) < 1e-4*float(a.abs().max()), (C,D,model.config)
+
+
+def make(folder, arch, C, **kwargs):
+    model = create_backbone(arch, C, pretrained=folder, **kwargs).eval()
     assert not (set(model.report.action)-{'copied','inflated','adapted','left out'}) and (model.report.query("action=='left out'").reason.str.startswith('classifier')).all()
+    return model
 
 
 @pytest.mark.parametrize('i,arch', list(enumerate(ARCHS)))
 def test_constant_volume_gives_2d_features(i, arch, weights):
     "Every backbone once; the choices take turns"
-    check(*weights(arch), arch, (1,3,4)[i%3], (32,33)[i%2], ('mean','centre')[i//2%2], ('separable','full','separable_all')[i%3])
+    (net,folder),C = weights(arch),(1,3,4)[i%3]
+    check(net, make(folder, arch, C, mode=('mean','centre')[i//2%2], depth=('separable','full','separable_all')[i%3]), C, [(32,33)[i%2]])
 
 
 @pytest.mark.slow
@@ -45,11 +53,13 @@ def test_constant_volume_gives_2d_features(i, arch, weights):
 def test_constant_volume_gives_2d_features_always(arch, weights):
     net,folder = weights(arch)
     for C in (1,3,4):
-        for D in (32,33,64):
-            for mode in ('mean','centre'):
-                for depth in ('separable','separable_all','full'): check(net, folder, arch, C, D, mode, depth)
-    for n in (1,2,5): check(net, folder, arch, 1, 64, 'mean', 'separable', anisotropic=n)
-    check(net, folder, arch, 1, 5, 'slice', 'separable')
+        for mode in ('mean','centre'):
+            model = make(folder, arch, C, mode=mode, depth='full')
+            for split in (None,'depthwise','all'):
+                if split: separate_depth(model.body.net, split)
+                check(net, model, C, (32,33,64), size=32)
+    for n in (1,2,5): check(net, make(folder, arch, 1, anisotropic=n), 1, [64])
+    check(net, make(folder, arch, 1, mode='slice'), 1, [5])
 
 
 def test_anisotropic_depths():

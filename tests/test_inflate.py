@@ -4,6 +4,7 @@ import copy
 import pytest, timm, torch
 from torch import nn
 
+from mgmt_fast import inflate
 from mgmt_fast.core import MGMTError
 from mgmt_fast.inflate import *
 
@@ -59,7 +60,8 @@ def test_separated_and_merged_train_alike():
 
 
 @pytest.mark.parametrize('k,stride,padding,H', [(5,1,2,17), (5,2,2,16), (7,1,3,15), (7,2,3,16)])
-def test_wide_depthwise_gradient(k, stride, padding, H):
+def test_wide_depthwise_gradient(k, stride, padding, H, monkeypatch):
+    monkeypatch.setattr(inflate, '_wide_pays', True)
     conv = InflatedConv3d(6, 6, (1,k,k), (1,stride,stride), groups=6, bias=False, padding=(0,padding,padding))
     conv.weight.data.normal_(); ref = nn.Conv2d(6, 6, k, stride, padding, groups=6, bias=False)
     ref.weight.data = conv.weight.data[:,:,0].clone()
@@ -89,6 +91,39 @@ def test_batch_norm_and_silu(training):
     ys = [m.train(training)(x) for m,x in zip((a,b),xs)]
     for y in ys: (y*torch.arange(4.)).sum().backward()
     for p,q in [ys,[x.grad for x in xs],(a.weight.grad,b[0].weight.grad),(a.running_var,b[0].running_var)]: assert torch.allclose(p, q, atol=1e-4)
+
+
+@pytest.mark.parametrize('ni,no,D,H,off', [(16,96,4,16,0), (16,96,4,16,30), (40,240,8,16,5)])
+@pytest.mark.parametrize('training', [True, False])
+def test_norm_in_the_convolution(ni, no, D, H, off, training):
+    "The norm within the convolution is as near to float64 as the two one after the other, also where channels have large means"
+    g = torch.Generator().manual_seed(0)
+    conv,norm = InflatedConv3d(ni, no, (1,1,1), bias=False),BatchNormAct3d(no, act=nn.SiLU())
+    for p in (conv.weight,norm.weight,norm.bias): p.data.normal_(generator=g)
+    x = (torch.randn(2,ni,D,H,H, generator=g)+off*torch.randn(ni, generator=g).view(-1,1,1,1)).contiguous(memory_format=torch.channels_last_3d)
+    def run(f, dtype):
+        c,n,u = copy.deepcopy(conv).to(dtype).train(training),copy.deepcopy(norm).to(dtype).train(training),x.detach().clone().to(dtype).requires_grad_()
+        y = f(c, n, u)
+        (y*torch.randn(y.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+        return [o.double() for o in (y, u.grad, c.weight.grad, n.weight.grad, n.bias.grad, n.running_mean, n.running_var)]
+    def two(c, n, u): return n(c(u))
+    for a,b,ref in zip(run(inflate._conv_norm, torch.float32), run(two, torch.float32), run(two, torch.float64)):
+        assert (a-ref).norm() <= 3*(b-ref).norm()+1e-6*ref.norm()
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_shortcuts_change_nothing(training, monkeypatch):
+    "A whole EfficientNet with and without what is only there for speed: outputs, gradients and running statistics"
+    net = inflate_model(randomise(timm.create_model('efficientnet_b0', num_classes=1, drop_path_rate=0.)), 1).train(training)
+    twin,x = copy.deepcopy(net),torch.rand(2,1,32,64,64, generator=torch.Generator().manual_seed(0))
+    nets = [net.double(),twin.double()]
+    ys = [nets[0](x.double())]
+    monkeypatch.setattr(inflate, '_large', lambda x: False); monkeypatch.setattr(inflate, '_is_pointwise', lambda conv: False)
+    ys.append(nets[1](x.double()))
+    for y in ys: y.sum().backward()
+    assert torch.allclose(*ys, rtol=1e-9)
+    for a,b in zip(net.parameters(), twin.parameters()): assert (a.grad-b.grad).norm() <= 1e-6*b.grad.norm()+1e-9
+    for a,b in zip(net.buffers(), twin.buffers()): assert torch.allclose(a, b, rtol=1e-9)
 
 
 def test_bfloat16_autocast_trains():

@@ -231,6 +231,17 @@ def test_mutual_information_does_not_see_the_curve_between():
     fails(lambda: low_resolution(Volume(torch.full((9,9,9), 3.))), contains='blank')
 
 
+def test_the_command(home, store, capsys):
+    "A store against a folder of scans: nobody; against a part of itself: somebody; against nothing: one line"
+    from mgmt_fast.cli import mgmt_leakage
+    few = prepare(kaggle_cohort(home/'scans').iloc[:2].assign(patient=['p','q']), home/'part', ('FLAIR',), size=(32,64,64), n_workers=1, progress=False)
+    assert mgmt_leakage(home/'part', home/'scans'/'test', home/'cmd', sequences='FLAIR', planted=1, n_workers=0)==0
+    assert 'None found; 1 of 1 planted' in capsys.readouterr().out
+    assert mgmt_leakage(home/'store', few.path, home/'cmd', planted=0, n_workers=0)==1
+    assert 'same: train 00000, test p' in capsys.readouterr().out
+    assert mgmt_leakage(home/'store', home/'nowhere', home/'cmd')==2
+
+
 @pytest.mark.real
 def test_the_real_pair_among_phantoms(home, cohorts):
     "A patient as scanned, and after another pipeline, without the skull; and a patient who is somebody else"

@@ -114,12 +114,6 @@ def test_holm():
     assert len(t)==6 and (t.p_holm>=t.p).all() and {'model1','model2','auc1','auc2','z','p','delta','lo','hi','p_holm'}<=set(t)
 
 
-def test_holm_says_what_is_missing(monkeypatch):
-    import sys
-    monkeypatch.setitem(sys.modules, 'statsmodels.stats.multitest', None)
-    with pytest.raises(MGMTError, match='statsmodels'): holm([.1,.2])
-
-
 def test_wilson_and_bootstrap_agree_where_both_hold():
     y,p = study(2000)
     w,b = classification_ci(y,p),classification_ci(y,p,method='bootstrap')

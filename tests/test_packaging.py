@@ -18,7 +18,7 @@ modules = sorted((root/'mgmt_fast').glob('*.py'))
 notebooks = sorted((root/'nbs').glob('*.ipynb'))
 rooms = [p for p in notebooks if p.name[0].isdigit()]
 kernels = sorted((root/'kaggle').glob('*/*.ipynb'))
-texts = [p for o in ('nbs/*.ipynb','kaggle/**/*.*','mgmt_fast/*.py','tests/*.py','benchmarks/*.*','*.*','Makefile','LICENSE','.ci/*','.gitignore') for p in root.glob(o) if p.is_file() and '.egg-info' not in str(p)]
+texts = [p for o in ('nbs/*.ipynb','kaggle/**/*.*','mgmt_fast/*.py','tests/*.py','benchmarks/*.*','*.*','Makefile','Dockerfile','LICENSE','.ci/*','.gitignore') for p in root.glob(o) if p.is_file() and '.egg-info' not in str(p)]
 
 
 def cells(nb): return json.loads(nb.read_text(encoding='utf-8'))['cells']
