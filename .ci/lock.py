@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 root = Path(__file__).parent.parent
 cfg = ConfigParser(delimiters=['='])
 cfg.read(root/'settings.ini', encoding='utf-8')
-todo,done = [Requirement(o) for k in ('requirements','stats_requirements') for o in cfg['DEFAULT'].get(k,'').split()],{}
+todo,done = [Requirement(o) for o in cfg['DEFAULT']['requirements'].split()],{}
 while todo:
     r = todo.pop()
     key = re.sub(r'[-_.]+', '-', r.name).lower(),tuple(sorted(r.extras))
