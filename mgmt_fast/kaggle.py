@@ -305,6 +305,7 @@ def say_results(
     p, # p against chance of each row, as `external_test` gives it
     findings:pd.DataFrame, # From `check_consistency`
     aside=None, # Patients whom a leakage audit sets aside; None where there was no audit
+    recall:tuple=None, # How many planted copies that audit found, of how many
     overridden=(), # Kinds of difference in preparation that were accepted
     real:bool=True, # Are they patients?
 ) -> str: # A paragraph
@@ -322,6 +323,7 @@ def say_results(
     inside = (t.auc_lo<=top)&(top<=t.auc_hi)
     out += [f"The thesis' highest test AUC, {top:.3f}, {'lies inside ' + str(int(inside.sum())) + ' of these intervals' if inside.any() else 'lies outside every one of these intervals'}."]
     out += ['No leakage audit was made, so patients may be in both sets.' if aside is None else f"{len(aside)} patients were suspected to be in the training set too" + (', and the figures without them stand beside.' if len(aside) else '.')]
+    if aside is not None and recall is not None: out += [f"The audit found {recall[0]} of {recall[1]} copies that had been hidden to try it" + ('.' if recall[0]>.9*recall[1] else ', so what it did not find proves little.')]
     if len(overridden): out += [f"The scans were prepared otherwise than those of training ({', '.join(overridden)}), which was accepted here and can move a result in either direction."]
     out += [f"{len(findings)} figures of the table contradict others or ask for an explanation; see the check." if len(findings) else 'No figure of the table contradicts another.']
     return ' '.join(out)
