@@ -14,7 +14,7 @@ for c in nb.cells:
     for o in c.get('outputs', []): o.get('data', {}).pop('text/html', None)
 md,_ = MarkdownExporter().from_notebook_node(nb)
 md = md.replace('](images/', '](nbs/images/')
-notebooks = {p.stem.split('_',1)[-1]: p.name for p in (root/'nbs').glob('[0-9]*.ipynb')}
+notebooks = {re.sub(r'^\d+_', '', p.stem): p.name for p in (root/'nbs').glob('*.ipynb')}
 md = re.sub(r'\]\((\w+)\.html\)', lambda m: f'](nbs/{notebooks[m[1]]})', md)
 md = re.sub(r'[ \t]+$', '', md, flags=re.M)
 (root/'README.md').write_text('<!-- generated from nbs/index.ipynb; edit that -->\n\n' + re.sub(r'\n{3,}', '\n\n', md).strip() + '\n', encoding='utf-8')

@@ -31,6 +31,7 @@ from .evaluate import *
 from .register import *
 from .leakage import *
 from .fusion import *
+from .kaggle import *
 from .sweep import *
 from .audit import *
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mgmt_audit', 'mgmt_phantom', 'mgmt_prepare', 'mgmt_train', 'mgmt_predict', 'mgmt_weights', 'mgmt_sweep',
-           'mgmt_evaluate', 'mgmt_external', 'mgmt_leakage', 'mgmt_demo']
+           'mgmt_evaluate', 'mgmt_external', 'mgmt_leakage', 'mgmt_kaggle', 'mgmt_demo']
 
 # %% ../nbs/90_cli.ipynb #4eea66c0
 import functools, sys, time
@@ -279,6 +279,28 @@ def mgmt_leakage(
     print(table.attrs['summary'])
     print(f'{dest}: leakage.csv, leakage.html, set_aside.csv, report.csv, leakage.json')
     return int((table.verdict!='different').any() or len(table.attrs['report'])>0)
+
+# %% ../nbs/90_cli.ipynb #66829b58
+from .kaggle import LACKING, build_kaggle
+
+@_command
+def mgmt_kaggle(
+    user:str, # Your Kaggle user name; nothing is sent, and no credentials are needed
+    dest:Path='kaggle-upload', # Folder to fill: the wheels, and a folder a kernel
+    kernels:Path='kaggle', # Folder of the kernels, in a clone
+    source:Path='.', # The clone whose wheel is built, or a wheel of mgmt_fast
+    weights:Path=None, # Folder that `mgmt_weights` wrote, to become a data set where it lies
+    store:Path=None, # Folder that `mgmt_prepare` wrote, likewise
+    tcga:Path=None, # Folder of TCGA scans and a label table, likewise
+    python:str='3.11', # Python version of Kaggle's image, for which wheels are downloaded
+    lacking:str=','.join(LACKING), # What Kaggle's image lacks, joined by commas; 'none' for nothing
+):
+    "Build the data sets for running without internet, fill in and check the kernels, and print the commands that send them"
+    extra = () if lacking=='none' else [o.strip() for o in lacking.split(',')]
+    commands = build_kaggle(dest, user, kernels, source, extra, python, weights=weights, store=store, tcga=tcga)
+    print(f'{dest}: wheels and kernels, checked. With the kaggle tool installed and its token in place, send them in this order (data sets: `version -m TEXT` instead of `create` from the second time on; a kernel only after those it takes output from have finished):')
+    for o in commands: print(f'  {o}')
+    return 0
 
 # %% ../nbs/90_cli.ipynb #c1e6cc8b
 @_command

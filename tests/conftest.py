@@ -1,5 +1,8 @@
 "Marks and fixtures that all tests share."
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ DATA = os.environ.get('MGMT_FAST_DATA')
 
 
 def pytest_configure(config):
-    for mark,why in dict(real='needs the real scans that MGMT_FAST_DATA points to', slow='takes minutes', cuda='needs a GPU').items():
+    for mark,why in dict(real='needs the real scans that MGMT_FAST_DATA points to', slow='takes minutes', cuda='needs a GPU', newest='installs the newest fastai and fastcore into an environment of its own').items():
         config.addinivalue_line('markers', f'{mark}: {why}')
 
 
@@ -24,3 +27,14 @@ def pytest_collection_modifyitems(items):
 def data():
     "The folder of real scans."
     return Path(DATA)
+
+
+@pytest.fixture(scope='session')
+def wheel_file(tmp_path_factory):
+    "A wheel built from a copy, so that the tree stays as it is."
+    root,src = Path(__file__).resolve().parent.parent,tmp_path_factory.mktemp('src')
+    for o in ('settings.ini','setup.py','README.md','LICENSE'): shutil.copy(root/o, src)
+    for o in ('mgmt_fast','nbs','tests'): shutil.copytree(root/o, src/o, ignore=shutil.ignore_patterns('__pycache__'))
+    r = subprocess.run([sys.executable,'-m','pip','wheel','--no-build-isolation','--no-deps','--no-index','-q','-w',str(src/'out'),str(src)], capture_output=True, text=True, timeout=300)
+    assert r.returncode==0, r.stdout+r.stderr
+    return next((src/'out').glob('*.whl'))

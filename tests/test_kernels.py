@@ -1,6 +1,7 @@
-"The Kaggle kernels run to their end offline, on a phantom, and their metadata is what Kaggle accepts."
+"The four kernels run to their end in a simulated /kaggle: sources that nobody may change, an empty working folder, no internet."
 import json
-import re
+import os
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -8,25 +9,107 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
-KERNELS = sorted((Path(__file__).parent.parent/'kaggle').glob('*/kernel-metadata.json'))
+from mgmt_fast.evaluate import read_result
+from mgmt_fast.kaggle import COMPETITION, make_tcga_phantom
+from mgmt_fast.phantom import make_phantom
+
+ROOT = Path(__file__).resolve().parent.parent
+OFFLINE = """import socket
+_connect = socket.socket.connect
+def connect(self, address):
+    if self.family!=socket.AF_UNIX and address[0] not in ('127.0.0.1','::1','localhost'): raise OSError(101, 'Network is unreachable')
+    return _connect(self, address)
+socket.socket.connect = connect
+"""
 
 
-@pytest.mark.parametrize('meta', KERNELS, ids=lambda p: p.parent.name)
-def test_metadata(meta):
-    d = json.loads(meta.read_text())
-    user,slug = d['id'].split('/')
-    assert slug==re.sub(r'[^a-z0-9]+', '-', d['title'].lower()).strip('-') and 5<=len(d['title'])<=50
-    assert (meta.parent/d['code_file']).exists() and d['kernel_type']=='notebook' and d['language']=='python'
-    assert d['enable_internet'] is False and d['is_private'] is True
-    assert 'rsna-miccai-brain-tumor-radiogenomic-classification' in d['competition_sources']
+def execute(kernel, cwd, kaggle, monkeypatch):
+    "What a kernel printed; its process may take 4 GB"
+    (cwd/'offline').mkdir(parents=True, exist_ok=True)
+    (cwd/'offline/sitecustomize.py').write_text(OFFLINE)
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(map(str, (cwd/'offline', ROOT))))
+    monkeypatch.setenv('MGMT_KAGGLE_ROOT', str(kaggle))
+    nb = nbformat.read(ROOT/'kaggle'/kernel/f'{kernel}.ipynb', as_version=4)
+    nb.cells.append(nbformat.v4.new_code_cell('import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'))
+    NotebookClient(nb, timeout=900, kernel_name='python3', resources={'metadata': {'path': str(cwd)}}).execute()
+    said = [''.join(o.get('text','')) for c in nb.cells for o in c.get('outputs', [])]
+    assert int(said[-1])<4*2**20, 'kilobytes'
+    return ''.join(said)
 
 
-@pytest.mark.parametrize('meta', KERNELS, ids=lambda p: p.parent.name)
-def test_runs_offline_on_a_phantom(meta, tmp_path):
-    nb = nbformat.read(meta.parent/json.loads(meta.read_text())['code_file'], as_version=4)
-    NotebookClient(nb, timeout=300, kernel_name='python3', resources={'metadata': {'path': str(tmp_path)}}).execute()
-    if (tmp_path/'working/submission.csv').exists():
-        sub = pd.read_csv(tmp_path/'working/submission.csv', dtype={'BraTS21ID':str})
-        want = pd.read_csv(tmp_path/'working/phantom/sample_submission.csv', dtype={'BraTS21ID':str})
-        assert list(sub.columns)==list(want.columns) and sub.BraTS21ID.tolist()==want.BraTS21ID.tolist()
-        assert sub.MGMT_value.between(0,1).all()
+def state(root): return {str(p.relative_to(root)): (p.stat().st_size, p.stat().st_mtime_ns) for p in root.rglob('*') if p.is_file() and 'fingerprints' not in p.parts}
+
+
+@pytest.fixture(scope='module')
+def kaggle(tmp_path_factory):
+    "A phantom as the competition and another as TCGA, attached"
+    root = tmp_path_factory.mktemp('kaggle')
+    make_phantom(root/'input/competitions'/COMPETITION, n=44, auc=.95, test=1/11, slices=12, size=48, missing={'00003':'FLAIR'}, progress=False)
+    bad = root/'input/competitions'/COMPETITION/'test/00041'
+    for f in bad.glob('*/*.dcm'): f.write_bytes(b'\0'*100)
+    make_tcga_phantom(root/'input/datasets/somebody/mgmt-fast-tcga', n=17, slices=12, size=48, skulls=1)
+    return root
+
+
+def session(kernel, kaggle, tmp, monkeypatch):
+    "Run a kernel in a new session: an empty working folder, and sources that stay as they are"
+    shutil.rmtree(kaggle/'working', ignore_errors=True)
+    (kaggle/'working').mkdir()
+    before = state(kaggle/'input')
+    said = execute(kernel, tmp, kaggle, monkeypatch)
+    assert state(kaggle/'input')==before
+    return said
+
+
+def test_eda(kaggle, tmp_path, monkeypatch):
+    said = session('eda', kaggle, tmp_path, monkeypatch)
+    assert 'PHANTOM, attached in its place' in said
+
+
+@pytest.fixture(scope='module')
+def trained(kaggle, tmp_path_factory):
+    "The train kernel's output, attached for the next ones"
+    with pytest.MonkeyPatch.context() as m: said = session('train', kaggle, tmp_path_factory.mktemp('train'), m)
+    shutil.move(kaggle/'working', kaggle/'input/mgmt-fast-train')
+    return said
+
+
+def test_train(trained, kaggle):
+    out = kaggle/'input/mgmt-fast-train'
+    assert {p.name for p in (out/'train/bundles').iterdir()}=={'FLAIR','T1w','T1wCE','T2w','FLAIR+T1w+T1wCE+T2w'}
+    t = pd.read_csv(out/'results.csv')
+    assert t.auc.between(t.auc_lo, t.auc_hi).all() and len(t)==5
+    assert t.set_index('sequences').n.to_dict()=={'FLAIR':39,'T1w':40,'T1wCE':40,'T2w':40,'FLAIR+T1w+T1wCE+T2w':39}
+
+
+def test_tcga_eval(trained, kaggle, tmp_path, monkeypatch):
+    said = session('tcga-eval', kaggle, tmp_path, monkeypatch)
+    assert '16 patients are tested, 1 are refused' in said and 'These are phantoms' in said and 'planted copies' in said
+    results = [read_result(p) for p in (kaggle/'working/external').glob('*/external-*.json')]
+    assert len(results)==5 and {r['pass'] for r in results}=={1} and {r['all']['n'] for r in results}=={16}
+    t = pd.read_csv(kaggle/'working/external.csv').set_index('sequences')
+    single = t.loc[['FLAIR','T1w','T1wCE','T2w']]
+    assert t.auc['mean of single sequences']==pytest.approx(single.auc.mean()) and t.loss['mean of single sequences']==pytest.approx(single.loss.mean())
+    for r in results: assert r['all']['auc'][0]==pytest.approx(t.auc[r['model']['sequences']], abs=1e-5)
+
+
+def test_submit(trained, kaggle, tmp_path, monkeypatch):
+    said = session('submit', kaggle, tmp_path, monkeypatch)
+    sub,want = (pd.read_csv(p, dtype={'BraTS21ID':str}) for p in (kaggle/'working/submission.csv', kaggle/'input/competitions'/COMPETITION/'sample_submission.csv'))
+    assert list(sub)==list(want) and sub.BraTS21ID.tolist()==want.BraTS21ID.tolist() and sub.MGMT_value.between(0,1).all()
+    log = pd.read_csv(kaggle/'working/submission_log.csv', dtype=str)
+    assert log.patient.tolist()==['00041'] and sub.MGMT_value[sub.BraTS21ID=='00041'].item()==.5 and '1 with the prevalence' in said
+
+
+def test_submit_elsewhere(tmp_path, monkeypatch):
+    "No Kaggle at all: the same cells, on a phantom of their own"
+    said = execute('submit', tmp_path, tmp_path/'nowhere', monkeypatch)
+    assert 'PHANTOM: no Kaggle kernel' in said and len(pd.read_csv(tmp_path/'working/submission.csv'))==4
+
+
+@pytest.mark.parametrize('meta', sorted((ROOT/'kaggle').glob('*/kernel-metadata.json')), ids=lambda p: p.parent.name)
+def test_sources_are_those_that_the_notebook_looks_for(meta):
+    d,text = json.loads(meta.read_text()),(meta.parent/json.loads(meta.read_text())['code_file']).read_text()
+    assert any('mgmt-fast-wheels' in o for o in d['dataset_sources'])
+    assert ('find_tcga' in text)==any('tcga' in o for o in d['dataset_sources'])
+    assert ('find_bundles(work/\'bundles\'' in text)==bool(d['kernel_sources'])
