@@ -4,17 +4,17 @@ fingerprints  of two made-up stores at 64x256x256
 audit   the other stages on them, through `leakage_audit`, and seconds a pair beside the thesis' cross-correlation and mutual information
 growth  all pairs of made-up fingerprints at four sizes, and from them 100,000 x 100,000
 recall  phantoms whose anatomies differ, copies under each change and all together
-The made-up stores hold one array file each, which all sequences share: 4 MiB a patient on disk."""
+The made-up stores hold one array file each, of phantoms whose anatomies differ, which all sequences share: 4 MiB a patient on disk."""
 import argparse, json, os, platform, resource, shutil, tempfile, time
 from pathlib import Path
 
 import joblib, numpy as np, torch
 from fastcore.all import NS
 from mgmt_fast.cohort import kaggle_cohort
-from mgmt_fast.core import SEQUENCES, get_recipe, rng_for
+from mgmt_fast.core import SEQUENCES
 from mgmt_fast.leakage import _Side, _common_pose, _prints, _small_part, compare_fingerprints, leakage_audit, planted_recall, plot_recall, published_similarity
-from mgmt_fast.phantom import make_phantom
-from mgmt_fast.prepare import VolumeStore, triangle_weights
+from mgmt_fast.phantom import draw_patients, make_phantom, render_patient
+from mgmt_fast.prepare import VolumeStore, common_box, foreground, resample, to_bytes
 
 size = 64,256,256
 
@@ -24,27 +24,26 @@ def machine():
     return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}; {time.strftime('%Y-%m-%d')}"
 
 
-def field(rng, n, weights):
-    x = rng.standard_normal((n,n,n), dtype=np.float32)
-    return np.einsum('ai,ijk->ajk', weights[0][n], weights[1][n]@(x@weights[2][n].T), optimize=True)
+def render(p, path, i):
+    "Write the FLAIR of a patient of the phantom into row `i` of a store; affine (4,4)"
+    vol = render_patient(p, sequences=('FLAIR',), slices=48, size=96)['FLAIR'][0].float()
+    affine,_ = common_box(dict(FLAIR=vol), dict(FLAIR=foreground(vol)), size)
+    out = resample(vol, affine, size)
+    x = np.load(path, mmap_mode='r+')
+    x[i] = to_bytes(out, (out>0).numpy(), (.5,99.5))[0]
+    return affine.tolist()
 
 
-def made_up_store(dest, patients, sequences):
-    "Ellipsoids with a structure of their own beside a common one, in the store's format"
+def made_up_store(dest, patients, sequences, workers):
+    "Phantoms whose anatomies differ, in the store's format: all sequences of a patient are the same volume, so that the disk holds it once"
     if (dest/'store.json').exists(): return VolumeStore(dest)
     shutil.rmtree(dest, ignore_errors=True); dest.mkdir(parents=True)
-    weights = [{n: triangle_weights(n, m).astype(np.float32) for n in (9,24)} for m in size]
-    common,grid = rng_for(0, 'common'),np.ogrid[-1:1:64j,-1:1:256j,-1:1:256j]
-    shared,inside = 60*field(common, 9, weights),sum(o*o for o in grid)<.95
-    x = np.lib.format.open_memmap(dest/f'{SEQUENCES[0]}.npy', mode='w+', dtype=np.uint8, shape=(len(patients),*size))
-    for i,p in enumerate(patients):
-        x[i] = np.clip(128+shared+45*field(rng_for(1, p), 24, weights), 1, 255).astype(np.uint8)*inside
-    x.flush()
-    for s in SEQUENCES[1:sequences]: os.link(dest/f'{SEQUENCES[0]}.npy', dest/f'{s}.npy')
-    recipe = get_recipe('default', size=size)
-    affine = [[0,0,-.55,70],[0,-.68,0,87],[2.2,0,0,-70],[0,0,0,1]]
-    entry = lambda p: dict(label=None, source='made up', affine=affine, volumes={s: dict(hash=f'{p} {s}') for s in SEQUENCES[:sequences]})
-    (dest/'store.json').write_text(json.dumps(dict(sequences=SEQUENCES[:sequences], version='bench', patients={p: entry(p) for p in patients}, report=[], recipe=dict(name=recipe.name, choices={'size':size}))))
+    first = dest/f'{SEQUENCES[0]}.npy'
+    np.lib.format.open_memmap(first, mode='w+', dtype=np.uint8, shape=(len(patients),*size)).flush()
+    affines = joblib.Parallel(workers)(joblib.delayed(render)(p, first, i) for i,(_,p) in enumerate(patients.iterrows()))
+    for s in SEQUENCES[1:sequences]: os.link(first, dest/f'{s}.npy')
+    entry = lambda p,affine: dict(label=None, source='made up', affine=affine, volumes={s: dict(hash=f'{p} {s}') for s in SEQUENCES[:sequences]})
+    (dest/'store.json').write_text(json.dumps(dict(sequences=SEQUENCES[:sequences], version='bench', patients={p: entry(p,o) for p,o in zip(patients.patient,affines)}, report=[], recipe=dict(name='default', choices={'size':size}))))
     return VolumeStore(dest)
 
 
@@ -54,7 +53,9 @@ def memory(a):
     return f'memory at most {own():.2f} GB here'+(f' and {max(workers):.2f} GB in each of {a.workers} workers' if workers else '')
 
 
-def stores(a, home): return [made_up_store(home/k, [f'{k}{i:04d}' for i in range(n)], a.sequences) for k,n in (('train',a.train),('test',a.test))]
+def stores(a, home):
+    patients = draw_patients(a.train+a.test, test=a.test/(a.train+a.test), seed=1)
+    return [made_up_store(home/k, o.reset_index(drop=True), a.sequences, a.workers) for k,o in patients.groupby('split', sort=False)]
 
 
 def fingerprints(a, home):

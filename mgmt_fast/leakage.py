@@ -11,8 +11,9 @@ import base64, hashlib, html, io, json, os, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-import joblib, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastcore.all import *
+from joblib import Parallel, delayed
 from PIL import Image
 from scipy import stats
 from scipy.signal import correlate
@@ -158,7 +159,7 @@ def _parallel(f, jobs, opt, total):
     if min(n, total)<2: done = (f(*o) for o in jobs)
     else:
         parts = chunked(jobs, max(1, min(16, total//(4*n)))) # what the jobs of a part share travels once
-        done = (r for rs in joblib.Parallel(n, return_as='generator')(joblib.delayed(_each)(f, o) for o in parts) for r in rs)
+        done = (r for rs in Parallel(n, return_as='generator')(delayed(_each)(f, o) for o in parts) for r in rs)
     yield from track(done, total, opt.progress)
 
 def _read_lines(path):
