@@ -451,6 +451,7 @@ def cv_models(
 def _aside(leakage, cohort):
     "Test patients that a leakage report suspects, and how many pairs it looked at"
     if isinstance(leakage, (str,Path)): leakage = pd.read_csv(leakage, dtype=str)
+    if isinstance(leakage, pd.DataFrame) and list(leakage)==['patient']: leakage = leakage.patient
     if isinstance(leakage, pd.DataFrame):
         if not {'test','verdict'}<=set(leakage): raise ProtocolError(f"a leakage report has the columns test and verdict; received {', '.join(map(str,leakage.columns))}")
         ids = leakage.test[leakage.verdict.isin(['same','uncertain'])].unique().tolist()
@@ -497,7 +498,7 @@ def external_test(
     bundle, # `Bundle`, or its folder
     cohort, # `VolumeStore` prepared by the bundle's recipe, or a cohort table of scans with labels, which is prepared here
     dest=None, # Folder for the result; the bundle's if None
-    leakage=None, # Report of a leakage audit (DataFrame or CSV: test, verdict), or a list of test patients to set aside
+    leakage=None, # Report of a leakage audit (DataFrame or CSV: test, verdict), or the test patients to set aside (list or CSV: patient)
     override=(), # Differences of preparation to accept: some of `'space'`, `'spacing'`, `'skull'`
     progress:bool=True, # Show a progress bar
     **fitting, # Nothing: whatever would fit, choose or recalibrate is refused
