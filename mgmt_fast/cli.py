@@ -165,6 +165,15 @@ def mgmt_weights(
     print(fetch_weights(dest, *archs.split(',')).to_string(index=False))
     return 0
 
+# %% ../nbs/90_cli.ipynb #c64c229a
+from .evaluate import _consistency
+
+# %% ../nbs/90_cli.ipynb #174485bd
+def _print_findings(table, thresholds=(.5,)):
+    found = _consistency(table, thresholds)
+    for r in found.itertuples(): print(f'{r.verdict}: {r.where}: {r.finding}')
+    if not len(found): print(f"consistency: {len(table)} row{'s'*(len(table)!=1)}, no figure that cannot be")
+
 # %% ../nbs/90_cli.ipynb #90c00001
 import pandas as pd
 from .sweep import sweep, sweep_table
@@ -194,6 +203,7 @@ def mgmt_sweep(
         client,n_jobs = Client(scheduler),-1
     res = sweep(runs, store, dest, recipe, bs=bs, n_folds=n_folds, seed=seed, n_jobs=n_jobs, backend='dask' if scheduler else None)
     print(res.drop(columns='folder', errors='ignore').to_string(index=False, max_colwidth=60))
+    if 'auc' in res: _print_findings(res.dropna(subset='auc').rename(columns=dict(valid_loss='loss')))
     failed = res.error.fillna('').astype(bool).sum()
     print(f'{dest}/sweep.csv: {len(res)-failed} of {len(res)} runs')
     return int(failed>0)
@@ -227,7 +237,9 @@ def mgmt_evaluate(
     "Cross-validate, and write what can be said of it: tables, figures and one page; run again to finish after a stop"
     dest,store,recipe = Path(dest),VolumeStore(store),get_recipe(recipe, **{k:v for k,v in dict(epochs=epochs,lr=lr,bs=bs).items() if v is not None})
     oof = cross_validate(store, dest, archs and archs.split(','), store.sequences if sequences=='all' else sequences, recipe, folds, repeats, seeds, seed, inner=inner, nested=nested, tta=tta)
-    print(show_results(results_table(oof)).to_string())
+    table = results_table(oof)
+    print(show_results(table).to_string())
+    _print_findings(table[table.arch!='selected'], [*oof.threshold,.5])
     page = evaluate_report(store, dest, None if clinical is None else pd.read_csv(clinical, dtype=dict(patient=str)), seed=seed)
     if bundle is not None:
         real = oof[oof.arch!='selected']
@@ -251,7 +263,9 @@ def mgmt_external(
     res = external_test(bundle, cohort, dest, leakage, override.split(',') if override else ())
     for part in ('all','without_suspected'):
         if res[part] and 'why' in res[part]: print(f"{part}: {res[part]['why']}")
-    for _,r in external_table(res).iterrows(): print(f"{r['set']}: AUC {r.auc:.3f} [{r.auc_lo:.3f}, {r.auc_hi:.3f}], accuracy {r.accuracy:.1%}, loss {r.loss:.3f}, {r.n} patients")
+    table = external_table(res)
+    for _,r in table.iterrows(): print(f"{r['set']}: AUC {r.auc:.3f} [{r.auc_lo:.3f}, {r.auc_hi:.3f}], accuracy {r.accuracy:.1%}, loss {r.loss:.3f}, {r.n} patients")
+    if len(table): _print_findings(table[table['set']=='external'], [res['threshold']])
     print(f"{res['predictions']['file'].removesuffix('.csv')}: {res['note']}; {len(res['cohort']['left_out'])} patients left out; research use only")
     return int(len(res['cohort']['left_out'])>0)
 

@@ -282,16 +282,16 @@ def _correlate(x, xx, mx, y, my):
 # %% ../nbs/14_leakage.ipynb #2c756780
 class Null:
     "Scores of known-different pairs, and what they say of a score's rarity; pairs far above all others (copies within the training set) are set aside as `.odd`"
-    prior = (-1.95,.35,8) # mean and standard deviation of the logarithm of the score, and how many pairs they are worth
+    prior = (.38,.06,8) # mean and standard deviation of the square root of the score, and how many pairs they are worth
     def __init__(self,
         scores, # (n,) in [0,1]
     ):
-        u = np.log(np.maximum(np.asarray(scores, float), 1e-3))
+        u = np.sqrt(np.maximum(np.asarray(scores, float), 0))
         keep = np.ones(len(u), bool)
         for _ in range(10):
             if keep.sum()<8: break
             q = np.quantile(u[keep], [.16,.5])
-            new = u<q[1]+5*max(q[1]-q[0], .1)
+            new = u<q[1]+5*max(q[1]-q[0], .02)
             if (new==keep).all(): break
             keep = new
         self.scores,self.odd = np.asarray(scores, float)[keep],np.flatnonzero(~keep)
@@ -301,8 +301,8 @@ class Null:
         self.df,self.mean = n0+n-1,(n0*m0+n*mean)/(n0+n)
         ss = (n0-1)*s0**2 + ((u-mean)**2).sum() + n0*n/(n0+n)*(mean-m0)**2
         self.sd = np.sqrt(ss/self.df*(1+1/(n0+n)))
-    def chance(self, score): return stats.t.sf((np.log(np.maximum(score, 1e-3))-self.mean)/self.sd, self.df)
-    def threshold(self, chance): return float(np.clip(np.exp(self.mean+self.sd*stats.t.isf(chance, self.df)), 0, 1))
+    def chance(self, score): return stats.t.sf((np.sqrt(np.maximum(score, 0))-self.mean)/self.sd, self.df)
+    def threshold(self, chance): return float(np.clip(self.mean+self.sd*stats.t.isf(chance, self.df), 0, 1)**2)
 
 # %% ../nbs/14_leakage.ipynb #17256de8
 def _score(r): return float(np.sqrt(max(r.ncc,0)*max(r.nmi,0))*min(1, r.overlap/.5))
@@ -540,7 +540,7 @@ def _attrs(df, facts, named, a, b):
     report = [o for f in facts for o in f.report]
     report += [dict(side='both', patient=f'{a.patients[i]}, {b.patients[j]}', sequence='', what=f'{why}, but no volume of theirs could be compared') for (i,j),why in named.items() if not ((df.train==a.patients[i])&(df.test==b.patients[j])).any()]
     recall = pd.DataFrame([dict(sequence=f.label, planted=f.planted, passed_fingerprints=f.passed, found=f.found) for f in done], columns=['sequence','planted','passed_fingerprints','found'])
-    thresholds = pd.DataFrame([dict(sequence=f.label, pairs=f.pairs, confirmed=f.confirmed, null_pairs=len(f.null.scores), null_mean=float(np.exp(f.null.mean)), same=f.same, uncertain=f.doubt) for f in done])
+    thresholds = pd.DataFrame([dict(sequence=f.label, pairs=f.pairs, confirmed=f.confirmed, null_pairs=len(f.null.scores), null_mean=float(f.null.mean**2), same=f.same, uncertain=f.doubt) for f in done])
     res = dict(recall=recall.to_dict('records'), thresholds=thresholds.to_dict('records'), report=report)
     return {**res, 'summary':_summary(df, facts, recall)}
 

@@ -190,6 +190,15 @@ def normalised_mutual_information(
     ha,hb = h(joint.sum(1)),h(joint.sum(0))
     return 2*(ha+hb-h(joint))/(ha+hb)
 
+# %% ../nbs/13_register.ipynb #3aea1f7d
+def _level(a, b, q):
+    "Logarithms of intensities `a` and `b` at `q`, the second without the smooth gain by which it differs from a power of the first"
+    a,b = a.clamp(min=8).log(),b.clamp(min=8).log()
+    q = q/q.abs().max()
+    basis = torch.cat([a[:,None], torch.ones(len(q),1), q, q*q, q*q.roll(1,1)], 1).double()
+    k = torch.linalg.lstsq(basis, b.double()[:,None]).solution[1:]
+    return a,b-(basis[:,1:]@k)[:,0].float()
+
 # %% ../nbs/13_register.ipynb #2e45a44d
 @_one_thread()
 def register_rigid(
@@ -211,7 +220,8 @@ def register_rigid(
     turn,shift = _descend(fixed.fine, m.fine, *_descend(fixed.coarse, m.coarse, *pose, 8), 6)
     ncc,overlap = _agreement(fixed.fine, m.fine, turn, shift)
     x,w = _sample(torch.stack([m.x,m.w])[None], fixed.fine.q@turn.T+shift)
-    nmi = normalised_mutual_information(fixed.x[fixed.fine.at][w>.5], x[w>.5]) if (w>.5).sum()>256 else 0.
+    both = w>.5
+    nmi = normalised_mutual_information(*_level(fixed.x[fixed.fine.at][both], x[both], fixed.fine.q[both])) if both.sum()>256 else 0.
     return NS(ncc=ncc, nmi=nmi, overlap=overlap, flipped=m is not moving, matrix=_index_matrix(turn, shift, m is not moving))
 
 # %% ../nbs/13_register.ipynb #3a0b8e66
