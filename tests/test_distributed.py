@@ -86,12 +86,9 @@ def test_the_command_on_two_processes(store, tmp_path):
 RUNS = ['--archs', 'resnet10,resnet18', '--sequences', 'T1wCE,FLAIR+T1wCE', '--folds', '0,1', '--n_folds', '3', '--epochs', '1']
 
 
-def mgmt_sweep(*args): return [sys.executable, '-c', 'from mgmt_fast.cli import mgmt_sweep; import sys; sys.exit(mgmt_sweep())', *map(str, args)]
-
-
 def test_a_sweep_that_was_killed_runs_what_is_missing(store, tmp_path):
     "Two architectures, two inputs, two folds; killed after the third run."
-    cmd = mgmt_sweep(store.path, tmp_path/'sweep', *RUNS)
+    cmd = [BIN/'mgmt_sweep', store.path, tmp_path/'sweep', *RUNS]
     p = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while len(list((tmp_path/'sweep').glob('*/run.json')))<3:
         assert p.poll() is None
