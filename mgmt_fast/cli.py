@@ -188,7 +188,7 @@ def mgmt_sweep(
     table:Path=None, # CSV with the runs instead: arch, sequences, fold, and any choice of a recipe
     epochs:int=None, # Passes over the patients, at most; the recipe's if not given
     lr:float=None, # Learning rate; the recipe's if not given
-    bs:int=8, # Patients per batch
+    bs:int=None, # Patients per batch; the recipe's if not given
     n_folds:int=5, # Folds, stratified by label
     seed:int=0, # Of folds, order and initial weights
     recipe:str='default', # Recipe
@@ -196,12 +196,12 @@ def mgmt_sweep(
     scheduler:str=None, # Address of a dask scheduler, e.g. tcp://host:8786, to run on its workers
 ):
     "Train a table of runs, a row each into sweep.csv; run again to finish after a stop"
-    recipe = get_recipe(recipe, **{k:v for k,v in dict(epochs=epochs,lr=lr).items() if v is not None})
+    recipe = get_recipe(recipe, **{k:v for k,v in dict(epochs=epochs,lr=lr,bs=bs).items() if v is not None})
     runs = pd.read_csv(table) if table else sweep_table(archs.split(','), sequences.split(','), [int(f) for f in folds.split(',')])
     if scheduler:
         from dask.distributed import Client
         client,n_jobs = Client(scheduler),-1
-    res = sweep(runs, store, dest, recipe, bs=bs, n_folds=n_folds, seed=seed, n_jobs=n_jobs, backend='dask' if scheduler else None)
+    res = sweep(runs, store, dest, recipe, n_folds=n_folds, seed=seed, n_jobs=n_jobs, backend='dask' if scheduler else None)
     print(res.drop(columns='folder', errors='ignore').to_string(index=False, max_colwidth=60))
     if 'auc' in res: _print_findings(res.dropna(subset='auc').rename(columns=dict(valid_loss='loss')))
     failed = res.error.fillna('').astype(bool).sum()

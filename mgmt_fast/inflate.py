@@ -341,7 +341,7 @@ class _ExpandNorm(torch.autograd.Function):
 
 # %% ../nbs/07_inflate.ipynb #ea10a4c2
 class BatchNormAct3d(nn.BatchNorm3d):
-    "Batch norm over (B,D,H,W), then an activation if there is one"
+    "Batch norm over (B,D,H,W), then an activation if there is one. One value per channel has no statistics of its own, so the running ones serve"
     recomputing = False # While activations are computed a second time, running statistics must not move again
     def __init__(self, num_features, eps=1e-5, momentum=.1, affine=True, track_running_stats=True, act=None, drop=None):
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
@@ -358,7 +358,8 @@ class BatchNormAct3d(nn.BatchNorm3d):
         return self.weight,self.bias,mean,var,self.training or mean is None,momentum or 0.,self.eps
 
     def forward(self, x):
-        w,b,mean,var,*rest = self._now()
+        w,b,mean,var,own,*rest = self._now()
+        rest = own and (mean is None or x.numel()>x.shape[1]),*rest
         fused = type(self.act) is nn.SiLU and type(self.drop) is nn.Identity and _large(x) and torch.is_grad_enabled()
         if fused: return _BatchNormSiLU.apply(x, w, b, mean, var, *rest)
         return self.act(self.drop(F.batch_norm(x, mean, var, w, b, *rest)))

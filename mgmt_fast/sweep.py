@@ -14,10 +14,9 @@ from fastcore.all import *
 from joblib import Parallel, delayed, parallel_config
 from .cohort import assign_folds
 from .prepare import VolumeStore
-from .loader import mgmt_dls, usable_patients
-from .augment import mgmt_augs
+from .loader import usable_patients
 from .metrics import auc_ci
-from .learner import mgmt_learner, save_model
+from .learner import mgmt_learner, recipe_dls, save_model
 
 # %% ../nbs/16_sweep.ipynb #16000006
 def sweep_table(
@@ -35,28 +34,28 @@ def _run_name(row, key):
     digest = hashlib.blake2b(json.dumps([row,key], sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
     return f"{row['arch'].replace('/','_')}-{row['sequences']}-fold{row['fold']}-{digest}"
 
-def _fit(store, path, recipe, sequences, fold, bs, n_folds, seed, patients=None):
+def _fit(store, path, recipe, sequences, fold, n_folds, seed, patients=None):
     "A trained learner with its best weights"
-    dls = mgmt_dls(store, sequences.split('+'), fold=fold, bs=bs, n_folds=n_folds, seed=seed, patients=patients, augs=mgmt_augs(recipe, seed=seed, spacing=store.spacing))
+    dls = recipe_dls(store, recipe, sequences.split('+'), seed, fold=fold, n_folds=n_folds, patients=patients)
     learn = mgmt_learner(dls, recipe=recipe, path=path, seed=seed)
     with learn.no_bar(), learn.no_logging(): learn.fit_recipe(resume=True)
     return learn
 
 def _best(learn): return dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[learn.save_best.best_epoch]))
 
-def _run(row, store, dest, recipe, bs, n_folds, seed):
+def _run(row, store, dest, recipe, n_folds, seed):
     "One run: its row with what came out, from its folder if it is done"
     path,t = Path(dest),time.perf_counter()
     if (path/'run.json').exists(): return json.loads((path/'run.json').read_text(encoding='utf-8'))
     choices = {k:v for k,v in row.items() if k not in ('sequences','fold')}
-    try: learn = _fit(VolumeStore(store), path, get_recipe(recipe, **choices), row['sequences'], int(row['fold']), bs, n_folds, seed)
+    try: learn = _fit(VolumeStore(store), path, get_recipe(recipe, **choices), row['sequences'], int(row['fold']), n_folds, seed)
     except (MGMTError, RuntimeError) as e: return {**row, 'error':f'{type(e).__name__}: {e}'}
     with learn.no_bar(): p,y = (o.numpy().ravel() for o in learn.get_preds())
     valid,best = learn.dls.valid.dataset,_best(learn)
     pd.DataFrame(dict(patient=valid.patients, label=y.astype(int), prob=p)).to_csv(path/'valid.csv', index=False)
     save_model(learn, path/'model')
-    n = min(np.bincount(y.astype(int), minlength=2))
-    ci = auc_ci(y, p) if n>1 else dict(lo=None, hi=None)
+    try: ci = auc_ci(y, p)
+    except MGMTError: ci = dict(lo=None, hi=None) # too few patients for an interval
     res = {**row, 'epoch':learn.save_best.best_epoch, 'valid_loss':best['valid_loss'], 'auc':best['auc'], 'lo':ci['lo'], 'hi':ci['hi'], 'n_train':len(learn.dls.train.dataset), 'n_valid':len(valid),
         'seconds':round(time.perf_counter()-t,1), 'folder':path.name, 'error':''}
     write_json(path/'run.json', res)
@@ -69,13 +68,12 @@ def sweep(
     store, # Folder of a store, as the workers see it
     dest, # Folder for the runs and `sweep.csv`, as the workers see it
     recipe='default', # Name or `Recipe`; the table's columns override it
-    bs:int=8, # Patients a batch
     n_folds:int=5, # Folds, stratified by label
     seed:int=0, # Of folds, order and initial weights
     n_jobs:int=1, # Runs at once; -1: as many as there are cores or workers
     backend:str=None, # joblib's: `'loky'` processes if None; `'dask'` or `'ray'` over the cluster that this process is connected to
     progress:bool=True, # Show a progress bar
-) -> pd.DataFrame: # The table with epoch, valid_loss, auc and its interval, n_train, n_valid, seconds, folder, error; as in `sweep.csv`
+) -> pd.DataFrame: # The table with epoch, valid_loss, auc and its interval (none below 10 patients), n_train, n_valid, seconds, folder, error; as in `sweep.csv`
     """Train every row of a table. A run that fails has its error in its row, and is tried again next time; the others go on.
 
     `auc` is that of the epoch that was chosen on the same patients, so it is no estimate for others. Raises `MGMTError` on a table without runs or with unknown columns."""
@@ -84,7 +82,7 @@ def sweep(
     recipe,rows = get_recipe(recipe),[{k:(v.item() if isinstance(v,np.generic) else v) for k,v in r.items()} for r in table.to_dict('records')]
     for r in rows: get_recipe(recipe, **{k:v for k,v in r.items() if k not in need[1:]}); check_sequences(r['sequences'].split('+'))
     VolumeStore(store)
-    key = dict(recipe=recipe.name, choices=recipe.changed, bs=bs, n_folds=n_folds, seed=seed)
+    key = dict(recipe=recipe.name, choices=recipe.changed, n_folds=n_folds, seed=seed)
     dest = make_folder(dest)
     names = [_run_name(r, key) for r in rows]
     done = dict.fromkeys(names)
@@ -92,7 +90,7 @@ def sweep(
         res = pd.DataFrame([done[n] or {**r,'error':'not run yet'} for n,r in zip(names,rows)])
         with atomic_path(dest/'sweep.csv') as tmp: res.to_csv(tmp, index=False)
         return res
-    def _job(n, r): return n,_run(r, str(store), str(dest/n), recipe, bs, n_folds, seed)
+    def _job(n, r): return n,_run(r, str(store), str(dest/n), recipe, n_folds, seed)
     with parallel_config(backend=backend) if backend else parallel_config():
         for n,res in track(Parallel(n_jobs=n_jobs, return_as='generator_unordered')(delayed(_job)(n,r) for n,r in zip(names,rows)), len(rows), progress):
             done[n] = res
@@ -139,7 +137,6 @@ def search(
     sequences:str='T1wCE', # Channels, joined by `+`
     fold:int=0, # Outer fold, whose patients no trial sees
     inner=(0,), # Inner folds that judge, of `n_folds`; more of them cost as much more and judge better
-    bs:int=8, # Patients a batch
     n_folds:int=5, # Outer and inner folds
     seed:int=0, # Of folds, proposals and trainings
 ) -> pd.DataFrame: # trial, state, the choices, and the mean validation loss and AUC over `inner`; as in `trials.csv`
@@ -159,7 +156,7 @@ def search(
     def _objective(trial):
         r = get_recipe(recipe, **_suggest(trial, space))
         path = dest/hashlib.blake2b(json.dumps(r.values(), sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
-        try: runs = [_best(_fit(store, path/str(i), r, sequences, i, bs, n_folds, seed, patients=train)) for i in inner]
+        try: runs = [_best(_fit(store, path/str(i), r, sequences, i, n_folds, seed, patients=train)) for i in inner]
         except (MGMTError, RuntimeError) as e: trial.set_user_attr('error', str(e)); raise
         for k in ('valid_loss','auc'): trial.set_user_attr(k, float(np.mean([o[k] for o in runs])))
         for f in path.glob('*/*.safetensors'): f.unlink()
