@@ -1,4 +1,4 @@
-"Write README.md from nbs/index.ipynb: its prose, visible code and text outputs."
+"Write README.md from nbs/index.ipynb: its prose, visible code, text outputs, and figures as files in nbs/images."
 import re
 from pathlib import Path
 
@@ -10,11 +10,16 @@ nb = nbformat.read(root/'nbs/index.ipynb', as_version=4)
 nb.metadata['language_info'] = {'name': 'python'}
 nb.cells = [c for c in nb.cells if not c.source.startswith('#| hide')]
 for c in nb.cells:
+    if '#| echo: false' in c.source: c.source = ''
     c.source = re.sub(r'^#\| .*\n', '', c.source, flags=re.M)
     for o in c.get('outputs', []): o.get('data', {}).pop('text/html', None)
-md,_ = MarkdownExporter().from_notebook_node(nb)
+md,res = MarkdownExporter().from_notebook_node(nb)
+(root/'nbs/images').mkdir(exist_ok=True)
+for name,data in res['outputs'].items():
+    (root/'nbs/images'/name).write_bytes(data)
+    md = md.replace(f'![png]({name})', f'![Result](images/{name})')
 md = md.replace('](images/', '](nbs/images/')
 notebooks = {re.sub(r'^\d+_', '', p.stem): p.name for p in (root/'nbs').glob('*.ipynb')}
 md = re.sub(r'\]\((\w+)\.html\)', lambda m: f'](nbs/{notebooks[m[1]]})', md)
-md = re.sub(r'[ \t]+$', '', md, flags=re.M)
+md = re.sub(r'[ \t]+$', '', md, flags=re.M).replace('```python\n\n```\n', '')
 (root/'README.md').write_text('<!-- generated from nbs/index.ipynb; edit that -->\n\n' + re.sub(r'\n{3,}', '\n\n', md).strip() + '\n', encoding='utf-8')

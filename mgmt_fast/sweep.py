@@ -50,13 +50,13 @@ def _run(row, store, dest, recipe, n_folds, seed):
     choices = {k:v for k,v in row.items() if k not in ('sequences','fold')}
     try: learn = _fit(VolumeStore(store), path, get_recipe(recipe, **choices), row['sequences'], int(row['fold']), n_folds, seed)
     except (MGMTError, RuntimeError) as e: return {**row, 'error':f'{type(e).__name__}: {e}'}
+    valid,best,epoch = learn.dls.valid.dataset,_best(learn),learn.save_best.best_epoch # predicting empties the recorder
     with learn.no_bar(): p,y = (o.numpy().ravel() for o in learn.get_preds())
-    valid,best = learn.dls.valid.dataset,_best(learn)
     pd.DataFrame(dict(patient=valid.patients, label=y.astype(int), prob=p)).to_csv(path/'valid.csv', index=False)
     save_model(learn, path/'model')
     try: ci = auc_ci(y, p)
     except MGMTError: ci = dict(lo=None, hi=None) # too few patients for an interval
-    res = {**row, 'epoch':learn.save_best.best_epoch, 'valid_loss':best['valid_loss'], 'auc':best['auc'], 'lo':ci['lo'], 'hi':ci['hi'], 'n_train':len(learn.dls.train.dataset), 'n_valid':len(valid),
+    res = {**row, 'epoch':epoch, 'valid_loss':best['valid_loss'], 'auc':best['auc'], 'lo':ci['lo'], 'hi':ci['hi'], 'n_train':len(learn.dls.train.dataset), 'n_valid':len(valid),
         'seconds':round(time.perf_counter()-t,1), 'folder':path.name, 'error':''}
     write_json(path/'run.json', res)
     for f in ('checkpoint.safetensors','best.safetensors'): (path/f).unlink(missing_ok=True)
