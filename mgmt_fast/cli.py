@@ -30,7 +30,7 @@ def _command(f):
     def _f(*args, **kwargs):
         try: return f(*args, **kwargs)
         except MGMTError as e: print(f'error: {e}', file=sys.stderr); return 2
-        except KeyboardInterrupt: print('interrupted: run the same command again; a store, a training and a sweep go on where they stopped, the rest begins anew', file=sys.stderr); return 130
+        except KeyboardInterrupt: print('interrupted: run the same command again; all but phantoms, predictions and external tests go on where they stopped', file=sys.stderr); return 130
     return call_parse(_f)
 
 def _say_report(report, what):
