@@ -12,7 +12,7 @@ demo: .venv/installed
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test $(DATA_FLAG) --n_workers 2
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 # What is generated must be what is committed.
 check: .venv/installed
