@@ -15,9 +15,9 @@ for c in nb.cells:
     for o in c.get('outputs', []): o.get('data', {}).pop('text/html', None)
 md,res = MarkdownExporter().from_notebook_node(nb)
 (root/'nbs/images').mkdir(exist_ok=True)
-for name,data in res['outputs'].items():
-    (root/'nbs/images'/name).write_bytes(data)
-    md = md.replace(f'![png]({name})', f'![Result](images/{name})')
+for i,(name,data) in enumerate(res['outputs'].items()):
+    (root/f'nbs/images/readme{i}.png').write_bytes(data)
+    md = md.replace(f'![png]({name})', f'![Result](images/readme{i}.png)')
 md = md.replace('](images/', '](nbs/images/')
 notebooks = {re.sub(r'^\d+_', '', p.stem): p.name for p in (root/'nbs').glob('*.ipynb')}
 md = re.sub(r'\]\((\w+)\.html\)', lambda m: f'](nbs/{notebooks[m[1]]})', md)

@@ -1,7 +1,7 @@
 """What training costs: (1) `--accumulation`: the overhead of gathering gradients, per batch; (2) `--split`: the share of an epoch that is spent in the model;
 (3) otherwise: seconds to the same validation AUC on one synthetic cohort, ours and its peers, each in a process of its own as its tutorials set it up.
 
-usage: train.py [FOLDER=temporary] [--accumulation | --split] [--patients 160] [--size 24x64x64] [--limit 240] [--who ours,monai,fastmonai]
+usage: train.py [FOLDER=temporary] [--accumulation | --split] [--patients 160] [--size 32x64x64] [--limit 240] [--who ours,monai,fastmonai]
 
 Same patients, split, series (T1wCE) and size. Seconds count from the scans on disk, preparation or caching included, validation not.
 MONAI: its 3D classification tutorial (LoadImage, ScaleIntensity, Resize, RandRotate90, DenseNet121 of two outputs, cross-entropy, Adam 1e-4, batches of 2) over a CacheDataset.
@@ -58,7 +58,7 @@ def ours(root, size, limit):
             if not self.training: self.p.append(self.pred.detach().flatten()); self.y.append(self.learn.y.flatten())
         def after_validate(self): curve.add(torch.cat(self.y).cpu(), torch.cat(self.p).cpu())
     with tempfile.TemporaryDirectory() as d:
-        recipe = get_recipe('default', size=tuple(size), arch='resnet18', schedule='one_cycle', lr=2e-3, epochs=8, patience=8)
+        recipe = get_recipe('default', size=tuple(size), arch='resnet18', schedule='one_cycle', lr=2e-3, epochs=4)
         store = prepare(kaggle_cohort(root/'cohort'), Path(d)/'store', 'T1wCE', recipe=recipe, progress=False)
         learn = mgmt_learner(mgmt_dls(store, bs=8, augs=mgmt_augs(get_recipe('none', flip='w'), seed=0)), recipe=recipe, path=d, cbs=Watch())
         with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
@@ -166,7 +166,7 @@ def split(root, size):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('folder', nargs='?'); p.add_argument('--patients', type=int, default=160); p.add_argument('--size', default='24x64x64'); p.add_argument('--limit', type=int, default=240)
+    p.add_argument('folder', nargs='?'); p.add_argument('--patients', type=int, default=160); p.add_argument('--size', default='32x64x64'); p.add_argument('--limit', type=int, default=240)
     p.add_argument('--who', default='ours,monai,fastmonai'); p.add_argument('--accumulation', action='store_true'); p.add_argument('--split', action='store_true'); p.add_argument('--one', help=argparse.SUPPRESS)
     o = p.parse_args()
     warnings.simplefilter('ignore')
