@@ -120,7 +120,7 @@ def _train(job, path):
     res = predict(m, out, progress=False)[['patient','prob']].rename(columns=dict(prob='raw'))
     res['tta'] = predict(_with_views(m, out, job.augment), out, progress=False).prob if job.tta else np.nan
     try: temperature = fit_temperature(v.label.to_numpy(), v.prob.to_numpy())
-    except MGMTError as e: raise ProtocolError(f"{path.name}: its inner validation part cannot choose a temperature ({e})") from e
+    except MGMTError as e: raise ProtocolError(f"{path.name}: its inner validation part cannot choose a temperature ({e}); a smaller inner= makes that part larger") from e
     return dict(key=job.key, temperature=temperature.t, threshold=choose_threshold(v.label.to_numpy(), temperature(v.prob)), valid_loss=float(log_loss(v.label.astype(int), v.prob)),
         valid_patients=len(v), files={f: _file_hash(path/f) for f in ('model.safetensors','model.json')}, predictions=res.to_dict('list'))
 
