@@ -464,7 +464,7 @@ def _aside(leakage, cohort):
 def _check_strangers(bundle, store):
     "Nobody that the models were trained on may be tested"
     known = set(map(patient_key, bundle.patients))
-    both = [p for p in store.table.patient if patient_key(p) in known]
+    both = [p for p in store.table.patient[store.table[list(store.sequences)].any(axis=1)] if patient_key(p) in known] # a label without scans tests nobody
     if both: raise ProtocolError(f"{len(both)} patients are in training and test, e.g. {both[0]}: take them out of the test cohort; or rename its patients, if they only share their numbers")
     vols = set(bundle.volumes)
     twins = [p for p,m in store.meta.items() if any(v['hash'] in vols for v in m['volumes'].values())]

@@ -115,6 +115,16 @@ def test_a_part_of_the_cohort_under_other_names_is_met_again(copy_of):
     assert external_test(b, other, progress=False)['pass']==2
 
 
+def test_a_label_without_scans_tests_nobody(copy_of):
+    "A label table may cover the training patients too"
+    d,b,test = copy_of
+    c = kaggle_cohort(d/'test/scans')
+    c = pd.concat([c.assign(patient=[f'{900+int(p):05d}' for p in c.patient]), c[:1].assign(T1wCE=None)], ignore_index=True)
+    other = prepare(c, d/'more', 'T1wCE', size=(8,24,24), n_workers=1, progress=False)
+    r = external_test(b, other, progress=False)
+    assert r['all']['n']==24 and [o['patient'] for o in r['cohort']['left_out']]==['00000']
+
+
 def test_with_and_without_suspected_overlaps(copy_of):
     d,b,test = copy_of
     report = pd.DataFrame(dict(train=['00000']*3, test=['00900','00901','00902'], sequence='T1wCE', verdict=['same','uncertain','different']))
@@ -123,7 +133,9 @@ def test_with_and_without_suspected_overlaps(copy_of):
     r = external_test(b, test, leakage=test.table.patient[:18].tolist(), progress=False)
     assert 'too few' in r['without_suspected']['why']
     with pytest.raises(MGMTError, match='not in this cohort'): external_test(b, test, leakage=['77777'])
-    assert len(pd.read_json(d/'bundle/ledger.jsonl', lines=True))==2
+    pd.DataFrame(dict(patient=['00900'])).to_csv(d/'set_aside.csv', index=False)
+    assert external_test(b, test, leakage=d/'set_aside.csv', progress=False)['leakage']['set_aside']==['00900']
+    assert len(pd.read_json(d/'bundle/ledger.jsonl', lines=True))==3
 
 
 @pytest.mark.parametrize('kwargs', [dict(recalibrate=True), dict(threshold=.3), dict(fit=True), dict(arch='resnet10')])
