@@ -16,6 +16,7 @@ from pathlib import Path
 
 import nibabel as nib, numpy as np, pandas as pd
 from fastcore.all import *
+from scipy.special import expit
 from .core import *
 from . import __version__
 from .series import has_skull, read_volume
@@ -25,7 +26,7 @@ from .prepare import VolumeStore, prepare
 from .backbones import _archs
 from .consistency import patients_needed
 from .metrics import holm
-from .evaluate import Bundle, cross_validate, cv_models, freeze_bundle, results_table, show_results
+from .evaluate import _logits, Bundle, cross_validate, cv_models, freeze_bundle, results_table, show_results
 
 # %% ../nbs/15_kaggle.ipynb #a8c4fa67
 COMPETITION = 'rsna-miccai-brain-tumor-radiogenomic-classification'
@@ -356,11 +357,11 @@ def predict_submission(
     seqs = [s for s in SEQUENCES if any(s in b.sequences for b in bs)]
     if not any(s in cohort and cohort[s].notna().any() for s in seqs): return pd.DataFrame(dict(patient=cohort.patient, prob=np.nan, note='no scans'))
     store = prepare(cohort, dest, seqs, recipe=bs[0].recipe, progress=progress)
-    zs = np.stack([(lambda p: np.log(p/(1-p)))(b.predict(store, progress=progress).prob.clip(1e-7,1-1e-7).to_numpy(float)) for b in bs])
+    zs = np.stack([_logits(b.predict(store, progress=progress).prob) for b in bs])
     n = np.isfinite(zs).sum(0)
     z = np.where(n>0, np.nansum(zs, 0)/np.maximum(n,1), np.nan)
     why = store.report.assign(what=store.report.sequence+': '+store.report.what).groupby('patient').what.agg('; '.join)
-    return pd.DataFrame(dict(patient=store.table.patient, prob=1/(1+np.exp(-z)), note=store.table.patient.map(why).fillna('')))
+    return pd.DataFrame(dict(patient=store.table.patient, prob=expit(z), note=store.table.patient.map(why).fillna('')))
 
 # %% ../nbs/15_kaggle.ipynb #2436125e
 def slug_of(
