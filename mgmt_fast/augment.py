@@ -215,7 +215,7 @@ def _resample_batch(src, out, ms, bs, outside):
     c = torch.from_numpy(c).to(src.device, src.dtype, non_blocking=True)[...,None,None]
     h,w = torch.arange(H,dtype=src.dtype,device=src.device)[:,None],torch.arange(W,dtype=src.dtype,device=src.device)
     grid = torch.stack([c[:,i,0]*h+c[:,i,2]+c[:,i,1]*w for i in (1,0)], -1)
-    out.copy_(F.grid_sample(src.reshape(B,-1,H,W), grid, padding_mode=outside, align_corners=False).view_as(out))
+    for s,o in zip(src.reshape(B,-1,H,W).chunk(4,1), out.view(B,-1,H,W).chunk(4,1)): o.copy_(F.grid_sample(s, grid, padding_mode=outside, align_corners=False))
 
 def _resample3d(src, out, m, b, outside):
     C,D,H,W = src.shape
@@ -522,12 +522,17 @@ class RandEqualize(RandAug):
     def flatten_(self, x, depth, slices=None):
         "Flatten the histograms of `x` (N,H*W), or of some of its rows; counts are whole numbers, so how rows are grouped does not tell"
         n = len(x) if slices is None else len(slices)
-        slabs,counts = _slabs(n, x.shape[1], x.device, temps=8),torch.zeros(n, 256, dtype=torch.int32, device=x.device)
+        lanes = 1 if x.device.type=='cpu' else 32 # tables a row: threads that all count air would queue for one counter
+        slabs,counts = _slabs(n, x.shape[1], x.device, temps=8),torch.zeros(n, lanes*256, dtype=torch.int32, device=x.device)
+        lane = torch.arange(x.shape[1], device=x.device)%lanes*256
         rows = lambda s: slice(s.start,s.stop) if slices is None else slices[s.start:s.stop]
         level = lambda s: (x[rows(s)]*255+.5).to(torch.int32).to(torch.int64)
         unit = torch.ones((), dtype=torch.int32, device=x.device)
-        for s in slabs: i = level(s); counts[s.start:s.stop].scatter_add_(1, i, unit.expand_as(i))
-        lut = (_flatten_slices(counts.long()) if self.over=='slice' else _flatten_brain(counts.long(), depth)).to(x.dtype)
+        for s in slabs:
+            i = level(s) if lanes==1 else level(s).add_(lane)
+            counts[s.start:s.stop].scatter_add_(1, i, unit.expand_as(i))
+        counts = counts.view(n,lanes,256).sum(1)
+        lut = (_flatten_slices(counts) if self.over=='slice' else _flatten_brain(counts, depth)).to(x.dtype)
         for s in slabs: x[rows(s)] = lut[s.start:s.stop].gather(1, level(s))
 
 # %% ../nbs/06_augment.ipynb #29565b38

@@ -93,8 +93,8 @@ def _unpad_(g, lo, hi):
     "Gradient of padding, added up in the place of `g`"
     D = g.shape[2]-lo-hi
     gx = g.narrow(2, lo, D)
-    if lo: gx[:,:,0] += g[:,:,:lo].sum(2)
-    if hi: gx[:,:,-1] += g[:,:,lo+D:].sum(2)
+    for i in range(lo): gx[:,:,0] += g[:,:,i]
+    for i in range(lo+D, g.shape[2]): gx[:,:,-1] += g[:,:,i]
     return gx
 
 class _PadDepth(torch.autograd.Function):
@@ -197,7 +197,9 @@ class _DenseConv(torch.autograd.Function):
             gt = _unpad_(gx, lo, hi) if mode=='replicate' else gx.narrow(2, lo, D)
         return gt,gw,*(None,)*8
 
-def _flat(w): return w.transpose(1,2).flatten(1,2).contiguous(memory_format=torch.channels_last)
+# Both quick where the kernel's memory has its channels innermost
+def _flat(w): return w.permute(0,3,4,2,1).flatten(3).permute(0,3,1,2)
+def _depth_sum(w): return w.permute(0,2,3,4,1).flatten(2).sum(1).unflatten(1, (*w.shape[3:],w.shape[1])).permute(0,3,1,2)
 
 def _cast(*xs):
     "To the type of autocast, which does not look into functions with a backward pass of their own"
@@ -243,7 +245,7 @@ class InflatedConv3d(nn.Module):
         w,o,D = self.weight,self.along,x.shape[2]
         if x.device.type=='cpu' and _is_pointwise(self): return _across(x, lambda rows: F.linear(rows, w.flatten(1), self.bias))
         if o.k==1: y = self._plane(fold(_skip(x, o.s)), w[:,:,0])
-        elif D==1 and (o.mode=='replicate' or o.d==1): y = self._plane(fold(x), w.sum(2) if o.mode=='replicate' else w[:,:,o.p])
+        elif D==1 and (o.mode=='replicate' or o.d==1): y = self._plane(fold(x), _depth_sum(w) if o.mode=='replicate' else w[:,:,o.p])
         elif x.device.type=='cpu' and self.groups==1:
             pad = self.padding[1:]
             if self.same: x,pad = unfold(tl.pad_same(fold(x), self.kernel_size[1:], self.stride[1:], self.dilation[1:]), len(x)),(0,0)
