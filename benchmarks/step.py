@@ -14,6 +14,7 @@ MONAI = dict(efficientnet_b1=lambda N: N.EfficientNetBN('efficientnet-b1', pretr
     resnet18=lambda N: N.resnet18(spatial_dims=3, n_input_channels=1, num_classes=1, conv1_t_stride=2),
     resnet10=lambda N: N.resnet10(spatial_dims=3, n_input_channels=1, num_classes=1))
 NOT_IN_TIMM_3D = ('xception','resnet10')
+KEPT = dict(MALLOC_MMAP_MAX_='0', MALLOC_TRIM_THRESHOLD_=str(2**40)) # for 'memory kept': what is freed stays with the process, and does not have to be fetched anew from the system
 KINDS = {'ours':{}, 'ours, recomputing':dict(checkpoint=True), 'ours, full':dict(depth='full'), 'ours, all split':dict(depth='separable_all')}
 
 
@@ -23,7 +24,7 @@ def build(who, arch, size):
     B,D,H,W = size
     if who.startswith('ours'):
         from mgmt_fast.backbones import create_backbone
-        return create_backbone(arch, **KINDS[who.removesuffix(', compiled')]),torch.rand(B,1,D,H,W)
+        return create_backbone(arch, **KINDS[who.removesuffix(', compiled').removesuffix(', memory kept')]),torch.rand(B,1,D,H,W)
     x = torch.rand(B,1,H,W,D)
     if who.startswith('timm_3d'):
         import timm_3d
@@ -69,7 +70,9 @@ def measure(who, arch, size, norms, reps, device):
 def plan(a, device, has):
     "Who is measured on an architecture"
     yield 'ours'
-    if a in ('efficientnet_b1','efficientnet_b3'): yield 'ours, recomputing'
+    if a in ('efficientnet_b1','efficientnet_b3'):
+        yield 'ours, recomputing'
+        if device=='cpu': yield from ('ours, memory kept','ours, recomputing, memory kept')
     if a=='efficientnet_b1': yield 'ours, full'
     if a in ('densenet121','resnet18'): yield 'ours, all split'
     if a not in NOT_IN_TIMM_3D and has['timm_3d']: yield 'timm_3d'
@@ -95,15 +98,15 @@ def main():
     has = {n:importlib.util.find_spec(n) is not None for n in ('timm_3d','monai')}
     for n,h in has.items():
         if not h: print(f'{n} is not installed: left out')
-    print(f"{'arch':16} {'who':18} {'s/step':>8} {'least':>8} {'vol/s':>7} {'MiB':>7} {'M par':>6}   ours: times faster, share of memory", flush=True)
+    print(f"{'arch':16} {'who':30} {'s/step':>8} {'least':>8} {'vol/s':>7} {'MiB':>7} {'M par':>6}   ours: times faster, share of memory", flush=True)
     for arch in o.archs.split(','):
         whos,runs = [w for w in plan(arch, device, has) if not o.who or w in o.who],{}
         for who in whos*o.rounds:
             cmd = [sys.executable, __file__, '--one', f'{who}|{arch}', '--size', 'x'.join(map(str,size)), '--norms', o.norms, '--reps', str(o.reps), '--device', device]
-            try: r = subprocess.run(cmd, capture_output=True, text=True, timeout=600 if device=='cpu' else 150)
-            except subprocess.TimeoutExpired: print(f'{arch:16} {who:18} took too long', flush=True); continue
+            try: r = subprocess.run(cmd, capture_output=True, text=True, timeout=600 if device=='cpu' else 150, env={**os.environ, **(KEPT if who.endswith('kept') else {})})
+            except subprocess.TimeoutExpired: print(f'{arch:16} {who:30} took too long', flush=True); continue
             out = next((l[6:] for l in r.stdout.splitlines() if l.startswith('RESULT')), None)
-            if out is None: print(f"{arch:16} {who:18} failed: {(r.stderr.strip().splitlines() or ['no message'])[-1][:150]}", flush=True)
+            if out is None: print(f"{arch:16} {who:30} failed: {(r.stderr.strip().splitlines() or ['no message'])[-1][:150]}", flush=True)
             else: runs.setdefault(who, []).append(json.loads(out))
         show(arch, runs, size[0])
 
@@ -113,7 +116,7 @@ def show(arch, runs, B):
     med = {w:(statistics.median(sum((r['times'] for r in rs), [])),statistics.median(r['mib'] for r in rs)) for w,rs in runs.items()}
     for w,(s,mib) in med.items():
         us = f"{s/med['ours'][0]:5.2f}x {med['ours'][1]/max(mib,1e-9):6.2f}" if w!='ours' and 'ours' in med else ''
-        print(f"{arch:16} {w:18} {s:8.3f} {min(min(r['times']) for r in runs[w]):8.3f} {B/s:7.2f} {mib:7.0f} {runs[w][0]['params']:6.1f}   {us}", flush=True)
+        print(f"{arch:16} {w:30} {s:8.3f} {min(min(r['times']) for r in runs[w]):8.3f} {B/s:7.2f} {mib:7.0f} {runs[w][0]['params']:6.1f}   {us}", flush=True)
 
 
 
