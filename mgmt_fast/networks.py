@@ -11,6 +11,7 @@ import copy, math
 import pandas as pd, timm, torch, torch.nn.functional as F
 from .core import *
 from fastai.callback.core import Callback
+from fastai.callback.tracker import TrackerCallback
 from fastcore.all import *
 from torch import nn
 from .backbones import *
@@ -87,6 +88,7 @@ class PairLoss(nn.Module):
 # %% ../nbs/08_networks.ipynb #cb6062b6
 class Prototypes(Callback):
     "Before each validation, the mean embedding of each class of the training patients, as they are"
+    order = TrackerCallback.order+6 # averaged weights, where there are any, have taken their place by then
     def before_validate(self):
         total = torch.zeros_like(self.model.head.prototypes)
         with torch.no_grad():

@@ -166,6 +166,15 @@ def test_a_stopped_training_ends_where_the_undisturbed_one_does(store, tmp_path,
     assert same(straight, done)
 
 
+def test_prototypes_are_those_of_the_averaged_weights(store, tmp_path):
+    learn = mgmt_learner(mgmt_dls(store, bs=4), 'resnet10', get_recipe('default', network='siamese', average='ema', epochs=2, lr=1e-3), path=tmp_path)
+    fit(learn)
+    kept = learn.model.head.prototypes.clone()
+    learn.model.eval()
+    learn.prototypes.before_validate()
+    torch.testing.assert_close(learn.model.head.prototypes, kept)
+
+
 def test_a_checkpoint_of_another_training_is_refused(store, tmp_path):
     fit(learner(store, tmp_path, epochs=1), resume=True)
     for change,word in ((dict(schedule='flat'),"'schedule'"), (dict(bs=4),"'bs'"), (dict(epochs=2),"'epochs'")):
