@@ -166,11 +166,11 @@ def mgmt_weights(
     return 0
 
 # %% ../nbs/90_cli.ipynb #c64c229a
-from .evaluate import _consistency
+from .evaluate import check_results
 
 # %% ../nbs/90_cli.ipynb #174485bd
 def _print_findings(table, thresholds=(.5,)):
-    found = _consistency(table, thresholds)
+    found = check_results(table, thresholds)
     for r in found.itertuples(): print(f'{r.verdict}: {r.where}: {r.finding}')
     if not len(found): print(f"consistency: {len(table)} row{'s'*(len(table)!=1)}, no figure that cannot be")
 

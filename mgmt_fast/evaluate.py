@@ -6,7 +6,7 @@
 __all__ = ['ProtocolError', 'check_predictions', 'choose_threshold', 'cross_validate', 'read_oof', 'select_inside', 'ensemble',
            'mean_auc_ci', 'results_table', 'show_results', 'gains', 'preparation', 'preparation_differs', 'Bundle',
            'freeze_bundle', 'cv_models', 'external_test', 'read_result', 'external_table', 'model_card',
-           'evaluate_report']
+           'check_results', 'evaluate_report']
 
 # %% ../nbs/13_evaluate.ipynb #7d4e1b9e
 import contextlib, copy, gc, hashlib, io, json, re, shutil
@@ -607,15 +607,19 @@ def model_card(
         known['16'] = known['20c'] = 'preparation compared by the external test; what was overridden stands in its result'
     return pd.DataFrame([(item, known.get(item.split(' ')[0], 'open: for the authors to fill in')) for item in re.split(r'[|\n]', _tripod)], columns=['item','what'])
 
+# %% ../nbs/13_evaluate.ipynb #7b94596e
+def check_results(
+    table:pd.DataFrame, # Of `results_table`, `external_table` or a sweep
+    thresholds=(.5,), # That its accuracies were had with
+) -> pd.DataFrame: # As `check_consistency`'s; no rows where nothing is amiss
+    "What cannot be in a table that is about to be printed."
+    return check_consistency(table[[c for c in ('set','arch','sequences','recipe','n','minority','accuracy','auc','loss') if c in table]], threshold=max(thresholds, key=lambda t: abs(t-.5)))
+
 # %% ../nbs/13_evaluate.ipynb #c216badf
 def _as_cohort(store):
     "The store's table as a cohort: a path's place holds whether there is a volume"
     t = store.table
     return t.assign(**{s: t[s].where(t[s]) if s in t else None for s in SEQUENCES})
-
-def _consistency(table, thresholds=(.5,)):
-    "What cannot be in a table that is about to be printed"
-    return check_consistency(table[[c for c in ('set','arch','sequences','recipe','n','minority','accuracy','auc','loss') if c in table]], threshold=max(thresholds, key=lambda t: abs(t-.5)))
 
 def _main(oof):
     "The one model that is looked at closely, without having been chosen by its result"
@@ -640,7 +644,7 @@ def evaluate_report(
     real = table[table.arch!='selected']
     ext = external_table(results) if len(listify(results)) else None
     both = pd.concat([table, ext], ignore_index=True) if ext is not None else table
-    faults = _consistency(both[both.arch!='selected'], [*oof.threshold, .5])
+    faults = check_results(both[both.arch!='selected'], [*oof.threshold, .5])
     seen = oof[oof.arch=='selected'] if (oof.arch=='selected').any() else oof
     raw = expit(seen.assign(z=_logits(seen.raw)).groupby('patient').z.mean().loc[main.patient].to_numpy())
     tables = dict(results=both, gains=gains(oof), baselines=baselines(store, main, clinical, seed=seed, progress=False), card=model_card(store, oof, bundle, results))

@@ -101,6 +101,22 @@ def test_submit(trained, kaggle, tmp_path, monkeypatch):
     assert log.patient.tolist()==['00041'] and sub.MGMT_value[sub.BraTS21ID=='00041'].item()==.5 and '1 with the prevalence' in said
 
 
+@pytest.mark.real
+def test_submit_for_the_competitions_own_list(trained, kaggle, data, tmp_path, monkeypatch):
+    "87 phantoms under the real patients' names, in the order of the real sample"
+    root,sample = tmp_path/'kaggle',data/'labels/rsna_miccai/gonzo3832/sample_submission.csv'
+    comp,ids = root/'input/competitions'/COMPETITION,pd.read_csv(sample, dtype=str).BraTS21ID
+    make_phantom(comp, n=97, auc=.95, test=87/97, slices=12, size=48, progress=False)
+    scans = sorted((comp/'test').rename(comp/'scans').iterdir())
+    (comp/'test').mkdir()
+    for i,p in zip(ids, scans, strict=True): p.rename(comp/'test'/i)
+    shutil.copy(sample, comp)
+    shutil.copytree(kaggle/'input/mgmt-fast-train', root/'input/mgmt-fast-train')
+    session('submit', root, tmp_path, monkeypatch)
+    sub = pd.read_csv(root/'working/submission.csv', dtype={'BraTS21ID':str})
+    assert list(sub)==['BraTS21ID','MGMT_value'] and sub.BraTS21ID.tolist()==ids.tolist() and len(sub)==87 and sub.MGMT_value.nunique()>80
+
+
 def test_submit_elsewhere(tmp_path, monkeypatch):
     "No Kaggle at all: the same cells, on a phantom of their own"
     said = execute('submit', tmp_path, tmp_path/'nowhere', monkeypatch)
