@@ -1,14 +1,13 @@
 """What training costs: (1) `--accumulation`: the overhead of gathering gradients, per batch; (2) `--split`: the share of an epoch that is spent in the model;
 (3) otherwise: seconds to the same validation AUC on one synthetic cohort, ours and its peers, each in a process of its own as its tutorials set it up.
 
-usage: train.py [FOLDER=temporary] [--accumulation | --split] [--patients 160] [--size 32x64x64] [--limit 240] [--who ours,quick,monai,fastmonai]
+usage: train.py [FOLDER=temporary] [--accumulation | --split] [--patients 160] [--size 32x64x64] [--limit 240] [--who ours,monai,fastmonai]
 
 Same patients, split, series (T1wCE) and size. Seconds count from the scans on disk, preparation or caching included, validation not.
 MONAI: its 3D classification tutorial (LoadImage, ScaleIntensity, Resize, RandRotate90, DenseNet121 of two outputs, cross-entropy, Adam 1e-4, batches of 2) over a CacheDataset.
 fastMONAI: its classification tutorial (MedDataBlock, TorchIO's ZNormalization and affine augmentation, batches of 4, ranger, one cycle) with the same DenseNet121.
-Ours: ResNet18 under one cycle of 4 epochs; `quick` spends the first two on half the height and width and splits all kernels in depth.
 Peers read NIfTI, written beforehand and not timed; ours reads the DICOM series. Peers that are not installed are left out with a line that says so."""
-import argparse, importlib.util, itertools, json, os, subprocess, sys, tempfile, time, warnings
+import argparse, importlib.util, json, os, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -44,7 +43,7 @@ def cohort(root, patients):
     return pd.read_csv(root/'table.csv', dtype={'patient':str})
 
 
-def ours(root, size, limit, quick=False):
+def ours(root, size, limit):
     from fastai.callback.core import Callback
     from mgmt_fast.augment import mgmt_augs
     from mgmt_fast.cohort import kaggle_cohort
@@ -59,13 +58,10 @@ def ours(root, size, limit, quick=False):
             if not self.training: self.p.append(self.pred.detach().flatten()); self.y.append(self.learn.y.flatten())
         def after_validate(self): curve.add(torch.cat(self.y).cpu(), torch.cat(self.p).cpu())
     with tempfile.TemporaryDirectory() as d:
-        recipe = get_recipe('default', size=tuple(size), arch='resnet18', schedule='one_cycle', lr=2e-3, epochs=4, progressive=(.5,1.) if quick else ())
+        recipe = get_recipe('default', size=tuple(size), arch='resnet18', schedule='one_cycle', lr=2e-3, epochs=4)
         store = prepare(kaggle_cohort(root/'cohort'), Path(d)/'store', 'T1wCE', recipe=recipe, progress=False)
-        learn = mgmt_learner(mgmt_dls(store, bs=8, augs=mgmt_augs(get_recipe('none', flip='w'), seed=0)), recipe=recipe, path=d, cbs=Watch(), model_kwargs=dict(depth='separable_all') if quick else {})
+        learn = mgmt_learner(mgmt_dls(store, bs=8, augs=mgmt_augs(get_recipe('none', flip='w'), seed=0)), recipe=recipe, path=d, cbs=Watch())
         with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
-
-
-def quick(root, size, limit): ours(root, size, limit, quick=True)
 
 
 def monai(root, size, limit):
@@ -171,7 +167,7 @@ def split(root, size):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('folder', nargs='?'); p.add_argument('--patients', type=int, default=160); p.add_argument('--size', default='32x64x64'); p.add_argument('--limit', type=int, default=240)
-    p.add_argument('--who', default='ours,quick,monai,fastmonai'); p.add_argument('--accumulation', action='store_true'); p.add_argument('--split', action='store_true'); p.add_argument('--one', help=argparse.SUPPRESS)
+    p.add_argument('--who', default='ours,monai,fastmonai'); p.add_argument('--accumulation', action='store_true'); p.add_argument('--split', action='store_true'); p.add_argument('--one', help=argparse.SUPPRESS)
     o = p.parse_args()
     warnings.simplefilter('ignore')
     torch.set_num_threads(2)
@@ -184,16 +180,17 @@ def main():
     if o.split: return split(root, size)
     curves = {}
     for who in o.who.split(','):
-        if importlib.util.find_spec(dict(ours='mgmt_fast',quick='mgmt_fast',monai='monai',fastmonai='fastMONAI')[who]) is None: print(f'{who} is not installed: left out'); continue
+        if importlib.util.find_spec(dict(ours='mgmt_fast',monai='monai',fastmonai='fastMONAI')[who]) is None: print(f'{who} is not installed: left out'); continue
         r = subprocess.run([sys.executable, __file__, str(root), '--one', who, '--size', o.size, '--limit', str(o.limit)], capture_output=True, text=True)
         curves[who] = [json.loads(l[5:]) for l in r.stdout.splitlines() if l.startswith('CURVE')]
         if not curves[who]: print(f"{who} failed: {(r.stderr.strip().splitlines() or ['no message'])[-1][:200]}"); del curves[who]; continue
         print(f"{who:10} {len(curves[who])} epochs, {curves[who][-1][0]:.1f} s, best AUC {max(a for _,a in curves[who]):.3f}: "+', '.join(f'{a:.2f}@{t:.0f}s' for t,a in curves[who]), flush=True)
-    for us,who in itertools.product(('ours','quick'), ('monai','fastmonai')):
-        if us not in curves or who not in curves: continue
-        goal = min(max(a for _,a in curves[k]) for k in (us,who))
-        mine,theirs = (next(t for t,a in curves[k] if a>=goal) for k in (us,who))
-        print(f"AUC {goal:.3f}: {us} after {mine:.1f} s, {who} after {theirs:.1f} s: {theirs/mine:.1f} times as long")
+    if 'ours' not in curves: return
+    for who in curves:
+        if who=='ours': continue
+        goal = min(max(a for _,a in curves[k]) for k in ('ours',who))
+        mine,theirs = (next(t for t,a in curves[k] if a>=goal) for k in ('ours',who))
+        print(f"AUC {goal:.3f}: ours after {mine:.1f} s, {who} after {theirs:.1f} s: {theirs/mine:.1f} times as long")
 
 
 if __name__=='__main__': main()
