@@ -126,10 +126,12 @@ def _train(store, dest, recipe, sequences=None, fold=0, bs=8, seed=0, augs=None)
     if num_distrib()>1: DistributedTraining()
     dls = recipe_dls(store, get_recipe(recipe, bs=bs), sequences, fold=fold, seed=seed, augs=augs)
     learn = mgmt_learner(dls, recipe=recipe, path=dest, seed=seed)
-    batch,main = dls.train.one_batch(),not rank_distrib()
-    if main: _save(show_batch(*batch, None, max_n=4, sequences=dls.sequences).flat[0], Path(dest)/'batch.png')
+    batch = dls.train.one_batch()
+    if rank_distrib(): # the first process speaks for all
+        with learn.no_bar(), learn.no_logging(): learn.fit_recipe(resume=True)
+        return learn
+    _save(show_batch(*batch, None, max_n=4, sequences=dls.sequences).flat[0], Path(dest)/'batch.png')
     learn.fit_recipe(resume=True)
-    if not main: return learn
     save_model(learn, Path(dest)/'model')
     _save(plot_history(Path(dest)/'history.csv')[0], Path(dest)/'history.png')
     return learn
