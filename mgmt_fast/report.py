@@ -183,7 +183,7 @@ def plot_losses(
             for h in hs: ax.plot(h.epoch, h[c], color=color, lw=.6, alpha=.5)
             mean = pd.concat(hs).groupby('epoch')[c].mean()
             ax.plot(mean.index, mean, color=color, lw=2, marker='.', label=name)
-        ax.set_title(f'{a}, {s}', fontsize=9)
+        ax.set_title(f'{a}\n{s}', fontsize=9)
     for ax in axs.flat: ax.axhline(np.log(2), ls=':', color='gray', lw=1)
     axs[0][0].set_ylim(0, min(axs[0][0].get_ylim()[1], 2))
     for ax in axs[-1]: ax.set_xlabel('epoch'); ax.xaxis.get_major_locator().set_params(integer=True)

@@ -68,7 +68,7 @@ def test_forest_keeps_rows_without_a_number():
 def test_losses_have_a_panel_each():
     h = pd.DataFrame(dict(epoch=[0,1], train_loss=[.7,.6], valid_loss=[.7,.8]))
     axs = plot_losses({(a,s): [h,h] for a in 'xy' for s in 'abc'})
-    assert axs.shape==(2,3) and [o.get_title() for o in axs.flat]==[f'{a}, {s}' for a in 'xy' for s in 'abc']
+    assert axs.shape==(2,3) and [o.get_title() for o in axs.flat]==[f'{a}\n{s}' for a in 'xy' for s in 'abc']
 
 
 def test_page_is_one_file_that_warns_first(tmp_path, scores):
