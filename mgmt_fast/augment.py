@@ -524,12 +524,13 @@ class RandEqualize(RandAug):
         n = len(x) if slices is None else len(slices)
         lanes = 1 if x.device.type=='cpu' else 32 # tables a row: threads that all count air would queue for one counter
         slabs,counts = _slabs(n, x.shape[1], x.device, temps=8),torch.zeros(n, lanes*256, dtype=torch.int32, device=x.device)
-        lane = torch.arange(x.shape[1], device=x.device)%lanes*256
+        lane = torch.arange(x.shape[1], device=x.device)%lanes*256 if lanes>1 else None
         rows = lambda s: slice(s.start,s.stop) if slices is None else slices[s.start:s.stop]
         level = lambda s: (x[rows(s)]*255+.5).to(torch.int32).to(torch.int64)
         unit = torch.ones((), dtype=torch.int32, device=x.device)
         for s in slabs:
-            i = level(s) if lanes==1 else level(s).add_(lane)
+            i = level(s)
+            if lanes>1: i += lane
             counts[s.start:s.stop].scatter_add_(1, i, unit.expand_as(i))
         counts = counts.view(n,lanes,256).sum(1)
         lut = (_flatten_slices(counts) if self.over=='slice' else _flatten_brain(counts, depth)).to(x.dtype)
