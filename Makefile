@@ -10,9 +10,11 @@ DATA_FLAG := $(if $(MGMT_FAST_DATA),--flags real)
 demo: .venv/installed
 	$(BIN)/mgmt_demo
 
+# Tests write gigabytes: into a folder of their own, which goes with them.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test $(DATA_FLAG) --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	tmp=$$(mktemp -d) && trap "rm -rf $$tmp" EXIT && export TMPDIR=$$tmp OMP_NUM_THREADS=1 && \
+	$(BIN)/nbdev_test $(DATA_FLAG) --n_workers 2 && rm -rf $$tmp/* && \
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -o tmp_path_retention_policy=failed tests
 
 # What is generated must be what is committed.
 check: .venv/installed

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEQUENCES', 'MGMTError', 'unknown_name', 'check_sequences', 'Volume', 'montage', 'TensorMR', 'rng_for',
-           'seed_everything', 'make_folder', 'atomic_path', 'write_json', 'track', 'choice', 'same_choices', 'Recipe',
-           'get_recipe']
+           'seed_everything', 'make_folder', 'atomic_path', 'write_json', 'reserve_array', 'track', 'choice',
+           'same_choices', 'Recipe', 'get_recipe']
 
 # %% ../nbs/00_core.ipynb #3cf4ead2
 import difflib, json, os, tempfile, warnings, zlib
@@ -213,6 +213,26 @@ def write_json(
 ):
     "Write JSON atomically, with stable formatting so that equal content gives equal bytes."
     with atomic_path(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, sort_keys=True, ensure_ascii=False)+'\n', encoding='utf-8')
+
+# %% ../nbs/00_core.ipynb #3136b388
+def reserve_array(
+    path, # A `.npy` file; kept as it is where it has this shape and type
+    shape, # Of the array, all zeros at first
+    dtype=np.uint8,
+) -> bool: # Was there such a file, and was it kept?
+    "Make an array file to be filled through a memory map, its space taken at once: a map on a full disk does not raise, it kills the process (SIGBUS)."
+    path = Path(path)
+    try: keep = (o := np.load(path, mmap_mode='r')).shape==tuple(shape) and o.dtype==dtype
+    except (OSError,ValueError,EOFError): keep = False
+    try:
+        make_folder(path.parent)
+        if not keep: np.lib.format.open_memmap(path, mode='w+', dtype=dtype, shape=tuple(shape)).flush()
+        with open(path,'r+b') as f:
+            if hasattr(os,'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+    except OSError as e:
+        path.unlink(missing_ok=True)
+        raise MGMTError(f"cannot reserve {np.prod(shape, dtype=float)*np.dtype(dtype).itemsize/2**20:.0f} MiB for {path.name} in {path.parent} ({e.strerror}): is it full or read-only? Give another destination, or a smaller size") from e
+    return keep
 
 # %% ../nbs/00_core.ipynb #5e20e6b1
 def track(

@@ -181,8 +181,8 @@ def _kept(folder, name, key, contents, shape, dtype, compute):
     arrays,journal = folder/f'{name}.npy',folder/f'{name}.jsonl'
     key = dict(key=key, version=_version, n=len(contents), shape=list(shape))
     lines = _read_lines(journal)
-    facts = {o['i']:o for o in lines[1:] if o['content']==contents[o['i']]} if lines and lines[0]==key and arrays.exists() else {}
-    if not facts: np.lib.format.open_memmap(arrays, mode='w+', dtype=dtype, shape=(len(contents),*shape)).flush()
+    facts = {o['i']:o for o in lines[1:] if o['content']==contents[o['i']]} if lines and lines[0]==key else {}
+    if not reserve_array(arrays, (len(contents),*shape), dtype): facts = {}
     with atomic_path(journal) as tmp: tmp.write_text('\n'.join(map(json.dumps, [key,*facts.values()]))+'\n', encoding='utf-8')
     rows = np.load(arrays, mmap_mode='r+')
     todo = [i for i,c in enumerate(contents) if c is not None and i not in facts]

@@ -229,19 +229,6 @@ def _hash(a): return hashlib.blake2b(np.ascontiguousarray(a), digest_size=16).he
 
 def _array_file(dest, seq): return Path(dest)/f'{seq}.npy'
 
-def _allocate(path, shape):
-    "Reserve an array file's space, so that a full disk is known at once; a file of that shape is kept"
-    try: keep = np.load(path, mmap_mode='r').shape==shape
-    except (OSError,ValueError,EOFError): keep = False
-    try:
-        make_folder(path.parent)
-        if not keep: np.lib.format.open_memmap(path, mode='w+', dtype=np.uint8, shape=shape).flush()
-        with open(path,'r+b') as f:
-            if hasattr(os,'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
-    except OSError as e:
-        path.unlink(missing_ok=True)
-        raise PrepareError(f"cannot reserve {np.prod(shape)/2**20:.0f} MiB for {path.name} in {path.parent} ({e.strerror}): is it full or read-only? Give another destination, or a smaller size") from e
-
 # %% ../nbs/04_prepare.ipynb #d15b4045
 class VolumeStore:
     "Prepared volumes of a cohort, read by memory map: `store.read(patient)` is `(C,D,H,W)` uint8; safe in many processes at once"
@@ -375,7 +362,7 @@ def prepare(
         if old['key']!=key: raise PrepareError(f"{dest} holds a store of another cohort, recipe, choice of sequences or library version: give another folder, or delete it")
         return VolumeStore(dest)
     entries = _journal(dest, key)
-    for s in sequences: _allocate(_array_file(dest,s), (len(patients),*recipe.size))
+    for s in sequences: reserve_array(_array_file(dest,s), (len(patients),*recipe.size))
     done = _still_whole(entries, dest, patients, sequences)
     with atomic_path(dest/'journal.jsonl') as tmp: tmp.write_text('\n'.join(map(json.dumps, [key,*done.values()]))+'\n', encoding='utf-8')
     todo = [(row,i) for i,(_,row) in enumerate(cohort.iterrows()) if str(row['patient']) not in done]
