@@ -14,7 +14,6 @@ MONAI = dict(efficientnet_b1=lambda N: N.EfficientNetBN('efficientnet-b1', pretr
     resnet18=lambda N: N.resnet18(spatial_dims=3, n_input_channels=1, num_classes=1, conv1_t_stride=2),
     resnet10=lambda N: N.resnet10(spatial_dims=3, n_input_channels=1, num_classes=1))
 NOT_IN_TIMM_3D = ('xception','resnet10')
-KEPT = dict(MALLOC_MMAP_MAX_='0', MALLOC_TRIM_THRESHOLD_=str(2**40)) # for 'memory kept': what is freed stays with the process, and does not have to be fetched anew from the system
 KINDS = {'ours':{}, 'ours, recomputing':dict(checkpoint=True), 'ours, full':dict(depth='full'), 'ours, all split':dict(depth='separable_all')}
 
 
@@ -47,6 +46,9 @@ def measure(who, arch, size, norms, reps, device):
     warnings.simplefilter('ignore')
     torch.manual_seed(0)
     if device=='cpu': torch.set_num_threads(2)
+    if who.endswith('memory kept'):
+        from mgmt_fast.inflate import keep_freed_memory
+        keep_freed_memory()
     model,x = build(who, arch, size)
     model,x,y = model.to(device).train(),x.to(device),torch.ones(size[0],1,device=device)
     if norms=='eval': [m.eval() for m in model.modules() if 'BatchNorm' in type(m).__name__]
@@ -82,7 +84,6 @@ def plan(a, device, has):
         if has['timm_3d']: yield 'timm_3d, compiled'
 
 
-
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--size', help='BxDxHxW'); p.add_argument('--archs', default='efficientnet_b1,efficientnet_b3,xception,densenet121,resnet18,resnet10')
@@ -103,7 +104,7 @@ def main():
         whos,runs = [w for w in plan(arch, device, has) if not o.who or w in o.who],{}
         for who in whos*o.rounds:
             cmd = [sys.executable, __file__, '--one', f'{who}|{arch}', '--size', 'x'.join(map(str,size)), '--norms', o.norms, '--reps', str(o.reps), '--device', device]
-            try: r = subprocess.run(cmd, capture_output=True, text=True, timeout=600 if device=='cpu' else 150, env={**os.environ, **(KEPT if who.endswith('kept') else {})})
+            try: r = subprocess.run(cmd, capture_output=True, text=True, timeout=600 if device=='cpu' else 150)
             except subprocess.TimeoutExpired: print(f'{arch:16} {who:30} took too long', flush=True); continue
             out = next((l[6:] for l in r.stdout.splitlines() if l.startswith('RESULT')), None)
             if out is None: print(f"{arch:16} {who:30} failed: {(r.stderr.strip().splitlines() or ['no message'])[-1][:150]}", flush=True)
@@ -117,7 +118,6 @@ def show(arch, runs, B):
     for w,(s,mib) in med.items():
         us = f"{s/med['ours'][0]:5.2f}x {med['ours'][1]/max(mib,1e-9):6.2f}" if w!='ours' and 'ours' in med else ''
         print(f"{arch:16} {w:30} {s:8.3f} {min(min(r['times']) for r in runs[w]):8.3f} {B/s:7.2f} {mib:7.0f} {runs[w][0]['params']:6.1f}   {us}", flush=True)
-
 
 
 if __name__=='__main__': main()

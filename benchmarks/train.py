@@ -1,9 +1,11 @@
 """What training costs: (1) `--accumulation`: the overhead of gathering gradients, per batch; (2) `--split`: the share of an epoch that is spent in the model;
-(3) otherwise: seconds to the same validation AUC on one synthetic cohort, ours and its peers, each in a process of its own as its tutorials set it up.
+(3) otherwise: seconds to the same validation AUC on synthetic cohorts, ours and its peers, each in a process of its own as its tutorials set it up.
 
-usage: train.py [FOLDER=temporary] [--accumulation | --split] [--patients 160] [--size 32x64x64] [--limit 240] [--who ours,monai,fastmonai]
+usage: train.py [FOLDER=temporary] [--accumulation | --split] [--patients 160] [--seeds 3] [--size 32x64x64] [--limit 120] [--who ours,bf16,monai,fastmonai]
 
 Same patients, split, series (T1wCE) and size. Seconds count from the scans on disk, preparation or caching included, validation not.
+Ours is timed in float32, as its peers are, and with `precision='bf16'`, which pays where the processor has instructions for it.
+The AUC to reach is the lower of the two best ones. 32 patients validate, so that one cohort says little: hence several, and the median of their ratios.
 MONAI: its 3D classification tutorial (LoadImage, ScaleIntensity, Resize, RandRotate90, DenseNet121 of two outputs, cross-entropy, Adam 1e-4, batches of 2) over a CacheDataset.
 fastMONAI: its classification tutorial (MedDataBlock, TorchIO's ZNormalization and affine augmentation, batches of 4, ranger, one cycle) with the same DenseNet121.
 Peers read NIfTI, written beforehand and not timed; ours reads the DICOM series. Peers that are not installed are left out with a line that says so."""
@@ -26,14 +28,14 @@ class Curve:
         print('CURVE'+json.dumps(self.rows[-1]), flush=True)
 
 
-def cohort(root, patients):
+def cohort(root, patients, seed):
     "Scans and a table with NIfTI copies and the split"
     import nibabel as nib
     from mgmt_fast.cohort import assign_folds, kaggle_cohort
     from mgmt_fast.phantom import make_phantom
     from mgmt_fast.series import read_volume
     if not (root/'table.csv').exists():
-        make_phantom(root/'cohort', n=patients, test=0., auc=BEST, seed=0, slices=24, size=80, sequences=('T1wCE',), progress=False)
+        make_phantom(root/'cohort', n=patients, test=0., auc=BEST, seed=seed, slices=24, size=80, sequences=('T1wCE',), progress=False)
         table = assign_folds(kaggle_cohort(root/'cohort'), seed=0)
         (root/'nifti').mkdir(exist_ok=True)
         for r in table.itertuples():
@@ -43,25 +45,30 @@ def cohort(root, patients):
     return pd.read_csv(root/'table.csv', dtype={'patient':str})
 
 
-def ours(root, size, limit):
+def ours(root, size, limit, precision='float32'):
     from fastai.callback.core import Callback
     from mgmt_fast.augment import mgmt_augs
     from mgmt_fast.cohort import kaggle_cohort
     from mgmt_fast.core import get_recipe
+    from mgmt_fast.inflate import keep_freed_memory
     from mgmt_fast.learner import mgmt_learner
     from mgmt_fast.loader import mgmt_dls
     from mgmt_fast.prepare import prepare
+    keep_freed_memory() # as the commands do
     curve = Curve()
     class Watch(Callback):
         def before_validate(self): curve.pause(); self.p,self.y = [],[]
         def after_pred(self):
-            if not self.training: self.p.append(self.pred.detach().flatten()); self.y.append(self.learn.y.flatten())
+            if not self.training: self.p.append(self.pred.detach().float().flatten()); self.y.append(self.learn.y.flatten())
         def after_validate(self): curve.add(torch.cat(self.y).cpu(), torch.cat(self.p).cpu())
     with tempfile.TemporaryDirectory() as d:
-        recipe = get_recipe('default', size=tuple(size), arch='resnet18', schedule='one_cycle', lr=2e-3, epochs=4)
+        recipe = get_recipe('default', size=tuple(size), arch='resnet18', schedule='one_cycle', lr=2e-3, epochs=4, precision=precision)
         store = prepare(kaggle_cohort(root/'cohort'), Path(d)/'store', 'T1wCE', recipe=recipe, progress=False)
         learn = mgmt_learner(mgmt_dls(store, bs=8, augs=mgmt_augs(get_recipe('none', flip='w'), seed=0)), recipe=recipe, path=d, cbs=Watch())
         with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
+
+
+def bf16(root, size, limit): ours(root, size, limit, 'bf16')
 
 
 def monai(root, size, limit):
@@ -166,8 +173,8 @@ def split(root, size):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('folder', nargs='?'); p.add_argument('--patients', type=int, default=160); p.add_argument('--size', default='32x64x64'); p.add_argument('--limit', type=int, default=240)
-    p.add_argument('--who', default='ours,monai,fastmonai'); p.add_argument('--accumulation', action='store_true'); p.add_argument('--split', action='store_true'); p.add_argument('--one', help=argparse.SUPPRESS)
+    p.add_argument('folder', nargs='?'); p.add_argument('--patients', type=int, default=160); p.add_argument('--size', default='32x64x64'); p.add_argument('--seeds', type=int, default=3); p.add_argument('--limit', type=int, default=120)
+    p.add_argument('--who', default='ours,bf16,monai,fastmonai'); p.add_argument('--accumulation', action='store_true'); p.add_argument('--split', action='store_true'); p.add_argument('--one', help=argparse.SUPPRESS)
     o = p.parse_args()
     warnings.simplefilter('ignore')
     torch.set_num_threads(2)
@@ -176,21 +183,35 @@ def main():
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), 'unknown CPU')
     print(f'{cpu}, 2 threads of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}', flush=True)
     if o.accumulation: return accumulation()
-    cohort(root, o.patients)
-    if o.split: return split(root, size)
+    if o.split:
+        cohort(root, o.patients, 0)
+        return split(root, size)
+    runs = [race(root/f'seed{i}', o, i) for i in range(o.seeds)]
+    for mine in ('ours','bf16'):
+        for who in ('monai','fastmonai'):
+            ratios = [r for curves in runs if mine in curves and who in curves for r in [ratio(curves[mine], curves[who])]]
+            if ratios: print(f"{who} takes {np.median(ratios):.1f} times as long as {mine} to the same AUC, median of {', '.join(f'{r:.1f}' for r in sorted(ratios))}")
+
+
+def race(root, o, seed):
+    "All on one cohort: curves by name"
+    cohort(root, o.patients, seed)
     curves = {}
     for who in o.who.split(','):
-        if importlib.util.find_spec(dict(ours='mgmt_fast',monai='monai',fastmonai='fastMONAI')[who]) is None: print(f'{who} is not installed: left out'); continue
+        if importlib.util.find_spec(dict(monai='monai',fastmonai='fastMONAI').get(who, 'mgmt_fast')) is None: print(f'{who} is not installed: left out'); continue
         r = subprocess.run([sys.executable, __file__, str(root), '--one', who, '--size', o.size, '--limit', str(o.limit)], capture_output=True, text=True)
-        curves[who] = [json.loads(l[5:]) for l in r.stdout.splitlines() if l.startswith('CURVE')]
-        if not curves[who]: print(f"{who} failed: {(r.stderr.strip().splitlines() or ['no message'])[-1][:200]}"); del curves[who]; continue
-        print(f"{who:10} {len(curves[who])} epochs, {curves[who][-1][0]:.1f} s, best AUC {max(a for _,a in curves[who]):.3f}: "+', '.join(f'{a:.2f}@{t:.0f}s' for t,a in curves[who]), flush=True)
-    if 'ours' not in curves: return
-    for who in curves:
-        if who=='ours': continue
-        goal = min(max(a for _,a in curves[k]) for k in ('ours',who))
-        mine,theirs = (next(t for t,a in curves[k] if a>=goal) for k in ('ours',who))
-        print(f"AUC {goal:.3f}: ours after {mine:.1f} s, {who} after {theirs:.1f} s: {theirs/mine:.1f} times as long")
+        curve = [json.loads(l[5:]) for l in r.stdout.splitlines() if l.startswith('CURVE')]
+        if not curve: print(f"{who} failed: {(r.stderr.strip().splitlines() or ['no message'])[-1][:200]}"); continue
+        curves[who] = curve
+        print(f"seed {seed} {who:10} {len(curve)} epochs, {curve[-1][0]:.1f} s, best AUC {max(a for _,a in curve):.3f}: "+', '.join(f'{a:.2f}@{t:.0f}s' for t,a in curve), flush=True)
+    return curves
+
+
+def ratio(mine, theirs):
+    "How many times as long as ours theirs takes to the lower of the best AUCs"
+    goal = min(max(a for _,a in c) for c in (mine,theirs))
+    ours,their = (next(t for t,a in c if a>=goal) for c in (mine,theirs))
+    return their/ours
 
 
 if __name__=='__main__': main()

@@ -120,10 +120,12 @@ def mgmt_train(
 # %% ../nbs/90_cli.ipynb #cfc7e07e
 from fastai.torch_core import num_distrib, rank_distrib
 from mgmt_fast.callbacks import DistributedTraining
+from mgmt_fast.inflate import keep_freed_memory
 from mgmt_fast.learner import recipe_dls
 
 def _train(store, dest, recipe, sequences=None, fold=0, bs=8, seed=0, augs=None):
     if num_distrib()>1: DistributedTraining()
+    keep_freed_memory()
     dls = recipe_dls(store, get_recipe(recipe, bs=bs), sequences, fold=fold, seed=seed, augs=augs)
     learn = mgmt_learner(dls, recipe=recipe, path=dest, seed=seed)
     batch = dls.train.one_batch()
@@ -198,6 +200,7 @@ def mgmt_sweep(
     scheduler:str=None, # Address of a dask scheduler, e.g. tcp://host:8786, to run on its workers
 ):
     "Train a table of runs, a row each into sweep.csv; run again to finish after a stop"
+    keep_freed_memory()
     recipe = get_recipe(recipe, **{k:v for k,v in dict(epochs=epochs,lr=lr,bs=bs).items() if v is not None})
     runs = pd.read_csv(table) if table else sweep_table(archs.split(','), sequences.split(','), [int(f) for f in folds.split(',')])
     if scheduler:
@@ -237,6 +240,7 @@ def mgmt_evaluate(
     bundle:Path=None, # Folder for all models, frozen for `mgmt_external`
 ):
     "Cross-validate, and write what can be said of it: tables, figures and one page; run again to finish after a stop"
+    keep_freed_memory()
     dest,store,recipe = Path(dest),VolumeStore(store),get_recipe(recipe, **{k:v for k,v in dict(epochs=epochs,lr=lr,bs=bs).items() if v is not None})
     oof = cross_validate(store, dest, archs and archs.split(','), store.sequences if sequences=='all' else sequences, recipe, folds, repeats, seeds, seed, inner=inner, nested=nested, tta=tta)
     table = results_table(oof)

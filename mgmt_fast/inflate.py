@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['inflate_kernel', 'fold', 'unfold', 'pad_depth', 'InflatedConv3d', 'SeparableConv3d', 'BatchNormAct3d',
            'InflatedPool3d', 'inflate_weights', 'channels_inside', 'inflate_model', 'separate_depth', 'merge_depth',
-           'checkpoint_blocks']
+           'checkpoint_blocks', 'keep_freed_memory']
 
 # %% ../nbs/07_inflate.ipynb #5cdb29f9
-import copy, math
+import copy, ctypes, math, sys
 from contextlib import contextmanager, nullcontext
 
 import pandas as pd, torch, torch.nn.functional as F
@@ -197,6 +197,35 @@ class _DenseConv(torch.autograd.Function):
             gt = _unpad_(gx, lo, hi) if mode=='replicate' else gx.narrow(2, lo, D)
         return gt,gw,*(None,)*8
 
+def _ends(D, k, s, d, p):
+    "Where zeros around the depth are to be an end slice: (slice of the answer, end slice, taps of the kernel that meet it)"
+    for o in range((D+2*p-d*(k-1)-1)//s+1):
+        at = [o*s+i*d-p for i in range(k)]
+        before,after = sum(j<0 for j in at),sum(j>=D for j in at)
+        if before: yield o,0,slice(0,before)
+        if after: yield o,D-1,slice(k-after,k)
+
+class _EndsConv(torch.autograd.Function):
+    "A `conv3d` with zeros around the depth, and what `ends` add to it; no padded volume is written. Keeps only its input"
+    @staticmethod
+    def forward(ctx, x, w, ends, *args):
+        ctx.ends,ctx.args = ends,args
+        ctx.save_for_backward(x, w)
+        y,plane = F.conv3d(x, w, None, *args),[o[1:] for o in args]
+        for o,i,taps in ends: y[:,:,o] += F.conv2d(x[:,:,i], w[:,:,taps].sum(2), None, *plane)
+        return y
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x,w = ctx.saved_tensors
+        def back(g, x, w, args): return torch.ops.aten.convolution_backward(g, x, w, None, *args, False, [0]*len(args[0]), 1, [*ctx.needs_input_grad[:2],False])[:2]
+        (gx,gw),plane = back(g, x, w, ctx.args),[o[1:] for o in ctx.args]
+        for o,i,taps in ctx.ends:
+            ex,ew = back(g[:,:,o], x[:,:,i], w[:,:,taps].sum(2), plane)
+            if gx is not None: gx[:,:,i] += ex
+            if gw is not None: gw[:,:,taps] += ew[:,:,None]
+        return gx,gw,*(None,)*4
+
 # Both quick where the kernel's memory has its channels innermost
 def _flat(w): return w.permute(0,3,4,2,1).flatten(3).permute(0,3,1,2)
 def _depth_sum(w): return w.permute(0,2,3,4,1).flatten(2).sum(1).unflatten(1, (*w.shape[3:],w.shape[1])).permute(0,3,1,2)
@@ -249,7 +278,11 @@ class InflatedConv3d(nn.Module):
         elif x.device.type=='cpu' and self.groups==1:
             pad = self.padding[1:]
             if self.same: x,pad = unfold(tl.pad_same(fold(x), self.kernel_size[1:], self.stride[1:], self.dilation[1:]), len(x)),(0,0)
-            y = _DenseConv.apply(*_cast(x, w), *o.pads(D), o.s, o.d, o.mode, self.stride[1:], pad, self.dilation[1:])
+            lo,hi = o.pads(D)
+            if lo==hi and D>=8:
+                y = _EndsConv.apply(*_cast(x, w), [] if o.mode=='zeros' else [*_ends(D, o.k, o.s, o.d, lo)], self.stride, (lo,*pad), self.dilation)
+                return y if self.bias is None else y+self.bias.view(-1,1,1,1)
+            y = _DenseConv.apply(*_cast(x, w), lo, hi, o.s, o.d, o.mode, self.stride[1:], pad, self.dilation[1:])
         elif x.device.type=='cpu' and self.groups==self.in_channels: y = sum(self._plane(fold(t), w[:,:,i]) for i,t in enumerate(_taps(o.pad(x), o.k, o.s, o.d)))
         else: return self._conv3d(x)
         return unfold(y if self.bias is None else y+self.bias.view(-1,1,1), len(x))
@@ -732,3 +765,10 @@ def _second_time():
     BatchNormAct3d.recomputing = True
     try: yield
     finally: BatchNormAct3d.recomputing = False
+
+# %% ../nbs/07_inflate.ipynb #cbef3718
+def keep_freed_memory() -> bool: # Is it done? Only the GNU C library (most of Linux) can
+    "Let this process keep the memory that it frees, 2 GiB of it at most."
+    libc = ctypes.CDLL(None) if sys.platform=='linux' else None
+    trim_threshold,mmap_max = -1,-4 # of <malloc.h>
+    return hasattr(libc, 'mallopt') and bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31-1))

@@ -15,7 +15,7 @@ import numpy as np, pandas as pd, torch
 import safetensors.torch as st
 from safetensors import SafetensorError
 from .core import *
-from fastai.basics import Adam, BCEWithLogitsLossFlat, DataLoaders, Learner, accuracy_multi
+from fastai.basics import BCEWithLogitsLossFlat, DataLoaders, Learner, accuracy_multi
 import fastai.callback.schedule
 from fastai.callback.core import CancelEpochException
 from fastai.callback.mixup import MixUp
@@ -175,7 +175,7 @@ def mgmt_learner(
     r = get_recipe(r, **({} if arch is None else dict(arch=arch)), **dls.store.recipe.room('prepare'))
     _check_labels(dls)
     model = _make_model(r, dls, seed, **(model_kwargs or {}))
-    learn = MGMTLearner(dls, model, loss_func=_loss(r, dls, model), opt_func=Adam, lr=r.lr, wd=r.wd, path=make_folder(path), cbs=_watchers(r)+L(cbs),
+    learn = MGMTLearner(dls, model, loss_func=_loss(r, dls, model), opt_func=FusedAdam, lr=r.lr, wd=r.wd, path=make_folder(path), cbs=_watchers(r)+L(cbs),
         metrics=[AUC(), partialler(accuracy_multi, thresh=.5, sigmoid=True)], **kwargs)
     learn.recipe,learn.seed = r,seed
     if r.name=='published': print(f"recipe 'published' trains as the thesis did, its faults included ({', '.join(faults(r).query('on').choice)}): for comparison, see `faults`")

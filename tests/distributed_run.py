@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from fastai.callback.core import Callback
 from fastai.losses import BCEWithLogitsLossFlat
-from fastai.optimizer import Adam
 from fastai.torch_core import rank_distrib
 from torch import nn
 
@@ -48,7 +47,7 @@ def train(store, dest, bs, acc=1, norm=0, stop=None):
     "Three epochs of `bs` patients a batch and `acc` batches a step, or as many as `stop` says"
     dls = mgmt_dls(VolumeStore(store), 'T1wCE', fold=1, bs=bs, augs=mgmt_augs(seed=1))
     cbs = [HistoryLogger(), SaveBest(), StopOnNaN(), Traffic()] + ([GradientAccumulation(n_batches=acc)] if acc>1 else [])
-    learn = MGMTLearner(dls, set_norms(Net(norm), 'sync'), loss_func=BCEWithLogitsLossFlat(), opt_func=Adam, lr=.01, wd=.1, path=Path(dest), metrics=[AUC()], cbs=cbs)
+    learn = MGMTLearner(dls, set_norms(Net(norm), 'sync'), loss_func=BCEWithLogitsLossFlat(), opt_func=FusedAdam, lr=.01, wd=.1, path=Path(dest), metrics=[AUC()], cbs=cbs)
     learn.recipe,learn.seed = get_recipe('default', epochs=3, lr=.01, schedule='one_cycle'),0
     learn.path.mkdir(exist_ok=True)
     try:

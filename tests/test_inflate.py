@@ -71,13 +71,14 @@ def test_wide_depthwise_gradient(k, stride, padding, H, monkeypatch):
     assert torch.allclose(fold(y), y2, atol=1e-5) and torch.allclose(conv.weight.grad[:,:,0], ref.weight.grad, atol=1e-3) and torch.allclose(fold(x.grad), x2.grad, atol=1e-5)
 
 
-@pytest.mark.parametrize('groups,mode,k,s,D', [(1,'replicate',3,1,6), (1,'replicate',3,2,7), (1,'zeros',3,2,6), (1,'zeros',7,1,5), (1,'replicate',3,1,1), (1,'zeros',3,1,1), (4,'replicate',5,2,9), (2,'zeros',3,1,4)])
-def test_fast_convolution_is_conv3d(groups, mode, k, s, D):
+@pytest.mark.parametrize('groups,mode,k,s,D,d,B', [*((*o,1,2) for o in [(1,'replicate',3,1,6), (1,'replicate',3,2,7), (1,'zeros',3,2,6), (1,'zeros',7,1,5), (1,'replicate',3,1,1), (1,'zeros',3,1,1), (4,'replicate',5,2,9), (2,'zeros',3,1,4)]),
+    *((1,*o) for o in [('replicate',3,1,8,1,1), ('zeros',3,2,9,1,2), ('replicate',7,2,16,1,2), ('replicate',7,1,8,1,1), ('replicate',3,1,12,2,2), ('replicate',3,2,9,2,1)])])
+def test_fast_convolution_is_conv3d(groups, mode, k, s, D, d, B):
     "Whatever way a convolution is computed, values and gradients are those of `conv3d`"
-    conv = InflatedConv3d(4, 8, (k,k,k), (s,s,s), groups=groups, padding=(k//2,)*3, depth_padding=mode)
+    conv = InflatedConv3d(4, 8, (k,k,k), (s,s,s), (d,d,d), groups, padding=(d*(k-1)//2,)*3, depth_padding=mode)
     for p in conv.parameters(): p.data.normal_()
     ref = copy.deepcopy(conv)
-    xs = [torch.randn(2,4,D,12,12, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in 'ab']
+    xs = [torch.randn(B,4,D,12,12, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in 'ab']
     a,b = conv(xs[0]),ref._conv3d(xs[1])
     g = torch.randn_like(b); a.backward(g); b.backward(g)
     for p,q in [(a,b),(xs[0].grad,xs[1].grad),(conv.weight.grad,ref.weight.grad),(conv.bias.grad,ref.bias.grad)]: assert torch.allclose(p, q, rtol=1e-3, atol=1e-3)

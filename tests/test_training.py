@@ -15,7 +15,6 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientClip
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau
 from fastai.losses import BCEWithLogitsLossFlat
-from fastai.optimizer import Adam
 from safetensors.torch import load_file
 from torch import nn
 
@@ -51,7 +50,7 @@ class Tiny(nn.Sequential):
 
 def learner(store, path, bs=8, cbs=(), augs=True, dropout=0., epochs=3, **changes):
     dls = mgmt_dls(store, bs=bs, augs=mgmt_augs(seed=1) if augs else None)
-    learn = MGMTLearner(dls, Tiny(dropout), loss_func=BCEWithLogitsLossFlat(), opt_func=Adam, lr=.01, wd=.1, path=Path(path), metrics=[AUC()],
+    learn = MGMTLearner(dls, Tiny(dropout), loss_func=BCEWithLogitsLossFlat(), opt_func=FusedAdam, lr=.01, wd=.1, path=Path(path), metrics=[AUC()],
         cbs=[HistoryLogger(), SaveBest(), StopOnNaN(), *cbs])
     learn.recipe,learn.seed = get_recipe('default', epochs=epochs, lr=.01, arch='tiny', **{'schedule':'one_cycle', **changes}),0
     return learn
