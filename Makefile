@@ -2,9 +2,10 @@
 export MPLBACKEND ?= Agg
 BIN := .venv/bin
 NOTEBOOKS := $(wildcard nbs/*.ipynb)
+GENERATE := $(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/nbdev_clean --fname kaggle && $(BIN)/python .ci/readme.py
 DATA_FLAG := $(if $(MGMT_FAST_DATA),--flags real)
 
-.PHONY: demo test check nbs readme
+.PHONY: demo test check nbs
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -19,16 +20,14 @@ test: check
 # What is generated must be what is committed.
 check: .venv/installed
 	@before=$$(git status --porcelain; git diff | cksum); \
-	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python .ci/readme.py || exit 1; \
+	$(GENERATE) || exit 1; \
 	after=$$(git status --porcelain; git diff | cksum); \
 	[ "$$before" = "$$after" ] || { echo "generated files were out of date; commit what changed:"; git status --short; exit 1; }
 
 # Readers see the saved outputs, so run everything in place, then clean.
 nbs: .venv/installed
 	env -u MPLBACKEND $(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS) kaggle/*/*.ipynb
-	$(BIN)/nbdev_export
-	$(BIN)/nbdev_clean
-	$(BIN)/python .ci/readme.py
+	$(GENERATE)
 
 .venv/installed: settings.ini setup.py
 	test -d .venv || python3 -m venv .venv

@@ -1,21 +1,16 @@
 """Seconds to augment, beside what users would pick instead, in one run.
 usage: python benchmarks/augment.py [--reps 9] [--threads 2]
 Peers that are not installed are left out and named. Times are medians over rounds in which every contender takes its turn; ratios are of those medians."""
-import argparse, os, platform, subprocess, sys, time, warnings
+import argparse, os, subprocess, sys, time, warnings
 
 warnings.simplefilter('ignore')
 import numpy as np, torch, torch.nn.functional as F
+from machine import machine
 from mgmt_fast.augment import *
 from mgmt_fast.core import get_recipe
 
 D,H,W = 64,256,256
 SPACING = [2.2,.7,.55]
-
-
-def machine():
-    cpu = next((o.split(':')[1].strip() for o in open('/proc/cpuinfo') if o.startswith('model name')), platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
-    gpu = f', {torch.cuda.get_device_name()}' if torch.cuda.is_available() else ''
-    return f'{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}; Python {platform.python_version()}, torch {torch.__version__}; load {os.getloadavg()[0]:.1f}'
 
 
 def brain(b=1, c=1, device='cpu'):

@@ -5,11 +5,12 @@ audit   the other stages on them, through `leakage_audit`, and seconds a pair be
 growth  all pairs of made-up fingerprints at four sizes, and from them 100,000 x 100,000
 recall  phantoms whose anatomies differ, copies under each change and all together
 The made-up stores hold one array file each, of phantoms whose anatomies differ, which all sequences share: 4 MiB a patient on disk."""
-import argparse, json, os, platform, resource, shutil, tempfile, time
+import argparse, json, os, resource, shutil, tempfile, time
 from pathlib import Path
 
-import joblib, numpy as np, torch
+import joblib, numpy as np
 from fastcore.all import NS
+from machine import machine
 from mgmt_fast.cohort import kaggle_cohort
 from mgmt_fast.core import SEQUENCES
 from mgmt_fast.leakage import _Side, _common_pose, _prints, _small_part, compare_fingerprints, leakage_audit, planted_recall, plot_recall, published_similarity
@@ -17,11 +18,6 @@ from mgmt_fast.phantom import draw_patients, make_phantom, render_patient
 from mgmt_fast.prepare import VolumeStore, common_box, foreground, resample, to_bytes
 
 size = 64,256,256
-
-
-def machine():
-    cpu = next((o.split(':')[1].strip() for o in open('/proc/cpuinfo') if o.startswith('model name')), platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
-    return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}; {time.strftime('%Y-%m-%d')}"
 
 
 def render(p, path, i):

@@ -5,7 +5,7 @@ Prints the validation AUC with its interval, the seconds of training, and the se
 import argparse, tempfile, time
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
+import pandas as pd, torch
 from fastai.callback.core import Callback
 
 from mgmt_fast.cohort import kaggle_cohort

@@ -4,12 +4,13 @@ speed: a million predictions, beside scikit-learn's AUC alone, in one run.
 coverage: studies are drawn from populations whose AUC is known, n patients, a share of them methylated; how many of their 95 % intervals hold the true AUC.
 alarms: how often p <= .05 where there is nothing to find; and how many studies of the size that `patients_needed` gives tell their AUC from .5.
 Without a choice, all three."""
-import argparse, os, platform, time
+import argparse, time
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 import numpy as np, pandas as pd
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
+from machine import machine
 from mgmt_fast.core import rng_for
 from mgmt_fast.metrics import auc_ci, delong_test, patients_needed, permutation_test
 
@@ -17,11 +18,6 @@ SIZES,AUCS,SHARES = (80,117,262),(.5,.6,.75,.95),(.5,.25)
 TESTS = {'permutation, against chance': (.5, lambda y,a,b: permutation_test(y,a,n_perm=499)),
          'permutation, two models': (.6, lambda y,a,b: permutation_test(y,a,b,n_perm=199)),
          'DeLong, two models': (.6, delong_test)}
-
-
-def machine():
-    cpu = next((o.split(':')[1].strip() for o in open('/proc/cpuinfo') if o.startswith('model name')), platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
-    return f'{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, numpy {np.__version__}; load {os.getloadavg()[0]:.1f}'
 
 
 def study(auc, n, share, rng, models=1):

@@ -2,21 +2,17 @@
 usage: python benchmarks/read.py [--reps 7] [--threads 2] [--patients 32] [--slices 60] [--size 256] [--keep FOLDER]
 Makes its own series (32 patients x 4 sequences x 60 slices x 256 x 256 are 1 GB) in a temporary folder, or in FOLDER to use them again.
 Peers that are not installed are left out and named. Times are medians over rounds in which every contender takes its turn, from a warm file cache; ratios are of those medians."""
-import argparse, importlib.util, json, logging, os, platform, re, resource, shutil, subprocess, sys, tempfile, time, warnings
+import argparse, importlib.util, json, logging, re, resource, shutil, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 
 warnings.simplefilter('ignore')
 logging.disable(logging.WARNING)
 import numpy as np, pandas as pd, pydicom, torch
 from pydicom.dataset import Dataset, FileMetaDataset
+from machine import machine
 from mgmt_fast.core import SEQUENCES
 from mgmt_fast.prepare import VolumeStore, prepare, prepare_patient
 from mgmt_fast.series import audit_series, read_volume
-
-
-def machine():
-    cpu = next((o.split(':')[1].strip() for o in open('/proc/cpuinfo') if o.startswith('model name')), platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
-    return f'{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; Python {platform.python_version()}, pydicom {pydicom.__version__}; load {os.getloadavg()[0]:.1f}'
 
 
 def write_series(dest, slices, size, patient, sequence):

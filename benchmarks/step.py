@@ -6,7 +6,7 @@ CPU: float32, 2 threads. GPU: bf16 autocast, batch 8 unless --size says otherwis
 Networks take turns, round after round, so that a machine that slows down slows all of them.
 `--norms eval` holds batch norm's statistics still, as the peers' own script does. Memory is what a step needs beyond the loaded model
 (CPU: resident set at its highest; GPU: torch's peak). Peers that are not installed are left out with a line that says so."""
-import argparse, importlib.util, json, os, platform, resource, statistics, subprocess, sys, time, warnings
+import argparse, importlib.util, json, resource, statistics, subprocess, sys, time, warnings
 
 MONAI = dict(efficientnet_b1=lambda N: N.EfficientNetBN('efficientnet-b1', pretrained=False, spatial_dims=3, in_channels=1, num_classes=1),
     efficientnet_b3=lambda N: N.EfficientNetBN('efficientnet-b3', pretrained=False, spatial_dims=3, in_channels=1, num_classes=1),
@@ -91,11 +91,12 @@ def main():
     p.add_argument('--one', help=argparse.SUPPRESS)
     o = p.parse_args()
     import torch
+    from machine import machine
     device = o.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     size = [int(i) for i in (o.size or ('8x32x128x128' if device=='cuda' else '1x32x128x128')).split('x')]
     if o.one: return measure(*o.one.split('|'), size, o.norms, o.reps, device)
-    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor())
-    print(f"{torch.cuda.get_device_name() if device=='cuda' else f'{cpu}, 2 threads of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}'}; torch {torch.__version__}; batch {'x'.join(map(str,size))}, {'bf16' if device=='cuda' else 'float32'}, batch norm in {o.norms} mode")
+    if device=='cpu': torch.set_num_threads(2)
+    print(f"{machine()}; batch {'x'.join(map(str,size))}, {'bf16' if device=='cuda' else 'float32'}, batch norm in {o.norms} mode")
     has = {n:importlib.util.find_spec(n) is not None for n in ('timm_3d','monai')}
     for n,h in has.items():
         if not h: print(f'{n} is not installed: left out')

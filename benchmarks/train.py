@@ -9,10 +9,11 @@ The AUC to reach is the lower of the two best ones. 32 patients validate, so tha
 MONAI: its 3D classification tutorial (LoadImage, ScaleIntensity, Resize, RandRotate90, DenseNet121 of two outputs, cross-entropy, Adam 1e-4, batches of 2) over a CacheDataset.
 fastMONAI: its classification tutorial (MedDataBlock, TorchIO's ZNormalization and affine augmentation, batches of 4, ranger, one cycle) with the same DenseNet121.
 Peers read NIfTI, written beforehand and not timed; ours reads the DICOM series. Peers that are not installed are left out with a line that says so."""
-import argparse, importlib.util, json, os, subprocess, sys, tempfile, time, warnings
+import argparse, importlib.util, json, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
+from machine import machine
 
 BEST = .95
 
@@ -180,8 +181,7 @@ def main():
     torch.set_num_threads(2)
     root,size = Path(o.folder or tempfile.mkdtemp()),[int(i) for i in o.size.split('x')]
     if o.one: return globals()[o.one](root, size, o.limit)
-    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), 'unknown CPU')
-    print(f'{cpu}, 2 threads of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}', flush=True)
+    print(machine(), flush=True)
     if o.accumulation: return accumulation()
     if o.split:
         cohort(root, o.patients, 0)
