@@ -73,8 +73,10 @@ def test_wide_depthwise_gradient(k, stride, padding, H, monkeypatch):
 
 @pytest.mark.parametrize('groups,mode,k,s,D,d,B', [*((*o,1,2) for o in [(1,'replicate',3,1,6), (1,'replicate',3,2,7), (1,'zeros',3,2,6), (1,'zeros',7,1,5), (1,'replicate',3,1,1), (1,'zeros',3,1,1), (4,'replicate',5,2,9), (2,'zeros',3,1,4)]),
     *((1,*o) for o in [('replicate',3,1,8,1,1), ('zeros',3,2,9,1,2), ('replicate',7,2,16,1,2), ('replicate',7,1,8,1,1), ('replicate',3,1,12,2,2), ('replicate',3,2,9,2,1)])])
-def test_fast_convolution_is_conv3d(groups, mode, k, s, D, d, B):
+@pytest.mark.parametrize('thick', [False, True])
+def test_fast_convolution_is_conv3d(groups, mode, k, s, D, d, B, thick, monkeypatch):
     "Whatever way a convolution is computed, values and gradients are those of `conv3d`"
+    monkeypatch.setattr(inflate, '_thick', lambda x: thick)
     conv = InflatedConv3d(4, 8, (k,k,k), (s,s,s), (d,d,d), groups, padding=(d*(k-1)//2,)*3, depth_padding=mode)
     for p in conv.parameters(): p.data.normal_()
     ref = copy.deepcopy(conv)
@@ -82,6 +84,12 @@ def test_fast_convolution_is_conv3d(groups, mode, k, s, D, d, B):
     a,b = conv(xs[0]),ref._conv3d(xs[1])
     g = torch.randn_like(b); a.backward(g); b.backward(g)
     for p,q in [(a,b),(xs[0].grad,xs[1].grad),(conv.weight.grad,ref.weight.grad),(conv.bias.grad,ref.bias.grad)]: assert torch.allclose(p, q, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('k,s,p,D', [(3,2,1,8), (3,2,1,7), (3,1,1,1), (2,2,0,6), (3,2,0,6)])
+def test_maximum_pool_replicates_the_ends(k, s, p, D):
+    pool,x = InflatedPool3d(nn.MaxPool2d(k, s, p), 'max', k, s, padding=p),torch.randn(2,3,D,9,10)
+    assert torch.equal(pool(x), nn.functional.max_pool3d(pad_depth(x, *pool.along.pads(D)), k, s, (0,p,p)))
 
 
 @pytest.mark.parametrize('training', [True, False])
