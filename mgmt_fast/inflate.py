@@ -150,21 +150,35 @@ class _Depthwise(torch.autograd.Function):
         gw = _wide_grad(g, x, w, stride, padding, dilation, groups) if ctx.needs_input_grad[1] else None
         return gx,gw,None,None,None,None
 
+def _ends(D, k, s, d, p):
+    "Where zeros around the depth are to be an end slice: (slice of the answer, end slice, taps of the kernel that meet it)"
+    for o in range((D+2*p-d*(k-1)-1)//s+1):
+        at = [o*s+i*d-p for i in range(k)]
+        before,after = sum(j<0 for j in at),sum(j>=D for j in at)
+        if before: yield o,0,slice(0,before)
+        if after: yield o,D-1,slice(k-after,k)
+
 class _DepthConv(torch.autograd.Function):
-    "A depthwise convolution along the depth of (B,C,D,N), ends replicated"
+    "A depthwise convolution along the depth of (B,C,D,N), ends replicated: with zeros around the depth, and what `_ends` add to it; padded only where both sides differ"
     @staticmethod
-    def forward(ctx, x, w, lo, hi, stride, dilation):
-        x = _replicate(x, lo, hi)
-        ctx.args = lo,hi,stride,dilation
+    def forward(ctx, x, w, lo, hi, s, d):
+        ctx.pads,p = ((0,0),lo) if lo==hi else ((lo,hi),0)
+        if lo!=hi: x = _replicate(x, lo, hi)
+        ctx.ends,ctx.args = [*_ends(x.shape[2], w.shape[1], s, d, p)],([s,1],[p,0],[d,1])
         ctx.save_for_backward(x, w)
-        return F.conv2d(x, w[:,None,:,None], None, (stride,1), 0, (dilation,1), len(w))
+        y = F.conv2d(x, w[:,None,:,None], None, *ctx.args, len(w))
+        for o,i,taps in ctx.ends: y[:,:,o].addcmul_(x[:,:,i], w[:,taps].sum(1, keepdim=True))
+        return y
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x,w = ctx.saved_tensors
-        lo,hi,stride,dilation = ctx.args
-        gx,gw,_ = torch.ops.aten.convolution_backward(g, x, w[:,None,:,None], None, [stride,1], [0,0], [dilation,1], False, [0,0], len(w), [*ctx.needs_input_grad[:2],False])
-        return gx if gx is None else _unpad_(gx, lo, hi),gw if gw is None else gw.view_as(w),None,None,None,None
+        gx,gw,_ = torch.ops.aten.convolution_backward(g, x, w[:,None,:,None], None, *ctx.args, False, [0,0], len(w), [*ctx.needs_input_grad[:2],False])
+        if gw is not None: gw = gw.reshape(w.shape)
+        for o,i,taps in ctx.ends:
+            if gx is not None: gx[:,:,i].addcmul_(g[:,:,o], w[:,taps].sum(1, keepdim=True))
+            if gw is not None: gw[:,taps] += (g[:,:,o]*x[:,:,i]).sum((0,2))[:,None]
+        return gx if gx is None else _unpad_(gx, *ctx.pads),gw,*(None,)*4
 
 def _taps(x, k, stride, dilation):
     "For each slice of a kernel of depth `k` the slices of padded `x` that it meets"
@@ -196,14 +210,6 @@ class _DenseConv(torch.autograd.Function):
             for t,p in zip(_taps(gx, k, s, d), unfold(gt, B).split(C, 1)): t += p
             gt = _unpad_(gx, lo, hi) if mode=='replicate' else gx.narrow(2, lo, D)
         return gt,gw,*(None,)*8
-
-def _ends(D, k, s, d, p):
-    "Where zeros around the depth are to be an end slice: (slice of the answer, end slice, taps of the kernel that meet it)"
-    for o in range((D+2*p-d*(k-1)-1)//s+1):
-        at = [o*s+i*d-p for i in range(k)]
-        before,after = sum(j<0 for j in at),sum(j>=D for j in at)
-        if before: yield o,0,slice(0,before)
-        if after: yield o,D-1,slice(k-after,k)
 
 def _thick(x):
     "Whether `_EndsConv` is the quicker: the ends are a small part, channels surely innermost, and torch does not take its operator for single small images"

@@ -86,6 +86,15 @@ def test_fast_convolution_is_conv3d(groups, mode, k, s, D, d, B, thick, monkeypa
     for p,q in [(a,b),(xs[0].grad,xs[1].grad),(conv.weight.grad,ref.weight.grad),(conv.bias.grad,ref.bias.grad)]: assert torch.allclose(p, q, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize('k,s,d,lo,hi,D', [(3,1,1,1,1,8), (5,1,1,2,2,3), (5,2,1,2,2,9), (3,2,1,0,1,8), (3,1,2,2,2,6), (7,1,1,3,3,2), (3,1,1,0,0,7)])
+def test_depth_convolution_replicates_the_ends(k, s, d, lo, hi, D):
+    x,w = torch.randn(2,4,D,11, dtype=torch.double),torch.randn(4,k, dtype=torch.double)
+    def conv(x, w): return nn.functional.conv2d(pad_depth(x, lo, hi), w[:,None,:,None], None, (s,1), 0, (d,1), 4)
+    def fast(x, w): return inflate._DepthConv.apply(x, w, lo, hi, s, d)
+    (a,ga),(b,gb) = (torch.autograd.functional.vjp(f, (x,w), conv(x, w).sin()) for f in (fast,conv))
+    for p,q in zip((a,*ga), (b,*gb)): assert torch.allclose(p, q)
+
+
 @pytest.mark.parametrize('k,s,p,D', [(3,2,1,8), (3,2,1,7), (3,1,1,1), (2,2,0,6), (3,2,0,6)])
 def test_maximum_pool_replicates_the_ends(k, s, p, D):
     pool,x = InflatedPool3d(nn.MaxPool2d(k, s, p), 'max', k, s, padding=p),torch.randn(2,3,D,9,10)
