@@ -189,7 +189,7 @@ def main():
     runs = [race(root/f'seed{i}', o, i) for i in range(o.seeds)]
     for mine in ('ours','bf16'):
         for who in ('monai','fastmonai'):
-            ratios = [r for curves in runs if mine in curves and who in curves for r in [ratio(curves[mine], curves[who])]]
+            ratios = [ratio(c[mine], c[who]) for c in runs if {mine,who}<=c.keys()]
             if ratios: print(f"{who} takes {np.median(ratios):.1f} times as long as {mine} to the same AUC, median of {', '.join(f'{r:.1f}' for r in sorted(ratios))}")
 
 

@@ -219,6 +219,7 @@ def reserve_array(
     path, # A `.npy` file; kept as it is where it has this shape and type
     shape, # Of the array, all zeros at first
     dtype=np.uint8,
+    error=MGMTError, # Its class, where the space cannot be had
 ) -> bool: # Was there such a file, and was it kept?
     "Make an array file to be filled through a memory map, its space taken at once: a map on a full disk does not raise, it kills the process (SIGBUS)."
     path = Path(path)
@@ -231,7 +232,7 @@ def reserve_array(
             if hasattr(os,'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
     except OSError as e:
         path.unlink(missing_ok=True)
-        raise MGMTError(f"cannot reserve {np.prod(shape, dtype=float)*np.dtype(dtype).itemsize/2**20:.0f} MiB for {path.name} in {path.parent} ({e.strerror}): is it full or read-only? Give another destination, or a smaller size") from e
+        raise error(f"cannot reserve {np.prod(shape, dtype=float)*np.dtype(dtype).itemsize/2**20:.0f} MiB for {path.name} in {path.parent} ({e.strerror}): is it full or read-only? Give another destination, or a smaller size") from e
     return keep
 
 # %% ../nbs/00_core.ipynb #5e20e6b1

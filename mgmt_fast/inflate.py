@@ -289,10 +289,8 @@ class InflatedConv3d(nn.Module):
             pad = self.padding[1:]
             if self.same: x,pad = unfold(tl.pad_same(fold(x), self.kernel_size[1:], self.stride[1:], self.dilation[1:]), len(x)),(0,0)
             lo,hi = o.pads(D)
-            if lo==hi and _thick(x):
-                y = _EndsConv.apply(*_cast(x, w), [] if o.mode=='zeros' else [*_ends(D, o.k, o.s, o.d, lo)], self.stride, (lo,*pad), self.dilation)
-                return y if self.bias is None else y+self.bias.view(-1,1,1,1)
-            y = _DenseConv.apply(*_cast(x, w), lo, hi, o.s, o.d, o.mode, self.stride[1:], pad, self.dilation[1:])
+            if lo==hi and _thick(x): y = fold(_EndsConv.apply(*_cast(x, w), [] if o.mode=='zeros' else [*_ends(D, o.k, o.s, o.d, lo)], self.stride, (lo,*pad), self.dilation))
+            else: y = _DenseConv.apply(*_cast(x, w), lo, hi, o.s, o.d, o.mode, self.stride[1:], pad, self.dilation[1:])
         elif x.device.type=='cpu' and self.groups==self.in_channels: y = sum(self._plane(fold(t), w[:,:,i]) for i,t in enumerate(_taps(o.pad(x), o.k, o.s, o.d)))
         else: return self._conv3d(x)
         return unfold(y if self.bias is None else y+self.bias.view(-1,1,1), len(x))

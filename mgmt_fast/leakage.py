@@ -182,7 +182,7 @@ def _kept(folder, name, key, contents, shape, dtype, compute):
     key = dict(key=key, version=_version, n=len(contents), shape=list(shape))
     lines = _read_lines(journal)
     facts = {o['i']:o for o in lines[1:] if o['content']==contents[o['i']]} if lines and lines[0]==key else {}
-    if not reserve_array(arrays, (len(contents),*shape), dtype): facts = {}
+    if not reserve_array(arrays, (len(contents),*shape), dtype, LeakageError): facts = {}
     with atomic_path(journal) as tmp: tmp.write_text('\n'.join(map(json.dumps, [key,*facts.values()]))+'\n', encoding='utf-8')
     rows = np.load(arrays, mmap_mode='r+')
     todo = [i for i,c in enumerate(contents) if c is not None and i not in facts]

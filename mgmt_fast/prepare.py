@@ -362,7 +362,7 @@ def prepare(
         if old['key']!=key: raise PrepareError(f"{dest} holds a store of another cohort, recipe, choice of sequences or library version: give another folder, or delete it")
         return VolumeStore(dest)
     entries = _journal(dest, key)
-    for s in sequences: reserve_array(_array_file(dest,s), (len(patients),*recipe.size))
+    for s in sequences: reserve_array(_array_file(dest,s), (len(patients),*recipe.size), error=PrepareError)
     done = _still_whole(entries, dest, patients, sequences)
     with atomic_path(dest/'journal.jsonl') as tmp: tmp.write_text('\n'.join(map(json.dumps, [key,*done.values()]))+'\n', encoding='utf-8')
     todo = [(row,i) for i,(_,row) in enumerate(cohort.iterrows()) if str(row['patient']) not in done]

@@ -108,7 +108,7 @@ def plot_reliability(
     ax.bar(edges[:-1], .15*n/n.max(), .05, align='edge', color=dots[0].get_color(), alpha=.3, lw=0)
     ax.plot([0,1], [0,1], ':', color='gray', lw=1)
     ax.set(xlabel='mean probability', ylabel='share methylated', xlim=(-.01,1.01), ylim=(-.01,1.01), aspect='equal')
-    ax.legend(loc='best')
+    ax.legend()
     return ax
 
 # %% ../nbs/12_report.ipynb #7d8a80a6

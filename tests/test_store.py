@@ -95,7 +95,7 @@ def test_a_full_disk_is_an_error_that_can_be_resumed_from(cohort, whole, tmp_pat
     pd.DataFrame(cohort).to_pickle(table)
     limited = 'import resource,signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,200_000)); '
     r = subprocess.run([sys.executable,'-c',limited+RUN,table,tmp_path/'store','1'], capture_output=True, text=True)
-    assert 'MGMTError: cannot reserve' in r.stderr
+    assert 'PrepareError' in r.stderr and 'cannot reserve' in r.stderr
     prepare(cohort, tmp_path/'store', size=SIZE, n_workers=1, progress=False)
     assert files(tmp_path/'store')==files(whole.path)
 
