@@ -85,27 +85,35 @@ class _Skip(torch.autograd.Function):
 
 def _skip(x, s): return x if s==1 else _Skip.apply(x, s)
 
-def _replicate(x, lo, hi):
-    x = x.movedim(1, -1) # channels innermost, which `cat` could not guess from a single slice
-    return torch.cat([x[:,:1]]*lo + [x] + [x[:,-1:]]*hi, 1).movedim(-1, 1)
+def _windows(x, at, mode='replicate'):
+    "The slices `a` to `b` of (B,C,D,...) for each (a,b) of `at`, padded where they reach beyond the ends; one after the other in the batch"
+    x,D = x.movedim(1, -1),x.shape[2] # channels innermost, which `cat` could not guess from a single slice
+    before,after = (x[:,:1],x[:,-1:]) if mode=='replicate' else (torch.zeros_like(x[:,:1]),)*2
+    parts = sum(([before]*-a + [x[:,max(a,0):min(b,D)]] + [after]*(b-D) for a,b in at), [])
+    return torch.cat(parts, 1).unflatten(1, (len(at),-1)).flatten(0,1).movedim(-1, 1)
 
-def _unpad_(g, lo, hi):
-    "Gradient of padding, added up in the place of `g`"
-    D = g.shape[2]-lo-hi
-    gx = g.narrow(2, lo, D)
-    for i in range(lo): gx[:,:,0] += g[:,:,i]
-    for i in range(lo+D, g.shape[2]): gx[:,:,-1] += g[:,:,i]
+def _unwindow_(g, at, mode, D):
+    "Gradient of `_windows`, added up in the place of `g` if there is one window"
+    gx = None if len(at)==1 else g.new_zeros(len(g)//len(at),D,*g.shape[3:],g.shape[1]).movedim(-1, 1)
+    for (a,b),w in zip(at, g.unflatten(0, (-1,len(at))).unbind(1)):
+        lo,hi = max(-a,0),max(b-D,0)
+        inner = w[:,:,lo:w.shape[2]-hi]
+        if mode=='replicate':
+            for i in range(lo): inner[:,:,0] += w[:,:,i]
+            for i in range(hi): inner[:,:,-1] += w[:,:,-1-i]
+        if gx is None: return inner
+        gx[:,:,max(a,0):min(b,D)] += inner
     return gx
 
 class _PadDepth(torch.autograd.Function):
     "Replication whose gradient is one copy; that of slicing and joining would be a volume of zeros for each piece"
     @staticmethod
     def forward(ctx, x, lo, hi):
-        ctx.pads = lo,hi
-        return _replicate(x, lo, hi)
+        ctx.at,ctx.D = [(-lo,x.shape[2]+hi)],x.shape[2]
+        return _windows(x, ctx.at)
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g): return _unpad_(g.clone(), *ctx.pads),None,None
+    def backward(ctx, g): return _unwindow_(g.clone(), ctx.at, 'replicate', ctx.D),None,None
 
 class _Depth:
     "What an inflated convolution or pool knows of its depth: kernel, stride, dilation, padding"
@@ -162,8 +170,9 @@ class _DepthConv(torch.autograd.Function):
     "A depthwise convolution along the depth of (B,C,D,N), ends replicated: with zeros around the depth, and what `_ends` add to it; padded only where both sides differ"
     @staticmethod
     def forward(ctx, x, w, lo, hi, s, d):
-        ctx.pads,p = ((0,0),lo) if lo==hi else ((lo,hi),0)
-        if lo!=hi: x = _replicate(x, lo, hi)
+        ctx.D = x.shape[2]
+        ctx.at,p = ([(0,ctx.D)],lo) if lo==hi else ([(-lo,ctx.D+hi)],0)
+        if lo!=hi: x = _windows(x, ctx.at)
         ctx.ends,ctx.args = [*_ends(x.shape[2], w.shape[1], s, d, p)],([s,1],[p,0],[d,1])
         ctx.save_for_backward(x, w)
         y = F.conv2d(x, w[:,None,:,None], None, *ctx.args, len(w))
@@ -178,66 +187,38 @@ class _DepthConv(torch.autograd.Function):
         for o,i,taps in ctx.ends:
             if gx is not None: gx[:,:,i].addcmul_(g[:,:,o], w[:,taps].sum(1, keepdim=True))
             if gw is not None: gw[:,taps] += (g[:,:,o]*x[:,:,i]).sum((0,2))[:,None]
-        return gx if gx is None else _unpad_(gx, *ctx.pads),gw,*(None,)*4
+        return gx if gx is None else _unwindow_(gx, ctx.at, 'replicate', ctx.D),gw,*(None,)*4
 
 def _taps(x, k, stride, dilation):
     "For each slice of a kernel of depth `k` the slices of padded `x` that it meets"
     n = (x.shape[2]-dilation*(k-1)-1)//stride+1
     return [x[:,:,i*dilation:i*dilation+(n-1)*stride+1:stride] for i in range(k)]
 
-def _beside(x, lo, hi, mode, k, stride, dilation):
-    "The slices that a kernel of depth `k` meets, side by side as channels: (B*d,k*C,H,W)"
-    x = _replicate(x, lo, hi) if mode=='replicate' else F.pad(x, (0,0,0,0,lo,hi))
-    return torch.cat([t.movedim(1, -1) for t in _taps(x, k, stride, dilation)], -1).flatten(0,1).movedim(-1, 1)
+def _cut(x, k, s, d, lo, hi):
+    "The slices (from,to) that a `conv3d` is to read: all, or where torch would take its slow operator for single small images, as few windows as share the answer evenly"
+    span = d*(k-1)+1
+    out = (x.shape[2]+lo+hi-span)//s+1
+    small = len(x)==1 and x[...,0].numel()<=20480
+    n = next((n for n in range(2, out+1) if out%n==0), 1) if small else 1
+    m = out//n
+    return [(-lo,x.shape[2]+hi)] if n==1 else [(i*m*s-lo, (i*m+m-1)*s+span-lo) for i in range(n)]
 
 class _DenseConv(torch.autograd.Function):
-    "A `conv3d` as one `conv2d` that finds the neighbouring slices among its channels; keeps only its input"
+    "A `conv3d` of the windows `at`, padded by `mode`; keeps only its input"
     @staticmethod
-    def forward(ctx, x, w, lo, hi, s, d, mode, *args):
-        ctx.along,ctx.args = (lo,hi,mode,w.shape[2],s,d),args
+    def forward(ctx, x, w, at, mode, *args):
+        ctx.at,ctx.mode,ctx.args = at,mode,args
         ctx.save_for_backward(x, w)
-        return F.conv2d(_beside(x, *ctx.along), _flat(w), None, *args)
+        return _inside(F.conv3d(_windows(x, at, mode), w, None, *args)).movedim(1, -1).unflatten(0, (len(x),-1)).flatten(1,2).movedim(-1, 1)
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x,w = ctx.saved_tensors
-        (lo,hi,mode,k,s,d),(stride,padding,dilation) = ctx.along,ctx.args
-        gt,gw,_ = torch.ops.aten.convolution_backward(g, _beside(x, *ctx.along), _flat(w), None, stride, padding, dilation, False, [0,0], 1, [*ctx.needs_input_grad[:2],False])
-        if gw is not None: gw = gw.unflatten(1, (k,-1)).transpose(1,2)
-        if gt is not None:
-            B,C,D,H,W = x.shape
-            gx = gt.new_zeros(B,lo+D+hi,H,W,C).movedim(-1, 1)
-            for t,p in zip(_taps(gx, k, s, d), unfold(gt, B).split(C, 1)): t += p
-            gt = _unpad_(gx, lo, hi) if mode=='replicate' else gx.narrow(2, lo, D)
-        return gt,gw,*(None,)*8
+        g = g.movedim(1, -1).unflatten(1, (len(ctx.at),-1)).flatten(0,1).movedim(-1, 1)
+        gs,gw,_ = torch.ops.aten.convolution_backward(g, _windows(x, ctx.at, ctx.mode), w, None, *ctx.args, False, [0]*3, 1, [*ctx.needs_input_grad[:2],False])
+        return gs if gs is None else _unwindow_(_inside(gs), ctx.at, ctx.mode, x.shape[2]),gw,*(None,)*5
 
-def _thick(x):
-    "Whether `_EndsConv` is the quicker: the ends are a small part, channels surely innermost, and torch does not take its operator for single small images"
-    return x.shape[1]>=16 and x.shape[2]>=8 and (len(x)>1 or x[...,0].numel()>20480)
-
-class _EndsConv(torch.autograd.Function):
-    "A `conv3d` with zeros around the depth, and what `ends` add to it; no padded volume is written. Keeps only its input"
-    @staticmethod
-    def forward(ctx, x, w, ends, *args):
-        ctx.ends,ctx.args = ends,args
-        ctx.save_for_backward(x, w)
-        y,plane = F.conv3d(x, w, None, *args),[o[1:] for o in args]
-        for o,i,taps in ends: y[:,:,o] += F.conv2d(x[:,:,i], w[:,:,taps].sum(2), None, *plane)
-        return y
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        x,w = ctx.saved_tensors
-        def back(g, x, w, args): return torch.ops.aten.convolution_backward(g, x, w, None, *args, False, [0]*len(args[0]), 1, [*ctx.needs_input_grad[:2],False])[:2]
-        (gx,gw),plane = back(g, x, w, ctx.args),[o[1:] for o in ctx.args]
-        for o,i,taps in ctx.ends:
-            ex,ew = back(g[:,:,o], x[:,:,i], w[:,:,taps].sum(2), plane)
-            if gx is not None: gx[:,:,i] += ex
-            if gw is not None: gw[:,:,taps] += ew[:,:,None]
-        return gx,gw,*(None,)*4
-
-# Both quick where the kernel's memory has its channels innermost
-def _flat(w): return w.permute(0,3,4,2,1).flatten(3).permute(0,3,1,2)
+def _inside(x): return x.contiguous(memory_format=torch.channels_last if x.ndim==4 else torch.channels_last_3d)
 def _depth_sum(w): return w.permute(0,2,3,4,1).flatten(2).sum(1).unflatten(1, (*w.shape[3:],w.shape[1])).permute(0,3,1,2)
 
 def _cast(*xs):
@@ -248,10 +229,10 @@ def _cast(*xs):
 class ChannelsInside(torch.autograd.Function):
     "Bring a tensor's memory, and its gradient's, to channels innermost"
     @staticmethod
-    def forward(ctx, x): return x.contiguous(memory_format=torch.channels_last if x.ndim==4 else torch.channels_last_3d)
+    def forward(ctx, x): return _inside(x)
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g): return g.contiguous(memory_format=torch.channels_last if g.ndim==4 else torch.channels_last_3d)
+    def backward(ctx, g): return _inside(g)
 
 def _conv2d(x, w, stride, padding, dilation, groups):
     k = w.shape[3]
@@ -288,9 +269,8 @@ class InflatedConv3d(nn.Module):
         elif x.device.type=='cpu' and self.groups==1:
             pad = self.padding[1:]
             if self.same: x,pad = unfold(tl.pad_same(fold(x), self.kernel_size[1:], self.stride[1:], self.dilation[1:]), len(x)),(0,0)
-            lo,hi = o.pads(D)
-            if lo==hi and _thick(x): y = fold(_EndsConv.apply(*_cast(x, w), [] if o.mode=='zeros' else [*_ends(D, o.k, o.s, o.d, lo)], self.stride, (lo,*pad), self.dilation))
-            else: y = _DenseConv.apply(*_cast(x, w), lo, hi, o.s, o.d, o.mode, self.stride[1:], pad, self.dilation[1:])
+            at = _cut(x, o.k, o.s, o.d, *o.pads(D))
+            y = fold(_DenseConv.apply(*_cast(x, w), at, o.mode, self.stride, (0,*pad), self.dilation))
         elif x.device.type=='cpu' and self.groups==self.in_channels: y = sum(self._plane(fold(t), w[:,:,i]) for i,t in enumerate(_taps(o.pad(x), o.k, o.s, o.d)))
         else: return self._conv3d(x)
         return unfold(y if self.bias is None else y+self.bias.view(-1,1,1), len(x))
@@ -768,7 +748,7 @@ _known_blocks = [_eb.InvertedResidual, _eb.DepthwiseSeparableConv, _eb.EdgeResid
 
 def _recompute(m, x):
     f = partial(type(m).forward, m)
-    return checkpoint(f, x, use_reentrant=False, context_fn=_contexts) if torch.is_grad_enabled() and x[0,0].numel()>=512 else f(x)
+    return checkpoint(f, x, use_reentrant=False, context_fn=_contexts) if torch.is_grad_enabled() and x[0,0].numel()>=2048 else f(x)
 
 def _contexts(): return nullcontext(),_second_time()
 
