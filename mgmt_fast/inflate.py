@@ -328,10 +328,12 @@ class _BatchNormSiLU(torch.autograd.Function):
 def _rows(x): return x.permute(0,2,3,4,1).flatten(0,3)
 def _volume(rows, x): return rows.unflatten(0, (len(x),*x.shape[2:])).permute(0,4,1,2,3)
 
+def _affine(x, A, b): return _inside(unfold(F.conv2d(fold(x), A.to(x)[...,None,None], b.to(x)), len(x)))
+
 class _ExpandNorm(torch.autograd.Function):
-    "A pointwise convolution, and the batch norm of what it gives"
+    "A pointwise convolution, the batch norm of what it gives, and on request SiLU; keeps only its input"
     @staticmethod
-    def forward(ctx, x, w, gamma, beta, mean, var, training, momentum, eps):
+    def forward(ctx, x, w, gamma, beta, mean, var, training, momentum, eps, silu):
         u,W,mu,P = _rows(x),w.flatten(1).double(),None,None
         if training:
             mu = u.mean(0, dtype=torch.double)
@@ -344,22 +346,29 @@ class _ExpandNorm(torch.autograd.Function):
         else: m,v = mean.double(),var.double()
         s = (v+eps).rsqrt()
         a = gamma*s
-        ctx.save_for_backward(x, w, gamma, mu, P, m, s)
-        return unfold(F.conv2d(fold(x), (a[:,None]*W).to(w).view_as(w[:,:,0]), (beta-a*m).to(w)), len(x)).contiguous(memory_format=torch.channels_last_3d)
+        b,ctx.silu = beta-a*m,silu
+        ctx.save_for_backward(x, w, gamma, mu, P, m, s, b)
+        y = _affine(x, a[:,None]*W, b)
+        return F.silu(y, inplace=True) if silu else y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        x,w,gamma,mu,P,m,s = ctx.saved_tensors
-        u,g,W,a = _rows(x),_rows(g),w.flatten(1).double(),gamma*s
-        A,G,gb = a[:,None]*W,(g.t()@u).double(),g.sum(0).double()
+        x,w,gamma,mu,P,m,s,b = ctx.saved_tensors
+        W,a = w.flatten(1).double(),gamma*s
+        A = a[:,None]*W
+        if ctx.silu:
+            y = _affine(x, A, b)
+            g = torch.ops.aten.silu_backward.grad_input(g, y, grad_input=y)
+        u,g = _rows(x),_rows(g)
+        G,gb = (g.t()@u).double(),g.sum(0).double()
         gg = s*((W*G).sum(1)-m*gb)
         gu = g@A.to(g) if ctx.needs_input_grad[0] else None
         if mu is not None:
             t = s*gg
             G = G-torch.outer(gb, mu)-t[:,None]*P
             if gu is not None: gu.addmm_(u, (W.t()*-t@A/len(u)).to(u)).add_(((t*m-gb)@A/len(u)).to(u))
-        return gu if gu is None else _volume(gu, x),(a[:,None]*G).to(w).view_as(w),gg.to(gamma),gb.to(gamma),*(None,)*5
+        return gu if gu is None else _volume(gu, x),(a[:,None]*G).to(w).view_as(w),gg.to(gamma),gb.to(gamma),*(None,)*6
 
 
 # %% ../nbs/07_inflate.ipynb #ea10a4c2
@@ -391,8 +400,10 @@ def _conv_norm(conv, norm, x):
     "`norm(conv(x))`, with fewer passes over memory if `conv` multiplies the channels"
     pays = _large(x) and _is_pointwise(conv) and conv.out_channels>=2*conv.in_channels and x.numel()>=8*conv.in_channels**2
     if not (pays and conv.bias is None and type(norm) is BatchNormAct3d and norm.affine): return norm(conv(x))
-    y = norm.drop(_ExpandNorm.apply(*_cast(x, conv.weight), *norm._now()))
-    if type(norm.act) is nn.SiLU: return F.silu(y, inplace=not torch.is_grad_enabled())
+    silu = type(norm.act) is nn.SiLU and type(norm.drop) is nn.Identity
+    y = _ExpandNorm.apply(*_cast(x, conv.weight), *norm._now(), silu)
+    if silu: return y
+    y = norm.drop(y)
     return norm.act(y.clone() if getattr(norm.act, 'inplace', False) and torch.is_grad_enabled() else y) # what a custom function returns must not be changed in place
 
 
