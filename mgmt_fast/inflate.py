@@ -46,7 +46,9 @@ def fold(
     x:torch.Tensor, # (B,C,D,H,W)
 ) -> torch.Tensor: # (B*D,C,H,W), a view if `x` is `channels_last_3d`
     "Lay the slices of a batch of volumes out as a batch of images."
-    return x.permute(0,2,3,4,1).flatten(0,1).permute(0,3,1,2)
+    x = x.permute(0,2,3,4,1)
+    if x.shape[-1]==1: x = x.squeeze(-1).unsqueeze(-1) # a single channel's stride may be anything; by 1 torch knows channels to be innermost
+    return x.flatten(0,1).permute(0,3,1,2)
 
 def unfold(
     x:torch.Tensor, # (B*D,C,H,W)
@@ -255,6 +257,8 @@ class InflatedConv3d(nn.Module):
         self.weight = nn.Parameter(torch.zeros(self.out_channels, self.in_channels//self.groups, *self.kernel_size))
         self.bias = nn.Parameter(torch.zeros(self.out_channels)) if bias else None
 
+    def _kernel(self): "(O,I,k,H,W)"; return self.weight
+
     def _plane(self, x, w):
         "The 2D convolution of folded slices"
         pad = self.padding[1:]
@@ -262,7 +266,7 @@ class InflatedConv3d(nn.Module):
         return _conv2d(x, w, self.stride[1:], pad, self.dilation[1:], self.groups)
 
     def forward(self, x):
-        w,o,D = self.weight,self.along,x.shape[2]
+        w,o,D = self._kernel(),self.along,x.shape[2]
         if x.device.type=='cpu' and _is_pointwise(self): return _across(x, lambda rows: F.linear(rows, w.flatten(1), self.bias))
         if o.k==1: y = self._plane(fold(_skip(x, o.s)), w[:,:,0])
         elif D==1 and (o.mode=='replicate' or o.d==1): y = self._plane(fold(x), _depth_sum(w) if o.mode=='replicate' else w[:,:,o.p])
@@ -278,7 +282,7 @@ class InflatedConv3d(nn.Module):
     def _conv3d(self, x):
         x,pad = self.along.pad(x),(0,*self.padding[1:])
         if self.same: x,pad = unfold(tl.pad_same(fold(x), self.kernel_size[1:], self.stride[1:], self.dilation[1:]), len(x)),(0,0,0)
-        return F.conv3d(x, self.weight, self.bias, self.stride, pad, self.dilation, self.groups)
+        return F.conv3d(x, self._kernel(), self.bias, self.stride, pad, self.dilation, self.groups)
 
     def extra_repr(self): return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, groups={self.groups}, depth_padding={self.along.mode!r}"
 
@@ -288,13 +292,16 @@ def _is_pointwise(conv): return type(conv) is InflatedConv3d and conv.kernel_siz
 
 # %% ../nbs/07_inflate.ipynb #2899db50
 class SeparableConv3d(InflatedConv3d):
-    "An in-plane convolution `weight` (O,I,H,W), then one along the depth for each channel, `depth` (O,k)"
+    "An in-plane convolution `weight` (O,I,H,W), then one along the depth for each channel, `depth` (O,k); as one convolution of their product where few channels go in"
     def _new_weight(self, bias):
         self.weight = nn.Parameter(torch.zeros(self.out_channels, self.in_channels//self.groups, *self.kernel_size[1:]))
         self.depth = nn.Parameter(torch.full((self.out_channels,self.kernel_size[0]), 1/self.kernel_size[0]))
         self.bias = nn.Parameter(torch.zeros(self.out_channels)) if bias else None
 
+    def _kernel(self): return self.weight.unsqueeze(2)*self.depth[:,None,:,None,None]
+
     def forward(self, x):
+        if self.groups==1 and self.in_channels<=4: return super().forward(x)
         y,o = unfold(self._plane(fold(x), self.weight), len(x)),self.along
         if y.shape[2]==1 and o.mode=='replicate': y = y*self.depth.sum(1).view(-1,1,1,1)
         else:
@@ -737,7 +744,7 @@ def merge_depth(
     model3d:nn.Module, # 3D network, changed in place
 ) -> nn.Module: # The same network
     "Undo `separate_depth`: multiply in-plane and depth-only kernels out, trained or not."
-    def join(m): return m if type(m) is not SeparableConv3d else _remake(InflatedConv3d, m, weight=(m.weight.unsqueeze(2)*m.depth[:,None,:,None,None]).detach())
+    def join(m): return m if type(m) is not SeparableConv3d else _remake(InflatedConv3d, m, weight=m._kernel().detach())
     return _replace(model3d, join)
 
 # %% ../nbs/07_inflate.ipynb #617abe55
