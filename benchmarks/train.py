@@ -4,7 +4,8 @@
 usage: train.py [FOLDER=temporary] [--accumulation | --split] [--patients 160] [--seeds 3] [--size 32x64x64] [--limit 120] [--who ours,bf16,monai,fastmonai]
 
 Same patients, split, series (T1wCE) and size. Seconds count from the scans on disk, preparation or caching included, validation not.
-Ours is timed in float32, as its peers are, and with `precision='bf16'`, which pays where the processor has instructions for it.
+Ours: ResNet18, all kernels split, one cycle of 4 epochs at 5e-3, which were chosen on cohorts of other seeds (3 to 7) than the three that are reported (0 to 2);
+in float32, as its peers are, and with `precision='bf16'`, which pays where the processor has instructions for it.
 The AUC to reach is the lower of the two best ones. 32 patients validate, so that one cohort says little: hence several, and the median of their ratios.
 MONAI: its 3D classification tutorial (LoadImage, ScaleIntensity, Resize, RandRotate90, DenseNet121 of two outputs, cross-entropy, Adam 1e-4, batches of 2) over a CacheDataset.
 fastMONAI: its classification tutorial (MedDataBlock, TorchIO's ZNormalization and affine augmentation, batches of 4, ranger, one cycle) with the same DenseNet121.
@@ -63,9 +64,9 @@ def ours(root, size, limit, precision='float32'):
             if not self.training: self.p.append(self.pred.detach().float().flatten()); self.y.append(self.learn.y.flatten())
         def after_validate(self): curve.add(torch.cat(self.y).cpu(), torch.cat(self.p).cpu())
     with tempfile.TemporaryDirectory() as d:
-        recipe = get_recipe('default', size=tuple(size), arch='resnet18', schedule='one_cycle', lr=2e-3, epochs=4, precision=precision)
+        recipe = get_recipe('default', size=tuple(size), arch='resnet18', schedule='one_cycle', lr=5e-3, epochs=4, precision=precision)
         store = prepare(kaggle_cohort(root/'cohort'), Path(d)/'store', 'T1wCE', recipe=recipe, progress=False)
-        learn = mgmt_learner(mgmt_dls(store, bs=8, augs=mgmt_augs(get_recipe('none', flip='w'), seed=0)), recipe=recipe, path=d, cbs=Watch())
+        learn = mgmt_learner(mgmt_dls(store, bs=8, augs=mgmt_augs(get_recipe('none', flip='w'), seed=0)), recipe=recipe, path=d, cbs=Watch(), model_kwargs=dict(depth='separable_all'))
         with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
 
 
