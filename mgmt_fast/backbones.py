@@ -299,7 +299,7 @@ def create_backbone(
     mode:str='mean', # How 2D kernels get their depth, see `inflate_kernel`
     anisotropic:int=0, # Halvings, counted from the input, that spare the depth: 2 where D is a quarter of H
     depth_padding:str='replicate', # Along D: `'replicate'` the end slices, or `'zeros'`
-    checkpoint:bool=False, # Recompute activations in the backward pass: about half the memory, a quarter to a half more time
+    checkpoint:bool=False, # Recompute activations in the backward pass: a quarter to two fifths less memory, a quarter to two fifths more time
     freeze:str='none', # See `freeze_body`
     stem:str='sum', # `'sum'` the RGB weights, or put a random 3x3x3 `'adapter'` convolution from C to 3 channels before them
     mean:float=None, # Subtracted from the input; the 2D weights' own, averaged over RGB, if none

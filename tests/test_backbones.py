@@ -48,7 +48,6 @@ def test_constant_volume_gives_2d_features(i, arch, weights):
     check(net, make(folder, arch, C, mode=('mean','centre')[i//2%2], depth=('separable','full','separable_all')[i%3]), C, [(32,33)[i%2]])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('arch', ARCHS)
 def test_constant_volume_gives_2d_features_always(arch, weights):
     net,folder = weights(arch)
