@@ -146,9 +146,10 @@ class SyncNorm:
         if x.numel()==x.shape[1] and n<2: return super().forward(x.to(dtype)) # a batch of one value per channel
         x = x-mean.view(shape)
         var,_ = _mean(x*x)
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            for old,new in ((self.running_mean,mean),(self.running_var,var*n/(n-1))): old.lerp_(new.to(old.dtype), self.momentum)
+        if not getattr(self, 'recomputing', False): # as `BatchNormAct3d` is told where activations are computed a second time
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                for old,new in ((self.running_mean,mean),(self.running_var,var*n/(n-1))): old.lerp_(new.to(old.dtype), self.momentum)
         x = (x*(var+self.eps).rsqrt().view(shape)*self.weight.view(shape)+self.bias.view(shape)).to(dtype)
         return getattr(self,'act',nn.Identity())(getattr(self,'drop',nn.Identity())(x))
 

@@ -77,10 +77,14 @@ def test_two_processes_resume(two):
 
 
 def test_the_command_on_two_processes(store, tmp_path):
-    "As `accelerate launch` starts it: one of the two speaks and writes."
-    outs = launch(BIN/'mgmt_train', store.path, tmp_path/'run', '--sequences', 'T1wCE', '--arch', 'resnet10', '--epochs', 1, '--bs', 7)
+    "As `accelerate launch` starts it: one of the two speaks and writes, and what it writes is what one process alone would, batch norm included."
+    args = '--sequences','T1wCE','--arch','resnet18','--epochs','2','--bs','7','--lr','1e-5' # so slow that rounding does not grow
+    outs = launch(BIN/'mgmt_train', store.path, tmp_path/'run', *args)
     assert sum('not an estimate' in o for o in outs)==1
     assert {'model.safetensors','model.json','history.csv'}<={f.name for f in (tmp_path/'run').iterdir()}
+    subprocess.run([BIN/'mgmt_train', store.path, tmp_path/'alone', *args], check=True, capture_output=True)
+    a,b = (pd.read_csv(tmp_path/d/'history.csv').drop(columns='time') for d in ('alone','run'))
+    np.testing.assert_allclose(a, b, rtol=1e-3)
 
 
 RUNS = ['--archs', 'resnet10,resnet18', '--sequences', 'T1wCE,FLAIR+T1wCE', '--folds', '0,1', '--n_folds', '3', '--epochs', '1']
