@@ -19,7 +19,7 @@ from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import AvgSmoothLoss, Recorder
 from fastai.optimizer import Optimizer
-from fastai.torch_core import find_bs, get_model, rank_distrib, to_detach
+from fastai.torch_core import find_bs, get_model, num_distrib, rank_distrib, to_detach
 from fastcore.all import *
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model as load_weights, save_model as save_weights
@@ -160,6 +160,7 @@ def set_norms(
 ) -> nn.Module: # `model`
     "Choose what batch norm does in small batches; the keys of the weights stay, but for the statistics that group norm has none of."
     if kind not in ('batch','frozen','group','sync'): raise unknown_name('choice of norms', kind, ('batch','frozen','group','sync'))
+    if kind=='batch' and num_distrib()>1: kind = 'sync' # the batch is that of all processes
     norms = {n:m for n,m in model.named_modules() if isinstance(m, _BatchNorm)}
     if kind=='frozen': model.frozen_norms = [n for n in norms if n.startswith('body.')]
     for n,m in norms.items():

@@ -94,7 +94,7 @@ def _windows(x, at, mode='replicate'):
     parts = sum(([before]*-a + [x[:,max(a,0):min(b,D)]] + [after]*(b-D) for a,b in at), [])
     return torch.cat(parts, 1).unflatten(1, (len(at),-1)).flatten(0,1).movedim(-1, 1)
 
-def _unwindow_(g, at, mode, D):
+def _unwindow_(g, at, D, mode='replicate'):
     "Gradient of `_windows`, added up in the place of `g` if there is one window"
     gx = None if len(at)==1 else g.new_zeros(len(g)//len(at),D,*g.shape[3:],g.shape[1]).movedim(-1, 1)
     for (a,b),w in zip(at, g.unflatten(0, (-1,len(at))).unbind(1)):
@@ -115,7 +115,7 @@ class _PadDepth(torch.autograd.Function):
         return _windows(x, ctx.at)
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g): return _unwindow_(g.clone(), ctx.at, 'replicate', ctx.D),None,None
+    def backward(ctx, g): return _unwindow_(g.clone(), ctx.at, ctx.D),None,None
 
 class _Depth:
     "What an inflated convolution or pool knows of its depth: kernel, stride, dilation, padding"
@@ -189,7 +189,7 @@ class _DepthConv(torch.autograd.Function):
         for o,i,taps in ctx.ends:
             if gx is not None: gx[:,:,i].addcmul_(g[:,:,o], w[:,taps].sum(1, keepdim=True))
             if gw is not None: gw[:,taps] += (g[:,:,o]*x[:,:,i]).sum((0,2))[:,None]
-        return gx if gx is None else _unwindow_(gx, ctx.at, 'replicate', ctx.D),gw,*(None,)*4
+        return gx if gx is None else _unwindow_(gx, ctx.at, ctx.D),gw,*(None,)*4
 
 def _taps(x, k, stride, dilation):
     "For each slice of a kernel of depth `k` the slices of padded `x` that it meets"
@@ -218,7 +218,7 @@ class _DenseConv(torch.autograd.Function):
         x,w = ctx.saved_tensors
         g = g.movedim(1, -1).unflatten(1, (len(ctx.at),-1)).flatten(0,1).movedim(-1, 1)
         gs,gw,_ = torch.ops.aten.convolution_backward(g, _windows(x, ctx.at, ctx.mode), w, None, *ctx.args, False, [0]*3, 1, [*ctx.needs_input_grad[:2],False])
-        return gs if gs is None else _unwindow_(_inside(gs), ctx.at, ctx.mode, x.shape[2]),gw,*(None,)*5
+        return gs if gs is None else _unwindow_(_inside(gs), ctx.at, x.shape[2], ctx.mode),gw,*(None,)*5
 
 def _inside(x): return x.contiguous(memory_format=torch.channels_last if x.ndim==4 else torch.channels_last_3d)
 def _depth_sum(w): return w.permute(0,2,3,4,1).flatten(2).sum(1).unflatten(1, (*w.shape[3:],w.shape[1])).permute(0,3,1,2)
@@ -642,7 +642,7 @@ def channels_inside(
 ) -> nn.Module: # The same network
     "Store kernels with channels innermost, as the activations are; `Module.to` cannot do it for networks with 2D and 3D kernels."
     for p in model.parameters():
-        if p.ndim in (4,5): p.data = p.data.contiguous(memory_format=torch.channels_last if p.ndim==4 else torch.channels_last_3d)
+        if p.ndim in (4,5): p.data = _inside(p.data)
     return model
 
 # %% ../nbs/07_inflate.ipynb #08306ae9

@@ -146,7 +146,7 @@ def _make_model(r, dls, seed, **kwargs):
         if model.body.depth_stride<=r.size[0]: break
     if r.double_rescale:
         for k in ('mean','std'): getattr(model.standardize, k).mul_(255); model.config[k] *= 255
-    return set_norms(model, 'sync' if r.norms=='batch' and num_distrib()>1 else r.norms) # the batch is that of all processes
+    return set_norms(model, r.norms)
 
 def _watchers(r):
     "What follows a training, by recipe"
