@@ -218,7 +218,7 @@ def _is_norm(m): return isinstance(m, nn.modules.batchnorm._BatchNorm)
 choice('backbones', 'head', "from features to a logit: 'plain' or 'published'", default='plain', published='published', winner='plain')
 choice('backbones', 'freeze', 'layers of the body that do not train, see `freeze_body`', default='none', published='all_but_last=15', winner='none')
 choice('backbones', 'stem', "how other channels than RGB enter: 'sum' of the RGB weights, or through a random 'adapter' convolution (the thesis)", default='sum', published='adapter', winner='sum')
-choice('backbones', 'pretrained', 'True: 2D ImageNet weights from the hub; a path: from a file or a folder of `mgmt_weights`; False: none', default=False, published=True, winner=False)
+choice('backbones', 'pretrained', 'True: 2D ImageNet weights from the hub; a path: from a file or a folder of `mgmt_weights`; False: none', Allowed.one_of(True,False)|Allowed.path(), default=False, published=True, winner=False)
 
 # %% ../nbs/08_backbones.ipynb #38e5ee6c
 def _make(arch, in_chans, pretrained, mode, anisotropic, depth_padding):

@@ -352,6 +352,15 @@ def text(cls:Allowed,
         return v
     return cls(what, _take)
 
+# %% ../nbs/00_core.ipynb #be7a8ae5
+@patch(cls_method=True)
+def path(cls:Allowed) -> Allowed:
+    "A file or folder; text becomes a `Path`"
+    def _take(v):
+        if not isinstance(v, (str,os.PathLike)): raise ValueError(v)
+        return Path(v)
+    return cls('a path', _take)
+
 # %% ../nbs/00_core.ipynb #3572c940
 _choices = {}
 _anything = Allowed('anything', lambda v: tuple(v) if isinstance(v, list) else v)
@@ -534,9 +543,9 @@ def follow_recipe(
     asked = earlier if asked is None else get_recipe(asked)
     changes = {k: check_choice(k,v) for k,v in changes.items()}
     _refuse_contrary(earlier, {k:v for k,v in {**asked.differs(), **changes}.items() if k in earlier.settled})
-    values = asked.values()
-    kept = {k: earlier[k] for k in earlier.settled}
-    other = [k for k,v in kept.items() if k in values and k not in changes and values[k]!=v]
+    values,kept = asked.values(),{k: earlier[k] for k in earlier.settled}
+    named = asked.changed if asked.name==earlier.name else values
+    other = [k for k,v in kept.items() if k in named and k not in changes and named[k]!=v]
     if other: print(_as_settled(earlier, asked.name, other))
     return Recipe(asked.name, {**asked.changed, **changes, **kept}, earlier.settled)
 
