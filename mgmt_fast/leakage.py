@@ -24,7 +24,8 @@ from . import __version__
 from .core import *
 from .series import SeriesError, _find, _load
 from .cohort import id_key, patient_key, _read_table
-from .prepare import VolumeStore, _canonical, _canonical_affine, _one_thread, resample, resize
+from .prepare import VolumeStore, _canonical, _canonical_affine, _one_thread, resample, resize, source_state
+from .loader import key_digest
 from .register import *
 from .register import _agreement, _centre, _descend, _grid, _mm, _sample, _search
 
@@ -68,11 +69,9 @@ class _Side:
 
     def content(self, i, seq):
         "What changes when the volume does"
-        if self.store: return self.data.meta[self.patients[i]]['volumes'][seq]['hash']
-        path = Path(self.table[seq].iat[i])
-        try: state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
-        except OSError: state = [] # reading will say what is wrong
-        return _digest(str(path).encode(), str(state).encode())
+        if not self.store: return key_digest(source_state(self.table[seq].iat[i])) # of what is not there, reading will say what is wrong
+        m = self.data.meta[self.patients[i]]
+        return key_digest([m['volumes'][seq]['hash'], m['affine']])
 
     def volume(self, i, seq):
         "The volume, a hash of its voxels, and hashes of its UIDs"

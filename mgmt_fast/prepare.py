@@ -310,7 +310,7 @@ class VolumeStore:
         self.path = Path(path)
         if not (self.path/'store.json').exists(): raise PrepareError(_no_store(self.path))
         d,facts = _read_pixels(self.path),_read_facts(self.path)
-        self.sequences,self.version,self.preparation = tuple(d['sequences']),d['version'],d['preparation']
+        self.sequences,self.version,self.preparation_number = tuple(d['sequences']),d['version'],d['preparation']
         self.recipe = Recipe.from_json(d['recipe'])
         self.recipe = self.recipe.settle('the store', **self.recipe.room('prepare'))
         self.size = tuple(self.recipe.size)
