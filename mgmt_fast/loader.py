@@ -166,7 +166,8 @@ def run_key(
         for p in patients:
             voxels = [store.meta[p]['volumes'][s]['hash'] for s in sequences if s in store.meta[p]['volumes']]
             who[p] = [part, None if pd.isna(labels[p]) else int(labels[p]), key_digest(voxels)]
-    choices = {k:v for k,v in recipe.to_json()['choices'].items() if k!='pretrained'} # weights go by their content
+    steering = choice_names('prepare', 'loader', 'augment', 'backbones', 'learner')
+    choices = {k:v for k,v in recipe.to_json()['choices'].items() if k in steering and k!='pretrained'} # weights go by their content
     key = dict(version=__version__, recipe=choices, sequences=list(sequences), patients=who, **more)
     return json.loads(json.dumps(key))
 

@@ -107,6 +107,7 @@ def sweep(
     save_recipe(recipe, dest/'recipe.yaml')
     def _write():
         res = pd.DataFrame([o or {**r,'error':'not run yet'} for o,r in zip(done,rows)])
+        res = res[[*(c for c in table if c in res), *(c for c in _results if c in res)]]
         with atomic_path(dest/'sweep.csv') as tmp: res.to_csv(tmp, index=False)
         return res
     def _job(i, r): return i,*_run(r, str(store), str(dest), recipe, n_folds, seed)
@@ -118,6 +119,8 @@ def sweep(
             _write()
     for why,n in Counter(others).items(): print(f"{n} kept run{'s' if n>1 else ''} in {dest} not used, but trained anew: {why}")
     return _write()
+
+_results = 'epoch valid_loss auc lo hi n_train n_valid seconds folder error'.split()
 
 def _given(row):
     "A table's row in plain values, without its empty cells"
