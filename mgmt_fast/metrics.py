@@ -153,8 +153,8 @@ def hoeffding_ci(
     Source: Hoeffding 1963, J. Am. Stat. Assoc. 58:13, theorem 1 and section 5."""
     def far(t): return m*(rel_entr(auc,t)+rel_entr(1-auc,1-t))-np.log(2/(1-level))
     tiny = 1e-12
-    lo = brentq(far, tiny, max(auc,tiny)) if auc>tiny else 0.
-    hi = brentq(far, min(auc,1-tiny), 1-tiny) if auc<1-tiny else 1.
+    lo = brentq(far, tiny, auc) if auc>tiny and far(tiny)>0 else 0.
+    hi = brentq(far, auc, 1-tiny) if auc<1-tiny and far(1-tiny)>0 else 1.
     return pd.Series(dict(auc=auc, lo=lo, hi=hi), name='bound')
 
 # %% ../nbs/10_metrics.ipynb #a0c1d005

@@ -1,5 +1,5 @@
 "Metrics beside pROC, statsmodels, scikit-learn and first principles, and what they refuse."
-import json
+import importlib, json, sys
 from dataclasses import FrozenInstanceError, asdict
 from itertools import product
 from pathlib import Path
@@ -78,6 +78,34 @@ def test_clusters_cover():
         held.append([r.lo<=.7<=r.hi for r in (auc_ci(y,p,cluster=who),auc_ci(y,p))])
     clustered,blind = np.mean(held, axis=0)
     assert .92<clustered<.975 and blind<.88
+
+
+def coverage():
+    "The benchmark as a module, and the map that it wrote"
+    home = Path(__file__).parent.parent/'benchmarks'
+    sys.path.insert(0, str(home))
+    try: module = importlib.import_module('coverage')
+    finally: sys.path.remove(str(home))
+    return module,pd.read_csv(home/'coverage.csv')
+
+
+def test_the_map_was_made_of_these_intervals():
+    "What the benchmark judges, many studies at once, is what `auc_ci` gives for each, perfect and tied ones too"
+    bench,_ = coverage()
+    rng = rng_for(0, 'map')
+    for auc,m,n,scores in ((.7,20,30,'SD 2'),(.99,6,9,'SD 1'),(.8,5,45,'five levels'),(.5,12,12,'SD 0.5')):
+        _,pos,neg = bench.draw(auc, m, n, scores, 12, rng)
+        found = bench.closed_forms(*bench.placements(pos, neg))
+        y = np.arange(m+n)<m
+        for i,p in enumerate(np.c_[pos,neg]*1.):
+            for k in ('mee','delong','newcombe'):
+                np.testing.assert_allclose([o[i] for o in found[k]], auc_ci(y,p,k)[['lo','hi']], atol=1e-6)
+
+
+def test_the_default_is_what_the_rule_chooses():
+    bench,t = coverage()
+    s = bench.summary(t)
+    assert len(t)==len(bench.cells()) and s.index[s.passes][0]==auc_ci(*study()).name=='mee'
 
 
 @settings(max_examples=60, deadline=None)
