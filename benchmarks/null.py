@@ -1,10 +1,11 @@
 """What brains that differ score in the leakage audit: the null that small sets are judged by.
-usage: null.py [--brains 40] [--pairs 400] [--workers 1] [--out mgmt_fast/leakage_null.csv]
+usage: null.py [--brains 24] [--pairs 200] [--workers 1] [--out mgmt_fast/leakage_null.csv]
 
-Phantoms whose anatomies differ, each scanned in its own way (slices, pixels, every fourth one with its skull), and
-public scans of different people where MGMT_FAST_DATA points to them. Every score is had by the audit's own steps.
-The table keeps, for each sequence and kind of brain, the median of the scores' square roots and the root mean square
-distance from it of those above: only the side on which strangers look alike says how rare a high score is."""
+Phantoms whose anatomies differ: each from a scanner of its own, all with thick slices and large pixels, all with
+their skulls, for strangers look the more alike the less their scans show. And public scans of different people, where
+MGMT_FAST_DATA points to them. Every score is had by the audit's own steps. The table keeps, for each sequence and kind
+of set, the median of the scores' square roots and the root mean square distance from it of those above: only the side
+on which strangers look alike says how rare a high score is."""
 import argparse
 import os
 from itertools import combinations
@@ -31,11 +32,19 @@ PUBLIC = {
     'T2w': dict(a=['*_t2.nii.gz','*t2_bet*'], b=['*t2w*'])}
 
 
-def phantom(p, i):
-    "Small copies of one phantom by sequence, as a scanner of its own gives them"
+def own_scanner(i):
     rng = rng_for(0, 'null', i)
-    scan = dict(slices=int(rng.integers(20, 49)), size=int(rng.integers(64, 97)), skull=i%4==3)
-    if scan['skull']: scan['fov'] = 240
+    return dict(slices=int(rng.integers(20, 49)), size=int(rng.integers(64, 97)))
+
+
+# how the phantoms of a kind are scanned, by their number
+KINDS = {'phantoms, each from its own scanner': own_scanner,
+    'phantoms, 12 slices of 32 x 32': lambda i: dict(slices=12, size=32),
+    'phantoms with skull': lambda i: dict(slices=30, size=84, fov=240, skull=True)}
+
+
+def phantom(p, scan):
+    "Small copies of one phantom by sequence"
     return {s: low_resolution(v).numpy() for s,(v,_) in render_patient(p, 0, SEQUENCES, **scan).items()}
 
 
@@ -61,22 +70,24 @@ def row(seq, kind, brains, scores):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for k,v in dict(brains=40, pairs=400, workers=1).items(): ap.add_argument(f'--{k}', type=int, default=v)
+    for k,v in dict(brains=24, pairs=200, workers=1).items(): ap.add_argument(f'--{k}', type=int, default=v)
     ap.add_argument('--out', default=Path(__file__).parent.parent/'mgmt_fast'/'leakage_null.csv')
     a = ap.parse_args()
     print(machine(), flush=True)
     pool,data,rows = Parallel(a.workers),os.environ.get('MGMT_FAST_DATA'),[]
-    brains = pool(delayed(phantom)(p, i) for i,(_,p) in enumerate(draw_patients(a.brains, test=0).iterrows()))
-    every = list(combinations(range(a.brains), 2))
-    for seq in SEQUENCES:
-        at = rng_for(0, 'null pairs', seq).choice(len(every), min(a.pairs, len(every)), replace=False)
-        scores = pool(delayed(score)(brains[i][seq], brains[j][seq]) for i,j in (every[k] for k in at))
-        rows.append(row(seq, 'phantoms', a.brains, scores))
-        if data:
-            scans = public(Path(data), seq)
-            scores = [score(x, y) for (p,x),(q,y) in combinations(scans, 2) if p!=q]
-            rows.append(row(seq, 'public scans', len({p for p,_ in scans}), scores))
-        print(pd.DataFrame(rows[-2:]).round(3).to_string(index=False), flush=True)
+    patients,every = draw_patients(a.brains, test=0),list(combinations(range(a.brains), 2))
+    for kind,scan in KINDS.items():
+        brains = pool(delayed(phantom)(p, scan(i)) for i,(_,p) in enumerate(patients.iterrows()))
+        for seq in SEQUENCES:
+            at = rng_for(0, 'null pairs', seq).choice(len(every), min(a.pairs, len(every)), replace=False)
+            scores = pool(delayed(score)(brains[i][seq], brains[j][seq]) for i,j in (every[k] for k in at))
+            rows.append(row(seq, kind, a.brains, scores))
+            print(pd.DataFrame(rows[-1:]).round(3).to_string(index=False, header=False), flush=True)
+    for seq in SEQUENCES if data else ():
+        scans = public(Path(data), seq)
+        scores = [score(x, y) for (p,x),(q,y) in combinations(scans, 2) if p!=q]
+        rows.append(row(seq, 'public scans', len({p for p,_ in scans}), scores))
+        print(pd.DataFrame(rows[-1:]).round(3).to_string(index=False, header=False), flush=True)
     pd.DataFrame(rows).round(4).to_csv(a.out, index=False)
 
 

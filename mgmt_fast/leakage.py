@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LeakageError', 'draw_perturbation', 'perturb', 'average_brain', 'fingerprint', 'compare_fingerprints', 'Null',
-           'measured_null', 'published_similarity', 'leakage_audit', 'set_aside', 'planted_recall', 'plot_recall',
+           'MeasuredNull', 'published_similarity', 'leakage_audit', 'set_aside', 'planted_recall', 'plot_recall',
            'plot_null']
 
 # %% ../nbs/14_leakage.ipynb #faf4592a
@@ -315,17 +315,21 @@ _enough = 30 # own pairs, from which on a set's own null is used
 @lru_cache
 def _null_table(): return pd.read_csv(io.StringIO((resources.files('mgmt_fast')/'leakage_null.csv').read_text('utf-8')))
 
-def measured_null(
-    *sequences:str, # Of the pairs to judge; of two, the one whose strangers look more alike counts
-    scores=(), # (n,) those of the set's own pairs, which are too few; kept to be shown
-) -> Null: # As if it came from as many independent pairs as there were phantoms
+class MeasuredNull(Null):
     "The null measured beforehand, for sets whose own pairs are too few. Raises `MGMTError` on unknown sequences."
-    t = _null_table()
-    t = t[t.sequence.isin(check_sequences(set(sequences)))]
-    null = Null([])
-    null.scores,null.mean,null.sd,null.df = np.asarray(scores, float),t['median'].max(),t.spread.max(),t.brains.max()-1
-    null.source = f"{t.pairs.sum()} pairs of other brains, measured beforehand"
-    return null
+    def __init__(self,
+        *sequences:str, # Of the pairs to judge
+        scores=(), # (n,) those of the set's own pairs, which are kept to be shown
+    ):
+        t = _null_table()
+        t = t[t.sequence.isin(check_sequences(set(sequences)))]
+        self.scores,self.odd = np.asarray(scores, float),np.array([], int)
+        self.mean,self.sd,self.df = t['median'].to_numpy(),t.spread.to_numpy(),t.brains.max()-1
+        self.source = f"{t.pairs.sum()} pairs of other brains, measured beforehand"
+    def chance(self, score):
+        u = np.sqrt(np.maximum(score, 0))
+        return stats.t.sf((np.expand_dims(u, -1)-self.mean)/self.sd, self.df).max(-1)
+    def threshold(self, chance): return float(np.clip((self.mean+self.sd*stats.t.isf(chance, self.df)).max(), 0, 1)**2)
 
 # %% ../nbs/14_leakage.ipynb #17256de8
 def _score(r): return float(np.sqrt(max(r.ncc,0)*max(r.nmi,0))*min(1, r.overlap/.5))
@@ -522,7 +526,7 @@ def _settle_null(f, twins, opt):
     scores = np.array([f.done['null',k]['score'] for k,_ in at])
     own = Null(scores)
     few = len(own.scores)<_enough
-    f.null = measured_null(*f.seqs, scores=scores) if few else own
+    f.null = MeasuredNull(*f.seqs, scores=scores) if few else own
     f.same,f.doubt = (f.null.threshold(o/f.expected) for o in opt.alarms)
     odd = np.flatnonzero(scores>=f.null.threshold(opt.alarms[0]/max(1,len(at)))) if few else own.odd
     return {at[k][1] for k in odd}
@@ -585,7 +589,9 @@ def leakage_audit(
 ) -> pd.DataFrame: # A row for every pair that reached confirmation: `train`, `test`, `sequence`, `stage`, `identifiers`, scores, `false_alarms`, `verdict`; `.attrs`: `summary`, `recall`, `thresholds`, `report`
     """Find patients of the training set in the test set, by identifiers, fingerprints and registration, and say how much the answer is worth.
 
-    `verdict` is `'same'`, `'uncertain'` or `'different'`. What is computed is kept beside a store, else in `dest`, and used again. A volume that cannot be used is a row of the report. Raises `LeakageError` where nothing can be compared."""
+    `verdict` is `'same'`, `'uncertain'` or `'different'`; `.attrs['thresholds']` and the summary say by which null. What
+    is computed is kept beside a store, else in `dest`, and used again. A volume that cannot be used is a row of the
+    report. Raises `LeakageError` where nothing can be compared."""
     if published is True: published = get_recipe('published').published_alarm
     if published and published not in _alarms: raise unknown_name('published alarm', published, _alarms)
     a,b = _Side(train,'train'),_Side(test,'test')
@@ -618,7 +624,8 @@ def _attrs(df, facts, named, a, b, twins):
     report += [dict(side='both', patient=f'{a.patients[i]}, {b.patients[j]}', sequence='', what=f'{why}, but no volume of theirs could be compared') for (i,j),why in named.items() if not ((df.train==a.patients[i])&(df.test==b.patients[j])).any()]
     recall = pd.DataFrame([dict(sequence=f.label, planted=f.planted, passed_fingerprints=f.passed, found=f.found) for f in done], columns=['sequence','planted','passed_fingerprints','found'])
     thresholds = pd.DataFrame([dict(sequence=f.label, pairs=f.pairs, confirmed=f.confirmed, null=f.null.source,
-        null_pairs=len(f.null.scores), null_mean=float(f.null.mean**2), same=f.same, uncertain=f.doubt) for f in done])
+        null_pairs=len(f.null.scores), null_mean=float(np.max(f.null.mean)**2),
+        same=f.same, uncertain=f.doubt) for f in done])
     res = dict(recall=recall.to_dict('records'), thresholds=thresholds.to_dict('records'), report=report)
     return {**res, 'summary':_summary(df, facts, recall)}
 
@@ -707,7 +714,7 @@ def planted_recall(
     A = _Part(side, sequence, [o for o,_ in smalls], [f for _,f in smalls])
     done = _confirm_all([((i,j), A, i, A, j) for _,i,j in _null_pairs(A, A, opt)], opt)
     null = Null([r['score'] for r in done.values()])
-    if len(null.scores)<_enough: null = measured_null(sequence, scores=null.scores)
+    if len(null.scores)<_enough: null = MeasuredNull(sequence, scores=null.scores)
     limit,draws = null.threshold(alarms/pairs),[(tuple(k),s) for k in (*((k,) for k in kinds), kinds) for s in strengths]
     scores = np.array(list(_parallel(_copies, ((side,i,sequence,A.rows[(i+1)%n],draws,seed) for i in range(n)), opt, n)))
     df = pd.DataFrame([dict(change=k[0] if len(k)==1 else 'all together', strength=s, copies=n, found=int((o[:,0]>=limit).sum()), false_alarms=int((o[:,1]>=limit).sum()), own=o[:,0].min(), other=o[:,1].max()) for (k,s),o in zip(draws, scores.swapaxes(0,1))])

@@ -210,7 +210,7 @@ def test_what_one_sequence_finds_leaves_the_null_of_all(home, cohorts):
     assert not pairs(told) and not pairs(told, 'uncertain')
     for r in told.attrs['thresholds']:
         assert r['null_pairs']==3+6-1
-        assert r['same']==leakage.measured_null(r['sequence']).threshold(.01/12)
+        assert r['same']==leakage.MeasuredNull(r['sequence']).threshold(.01/12)
     assert [r['patient'] for r in told.attrs['report']]==[f'{test.patient[0]}, twin']
 
 
@@ -230,7 +230,7 @@ def test_copies_within_do_not_hide_themselves():
         try: twins = leakage._settle_nulls(both, dict(test=side), opt)
         finally: leakage._enough = 30
         assert twins=={('test',0,1):'T1w'}
-        assert all(f.same==(Null(clean) if enough<9 else leakage.measured_null(f.label)).threshold(.001) for f in both)
+        assert all(f.same==(Null(clean) if enough<9 else leakage.MeasuredNull(f.label)).threshold(.001) for f in both)
 
 
 def test_none_found_never_without_the_recall(cohorts):
