@@ -78,7 +78,7 @@ def _by_patient(y, ps, cluster):
     c = np.arange(len(y)) if cluster is None else pd.factorize(np.asarray(cluster).ravel())[0]
     if len(c)!=len(y) or c.min()<0: raise MGMTError(_unpaired(y, c))
     aucs,v10,v01 = map(np.stack, zip(*(delong_parts(y,p) for p in ps)))
-    few = [len(np.unique(c[o])) for o in (y,~y)]
+    few = [np.count_nonzero(np.bincount(c[o])) for o in (y,~y)]
     if min(few)<2: raise MGMTError(_too_few(few))
     def sums(v, o): return np.stack([np.bincount(c[o], r, c.max()+1) for r in v-aucs[:,None]])/o.sum()
     informed = [_informed(v.mean(0), c[o]) for v,o in ((v10,y),(v01,~y))]
@@ -91,7 +91,7 @@ def _too_few(few):
 
 def _informed(v, c):
     "Patients with a part in the rarer kind of pair: the wrong ones of a good model, the right ones of a bad one"
-    return min(len(np.unique(c[o])) for o in (v<1,v>0))
+    return min(np.count_nonzero(np.bincount(c[o])) for o in (v<1,v>0))
 
 def _variances(d):
     "The covariance's parts, each (k,k): of the methylated, of the unmethylated, of patients with scans of both"
