@@ -165,7 +165,8 @@ def main():
     print(s.round(4).to_string())
     error = [100*np.sqrt(.9*.1/o) for o in (a.reps, max(a.boot_reps,1))]
     print(f'{len(t)} kinds of study, {a.reps} of each ({a.boot_reps} for the bootstraps, of {a.boot} resamples)')
-    print(f'standard error of a share of 90 %: {error[0]:.1f} points ({error[1]:.1f}); {time.perf_counter()-start:.0f} s')
+    print(f'standard error of a share of 90 %: {error[0]:.1f} points ({error[1]:.1f})')
+    print(f'{time.perf_counter()-start:.0f} s')
     print(f'the narrowest that passes: {METHODS[s.index[s.passes][0]]}')
 
 

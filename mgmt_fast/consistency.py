@@ -140,7 +140,8 @@ def _auc_and_sensitivity(r):
     if auc+u<lo or auc-u>hi: yield 'auc and sensitivity','impossible',_left(s, c, lo, hi, auc)
 
 def _left(s, c, lo, hi, auc):
-    return f"sensitivity {s:g} and specificity {c:g} leave {lo:.4f} to {hi:.4f} for the AUC, whatever the scores; it says {auc:g}"
+    limits = f"{lo:.4f} to {hi:.4f} for the AUC, whatever the scores"
+    return f"sensitivity {s:g} and specificity {c:g} leave {limits}; it says {auc:g}"
 
 def _auc_and_accuracy(r):
     "One threshold's accuracy against the AUC"
@@ -167,7 +168,8 @@ def _outside(a, s, c): return f"an accuracy lies between sensitivity and specifi
 
 def _no_mean(a, s, c, share):
     either = f"{share*s+(1-share)*c:.4f} or {(1-share)*s+share*c:.4f}"
-    return f"sensitivity {s:g} and specificity {c:g} make an accuracy of {either} at a minority share of {share:.2%}; it says {a:g}"
+    made = f"sensitivity {s:g} and specificity {c:g} make an accuracy of {either}"
+    return f"{made} at a minority share of {share:.2%}; it says {a:g}"
 
 def _needed_share(a, s, c):
     need = f"needs a methylated share of {(a-c)/(s-c):.2%}"
@@ -189,7 +191,8 @@ def _too_high(high, loss):
     return f"without an error the log loss is at most {high:.4f}, whatever the probabilities; it says {loss:g}"
 
 def _hidden_error(loss, ha):
-    return f"log loss {loss:g} needs an error that the rounding of the accuracy hides, so at least {np.ceil(1/ha):.0f} patients"
+    need = "needs an error that the rounding of the accuracy hides"
+    return f"log loss {loss:g} {need}, so at least {np.ceil(1/ha):.0f} patients"
 
 def _row_findings(r):
     "What one row says that cannot be, or that asks something of the balance"

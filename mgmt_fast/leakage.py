@@ -545,7 +545,7 @@ def _through(f):
     return res
 
 def _settle_nulls(facts, sides, opt):
-    "Patients under two names within a set, found through any sequence and left out of the null of all: `{pair: sequence}`"
+    "Patients under two names within a set, found through one sequence, left out of the null of all: `{pair: sequence}`"
     twins = {o:f.label for f in facts for part in f.parts for o in _equal_within(part)}
     while True:
         found = {o:f.label for f in facts for o in (_settle_null(f, twins, opt) | _through(f))}
@@ -589,9 +589,9 @@ def leakage_audit(
 ) -> pd.DataFrame: # A row for every pair that reached confirmation: `train`, `test`, `sequence`, `stage`, `identifiers`, scores, `false_alarms`, `verdict`; `.attrs`: `summary`, `recall`, `thresholds`, `report`
     """Find patients of the training set in the test set, by identifiers, fingerprints and registration, and say how much the answer is worth.
 
-    `verdict` is `'same'`, `'uncertain'` or `'different'`; `.attrs['thresholds']` and the summary say by which null. What
-    is computed is kept beside a store, else in `dest`, and used again. A volume that cannot be used is a row of the
-    report. Raises `LeakageError` where nothing can be compared."""
+    `verdict` is `'same'`, `'uncertain'` or `'different'`; `.attrs['thresholds']` and the summary say by which null.
+    What is computed is kept beside a store, else in `dest`, and used again. A volume that cannot be used is a row of
+    the report. Raises `LeakageError` where nothing can be compared."""
     if published is True: published = get_recipe('published').published_alarm
     if published and published not in _alarms: raise unknown_name('published alarm', published, _alarms)
     a,b = _Side(train,'train'),_Side(test,'test')

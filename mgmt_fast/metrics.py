@@ -87,7 +87,8 @@ def _by_patient(y, ps, cluster):
 def _unpaired(y, c): return f"every scan needs its patient; received {len(y)} scans and {np.sum(c>=0)} patients' names"
 
 def _too_few(few):
-    return f"an interval needs two patients of each class; received scans of {few[0]} methylated and {few[1]} unmethylated patients"
+    seen = f"scans of {few[0]} methylated and {few[1]} unmethylated patients"
+    return f"an interval needs two patients of each class; received {seen}"
 
 def _informed(v, c):
     "Patients with a part in the rarer kind of pair: the wrong ones of a good model, the right ones of a bad one"
@@ -129,7 +130,7 @@ AUC_METHODS = dict(mee="Mee's, shrunk", delong="DeLong's", newcombe="Newcombe's"
     bound="Hoeffding's bound")
 
 def _wilson(auc, spread, level):
-    "The true AUCs from which `auc` lies less than `z` standard errors away, where a variance is `spread` times AUC(1-AUC)"
+    "The true AUCs that `auc` is within `z` standard errors of, where their variance is `spread` times AUC(1-AUC)"
     z2 = norm.ppf(.5+level/2)**2*spread
     centre,half = auc+z2/2,np.sqrt(z2*(auc*(1-auc)+z2/4))
     return np.maximum(0, (centre-half)/(1+z2)), np.minimum(1, (centre+half)/(1+z2))
@@ -167,10 +168,12 @@ def _settle(method, d):
     return 'bound'
 
 def _needs_five(method, few):
-    return f"method {method!r} needs 5 patients of each class; received {few[0]} and {few[1]}: leave `method` out for a bound that holds"
+    need = f"method {method!r} needs 5 patients of each class; received {few[0]} and {few[1]}"
+    return f"{need}: leave `method` out for a bound that holds"
 
 def _needs_single(few):
-    return f"Hoeffding's bound takes one scan of each patient; the {few[0]} and {few[1]} patients have several: average each patient's scores"
+    need = "Hoeffding's bound takes one scan of each patient"
+    return f"{need}; the {few[0]} and {few[1]} patients have several: average each patient's scores"
 
 def auc_interval(
     y:np.ndarray, # bool, (n,)
@@ -210,7 +213,7 @@ def auc_ci(
     equal, and on a method that needs more patients of a class."""
     y,p = check_scores(y, p, clustered=cluster is not None)
     if method not in ('bootstrap','newcombe'): return auc_interval(y, [p], cluster, method, level)
-    if cluster is not None: raise MGMTError(f"method {method!r} takes patients with one scan each; 'mee' knows clusters")
+    if cluster is not None: raise MGMTError(f"method {method!r} takes one scan of each patient; 'mee' knows clusters")
     d = _by_patient(y, [p], None)
     method,auc = _settle(method, d),d.aucs[0]
     if method=='bootstrap': lo,hi = _bootstrap(y, p, level, n_boot, seed)

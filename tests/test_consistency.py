@@ -62,11 +62,12 @@ def test_bounds_survive_averages():
     assert 'impossible' not in set(check_consistency(pd.DataFrame(rows)).verdict)
 
 
-several = st.lists(st.tuples(st.booleans(), st.lists(st.integers(1,19), min_size=3, max_size=3)), min_size=2, max_size=30)
+three = st.lists(st.integers(1,19), min_size=3, max_size=3)
+several = st.lists(st.tuples(st.booleans(), three), min_size=2, max_size=30)
 
 
 @settings(max_examples=80, deadline=None)
-@given(several.filter(lambda o: len({a for a,_ in o})==2), st.lists(st.integers(1,19), min_size=3, max_size=3))
+@given(several.filter(lambda o: len({a for a,_ in o})==2), three)
 def test_the_mean_of_models_is_never_called_impossible(rows, at):
     "Each model at a threshold of its own, on the same patients; of a table that says how many models it averages"
     y,P = np.array([o for o,_ in rows]),np.array([o for _,o in rows]).T
