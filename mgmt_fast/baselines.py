@@ -54,7 +54,8 @@ def _classify(name, X, y, n_folds, seed):
     row = dict(baseline=name, n=len(y), auc=np.nan, lo=np.nan, hi=np.nan, p=np.nan)
     p = _score(X, y, n_folds, seed)
     if p is None: return {**row, 'note':'equal for all patients'}
-    return {**row, **auc_ci(y, p), 'p':permutation_test(y, p, alternative='greater', seed=seed).p, 'note':''}
+    auc,chance = auc_ci(y, p),permutation_test(y, p, alternative='greater', seed=seed)
+    return {**row, **auc, 'interval':AUC_METHODS[auc.name], 'p':chance.p, 'note':''}
 
 # %% ../nbs/13_baselines.ipynb #3dbdd556
 def baselines(
@@ -64,10 +65,12 @@ def baselines(
     n_folds:int=5, # Of the logistic regressions
     seed:int=0, # Of their folds, and of the permutations
     progress:bool=True, # Show a progress bar
-) -> pd.DataFrame: # baseline, n, auc, lo, hi, p (better than chance, by permutation), p_holm, note
+) -> pd.DataFrame: # baseline, n, auc, lo, hi, interval (its method), p (better than chance), p_holm, note
     """What a model has to beat, and what must not beat chance.
 
-    The AUC of each is that of a cross-validated logistic regression with DeLong's interval; for permuted labels, the mean and the range of 95 % of the permutations. Raises `MGMTError` on fewer than `n_folds` patients of a class."""
+    The AUC of each is that of a cross-validated logistic regression with the default interval of `auc_ci`; for permuted
+    labels, the mean and the range of 95 % of the permutations.
+    Raises `MGMTError` on fewer than `n_folds` patients of a class."""
     t = store.table[store.table.label.notna()]
     y = t.label.astype(int).to_numpy()
     if min(y.sum(),(1-y).sum())<n_folds: raise MGMTError(f"baselines in {n_folds} folds need as many patients of each class; received {y.sum()} methylated and {(1-y).sum()} unmethylated")
@@ -76,8 +79,8 @@ def baselines(
     share = max(y.mean(),1-y.mean())
     head = [dict(baseline='prevalence', n=len(y), auc=.5, note=f"accuracy {share:.1%}, log loss {-share*np.log(share)-(1-share)*np.log1p(-share):.3f}: what telling everybody the same gives")]
     if preds is not None: head.append(_permuted(preds, seed))
-    res = pd.DataFrame(head+rows, columns=['baseline','n','auc','lo','hi','p','note'])
-    res.insert(6, 'p_holm', np.nan)
+    res = pd.DataFrame(head+rows, columns=['baseline','n','auc','lo','hi','interval','p','note'])
+    res.insert(7, 'p_holm', np.nan)
     shown = res.p.notna()
     if shown.any(): res.loc[shown,'p_holm'] = holm(res.p[shown])
     leak = shown & (res.p_holm<.05) & ~res.baseline.isin(_clinical_names)
@@ -104,7 +107,9 @@ def _permuted(preds, seed, n=1000):
     rng = rng_for(seed,'permuted')
     aucs = [delong_parts(rng.permutation(y), p)[0] for _ in range(n)]
     lo,hi = np.quantile(aucs, [.025,.975])
-    return dict(baseline='permuted labels', n=len(y), auc=np.mean(aucs), lo=lo, hi=hi, note='95 % of the permutations lie in the range: what chance alone gives')
+    note = '95 % of the permutations lie in the range: what chance alone gives'
+    found = dict(auc=np.mean(aucs), lo=lo, hi=hi, interval='permutations')
+    return dict(baseline='permuted labels', n=len(y), **found, note=note)
 
 # %% ../nbs/13_baselines.ipynb #b8dfead5
 def _groups(table):
@@ -122,8 +127,10 @@ def subgroups(
     table:pd.DataFrame, # patient, and any of site, scanner, sex, age (years); of TCGA barcodes the site is known
     least:int=20, # Fewest patients of a group that gets numbers
     least_class:int=5, # Fewest of each class among them
-) -> pd.DataFrame: # group, level, n, methylated, auc, auc_lo, auc_hi, said (mean probability), seen (share methylated), intercept and slope with `_lo`, `_hi`, note
-    "AUC and calibration of each site, scanner, sex and age band, with intervals; of small groups, that they are too small."
+) -> pd.DataFrame: # group, level, n, methylated, auc, interval (its method), said, seen, intercept, slope, note
+    """AUC and calibration of each site, scanner, sex and age band; of small groups, that they are too small.
+
+    `said` is the mean probability, `seen` the share of methylated patients; intervals end with `_lo` and `_hi`."""
     g = _groups(table)
     unknown = sorted(set(preds.patient.map(id_key))-set(g.key))
     if unknown: raise MGMTError(f"{len(unknown)} predicted patients are not in the table, e.g. {unknown[0]}: is it the same cohort?")
@@ -134,10 +141,13 @@ def subgroups(
             row = dict(group=by, level=level, n=len(s), methylated=int(y.sum()))
             few = len(s)<least or min(y.sum(),(1-y).sum())<least_class
             rows.append({**row, 'note':f'too few for a number: {least} patients and {least_class} of each class are needed'} if few else {**row, **_judge(y, p)})
-    cols = 'group level n methylated auc auc_lo auc_hi said seen intercept intercept_lo intercept_hi slope slope_lo slope_hi note'.split()
+    line = 'intercept intercept_lo intercept_hi slope slope_lo slope_hi'
+    cols = f'group level n methylated auc auc_lo auc_hi interval said seen {line} note'.split()
     return pd.DataFrame(rows, columns=cols).assign(note=lambda t: t.note.astype(object).fillna(''))
 
 def _judge(y, p):
     try: auc,cal = auc_ci(y, p),calibration(y, p)
     except MGMTError as e: return dict(note=str(e))
-    return dict(**auc.rename(dict(lo='auc_lo',hi='auc_hi')), said=p.mean(), seen=y.mean(), **{k+s: cal.loc[k,c] for k in ('intercept','slope') for s,c in (('','value'),('_lo','lo'),('_hi','hi'))})
+    line = {k+s: cal.loc[k,c] for k in ('intercept','slope') for s,c in (('','value'),('_lo','lo'),('_hi','hi'))}
+    auc,how = auc.rename(dict(lo='auc_lo',hi='auc_hi')),AUC_METHODS[auc.name]
+    return dict(**auc, interval=how, said=p.mean(), seen=y.mean(), **line)

@@ -264,19 +264,19 @@ def mean_auc_ci(
     cluster=None, # Patient of each scan, where one has several, (n,)
     level:float=.95, # Coverage of the interval
 ) -> pd.Series: # auc (mean over the runs), lo, hi
-    "Mean AUC of several runs with DeLong's interval; of one run, the same as `auc_ci`."
-    aucs,cov = delong_cov(np.asarray(y)==1, *np.asarray(P, dtype=float), cluster=cluster)
-    auc,half = aucs.mean(),norm.ppf(.5+level/2)*np.sqrt(cov.mean())
-    return pd.Series(dict(auc=auc, lo=max(0,auc-half), hi=min(1,auc+half)))
+    "Mean AUC of several runs with the default interval of `auc_interval`; of one run, the same as `auc_ci`."
+    return auc_interval(np.asarray(y)==1, P, cluster=cluster, level=level)
 
 # %% ../nbs/13_evaluate.ipynb #857253ee
 def results_table(
     oof:pd.DataFrame, # From `cross_validate`; or patient, label, prob of a test, with arch and sequences
     threshold:float=.5, # Of `prob`; a column `threshold`, where there is one, goes first
-) -> pd.DataFrame: # A row per arch, sequences and recipe: runs, n, minority, accuracy, auc and loss, each of the last three with `_lo` and `_hi`
+) -> pd.DataFrame: # A row per arch, sequences and recipe: runs, n, minority; accuracy, auc, loss with `_lo` and `_hi`
     """Accuracy, AUC and log loss of each model with 95 % intervals, from one prediction per patient and run; means over the runs.
 
-    Intervals are DeLong's for the AUC, Wilson's for the accuracy (of as many patients, however many the runs), and normal over patients for the loss."""
+    Intervals are those of `mean_auc_ci` for the AUC (`interval` names its method), Wilson's for the accuracy (of as
+    many patients, however many the runs), and normal over patients for the loss. `thresholds` is how many one run was
+    cut at, `threshold` the one farthest from .5."""
     oof = oof.assign(**{k: d for k,d in dict(arch='model', sequences='', recipe='', repeat=0, member=0, threshold=threshold).items() if k not in oof})
     rows = []
     for cell,t in oof.groupby(_cell, sort=False):
@@ -285,8 +285,12 @@ def results_table(
         losses = pd.Series(-np.log(np.clip(np.where(t.label==1, t.prob, 1-t.prob), 1e-7, 1)), index=t.index).groupby(t.patient).mean()
         n,half = len(y),norm.ppf(.975)*losses.std()/np.sqrt(len(y))
         ci = binomtest(round(right.mean()*n), n).proportion_ci(method='wilson')
+        auc = mean_auc_ci(y, P, who)
+        cuts = t.groupby(_rep).threshold.nunique().max()
+        cut = dict(thresholds=cuts, threshold=max(t.threshold, key=lambda o: abs(o-.5)))
         rows.append(dict(zip(_cell,cell), runs=len(P), n=n, minority=min(y.mean(),1-y.mean()), accuracy=right.mean(), accuracy_lo=ci[0], accuracy_hi=ci[1],
-            **mean_auc_ci(y, P, who).rename(dict(lo='auc_lo',hi='auc_hi')), loss=losses.mean(), loss_lo=losses.mean()-half, loss_hi=losses.mean()+half))
+            **auc.rename(dict(lo='auc_lo',hi='auc_hi')), interval=AUC_METHODS[auc.name],
+            loss=losses.mean(), loss_lo=losses.mean()-half, loss_hi=losses.mean()+half, **cut))
     return pd.DataFrame(rows)
 
 # %% ../nbs/13_evaluate.ipynb #84333c19
@@ -298,7 +302,8 @@ def show_results(
     def _one(r, k): return f"{r[k]:.1%} [{r[k+'_lo']:.1%}, {r[k+'_hi']:.1%}]" if k=='accuracy' else f"{r[k]:.3f} [{r[k+'_lo']:.3f}, {r[k+'_hi']:.3f}]"
     t = table.assign(cell=[' / '.join(_one(r,k) for k in listify(values)) for _,r in table.iterrows()], row=table.arch+np.where((table.recipe!='inside')&(table.recipe[table.recipe!='inside'].nunique()>1), ' '+table.recipe, ''))
     t = t.pivot(index='row', columns='sequences', values='cell').loc[uniqueify(t.row), uniqueify(t.sequences)].fillna('')
-    return t.rename_axis(index=None, columns=' / '.join(listify(values)))
+    named = ' or '.join(uniqueify(table.interval.dropna())) if 'interval' in table and 'auc' in listify(values) else ''
+    return t.rename_axis(index=None, columns=' / '.join(listify(values))+(f' (AUC: {named})' if named else ''))
 
 # %% ../nbs/13_evaluate.ipynb #f00e0b1d
 def _first(t): return t[(t.repeat==t.repeat.min())&(t.member==t.member.min())]
@@ -647,7 +652,8 @@ def model_card(
         real = oof[oof.arch!='selected']
         known['12a'] = f"{real.fold.nunique()} patient-level folds, stratified by label, {real.repeat.nunique()} repeats, {real.member.nunique()} seeds; the inner validation part of each training set chose epoch, temperature and threshold"
         known['12c'] = f"{', '.join(uniqueify(real.arch))} on {', '.join(uniqueify(real.sequences))}"
-        known['12e'] = known['23a'] = 'AUC (DeLong), accuracy (Wilson), log loss, calibration, decision curve: in the tables and figures of the report'
+        known['12e'] = known['23a'] = ('AUC (interval named beside it), accuracy (Wilson), log loss, calibration, '
+            'decision curve: in the tables and figures of the report')
     if bundle is not None:
         known['12g'] = known['22'] = f"bundle {bundle.signature[:8]}: {len(bundle.models)} models, mean log-odds{', test-time augmentation' if bundle.tta else ''}, threshold {bundle.threshold:.3f}, all files hashed"
         known['12f'] = known['24'] = 'none: frozen before the test'
@@ -660,10 +666,11 @@ def model_card(
 # %% ../nbs/13_evaluate.ipynb #7b94596e
 def check_results(
     table:pd.DataFrame, # Of `results_table`, `external_table` or a sweep
-    thresholds=(.5,), # That its accuracies were had with
+    thresholds=(.5,), # That its accuracies were had with, where the table does not say
 ) -> pd.DataFrame: # As `check_consistency`'s; no rows where nothing is amiss
     "What cannot be in a table that is about to be printed."
-    return check_consistency(table[[c for c in ('set','arch','sequences','recipe','n','minority','accuracy','auc','loss') if c in table]], threshold=max(thresholds, key=lambda t: abs(t-.5)))
+    told = 'set arch sequences recipe n minority runs thresholds threshold accuracy auc loss'.split()
+    return check_consistency(table[[c for c in told if c in table]], threshold=max(thresholds, key=lambda t: abs(t-.5)))
 
 # %% ../nbs/13_evaluate.ipynb #c216badf
 def _as_cohort(store):
