@@ -6,8 +6,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mgmt_fast.core import MGMTError
+from mgmt_fast.core import MGMTError, get_recipe
+from mgmt_fast.evaluate import cross_validate, external_test, read_oof, read_result
+from mgmt_fast.learner import load_model, mgmt_learner, predict, recipe_dls
 from mgmt_fast.prepare import VolumeStore, prepare
+from mgmt_fast.sweep import search, sweep, sweep_table
 
 OLD = Path(__file__).parent/'v01'
 
@@ -50,3 +53,42 @@ def test_an_unfinished_store_says_what_to_do(old, tmp_path):
     (old/'store/journal.jsonl').write_text(json.dumps(d['key'])+'\n')
     cohort = pd.DataFrame(dict(patient=['00000'], label=[1], FLAIR=['x.nii']))
     with pytest.raises(MGMTError, match='unfinished store of version 0.1.0.*delete it'): prepare(cohort, old/'store', 'FLAIR', size=(4,12,12), progress=False)
+
+
+def test_a_model_predicts_as_it_did(old):
+    "Its configuration need not say how depth is convolved: separably."
+    js = old/'run/model.json'
+    d = json.loads(js.read_text())
+    assert d['config'].pop('depth')=='separable'
+    js.write_text(json.dumps(d))
+    p,then = predict(old/'run', VolumeStore(old/'store'), progress=False),pd.read_csv(old/'predictions.csv', dtype=dict(patient=str))
+    assert (p.patient==then.patient).all() and (p.prob-then.prob).abs().max()<1e-5
+    assert load_model(old/'run').recipe.bs==8
+
+
+def test_a_bundle_its_ledger_and_results_go_on(old):
+    shutil.copy(old/'run/model.safetensors', old/'bundle/model-0.safetensors')
+    result = next((old/'external').glob('external-*-1.json'))
+    first = read_result(result)
+    again = external_test(old/'bundle', VolumeStore(old/'new'), old/'external', progress=False)
+    assert (first['pass'],again['pass'])==(1,2), 'the ledger of version 0.1 counts'
+    assert abs(again['all']['auc'][0]-first['all']['auc'][0])<1e-6
+    with pytest.raises(MGMTError, match='external test'): cross_validate(VolumeStore(old/'new'), old/'cv2', progress=False)
+
+
+def test_kept_results_are_named_and_not_returned(old, capsys):
+    "They do not say of which patients and labels they are."
+    r,n = load_model(old/'run').recipe,'made by version 0.1, which did not write down of what'
+    r = get_recipe('default', size=r.size, arch=r.arch, anisotropic=r.anisotropic, lr=r.lr, epochs=1)
+    sweep(sweep_table([r.arch], ['T1wCE'], [0]), old/'store', old/'sweep', r, n_folds=3, progress=False)
+    assert f'1 kept run in {old}/sweep not used, but trained anew: {n}' in capsys.readouterr().out
+    cross_validate(VolumeStore(old/'store'), old/'cv', recipe=r, sequences='T1wCE', n_folds=2, inner=2, progress=False)
+    assert f'2 kept runs in {old}/cv not used, but trained anew: {n}' in capsys.readouterr().out
+    assert len(search(dict(bs=[4,8]), old/'store', old/'search', 1, r, n_folds=3))==1
+    assert f'1 trials of an earlier search are not used: {n}' in capsys.readouterr().out
+    learn = mgmt_learner(recipe_dls(VolumeStore(old/'store'), r, n_folds=3, sequences='T1wCE'), recipe=r, path=old/'run')
+    with pytest.raises(MGMTError, match=f'{n}; give another folder, or delete checkpoint'), learn.no_bar(): learn.fit_recipe(resume=True)
+
+
+def test_out_of_fold_predictions_are_read(old):
+    assert len(read_oof(old/'cv'))==44
