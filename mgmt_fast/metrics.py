@@ -13,6 +13,7 @@ from itertools import combinations
 
 import numpy as np, pandas as pd
 from .core import *
+from .cohort import id_key
 from .consistency import *
 from fastai.metrics import AccumMetric
 from fastcore.all import *
@@ -22,12 +23,26 @@ from scipy.special import expit, logit, rel_entr
 from scipy.stats import norm, rankdata
 
 # %% ../nbs/10_metrics.ipynb #f1a3fddb
-def _check_patients(y, p, clustered):
-    "Two tables that name their patients must name the same ones, in the same order, each once"
-    if not (isinstance(y, pd.Series) and isinstance(p, pd.Series)): return
-    if not y.index.equals(p.index) and set(y.index)==set(p.index): raise MGMTError("labels and scores hold the same patients in different orders: `p.reindex(y.index)` pairs them")
+def _names(o):
+    "Does a table's index name patients? A running number does not"
+    return isinstance(o, pd.Series) and (o.index.name=='patient' or not pd.api.types.is_numeric_dtype(o.index))
+
+def _paired(y, p, clustered):
+    "`p` in the order of `y`'s patients, where both name them; each once, and the same ones"
+    if not (isinstance(y, pd.Series) and isinstance(p, pd.Series)): return p
     twice = [o.index[o.index.duplicated()] for o in (y,p) if o.index.name=='patient' and not clustered]
     if sum(map(len,twice)): raise MGMTError(f"a patient counts once; patient {next(o[0] for o in twice if len(o))} is there several times: average the scans' scores, or say `cluster=y.index` where that is offered")
+    if y.index.equals(p.index) or not (_names(y) or _names(p)) or any(isinstance(o.index, pd.RangeIndex) for o in (y,p)): return p
+    a,b = (o.index.map(id_key) for o in (y,p))
+    if a.equals(b): return p
+    if set(a)!=set(b) or a.has_duplicates: raise MGMTError(_unmatched(a, b))
+    return p.iloc[b.get_indexer(a)]
+
+def _unmatched(a, b):
+    "Why labels and scores of these patients cannot be paired"
+    if set(a)==set(b): return "labels and scores hold the same patients in different orders, some of them several times: bring both into one order"
+    alone = [f"{len(o)} {what} only, e.g. {o[0]}" for o,what in ((a.difference(b),'in the labels'), (b.difference(a),'in the scores')) if len(o)]
+    return f"labels and scores name different patients ({'; '.join(alone)}): were they made from the same cohort?"
 
 # %% ../nbs/10_metrics.ipynb #8349de25
 def check_scores(
@@ -36,9 +51,8 @@ def check_scores(
     least:int=10, # Fewest patients that allow a figure
     clustered:bool=False, # May a patient occur several times?
 ) -> tuple: # `y` as bool, `p` as float64
-    "Bring labels and scores to arrays, or say by an `MGMTError` why no metric can be had from them."
-    _check_patients(y, p, clustered)
-    y,p = as_numbers(y, 'labels'),as_numbers(p, 'scores')
+    "Bring labels and scores to arrays, paired by patient where both name them, or say by an `MGMTError` why no metric can be had from them."
+    y,p = as_numbers(y, 'labels'),as_numbers(_paired(y, p, clustered), 'scores')
     if len(y)!=len(p): raise MGMTError(f"labels and scores must pair up; received {len(y)} labels and {len(p)} scores")
     if len(odd:=y[(y!=0)&(y!=1)]): raise MGMTError(f"labels must be 0 or 1; received {sorted(set(odd.tolist()),key=str)[:3]}: leave out patients without a label")
     if not np.isfinite(p).all(): raise MGMTError(f"scores must be finite; {np.sum(~np.isfinite(p))} of {len(p)} are not: did training diverge?")
@@ -299,7 +313,9 @@ def AUC():
 # %% ../nbs/10_metrics.ipynb #33e694ce
 def Brier():
     "fastai metric: mean squared error of the probabilities of the whole validation set, from its logits; 0.25 is what 'one in two' for everybody gives"
-    return AccumMetric(lambda p,y: float(np.mean((expit(np.asarray(p, dtype=float))-y)**2)), name='brier', flatten=True, to_np=True)
+    res = AccumMetric(lambda p,y: float(np.mean((expit(np.asarray(p, dtype=float))-y)**2)), name='brier', flatten=True, to_np=True)
+    res.lower_is_better = True
+    return res
 
 # %% ../nbs/10_metrics.ipynb #20dccf99
 def _rates(tp, fp, fn, tn):
