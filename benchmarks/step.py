@@ -47,7 +47,7 @@ def measure(who, arch, size, norms, reps, device):
     torch.manual_seed(0)
     if device=='cpu': torch.set_num_threads(2)
     if who.endswith('memory kept'):
-        from mgmt_fast.inflate import keep_freed_memory
+        from mgmt_fast.operators import keep_freed_memory
         keep_freed_memory()
     model,x = build(who, arch, size)
     model,x,y = model.to(device).train(),x.to(device),torch.ones(size[0],1,device=device)

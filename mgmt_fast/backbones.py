@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from fastcore.all import *
 from .core import *
+from .operators import *
+from .convert import *
 from .inflate import *
-from .inflate import ChannelsInside, _check_report, _known_blocks, _GlobalPool3d
 
 # %% ../nbs/08_backbones.ipynb #a42d6613
 _archs = {**{o:o for o in ('efficientnet_b0','efficientnet_b1','efficientnet_b2','efficientnet_b3')},
@@ -66,7 +67,7 @@ class _ResNet10(nn.Module):
         x = self.maxpool(self.act(self.bn1(self.conv1(x))))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
-_known_blocks.append(_ResNet10Block)
+known_blocks.append(_ResNet10Block)
 
 # %% ../nbs/08_backbones.ipynb #25d8779a
 class Standardize(nn.Module):
@@ -98,7 +99,7 @@ class Head(nn.Sequential):
         kinds = dict(plain=lambda: dict(fc=nn.Linear(nf, 1)),
             published=lambda: dict(bn1=nn.BatchNorm1d(nf), drop1=nn.Dropout(.4), fc1=nn.Linear(nf, 32), act=nn.ReLU(), bn2=nn.BatchNorm1d(32), drop2=nn.Dropout(.4), fc=nn.Linear(32, 1)))
         if kind not in kinds: raise unknown_name('head', kind, kinds)
-        super().__init__(OrderedDict(pool=_GlobalPool3d('avg', True), **({'norm':norm} if norm else {}), **kinds[kind]()))
+        super().__init__(OrderedDict(pool=GlobalPool3d('avg', True), **({'norm':norm} if norm else {}), **kinds[kind]()))
 
     def forward(self, x):
         if self.training and len(x)==1 and hasattr(self, 'bn1') and self.bn1.training: raise MGMTError("the published head normalises over the batch, so it trains on 2 volumes or more at a time; received 1: use a larger batch, or head='plain'")
@@ -282,7 +283,7 @@ def _load_monai(model, state):
         rows.append((k, action, reason, None, tuple(t.shape)))
     for k in [o for o in state if o not in target]: rows.append((k, 'left out', 'classifier; the published head has its own' if k.startswith('fc.') else 'unknown to the 3D network', None, tuple(state[k].shape)))
     report = pd.DataFrame(rows, columns=['key','action','reason','shape2d','shape3d'])
-    _check_report(report, True)
+    check_report(report, True)
     with torch.no_grad():
         for k,a in zip(report.key, report.action):
             if a=='copied': target[k].copy_(state[k])

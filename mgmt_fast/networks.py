@@ -16,7 +16,7 @@ from fastcore.all import *
 from torch import nn
 from .backbones import *
 from .backbones import _from_hub, _take_norm, _timm_name
-from .inflate import _GlobalPool3d
+from .convert import GlobalPool3d
 
 # %% ../nbs/08_networks.ipynb #54e41a48
 class SlicesBody(nn.Module):
@@ -60,7 +60,7 @@ class MetricHead(nn.Module):
     "Features (B,F,d,h,w) to unit embeddings (B,E) in training, to one logit (B,1) in evaluation"
     def __init__(self, nf, dims=32, norm=None):
         super().__init__()
-        self.pool,self.norm,self.fc = _GlobalPool3d('avg', True),norm or nn.Identity(),nn.Linear(nf, dims)
+        self.pool,self.norm,self.fc = GlobalPool3d('avg', True),norm or nn.Identity(),nn.Linear(nf, dims)
         self.scale,self.bias = nn.Parameter(torch.tensor(math.log(5.))),nn.Parameter(torch.tensor(0.))
         self.register_buffer('prototypes', torch.zeros(2, dims))
 

@@ -8,7 +8,7 @@ from torch import nn
 from mgmt_fast.core import MGMTError, rng_for
 from mgmt_fast.backbones import *
 from mgmt_fast.backbones import _archs
-from mgmt_fast.inflate import separate_depth
+from mgmt_fast.operators import separate_depth
 from test_inflate import randomise
 
 ARCHS = list(_archs)

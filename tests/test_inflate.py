@@ -4,9 +4,11 @@ import copy
 import pytest, timm, torch
 from torch import nn
 
-from mgmt_fast import inflate
+from mgmt_fast import operators
 from mgmt_fast.core import MGMTError
+from mgmt_fast.convert import *
 from mgmt_fast.inflate import *
+from mgmt_fast.operators import *
 
 
 def randomise(net, seed=0):
@@ -61,14 +63,14 @@ def test_separated_and_merged_train_alike():
 
 @pytest.mark.parametrize('k,stride,padding,H', [(5,1,2,17), (5,2,2,16), (7,1,3,15), (7,2,3,16)])
 def test_wide_depthwise_gradient(k, stride, padding, H, monkeypatch):
-    monkeypatch.setattr(inflate, '_wide_pays', True)
+    monkeypatch.setattr(operators, '_wide_pays', True)
     conv = InflatedConv3d(6, 6, (1,k,k), (1,stride,stride), groups=6, bias=False, padding=(0,padding,padding))
     conv.weight.data.normal_(); ref = nn.Conv2d(6, 6, k, stride, padding, groups=6, bias=False)
     ref.weight.data = conv.weight.data[:,:,0].clone()
-    x = torch.randn(2,6,3,H,H, requires_grad=True); x2 = fold(x.detach()).requires_grad_()
+    x = torch.randn(2,6,3,H,H, requires_grad=True); x2 = as_images(x.detach()).requires_grad_()
     y,y2 = conv(x),ref(x2)
-    g = torch.randn_like(y); y.backward(g); y2.backward(fold(g))
-    assert torch.allclose(fold(y), y2, atol=1e-5) and torch.allclose(conv.weight.grad[:,:,0], ref.weight.grad, atol=1e-3) and torch.allclose(fold(x.grad), x2.grad, atol=1e-5)
+    g = torch.randn_like(y); y.backward(g); y2.backward(as_images(g))
+    assert torch.allclose(as_images(y), y2, atol=1e-5) and torch.allclose(conv.weight.grad[:,:,0], ref.weight.grad, atol=1e-3) and torch.allclose(as_images(x.grad), x2.grad, atol=1e-5)
 
 
 @pytest.mark.parametrize('groups,mode,k,s,D,d', [*((*o,1) for o in [(1,'replicate',3,1,6), (1,'replicate',3,2,7), (1,'zeros',3,2,6), (1,'zeros',7,1,5), (1,'replicate',3,1,1), (1,'zeros',3,1,1), (4,'replicate',5,2,9), (2,'zeros',3,1,4)]),
@@ -89,7 +91,7 @@ def test_fast_convolution_is_conv3d(groups, mode, k, s, D, d, B):
 def test_depth_convolution_replicates_the_ends(k, s, d, lo, hi, D):
     x,w = torch.randn(2,4,D,11, dtype=torch.double),torch.randn(4,k, dtype=torch.double)
     def conv(x, w): return nn.functional.conv2d(pad_depth(x, lo, hi), w[:,None,:,None], None, (s,1), 0, (d,1), 4)
-    def fast(x, w): return inflate._DepthConv.apply(x, w, lo, hi, s, d)
+    def fast(x, w): return operators._DepthConv.apply(x, w, lo, hi, s, d)
     (a,ga),(b,gb) = (torch.autograd.functional.vjp(f, (x,w), conv(x, w).sin()) for f in (fast,conv))
     for p,q in zip((a,*ga), (b,*gb)): assert torch.allclose(p, q)
 
@@ -125,7 +127,7 @@ def test_norm_in_the_convolution(ni, no, D, H, off, training, act):
         (y*torch.randn(y.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
         return [o.double() for o in (y, u.grad, c.weight.grad, n.weight.grad, n.bias.grad, n.running_mean, n.running_var)]
     def two(c, n, u): return n(c(u))
-    for a,b,ref in zip(run(inflate._conv_norm, torch.float32), run(two, torch.float32), run(two, torch.float64)):
+    for a,b,ref in zip(run(conv_norm, torch.float32), run(two, torch.float32), run(two, torch.float64)):
         assert (a-ref).norm() <= 3*(b-ref).norm()+1e-6*ref.norm()
 
 
@@ -136,7 +138,7 @@ def test_shortcuts_change_nothing(training, monkeypatch):
     twin,x = copy.deepcopy(net),torch.rand(2,1,32,64,64, generator=torch.Generator().manual_seed(0))
     nets = [net.double(),twin.double()]
     ys = [nets[0](x.double())]
-    monkeypatch.setattr(inflate, '_large', lambda x: False); monkeypatch.setattr(inflate, '_is_pointwise', lambda conv: False)
+    monkeypatch.setattr(operators, '_large', lambda x: False); monkeypatch.setattr(operators, '_is_pointwise', lambda conv: False)
     ys.append(nets[1](x.double()))
     for y in ys: y.sum().backward()
     assert torch.allclose(*ys, rtol=1e-9)
