@@ -30,7 +30,7 @@ def inflate_kernel(
     if mode=='slice' and depth!=1: raise _not_depth_1(depth)
     return w.unsqueeze(2)*_profile(depth, mode).to(w).view(-1,1,1)
 
-_modes = ('mean','centre','slice')
+_modes,_paddings = ('mean','centre','slice'),('replicate','zeros')
 
 def _profile(depth, mode):
     "(depth,) weights of the slices, summing to 1"
@@ -76,7 +76,7 @@ def _why_left_out(key):
     classifier = key.split('.')[0] in ('classifier','fc','head','last_linear')
     return 'classifier of the 2D network' if classifier else 'unknown to the 3D network'
 
-# %% ../nbs/07_inflate.ipynb #f06ddc37
+# %% ../nbs/07_inflate.ipynb #7e678c94
 def _check_state(state):
     for k,v in state.items():
         if not isinstance(v, torch.Tensor): raise _not_a_tensor(k, v)
@@ -111,7 +111,7 @@ def _inflatable(w, t, mode):
     same = w.ndim==4 and t.ndim==5 and w.shape==t.shape[:2]+t.shape[3:]
     return same and (mode!='slice' or t.shape[2]==1)
 
-# %% ../nbs/07_inflate.ipynb #f27c8b05
+# %% ../nbs/07_inflate.ipynb #6e7bd210
 def check_report(
     report:pd.DataFrame, # As `inflate_weights` returns it
     strict:bool=True, # Refuse keys that only one side has, classifiers excepted
@@ -144,7 +144,7 @@ def inflate_model(
 
     Raises `MGMTError` that names the module, if one has no 3D counterpart or answers otherwise than in 2D."""
     if mode not in _modes: raise unknown_name('inflation mode', mode, _modes)
-    if depth_padding not in ('replicate','zeros'): raise unknown_name('depth padding', depth_padding, ('replicate','zeros'))
+    if depth_padding not in _paddings: raise unknown_name('depth padding', depth_padding, _paddings)
     rgb = first_convolution(model2d, in_chans).in_channels
     in_chans = in_chans or rgb
     m3 = convert_modules(model2d, in_chans, mode, depth_padding, anisotropic)
@@ -152,7 +152,7 @@ def inflate_model(
     if depth_padding=='replicate' and not all(map(is_known, model2d.modules())): _compare(model2d, m3, rgb, in_chans)
     return m3.train(model2d.training)
 
-# %% ../nbs/07_inflate.ipynb #173c1f2a
+# %% ../nbs/07_inflate.ipynb #96f022f4
 def _compare(m2, m3, rgb, in_chans, size=96):
     "Run both networks on a volume constant along D, and blame the module that holds the first difference"
     x = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0)).to(next(m3.parameters()))
@@ -200,5 +200,5 @@ def _differs(m, at, error):
     because = f" ({error})" if error else ''
     return MGMTError(f"{what}{because}: does its code count axes? Write it in 3D, or with modules only")
 
-# %% ../nbs/07_inflate.ipynb #7b41bf12
+# %% ../nbs/07_inflate.ipynb #a97a2c56
 __getattr__ = moved_from('inflate')

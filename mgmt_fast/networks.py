@@ -15,75 +15,138 @@ from fastai.callback.tracker import TrackerCallback
 from fastcore.all import *
 from torch import nn
 from .backbones import *
-from .backbones import _from_hub, _take_norm, _timm_name
-from .convert import GlobalPool3d
+from .convert import GlobalPool3d, first_convolution
 
 # %% ../nbs/08_networks.ipynb #54e41a48
 class SlicesBody(nn.Module):
     "A 2D network whose channels are the slices of all sequences: (B,C,D,H,W) to (B,F,1,h,w)"
     depth_stride = 1
-    def __init__(self, net, in_chans, slices, num_features, arch='', adapter=None):
+    def __init__(self,
+        net:nn.Module, # 2D network with `forward_features`
+        in_chans:int, # Sequences C
+        slices:int, # D
+        num_features:int, # F
+        arch:str='', # Name for messages
+        adapter:nn.Module=None, # Put before the network
+    ):
         super().__init__()
         store_attr('in_chans,slices,num_features,arch')
         self.adapter,self.net = adapter or nn.Identity(),net
 
-    def forward(self, x):
-        if x.ndim!=5 or x.shape[1:3]!=(self.in_chans,self.slices): raise MGMTError(f"{self.arch} in 2D takes batches (B,{self.in_chans},{self.slices},H,W), for slices are its channels; received shape {tuple(x.shape)}: another number of sequences or slices?")
+    def forward(self,
+        x:torch.Tensor, # (B,C,D,H,W)
+    ) -> torch.Tensor: # (B,F,1,h,w)
+        if x.ndim!=5 or x.shape[1:3]!=(self.in_chans,self.slices): raise _wrong_slices(self, x)
         return self.net.forward_features(self.adapter(x.flatten(1,2)))[:,:,None]
 
-def _load_2d(net, state, arch):
-    "Fill a 2D network whose first convolution has other channels than RGB: the mean of the RGB weights, so that a constant keeps its response"
-    own = net.state_dict()
-    for k,v in own.items():
-        if k in state and v.ndim==4 and state[k].shape[1:]==(3,*v.shape[2:]) and v.shape[1]!=3: state[k] = (state[k].mean(1, keepdim=True)*3/v.shape[1]).expand_as(v)
-    try: net.load_state_dict({k:v for k,v in state.items() if k in own})
-    except RuntimeError as e: raise MGMTError(f"the weights do not fit {arch!r} in 2D: {str(e).splitlines()[1].strip()[:200]}") from e
+def _wrong_slices(body, x):
+    rule = f"{body.arch} in 2D takes batches (B,{body.in_chans},{body.slices},H,W), for slices are its channels"
+    return MGMTError(f"{rule}; received shape {tuple(x.shape)}: another number of sequences or slices?")
 
+# %% ../nbs/08_networks.ipynb #7c775348
+def _load_2d(net, state, arch):
+    "Fill a 2D network whose first convolution has other channels than RGB, in place"
+    own,new = net.state_dict(),{}
+    for k,v in own.items():
+        if k in state: new[k] = _spread(state[k], v)
+    try: net.load_state_dict(new)
+    except RuntimeError as e: raise _misfit_2d(arch, e) from e
+
+def _spread(w, like):
+    "The RGB weights' mean for each channel, where `like` has another number of them"
+    if like.ndim!=4 or w.shape[1:]!=(3,*like.shape[2:]) or like.shape[1]==3: return w
+    return (w.mean(1, keepdim=True)*3/like.shape[1]).expand_as(like)
+
+def _misfit_2d(arch, e):
+    return MGMTError(f"the weights do not fit {arch!r} in 2D: {str(e).splitlines()[1].strip()[:200]}")
+
+# %% ../nbs/08_networks.ipynb #0feb36e2
 def _slices2d(arch, in_chans, slices, pretrained=False, head='plain', freeze='none', stem='sum', mean=None, std=None):
+    "The network in 2D, behind the signature of `create_backbone`"
     if not slices: raise MGMTError("a network in 2D has its number of slices built in: give slices=D")
     if arch=='resnet10': raise MGMTError("'resnet10' is 3D from the start; in 2D take e.g. 'resnet18'")
-    name,N = _timm_name(arch),in_chans*slices
+    name,N = timm_name(arch),in_chans*slices
     net = timm.create_model(name, in_chans=N if stem=='sum' else 3, num_classes=0)
-    if pretrained is not False: _load_2d(net, _from_hub(name, arch).state_dict() if pretrained is True else read_weights(pretrained, arch), arch)
-    with torch.no_grad(): f = copy.deepcopy(net).eval().to('meta').forward_features(torch.empty(1, N if stem=='sum' else 3, 64, 64, device='meta'))
-    if f.ndim!=4 or f.shape[1]!=net.num_features: raise MGMTError(f"{arch!r} has no features (B,F,h,w) in 2D but {tuple(f.shape)}: take a convolutional network")
+    if pretrained is not False: _load_2d(net, _state_2d(name, arch, pretrained), arch)
+    _check_features_2d(net, arch)
     m,s = (sum(net.pretrained_cfg[k])/3 for k in ('mean','std'))
-    config = dict(network='2d', arch=arch, in_chans=in_chans, slices=slices, head=head, freeze=freeze, stem=stem, mean=m if mean is None else mean, std=s if std is None else std)
-    adapter = None if stem=='sum' else nn.Conv2d(N, 3, *dict(adapter=(3,1,1), adapter1x1=(1,))[stem])
-    norm = _take_norm(net)
-    model = Backbone(SlicesBody(net, in_chans, slices, net.num_features, arch, adapter), Head(net.num_features, head, norm), arch, config)
+    config = dict(network='2d', arch=arch, in_chans=in_chans, slices=slices, head=head, freeze=freeze, stem=stem,
+        mean=m if mean is None else mean, std=s if std is None else std)
+    norm,F = take_norm(net),net.num_features
+    body = SlicesBody(net, in_chans, slices, F, arch, _adapter_2d(stem, N))
+    model = Backbone(body, Head(F, head, norm), arch, config)
     model.frozen = freeze_body(model, freeze)
     return model
+
+def _state_2d(name, arch, pretrained):
+    return imagenet_network(name, arch).state_dict() if pretrained is True else read_weights(pretrained, arch)
+
+def _adapter_2d(stem, N):
+    if stem=='sum': return None
+    return nn.Conv2d(N, 3, 3, padding=1) if stem=='adapter' else nn.Conv2d(N, 3, 1)
+
+def _check_features_2d(net, arch):
+    "Does it end in features of the plane? Asked on torch's meta device, without numbers"
+    x = torch.empty(1, first_convolution(net).in_channels, 64, 64, device='meta')
+    with torch.no_grad(): f = copy.deepcopy(net).eval().to('meta').forward_features(x)
+    if f.ndim==4 and f.shape[1]==net.num_features: return
+    raise MGMTError(f"{arch!r} has no features (B,F,h,w) in 2D but {tuple(f.shape)}: take a convolutional network")
 
 # %% ../nbs/08_networks.ipynb #fd385ec7
 class MetricHead(nn.Module):
     "Features (B,F,d,h,w) to unit embeddings (B,E) in training, to one logit (B,1) in evaluation"
-    def __init__(self, nf, dims=32, norm=None):
+    def __init__(self,
+        nf:int, # Features F
+        dims:int=32, # E
+        norm:nn.Module=None, # Norm of the pooled features, where the network has one
+    ):
         super().__init__()
         self.pool,self.norm,self.fc = GlobalPool3d('avg', True),norm or nn.Identity(),nn.Linear(nf, dims)
         self.scale,self.bias = nn.Parameter(torch.tensor(math.log(5.))),nn.Parameter(torch.tensor(0.))
         self.register_buffer('prototypes', torch.zeros(2, dims))
 
-    def embed(self, f): return F.normalize(self.fc(self.norm(self.pool(f))), dim=1)
-    def forward(self, f):
+    def embed(self,
+        f:torch.Tensor, # (B,F,d,h,w)
+    ) -> torch.Tensor: # (B,E), of length 1
+        return F.normalize(self.fc(self.norm(self.pool(f))), dim=1)
+
+    def forward(self,
+        f:torch.Tensor, # (B,F,d,h,w)
+    ) -> torch.Tensor: # (B,E) in training, (B,1) in evaluation
         z = self.embed(f)
-        return z if self.training else self.scale.exp()*(z@(self.prototypes[1]-self.prototypes[0]))[:,None]
+        if self.training: return z
+        apart = self.prototypes[1]-self.prototypes[0]
+        return self.scale.exp()*(z@apart)[:,None]
 
 # %% ../nbs/08_networks.ipynb #fe1e47e3
 class PairLoss(nn.Module):
-    "Logistic loss over all pairs of a batch, same class or not; binary cross-entropy where predictions are logits (B,1) already"
-    def __init__(self, head): super().__init__(); self.heads = [head] # in a list, so that it stays the model's
+    "Logistic loss over all pairs of a batch, same class or not; binary cross-entropy if predictions are logits already"
+    def __init__(self,
+        head:nn.Module, # `MetricHead`, whose scale and offset are learned
+    ):
+        super().__init__()
+        self.heads = [head] # in a list, so that its parameters stay the model's
+
     def forward(self,
-        pred, # (B,E) unit embeddings, or (B,1) logits
-        y, # (B,) 0 or 1
-    ): # Mean loss
+        pred:torch.Tensor, # (B,E) unit embeddings, or (B,1) logits
+        y:torch.Tensor, # (B,) 0 or 1
+    ) -> torch.Tensor: # Mean loss
         if pred.shape[1]==1: return F.binary_cross_entropy_with_logits(pred.flatten(), y.float().flatten())
         i,j = torch.triu_indices(len(y), len(y), 1, device=pred.device)
         if not len(i): return pred.sum()*0
-        logit = self.heads[0].scale.exp()*(pred[i]*pred[j]).sum(1)+self.heads[0].bias
-        return F.binary_cross_entropy_with_logits(logit, (y[i]==y[j]).to(pred.dtype).flatten())
-    def activation(self, x): return x.sigmoid()
-    def decodes(self, x): return x>0
+        head,same = self.heads[0],(y[i]==y[j]).to(pred.dtype).flatten()
+        logit = head.scale.exp()*(pred[i]*pred[j]).sum(1)+head.bias
+        return F.binary_cross_entropy_with_logits(logit, same)
+
+    def activation(self,
+        x:torch.Tensor, # (B,1) logits
+    ) -> torch.Tensor: # (B,1) probabilities
+        return x.sigmoid()
+
+    def decodes(self,
+        x:torch.Tensor, # (B,1) logits
+    ) -> torch.Tensor: # (B,1) methylated?
+        return x>0
 
 # %% ../nbs/08_networks.ipynb #cb6062b6
 class Prototypes(Callback):
@@ -93,27 +156,34 @@ class Prototypes(Callback):
         total = torch.zeros_like(self.model.head.prototypes)
         with torch.no_grad():
             for x,y in self.dls.valid.new(self.dls.train.dataset):
-                z = self.model.head.embed(self.model.body(self.model.standardize(x.as_subclass(torch.Tensor))))
+                x = self.model.standardize(x.as_subclass(torch.Tensor))
+                z = self.model.head.embed(self.model.body(x))
                 for c in (0,1): total[c] += z[y==c].sum(0)
-        if not total.any(1).all(): raise MGMTError("a Siamese network needs both classes among the training patients: all labels of this fold's training part are the same")
+        if not total.any(1).all(): raise _one_class()
         self.model.head.prototypes.copy_(F.normalize(total, dim=1))
+
+def _one_class():
+    rule = "a Siamese network needs both classes among the training patients"
+    return MGMTError(f"{rule}: all labels of this fold's training part are the same")
 
 # %% ../nbs/08_networks.ipynb #5d4614e6
 def create_network(
-    network:str='3d', # `'3d'`: `create_backbone`; `'2d'`: slices as channels of a network of timm; `'siamese'`: `create_backbone` with a metric head
+    network:str='3d', # `'3d'`: `create_backbone`; `'2d'`: slices as channels; `'siamese'`: with a metric head
     slices:int=None, # D, where slices are channels
     stem:str='sum', # As `create_backbone`'s; or `'adapter1x1'`, a mapping convolution without a neighbourhood
     **kwargs, # For `create_backbone`; in 2D of these `arch`, `in_chans`, `pretrained`, `head`, `freeze`, `mean`, `std`
 ) -> Backbone: # With `.body`, `.head`, `.arch` and a `.config` that makes it anew
     "Any network that the learner trains. Raises `MGMTError` on unknown names, and on what `create_backbone` refuses."
-    for k,v,known in (('network',network,('3d','2d','siamese')),('stem',stem,('sum','adapter','adapter1x1'))):
-        if v not in known: raise unknown_name(f'choice of {k}', v, known)
+    if network not in _networks: raise unknown_name('choice of network', network, _networks)
+    if stem not in _stems: raise unknown_name('choice of stem', stem, _stems)
     if network=='2d': model = _slices2d(slices=slices, stem=stem, **kwargs)
-    else:
-        model = create_backbone(stem=stem.removesuffix('1x1'), **kwargs)
-        if stem=='adapter1x1': model.body.adapter,model.config['stem'] = nn.Conv3d(model.body.in_chans, 3, 1),stem
+    else: model = create_backbone(stem=stem.removesuffix('1x1'), **kwargs)
+    if network!='2d' and stem=='adapter1x1':
+        model.body.adapter,model.config['stem'] = nn.Conv3d(model.body.in_chans, 3, 1),stem
     if network=='siamese':
         model.head = MetricHead(model.body.num_features, norm=getattr(model.head, 'norm', None))
         model.config['network'] = network
     for p in model.body.adapter.parameters(): p.requires_grad_(True)
     return model
+
+_networks,_stems = ('3d','2d','siamese'),('sum','adapter','adapter1x1')

@@ -22,8 +22,8 @@ from .metrics import *
 
 # %% ../nbs/12_report.ipynb #3ec0df80
 def roc_band(
-    y, # Labels, (n,), 0 or 1
-    p, # Scores, (n,)
+    y:np.ndarray, # Labels, (n,), 0 or 1
+    p:np.ndarray, # Scores, (n,)
     n_boot:int=500, # Bootstrap samples
     level:float=.95, # Pointwise coverage
     seed:int=0, # Of the bootstrap
@@ -41,12 +41,12 @@ def roc_band(
 
 # %% ../nbs/12_report.ipynb #97d4d700
 def plot_roc(
-    y, # Labels, (n,), 0 or 1
-    p, # Scores, (n,)
+    y:np.ndarray, # Labels, (n,), 0 or 1
+    p:np.ndarray, # Scores, (n,)
     label:str='model', # Name in the legend, beside AUC and interval
-    ax=None, # Axes; new if None
+    ax:plt.Axes=None, # Axes; new if None
     **kwargs, # For `roc_band`
-): # The axes
+) -> plt.Axes: # The axes
     "ROC curve with its 95 % band and the AUC with its interval."
     if ax is None: _,ax = plt.subplots(figsize=(5,5), layout='constrained')
     fpr,tpr,_ = roc_curve(*check_scores(y, p))
@@ -62,26 +62,31 @@ def plot_roc(
 # %% ../nbs/12_report.ipynb #c281f027
 def plot_history(
     history, # DataFrame, or path of `history.csv`
-    axs=None, # Two axes; new if None
-): # The axes
+    axs:list=None, # Two axes; new if None
+) -> np.ndarray: # The axes
     "Loss of training and validation, and AUC of validation, by epoch; the epoch whose weights were kept is marked."
     h = history if isinstance(history, pd.DataFrame) else pd.read_csv(history)
     if axs is None: _,axs = plt.subplots(1, 2, figsize=(9,3.5), layout='constrained')
     best = h.epoch[h.valid_loss.idxmin()]
-    for c,name in (('train_loss','training'),('valid_loss','validation')): axs[0].plot(h.epoch, h[c], marker='.', label=name)
+    axs[0].plot(h.epoch, h.train_loss, marker='.', label='training')
+    axs[0].plot(h.epoch, h.valid_loss, marker='.', label='validation')
     axs[1].plot(h.epoch, h.auc, marker='.', color='C1', label='validation')
     axs[1].axhline(.5, ls=':', color='gray', lw=1)
-    axs[0].set(xlabel='epoch', ylabel='binary cross-entropy', ylim=(0,None)); axs[1].set(xlabel='epoch', ylabel='AUC', ylim=(0,1.02))
-    for ax in axs: ax.axvline(best, color='gray', lw=.8, ls='--', label='weights kept'); ax.legend(); ax.xaxis.get_major_locator().set_params(integer=True)
+    axs[0].set(xlabel='epoch', ylabel='binary cross-entropy', ylim=(0,None))
+    axs[1].set(xlabel='epoch', ylabel='AUC', ylim=(0,1.02))
+    for ax in axs:
+        ax.axvline(best, color='gray', lw=.8, ls='--', label='weights kept')
+        ax.legend()
+        ax.xaxis.get_major_locator().set_params(integer=True)
     return axs
 
 # %% ../nbs/12_report.ipynb #ecf1d88d
 def plot_pr(
-    y, # Labels, (n,), 0 or 1
-    p, # Scores, (n,)
+    y:np.ndarray, # Labels, (n,), 0 or 1
+    p:np.ndarray, # Scores, (n,)
     label:str='model', # Name in the legend, beside the average precision
-    ax=None, # Axes; new if None
-): # The axes
+    ax:plt.Axes=None, # Axes; new if None
+) -> plt.Axes: # The axes
     "Precision-recall curve with its average precision, and the share of methylated patients as what chance gives."
     y,p = check_scores(y, p)
     if ax is None: _,ax = plt.subplots(figsize=(5,5), layout='constrained')
@@ -94,16 +99,17 @@ def plot_pr(
 
 # %% ../nbs/12_report.ipynb #b43bfda8
 def plot_reliability(
-    y, # Labels, (n,), 0 or 1
-    p, # Probabilities of methylation, (n,), 0 to 1
+    y:np.ndarray, # Labels, (n,), 0 or 1
+    p:np.ndarray, # Probabilities of methylation, (n,), 0 to 1
     label:str='model', # Name in the legend
-    ax=None, # Axes; new if None
+    ax:plt.Axes=None, # Axes; new if None
     n_bins:int=5, # Groups of equal size
-): # The axes
+) -> plt.Axes: # The axes
     "Reliability diagram: observed share against mean probability, with a histogram of the probabilities."
     if ax is None: _,ax = plt.subplots(figsize=(5,5), layout='constrained')
     t = reliability(y, p, n_bins=n_bins)
-    dots = ax.errorbar(t.prob, t.rate, yerr=[t.rate-t.lo, t.hi-t.rate], fmt='o', capsize=3, label=f'{label}, {n_bins} groups of {int(t.n.median())}' if t.n.max()-t.n.min()<2 else label)
+    if t.n.max()-t.n.min()<2: label = f'{label}, {n_bins} groups of {int(t.n.median())}'
+    dots = ax.errorbar(t.prob, t.rate, yerr=[t.rate-t.lo, t.hi-t.rate], fmt='o', capsize=3, label=label)
     n,edges = np.histogram(p, np.linspace(0,1,21))
     ax.bar(edges[:-1], .15*n/n.max(), .05, align='edge', color=dots[0].get_color(), alpha=.3, lw=0)
     ax.plot([0,1], [0,1], ':', color='gray', lw=1)
@@ -113,33 +119,43 @@ def plot_reliability(
 
 # %% ../nbs/12_report.ipynb #7d8a80a6
 def plot_calibration(
-    y, # Labels, (n,), 0 or 1
+    y:np.ndarray, # Labels, (n,), 0 or 1
     probs:dict, # Name -> probabilities (n,), 0 to 1
-    ax=None, # Axes; new if None
-): # The axes
-    """Calibration curves by logistic recalibration, over the middle 95 % of each model's probabilities. Intercept 0 and slope 1 are ideal.
+    ax:plt.Axes=None, # Axes; new if None
+) -> plt.Axes: # The axes
+    """Calibration curves by logistic recalibration, over the middle 95 % of each model's probabilities.
 
-    Source: see `calibration`. A model whose classes do not overlap has no curve."""
+    Intercept 0 and slope 1 are ideal. Source: see `calibration`. A model whose classes do not overlap has no curve."""
     if ax is None: _,ax = plt.subplots(figsize=(5,5), layout='constrained')
     for name,p in probs.items():
-        c,z = calibration(y, p),logit(np.clip(p, 1e-6, 1-1e-6))
-        x = np.linspace(*np.quantile(z, [.025,.975]), 100)
-        fit = LogisticRegression(C=np.inf).fit(np.asarray(z)[:,None], y) if np.isfinite(c.value['slope']) else None
-        ax.plot(expit(x), np.full(100,np.nan) if fit is None else fit.predict_proba(x[:,None])[:,1],
-            label=f"{name}: slope {c.value['slope']:.2f} [{c.lo['slope']:.2f}, {c.hi['slope']:.2f}],\nintercept {c.value['intercept']:.2f} [{c.lo['intercept']:.2f}, {c.hi['intercept']:.2f}]")
+        c = calibration(y, p)
+        ax.plot(*_recalibrated(y, p, c), label=f'{name}: {_slope_and_intercept(c)}')
     ax.plot([0,1], [0,1], ':', color='gray', lw=1)
-    ax.set(xlabel='probability', ylabel='share methylated, by recalibration', xlim=(-.01,1.01), ylim=(-.01,1.01), aspect='equal')
+    limits = dict(xlim=(-.01,1.01), ylim=(-.01,1.01), aspect='equal')
+    ax.set(xlabel='probability', ylabel='share methylated, by recalibration', **limits)
     ax.legend(loc='upper left', fontsize=8)
     return ax
 
+def _recalibrated(y, p, c):
+    "The curve: 100 probabilities, and what each should have been; NaN if the fit does not exist"
+    z = logit(np.clip(p, 1e-6, 1-1e-6))
+    x = np.linspace(*np.quantile(z, [.025,.975]), 100)
+    if not np.isfinite(c.value['slope']): return expit(x),np.full(100, np.nan)
+    fit = LogisticRegression(C=np.inf).fit(np.asarray(z)[:,None], y)
+    return expit(x),fit.predict_proba(x[:,None])[:,1]
+
+def _slope_and_intercept(c):
+    slope,intercept = (f"{k} {c.value[k]:.2f} [{c.lo[k]:.2f}, {c.hi[k]:.2f}]" for k in ('slope','intercept'))
+    return f'{slope},\n{intercept}'
+
 # %% ../nbs/12_report.ipynb #0cb2807e
 def plot_decision(
-    y, # Labels, (n,), 0 or 1
+    y:np.ndarray, # Labels, (n,), 0 or 1
     probs:dict, # Name -> probabilities (n,), 0 to 1
-    ax=None, # Axes; new if None
+    ax:plt.Axes=None, # Axes; new if None
     most:float=.9, # Highest threshold shown
-): # The axes
-    "Decision curves with their 95 % bands, beside those of acting on everybody and on nobody. Source: see `decision_curve`."
+) -> plt.Axes: # The axes
+    "Decision curves with 95 % bands, next to those of treating everybody and nobody. Source: see `decision_curve`."
     if ax is None: _,ax = plt.subplots(figsize=(6,4), layout='constrained')
     for name,p in probs.items():
         t = decision_curve(y, p, np.linspace(.01, most, 90))
@@ -147,74 +163,112 @@ def plot_decision(
         ax.fill_between(t.threshold, t.lo, t.hi, color=line.get_color(), alpha=.12, lw=0)
     ax.plot(t.threshold, t.treat_all, color='gray', lw=1, label='everybody')
     ax.plot(t.threshold, t.treat_none, ':', color='gray', lw=1, label='nobody')
-    ax.set(xlabel='threshold probability', ylabel='net benefit, per patient', xlim=(0,most), ylim=(-.15, 1.3*np.mean(y)))
+    ax.set(xlabel='threshold probability', ylabel='net benefit, per patient')
+    ax.set(xlim=(0,most), ylim=(-.15, 1.3*np.mean(y)))
     ax.legend(loc='upper right')
     return ax
 
 # %% ../nbs/12_report.ipynb #9c3e8693
 def plot_forest(
     table:pd.DataFrame, # auc, `lo` and `hi` (or `auc_lo` and `auc_hi`), and columns of text that name the row
-    names=None, # Those columns; all of text if None
-    ax=None, # Axes; new if None
-): # The axes
-    "AUCs with their intervals, a row each; rows without a number keep their place."
+    names:list=None, # Those columns; all of text if None
+    ax:plt.Axes=None, # Axes; new if None
+) -> plt.Axes: # The axes
+    "AUCs with their intervals, one row each; rows without a number keep their place."
     t = table.rename(columns=dict(auc_lo='lo',auc_hi='hi')).reset_index(drop=True)
-    names = [c for c in t if t[c].dtype==object or isinstance(t[c].dtype, pd.StringDtype)] if names is None else listify(names)
+    names = [c for c in t if _is_text(t[c])] if names is None else listify(names)
     if ax is None: _,ax = plt.subplots(figsize=(7,.32*len(t)+1.2), layout='constrained')
     at = np.arange(len(t))[::-1]
     ax.errorbar(t.auc, at, xerr=[t.auc-t.lo, t.hi-t.auc], fmt='s', ms=5, capsize=3)
-    for i,r in zip(at, t.itertuples()): ax.annotate('too few' if pd.isna(r.auc) else f'{r.auc:.3f} [{r.lo:.3f}, {r.hi:.3f}]', (1.01,i), xycoords=('axes fraction','data'), va='center', fontsize=8, annotation_clip=False)
+    side = dict(xycoords=('axes fraction','data'), va='center', fontsize=8, annotation_clip=False)
+    for i,r in zip(at, t.itertuples()): ax.annotate(_interval(r), (1.01,i), **side)
     ax.axvline(.5, ls=':', color='gray', lw=1)
     ax.set_yticks(at, t[names].astype(str).agg(', '.join, axis=1))
-    ax.set(xlabel='AUC with 95 % interval', xlim=(min(.2, np.nanmin(t.lo)-.02) if t.lo.notna().any() else 0,1.01), ylim=(-.7,len(t)-.3))
+    left = min(.2, np.nanmin(t.lo)-.02) if t.lo.notna().any() else 0
+    ax.set(xlabel='AUC with 95 % interval', xlim=(left,1.01), ylim=(-.7,len(t)-.3))
     return ax
+
+def _is_text(c): return c.dtype==object or isinstance(c.dtype, pd.StringDtype)
+def _interval(r): return 'too few' if pd.isna(r.auc) else f'{r.auc:.3f} [{r.lo:.3f}, {r.hi:.3f}]'
 
 # %% ../nbs/12_report.ipynb #783684d8
 def plot_losses(
-    histories:dict, # (architecture, sequence) -> list of `history.csv`: paths or DataFrames, one a run
+    histories:dict, # (architecture, sequence) -> list of `history.csv`: paths or DataFrames, one per run
     size:float=2.6, # Inches, width of a panel
-): # The axes, (architectures, sequences)
-    "Training and validation loss by epoch, a row an architecture, a column a sequence: each run thin, their mean thick."
+) -> np.ndarray: # The axes, (architectures, sequences)
+    "Losses by epoch, one row per architecture, one column per sequence: runs thin, their mean thick."
     rows,cols = (uniqueify(k[i] for k in histories) for i in (0,1))
-    _,axs = plt.subplots(len(rows), len(cols), figsize=(max(4,size*len(cols)),.85*size*len(rows)+.5), squeeze=False, sharex=True, sharey=True, layout='constrained')
+    figsize = (max(4, size*len(cols)), .85*size*len(rows)+.5)
+    _,axs = plt.subplots(len(rows), len(cols), figsize=figsize, squeeze=False, sharex=True, sharey=True,
+        layout='constrained')
     for (a,s),runs in histories.items():
-        ax,hs = axs[rows.index(a)][cols.index(s)],[h if isinstance(h, pd.DataFrame) else pd.read_csv(h) for h in runs]
-        for c,name,color in (('train_loss','training','C0'),('valid_loss','validation','C1')):
-            for h in hs: ax.plot(h.epoch, h[c], color=color, lw=.6, alpha=.5)
-            mean = pd.concat(hs).groupby('epoch')[c].mean()
-            ax.plot(mean.index, mean, color=color, lw=2, marker='.', label=name)
+        ax = axs[rows.index(a)][cols.index(s)]
+        _plot_runs(ax, [h if isinstance(h, pd.DataFrame) else pd.read_csv(h) for h in runs])
         ax.set_title(f'{a}\n{s}', fontsize=9)
     for ax in axs.flat: ax.axhline(np.log(2), ls=':', color='gray', lw=1)
     axs[0][0].set_ylim(0, min(axs[0][0].get_ylim()[1], 2))
-    for ax in axs[-1]: ax.set_xlabel('epoch'); ax.xaxis.get_major_locator().set_params(integer=True)
+    for ax in axs[-1]:
+        ax.set_xlabel('epoch')
+        ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in axs[:,0]: ax.set_ylabel('cross-entropy')
     axs[0][0].legend(fontsize=8)
     return axs
 
-# %% ../nbs/12_report.ipynb #5cef7334
-HEAD = ("Research use only: not a medical device, and no basis for the treatment of a patient.",
-    "What honest external tests of MGMT prediction from MRI find: AUCs of about 0.55 to 0.69. The winner of the RSNA-MICCAI competition reached 0.56 at another hospital; meta-analyses of external validation give 0.65 to 0.69. A much higher figure asks for an explanation before it asks for applause.")
+def _plot_runs(ax, histories):
+    for c,name,color in (('train_loss','training','C0'),('valid_loss','validation','C1')):
+        for h in histories: ax.plot(h.epoch, h[c], color=color, lw=.6, alpha=.5)
+        mean = pd.concat(histories).groupby('epoch')[c].mean()
+        ax.plot(mean.index, mean, color=color, lw=2, marker='.', label=name)
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222} table{border-collapse:collapse;margin:1em 0;font-size:13px}
-td,th{padding:.3em .7em;text-align:left;border-bottom:1px solid #ddd;vertical-align:top} img{max-width:100%;display:block;margin:1em 0} .head{background:#fff4d6;border-left:4px solid #c80;padding:.5em 1em}"""
+# %% ../nbs/12_report.ipynb #5cef7334
+_use = "Research use only: not a medical device, and no basis for the treatment of a patient."
+_expect = ("What honest external tests of MGMT prediction from MRI find: AUCs of about 0.55 to 0.69. "
+    "The winner of the RSNA-MICCAI competition reached 0.56 at another hospital; "
+    "meta-analyses of external validation give 0.65 to 0.69. "
+    "A much higher figure asks for an explanation before it asks for applause.")
+HEAD = (_use, _expect)
+
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0;font-size:13px}
+td,th{padding:.3em .7em;text-align:left;border-bottom:1px solid #ddd;vertical-align:top}
+img{max-width:100%;display:block;margin:1em 0}
+.head{background:#fff4d6;border-left:4px solid #c80;padding:.5em 1em}"""
 
 def _html(o):
     "Text, table or figure as HTML"
     if isinstance(o, str): return f'<p>{html.escape(o)}</p>'
-    if isinstance(o, pd.DataFrame): return o.to_html(index=not isinstance(o.index, pd.RangeIndex), na_rep='', float_format='{:.3f}'.format, border=0, justify='left')
-    fig = getattr(np.ravel(o)[0] if isinstance(o, np.ndarray) else o, 'figure', o)
-    fig.savefig(f:=io.BytesIO(), format='png', dpi=110, bbox_inches='tight'); plt.close(fig)
+    if isinstance(o, pd.DataFrame): return _table(o)
+    first = np.ravel(o)[0] if isinstance(o, np.ndarray) else o
+    return _picture(getattr(first, 'figure', first))
+
+def _table(t):
+    index = not isinstance(t.index, pd.RangeIndex)
+    return t.to_html(index=index, na_rep='', float_format='{:.3f}'.format, border=0, justify='left')
+
+def _picture(fig):
+    "A figure as a picture inside the page; the figure is closed"
+    f = io.BytesIO()
+    fig.savefig(f, format='png', dpi=110, bbox_inches='tight')
+    plt.close(fig)
     return f'<img alt="figure" src="data:image/png;base64,{base64.b64encode(f.getvalue()).decode()}">'
 
 # %% ../nbs/12_report.ipynb #7e2372ec
 def write_report(
     path, # HTML file to write
     title:str, # Of the page
-    sections:dict, # Heading -> what stands below it: text, DataFrames, axes or figures (which are closed), alone or in a list
-): # The path
+    sections:dict, # Heading -> text, DataFrames, axes or figures (which are closed), alone or in a list
+) -> Path: # The path
     "Write a self-contained page: what it may be used for and what to expect first, then the sections."
-    body = ''.join(f'<h2>{html.escape(k)}</h2>' + ''.join(_html(o) for o in (v if isinstance(v, (list,tuple)) else [v])) for k,v in sections.items())
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title><style>{_STYLE}</style>
-<h1>{html.escape(title)}</h1><div class="head">{''.join(f'<p>{o}</p>' for o in HEAD)}</div>{body}<p>mgmt_fast {__version__}</p></html>"""
-    with atomic_path(path) as tmp: tmp.write_text(page, encoding='utf-8')
+    body = ''.join(_section(k, v) for k,v in sections.items())
+    with atomic_path(path) as tmp: tmp.write_text(_page(html.escape(title), body), encoding='utf-8')
     return Path(path)
+
+def _section(heading, parts):
+    parts = parts if isinstance(parts, (list,tuple)) else [parts]
+    return f'<h2>{html.escape(heading)}</h2>' + ''.join(map(_html, parts))
+
+def _page(title, body):
+    head = ''.join(f'<p>{o}</p>' for o in HEAD)
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><style>{_STYLE}</style>
+<h1>{title}</h1><div class="head">{head}</div>{body}<p>mgmt_fast {__version__}</p></html>"""

@@ -7,11 +7,11 @@ from torch import nn
 
 from mgmt_fast.core import MGMTError, rng_for
 from mgmt_fast.backbones import *
-from mgmt_fast.backbones import _archs
+from mgmt_fast.backbones import ARCHS as NAMES
 from mgmt_fast.operators import separate_depth
 from test_inflate import randomise
 
-ARCHS = list(_archs)
+ARCHS = list(NAMES)
 FIXTURE = json.loads((Path(__file__).parent/'monai_resnet10.json').read_text())
 
 
@@ -20,7 +20,7 @@ def weights(tmp_path_factory):
     "Files of random 2D weights, made when asked for, and their networks"
     folder = tmp_path_factory.mktemp('weights')
     def make(arch):
-        net = randomise(timm.create_model(_archs[arch]))
+        net = randomise(timm.create_model(NAMES[arch]))
         torch.save(net.state_dict(), folder/f'{arch}.pth')
         return net,folder
     return make
