@@ -40,8 +40,13 @@ def defined(tree):
         if isinstance(o, (ast.FunctionDef,ast.ClassDef)): names.append(o.name)
         if not isinstance(o, (ast.Assign,ast.AnnAssign)): continue
         targets = o.targets if isinstance(o, ast.Assign) else [o.target]
-        names += [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+        for t in targets: names += stored(t)
     return {o for o in names if not o.startswith('__')}
+
+
+def stored(target):
+    "Names that an assignment writes to"
+    return [o.id for o in ast.walk(target) if isinstance(o, ast.Name) and isinstance(o.ctx, ast.Store)]
 
 
 def borrowed(tree, package):
@@ -66,8 +71,10 @@ def row(parts, width):
     names = [n for o in parts for n in o['names']]
     private = sum(n.startswith('_') for n in names)
     over = {f'>{w} %': 100*np.mean(widths>w) if len(widths) else 0. for w in (width, width+20)}
-    some = dict(functions=len(lines), lines=np.median(lines), p90=np.quantile(lines, .9), nodes=np.median(nodes)) if len(lines) else {}
-    return {**some, **over, 'public':len(names)-private, 'private':private, 'borrowed':sum(len(o['borrowed']) for o in parts)}
+    some = dict(functions=len(lines))
+    if len(lines): some |= dict(lines=np.median(lines), p90=np.quantile(lines, .9), nodes=np.median(nodes))
+    whole = dict(public=len(names)-private, private=private, borrowed=sum(len(o['borrowed']) for o in parts))
+    return {**some, **over, **whole}
 
 
 def house(
@@ -89,7 +96,9 @@ def main():
     p.add_argument('folder', nargs='*', default=[here], help='packages; mgmt_fast if none')
     p.add_argument('--width', type=int, default=120, help='characters in a line')
     o = p.parse_args()
-    for folder in o.folder: print(f'{Path(folder).name}\n{house(folder, o.width).to_string(float_format="{:.1f}".format, na_rep="")}\n')
+    for folder in o.folder:
+        print(Path(folder).name)
+        print(house(folder, o.width).to_string(float_format='{:.1f}'.format, na_rep=''), '\n')
 
 
 if __name__=='__main__': main()

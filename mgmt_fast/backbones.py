@@ -391,7 +391,7 @@ def _make_timm_3d(name, in_chans, pretrained, mode, anisotropic):
     else: state = read_weights(pretrained, name)
     return net,inflate_weights(state, net, mode),mean,std
 
-# %% ../nbs/08_backbones.ipynb #27dbb00d
+# %% ../nbs/08_backbones.ipynb #39c05bfe
 def take_norm(
     net:nn.Module, # Changed in place
 ) -> nn.Module: # The norm, or None
@@ -402,7 +402,7 @@ def take_norm(
     new.load_state_dict(norm.state_dict())
     return new
 
-# %% ../nbs/08_backbones.ipynb #1e27e8b2
+# %% ../nbs/08_backbones.ipynb #89a57a6f
 def _measure(net, in_chans):
     "(F, depth stride) of a network, by running it if it does not say"
     if hasattr(net, 'num_features') and hasattr(net, 'depth_stride'): return net.num_features,net.depth_stride
@@ -416,7 +416,7 @@ def _no_features(f):
     rule = "features (B,F,d,h,w), before any pool or classifier, or have `forward_features`"
     return MGMTError(f"the network must end in {rule}; it gave {gave}")
 
-# %% ../nbs/08_backbones.ipynb #50deb096
+# %% ../nbs/08_backbones.ipynb #1f003b12
 def _monai_names(model):
     "Weights of a `resnet10` under the names that they have in MONAI"
     names = {}

@@ -118,7 +118,7 @@ def _judged(t):
     t.loc[tested & (t.p_holm>=.05),'note'] = 'no better than chance here'
     return t
 
-# %% ../nbs/13_baselines.ipynb #8c6c0d59
+# %% ../nbs/13_baselines.ipynb #b6daace3
 def _clinical(patients, y, clinical, n_folds, seed):
     "Baselines of age, sex and both, on the patients of whom they are known"
     X = _numbers(clinical, patients)

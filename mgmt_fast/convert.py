@@ -6,7 +6,7 @@
 __all__ = ['known_blocks', 'GlobalPool3d', 'is_known', 'plane_reductions', 'first_convolution', 'convert_modules',
            'checkpoint_blocks']
 
-# %% ../nbs/072_convert.ipynb #c1ecaff9
+# %% ../nbs/072_convert.ipynb #c214c0dc
 import copy, math
 from contextlib import contextmanager, nullcontext
 
@@ -40,14 +40,14 @@ class GlobalPool3d(nn.Module):
         avg,mx = x.mean(dims, keepdim=keep),x.amax(dims, keepdim=keep)
         return torch.cat([avg,mx], 1) if self.kind=='catavgmax' else .5*(avg+mx)
 
-# %% ../nbs/072_convert.ipynb #7a3b5962
+# %% ../nbs/072_convert.ipynb #02bba150
 class _SelectPool3d(tl.SelectAdaptivePool2d):
     "timm's networks ask this class for `feat_mult`; what it holds is converted on its own"
 
 class _LayerNorm3d(tl.LayerNorm2d):
     def forward(self, x): return as_volumes(super().forward(as_images(x)), len(x))
 
-# %% ../nbs/072_convert.ipynb #777645e5
+# %% ../nbs/072_convert.ipynb #2388b3ae
 def _linear(conv, s):
     "A pointwise convolution of one value per channel, (B,C)"
     return F.linear(s, conv.weight.flatten(1), conv.bias)
@@ -75,7 +75,7 @@ class _SEModule3d(tl.SEModule):
 class _EffectiveSEModule3d(tl.EffectiveSEModule):
     def forward(self, x): return x*self.gate(self.fc(_squeeze(self, x)))
 
-# %% ../nbs/072_convert.ipynb #bd8e1562
+# %% ../nbs/072_convert.ipynb #c1e9816b
 class _DepthwiseSeparable3d(eb.DepthwiseSeparableConv):
     def forward(self, x):
         y = x if self.conv_s2d is None else self.bn_s2d(self.conv_s2d(x))
@@ -99,7 +99,7 @@ class _ConvNeXtBlock3d(convnext.ConvNeXtBlock):
         if self.gamma is not None: y = y*self.gamma.view(-1,1,1,1)
         return self.drop_path(y) + self.shortcut(x)
 
-# %% ../nbs/072_convert.ipynb #56253d76
+# %% ../nbs/072_convert.ipynb #59076b41
 class _Plan:
     "How to convert: mode, padding of the depth, and by how much the input is reduced before each module"
     def __init__(self, mode, depth_padding, anisotropic, reduction):
@@ -161,7 +161,7 @@ def _recast(cls):
 
 def _dropout(m, plan): return nn.Dropout3d(m.p, m.inplace)
 
-# %% ../nbs/072_convert.ipynb #195d8d33
+# %% ../nbs/072_convert.ipynb #0b6655ed
 _counterparts = {
     nn.Conv2d:_conv, tl.Conv2dSame:_conv,
     nn.BatchNorm2d:_bn, tl.BatchNormAct2d:_bn, tl.LayerNorm2d:_recast(_LayerNorm3d),
@@ -185,7 +185,7 @@ _files = set('''torch.nn.modules.container torch.nn.modules.activation
     timm.models.efficientnet timm.models._efficientnet_blocks timm.models.resnet timm.models.densenet
     timm.models.xception timm.models.xception_aligned timm.models.convnext'''.split())
 
-# %% ../nbs/072_convert.ipynb #bb8b0d8d
+# %% ../nbs/072_convert.ipynb #2e9ca987
 def is_known(
     module:nn.Module, # Of a 2D network
 ) -> bool: # Does this page know what the module does?
@@ -193,7 +193,7 @@ def is_known(
     kind = type(module)
     return kind in _counterparts or isinstance(module, _same_in_3d) or kind.__module__ in _files
 
-# %% ../nbs/072_convert.ipynb #695942d3
+# %% ../nbs/072_convert.ipynb #a90fd0d9
 def plane_reductions(
     model2d:nn.Module, # 2D network; not changed
     in_chans:int, # Channels of its images
@@ -218,7 +218,7 @@ def plane_reductions(
 def _cannot_run(model, in_chans, size, e):
     return MGMTError(f"the 2D network {type(model).__name__} cannot be run on 1x{in_chans}x{size}x{size}: {e}")
 
-# %% ../nbs/072_convert.ipynb #064a2202
+# %% ../nbs/072_convert.ipynb #7ce25533
 def first_convolution(
     model2d:nn.Module, # 2D network
     in_chans:int=None, # Channels wanted; its own if none
@@ -231,7 +231,7 @@ def first_convolution(
     has = f"this one has {rgb}, groups={stem.groups}, in_chans={in_chans} is asked for"
     raise MGMTError(f"only a first convolution of 3 channels can be adapted to others; {has}")
 
-# %% ../nbs/072_convert.ipynb #e8fe3e09
+# %% ../nbs/072_convert.ipynb #84a8baa3
 def convert_modules(
     model2d:nn.Module, # 2D network; not changed
     in_chans:int, # Channels C of the 3D input

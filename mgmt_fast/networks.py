@@ -43,7 +43,7 @@ def _wrong_slices(body, x):
     rule = f"{body.arch} in 2D takes batches (B,{body.in_chans},{body.slices},H,W), for slices are its channels"
     return MGMTError(f"{rule}; received shape {tuple(x.shape)}: another number of sequences or slices?")
 
-# %% ../nbs/08_networks.ipynb #7c775348
+# %% ../nbs/08_networks.ipynb #10e3bc2b
 def _load_2d(net, state, arch):
     "Fill a 2D network whose first convolution has other channels than RGB, in place"
     own,new = net.state_dict(),{}
@@ -60,7 +60,7 @@ def _spread(w, like):
 def _misfit_2d(arch, e):
     return MGMTError(f"the weights do not fit {arch!r} in 2D: {str(e).splitlines()[1].strip()[:200]}")
 
-# %% ../nbs/08_networks.ipynb #0feb36e2
+# %% ../nbs/08_networks.ipynb #40e8bbb0
 def _slices2d(arch, in_chans, slices, pretrained=False, head='plain', freeze='none', stem='sum', mean=None, std=None):
     "The network in 2D, behind the signature of `create_backbone`"
     if not slices: raise MGMTError("a network in 2D has its number of slices built in: give slices=D")
