@@ -123,7 +123,7 @@ class RandAug(ItemTransform):
     limits = {} # smallest, largest and unit of magnitudes
     def __init__(self,
         seed:int=0, # Of all draws
-        spacing=None, # mm along D, H and W, (3,) or (B,3); else `x.spacing`, else of a brain that fills the box
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); else `x.spacing`, else of a brain that fills the box
     ):
         super().__init__()
         for k,(lo,hi,unit) in self.limits.items(): setattr(self, k, _within(k, getattr(self,k), lo, hi, unit))
@@ -131,7 +131,7 @@ class RandAug(ItemTransform):
         self.spacing = None if spacing is None else _check_spacing(spacing)
 
     def draw(self,
-        n=1, # Patients to draw for: a number, or the batch itself
+        n:int|torch.Tensor=1, # Patients to draw for: a number, or the batch itself
         start:int=None, # First draw, to repeat it; without it the next that was not drawn yet
     ) -> pd.DataFrame: # One row per patient; the index says which draw, columns are named magnitudes
         "Draw parameters; what leaves a volume alone shows as a neutral value."
@@ -147,7 +147,7 @@ class RandAug(ItemTransform):
     def apply(self,
         x:torch.Tensor, # (B,C,D,H,W) float, 0 to 1; is not changed
         params:pd.DataFrame, # One row per patient, as `draw` gives; columns left out and empty cells are neutral
-        spacing=None, # mm along D, H and W, (3,) or (B,3), of this very batch
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3), of this very batch
     ) -> torch.Tensor: # As x: type, attributes and dtype kept; x itself if nothing is to be done
         "Apply a draw. Raises `MGMTError` on a batch or parameters that break the rules above."
         _check_batch(x)
@@ -175,18 +175,38 @@ class RandAug(ItemTransform):
         out.__dict__.update(x.__dict__)
         return out
 
-    def encodes(self, b):
+    def encodes(self,
+        b, # A batch (B,C,D,H,W), alone or followed by labels; without a type, on which fastai would dispatch
+    ): # Augmented; labels as they are
         x,rest = (b[0],b[1:]) if isinstance(b,(list,tuple)) else (b,None)
         _check_batch(x)
         x = self._apply(x, [self.row(k) for k in self._next(len(x))])
         return x if rest is None else [x,*rest]
 
-    def ever(self): return self.p>0
-    def row(self, k): return self.sample(rng_for(self.seed, 'augment', type(self).__name__, k))
-    def acts(self, r): return any(v is not None and r[c]!=v for c,v in self.neutral.items())
-    def fits(self, r): return False
-    def run_batch(self, src, out, rows, mm):
-        "On a GPU rows that fit go together, or by the same arithmetic alone: the bits do not tell"
+    def ever(self): "Can a draw do anything at all?"; return self.p>0
+
+    def row(self,
+        k:int, # Which draw
+    ) -> dict: # Parameter -> value, of one patient
+        return self.sample(rng_for(self.seed, 'augment', type(self).__name__, k))
+
+    def acts(self,
+        r:dict, # One patient's parameters
+    ) -> bool: # Do they change anything?
+        return any(v is not None and r[c]!=v for c,v in self.neutral.items())
+
+    def fits(self,
+        r:dict, # One patient's parameters
+    ) -> bool: # Can a GPU compute them together with other patients'?
+        return False
+
+    def run_batch(self,
+        src:torch.Tensor, # (B,C,D,H,W), not changed unless it is `out`
+        out:torch.Tensor, # (B,C,D,H,W), to be filled
+        rows:list, # Parameters of each patient
+        mm:np.ndarray, # (B,3) spacing
+    ):
+        "On a GPU rows that fit go together, or by the same arithmetic alone, with the same bits"
         fits = [src.device.type!='cpu' and self.fits(r) for r in rows]
         if all(fits): return self.together(src, out, rows, mm)
         for i,r in enumerate(rows):
@@ -195,7 +215,13 @@ class RandAug(ItemTransform):
             s = o if src is out else src[k]
             if fits[i]: self.together(s, o, [r], mm[k])
             else: self.run(s, o, r, mm[i])
-    def run(self, src, out, r, mm):
+    def run(self,
+        src:torch.Tensor, # (C,D,H,W), not changed unless it is `out`
+        out:torch.Tensor, # (C,D,H,W), to be filled
+        r:dict, # This patient's parameters
+        mm:np.ndarray, # (3,) spacing
+    ):
+        "One patient: a copy, and the change in place that `change_` of a subclass makes"
         if src is not out: out.copy_(src)
         if self.acts(r): self.change_(out, r, mm)
 
@@ -302,14 +328,14 @@ class RandAffine(RandAug):
         flip:str='w', # Axes to mirror, letters of d, h, w, each with probability 1/2
         rotation:float=10., # Largest turn, degrees
         shift:float=5., # Largest shift, mm
-        shift_fraction=(0.,0.), # Largest shift along H and W, of the extent
+        shift_fraction:tuple=(0.,0.), # Largest shift along H and W, of the extent
         zoom:float=.1, # Largest change of size, fraction
         crop_resize:float=1., # Fraction of each side that a crop keeps before it is resized
         in_plane:bool=True, # Within slices, or in 3D?
         use_spacing:bool=True, # In mm, or in voxels as if 1 mm?
         outside:str='zeros', # What comes in from outside: `'zeros'`, `'border'` or `'reflection'`
         seed:int=0, # Of all draws
-        spacing=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
     ):
         store_attr('flip,rotation,shift,shift_fraction,zoom,crop_resize,in_plane,use_spacing,outside')
         super().__init__(seed, spacing)
@@ -390,7 +416,7 @@ class RandLighting(RandAug):
         p:float=.5, # Probability
         over:str='brain', # Mean of each sequence's `'brain'`, or of each `'slice'` with its air
         seed:int=0, # Of all draws
-        spacing=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
     ):
         store_attr('contrast,brightness,gamma,p,over')
         super().__init__(seed, spacing)
@@ -433,7 +459,7 @@ class RandBiasField(RandAug):
         p:float=.3, # Probability
         waves:int=3, # Half waves across the volume at most
         seed:int=0, # Of all draws
-        spacing=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
     ):
         store_attr('bias,p,waves')
         super().__init__(seed, spacing)
@@ -465,7 +491,7 @@ class RandNoise(RandAug):
         p:float=.2, # Probability
         kind:str='rician', # `'rician'` or `'gaussian'`
         seed:int=0, # Of all draws
-        spacing=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
     ):
         store_attr('noise,p,kind')
         super().__init__(seed, spacing)
@@ -523,7 +549,7 @@ class RandBlur(RandAug):
         blur:float=1., # Largest standard deviation, mm
         p:float=.1, # Probability
         seed:int=0, # Of all draws
-        spacing=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
     ):
         store_attr('blur,p')
         super().__init__(seed, spacing)
@@ -545,7 +571,7 @@ class RandThickSlices(RandAug):
         thick:float=6., # Thickest slice, mm; not thicker than the spacing along D changes nothing
         p:float=.1, # Probability
         seed:int=0, # Of all draws
-        spacing=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
     ):
         store_attr('thick,p')
         super().__init__(seed, spacing)
@@ -590,7 +616,7 @@ class RandEqualize(RandAug):
         p:float=.5, # Probability
         over:str='brain', # Histogram of each sequence's `'brain'`, or of each `'slice'` with its air
         seed:int=0, # Of all draws
-        spacing=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
     ):
         store_attr('p,over')
         super().__init__(seed, spacing)
@@ -638,7 +664,7 @@ class RandCutOut(RandAug):
         cutout:float=.2, # Size, of each side of the volume
         p:float=.5, # Probability
         seed:int=0, # Of all draws
-        spacing=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
     ):
         store_attr('cutout,p')
         super().__init__(seed, spacing)
@@ -656,9 +682,9 @@ class RandCutOut(RandAug):
 class ComposeAugs(RandAug):
     "Several augmentations as one, on one copy of the batch"
     def __init__(self,
-        parts, # `RandAug`s of different classes, applied in this order
+        parts:list, # `RandAug`s of different classes, applied in this order
         seed:int=0, # Of all draws
-        spacing=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
     ):
         super().__init__(seed, spacing)
         self.parts = list(parts)
@@ -688,9 +714,9 @@ def _same_class(parts):
 
 # %% ../nbs/06_augment.ipynb #8d0da8be
 def mgmt_augs(
-    recipe='default', # Name of a recipe, or a `Recipe` with choices overridden
+    recipe:str|Recipe='default', # Name of a recipe, or a `Recipe` with choices overridden
     seed:int=0, # Of all draws: the same seed draws the same in the same order
-    spacing=None, # mm along D, H and W, (3,) or (B,3); else `x.spacing`, else of a brain that fills the box
+    spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); else `x.spacing`, else of a brain that fills the box
 ) -> list: # fastai batch transforms, for `batch_tfms` or `after_batch`: a single `ComposeAugs`, or none at all
     "The augmentation of a recipe. Raises `MGMTError` that names a magnitude out of range."
     r = NS(**get_recipe(recipe).room('augment'))
@@ -708,7 +734,7 @@ def mgmt_augs(
 
 # %% ../nbs/06_augment.ipynb #1b6e5739
 def tta_views(
-    recipe='default', # Name of a recipe, or a `Recipe`; decides `tta_flip` and `tta_shift`
+    recipe:str|Recipe='default', # Name of a recipe, or a `Recipe`; decides `tta_flip` and `tta_shift`
 ) -> pd.DataFrame: # One row per view, parameters of `RandAffine`; the first is the volume as it is
     "The views of test-time augmentation: as it is and mirrored, each unmoved and shifted along H and W."
     r = NS(**get_recipe(recipe).room('augment'))
@@ -721,10 +747,10 @@ def tta_views(
 
 # %% ../nbs/06_augment.ipynb #cdbeff94
 def tta(
-    model, # From x (B,C,D,H,W) to logits (B,...), in evaluation mode
-    x, # (B,C,D,H,W) float, 0 to 1
-    recipe='default', # Name of a recipe, or a `Recipe`; see `tta_views`
-    spacing=None, # mm along D, H and W, (3,) or (B,3); without it `x.spacing`, or a brain of usual size
+    model:torch.nn.Module, # From x (B,C,D,H,W) to logits (B,...), in evaluation mode
+    x:torch.Tensor, # (B,C,D,H,W) float, 0 to 1
+    recipe:str|Recipe='default', # Name of a recipe, or a `Recipe`; see `tta_views`
+    spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); without it `x.spacing`, or a brain of usual size
 ) -> torch.Tensor: # Mean logits (B,...)
     "Average a model's logits over a few mirrored and shifted views of each patient, without gradients."
     views,t = tta_views(recipe),RandAffine()

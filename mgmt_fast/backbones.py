@@ -198,7 +198,7 @@ def _from_monai(model, state, prefix, *args):
 
 # %% ../nbs/08_backbones.ipynb #20af5671
 def read_weights(
-    path, # safetensors or torch file; or a folder that `mgmt_weights` filled
+    path:str|Path, # safetensors or torch file; or a folder that `mgmt_weights` filled
     arch:str='', # Name that the file has in a folder
 ) -> dict: # State dict on the CPU
     "Read a state dict without running any code. Raises `MGMTError` on a file that is absent, damaged or no state dict."
@@ -271,7 +271,7 @@ def _no_hub(arch):
 
 # %% ../nbs/08_backbones.ipynb #4f3a6780
 def mgmt_weights(
-    dest, # Folder to write to
+    dest:str|Path, # Folder to write to
     *archs:str, # Names from `list_backbones`
 ) -> pd.DataFrame: # One row per file: `arch`, `file`, `MB`, and `source`, timm's name of the weights
     "Fetch 2D ImageNet weights into a folder that `create_backbone(pretrained=folder)` reads without internet."
@@ -391,7 +391,7 @@ def _make_timm_3d(name, in_chans, pretrained, mode, anisotropic):
     else: state = read_weights(pretrained, name)
     return net,inflate_weights(state, net, mode),mean,std
 
-# %% ../nbs/08_backbones.ipynb #39c05bfe
+# %% ../nbs/08_backbones.ipynb #a69fe609
 def take_norm(
     net:nn.Module, # Changed in place
 ) -> nn.Module: # The norm, or None
@@ -402,7 +402,7 @@ def take_norm(
     new.load_state_dict(norm.state_dict())
     return new
 
-# %% ../nbs/08_backbones.ipynb #89a57a6f
+# %% ../nbs/08_backbones.ipynb #00fc381e
 def _measure(net, in_chans):
     "(F, depth stride) of a network, by running it if it does not say"
     if hasattr(net, 'num_features') and hasattr(net, 'depth_stride'): return net.num_features,net.depth_stride
@@ -416,7 +416,7 @@ def _no_features(f):
     rule = "features (B,F,d,h,w), before any pool or classifier, or have `forward_features`"
     return MGMTError(f"the network must end in {rule}; it gave {gave}")
 
-# %% ../nbs/08_backbones.ipynb #1f003b12
+# %% ../nbs/08_backbones.ipynb #e68a2964
 def _monai_names(model):
     "Weights of a `resnet10` under the names that they have in MONAI"
     names = {}
@@ -452,7 +452,7 @@ def _load_monai(model, state):
 def create_backbone(
     arch='efficientnet_b1', # Name from `list_backbones`, `'timm/NAME'`, `'timm_3d/NAME'`; or a function that makes one
     in_chans:int=1, # Channels C of the input: sequences given to the network together
-    pretrained=False, # `True`: 2D ImageNet weights from the hub; a path: from a file, or a folder of `mgmt_weights`
+    pretrained:bool|str|Path=False, # `True`: 2D ImageNet weights from the hub; a path: from a file, or a folder of `mgmt_weights`
     depth:str='separable', # Split depthwise convolutions (`'separable'`), all (`'separable_all'`) or none (`'full'`)
     head:str='plain', # `'plain'` or `'published'`, see `Head`
     mode:str='mean', # How 2D kernels get their depth, see `inflate_kernel`

@@ -82,7 +82,7 @@ def _bad_cohort(n, test, prevalence):
 
 # %% ../nbs/03_phantom.ipynb #31268173
 def phantom_bound(
-    table, # Side table from `make_phantom` or `draw_patients`, or the phantom's folder
+    table:pd.DataFrame|str|Path, # Side table from `make_phantom` or `draw_patients`, or the phantom's folder
     split:str=None, # `'train'` or `'test'`; all patients if none
 ) -> pd.Series: # `n`; `bound`, the AUC of the latent; `oracle`, that of the traits as measured in the images
     """The best AUC that this very sample allows. Raises `MGMTError` if the sample holds one class only.
@@ -102,7 +102,7 @@ def _one_class(table, split):
 
 # %% ../nbs/03_phantom.ipynb #33e8a2d4
 def read_side_table(
-    path, # Folder of a phantom
+    path:str|Path, # Folder of a phantom
 ) -> pd.DataFrame: # As `make_phantom` returned it
     "Read what a phantom's images do not say: labels, latents, traits, measurements."
     p = Path(path)/'phantom.csv'
@@ -273,7 +273,7 @@ def series_affine(
     slices:int=32, # D
     size:int=128, # H and W
     fov:float=205, # mm, side of a slice
-    turn=None, # (3,3) rotation, for an oblique series
+    turn:np.ndarray=None, # (3,3) rotation, for an oblique series
 ) -> np.ndarray: # (4,4) from voxel `(d,h,w,1)` to RAS+ mm, centred on the head
     "Where a series' voxels lie: slices cover the brain, whatever their number. Raises `MGMTError` on an unknown plane."
     if plane not in _planes: raise unknown_name('plane', plane, _planes)
@@ -295,13 +295,13 @@ def _sample(x, axes, affine, shape, moved, order=1):
 
 # %% ../nbs/03_phantom.ipynb #fe9d77a0
 def draw_series(
-    p, # Row of `draw_patients`
+    p:pd.Series, # Row of `draw_patients`
     seq:str, # Sequence
     seed:int=0, # The cohort's seed
-    planes='axial', # Plane, or several to draw from for each series
-    slices=32, # D, or the range `(lo, hi)` to draw it from
-    size=128, # H and W, or the range to draw them from
-    fov=205, # mm, side of a slice, or the range to draw it from
+    planes:str|tuple='axial', # Plane, or several to draw from for each series
+    slices:int|tuple=32, # D, or the range `(lo, hi)` to draw it from
+    size:int|tuple=128, # H and W, or the range to draw them from
+    fov:float|tuple=205, # mm, side of a slice, or the range to draw it from
     tilt:float=0, # Largest obliquity, degrees around each axis
     shift:float=0, # Largest movement of the head against what the header says, mm along each axis
 ) -> NS: # `affine`, `shape` (D,H,W), `moved` (3,) mm
@@ -321,9 +321,9 @@ def _too_small(slices, size, fov):
 # %% ../nbs/03_phantom.ipynb #0f49cc21
 @delegates(draw_series, but=['seq'])
 def render_patient(
-    p, # Row of `draw_patients`
+    p:pd.Series, # Row of `draw_patients`
     seed:int=0, # The cohort's seed
-    sequences=SEQUENCES, # Which to render
+    sequences:str|tuple=SEQUENCES, # Which to render
     skull:bool=False, # Keep skull, face and scalp?
     noise:float=.025, # Noise in each channel, as a share of the white matter's signal
     **kwargs
@@ -353,7 +353,7 @@ def _widest(mask):
 
 # %% ../nbs/03_phantom.ipynb #b38804fc
 def show_phantom(
-    images, # As `render_patient` returns them
+    images:dict, # As `render_patient` returns them
     axs:list=None, # One axes per sequence; a new figure if None
     title:str='', # What to say beside the sequence's name
     outline:bool=False, # Draw the tumour's outline?
@@ -385,7 +385,7 @@ def _oedema_unevenness(x, mask, spacing):
 
 # %% ../nbs/03_phantom.ipynb #53568841
 def measure_traits(
-    images, # sequence -> `(image, mask)`, as from `render_patient`
+    images:dict, # sequence -> `(image, mask)`, as from `render_patient`
 ) -> dict: # `measured_gadolinium` (mM), `measured_unevenness`, and `oracle`, the latent that they indicate
     "Measure the planted traits, given the tumour's mask; NaN where a sequence or a part of the tumour is missing."
     gd = sd = np.nan
@@ -428,10 +428,10 @@ def _header(v, seq, patient, uid):
 # %% ../nbs/03_phantom.ipynb #de9dcf29
 def write_series(
     v:Volume, # (D,H,W), whole numbers in 0..65535
-    dest, # Folder to fill with `Image-N.dcm`
+    dest:str|Path, # Folder to fill with `Image-N.dcm`
     seq:str, # Sequence, one of `SEQUENCES`
     patient:str, # Becomes `PatientID`, as in the competition
-    numbers=None, # N of each slice, for the file's name and `InstanceNumber`; 1..D if none
+    numbers:list=None, # N of each slice, for the file's name and `InstanceNumber`; 1..D if none
     key:str='', # UIDs are derived from it, the patient, the sequence and the slice
 ):
     "Write a volume as a DICOM MR series (DICOM PS3.3 A.4). Raises `MGMTError` on values that 16 bits do not hold."
@@ -519,15 +519,15 @@ def _occupied(dest):
 # %% ../nbs/03_phantom.ipynb #6ab4da5e
 @delegates(render_patient)
 def make_phantom(
-    dest, # Folder to make
+    dest:str|Path, # Folder to make
     n:int=64, # Patients, held-out ones included
     auc:float=.9, # Best attainable AUC, in [.5, 1)
     seed:int=0, # Same seed and settings, same bytes, whatever the number of workers
     test:float=.25, # Share of patients held out in `test/`, in [0, 1)
     prevalence:float=.5, # Share of methylated patients, the same in both splits
-    sequences=SEQUENCES, # Which to write
-    missing=0., # Sequences to leave out: `{patient: sequences}`, or the share of patients that lack one
-    blank=0., # Sequences that are all zero, as in 00109 of the competition: given like `missing`
+    sequences:str|tuple=SEQUENCES, # Which to write
+    missing:float|dict=0., # Sequences to leave out: `{patient: sequences}`, or the share of patients that lack one
+    blank:float|dict=0., # Sequences that are all zero, as in 00109 of the competition: given like `missing`
     shuffle:bool=False, # Number files and instances in another order than they lie?
     n_workers:int=None, # Processes; one per core if None, 0 to make all in this one
     progress:bool=True, # Show a progress bar?

@@ -90,7 +90,7 @@ def _scattered():
 class Structure:
     "What registration needs of a small copy: local contrast `y`, weights `w`, both (48,56,48), and two scales of them"
     def __init__(self,
-        low, # From `low_resolution`
+        low:Volume, # From `low_resolution`
         flip:bool=False, # Exchange left and right first?
     ):
         x = torch.tensor(np.asarray(low)).float()
@@ -219,8 +219,8 @@ def _level(a, b, q):
 # %% ../nbs/13_register.ipynb #2e45a44d
 @_one_thread()
 def register_rigid(
-    fixed, # `Volume` of any grid, or its `Structure`
-    moving, # The same
+    fixed:Volume|Structure, # `Volume` of any grid, or its `Structure`
+    moving:Volume|Structure, # The same
     flips:bool=True, # Try left and right exchanged too?
     starts:int=3, # Poses of each to refine
 ) -> NS: # `ncc` -1 to 1, `nmi` 0 to 1, `overlap` 0 to 1; `flipped`; `matrix` (4,4)

@@ -61,7 +61,7 @@ def plot_roc(
 
 # %% ../nbs/12_report.ipynb #c281f027
 def plot_history(
-    history, # DataFrame, or path of `history.csv`
+    history:pd.DataFrame|str|Path, # DataFrame, or path of `history.csv`
     axs:list=None, # Two axes; new if None
 ) -> np.ndarray: # The axes
     "Loss of training and validation, and AUC of validation, by epoch; the epoch whose weights were kept is marked."
@@ -254,7 +254,7 @@ def _picture(fig):
 
 # %% ../nbs/12_report.ipynb #7e2372ec
 def write_report(
-    path, # HTML file to write
+    path:str|Path, # HTML file to write
     title:str, # Of the page
     sections:dict, # Heading -> text, DataFrames, axes or figures (which are closed), alone or in a list
 ) -> Path: # The path

@@ -73,7 +73,7 @@ def _bad_lut(path, e):
 
 # %% ../nbs/03_slicewise.ipynb #efc073d6
 def read_stack(
-    path, # Folder of DICOM slices, or a NIfTI file
+    path:str|Path, # Folder of DICOM slices, or a NIfTI file
     order:str='filename', # `'filename'`: by the numbers in the names; `'position'`: along the slice normal
     voi_lut:bool=False, # Apply each slice's VOI LUT or window
 ) -> np.ndarray: # (D,H,W) float32, as acquired
@@ -164,7 +164,7 @@ def _stretched(x, D):
 def slicewise(
     x:np.ndarray, # (D,H,W), from `read_stack`
     sequence:str, # One of `SEQUENCES`
-    recipe='published', # Name or `Recipe`
+    recipe:str|Recipe='published', # Name or `Recipe`
     rng:np.random.Generator=None, # For the slices that are drawn; of the recipe's `fill_seed` if None
 ) -> np.ndarray: # uint8, of the recipe's `size`
     """Pick, scale, crop, resize and fill up the slices of one series.
@@ -195,9 +195,9 @@ def _picked(area, D, r, rng):
 
 # %% ../nbs/03_slicewise.ipynb #773511aa
 def slicewise_patient(
-    row, # A row of a cohort: `patient` and a path per sequence
-    sequences=SEQUENCES, # Which to prepare
-    recipe='published', # Name or `Recipe`
+    row:pd.Series, # A row of a cohort: `patient` and a path per sequence
+    sequences:str|tuple=SEQUENCES, # Which to prepare
+    recipe:str|Recipe='published', # Name or `Recipe`
 ) -> NS: # As `prepare_patient`'s; `.affine` is None, for slices that were cropped one by one have no common place
     "Prepare one patient slice by slice. What fails is a row of the report, never an exception."
     r,patient = get_recipe(recipe),str(row['patient'])
