@@ -1,4 +1,4 @@
-"""How the code reads, in numbers: one row per room (module), and one for all of them.
+"""How the code reads, in numbers: one row per room (module), and one for the total.
 
 usage: house.py [FOLDER ...] [--width 120]      FOLDER: a package, by default mgmt_fast beside this script's folder
 
@@ -85,7 +85,7 @@ def house(
     paths = [p for p in sorted(Path(folder).rglob('*.py')) if p.name!='_modidx.py']
     rooms = {p.stem: read(p) for p in paths}
     table = {k: row([v], width) for k,v in rooms.items()}
-    table['all'] = row(list(rooms.values()), width)
+    table['total'] = row(list(rooms.values()), width)
     whole = ['functions','public','private','borrowed']
     t = pd.DataFrame(table).T
     return t.astype({c: 'Int64' for c in whole})

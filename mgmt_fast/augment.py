@@ -123,7 +123,7 @@ class RandAug(ItemTransform):
     limits = {} # smallest, largest and unit of magnitudes
     def __init__(self,
         seed:int=0, # Of all draws
-        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); else `x.spacing`, else of a brain that fills the box
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); else `x.spacing`, else a brain fills the box
     ):
         super().__init__()
         for k,(lo,hi,unit) in self.limits.items(): setattr(self, k, _within(k, getattr(self,k), lo, hi, unit))
@@ -276,7 +276,7 @@ def _grid(m, b, sizes, axes, like):
     return grid
 
 def _slabs(n, voxels, device, temps=1):
-    "Ranges over n slices of some voxels each: small beside the volume; within a CPU's cache, few on a GPU"
+    "Ranges over n slices of some voxels each: small compared with the volume; within a CPU's cache, few on a GPU"
     k = max(1, 2**21//temps//voxels if device.type=='cpu' else max(2**22//temps//voxels, n//2//temps))
     return [range(i,min(i+k,n)) for i in range(0,n,k)]
 

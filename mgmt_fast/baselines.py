@@ -100,7 +100,7 @@ def _prevalence(y):
     "The row of a model that gives everybody the same probability"
     share = max(y.mean(),1-y.mean())
     loss = -share*np.log(share)-(1-share)*np.log1p(-share)
-    note = f"accuracy {share:.1%}, log loss {loss:.3f}: what telling everybody the same gives"
+    note = f"accuracy {share:.1%}, log loss {loss:.3f}: what the same prediction for everybody gives"
     return dict(baseline='prevalence', n=len(y), auc=.5, note=note)
 
 _clinical_names = ('age','sex','age and sex')
@@ -118,7 +118,7 @@ def _judged(t):
     t.loc[tested & (t.p_holm>=.05),'note'] = 'no better than chance here'
     return t
 
-# %% ../nbs/13_baselines.ipynb #b6daace3
+# %% ../nbs/13_baselines.ipynb #7526e6aa
 def _clinical(patients, y, clinical, n_folds, seed):
     "Baselines of age, sex and both, on the patients of whom they are known"
     X = _numbers(clinical, patients)

@@ -76,7 +76,7 @@ def _why_left_out(key):
     classifier = key.split('.')[0] in ('classifier','fc','head','last_linear')
     return 'classifier of the 2D network' if classifier else 'unknown to the 3D network'
 
-# %% ../nbs/07_inflate.ipynb #f5c86d88
+# %% ../nbs/07_inflate.ipynb #b5b20ba1
 def _check_state(state):
     for k,v in state.items():
         if not isinstance(v, torch.Tensor): raise _not_a_tensor(k, v)
@@ -111,7 +111,7 @@ def _inflatable(w, t, mode):
     same = w.ndim==4 and t.ndim==5 and w.shape==t.shape[:2]+t.shape[3:]
     return same and (mode!='slice' or t.shape[2]==1)
 
-# %% ../nbs/07_inflate.ipynb #13a01480
+# %% ../nbs/07_inflate.ipynb #cb942460
 def check_report(
     report:pd.DataFrame, # As `inflate_weights` returns it
     strict:bool=True, # Refuse keys that only one side has, classifiers excepted
@@ -152,7 +152,7 @@ def inflate_model(
     if depth_padding=='replicate' and not all(map(is_known, model2d.modules())): _compare(model2d, m3, rgb, in_chans)
     return m3.train(model2d.training)
 
-# %% ../nbs/07_inflate.ipynb #39ba8de9
+# %% ../nbs/07_inflate.ipynb #8bce92a1
 def _compare(m2, m3, rgb, in_chans, size=96):
     "Run both networks on a volume constant along D, and blame the module that holds the first difference"
     x = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0)).to(next(m3.parameters()))
@@ -200,5 +200,5 @@ def _differs(m, at, error):
     because = f" ({error})" if error else ''
     return MGMTError(f"{what}{because}: does its code count axes? Write it in 3D, or with modules only")
 
-# %% ../nbs/07_inflate.ipynb #dd437912
+# %% ../nbs/07_inflate.ipynb #d1800051
 __getattr__ = moved_from('inflate')

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MOVES', 'moved_from']
 
-# %% ../nbs/00_moves.ipynb #74693537
+# %% ../nbs/00_moves.ipynb #9d217e07
 import warnings
 from importlib import import_module
 
-# %% ../nbs/00_moves.ipynb #7ee36e26
+# %% ../nbs/00_moves.ipynb #65bdad3e
 MOVES = dict(
     inflate=dict(fold='operators.as_images', unfold='operators.as_volumes', pad_depth='operators',
         InflatedConv3d='operators', SeparableConv3d='operators', BatchNormAct3d='operators',
@@ -18,19 +18,19 @@ MOVES = dict(
         checkpoint_blocks='convert'),
     all=dict(fold='operators.as_images', unfold='operators.as_volumes'))
 
-# %% ../nbs/00_moves.ipynb #e22e401b
+# %% ../nbs/00_moves.ipynb #578e7f5c
 def moved_from(
-    room:str, # Room that names have left
-): # A function for the room's `__getattr__`: from a name to what it means now
-    "How a room finds the names that left it. Warns with `DeprecationWarning`; unknown names raise `AttributeError`."
+    module:str, # Module that names have left
+): # A function for the module's `__getattr__`: from an old name to what it means now
+    "Find the names that left a module. Warns with `DeprecationWarning`; unknown names raise `AttributeError`."
     def find(name):
-        if name not in MOVES[room]: raise AttributeError(f"module 'mgmt_fast.{room}' has no attribute {name!r}")
-        to,_,new = MOVES[room][name].partition('.')
+        if name not in MOVES[module]: raise AttributeError(f"module 'mgmt_fast.{module}' has no attribute {name!r}")
+        to,_,new = MOVES[module][name].partition('.')
         new = new or name
-        warnings.warn(_where(room, name, to, new), DeprecationWarning, stacklevel=2)
+        warnings.warn(_where(module, name, to, new), DeprecationWarning, stacklevel=2)
         return getattr(import_module(f'mgmt_fast.{to}'), new)
     return find
 
-def _where(room, old, to, new):
-    now = f"mgmt_fast.{room}.{old} is mgmt_fast.{to}.{new} now"
+def _where(module, old, to, new):
+    now = f"mgmt_fast.{module}.{old} is mgmt_fast.{to}.{new} now"
     return f"{now}: use `from mgmt_fast.{to} import {new}`; the old import works until the next version"

@@ -7,7 +7,7 @@ __all__ = ['as_images', 'as_volumes', 'ChannelsInside', 'channels_inside', 'pad_
            'depth_profiles', 'separate_depth', 'merge_depth', 'BatchNormAct3d', 'conv_norm', 'InflatedPool3d',
            'volume_mean', 'scaled_conv', 'keep_freed_memory']
 
-# %% ../nbs/071_operators.ipynb #c611db57
+# %% ../nbs/071_operators.ipynb #d19e72ed
 import ctypes, math, sys
 
 import torch, torch.nn.functional as F
@@ -16,7 +16,7 @@ from fastcore.all import *
 from timm import layers as tl
 from .core import *
 
-# %% ../nbs/071_operators.ipynb #47c0cae6
+# %% ../nbs/071_operators.ipynb #f3159630
 def as_images(
     x:torch.Tensor, # (B,C,D,H,W)
 ) -> torch.Tensor: # (B*D,C,H,W), a view if `x` is `channels_last_3d`
@@ -25,7 +25,7 @@ def as_images(
     if x.shape[-1]==1: x = x.squeeze(-1).unsqueeze(-1) # a single channel's stride is arbitrary; torch expects 1
     return x.flatten(0,1).permute(0,3,1,2)
 
-# %% ../nbs/071_operators.ipynb #07b7959c
+# %% ../nbs/071_operators.ipynb #a935c56f
 def as_volumes(
     x:torch.Tensor, # (B*D,C,H,W)
     B:int, # Volumes in the batch
@@ -33,12 +33,12 @@ def as_volumes(
     "The way back from `as_images`."
     return x.permute(0,2,3,1).unflatten(0, (B,-1)).permute(0,4,1,2,3)
 
-# %% ../nbs/071_operators.ipynb #c5baf6bd
+# %% ../nbs/071_operators.ipynb #e77de8a1
 def _lines(x): "(B,C,D,H,W) to (B,C,D,H*W)"; return x.permute(0,2,3,4,1).flatten(2,3).permute(0,3,1,2)
 def _planes(x, hw): "The way back"; return x.permute(0,2,3,1).unflatten(2, hw).permute(0,4,1,2,3)
 def _across(x, f): "Apply `f` to (B,D,H,W,C)"; return f(x.permute(0,2,3,4,1)).permute(0,4,1,2,3)
 
-# %% ../nbs/071_operators.ipynb #3aa287be
+# %% ../nbs/071_operators.ipynb #25973c1e
 def _inside(x):
     "`x` with channels innermost in memory"
     return x.contiguous(memory_format=torch.channels_last if x.ndim==4 else torch.channels_last_3d)
@@ -67,7 +67,7 @@ def channels_inside(
         if p.ndim in (4,5): p.data = _inside(p.data)
     return model
 
-# %% ../nbs/071_operators.ipynb #e762540d
+# %% ../nbs/071_operators.ipynb #0e1c08a8
 def _windows(x, at, mode='replicate'):
     "Slices `a` to `b` of (B,C,D,...) for each (a,b) in `at`, padded beyond the ends, one after the other in the batch"
     D,x = x.shape[2],x.movedim(1, -1) # channels innermost, which `cat` cannot guess from a single slice
@@ -118,7 +118,7 @@ class _PadDepth(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g): return _unwindow_(g.clone(), ctx.at, ctx.D),None,None
 
-# %% ../nbs/071_operators.ipynb #2b3617e7
+# %% ../nbs/071_operators.ipynb #72b51bc6
 class _Skip(torch.autograd.Function):
     "Every s-th slice, with a gradient whose channels stay innermost"
     @staticmethod
@@ -136,7 +136,7 @@ class _Skip(torch.autograd.Function):
 
 def _skip(x, s): return x if s==1 else _Skip.apply(x, s)
 
-# %% ../nbs/071_operators.ipynb #d089839a
+# %% ../nbs/071_operators.ipynb #f1f2165e
 class _Depth:
     "How a convolution or pool treats the depth: kernel `k`, stride `s`, dilation `d`, padding `p`"
     def __init__(self, kernel, stride, dilation, padding, same=False, mode='replicate', ceil=False):
@@ -195,7 +195,7 @@ class _Depthwise(torch.autograd.Function):
         if ctx.needs_input_grad[1]: gw = _wide_grad(g, x, w, *ctx.args)
         return gx,gw,None,None,None,None
 
-# %% ../nbs/071_operators.ipynb #2522bd90
+# %% ../nbs/071_operators.ipynb #84f00b4f
 def _cast(*xs):
     "`xs` in the type of autocast, where it is on"
     dev = xs[0].device.type
@@ -218,7 +218,7 @@ def _conv2d(x, w, stride, padding, dilation, groups):
     if _is_wide(x, w, padding, dilation, groups): return _Depthwise.apply(*_cast(x, w), *args)
     return F.conv2d(x, w, None, *args)
 
-# %% ../nbs/071_operators.ipynb #91903acd
+# %% ../nbs/071_operators.ipynb #4c813625
 def _ends(D, k, s, d, p):
     "Where zeros stand for an end slice: (slice of the result, end slice, taps of the kernel that meet it)"
     for o in range((D+2*p-d*(k-1)-1)//s+1):
@@ -256,7 +256,7 @@ class _DepthConv(torch.autograd.Function):
 
 def _tap_sum(w, taps): return w[:,taps].sum(1, keepdim=True)
 
-# %% ../nbs/071_operators.ipynb #a37cf581
+# %% ../nbs/071_operators.ipynb #118ef1e0
 def _cut(x, along, lo, hi):
     "The slices (from,to) that a `conv3d` reads: all, or, where torch is slow, the fewest windows of equal size"
     s,span,D = along.s,along.span,x.shape[2]
@@ -404,7 +404,7 @@ class SeparableConv3d(InflatedConv3d):
         w = self.depth[:,None,:,None]
         return F.conv2d(pad_depth(lines, *pads, o.mode), w, None, (o.s,1), 0, (o.d,1), self.out_channels)
 
-# %% ../nbs/071_operators.ipynb #e9e35ade
+# %% ../nbs/071_operators.ipynb #a76ea963
 def depth_profiles(
     model3d:nn.Module, # 3D network
 ) -> set: # Names of weights in its state dict
@@ -597,7 +597,7 @@ class BatchNormAct3d(nn.BatchNorm3d):
 
 def _ends_in_silu(norm): return type(norm.act) is nn.SiLU and type(norm.drop) is nn.Identity
 
-# %% ../nbs/071_operators.ipynb #75a6d214
+# %% ../nbs/071_operators.ipynb #399bdf01
 def conv_norm(
     conv:nn.Module, # Convolution of volumes
     norm:nn.Module, # Its norm, with any activation
@@ -669,7 +669,7 @@ class InflatedPool3d(nn.Module):
 def _pair(x): return (x,x) if isinstance(x, int) else tuple(x)
 def _binomial(k): "Weights of a blur over k slices"; return [math.comb(k-1, i)/2**(k-1) for i in range(k)]
 
-# %% ../nbs/071_operators.ipynb #b1bd2125
+# %% ../nbs/071_operators.ipynb #c3d6f345
 class _Mean(torch.autograd.Function):
     "Mean over (D,H,W) whose gradient is not written out"
     @staticmethod
@@ -687,7 +687,7 @@ def volume_mean(
     "The mean over the volume, whose gradient takes no memory where the volume is large."
     return _Mean.apply(x) if _large(x) else x.mean((2,3,4))
 
-# %% ../nbs/071_operators.ipynb #422e2ed6
+# %% ../nbs/071_operators.ipynb #f780ba10
 def scaled_conv(
     conv:nn.Module, # Convolution of volumes
     x:torch.Tensor, # (B,C,D,H,W)
@@ -701,7 +701,7 @@ def scaled_conv(
     return _across(x, each)
 
 # %% ../nbs/071_operators.ipynb #cbef3718
-def keep_freed_memory() -> bool: # Is it done? Only the GNU C library (most of Linux) can
+def keep_freed_memory() -> bool: # Did it work? Only with the GNU C library (most of Linux)
     "Let this process keep the memory that it frees, 2 GiB of it at most."
     libc = ctypes.CDLL(None) if sys.platform=='linux' else None
     trim_threshold,mmap_max = -1,-4 # of <malloc.h>

@@ -355,7 +355,7 @@ def _widest(mask):
 def show_phantom(
     images:dict, # As `render_patient` returns them
     axs:list=None, # One axes per sequence; a new figure if None
-    title:str='', # What to say beside the sequence's name
+    title:str='', # Text after the sequence's name
     outline:bool=False, # Draw the tumour's outline?
 ): # The axes
     "Show the slice with most of the enhancing rim, in each sequence."
@@ -370,7 +370,7 @@ def show_phantom(
 
 # %% ../nbs/03_phantom.ipynb #5b3cb762
 def _rim_gadolinium(x, mask):
-    "mM of gadolinium that explain the rim's brightness in T1wCE beside the rest of the brain"
+    "mM of gadolinium that explain the rim's brightness in T1wCE relative to the rest of the brain"
     (tr,te,_),(t1,t2,pd) = _protocol['T1wCE'],_relaxation['rim']
     ratio = np.quantile(x[mask==3], .8)/np.median(x[(mask==0)&(x>0)])
     brain = (_signal('white',tr,te,None)+_signal('grey',tr,te,None))/2

@@ -197,7 +197,7 @@ def normalised_mutual_information(
     a:torch.Tensor, # (N,) intensities
     b:torch.Tensor, # (N,) intensities at the same places
     bins:int=16, # Of equal size, by rank
-) -> float: # 2 I(a,b)/(H(a)+H(b)): 0 where one tells nothing of the other, 1 where each tells the other
+) -> float: # 2 I(a,b)/(H(a)+H(b)): 0 where one says nothing about the other, 1 where each determines the other
     """Mutual information over the mean of the entropies.
 
     Source: the symmetric uncertainty of Press et al., *Numerical Recipes*, 14.7; bins by rank are ours."""
