@@ -1,9 +1,8 @@
-"""Do the intervals hold what they promise, and how long do they take?
-usage: python benchmarks/metrics.py [speed] [coverage] [alarms] [--reps 2000] [--boot 500] [--workers 2]
+"""How long do the metrics take, and do the tests hold what they promise? What the intervals cover: coverage.py.
+usage: python benchmarks/metrics.py [speed] [alarms] [--reps 2000] [--workers 2]
 speed: a million predictions, beside scikit-learn's AUC alone, in one run.
-coverage: studies are drawn from populations whose AUC is known, n patients, a share of them methylated; how many of their 95 % intervals hold the true AUC.
 alarms: how often p <= .05 where there is nothing to find; and how many studies of the size that `patients_needed` gives tell their AUC from .5.
-Without a choice, all three."""
+Without a choice, both."""
 import argparse, time
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
@@ -14,27 +13,17 @@ from machine import machine
 from mgmt_fast.core import rng_for
 from mgmt_fast.metrics import auc_ci, delong_test, patients_needed, permutation_test
 
-SIZES,AUCS,SHARES = (80,117,262),(.5,.6,.75,.95),(.5,.25)
+SIZES = (80,117,262)
 TESTS = {'permutation, against chance': (.5, lambda y,a,b: permutation_test(y,a,n_perm=499)),
          'permutation, two models': (.6, lambda y,a,b: permutation_test(y,a,b,n_perm=199)),
          'DeLong, two models': (.6, delong_test)}
 
 
 def study(auc, n, share, rng, models=1):
-    "Labels, and normal scores of so many models with that AUC, correlated .5; two patients of each class at least"
-    while not 2<=(y:=rng.random(n)<share).sum()<=n-2: pass
+    "Labels, and normal scores of so many models with that AUC, correlated .5; five patients of each class at least"
+    while not 5<=(y:=rng.random(n)<share).sum()<=n-5: pass
     common = rng.normal(size=n)
     return y, *(common*.5**.5+rng.normal(size=n)*.5**.5+y*np.sqrt(2)*norm.ppf(auc) for _ in range(models))
-
-
-def cover(cell, reps, boot):
-    share,n,auc = cell
-    rng = rng_for(0,'coverage',share,n,auc)
-    studies,rows = [study(auc,n,share,rng) for _ in range(reps)],[]
-    for method in ('delong','newcombe','bootstrap'):
-        cis = [auc_ci(*o, method, n_boot=boot) for o in (studies if method!='bootstrap' else studies[:reps//4])]
-        rows.append(dict(methylated=share, n=n, auc=auc, method=method, covered=100*np.mean([o.lo<=auc<=o.hi for o in cis]), width=np.mean([o.hi-o.lo for o in cis])))
-    return rows
 
 
 def alarm(cell, reps):
@@ -53,13 +42,6 @@ def spread(f, cells, *args, workers):
 
 
 def error(reps, p=.05): return f'{100*np.sqrt(p*(1-p)/reps):.2f}'
-
-
-def coverage(reps, boot, workers):
-    t = pd.DataFrame(sum(spread(cover, list(product(SHARES,SIZES,AUCS)), reps, boot, workers=workers), []))
-    t = t.pivot(index=['methylated','n','auc'], columns='method', values=['covered','width'])
-    print(f'\n95 % intervals that hold the true AUC, %, and their mean width; {reps} studies a cell (standard error {error(reps)}), bootstrap {reps//4} ({error(reps//4)}) of {boot} resamples')
-    print(t.round({c: 1 if c[0]=='covered' else 3 for c in t}).to_string())
 
 
 def alarms(reps, workers):
@@ -84,11 +66,10 @@ def speed(n=10**6, rounds=5):
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('what', nargs='*', choices=['speed','coverage','alarms',[]], default=[])
-    for k,v in dict(reps=2000, boot=500, workers=2).items(): ap.add_argument(f'--{k}', type=int, default=v)
+    ap.add_argument('what', nargs='*', choices=['speed','alarms',[]], default=[])
+    for k,v in dict(reps=2000, workers=2).items(): ap.add_argument(f'--{k}', type=int, default=v)
     args = ap.parse_args()
-    what = args.what or ['speed','coverage','alarms']
+    what = args.what or ['speed','alarms']
     print(machine())
     if 'speed' in what: speed()
-    if 'coverage' in what: coverage(args.reps, args.boot, args.workers)
     if 'alarms' in what: alarms(args.reps, args.workers)

@@ -12,7 +12,7 @@ import inspect, itertools, math
 from .core import *
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
-from fastcore.all import NS, store_attr, listify, first
+from fastcore.all import NS, store_attr, listify, first, patch
 from fasttransform import ItemTransform
 
 # %% ../nbs/06_augment.ipynb #aefbc24a
@@ -731,6 +731,22 @@ def mgmt_augs(
         RandCutOut(r.cutout, r.cutout_p)]
     parts = [p for p in parts if p.ever()]
     return [ComposeAugs(parts, seed, spacing)] if parts else []
+
+# %% ../nbs/06_augment.ipynb #1261553f
+_as_choices = dict( # class: its attributes that are called otherwise in a recipe
+    RandEqualize=dict(p='equalize_p', over='equalize_over'), RandThickSlices=dict(thick='thick_slices', p='thick_slices_p'),
+    RandBlur=dict(p='blur_p'), RandBiasField=dict(bias='bias_field', p='bias_field_p'), RandCutOut=dict(p='cutout_p'),
+    RandNoise=dict(p='noise_p', kind='noise_kind'), RandLighting=dict(p='lighting_p', over='contrast_over'))
+
+@patch
+def choices(
+    self:RandAug,
+) -> dict: # Choice of a recipe to its value
+    "What this transform does, as choices of a recipe."
+    if hasattr(self, 'parts'): return {k:v for p in self.parts for k,v in p.choices().items()}
+    name = _as_choices.get(type(self).__name__, {})
+    own = [k for k in inspect.signature(type(self).__init__).parameters if k not in ('self','seed','spacing','waves')]
+    return {name.get(k,k): getattr(self,k) for k in own}
 
 # %% ../nbs/06_augment.ipynb #1b6e5739
 def tta_views(

@@ -337,7 +337,8 @@ _stem = ("how other channels than RGB enter: 'sum' of the RGB weights, "
 choice('backbones', 'stem', _stem, default='sum', published='adapter', winner='sum')
 _pretrained = ('True: 2D ImageNet weights from the hub; '
     'a path: from a file or a folder of `mgmt_weights`; False: none')
-choice('backbones', 'pretrained', _pretrained, default=False, published=True, winner=False)
+choice('backbones', 'pretrained', _pretrained, Allowed.one_of(True,False)|Allowed.path(),
+    default=False, published=True, winner=False)
 
 # %% ../nbs/08_backbones.ipynb #38e5ee6c
 def _make(arch, in_chans, pretrained, mode, anisotropic, depth_padding):
@@ -391,7 +392,7 @@ def _make_timm_3d(name, in_chans, pretrained, mode, anisotropic):
     else: state = read_weights(pretrained, name)
     return net,inflate_weights(state, net, mode),mean,std
 
-# %% ../nbs/08_backbones.ipynb #692b11f3
+# %% ../nbs/08_backbones.ipynb #37eb72e5
 def take_norm(
     net:nn.Module, # Changed in place
 ) -> nn.Module: # The norm, or None
@@ -402,7 +403,7 @@ def take_norm(
     new.load_state_dict(norm.state_dict())
     return new
 
-# %% ../nbs/08_backbones.ipynb #ef580bd4
+# %% ../nbs/08_backbones.ipynb #aad046dc
 def _measure(net, in_chans):
     "(F, depth stride) of a network, by running it if it does not say"
     if hasattr(net, 'num_features') and hasattr(net, 'depth_stride'): return net.num_features,net.depth_stride
@@ -416,7 +417,7 @@ def _no_features(f):
     rule = "features (B,F,d,h,w), before any pool or classifier, or have `forward_features`"
     return MGMTError(f"the network must end in {rule}; it gave {gave}")
 
-# %% ../nbs/08_backbones.ipynb #8f583d28
+# %% ../nbs/08_backbones.ipynb #09e2ccd1
 def _monai_names(model):
     "Weights of a `resnet10` under the names that they have in MONAI"
     names = {}

@@ -67,7 +67,8 @@ def _classify(name, X, y, n_folds, seed):
     row = dict(baseline=name, n=len(y), auc=np.nan, lo=np.nan, hi=np.nan, p=np.nan)
     p = _score(X, y, n_folds, seed)
     if p is None: return {**row, 'note':'equal for all patients'}
-    return {**row, **auc_ci(y, p), 'p':permutation_test(y, p, alternative='greater', seed=seed).p, 'note':''}
+    auc,chance = auc_ci(y, p),permutation_test(y, p, alternative='greater', seed=seed)
+    return {**row, **auc, 'interval':AUC_METHODS[auc.name], 'p':chance.p, 'note':''}
 
 # %% ../nbs/13_baselines.ipynb #3dbdd556
 def baselines(
@@ -77,11 +78,11 @@ def baselines(
     n_folds:int=5, # Of the logistic regressions
     seed:int=0, # Of their folds, and of the permutations
     progress:bool=True, # Show a progress bar
-) -> pd.DataFrame: # baseline, n, auc, lo, hi, p (better than chance, by permutation), p_holm, note
+) -> pd.DataFrame: # baseline, n, auc, lo, hi, interval (its method), p (better than chance), p_holm, note
     """What a model has to beat, and what must not beat chance.
 
-    The AUC of each is that of a cross-validated logistic regression with DeLong's interval; for permuted labels,
-    the mean and the range of 95 % of the permutations.
+    The AUC of each is that of a cross-validated logistic regression with the default interval of `auc_ci`; for permuted
+    labels, the mean and the range of 95 % of the permutations.
     Raises `MGMTError` on fewer than `n_folds` patients of a class."""
     t = store.table[store.table.label.notna()]
     y = t.label.astype(int).to_numpy()
@@ -90,7 +91,7 @@ def baselines(
     if preds is not None: rows.append(_permuted(preds, seed))
     for k,X in shortcut_features(store, progress).items(): rows.append(_classify(k, X.loc[t.patient], y, n_folds, seed))
     if clinical is not None: rows += _clinical(t.patient, y, clinical, n_folds, seed)
-    return _judged(pd.DataFrame(rows, columns=['baseline','n','auc','lo','hi','p','note']))
+    return _judged(pd.DataFrame(rows, columns=['baseline','n','auc','lo','hi','interval','p','note']))
 
 def _too_few(y, n_folds):
     has = f"received {y.sum()} methylated and {(1-y).sum()} unmethylated"
@@ -109,7 +110,7 @@ _shift = 'beats chance: the label shifts brightness or size of the whole image; 
 
 def _judged(t):
     "The table with Holm's p-values, and what they say"
-    t.insert(6, 'p_holm', np.nan)
+    t.insert(7, 'p_holm', np.nan)
     tested = t.p.notna()
     if tested.any(): t.loc[tested,'p_holm'] = holm(t.p[tested])
     beats = tested & (t.p_holm<.05) & ~t.baseline.isin(_clinical_names)
@@ -118,7 +119,7 @@ def _judged(t):
     t.loc[tested & (t.p_holm>=.05),'note'] = 'no better than chance here'
     return t
 
-# %% ../nbs/13_baselines.ipynb #7526e6aa
+# %% ../nbs/13_baselines.ipynb #3f61cb00
 def _clinical(patients, y, clinical, n_folds, seed):
     "Baselines of age, sex and both, on the patients of whom they are known"
     X = _numbers(clinical, patients)
@@ -146,7 +147,8 @@ def _permuted(preds, seed, n=1000):
     aucs = [delong_parts(rng.permutation(y), p)[0] for _ in range(n)]
     lo,hi = np.quantile(aucs, [.025,.975])
     note = '95 % of the permutations lie in the range: what chance alone gives'
-    return dict(baseline='permuted labels', n=len(y), auc=np.mean(aucs), lo=lo, hi=hi, note=note)
+    found = dict(auc=np.mean(aucs), lo=lo, hi=hi, interval='permutations')
+    return dict(baseline='permuted labels', n=len(y), **found, note=note)
 
 # %% ../nbs/13_baselines.ipynb #b8dfead5
 _ages,_age_names = [0,50,60,70,np.inf],['0 to 49','50 to 59','60 to 69','70 and above']
@@ -168,10 +170,11 @@ def subgroups(
     table:pd.DataFrame, # patient, and any of site, scanner, sex, age (years); of TCGA barcodes the site is known
     least:int=20, # Fewest patients of a group that gets numbers
     least_class:int=5, # Fewest of each class among them
-) -> pd.DataFrame: # One row per group and level: n, methylated, auc, said, seen, intercept, slope, their limits, note
+) -> pd.DataFrame: # One row per group and level: n, methylated, auc, interval, said, seen, intercept, slope, note
     """AUC and calibration of each site, scanner, sex and age band, with intervals; small groups get a note instead.
 
-    `said` is the mean probability, `seen` the share methylated; limits of intervals end in `_lo` and `_hi`."""
+    `said` is the mean probability, `seen` the share methylated; `interval` is the method of the AUC's interval.
+    Limits of intervals end in `_lo` and `_hi`."""
     g,t,rows = _groups(table),preds.assign(key=preds.patient.map(id_key)),[]
     unknown = sorted(set(t.key)-set(g.key))
     if unknown: raise _not_in_table(unknown)
@@ -184,7 +187,7 @@ def subgroups(
     res['note'] = res.note.astype(object).fillna('')
     return res
 
-_columns = '''group level n methylated auc auc_lo auc_hi said seen
+_columns = '''group level n methylated auc auc_lo auc_hi interval said seen
     intercept intercept_lo intercept_hi slope slope_lo slope_hi note'''.split()
 
 def _not_in_table(unknown):
@@ -198,6 +201,7 @@ def _judge(y, p, least, least_class):
         return dict(**row, note=f'too few for a number: {least} patients and {least_class} of each class are needed')
     try: auc,cal = auc_ci(y, p),calibration(y, p)
     except MGMTError as e: return dict(**row, note=str(e))
-    row |= dict(**auc.rename(dict(lo='auc_lo',hi='auc_hi')), said=p.mean(), seen=y.mean())
+    how = AUC_METHODS[auc.name]
+    row |= dict(**auc.rename(dict(lo='auc_lo',hi='auc_hi')), interval=how, said=p.mean(), seen=y.mean())
     for k in ('intercept','slope'): row |= {k:cal.value[k], f'{k}_lo':cal.lo[k], f'{k}_hi':cal.hi[k]}
     return row

@@ -16,7 +16,6 @@ from .cohort import cohort_report, find_cohort, kaggle_cohort
 from .phantom import make_phantom, phantom_bound, read_side_table
 from .prepare import VolumeStore, prepare
 from .loader import mgmt_dls, show_batch
-from .augment import mgmt_augs
 from .backbones import mgmt_weights as fetch_weights
 from .learner import mgmt_learner, predict, save_model
 from .metrics import auc_ci
@@ -85,10 +84,10 @@ def mgmt_prepare(
     labels:Path=None, # Label table, where the folder has none
     sequences:str=','.join(SEQUENCES), # Sequences, joined by commas
     size:str=None, # Voxels DxHxW; the recipe's if not given (64x256x256)
-    recipe:str='default', # Recipe
+    recipe:str='default', # Recipe, by name or as a YAML file
     n_workers:int=None, # Processes; one per core if not given
 ):
-    "Crop, resample and normalise a cohort once, into a store; run again to finish after a stop"
+    "Crop, resample and normalise a cohort once, into a store; run again to finish after a stop, or after labels or scans changed"
     cohort = _cohort(root, labels=labels)
     store = prepare(cohort, dest, sequences, size=size, recipe=recipe, n_workers=n_workers)
     print(f'{dest}: {store}')
@@ -104,14 +103,14 @@ def mgmt_train(
     fold:int=0, # Fold that validates, of 5
     epochs:int=None, # Passes over the patients, at most; the recipe's if not given
     lr:float=None, # Learning rate; the recipe's if not given
-    bs:int=8, # Patients per batch
+    bs:int=None, # Patients per batch; the recipe's if not given
     seed:int=0, # Of folds, order and initial weights
-    recipe:str='default', # Recipe
+    recipe:str=None, # Recipe, by name or as a YAML file such as a training writes; the store's if not given
+    labels:Path=None, # Label table that goes before what the store knows
 ):
     "Train one model on a store; writes model.safetensors, model.json, history.csv and figures. Run again to finish after a stop; with `accelerate launch` before it, on several processes"
-    changes = {k:v for k,v in dict(arch=arch,epochs=epochs,lr=lr).items() if v is not None}
-    store,recipe = VolumeStore(store),get_recipe(recipe, **changes)
-    learn = _train(store, dest, recipe, sequences, fold=fold, bs=bs, seed=seed, augs=mgmt_augs(recipe, seed=seed, spacing=store.spacing))
+    store = VolumeStore(store, labels)
+    learn = _train(store, dest, _recipe(store, recipe, arch=arch, epochs=epochs, lr=lr, bs=bs), sequences, fold=fold, seed=seed)
     if rank_distrib(): return 0
     v = learn.recorder.values[learn.save_best.best_epoch]
     print(f'{dest}/model: weights of epoch {learn.save_best.best_epoch}, validation loss {v[1]:.4f}, AUC {v[2]:.3f} on {len(learn.dls.valid.dataset)} patients (chosen on them: not an estimate of the AUC on others)')
@@ -123,10 +122,14 @@ from mgmt_fast.callbacks import DistributedTraining
 from mgmt_fast.inflate import keep_freed_memory
 from mgmt_fast.learner import recipe_dls
 
-def _train(store, dest, recipe, sequences=None, fold=0, bs=8, seed=0, augs=None):
+def _recipe(store, recipe, **given):
+    "The recipe of a command on a store: the store's or another, with what was given"
+    return get_recipe(store.recipe if recipe is None else recipe, **{k:v for k,v in given.items() if v is not None})
+
+def _train(store, dest, recipe, sequences=None, fold=0, seed=0):
     if num_distrib()>1: DistributedTraining()
     keep_freed_memory()
-    dls = recipe_dls(store, get_recipe(recipe, bs=bs), sequences, fold=fold, seed=seed, augs=augs)
+    dls = recipe_dls(store, recipe, sequences, fold=fold, seed=seed)
     learn = mgmt_learner(dls, recipe=recipe, path=dest, seed=seed)
     batch = dls.train.one_batch()
     if rank_distrib(): # the first process speaks for all
@@ -146,7 +149,7 @@ def _save(ax, path):
 # %% ../nbs/90_cli.ipynb #665ecbf2
 @_command
 def mgmt_predict(
-    model:Path, # Model that `mgmt_train` wrote, e.g. run/model
+    model:Path, # Folder of a training or of a bundle, or a model in it, e.g. run/model
     root:Path, # Folder of scans: competition, BraTS, TCGA, or one patient's
     out:Path='predictions.csv', # Table to write: patient, prob, note
     split:str=None, # `train` or `test`, of a competition folder
@@ -195,13 +198,13 @@ def mgmt_sweep(
     bs:int=None, # Patients per batch; the recipe's if not given
     n_folds:int=5, # Folds, stratified by label
     seed:int=0, # Of folds, order and initial weights
-    recipe:str='default', # Recipe
+    recipe:str=None, # Recipe, by name or as a YAML file; the store's if not given
     n_jobs:int=1, # Runs at once
     scheduler:str=None, # Address of a dask scheduler, e.g. tcp://host:8786, to run on its workers
 ):
     "Train a table of runs, a row each into sweep.csv; run again to finish after a stop"
     keep_freed_memory()
-    recipe = get_recipe(recipe, **{k:v for k,v in dict(epochs=epochs,lr=lr,bs=bs).items() if v is not None})
+    recipe = _recipe(VolumeStore(store), recipe, epochs=epochs, lr=lr, bs=bs)
     runs = pd.read_csv(table) if table else sweep_table(archs.split(','), sequences.split(','), [int(f) for f in folds.split(',')])
     if scheduler:
         from dask.distributed import Client
@@ -235,13 +238,16 @@ def mgmt_evaluate(
     epochs:int=None, # Passes over the patients, at most; the recipe's if not given
     lr:float=None, # Learning rate; the recipe's if not given
     bs:int=None, # Patients per batch; the recipe's if not given
-    recipe:str='default', # Recipe
+    recipe:str=None, # Recipe, by name or as a YAML file; the store's if not given
+    labels:Path=None, # Label table that goes before what the store knows
     clinical:Path=None, # Table with patient and any of site, scanner, sex, age
     bundle:Path=None, # Folder for all models, frozen for `mgmt_external`
 ):
     "Cross-validate, and write what can be said of it: tables, figures and one page; run again to finish after a stop"
     keep_freed_memory()
-    dest,store,recipe = Path(dest),VolumeStore(store),get_recipe(recipe, **{k:v for k,v in dict(epochs=epochs,lr=lr,bs=bs).items() if v is not None})
+    dest,store = Path(dest),VolumeStore(store, labels)
+    recipe = _recipe(store, recipe, epochs=epochs, lr=lr, bs=bs)
+    save_recipe(recipe, dest/'recipe.yaml')
     oof = cross_validate(store, dest, archs and archs.split(','), store.sequences if sequences=='all' else sequences, recipe, folds, repeats, seeds, seed, inner=inner, nested=nested, tta=tta)
     table = results_table(oof)
     print(show_results(table).to_string())
@@ -259,13 +265,13 @@ def mgmt_external(
     bundle:Path, # Folder that `mgmt_evaluate --bundle` wrote
     root:Path, # Folder of scans, or a store prepared by the bundle's recipe
     dest:Path=None, # Folder for the signed result; the bundle's if not given
-    labels:Path=None, # Label table, where the folder has none
+    labels:Path=None, # Label table, where the folder has none, or in place of what the store knows
     split:str=None, # `train` or `test`, of a competition folder
     leakage:Path=None, # Table of a leakage audit: test, verdict
     override:str=None, # Differences of preparation to accept, joined by commas: space, spacing, skull
 ):
     "Test a frozen bundle on patients from elsewhere, once; whatever would be chosen there was chosen before"
-    cohort = VolumeStore(root) if (Path(root)/'store.json').exists() else _cohort(root, labels=labels, split=split)
+    cohort = VolumeStore(root, labels) if (Path(root)/'store.json').exists() else _cohort(root, labels=labels, split=split)
     res = external_test(bundle, cohort, dest, leakage, override.split(',') if override else ())
     for part in ('all','without_suspected'):
         if res[part] and 'why' in res[part]: print(f"{part}: {res[part]['why']}")
@@ -334,9 +340,10 @@ def mgmt_demo(
     "Phantom cohort, store, training, prediction of held-out patients, and its AUC beside the best attainable"
     start,dest,sequences = time.perf_counter(),Path(dest)/f'auc{auc:g}-seed{seed}',('FLAIR','T1wCE')
     make_phantom(dest/'cohort', n=n, auc=auc, seed=seed, test=1/4, slices=24, size=80, sequences=sequences)
-    recipe = get_recipe('default', size=(32,48,48), arch='resnet18', schedule='one_cycle', lr=2e-3, epochs=epochs, patience=epochs)
+    mirrored = get_recipe('none', flip='w').room('augment')
+    recipe = get_recipe('default', size=(32,48,48), arch='resnet18', schedule='one_cycle', lr=2e-3, epochs=epochs, patience=epochs, **mirrored)
     store = prepare(kaggle_cohort(dest/'cohort'), dest/'store', sequences, recipe=recipe)
-    _train(store, dest, recipe, seed=seed, augs=mgmt_augs(get_recipe('none', flip='w'), seed=seed))
+    _train(store, dest, recipe, seed=seed)
     preds = predict(dest/'model', kaggle_cohort(dest/'cohort','test'))
     with atomic_path(dest/'predictions.csv') as tmp: preds.to_csv(tmp, index=False)
     truth = read_side_table(dest/'cohort').set_index('patient').label

@@ -39,7 +39,10 @@ def expected_ci(
     Source: Newcombe 2006, Stat. Med. 25:559, method 5. Raises `MGMTError` on arguments out of range."""
     if not (0<=auc<=1 and 0<share<1 and n*min(share,1-share)>=2): raise MGMTError(f"an AUC lies in [0,1], and an interval needs two patients of each class; received auc={auc}, {n} patients, {share:.1%} methylated")
     def far(t): return abs(auc-t)-norm.ppf(.5+level/2)*auc_se(t, n*share, n*(1-share))
-    return pd.Series(dict(auc=auc, lo=brentq(far, 0, auc) if auc>0 else 0., hi=brentq(far, auc, 1) if auc<1 else 1.))
+    tiny = 1e-9 # at 0 and 1 an AUC has no spread, so a root lies there too, which is none of the interval's
+    lo = brentq(far, 0, min(auc,1-tiny)) if auc>0 else 0.
+    hi = brentq(far, max(auc,tiny), 1) if auc<1 else 1.
+    return pd.Series(dict(auc=auc, lo=lo, hi=hi), name='newcombe')
 
 # %% ../nbs/10_consistency.ipynb #f4887b88
 def patients_needed(
@@ -58,10 +61,12 @@ def patients_needed(
 
 # %% ../nbs/10_consistency.ipynb #ac8ec980
 def auc_bounds(
-    sensitivity:float, # At any one threshold
-    specificity:float, # At the same
+    sensitivity:float, # At any one threshold; or its average
+    specificity:float, # At the same; or its average
+    averaged:bool=False, # Are they, and the AUC, averages over several models on the same patients?
 ) -> tuple: # Lowest and highest AUC that any scores can have
     "What sensitivity and specificity at one threshold leave for the AUC."
+    if averaged: return max(0, sensitivity+specificity-1), min(1, sensitivity+specificity)
     return sensitivity*specificity, 1-(1-sensitivity)*(1-specificity)
 
 # %% ../nbs/10_consistency.ipynb #5d1312f9
@@ -92,12 +97,13 @@ def as_numbers(
 
 # %% ../nbs/10_consistency.ipynb #bc4365ba
 _figures = ('accuracy','auc','loss','sensitivity','specificity')
+_about = ('minority','n','runs','thresholds','threshold')
 
 def _half_unit(x):
     "Half a unit of the last digit that a figure is given with; two digits are taken for granted"
     return np.nan if np.isnan(x) else np.clip(.5*10.**Decimal(repr(float(x))).normalize().as_tuple().exponent, 1e-9, .005)
 
-def _read_table(table, minority):
+def _read_table(table, minority, threshold):
     "One row a result, figures as shares; and the columns that name the row"
     t = pd.DataFrame(table)
     if t.columns.nlevels>1:
@@ -110,38 +116,91 @@ def _read_table(table, minority):
     for o in seen: t[o] = as_numbers(t[o], o)
     for o in seen:
         if o!='loss' and t[o].median()>2: t[o] = (t[o]/100).round(12)
-    names = [o for o in t if o not in (*_figures,'minority','n') and not pd.api.types.is_numeric_dtype(t[o])]
+    names = [o for o in t if o not in (*_figures,*_about,'interval') and not pd.api.types.is_numeric_dtype(t[o])]
     t['where'] = t[names].astype(str).agg(', '.join, axis=1) if names else [f'row {i}' for i in range(len(t))]
     if minority is not None: t['minority'] = t['set'].map(minority) if isinstance(minority, dict) else minority
-    t = t.reindex(columns=uniqueify([*names,'where',*_figures,'minority','n']))
+    t = t.reindex(columns=uniqueify([*names,'where',*_figures,*_about]))
+    t = t.fillna(dict(runs=1, thresholds=1, threshold=threshold))
     bad = t.minority[(t.minority<=0)|(t.minority>.5)]
     if len(bad): raise MGMTError(f"the minority's share lies in (0,.5]; received {bad.iloc[0]:g}: the share of the other class?")
     return t, names
 
 # %% ../nbs/10_consistency.ipynb #f86e89a8
-def _row_findings(r, threshold):
-    "What one row says that cannot be, or that asks something of the balance"
-    a,auc,loss,s,c,share,n = (r[o] for o in (*_figures,'minority','n'))
-    out = [o for o in _figures if r[o]<0 or o!='loss' and r[o]>1]
-    for o in out: yield 'range','impossible',f"{o} {r[o]:g}: no such figure exists"
-    if out: return
-    ha,hu,hl,hs,hc,hm = map(_half_unit, (a,auc,loss,s,c,share))
-    lo,hi = auc_bounds(max(0,s-hs),max(0,c-hc))[0],auc_bounds(min(1,s+hs),min(1,c+hc))[1]
-    if auc+hu<lo or auc-hu>hi: yield 'auc and sensitivity','impossible',f"sensitivity {s:g} and specificity {c:g} leave {lo:.4f} to {hi:.4f} for the AUC, whatever the scores; it says {auc:g}"
+def _ranges(r):
+    "Figures that do not exist"
+    for o in _figures:
+        if r[o]<0 or o!='loss' and r[o]>1: yield 'range','impossible',f"{o} {r[o]:g}: no such figure exists"
+
+def _auc_and_sensitivity(r):
+    "One threshold's sensitivity and specificity against the AUC"
+    s,c,auc,u = r.sensitivity,r.specificity,r.auc,_half_unit(r.auc)
+    hs,hc,averaged = _half_unit(s),_half_unit(c),r.runs>1
+    lo = auc_bounds(max(0,s-hs), max(0,c-hc), averaged)[0]
+    hi = auc_bounds(min(1,s+hs), min(1,c+hc), averaged)[1]
+    if auc+u<lo or auc-u>hi: yield 'auc and sensitivity','impossible',_left(s, c, lo, hi, auc)
+
+def _left(s, c, lo, hi, auc):
+    limits = f"{lo:.4f} to {hi:.4f} for the AUC, whatever the scores"
+    return f"sensitivity {s:g} and specificity {c:g} leave {limits}; it says {auc:g}"
+
+def _auc_and_accuracy(r):
+    "One threshold's accuracy against the AUC"
+    a,auc,share,n = r.accuracy,r.auc,r.minority,r.n
+    ha,hu = _half_unit(a),_half_unit(auc)
     limit = np.nanmin([.5, (1-a+ha)/max(1-auc-hu,1e-12), (a+ha)/max(auc-hu,1e-12)])
     need = f"accuracy {a:g} with AUC {auc:g} needs a minority share of at most {limit:.2%}, whatever the scores"
-    if share-hm>limit: yield 'auc and accuracy','impossible',f"{need}; it is {share:.2%}"
-    elif n*limit<1: yield 'auc and accuracy','impossible',f"{need}; {n:.0f} patients of both classes have at least {1/n:.2%}"
+    few = f"{need}; {n:.0f} patients of both classes have at least {1/n:.2%}"
+    if share-_half_unit(share)>limit: yield 'auc and accuracy','impossible',f"{need}; it is {share:.2%}"
+    elif n*limit<1: yield 'auc and accuracy','impossible',few
     elif np.isnan(share) and limit<.5: yield 'auc and accuracy','condition',need
-    tol = ha+max(hs,hc)
-    gaps = [abs(o*s+(1-o)*c-a) for o in (share,1-share)]
-    if a<min(s,c)-tol or a>max(s,c)+tol: yield 'accuracy and sensitivity','impossible',f"an accuracy lies between sensitivity and specificity, {s:g} and {c:g}; it says {a:g}"
-    elif min(gaps)>tol+hm*abs(s-c): yield 'accuracy and sensitivity','impossible',f"sensitivity {s:g} and specificity {c:g} make an accuracy of {share*s+(1-share)*c:.4f} or {(1-share)*s+share*c:.4f} at a minority share of {share:.2%}; it says {a:g}"
-    elif np.isnan(share) and abs(s-c)>10*tol: yield 'accuracy and sensitivity','condition',f"accuracy {a:g} with sensitivity {s:g} and specificity {c:g} needs a methylated share of {(a-c)/(s-c):.2%}"
-    low,high = loss_bounds(min(1,a+ha),threshold)[0],loss_bounds(1.,threshold)[1]
-    if loss+hl<low: yield 'loss and accuracy','impossible',f"{1-a:.2%} errors cost a log loss of at least {low:.4f}, whatever the probabilities; it says {loss:g}"
-    if loss-hl>high and n*(1-a+ha)<1: yield 'loss and accuracy','impossible',f"without an error the log loss is at most {high:.4f}, whatever the probabilities; it says {loss:g}"
-    elif loss-hl>high and np.isnan(n) and a==1: yield 'loss and accuracy','condition',f"log loss {loss:g} needs an error that the rounding of the accuracy hides, so at least {np.ceil(1/ha):.0f} patients"
+
+def _accuracy_and_sensitivity(r):
+    "The accuracy as a mean of sensitivity and specificity, however the patients were called"
+    a,s,c,share = r.accuracy,r.sensitivity,r.specificity,r.minority
+    tol = _half_unit(a)+max(_half_unit(s), _half_unit(c))
+    gap = min(abs(o*s+(1-o)*c-a) for o in (share,1-share))
+    what = 'accuracy and sensitivity'
+    if a<min(s,c)-tol or a>max(s,c)+tol: yield what,'impossible',_outside(a, s, c)
+    elif gap>tol+_half_unit(share)*abs(s-c): yield what,'impossible',_no_mean(a, s, c, share)
+    elif np.isnan(share) and abs(s-c)>10*tol: yield what,'condition',_needed_share(a, s, c)
+
+def _outside(a, s, c): return f"an accuracy lies between sensitivity and specificity, {s:g} and {c:g}; it says {a:g}"
+
+def _no_mean(a, s, c, share):
+    either = f"{share*s+(1-share)*c:.4f} or {(1-share)*s+share*c:.4f}"
+    made = f"sensitivity {s:g} and specificity {c:g} make an accuracy of {either}"
+    return f"{made} at a minority share of {share:.2%}; it says {a:g}"
+
+def _needed_share(a, s, c):
+    need = f"needs a methylated share of {(a-c)/(s-c):.2%}"
+    return f"accuracy {a:g} with sensitivity {s:g} and specificity {c:g} {need}"
+
+def _loss_and_accuracy(r):
+    "The log loss against the errors, at the threshold farthest from .5"
+    a,loss,n,ha,hl = r.accuracy,r.loss,r.n,_half_unit(r.accuracy),_half_unit(r.loss)
+    low,high = loss_bounds(min(1,a+ha), r.threshold)[0],loss_bounds(1., r.threshold)[1]
+    much,what = loss-hl>high,'loss and accuracy'
+    if loss+hl<low: yield what,'impossible',_too_low(1-a, low, loss)
+    if much and n*(1-a+ha)<1: yield what,'impossible',_too_high(high, loss)
+    elif much and np.isnan(n) and a==1: yield what,'condition',_hidden_error(loss, ha)
+
+def _too_low(errors, low, loss):
+    return f"{errors:.2%} errors cost a log loss of at least {low:.4f}, whatever the probabilities; it says {loss:g}"
+
+def _too_high(high, loss):
+    return f"without an error the log loss is at most {high:.4f}, whatever the probabilities; it says {loss:g}"
+
+def _hidden_error(loss, ha):
+    need = "needs an error that the rounding of the accuracy hides"
+    return f"log loss {loss:g} {need}, so at least {np.ceil(1/ha):.0f} patients"
+
+def _row_findings(r):
+    "What one row says that cannot be, or that asks something of the balance"
+    out = list(_ranges(r))
+    if out: return out
+    one = r.thresholds<=1 # thresholds that differ from fold to fold say nothing about one ranking of all
+    checks = [*one*[_auc_and_sensitivity,_auc_and_accuracy],_accuracy_and_sensitivity,_loss_and_accuracy]
+    return [o for f in checks for o in f(r)]
 
 def _equal_rows(t):
     "Rows that agree in all of at least two figures"
@@ -164,14 +223,23 @@ def _external_above(t, names, gap):
 
 # %% ../nbs/10_consistency.ipynb #ab54611b
 def check_consistency(
-    table, # One row a result: any of accuracy, auc, loss, sensitivity, specificity; where known minority and n; text columns name the row, `set` tells 'validation' from other patients, the first other one names the model. Or the figures as one level of the columns
+    table, # One row per result: accuracy, auc, loss, sensitivity, specificity, or some; or a level of columns of these
     minority=None, # Share of the smaller class, in (0,.5]: one for all rows or a dict by `set`; None: the column's, or unknown
-    threshold:float=.5, # Probability that the accuracy was counted at
+    threshold:float=.5, # Probability that the accuracy was counted at, where no column says
     gap:float=.1, # How far an external AUC may be above validation where the numbers of patients are unknown
-) -> pd.DataFrame: # One row a finding: where, check, verdict, finding; verdict is 'impossible', 'suspect', or 'condition' (on what is not told)
-    """Find the figures of a table that cannot be, and those that should not be. A column of shares whose median exceeds 2 is read as per cent; what rounding may have hidden counts in the table's favour.
+) -> pd.DataFrame: # One row per finding: where, check, verdict, finding
+    """Find the figures of a table that cannot be, and those that should not be.
+
+    Further columns that are read: `minority` and `n`; `runs`, how many sets of scores the figures are the mean of;
+    `thresholds`, how many one such set was cut at; `threshold`, of several the one farthest from .5. A row that does
+    not tell is taken for one set of scores, cut at one threshold. Columns of text name the row: `set` tells
+    'validation' from other patients, the first other one names the model. A column of shares whose median exceeds 2 is
+    read as per cent, and what rounding may have hidden counts in the table's favour.
+
+    A verdict is 'impossible', 'suspect', or 'condition': it depends on what is not told.
 
     Raises `MGMTError` on a table without any of the figures, or a minority of more than half."""
-    t,names = _read_table(table, minority)
-    rows = [(r['where'],*o) for _,r in t.iterrows() for o in _row_findings(r, threshold)]
-    return pd.DataFrame([*rows, *_equal_rows(t), *_external_above(t, names, gap)], columns=['where','check','verdict','finding'])
+    t,names = _read_table(table, minority, threshold)
+    rows = [(r['where'],*o) for _,r in t.iterrows() for o in _row_findings(r)]
+    rows += [*_equal_rows(t), *_external_above(t, names, gap)]
+    return pd.DataFrame(rows, columns=['where','check','verdict','finding'])

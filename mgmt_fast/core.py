@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SEQUENCES', 'MGMTError', 'unknown_name', 'check_sequences', 'Volume', 'montage', 'TensorMR', 'rng_for',
-           'seed_everything', 'make_folder', 'atomic_path', 'write_json', 'reserve_array', 'track', 'choice',
-           'same_choices', 'Recipe', 'get_recipe']
+           'seed_everything', 'make_folder', 'atomic_path', 'write_json', 'reserve_array', 'array_start', 'track',
+           'Allowed', 'choice', 'check_choice', 'same_choices', 'choice_names', 'Recipe', 'get_recipe', 'save_recipe',
+           'read_recipe', 'follow_recipe']
 
 # %% ../nbs/00_core.ipynb #3cf4ead2
-import difflib, json, os, tempfile, warnings, zlib
+import difflib, io, json, math, numbers, os, re, tempfile, warnings, zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-import nibabel as nib, numpy as np, pandas as pd, torch
+import nibabel as nib, numpy as np, pandas as pd, torch, yaml
 import matplotlib.pyplot as plt
 from fastcore.all import *
 from fastprogress.fastprogress import progress_bar
@@ -216,24 +217,47 @@ def write_json(
 
 # %% ../nbs/00_core.ipynb #3136b388
 def reserve_array(
-    path, # A `.npy` file; kept as it is where it has this shape and type
-    shape, # Of the array, all zeros at first
+    path, # A `.npy` file; kept where it has this shape and type, and where only rows are to be added
+    shape, # Of the array; what is new is zeros
     dtype=np.uint8,
     error=MGMTError, # Its class, where the space cannot be had
 ) -> bool: # Was there such a file, and was it kept?
     "Make an array file to be filled through a memory map, its space taken at once: a map on a full disk does not raise, it kills the process (SIGBUS)."
-    path = Path(path)
-    try: keep = (o := np.load(path, mmap_mode='r')).shape==tuple(shape) and o.dtype==dtype
-    except (OSError,ValueError,EOFError): keep = False
+    path,shape = Path(path),tuple(shape)
+    try: old = np.load(path, mmap_mode='r')
+    except (OSError,ValueError,EOFError): old = None
+    keep = old is not None and old.dtype==dtype and old.shape[1:]==shape[1:] and len(old)<=shape[0]
     try:
         make_folder(path.parent)
-        if not keep: np.lib.format.open_memmap(path, mode='w+', dtype=dtype, shape=tuple(shape)).flush()
+        if not keep: np.lib.format.open_memmap(path, mode='w+', dtype=dtype, shape=shape).flush()
         with open(path,'r+b') as f:
-            if hasattr(os,'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+            start = array_start(f)
+            if hasattr(os,'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, start+_n_bytes(shape, dtype))
+            if keep and len(old)<shape[0]: _set_header(f, start, shape, dtype)
     except OSError as e:
-        path.unlink(missing_ok=True)
-        raise error(f"cannot reserve {np.prod(shape, dtype=float)*np.dtype(dtype).itemsize/2**20:.0f} MiB for {path.name} in {path.parent} ({e.strerror}): is it full or read-only? Give another destination, or a smaller size") from e
+        if not keep: path.unlink(missing_ok=True)
+        raise error(f"cannot reserve {_n_bytes(shape, dtype)/2**20:.0f} MiB for {path.name} in {path.parent} ({e.strerror}): "
+            "is it full or read-only? Give another destination, or a smaller size") from e
     return keep
+
+def _n_bytes(shape, dtype): return math.prod(shape)*np.dtype(dtype).itemsize
+
+def array_start(
+    f, # A `.npy` file, opened for reading bytes
+) -> int: # Bytes before the first value
+    "Where the values of an array file begin; leaves `f` there."
+    f.seek(0)
+    np.lib.format.read_magic(f)
+    np.lib.format.read_array_header_1_0(f)
+    return f.tell()
+
+def _set_header(f, start, shape, dtype):
+    "Write another first axis into a `.npy` file; numpy leaves room for that in its header"
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, dict(descr=np.lib.format.dtype_to_descr(np.dtype(dtype)), fortran_order=False, shape=shape))
+    if head.tell()!=start: raise OSError(0, 'the file was made by an older numpy, whose header cannot grow')
+    f.truncate(start+_n_bytes(shape, dtype))
+    f.seek(0); f.write(head.getvalue()); f.flush(); os.fsync(f.fileno())
 
 # %% ../nbs/00_core.ipynb #5e20e6b1
 def track(
@@ -245,18 +269,129 @@ def track(
     return progress_bar(items, total=total, leave=False) if progress else items
 
 # %% ../nbs/00_core.ipynb #18f82240
+class Allowed:
+    "The values that a choice takes: `text` says which they are, `take` brings one to the type that is kept or raises"
+    def __init__(self,
+        text:str, # Completes the sentence "it must be ..."
+        take, # Function of a value: the value to keep; raises `ValueError` or `TypeError` on what is not allowed
+    ): self.text,self.take = text,take
+    def __call__(self, v): return self.take(v)
+
+    def __or__(self, other):
+        def _either(v):
+            try: return self(v)
+            except (ValueError,TypeError): return other(v)
+        return Allowed(f'{self.text} or {other.text}', _either)
+
+# %% ../nbs/00_core.ipynb #17495d4e
+def _limits(lo, hi): return ' '.join(f'{word} {n:g}' for word,n in (('from',lo),('up to',hi)) if n is not None)
+
+def _between(v, lo, hi):
+    if not math.isfinite(v) or (lo is not None and v<lo) or (hi is not None and v>hi): raise ValueError(v)
+    return v
+
+def _exactly(names):
+    def _take(v):
+        for o in names:
+            if type(v) is type(o) and v==o: return o
+        raise ValueError(v)
+    return _take
+
+# %% ../nbs/00_core.ipynb #c89a8d99
+@patch(cls_method=True)
+def one_of(cls:Allowed,
+    *names, # Values, mostly names
+) -> Allowed:
+    "One of a few values"
+    return cls(' or '.join(map(repr,names)), _exactly(names))
+
+# %% ../nbs/00_core.ipynb #e248a5dd
+@patch(cls_method=True)
+def whole(cls:Allowed,
+    lo:int=None, # Smallest; None: no limit
+    hi:int=None, # Largest; None: no limit
+) -> Allowed:
+    "A whole number; one that a table holds as 8.0 too"
+    def _take(v):
+        if isinstance(v, (bool,np.bool_)) or not isinstance(v, numbers.Real) or v!=int(v): raise ValueError(v)
+        return _between(int(v), lo, hi)
+    return cls(f'a whole number {_limits(lo,hi)}'.strip(), _take)
+
+# %% ../nbs/00_core.ipynb #8fd4d567
+@patch(cls_method=True)
+def number(cls:Allowed,
+    lo:float=None, # Smallest; None: no limit
+    hi:float=None, # Largest; None: no limit
+) -> Allowed:
+    "A finite number"
+    def _take(v):
+        if isinstance(v, (bool,np.bool_)) or not isinstance(v, numbers.Real): raise ValueError(v)
+        return _between(float(v), lo, hi)
+    return cls(f'a number {_limits(lo,hi)}'.strip(), _take)
+
+# %% ../nbs/00_core.ipynb #57dcde1a
+@patch(cls_method=True)
+def several(cls:Allowed,
+    kind:Allowed, # What each of them must be
+    n:int=None, # How many; None: any number
+) -> Allowed:
+    "A tuple of values of one kind; a list becomes one"
+    def _take(v):
+        if isinstance(v, str) or not isinstance(v, (tuple,list,np.ndarray)) or (n is not None and len(v)!=n): raise ValueError(v)
+        return tuple(kind(o) for o in v)
+    return cls(f"{'several' if n is None else n} values, each {kind.text}", _take)
+
+# %% ../nbs/00_core.ipynb #e6bec2f3
+@patch(cls_method=True)
+def text(cls:Allowed,
+    what:str='text', # What it means
+) -> Allowed:
+    "Any text"
+    def _take(v):
+        if not isinstance(v, str): raise ValueError(v)
+        return v
+    return cls(what, _take)
+
+# %% ../nbs/00_core.ipynb #be7a8ae5
+@patch(cls_method=True)
+def path(cls:Allowed) -> Allowed:
+    "A file or folder; text becomes a `Path`"
+    def _take(v):
+        if not isinstance(v, (str,os.PathLike)): raise ValueError(v)
+        return Path(v)
+    return cls('a path', _take)
+
+# %% ../nbs/00_core.ipynb #3572c940
 _choices = {}
+_anything = Allowed('anything', lambda v: tuple(v) if isinstance(v, list) else v)
 
 def choice(
     room:str, # Room (module) that the choice belongs to
     name:str, # Unique among all rooms, since choices are overridden by name
     doc:str, # What it decides, with its unit
-    **values, # One value a recipe: `default=...`, `published=...`
+    allowed:Allowed=_anything, # The values that it takes
+    **values, # One value for each recipe: `default=...`, `published=...`
 ):
     "Register a choice that recipes make. A room that leaves a recipe out does not support it, and says so when asked."
-    if name in _choices and _choices[name].room!=room: raise MGMTError(f"choice {name!r} belongs to room {_choices[name].room!r} already; choose another name in {room!r}")
-    _choices[name] = NS(room=room, doc=doc, values=values)
+    if name in _choices and _choices[name].room!=room:
+        raise MGMTError(f"choice {name!r} belongs to room {_choices[name].room!r} already; choose another name in {room!r}")
+    _choices[name] = NS(room=room, doc=doc, allowed=allowed, values={})
+    for k,v in values.items(): _choices[name].values[k] = check_choice(name, v)
 
+# %% ../nbs/00_core.ipynb #8d714f53
+def check_choice(
+    name:str, # Of a registered choice
+    value, # What it is to be
+): # The value to keep, e.g. a tuple for a list
+    "A value that a choice takes. Raises `MGMTError` on an unknown choice, a wrong type or a value out of range."
+    if name not in _choices: raise unknown_name('choice of a recipe', name, _choices)
+    allowed = _choices[name].allowed
+    try: return allowed(value)
+    except (ValueError,TypeError,OverflowError):
+        said = f'{name} must be {allowed.text}; received {value!r}'
+        raise MGMTError(f"{said} ({_choices[name].doc})") from None
+
+# %% ../nbs/00_core.ipynb #89daf18d
 def same_choices(
     room:str, # Room (module)
     recipe:str, # Recipe that is to support the room
@@ -266,39 +401,156 @@ def same_choices(
     for c in _choices.values():
         if c.room==room: c.values[recipe] = c.values[like]
 
+# %% ../nbs/00_core.ipynb #2bdbf42c
+def choice_names(
+    *rooms:str, # Rooms (modules); all if none
+) -> list: # Names, in the order of registration
+    "The choices that are registered, by room."
+    return [k for k,c in _choices.items() if not rooms or c.room in rooms]
+
 # %% ../nbs/00_core.ipynb #755287bf
 class Recipe:
     "A named set of choices across all rooms, read with `recipe.name_of_choice`; changed ones are marked when printed"
-    def __init__(self, name, changed=None): self.name,self.changed = name,{k: tuple(v) if isinstance(v, list) else v for k,v in (changed or {}).items()}
+    def __init__(self,
+        name:str, # Of a registered recipe
+        changed:dict=None, # Choices that were given, which go before the named recipe's
+        settled:dict=None, # Choices that a stage has used already, and which stage
+    ):
+        self.name,self.settled = name,dict(settled or {})
+        self.changed = {k: tuple(v) if isinstance(v, list) else v for k,v in (changed or {}).items()}
+
     def __getitem__(self, choice):
         if choice in self.changed: return self.changed[choice]
         if choice not in _choices: raise unknown_name('choice of a recipe', choice, _choices)
         c = _choices[choice]
-        if self.name not in c.values: raise MGMTError(f"recipe {self.name!r} makes no choice of {choice!r}: room {c.room!r} supports {', '.join(map(repr,c.values))}")
-        return c.values[self.name]
+        if self.name in c.values: return c.values[self.name]
+        supported = ', '.join(map(repr, c.values))
+        raise MGMTError(f"recipe {self.name!r} makes no choice of {choice!r}: room {c.room!r} supports {supported}")
+
     def __getattr__(self, k):
         if k.startswith('_'): raise AttributeError(k)
         try: return self[k]
         except MGMTError as e: raise AttributeError(str(e)) from None
-    def room(self, room): return {k: self[k] for k,c in _choices.items() if c.room==room}
-    def values(self): return {**{k: c.values[self.name] for k,c in _choices.items() if self.name in c.values}, **self.changed}
+
+    def room(self, room): return {k: self[k] for k in choice_names(room)}
+    def named(self): return {k: c.values[self.name] for k,c in _choices.items() if self.name in c.values}
+    def values(self): return {**self.named(), **self.changed}
+    def differs(self):
+        "The choices whose values are not those of the named recipe"
+        named = self.named()
+        return {k:v for k,v in self.changed.items() if k not in named or named[k]!=v}
+
     def to_frame(self):
-        rows = [(_choices[k].room if k in _choices else '', k, v, '*' if k in self.changed else '', _choices[k].doc if k in _choices else '') for k,v in self.values().items()]
+        other,rows = self.differs(),[]
+        for k,v in self.values().items():
+            c = _choices.get(k, NS(room='', doc=''))
+            rows.append((c.room, k, v, '*' if k in other else '', c.doc))
         return pd.DataFrame(rows, columns=['room','choice','value','changed','what it decides'])
-    def __eq__(self, other): return isinstance(other, Recipe) and (self.name,self.values())==(other.name,other.values())
+
+    def __eq__(self, other):
+        return isinstance(other, Recipe) and (self.name,self.values())==(other.name,other.values())
     def __repr__(self): return f"recipe {self.name!r}\n" + self.to_frame().to_string(index=False, justify='left')
     def _repr_html_(self): return f"<p>recipe <b>{self.name}</b></p>" + self.to_frame().to_html(index=False)
 
+# %% ../nbs/00_core.ipynb #611b77ad
+@patch
+def to_json(
+    self:Recipe,
+) -> dict: # `name`, and `choices` with the value of each; of a path only its last name
+    "What JSON holds of a recipe."
+    return dict(name=self.name, choices={k: Path(v).name if isinstance(v, Path) else v for k,v in self.values().items()})
+
+@patch(cls_method=True)
+def from_json(cls:Recipe,
+    d:dict, # As `to_json` gives it
+) -> Recipe:
+    "The recipe that was written."
+    return cls(d['name'], d['choices'])
+
+# %% ../nbs/00_core.ipynb #4076a3e3
+@patch
+def settle(
+    self:Recipe,
+    where:str, # What used the choices, e.g. `'the loaders'`; completes "settled by ..."
+    **values, # The choices, as they were used
+) -> Recipe: # With these choices, which later stages cannot change
+    "Fix choices as something has used them. Raises `MGMTError` if one was settled otherwise before."
+    values = {k: check_choice(k,v) for k,v in values.items()}
+    _refuse_contrary(self, {k:v for k,v in values.items() if k in self.settled})
+    return Recipe(self.name, {**self.changed, **values}, {**self.settled, **{k: self.settled.get(k,where) for k in values}})
+
+def _refuse_contrary(recipe, given):
+    "An error if what is given is not what an earlier stage has used"
+    for k,v in given.items():
+        if recipe[k]==v: continue
+        raise MGMTError(f"{k} was settled by {recipe.settled[k]} as {recipe[k]!r}, and cannot be {v!r} now: "
+            f"leave {k} out here, or make {recipe.settled[k]} anew with {k}={v!r}")
+
 # %% ../nbs/00_core.ipynb #9c6007e0
 def get_recipe(
-    recipe='default', # A name, or a `Recipe` to start from
+    recipe='default', # A name, a file that `save_recipe` wrote, or a `Recipe` to start from
     **changes, # Choices to override, by name
 ) -> Recipe: # A new object; the registry itself never changes
-    "Look a recipe up and override single choices. Raises `MGMTError` with near matches on a name that does not exist."
+    """Look a recipe up and override single choices.
+
+    Raises `MGMTError` with near matches on a name that does not exist, and on a value of the wrong type or range."""
     known = uniqueify([k for c in _choices.values() for k in c.values])
+    if isinstance(recipe, Path) or (isinstance(recipe, str) and recipe.endswith(('.yaml','.yml'))): recipe = read_recipe(recipe)
     if not isinstance(recipe, Recipe):
         if recipe not in known: raise unknown_name('recipe', recipe, known)
         recipe = Recipe(recipe)
-    for k in changes:
-        if k not in _choices: raise unknown_name('choice of a recipe', k, _choices)
-    return Recipe(recipe.name, {**recipe.changed, **changes})
+    changes = {k: check_choice(k,v) for k,v in changes.items()}
+    _refuse_contrary(recipe, {k:v for k,v in changes.items() if k in recipe.settled})
+    return Recipe(recipe.name, {**recipe.changed, **changes}, recipe.settled)
+
+# %% ../nbs/00_core.ipynb #1f295520
+def save_recipe(
+    recipe, # Name or `Recipe`
+    path, # YAML file to write
+) -> Path: # `path`
+    "Write a recipe: its name, and what differs from the named one."
+    r = get_recipe(recipe)
+    values = {k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for k,v in r.differs().items()}
+    with atomic_path(path) as tmp: tmp.write_text(yaml.safe_dump(dict(recipe=r.name, **values), sort_keys=False), encoding='utf-8')
+    return Path(path)
+
+# %% ../nbs/00_core.ipynb #3a8d7c4c
+def _plain_number(v):
+    "YAML takes 1e-3 for text, because it has no point"
+    return float(v) if isinstance(v, str) and re.fullmatch(r'[-+]?[\d.]+[eE][-+]?\d+', v) else v
+
+# %% ../nbs/00_core.ipynb #047bb7f9
+def read_recipe(
+    path, # YAML file, as `save_recipe` writes it
+) -> Recipe:
+    "Read a recipe. Raises `MGMTError` on a file that is none, and on choices as `get_recipe` does."
+    try: d = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except OSError as e: raise MGMTError(f"no recipe at {path} ({e.strerror}): give one of the named recipes, or a file that a training wrote beside its model") from None
+    except (yaml.YAMLError,UnicodeDecodeError): d = None
+    if not isinstance(d, dict) or 'recipe' not in d:
+        raise MGMTError(f"{path} is no recipe: it must be YAML with a line `recipe: default` (or another name) and one line for each choice that differs")
+    return get_recipe(d.pop('recipe'), **{str(k): _plain_number(v) for k,v in d.items()})
+
+# %% ../nbs/00_core.ipynb #ca9ee86b
+def follow_recipe(
+    earlier:Recipe, # Of the stage before, with what is settled
+    asked=None, # Name, file or `Recipe` of this stage; None: that of the stage before
+    **changes, # Choices to override
+) -> Recipe: # What is settled, and for the rest what was asked for
+    """The recipe of a stage, from that of the stage before.
+
+    A choice that is given and contradicts what is settled raises `MGMTError`. One that differs only because the recipe asked for has another value by its name is taken as settled, and a line says so."""
+    asked = earlier if asked is None else get_recipe(asked)
+    changes = {k: check_choice(k,v) for k,v in changes.items()}
+    _refuse_contrary(earlier, {k:v for k,v in {**asked.differs(), **changes}.items() if k in earlier.settled})
+    values,kept = asked.values(),{k: earlier[k] for k in earlier.settled}
+    named = asked.changed if asked.name==earlier.name else values
+    other = [k for k,v in kept.items() if k in named and k not in changes and named[k]!=v]
+    if other: print(_as_settled(earlier, asked.name, other))
+    return Recipe(asked.name, {**asked.changed, **changes, **kept}, earlier.settled)
+
+def _as_settled(earlier, name, choices):
+    "What stays as earlier stages have it"
+    by = {}
+    for k in choices: by.setdefault(earlier.settled[k], []).append(f'{k} {earlier[k]!r}')
+    return f"not as recipe {name!r} has them, but as settled before: " + '; '.join(f"by {o}: {', '.join(v)}" for o,v in by.items())

@@ -9,7 +9,7 @@ __all__ = ['ProtocolError', 'check_predictions', 'choose_threshold', 'cross_vali
            'check_results', 'evaluate_report']
 
 # %% ../nbs/13_evaluate.ipynb #7d4e1b9e
-import contextlib, copy, gc, hashlib, io, json, re, shutil
+import contextlib, gc, glob, hashlib, io, json, re, shutil
 from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,9 +23,9 @@ from sklearn.metrics import log_loss
 from . import __version__
 from .cohort import assign_folds, id_key, patient_key, plot_balance
 from .prepare import VolumeStore, prepare
-from .loader import usable_patients
+from .loader import key_changes, key_digest, run_key, usable_patients
 from .augment import mgmt_augs, tta
-from .learner import MGMTModel, load_model, mgmt_learner, predict, recipe_dls, save_model
+from .learner import MGMTModel, check_preparation, load_model, mgmt_learner, model_kinds, predict, recipe_dls, save_model, weights_key
 from .metrics import *
 from .consistency import *
 from .report import *
@@ -57,20 +57,8 @@ def check_predictions(
     return t[['patient','label','prob']].astype({'label':int}).reset_index(drop=True)
 
 # %% ../nbs/13_evaluate.ipynb #e672ee1f
-def _part(store, patients):
-    "The store as if it held these patients only"
-    part,keep = copy.copy(store),set(patients)
-    part.table = store.table[store.table.patient.isin(keep)].reset_index(drop=True)
-    part.meta = {k:v for k,v in store.meta.items() if k in keep}
-    part._maps = {}
-    return part
-
 def _hash(obj): return hashlib.blake2b(json.dumps(obj, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 def _file_hash(path): return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
-
-def _volumes(store, patients, sequences):
-    "The hashes of the volumes that are looked at"
-    return [[p, *(store.meta[p]['volumes'][s]['hash'] for s in sequences)] for p in patients]
 
 # %% ../nbs/13_evaluate.ipynb #da9beec7
 def _logits(p, eps=1e-7): return logit(np.clip(np.asarray(p, dtype=float), eps, 1-eps))
@@ -80,7 +68,9 @@ class _Views(torch.nn.Module):
     def __init__(self, net, recipe, spacing): super().__init__(); self.net,self.recipe,self.spacing,self.arch = net,recipe,spacing,net.arch
     def forward(self, x): return tta(self.net, x, self.recipe, self.spacing)
 
-def _with_views(m, store, recipe): return MGMTModel(_Views(m.model, recipe, store.spacing), m.recipe, m.sequences)
+def _with_views(m, spacing, recipe):
+    "A model that answers with the mean over its views"
+    return MGMTModel(_Views(m.model, recipe, spacing), m.recipe, m.sequences, prepared=m.prepared, preparation_number=m.preparation_number)
 
 # %% ../nbs/13_evaluate.ipynb #1811223f
 def choose_threshold(
@@ -97,28 +87,45 @@ def choose_threshold(
     return float(min(cut[np.isclose(j, max(j))], key=lambda c: abs(c-.5)))
 
 # %% ../nbs/13_evaluate.ipynb #f963a99c
-def _cells(store, archs, sequences, recipes):
-    "The models to compare: (arch, sequences, label of the recipe, recipe)"
-    if not isinstance(recipes, dict): recipes = {get_recipe(r).name: get_recipe(r) for r in (recipes if isinstance(recipes, (list,tuple)) else [recipes])}
-    each = [(s,) for s in store.sequences] if isinstance(sequences, str) and sequences=='each' else [None] if sequences is None else \
-        [check_sequences(s) for s in sequences] if isinstance(sequences, (list,tuple)) and any(not isinstance(s, str) for s in sequences) else [check_sequences(sequences)]
-    cells = [(a or r.arch, s or r.sequences or store.sequences, name, r) for name,r in ((k,get_recipe(r)) for k,r in recipes.items()) for a in ([archs] if archs is None or isinstance(archs, str) else archs) for s in each]
-    for _,s,*_ in cells: usable_patients(store, s)
+def _inputs(store, sequences):
+    "Channels of each model to compare; `None`: as the recipe says"
+    if sequences is None: return [None]
+    if isinstance(sequences, str) and sequences=='each': return [(s,) for s in store.sequences]
+    if isinstance(sequences, (list,tuple)) and any(not isinstance(s, str) for s in sequences): return [check_sequences(s) for s in sequences]
+    return [check_sequences(sequences)]
+
+def _recipes(store, recipes, augment):
+    "The recipes to compare by their labels, each with the augmentation that is to go with it"
+    if not isinstance(recipes, dict):
+        rs = [follow_recipe(store.recipe, r) for r in (recipes if isinstance(recipes, (list,tuple)) else [recipes])]
+        recipes = {r.name: r for r in rs}
+    more = {} if augment is None else get_recipe(augment).room('augment')
+    return {k: get_recipe(follow_recipe(store.recipe, r), **more) for k,r in recipes.items()}
+
+def _cells(store, archs, sequences, recipes, augment):
+    "The models to compare: (sequences, label of the recipe, recipe)"
+    archs = [archs] if archs is None or isinstance(archs, str) else archs
+    cells = []
+    for name,r in _recipes(store, recipes, augment).items():
+        for a in archs:
+            for s in _inputs(store, sequences): cells.append((s or r.sequences or store.sequences, name, get_recipe(r, **({} if a is None else dict(arch=a)))))
+    for s,*_ in cells: usable_patients(store, s)
     return cells
 
 def _train(job, path):
     "Train one model on the patients of `job.train`; its threshold and temperature from those whom the inner split held back"
-    dls = recipe_dls(_part(job.store, job.train), job.recipe, job.sequences, fold=0, n_folds=job.inner, seed=job.seed, augs=mgmt_augs(job.augment, seed=job.seed, spacing=job.store.spacing))
-    learn = mgmt_learner(dls, job.arch, job.recipe, path=path, seed=job.seed)
+    augs = mgmt_augs(job.recipe, seed=job.seed, spacing=job.store.spacing)
+    dls = recipe_dls(job.store.only(job.train), job.recipe, job.sequences, fold=0, n_folds=job.inner, seed=job.seed, augs=augs)
+    learn = mgmt_learner(dls, recipe=job.recipe, path=path, seed=job.seed)
     with learn.no_bar(), contextlib.redirect_stdout(io.StringIO()): learn.fit_recipe()
     save_model(learn, path/'model')
     (path/'best.safetensors').unlink(missing_ok=True)
-    m,held = load_model(path/'model'),_part(job.store, dls.valid.dataset.patients)
+    m,held = load_model(path/'model'),job.store.only(dls.valid.dataset.patients)
     v = predict(m, held, progress=False).merge(held.table[['patient','label']], on='patient')
     if v.prob.isna().any(): raise ProtocolError(f"{path.name} predicts no numbers: training diverged; a lower learning rate may help. The finished runs are kept")
-    out = _part(job.store, job.test)
+    out = job.store.only(job.test)
     res = predict(m, out, progress=False)[['patient','prob']].rename(columns=dict(prob='raw'))
-    res['tta'] = predict(_with_views(m, out, job.augment), out, progress=False).prob if job.tta else np.nan
+    res['tta'] = predict(_with_views(m, job.store.spacing, job.recipe), out, progress=False).prob if job.tta else np.nan
     try: temperature = fit_temperature(v.label.to_numpy(), v.prob.to_numpy())
     except MGMTError as e: raise ProtocolError(f"{path.name}: its inner validation part cannot choose a temperature ({e}); a smaller inner= makes that part larger") from e
     return dict(key=job.key, temperature=temperature.t, threshold=choose_threshold(v.label.to_numpy(), temperature(v.prob)), valid_loss=float(log_loss(v.label.astype(int), v.prob)),
@@ -129,7 +136,7 @@ def _run(job, dest):
     path = dest/'runs'/job.name
     try: res = json.loads((path/'run.json').read_text(encoding='utf-8'))
     except (OSError, json.JSONDecodeError): res = {}
-    if res.get('key')!=job.key or any(not (path/f).exists() or _file_hash(path/f)!=h for f,h in res['files'].items()):
+    if not isinstance(res.get('key'), dict) or key_changes(res['key'], job.key) or any(not (path/f).exists() or _file_hash(path/f)!=h for f,h in res['files'].items()):
         shutil.rmtree(path, ignore_errors=True)
         res = _train(job, make_folder(path))
         write_json(path/'run.json', res)
@@ -139,18 +146,28 @@ def _run(job, dest):
     return t.assign(**job.row, run=job.name, **{k: res[k] for k in ('temperature','threshold','valid_loss')})
 
 # %% ../nbs/13_evaluate.ipynb #ba55a6cc
-def _job(store, cell, folds, repeat, fold, member, inner, tta, augment, seed):
+def _job(store, cell, folds, repeat, fold, member, inner, tta, seed):
     "One training run: its patients, its settings, and a key that changes with any of them"
-    arch,sequences,label,recipe = cell
+    sequences,label,recipe = cell
     of = dict(zip(folds.patient, folds.fold))
     ok = [p for p in usable_patients(store, sequences)[0].patient if p in of]
     train,test = ([p for p in ok if (of[p]==fold)==out] for out in (False,True))
     seed = int(rng_for(seed, 'cross_validate', repeat, fold, member).integers(2**31))
-    key = _hash([__version__, arch, sequences, recipe.values(), augment.values(), inner, tta, seed, _volumes(store, train, sequences), _volumes(store, test, sequences),
-        store.table.set_index('patient').label[train].tolist()])
-    row = dict(arch=arch, sequences='+'.join(sequences), recipe=label, repeat=repeat, fold=fold, member=member)
-    name = re.sub(r'[^\w.+-]', '_', f"{arch}-{row['sequences']}-{label}-r{repeat}f{fold}m{member}-{key[:8]}")
-    return NS(arch=arch, sequences=sequences, recipe=recipe, augment=augment, store=store, train=train, test=test, inner=inner, tta=tta, seed=seed, key=key, row=row, name=name)
+    key = run_key(store, dict(train=train, test=test), sequences, recipe, inner=inner, tta=tta, seed=seed, weights=weights_key(recipe.pretrained, recipe.arch))
+    row = dict(arch=recipe.arch, sequences='+'.join(sequences), recipe=label, repeat=repeat, fold=fold, member=member)
+    prefix = re.sub(r'[^\w.+-]', '_', f"{recipe.arch}-{row['sequences']}-{label}-r{repeat}f{fold}m{member}")
+    return NS(sequences=sequences, recipe=recipe, store=store, train=train, test=test, inner=inner, tta=tta, seed=seed, key=key, row=row, prefix=prefix, name=f'{prefix}-{key_digest(key)[:8]}')
+
+def _say_others(jobs, dest):
+    "Name the kept runs that are not those wanted, with the reason"
+    why = Counter()
+    for j in jobs:
+        for p in (dest/'runs').glob(f'{glob.escape(j.prefix)}-*/run.json'):
+            try: then = json.loads(p.read_text(encoding='utf-8')).get('key')
+            except ValueError: then = None
+            why['; '.join(key_changes(then, j.key))] += 1
+    for o,n in why.items():
+        if o: print(f"{n} kept run{'s' if n>1 else ''} in {dest} not used, but trained anew: {o}")
 
 def _held_out(store): return store.path/'held_out.json'
 
@@ -163,7 +180,7 @@ def cross_validate(
     dest, # Folder for models, logs and predictions; finished runs with the same inputs are kept and used
     archs=None, # Backbone or backbones; the recipe's if None
     sequences=None, # Channels of one model (the recipe's if None, or all of the store's), `'each'` for a model per sequence, or a list of tuples for a model each
-    recipe='default', # Name or `Recipe`, or `{label: recipe}` to compare several
+    recipe=None, # Name, file or `Recipe`, or `{label: recipe}` to compare several; the store's if None
     n_folds:int=5, # Folds, stratified by label
     repeats:int=1, # Times that the patients are dealt anew
     seeds:int=1, # Models per fold, each with its own initial weights and inner split
@@ -182,12 +199,13 @@ def cross_validate(
     if min(repeats,seeds)<1 or (folds is not None and repeats>1): raise ProtocolError(f"repeats and seeds are at least 1, and a given split has one repeat; received repeats={repeats}, seeds={seeds}")
     table = store.table[store.table.label.notna()][['patient','label']]
     if len(table)<10: raise ProtocolError(f"{len(table)} patients with a label are too few to cross-validate: at least 10 are needed")
-    cells,jobs,dealt = _cells(store, archs, sequences, recipe),[],[]
+    cells,jobs,dealt = _cells(store, archs, sequences, recipe, augment),[],[]
     for repeat in range(repeats):
         deal = assign_folds(table, n=n_folds, seed=seed+repeat, folds=folds).dropna(subset=['fold'])
         dealt.append(deal.assign(repeat=repeat))
-        jobs += [_job(store, c, deal, repeat, fold, member, inner, tta, get_recipe(c[3] if augment is None else augment), seed) for c in cells for fold in sorted(deal.fold.unique()) for member in range(seeds)]
+        jobs += [_job(store, c, deal, repeat, fold, member, inner, tta, seed) for c in cells for fold in sorted(deal.fold.unique()) for member in range(seeds)]
     dest = make_folder(dest)
+    _say_others(jobs, dest)
     oof = pd.concat([_run(j, dest) for j in track(jobs, progress=progress)], ignore_index=True)
     oof.insert(1, 'label', oof.patient.map(dict(zip(table.patient, table.label))).astype(int))
     if nested: oof = pd.concat([oof, select_inside(oof)], ignore_index=True)
@@ -246,19 +264,19 @@ def mean_auc_ci(
     cluster=None, # Patient of each scan, where one has several, (n,)
     level:float=.95, # Coverage of the interval
 ) -> pd.Series: # auc (mean over the runs), lo, hi
-    "Mean AUC of several runs with DeLong's interval; of one run, the same as `auc_ci`."
-    aucs,cov = delong_cov(np.asarray(y)==1, *np.asarray(P, dtype=float), cluster=cluster)
-    auc,half = aucs.mean(),norm.ppf(.5+level/2)*np.sqrt(cov.mean())
-    return pd.Series(dict(auc=auc, lo=max(0,auc-half), hi=min(1,auc+half)))
+    "Mean AUC of several runs with the default interval of `auc_interval`; of one run, the same as `auc_ci`."
+    return auc_interval(np.asarray(y)==1, P, cluster=cluster, level=level)
 
 # %% ../nbs/13_evaluate.ipynb #857253ee
 def results_table(
     oof:pd.DataFrame, # From `cross_validate`; or patient, label, prob of a test, with arch and sequences
     threshold:float=.5, # Of `prob`; a column `threshold`, where there is one, goes first
-) -> pd.DataFrame: # A row per arch, sequences and recipe: runs, n, minority, accuracy, auc and loss, each of the last three with `_lo` and `_hi`
+) -> pd.DataFrame: # A row per arch, sequences and recipe: runs, n, minority; accuracy, auc, loss with `_lo` and `_hi`
     """Accuracy, AUC and log loss of each model with 95 % intervals, from one prediction per patient and run; means over the runs.
 
-    Intervals are DeLong's for the AUC, Wilson's for the accuracy (of as many patients, however many the runs), and normal over patients for the loss."""
+    Intervals are those of `mean_auc_ci` for the AUC (`interval` names its method), Wilson's for the accuracy (of as
+    many patients, however many the runs), and normal over patients for the loss. `thresholds` is how many one run was
+    cut at, `threshold` the one farthest from .5."""
     oof = oof.assign(**{k: d for k,d in dict(arch='model', sequences='', recipe='', repeat=0, member=0, threshold=threshold).items() if k not in oof})
     rows = []
     for cell,t in oof.groupby(_cell, sort=False):
@@ -267,8 +285,12 @@ def results_table(
         losses = pd.Series(-np.log(np.clip(np.where(t.label==1, t.prob, 1-t.prob), 1e-7, 1)), index=t.index).groupby(t.patient).mean()
         n,half = len(y),norm.ppf(.975)*losses.std()/np.sqrt(len(y))
         ci = binomtest(round(right.mean()*n), n).proportion_ci(method='wilson')
+        auc = mean_auc_ci(y, P, who)
+        cuts = t.groupby(_rep).threshold.nunique().max()
+        cut = dict(thresholds=cuts, threshold=max(t.threshold, key=lambda o: abs(o-.5)))
         rows.append(dict(zip(_cell,cell), runs=len(P), n=n, minority=min(y.mean(),1-y.mean()), accuracy=right.mean(), accuracy_lo=ci[0], accuracy_hi=ci[1],
-            **mean_auc_ci(y, P, who).rename(dict(lo='auc_lo',hi='auc_hi')), loss=losses.mean(), loss_lo=losses.mean()-half, loss_hi=losses.mean()+half))
+            **auc.rename(dict(lo='auc_lo',hi='auc_hi')), interval=AUC_METHODS[auc.name],
+            loss=losses.mean(), loss_lo=losses.mean()-half, loss_hi=losses.mean()+half, **cut))
     return pd.DataFrame(rows)
 
 # %% ../nbs/13_evaluate.ipynb #84333c19
@@ -280,7 +302,8 @@ def show_results(
     def _one(r, k): return f"{r[k]:.1%} [{r[k+'_lo']:.1%}, {r[k+'_hi']:.1%}]" if k=='accuracy' else f"{r[k]:.3f} [{r[k+'_lo']:.3f}, {r[k+'_hi']:.3f}]"
     t = table.assign(cell=[' / '.join(_one(r,k) for k in listify(values)) for _,r in table.iterrows()], row=table.arch+np.where((table.recipe!='inside')&(table.recipe[table.recipe!='inside'].nunique()>1), ' '+table.recipe, ''))
     t = t.pivot(index='row', columns='sequences', values='cell').loc[uniqueify(t.row), uniqueify(t.sequences)].fillna('')
-    return t.rename_axis(index=None, columns=' / '.join(listify(values)))
+    named = ' or '.join(uniqueify(table.interval.dropna())) if 'interval' in table and 'auc' in listify(values) else ''
+    return t.rename_axis(index=None, columns=' / '.join(listify(values))+(f' (AUC: {named})' if named else ''))
 
 # %% ../nbs/13_evaluate.ipynb #f00e0b1d
 def _first(t): return t[(t.repeat==t.repeat.min())&(t.member==t.member.min())]
@@ -378,23 +401,54 @@ class Bundle:
         for m in d['models']:
             for suffix,h in m['files'].items():
                 if not (path/(m['name']+suffix)).exists() or _file_hash(path/(m['name']+suffix))!=h: raise ProtocolError(f"{m['name']+suffix} in {path} is missing or not the file that was frozen: restore it, or freeze a new bundle")
-        self.__dict__.update(d, path=path, sequences=tuple(uniqueify(s for m in d['models'] for s in m['sequences'])), recipe=Recipe(d['recipe']['name'], d['recipe']['choices']))
+        sequences = tuple(uniqueify(s for m in d['models'] for s in m['sequences']))
+        self.__dict__.update(d, path=path, sequences=sequences, recipe=Recipe.from_json(d['recipe']), parts=[])
+        if self.tta: self.__dict__['views'] = Recipe.from_json(self.tta)
 
     def __setattr__(self, k, v): raise ProtocolError(f"a bundle is frozen: {k} was settled on validation patients before the test. Freeze another bundle, from the training cohort")
     def __repr__(self): return f"Bundle {self.signature[:8]} of {len(self.models)} models ({', '.join(uniqueify(m['arch'] for m in self.models))}; {', '.join(self.sequences)}), threshold {self.threshold:.3f}, validation AUC {self.validation['auc']:.3f} [{self.validation['lo']:.3f}, {self.validation['hi']:.3f}], {len(_entries(self))} tests so far"
 
+    def networks(self):
+        "The frozen models, read once; with test-time augmentation, by the spacing of training's store"
+        if not self.parts:
+            for o in self.models:
+                m = load_model(self.path/o['name'])
+                self.parts.append(_with_views(m, self.__dict__.get('spacing'), self.views) if self.tta else m)
+        return self.parts
+
+    @property
+    def arch(self): return ', '.join(uniqueify(m['arch'] for m in self.models))
+    @property
+    def preparation_number(self): return self.networks()[0].preparation_number
+    def needs(self): return {k:v for m in self.networks() for k,v in m.needs().items()}
+
+    def logit(self, volumes, row):
+        "The mean of the models' log-odds, each at its temperature, and a note; from `{key: {sequence: uint8 (D,H,W)}}`"
+        found = [m.logit(volumes, row) for m in self.networks()]
+        note = '; '.join(uniqueify(n for _,n in found if n))
+        return float(np.mean([z/o['temperature'] for (z,_),o in zip(found, self.models)])),note
+
+    def prepare(self,
+        cohort:pd.DataFrame, # Scans of other patients
+        dest, # Folder of the store
+        **kwargs, # For `prepare`: `n_workers`, `progress`
+    ) -> VolumeStore:
+        "Prepare scans as those of training were: by the same recipe, with all sequences that shared their box."
+        needs = list(self.needs().values())
+        if len(needs)>1: raise ProtocolError("the models of this bundle were trained on stores that were prepared in different ways, so no single store serves them all: freeze them apart")
+        (recipe,prepared), = needs
+        return prepare(cohort, dest, prepared, recipe=Recipe(recipe.name, recipe.room('prepare')), **kwargs)
+
     def predict(self,
-        store:VolumeStore, # Prepared by the bundle's recipe
+        store:VolumeStore, # Prepared as `prepare` does
         progress:bool=True, # Show a progress bar
     ) -> pd.DataFrame: # patient, prob (of methylation; missing where a sequence is), note
         "The frozen models' probability for each patient: the mean of their log-odds, each at its temperature."
-        zs = []
-        for o in track(self.models, progress=progress):
-            m = load_model(self.path/o['name'])
-            if self.tta: m = _with_views(m, store, Recipe(self.tta['name'], self.tta['choices']))
-            p = predict(m, store, progress=False)
-            zs.append(_logits(p.prob)/o['temperature'])
-        return p.assign(prob=expit(np.mean(zs, axis=0)), note=p.note.where(p.note!='', np.where(np.isnan(np.mean(zs, axis=0)), 'lacks a sequence', '')))
+        return predict(self, store, progress=progress)
+
+    def write(self, path): raise ProtocolError("a bundle is frozen and is not saved again: copy its folder as a whole")
+
+model_kinds['bundle'] = Bundle
 
 # %% ../nbs/13_evaluate.ipynb #c21c1e33
 def freeze_bundle(
@@ -417,12 +471,13 @@ def freeze_bundle(
     make_folder(dest); entries,seqs = [],[]
     for i,(p,t) in enumerate(zip(paths, ts)):
         m = load_model(p)
+        check_preparation(m, store)
         for suffix in ('.safetensors','.json'): shutil.copyfile(p+suffix, dest/f'model-{i}{suffix}')
         entries.append(dict(name=f'model-{i}', arch=m.arch, sequences=list(m.sequences), temperature=t, files={s: _file_hash(dest/f'model-{i}{s}') for s in ('.safetensors','.json')}))
         seqs += m.sequences
     auc = auc_ci(v.label, v.prob)
-    write_json(dest/'bundle.json', _sign(json.loads(json.dumps(dict(version=__version__, created=_now(), models=entries, threshold=choose_threshold(v.label, v.prob), tta=None if tta is None else dict(name=get_recipe(tta).name, choices=get_recipe(tta).values()),
-        validation=dict(n=len(v), methylated=int(v.label.sum()), hash=_hash(v.values.tolist()), **auc.round(6).to_dict()), recipe=dict(name=m.recipe.name, choices=m.recipe.values()),
+    write_json(dest/'bundle.json', _sign(json.loads(json.dumps(dict(version=__version__, created=_now(), models=entries, threshold=choose_threshold(v.label, v.prob), tta=None if tta is None else get_recipe(tta).to_json(),
+        validation=dict(n=len(v), methylated=int(v.label.sum()), hash=_hash(v.values.tolist()), **auc.round(6).to_dict()), recipe=m.recipe.to_json(), spacing=store.spacing,
         preparation=preparation(store, uniqueify(seqs)), patients=sorted(store.table.patient), volumes=_volume_hashes(store))))))
     return Bundle(dest)
 
@@ -509,7 +564,7 @@ def external_test(
     if fitting: raise ProtocolError(f"external_test takes no {', '.join(fitting)}: a test cohort is for testing, and what is fitted, chosen or recalibrated on it is no longer tested. Settle it on validation patients and freeze another bundle")
     b = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     b,dest = Bundle(b.path),Path(dest or b.path)
-    store = cohort if isinstance(cohort, VolumeStore) else prepare(cohort, dest/f'store-{_hash(sorted(cohort.patient.astype(str)))[:8]}', b.sequences, recipe=b.recipe, progress=progress)
+    store = cohort if isinstance(cohort, VolumeStore) else b.prepare(cohort, dest/f'store-{_hash(sorted(cohort.patient.astype(str)))[:8]}', progress=progress)
     differ = _check_preparation(b, store, listify(override))
     _check_strangers(b, store)
     t = store.table[['patient','label']]
@@ -597,7 +652,8 @@ def model_card(
         real = oof[oof.arch!='selected']
         known['12a'] = f"{real.fold.nunique()} patient-level folds, stratified by label, {real.repeat.nunique()} repeats, {real.member.nunique()} seeds; the inner validation part of each training set chose epoch, temperature and threshold"
         known['12c'] = f"{', '.join(uniqueify(real.arch))} on {', '.join(uniqueify(real.sequences))}"
-        known['12e'] = known['23a'] = 'AUC (DeLong), accuracy (Wilson), log loss, calibration, decision curve: in the tables and figures of the report'
+        known['12e'] = known['23a'] = ('AUC (interval named beside it), accuracy (Wilson), log loss, calibration, '
+            'decision curve: in the tables and figures of the report')
     if bundle is not None:
         known['12g'] = known['22'] = f"bundle {bundle.signature[:8]}: {len(bundle.models)} models, mean log-odds{', test-time augmentation' if bundle.tta else ''}, threshold {bundle.threshold:.3f}, all files hashed"
         known['12f'] = known['24'] = 'none: frozen before the test'
@@ -610,10 +666,11 @@ def model_card(
 # %% ../nbs/13_evaluate.ipynb #7b94596e
 def check_results(
     table:pd.DataFrame, # Of `results_table`, `external_table` or a sweep
-    thresholds=(.5,), # That its accuracies were had with
+    thresholds=(.5,), # That its accuracies were had with, where the table does not say
 ) -> pd.DataFrame: # As `check_consistency`'s; no rows where nothing is amiss
     "What cannot be in a table that is about to be printed."
-    return check_consistency(table[[c for c in ('set','arch','sequences','recipe','n','minority','accuracy','auc','loss') if c in table]], threshold=max(thresholds, key=lambda t: abs(t-.5)))
+    told = 'set arch sequences recipe n minority runs thresholds threshold accuracy auc loss'.split()
+    return check_consistency(table[[c for c in told if c in table]], threshold=max(thresholds, key=lambda t: abs(t-.5)))
 
 # %% ../nbs/13_evaluate.ipynb #c216badf
 def _as_cohort(store):

@@ -24,7 +24,7 @@ from .learner import MGMTModel, as_model, load_model, mgmt_learner, model_kinds,
 # %% ../nbs/15_fusion.ipynb #ada84199
 def out_of_fold(
     store:VolumeStore, # Prepared cohort with labels
-    recipe='default', # Name or `Recipe`
+    recipe=None, # Name, file or `Recipe`; that of the store if None
     sequences=None, # Channels of the network; the recipe's, or all of the store's, if None
     path='.', # Folder for the logs, one below it a fold
     n_folds:int=5, # Folds, stratified by label
@@ -33,7 +33,7 @@ def out_of_fold(
     progress:bool=True, # Show a progress bar over folds
 ) -> tuple: # DataFrame (patient, label, fold, logit), and the folds' networks as a `FusionModel`, the mean of their logits
     "Train a network for each fold on the others, and predict it. Raises `MGMTError` as `recipe_dls` does."
-    r,rows,parts = get_recipe(recipe),[],{}
+    r,rows,parts = follow_recipe(store.recipe, recipe),[],{}
     for k in track(range(n_folds), progress=progress):
         with redirect_stdout(io.StringIO()) if k else nullcontext(): # what there is to say is the same for every fold
             dls = recipe_dls(store, r, sequences, fold=k, seed=seed, n_folds=n_folds)
@@ -97,6 +97,8 @@ class FusionModel:
     def sequences(self): return tuple(s for s in SEQUENCES if any(s in p.sequences for p in self.parts.values()))
     @property
     def recipe(self): return first(self.parts.values()).recipe
+    @property
+    def preparation_number(self): return first(self.parts.values()).preparation_number
     @property
     def size(self): return tuple(self.recipe.size)
     @property
@@ -166,7 +168,7 @@ def fused_oof(
 # %% ../nbs/15_fusion.ipynb #34336c2e
 def sequence_experiments(
     store:VolumeStore, # Prepared cohort with labels, several sequences
-    recipe='default', # Name or `Recipe`
+    recipe=None, # Name, file or `Recipe`; that of the store if None
     path='.', # Folder for logs
     sequences=None, # Which to compare; all of the store's if None
     stems=('sum',), # Ways into one network for all: `'sum'` through the inflated stem, `'adapter'` or `'adapter1x1'` through a mapping convolution
@@ -174,7 +176,8 @@ def sequence_experiments(
 ) -> NS: # `.table`: n, auc, lo, hi of each way; `.oof`: patient, label and out-of-fold logits; `.models`: each way's model
     "Experiments (a), all sequences in one network, and (b), a network for each; and the fusions of (b). AUCs are out of fold, of the patients who have what each way needs."
     seqs = store.sequences if sequences is None else check_sequences(sequences)
-    ways = {**{f'one-{s}': (get_recipe(recipe, stem=s), seqs) for s in stems}, **{s: (get_recipe(recipe), [s]) for s in seqs}}
+    r = follow_recipe(store.recipe, recipe)
+    ways = {**{f'one-{s}': (get_recipe(r, stem=s), seqs) for s in stems}, **{s: (r, [s]) for s in seqs}}
     oof,models = store.table[['patient','label']].dropna(),{}
     for k,(r,s) in ways.items():
         t,models[k] = out_of_fold(store, r, s, Path(path)/k, **kwargs)

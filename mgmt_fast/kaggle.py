@@ -20,7 +20,7 @@ from scipy.special import expit
 from .core import *
 from . import __version__
 from .series import has_skull, read_volume
-from .cohort import kaggle_cohort, read_labels, tcga_cohort
+from .cohort import id_key, kaggle_cohort, read_labels, tcga_cohort
 from .phantom import draw_patients, make_phantom, render_patient
 from .prepare import VolumeStore, prepare
 from .backbones import ARCHS
@@ -340,9 +340,9 @@ def make_submission(
     if want.shape[1]!=2 or want.empty: raise KaggleError(f"{sample} has {len(want)} rows and the columns {', '.join(want.columns)}: two columns, ids and probabilities, were expected")
     if not 0<=prevalence<=1: raise KaggleError(f"the prevalence is a share between 0 and 1; received {prevalence}: are there labels in the training cohort?")
     id_col,prob_col = want.columns
-    of = preds.drop_duplicates('patient').set_index('patient')
-    prob = want[id_col].map(of.prob)
-    why = want[id_col].map(of.note).fillna('no scans in the test folder').replace('', 'no prediction')
+    of,key = preds.assign(key=preds.patient.map(id_key)).drop_duplicates('key').set_index('key'),want[id_col].map(id_key)
+    prob = key.map(of.prob)
+    why = key.map(of.note).fillna('no scans in the test folder').replace('', 'no prediction')
     return want.assign(**{prob_col: prob.fillna(prevalence)}),pd.DataFrame(dict(patient=want[id_col], why=why))[prob.isna()].reset_index(drop=True)
 
 # %% ../nbs/15_kaggle.ipynb #7ab26095
@@ -354,10 +354,12 @@ def predict_submission(
 ) -> pd.DataFrame: # patient, prob, note: as `predict` returns it, a row a patient
     "Probability of each patient by all frozen models that can be asked; preparation's reasons where none can."
     bs = [Bundle(b) for b in bundles]
-    seqs = [s for s in SEQUENCES if any(s in b.sequences for b in bs)]
+    seqs = uniqueify(s for b in bs for s in b.sequences)
     if not any(s in cohort and cohort[s].notna().any() for s in seqs): return pd.DataFrame(dict(patient=cohort.patient, prob=np.nan, note='no scans'))
-    store = prepare(cohort, dest, seqs, recipe=bs[0].recipe, progress=progress)
-    zs = np.stack([_logits(b.predict(store, progress=progress).prob) for b in bs])
+    ways,dest = uniqueify(tuple(b.needs()) for b in bs),Path(dest)
+    stores = {k: next(b for b in bs if tuple(b.needs())==k).prepare(cohort, dest if len(ways)==1 else dest/str(i), progress=progress) for i,k in enumerate(ways)}
+    zs = np.stack([_logits(b.predict(stores[tuple(b.needs())], progress=progress).prob) for b in bs])
+    store = first(stores.values())
     n = np.isfinite(zs).sum(0)
     z = np.where(n>0, np.nansum(zs, 0)/np.maximum(n,1), np.nan)
     why = store.report.assign(what=store.report.sequence+': '+store.report.what).groupby('patient').what.agg('; '.join)

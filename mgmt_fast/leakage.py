@@ -4,11 +4,15 @@
 
 # %% auto #0
 __all__ = ['LeakageError', 'draw_perturbation', 'perturb', 'average_brain', 'fingerprint', 'compare_fingerprints', 'Null',
-           'published_similarity', 'leakage_audit', 'set_aside', 'planted_recall', 'plot_recall', 'plot_null']
+           'MeasuredNull', 'published_similarity', 'leakage_audit', 'set_aside', 'planted_recall', 'plot_recall',
+           'plot_null']
 
 # %% ../nbs/14_leakage.ipynb #faf4592a
 import base64, hashlib, html, io, json, os, tempfile
 from contextlib import contextmanager
+from functools import lru_cache
+from importlib import resources
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
@@ -24,7 +28,8 @@ from . import __version__
 from .core import *
 from .series import SeriesError, _find, _load
 from .cohort import id_key, patient_key, _read_table
-from .prepare import VolumeStore, _canonical, _canonical_affine, _one_thread, resample, resize
+from .prepare import VolumeStore, _canonical, _canonical_affine, _one_thread, resample, resize, source_state
+from .loader import key_digest
 from .register import *
 from .register import _agreement, _centre, _descend, _grid, _mm, _sample, _search
 
@@ -68,11 +73,9 @@ class _Side:
 
     def content(self, i, seq):
         "What changes when the volume does"
-        if self.store: return self.data.meta[self.patients[i]]['volumes'][seq]['hash']
-        path = Path(self.table[seq].iat[i])
-        try: state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
-        except OSError: state = [] # reading will say what is wrong
-        return _digest(str(path).encode(), str(state).encode())
+        if not self.store: return key_digest(source_state(self.table[seq].iat[i])) # of what is not there, reading will say what is wrong
+        m = self.data.meta[self.patients[i]]
+        return key_digest([m['volumes'][seq]['hash'], m['affine']])
 
     def volume(self, i, seq):
         "The volume, a hash of its voxels, and hashes of its UIDs"
@@ -283,6 +286,7 @@ def _correlate(x, xx, mx, y, my):
 class Null:
     "Scores of known-different pairs, and what they say of a score's rarity; pairs far above all others (copies within the training set) are set aside as `.odd`"
     prior = (.38,.06,8) # mean and standard deviation of the square root of the score, and how many pairs they are worth
+    source = "this set's own pairs" # Where it was measured
     def __init__(self,
         scores, # (n,) in [0,1]
     ):
@@ -303,6 +307,28 @@ class Null:
         self.sd = np.sqrt(ss/self.df*(1+1/(n0+n)))
     def chance(self, score): return stats.t.sf((np.sqrt(np.maximum(score, 0))-self.mean)/self.sd, self.df)
     def threshold(self, chance): return float(np.clip(self.mean+self.sd*stats.t.isf(chance, self.df), 0, 1)**2)
+
+# %% ../nbs/14_leakage.ipynb #d0d0a002
+_enough = 30 # own pairs, from which on a set's own null is used
+
+@lru_cache
+def _null_table(): return pd.read_csv(io.StringIO((resources.files('mgmt_fast')/'leakage_null.csv').read_text('utf-8')))
+
+class MeasuredNull(Null):
+    "The null measured beforehand, for sets whose own pairs are too few. Raises `MGMTError` on unknown sequences."
+    def __init__(self,
+        *sequences:str, # Of the pairs to judge
+        scores=(), # (n,) those of the set's own pairs, which are kept to be shown
+    ):
+        t = _null_table()
+        t = t[t.sequence.isin(check_sequences(set(sequences)))]
+        self.scores,self.odd = np.asarray(scores, float),np.array([], int)
+        self.mean,self.sd,self.df = t['median'].to_numpy(),t.spread.to_numpy(),t.brains.max()-1
+        self.source = f"{t.pairs.sum()} pairs of other brains, measured beforehand"
+    def chance(self, score):
+        u = np.sqrt(np.maximum(score, 0))
+        return stats.t.sf((np.expand_dims(u, -1)-self.mean)/self.sd, self.df).max(-1)
+    def threshold(self, chance): return float(np.clip((self.mean+self.sd*stats.t.isf(chance, self.df)).max(), 0, 1)**2)
 
 # %% ../nbs/14_leakage.ipynb #17256de8
 def _score(r): return float(np.sqrt(max(r.ncc,0)*max(r.nmi,0))*min(1, r.overlap/.5))
@@ -467,29 +493,82 @@ def _candidates(A, B, P, opt):
     return scores,[(A,A.ok[i],A.ok[j]) for _,i,j in top],[i for i in P.ok if own[i]>limit],limit
 
 # %% ../nbs/14_leakage.ipynb #c5966ebc
-def _audit_sequence(a, b, s, u, named, opt):
-    "All stages for one sequence of the training set and one of the test set: rows, and facts for the summary"
+def _compare(a, b, s, u, named, opt):
+    "Scores of one sequence of the training set against one of the test set: of pairs, of the null, of planted copies"
     A,B = _small_part(a, s, opt),_small_part(b, u, opt)
-    label = s if s==u else f'{s}~{u}'
-    report = [dict(side=o.side.name, patient=o.side.patients[i], sequence=o.seq, what=f['error'] if f else 'sequence missing') for o in (A,B) for i,f in enumerate(o.facts) if not f or 'error' in f]
-    if not A.ok or not B.ok: return [],NS(label=label, report=report, reason=f'no volume of {(B if A.ok else A).side.name} could be used')
-    P,total = _planted_part(A, opt),len(A.ok)*len(B.ok)
-    known = {(i,j):why for (i,j),why in {**named, **_equal_content(A.facts, B.facts)}.items() if i in A.place and j in B.place}
-    if total<=opt.small: scores,null,passed,limit,expected = {(i,j):np.nan for i in A.ok for j in B.ok},_null_pairs(A, B, opt),P.ok,np.nan,total
-    else: (scores,null,passed,limit),expected = _candidates(A, B, P, opt),opt.candidates
-    pairs = sorted({*scores,*known})
-    done = _confirm_all([*((('pair',i,j), A, i, B, j) for i,j in pairs), *((('planted',i), A, i, P, i) for i in passed), *((('null',k), o, i, o, j) for k,(o,i,j) in enumerate(null))], opt)
-    nulls = Null([done['null',k]['score'] for k in range(len(null))])
-    same,doubt = (nulls.threshold(o/expected) for o in opt.alarms)
+    report = [_unused(o, i, f) for o in (A,B) for i,f in enumerate(o.facts) if not f or 'error' in f]
+    f = NS(label=s if s==u else f'{s}~{u}', seqs=(s,u), parts=(A,B), report=report, reason='')
+    if not A.ok or not B.ok: f.reason = f'no volume of {(B if A.ok else A).side.name} could be used'; return f
+    P,f.n,f.pairs = _planted_part(A, opt),(len(A.ok),len(B.ok)),len(A.ok)*len(B.ok)
+    known = {**named, **_equal_content(A.facts, B.facts)}
+    f.known = {(i,j):why for (i,j),why in known.items() if i in A.place and j in B.place}
+    if f.pairs<=opt.small:
+        f.scores,f.expected,f.limit = {(i,j):np.nan for i in A.ok for j in B.ok},f.pairs,np.nan
+        f.strangers,f.passed = _null_pairs(A, B, opt),P.ok
+    else: (f.scores,f.strangers,f.passed,f.limit),f.expected = _candidates(A, B, P, opt),opt.candidates
+    f.chosen,f.planted = sorted({*f.scores,*f.known}),len(P.ok)
+    jobs = [(('pair',i,j), A, i, B, j) for i,j in f.chosen]+[(('planted',i), A, i, P, i) for i in f.passed]
+    f.done = _confirm_all(jobs+[(('null',k), o, i, o, j) for k,(o,i,j) in enumerate(f.strangers)], opt)
+    return f
+
+def _unused(part, i, fact):
+    what = fact['error'] if fact else 'sequence missing'
+    return dict(side=part.side.name, patient=part.side.patients[i], sequence=part.seq, what=what)
+
+def _is_same(f, pair):
+    why = f.known.get(pair, '')
+    return f.done['pair',*pair]['score']>=f.same or bool(why) and why!=_bare
+
+def _settle_null(f, twins, opt):
+    "The null without `twins`, and the thresholds; returns pairs `(side, i, j)` of it that look like one brain"
+    at = [(k,(o.side.name,i,j)) for k,(o,i,j) in enumerate(f.strangers) if (o.side.name,i,j) not in twins]
+    scores = np.array([f.done['null',k]['score'] for k,_ in at])
+    own = Null(scores)
+    few = len(own.scores)<_enough
+    f.null = MeasuredNull(*f.seqs, scores=scores) if few else own
+    f.same,f.doubt = (f.null.threshold(o/f.expected) for o in opt.alarms)
+    odd = np.flatnonzero(scores>=f.null.threshold(opt.alarms[0]/max(1,len(at)))) if few else own.odd
+    return {at[k][1] for k in odd}
+
+def _equal_within(part):
+    "Pairs `(side, i, j)` of one set with equal voxels or shared UIDs"
+    return {(part.side.name,i,j) for i,j in _equal_content(part.facts, part.facts) if i<j}
+
+def _through(f):
+    "Pairs of one set that are both the same as one patient of the other"
+    same,res = [o for o in f.chosen if _is_same(f, o)],set()
+    for k,part in enumerate(f.parts):
+        groups = {}
+        for o in same: groups.setdefault(o[1-k], []).append(o[k])
+        for g in groups.values(): res |= {(part.side.name,*o) for o in combinations(sorted(g), 2)}
+    return res
+
+def _settle_nulls(facts, sides, opt):
+    "Patients under two names within a set, found through one sequence, left out of the null of all: `{pair: sequence}`"
+    twins = {o:f.label for f in facts for part in f.parts for o in _equal_within(part)}
+    while True:
+        found = {o:f.label for f in facts for o in (_settle_null(f, twins, opt) | _through(f))}
+        if not set(found)-set(twins): break
+        twins = {**found, **twins}
+    return {o:s for o,s in twins.items() if _different(sides[o[0]], *o[1:])}
+
+def _say_twin(side, i, j, sequence):
+    "The report's row of a patient who seems to be in a set twice"
+    what = 'look like one brain: one patient under two names within the set? Left out of the null of every sequence'
+    return dict(side=side.name, patient=f'{side.patients[i]}, {side.patients[j]}', sequence=sequence, what=what)
+
+def _verdicts(f, a, b):
+    "Rows of one sequence, and what its planted copies told"
     rows = []
-    for i,j in pairs:
-        r,why = done['pair',i,j],known.get((i,j), '')
-        verdict = 'same' if r['score']>=same or why and why!=_bare else 'uncertain' if r['score']>=doubt or why else 'different'
-        rows.append({**r, **dict(train=a.patients[i], test=b.patients[j], sequence=label, stage='identifiers' if why else 'confirmation', identifiers=why, fingerprint=scores.get((i,j), np.nan),
-            false_alarms=nulls.chance(r['score'])*expected, verdict=verdict, _at=(i,j))})
-    for k in nulls.odd: o,i,j = null[k]; report.append(dict(side=o.side.name, patient=f'{o.side.patients[i]}, {o.side.patients[j]}', sequence=o.seq, what='look like one brain: one patient under two names within the set?'))
-    hits = [done['planted',i]['score'] for i in passed]
-    return rows,NS(label=label, report=report, reason='', null=nulls, same=same, doubt=doubt, n=(len(A.ok),len(B.ok)), pairs=total, confirmed=len(pairs), limit=limit, planted=len(P.ok), passed=len(passed), found=sum(o>=same for o in hits), hits=hits, parts=(A,B))
+    for i,j in f.chosen:
+        r,why = f.done['pair',i,j],f.known.get((i,j), '')
+        verdict = 'same' if _is_same(f, (i,j)) else 'uncertain' if r['score']>=f.doubt or why else 'different'
+        who = dict(train=a.patients[i], test=b.patients[j], sequence=f.label, verdict=verdict, identifiers=why)
+        rows.append({**r, **who, **dict(stage='identifiers' if why else 'confirmation', _at=(i,j)),
+            **dict(fingerprint=f.scores.get((i,j), np.nan), false_alarms=f.null.chance(r['score'])*f.expected)})
+    f.hits = [f.done['planted',i]['score'] for i in f.passed]
+    f.found,f.confirmed = sum(o>=f.same for o in f.hits),len(f.chosen)
+    return rows
 
 # %% ../nbs/14_leakage.ipynb #1d8749af
 def leakage_audit(
@@ -509,18 +588,21 @@ def leakage_audit(
 ) -> pd.DataFrame: # A row for every pair that reached confirmation: `train`, `test`, `sequence`, `stage`, `identifiers`, scores, `false_alarms`, `verdict`; `.attrs`: `summary`, `recall`, `thresholds`, `report`
     """Find patients of the training set in the test set, by identifiers, fingerprints and registration, and say how much the answer is worth.
 
-    `verdict` is `'same'`, `'uncertain'` or `'different'`. What is computed is kept beside a store, else in `dest`, and used again. A volume that cannot be used is a row of the report. Raises `LeakageError` where nothing can be compared."""
+    `verdict` is `'same'`, `'uncertain'` or `'different'`; `.attrs['thresholds']` and the summary say by which null.
+    What is computed is kept beside a store, else in `dest`, and used again. A volume that cannot be used is a row of
+    the report. Raises `LeakageError` where nothing can be compared."""
     if published is True: published = get_recipe('published').published_alarm
     if published and published not in _alarms: raise unknown_name('published alarm', published, _alarms)
     a,b = _Side(train,'train'),_Side(test,'test')
     pairs,named = _sequence_pairs(sequences, a, b),_named_pairs(a, b, ids)
     with tempfile.TemporaryDirectory() as tmp:
         opt = NS(alarms=alarms, small=small, candidates=candidates, planted=planted, n_workers=n_workers, seed=seed, progress=progress, cache=lambda side: _cache(side, dest, tmp))
-        parts = [_audit_sequence(a, b, s, u, named, opt) for s,u in pairs]
-        df = pd.DataFrame([r for rows,_ in parts for r in rows], columns=[*_columns,'matrix','_at'])
-        facts = [f for _,f in parts]
+        facts = [_compare(a, b, s, u, named, opt) for s,u in pairs]
+        done,sides = [f for f in facts if not f.reason],dict(train=a, test=b)
+        twins = _settle_nulls(done, sides, opt)
+        df = pd.DataFrame([r for f in done for r in _verdicts(f, a, b)], columns=[*_columns,'matrix','_at'])
         if published: df = _add_published(df, a, b, pairs, published, progress, dest)
-        df.attrs = _attrs(df, facts, named, a, b)
+        df.attrs = _attrs(df, facts, named, a, b, [_say_twin(sides[o[0]], *o[1:], s) for o,s in twins.items()])
         if dest is not None: _write(df, facts, Path(dest))
         return df.drop(columns=['matrix','_at'])
 
@@ -535,21 +617,30 @@ def _cache(side, dest, tmp):
         except MGMTError: pass
     return Path(tmp)/side.name
 
-def _attrs(df, facts, named, a, b):
+def _attrs(df, facts, named, a, b, twins):
     done = [f for f in facts if not f.reason]
-    report = [o for f in facts for o in f.report]
+    report = [o for f in facts for o in f.report]+twins
     report += [dict(side='both', patient=f'{a.patients[i]}, {b.patients[j]}', sequence='', what=f'{why}, but no volume of theirs could be compared') for (i,j),why in named.items() if not ((df.train==a.patients[i])&(df.test==b.patients[j])).any()]
     recall = pd.DataFrame([dict(sequence=f.label, planted=f.planted, passed_fingerprints=f.passed, found=f.found) for f in done], columns=['sequence','planted','passed_fingerprints','found'])
-    thresholds = pd.DataFrame([dict(sequence=f.label, pairs=f.pairs, confirmed=f.confirmed, null_pairs=len(f.null.scores), null_mean=float(f.null.mean**2), same=f.same, uncertain=f.doubt) for f in done])
+    thresholds = pd.DataFrame([dict(sequence=f.label, pairs=f.pairs, confirmed=f.confirmed, null=f.null.source,
+        null_pairs=len(f.null.scores), null_mean=float(np.max(f.null.mean)**2),
+        same=f.same, uncertain=f.doubt) for f in done])
     res = dict(recall=recall.to_dict('records'), thresholds=thresholds.to_dict('records'), report=report)
     return {**res, 'summary':_summary(df, facts, recall)}
+
+def _say_null(null):
+    "Which null was used, and what the set's own pairs gave"
+    own = f'{len(null.scores)} pairs known to differ, at most {max(null.scores, default=np.nan):.3f}'
+    if null.source==Null.source: return f'null: {own}'
+    return f'null: {null.source}; of its own this set has {len(null.scores)} pairs, at least {_enough} are needed'
 
 def _summary(df, facts, recall):
     lines = []
     for f in facts:
         if f.reason: lines.append(f'{f.label}: not compared: {f.reason}'); continue
         how = 'every pair registered' if np.isnan(f.limit) else f'{f.confirmed} registered, those with a fingerprint score above {f.limit:.2f}'
-        lines.append(f'{f.label}: {f.n[0]} x {f.n[1]} = {f.pairs} pairs, {how}; same from a score of {f.same:.3f}, uncertain from {f.doubt:.3f} (null: {len(f.null.scores)} pairs known to differ, at most {max(f.null.scores, default=np.nan):.3f})')
+        limits = f'same from a score of {f.same:.3f}, uncertain from {f.doubt:.3f} ({_say_null(f.null)})'
+        lines.append(f'{f.label}: {f.n[0]} x {f.n[1]} = {f.pairs} pairs, {how}; {limits}')
     found,n = int(recall.found.sum()),int(recall.planted.sum())
     known = f'{found} of {n} planted copies were found' + (f' (recall {found/n:.1%}, 95 % interval {_wilson(found,n)})' if n else '')
     hit = df[df.verdict!='different']
@@ -620,11 +711,14 @@ def planted_recall(
     bad = [f"{side.patients[i]}: {f['error']}" for i,(_,f) in enumerate(smalls) if 'error' in f]
     if bad or n<3: raise LeakageError(f"recall needs three patients or more with a usable {sequence}; {'; '.join(bad[:3]) or f'received {n}'}")
     A = _Part(side, sequence, [o for o,_ in smalls], [f for _,f in smalls])
-    null = Null([r['score'] for r in _confirm_all([((i,j), A, i, A, j) for _,i,j in _null_pairs(A, A, opt)], opt).values()])
+    done = _confirm_all([((i,j), A, i, A, j) for _,i,j in _null_pairs(A, A, opt)], opt)
+    null = Null([r['score'] for r in done.values()])
+    if len(null.scores)<_enough: null = MeasuredNull(sequence, scores=null.scores)
     limit,draws = null.threshold(alarms/pairs),[(tuple(k),s) for k in (*((k,) for k in kinds), kinds) for s in strengths]
     scores = np.array(list(_parallel(_copies, ((side,i,sequence,A.rows[(i+1)%n],draws,seed) for i in range(n)), opt, n)))
     df = pd.DataFrame([dict(change=k[0] if len(k)==1 else 'all together', strength=s, copies=n, found=int((o[:,0]>=limit).sum()), false_alarms=int((o[:,1]>=limit).sum()), own=o[:,0].min(), other=o[:,1].max()) for (k,s),o in zip(draws, scores.swapaxes(0,1))])
-    df.attrs = dict(threshold=limit, null_pairs=len(null.scores), null_highest=float(null.scores.max()))
+    df.attrs = dict(threshold=limit, null=null.source, null_pairs=len(null.scores))
+    df.attrs['null_highest'] = float(null.scores.max())
     return df
 
 # %% ../nbs/14_leakage.ipynb #d1b48e16
@@ -657,7 +751,9 @@ def plot_null(
     bins = np.linspace(0, 1, 81)
     ax.hist(null.scores, bins, color='.6', label=f'{len(null.scores)} pairs known to differ')
     if len(hits): ax.hist(list(hits), bins, color='C2', alpha=.8, label=f'{len(hits)} planted copies')
-    ax.axvline(same, color='C3', label=f'same from {same:.2f}'); ax.axvline(doubt, color='C1', ls='--', label=f'uncertain from {doubt:.2f}')
+    by = '' if null.source==Null.source else f', by {null.source}'
+    ax.axvline(same, color='C3', label=f'same from {same:.2f}{by}')
+    ax.axvline(doubt, color='C1', ls='--', label=f'uncertain from {doubt:.2f}')
     ax.set(xlabel='score', ylabel='pairs', yscale='symlog', xlim=(0,1), title=title); ax.yaxis.set_major_formatter('{x:g}')
     ax.legend(frameon=False, fontsize=7); ax.spines[['top','right']].set_visible(False)
     return ax

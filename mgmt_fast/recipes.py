@@ -6,7 +6,7 @@
 __all__ = ['faults', 'compare_recipes', 'L2Penalty', 'StepRate', 'SummedGradients']
 
 # %% ../nbs/10_recipes.ipynb #0a254d00
-import pandas as pd
+import pandas as pd, torch
 from .core import *
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.fp16 import MixedPrecision
@@ -78,3 +78,8 @@ class SummedGradients(Callback):
         self.held += 1
         if self.held<self.n: raise CancelBatchException()
         self.held = 0
+    def _grads(self): return {f'grad.{i}':p for i,p in enumerate(self.learn.model.parameters())}
+    def state_dict(self): return {'held':self.held, **{k:p.grad for k,p in self._grads().items() if p.grad is not None}}
+    def load_state_dict(self, d):
+        self.held = d['held']
+        for k,p in self._grads().items(): p.grad = torch.empty_like(p).copy_(d[k]) if k in d else None

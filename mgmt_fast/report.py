@@ -47,7 +47,7 @@ def plot_roc(
     ax:plt.Axes=None, # Axes; new if None
     **kwargs, # For `roc_band`
 ) -> plt.Axes: # The axes
-    "ROC curve with its 95 % band and the AUC with its interval."
+    "ROC curve with its 95 % band and the AUC with its interval, whose method the legend names."
     if ax is None: _,ax = plt.subplots(figsize=(5,5), layout='constrained')
     fpr,tpr,_ = roc_curve(*check_scores(y, p))
     r = auc_ci(y, p)
@@ -56,7 +56,7 @@ def plot_roc(
     ax.fill_between(at, lo, hi, color=line.get_color(), alpha=.15, lw=0)
     ax.plot([0,1], [0,1], ':', color='gray', lw=1)
     ax.set(xlabel='1 - specificity', ylabel='sensitivity', xlim=(-.01,1.01), ylim=(-.01,1.01), aspect='equal')
-    ax.legend(loc='lower right')
+    ax.legend(loc='lower right', title=f"95 % interval: {AUC_METHODS[r.name]}; band: bootstrap's")
     return ax
 
 # %% ../nbs/12_report.ipynb #c281f027
@@ -172,11 +172,13 @@ def plot_decision(
 def plot_forest(
     table:pd.DataFrame, # auc, `lo` and `hi` (or `auc_lo` and `auc_hi`), and columns of text that name the row
     names:list=None, # Those columns; all of text if None
+    interval:str=None, # What the intervals are, for the axis; if None, as the column `interval` says
     ax:plt.Axes=None, # Axes; new if None
 ) -> plt.Axes: # The axes
     "AUCs with their intervals, one row each; rows without a number keep their place."
     t = table.rename(columns=dict(auc_lo='lo',auc_hi='hi')).reset_index(drop=True)
-    names = [c for c in t if _is_text(t[c])] if names is None else listify(names)
+    names = _texts(t) if names is None else listify(names)
+    if interval is None and 'interval' in t: interval = ' or '.join(uniqueify(t.interval[t.auc.notna()].dropna()))
     if ax is None: _,ax = plt.subplots(figsize=(7,.32*len(t)+1.2), layout='constrained')
     at = np.arange(len(t))[::-1]
     ax.errorbar(t.auc, at, xerr=[t.auc-t.lo, t.hi-t.auc], fmt='s', ms=5, capsize=3)
@@ -185,8 +187,13 @@ def plot_forest(
     ax.axvline(.5, ls=':', color='gray', lw=1)
     ax.set_yticks(at, t[names].astype(str).agg(', '.join, axis=1))
     left = min(.2, np.nanmin(t.lo)-.02) if t.lo.notna().any() else 0
-    ax.set(xlabel='AUC with 95 % interval', xlim=(left,1.01), ylim=(-.7,len(t)-.3))
+    what = 'AUC with 95 % interval'+(f' ({interval})' if interval else '')
+    ax.set(xlabel=what, xlim=(left,1.01), ylim=(-.7,len(t)-.3))
     return ax
+
+def _texts(t):
+    "Columns of text that name a row"
+    return [c for c in t if c!='interval' and _is_text(t[c])]
 
 def _is_text(c): return c.dtype==object or isinstance(c.dtype, pd.StringDtype)
 def _interval(r): return 'too few' if pd.isna(r.auc) else f'{r.auc:.3f} [{r.lo:.3f}, {r.hi:.3f}]'

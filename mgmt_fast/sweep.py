@@ -6,7 +6,8 @@
 __all__ = ['sweep_table', 'sweep', 'search']
 
 # %% ../nbs/16_sweep.ipynb #16000003
-import hashlib, itertools, json, time, warnings
+import glob, itertools, json, time, warnings
+from collections import Counter
 
 import numpy as np, pandas as pd
 from .core import *
@@ -14,9 +15,9 @@ from fastcore.all import *
 from joblib import Parallel, delayed, parallel_config
 from .cohort import assign_folds
 from .prepare import VolumeStore
-from .loader import usable_patients
+from .loader import key_changes, key_digest, run_key, usable_patients
 from .metrics import auc_ci
-from .learner import mgmt_learner, recipe_dls, save_model
+from .learner import mgmt_learner, plan_key, recipe_dls, save_model, weights_key
 
 # %% ../nbs/16_sweep.ipynb #16000006
 def sweep_table(
@@ -30,35 +31,52 @@ def sweep_table(
     return pd.DataFrame(itertools.product(*cols.values()), columns=list(cols))
 
 # %% ../nbs/16_sweep.ipynb #16000007
-def _run_name(row, key):
-    digest = hashlib.blake2b(json.dumps([row,key], sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
-    return f"{row['arch'].replace('/','_')}-{row['sequences']}-fold{row['fold']}-{digest}"
+def _loaders(store, recipe, sequences, fold, n_folds, seed, patients=None):
+    return recipe_dls(store, recipe, sequences.split('+'), seed, fold=fold, n_folds=n_folds, patients=patients)
 
-def _fit(store, path, recipe, sequences, fold, n_folds, seed, patients=None):
+def _fit(dls, path, recipe, seed):
     "A trained learner with its best weights"
-    dls = recipe_dls(store, recipe, sequences.split('+'), seed, fold=fold, n_folds=n_folds, patients=patients)
     learn = mgmt_learner(dls, recipe=recipe, path=path, seed=seed)
     with learn.no_bar(), learn.no_logging(): learn.fit_recipe(resume=True)
     return learn
 
 def _best(learn): return dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[learn.save_best.best_epoch]))
 
+def _others(dest, prefix, key):
+    "Why kept runs of the same name are not the one that is wanted, in words"
+    res = []
+    for p in sorted(dest.glob(f'{glob.escape(prefix)}-*/run.json')):
+        try: then = json.loads(p.read_text(encoding='utf-8')).get('key')
+        except ValueError: then = None
+        res += ['; '.join(key_changes(then, key))]
+    return [o for o in res if o]
+
 def _run(row, store, dest, recipe, n_folds, seed):
-    "One run: its row with what came out, from its folder if it is done"
-    path,t = Path(dest),time.perf_counter()
-    if (path/'run.json').exists(): return json.loads((path/'run.json').read_text(encoding='utf-8'))
-    choices = {k:v for k,v in row.items() if k not in ('sequences','fold')}
-    try: learn = _fit(VolumeStore(store), path, get_recipe(recipe, **choices), row['sequences'], int(row['fold']), n_folds, seed)
-    except (MGMTError, RuntimeError) as e: return {**row, 'error':f'{type(e).__name__}: {e}'}
-    valid,best,epoch = learn.dls.valid.dataset,_best(learn),learn.save_best.best_epoch # predicting empties the recorder
+    "One run: its row with what came out, from its folder if that was of the same patients, labels and choices; and why others there were not"
+    try:
+        choices = {k:v for k,v in row.items() if k not in ('sequences','fold')}
+        recipe,store = get_recipe(recipe, **choices),VolumeStore(store)
+        dls = _loaders(store, recipe, row['sequences'], int(row['fold']), n_folds, seed)
+        key = plan_key(dls, recipe, seed)
+        prefix = f"{recipe.arch.replace('/','_')}-{row['sequences']}-fold{row['fold']}"
+        path = Path(dest)/f'{prefix}-{key_digest(key)[:8]}'
+        if (path/'run.json').exists(): return json.loads((path/'run.json').read_text(encoding='utf-8'))['row'],[]
+        return _train(row, dls, path, recipe, seed, key),_others(Path(dest), prefix, key)
+    except Exception as e: return {**row, 'error':f'{type(e).__name__}: {e}'},[] # a row that fails is a row
+
+def _train(row, dls, path, recipe, seed, key):
+    "Train a run, and keep its row in its folder"
+    start = time.perf_counter()
+    learn = _fit(dls, path, recipe, seed)
+    valid,best,epoch = dls.valid.dataset,_best(learn),learn.save_best.best_epoch # predicting empties the recorder
     with learn.no_bar(): p,y = (o.numpy().ravel() for o in learn.get_preds())
-    pd.DataFrame(dict(patient=valid.patients, label=y.astype(int), prob=p)).to_csv(path/'valid.csv', index=False)
+    with atomic_path(path/'valid.csv') as tmp: pd.DataFrame(dict(patient=valid.patients, label=y.astype(int), prob=p)).to_csv(tmp, index=False)
     save_model(learn, path/'model')
     try: ci = auc_ci(y, p)
     except MGMTError: ci = dict(lo=None, hi=None) # too few patients for an interval
-    res = {**row, 'epoch':epoch, 'valid_loss':best['valid_loss'], 'auc':best['auc'], 'lo':ci['lo'], 'hi':ci['hi'], 'n_train':len(learn.dls.train.dataset), 'n_valid':len(valid),
-        'seconds':round(time.perf_counter()-t,1), 'folder':path.name, 'error':''}
-    write_json(path/'run.json', res)
+    res = {**row, 'epoch':epoch, 'valid_loss':best['valid_loss'], 'auc':best['auc'], 'lo':ci['lo'], 'hi':ci['hi'], 'n_train':len(dls.train.dataset), 'n_valid':len(valid),
+        'seconds':round(time.perf_counter()-start,1), 'folder':path.name, 'error':''}
+    write_json(path/'run.json', dict(row=res, key=key))
     for f in ('checkpoint.safetensors','best.safetensors'): (path/f).unlink(missing_ok=True)
     return res
 
@@ -67,35 +85,47 @@ def sweep(
     table:pd.DataFrame, # Runs, see `sweep_table`
     store, # Folder of a store, as the workers see it
     dest, # Folder for the runs and `sweep.csv`, as the workers see it
-    recipe='default', # Name or `Recipe`; the table's columns override it
+    recipe=None, # Name, file or `Recipe`, that of the store if None; the table's columns override it
     n_folds:int=5, # Folds, stratified by label
     seed:int=0, # Of folds, order and initial weights
     n_jobs:int=1, # Runs at once; -1: as many as there are cores or workers
     backend:str=None, # joblib's: `'loky'` processes if None; `'dask'` or `'ray'` over the cluster that this process is connected to
     progress:bool=True, # Show a progress bar
 ) -> pd.DataFrame: # The table with epoch, valid_loss, auc and its interval (none below 10 patients), n_train, n_valid, seconds, folder, error; as in `sweep.csv`
-    """Train every row of a table. A run that fails has its error in its row, and is tried again next time; the others go on.
+    """Train every row of a table. A run that fails, for whatever reason, has its error in its row, and is tried again next time; the others go on.
+
+    A row that is in `dest` already is taken from there if it was of the same patients, labels, volumes and choices; what no longer fits is named and trained anew.
 
     `auc` is that of the epoch that was chosen on the same patients, so it is no estimate for others. Raises `MGMTError` on a table without runs or with unknown columns."""
     need = ['arch','sequences','fold']
     if not len(table) or any(c not in table for c in need): raise MGMTError(f"a sweep's table has a row a run and columns {', '.join(need)}; received {len(table)} rows, columns {', '.join(table.columns)}")
-    recipe,rows = get_recipe(recipe),[{k:(v.item() if isinstance(v,np.generic) else v) for k,v in r.items()} for r in table.to_dict('records')]
-    for r in rows: get_recipe(recipe, **{k:v for k,v in r.items() if k not in need[1:]}); check_sequences(r['sequences'].split('+'))
-    VolumeStore(store)
-    key = dict(recipe=recipe.name, choices=recipe.changed, n_folds=n_folds, seed=seed)
-    dest = make_folder(dest)
-    names = [_run_name(r, key) for r in rows]
-    done = dict.fromkeys(names)
+    for c in table:
+        if c not in need and c not in choice_names(): raise unknown_name('choice of a recipe', c, choice_names())
+    rows = [_given(r) for r in table.to_dict('records')]
+    recipe = get_recipe(VolumeStore(store).recipe if recipe is None else recipe)
+    dest,done,others = make_folder(dest),[None]*len(rows),[]
+    save_recipe(recipe, dest/'recipe.yaml')
     def _write():
-        res = pd.DataFrame([done[n] or {**r,'error':'not run yet'} for n,r in zip(names,rows)])
+        res = pd.DataFrame([o or {**r,'error':'not run yet'} for o,r in zip(done,rows)])
+        res = res[[*(c for c in table if c in res), *(c for c in _results if c in res)]]
         with atomic_path(dest/'sweep.csv') as tmp: res.to_csv(tmp, index=False)
         return res
-    def _job(n, r): return n,_run(r, str(store), str(dest/n), recipe, n_folds, seed)
+    def _job(i, r): return i,*_run(r, str(store), str(dest), recipe, n_folds, seed)
     with parallel_config(backend=backend) if backend else parallel_config():
-        for n,res in track(Parallel(n_jobs=n_jobs, return_as='generator_unordered')(delayed(_job)(n,r) for n,r in zip(names,rows)), len(rows), progress):
-            done[n] = res
+        jobs = Parallel(n_jobs=n_jobs, return_as='generator_unordered')(delayed(_job)(i,r) for i,r in enumerate(rows))
+        for i,res,other in track(jobs, len(rows), progress):
+            done[i] = res
+            others += other
             _write()
+    for why,n in Counter(others).items(): print(f"{n} kept run{'s' if n>1 else ''} in {dest} not used, but trained anew: {why}")
     return _write()
+
+_results = 'epoch valid_loss auc lo hi n_train n_valid seconds folder error'.split()
+
+def _given(row):
+    "A table's row in plain values, without its empty cells"
+    row = {k: v.item() if isinstance(v,np.generic) else v for k,v in row.items()}
+    return {k:v for k,v in row.items() if not (isinstance(v,float) and np.isnan(v))}
 
 # %% ../nbs/16_sweep.ipynb #1600000e
 def _suggest(trial, space):
@@ -106,7 +136,30 @@ def _suggest(trial, space):
         return f(k, lo, hi, log=log==['log'])
     return {k: _one(k,v) for k,v in space.items()}
 
-def _study(dest, seed, space):
+def _distribution(v):
+    "optuna's form of a list of values, or of (low, high) or (low, high, 'log')"
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    if isinstance(v, list): return CategoricalDistribution(v)
+    lo,hi,*log = v
+    kind = IntDistribution if isinstance(lo,int) and isinstance(hi,int) else FloatDistribution
+    return kind(lo, hi, log=log==['log'])
+
+def _check_space(space):
+    "Refuse choices that do not exist, and values that they do not take"
+    for k,v in space.items():
+        for o in v if isinstance(v, list) else v[:2]: check_choice(k, o)
+
+def _fitting(study, space):
+    "Finished trials of another space whose values are in this one, in this one's form"
+    from optuna.trial import TrialState, create_trial
+    dist = {k: _distribution(v) for k,v in space.items()}
+    for t in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+        if t.params.keys()!=dist.keys(): continue
+        try: yield create_trial(params=t.params, distributions=dist, value=t.value, user_attrs=t.user_attrs)
+        except ValueError: continue # a value that is no longer on offer
+
+def _study(dest, seed, space, key):
+    "The study of this very search; trials of the same key with other values on offer count too, those of another key are named"
     try: import optuna
     except ImportError as e: raise MGMTError("a search needs optuna: pip install 'mgmt_fast[search]'") from e
     from optuna.storages.journal import JournalFileBackend, JournalStorage
@@ -115,13 +168,23 @@ def _study(dest, seed, space):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
         storage = JournalStorage(JournalFileBackend(str(dest/'trials.log')))
-    study = optuna.create_study(storage=storage, study_name='search', load_if_exists=True, direction='minimize')
+    name,known = f"search {key_digest([key, {k: list(v) if isinstance(v,tuple) else ['one of',*v] for k,v in space.items()}])}",optuna.get_all_study_names(storage)
+    study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True, direction='minimize')
     study.sampler = optuna.samplers.TPESampler(seed=int(rng_for(seed,'search',len(study.trials)).integers(2**31)))
+    if name not in known:
+        study.set_user_attr('key', key)
+        _take_over(study, [optuna.load_study(study_name=o, storage=storage) for o in known], space, key)
     for t in study.trials:
         if t.state!=TrialState.RUNNING: continue
         study.tell(t.number, state=TrialState.FAIL)
         if t.params.keys()==space.keys(): study.enqueue_trial(t.params)
     return study
+
+def _take_over(study, olds, space, key):
+    for old in olds:
+        why = key_changes(old.user_attrs.get('key'), key)
+        if why: print(f"{len(old.trials)} trials of an earlier search are not used: {'; '.join(why)}")
+        else: study.add_trials(list(_fitting(old, space)))
 
 def _trials(study, space):
     rows = [dict(trial=t.number, state=t.state.name.lower(), **{k:t.params.get(k) for k in space}, **{k:t.user_attrs.get(k) for k in ('valid_loss','auc','error')}) for t in study.trials]
@@ -133,7 +196,7 @@ def search(
     store, # Folder of a store
     dest, # Folder for the trials and `trials.csv`
     n_trials:int=20, # Trials in the table at the end, those of earlier runs included
-    recipe='default', # Name or `Recipe` to start from
+    recipe=None, # Name, file or `Recipe` to start from; that of the store if None
     sequences:str='T1wCE', # Channels, joined by `+`
     fold:int=0, # Outer fold, whose patients no trial sees
     inner=(0,), # Inner folds that judge, of `n_folds`; more of them cost as much more and judge better
@@ -143,25 +206,27 @@ def search(
     """Search choices of a recipe by the validation loss within the training folds of one outer fold.
 
     Raises `MGMTError` on an unknown choice, or without optuna."""
-    recipe = get_recipe(recipe)
-    get_recipe(recipe, **space)
+    _check_space(space)
     store,dest = VolumeStore(store),make_folder(dest)
+    recipe = follow_recipe(store.recipe, recipe)
     table,_ = usable_patients(store, sequences.split('+'))
     train = table.patient[(assign_folds(table, n=n_folds, seed=seed).fold!=fold).to_numpy()]
-    study = _study(dest, seed, space)
+    fixed = Recipe(recipe.name, {k:v for k,v in recipe.changed.items() if k not in space}, recipe.settled)
+    key = run_key(store, dict(train=train), sequences.split('+'), fixed, seed=seed, inner=list(inner), n_folds=n_folds, weights=weights_key(recipe.pretrained, recipe.arch))
+    study = _study(dest, seed, space, key)
     def _write():
         res = _trials(study, space)
         with atomic_path(dest/'trials.csv') as tmp: res.to_csv(tmp, index=False)
         return res
     def _objective(trial):
         r = get_recipe(recipe, **_suggest(trial, space))
-        path = dest/hashlib.blake2b(json.dumps(r.values(), sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
-        try: runs = [_best(_fit(store, path/str(i), r, sequences, i, n_folds, seed, patients=train)) for i in inner]
-        except (MGMTError, RuntimeError) as e: trial.set_user_attr('error', str(e)); raise
+        path = dest/key_digest([key, r.to_json()])[:12]
+        try: runs = [_best(_fit(_loaders(store, r, sequences, i, n_folds, seed, train), path/str(i), r, seed)) for i in inner]
+        except Exception as e: trial.set_user_attr('error', f'{type(e).__name__}: {e}'); raise
         for k in ('valid_loss','auc'): trial.set_user_attr(k, float(np.mean([o[k] for o in runs])))
         for f in path.glob('*/*.safetensors'): f.unlink()
         return trial.user_attrs['valid_loss']
     from optuna.trial import TrialState
     left = n_trials-len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
-    if left>0: study.optimize(_objective, n_trials=left, catch=(MGMTError,RuntimeError), callbacks=[lambda *_: _write()])
+    if left>0: study.optimize(_objective, n_trials=left, catch=(Exception,), callbacks=[lambda *_: _write()])
     return _write()

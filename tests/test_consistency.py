@@ -62,6 +62,33 @@ def test_bounds_survive_averages():
     assert 'impossible' not in set(check_consistency(pd.DataFrame(rows)).verdict)
 
 
+three = st.lists(st.integers(1,19), min_size=3, max_size=3)
+several = st.lists(st.tuples(st.booleans(), three), min_size=2, max_size=30)
+
+
+@settings(max_examples=80, deadline=None)
+@given(several.filter(lambda o: len({a for a,_ in o})==2), three)
+def test_the_mean_of_models_is_never_called_impossible(rows, at):
+    "Each model at a threshold of its own, on the same patients; of a table that says how many models it averages"
+    y,P = np.array([o for o,_ in rows]),np.array([o for _,o in rows]).T
+    mean = pd.DataFrame([measure(y, p/20, t/20) for p,t in zip(P,at)]).mean().to_frame().T
+    far = max((o/20 for o in at), key=lambda t: abs(t-.5))
+    assert 'impossible' not in set(check_consistency(mean.assign(runs=3, threshold=far)).verdict)
+
+
+@settings(max_examples=80, deadline=None)
+@given(several.filter(lambda o: len({a for a,_ in o})==2), st.lists(st.integers(1,19), min_size=2, max_size=2))
+def test_folds_with_a_threshold_each_are_never_called_impossible(rows, at):
+    "The calls of each fold at its own threshold; the AUC of all folds pooled"
+    y,p = np.array([o for o,_ in rows]),np.array([o[0] for _,o in rows])/20
+    cut = np.array(at)[[o[1]%2 for _,o in rows]]/20
+    r = measure(y, p, cut)
+    far = max(at, key=lambda t: abs(t-10))/20
+    t = pd.DataFrame([r]).assign(thresholds=2, threshold=far)
+    assert 'impossible' not in set(check_consistency(t).verdict)
+    assert not set(check_consistency(t.assign(accuracy=.99, sensitivity=.5, specificity=.5)).verdict)<={'condition'}
+
+
 def test_equal_rows_and_external_above_validation():
     rows = [dict(model='a',set='validation',auc=.61,accuracy=.6,n=117),dict(model='b',set='validation',auc=.6,accuracy=.55,n=117),dict(model='b',set='TCGA',auc=.64,accuracy=.52,n=262)]
     assert not len(check_consistency(rows))

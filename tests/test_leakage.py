@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastcore.all import NS
 from fastcore.test import test_fail as fails
 
 from mgmt_fast import leakage
@@ -178,6 +179,59 @@ def test_null_keeps_its_promise_and_ignores_copies_within():
     assert len(dirty.odd)==20 and abs(dirty.threshold(1e-4)-null.threshold(1e-4))<.01
     assert Null([]).threshold(.01)>.2 and Null(scores[:3]).threshold(1e-3)>null.threshold(1e-3)
     assert abs(null.chance(null.threshold(1e-3))-1e-3)<1e-6
+
+
+def copy_of(vol, name):
+    "A changed copy, at half the strongest of every change"
+    rng = rng_for(11, name)
+    return perturb(vol, rng, **draw_perturbation(rng, strength=.5))
+
+
+def test_a_tiny_set_of_copies_is_decided_by_the_null_measured_beforehand(home, cohorts):
+    "Two training and three test brains, one of the latter under two names: its own null pairs could decide nothing"
+    train = cohorts[0].iloc[:2].reset_index(drop=True)
+    rows = [dict(patient=k, FLAIR=save(copy_of(read_volume(train.FLAIR[i]), k), home/f'{k}.nii'))
+        for i,k in ((0,'tinyA'),(0,'tinyB'),(1,'tinyC'))]
+    df = leakage_audit(train, pd.DataFrame(rows), 'FLAIR', **quick)
+    first,second = train.patient
+    assert pairs(df)=={(first,'tinyA'),(first,'tinyB'),(second,'tinyC')} and not pairs(df, 'uncertain')
+    limits,report = df.attrs['thresholds'][0],pd.DataFrame(df.attrs['report'])
+    assert limits['same']<.5 and df.attrs['recall'][0]['found']==2
+    assert 'measured beforehand' in limits['null']
+    assert 'measured beforehand; of its own this set has 3 pairs' in df.attrs['summary']
+    assert report.patient.tolist()==['tinyA, tinyB'] and 'one patient under two names' in report.what[0]
+
+
+def test_what_one_sequence_finds_leaves_the_null_of_all(home, cohorts):
+    "A patient under two names, told by equal voxels of one sequence, is in no sequence's null, and is reported once"
+    train,test = (o.iloc[:3].reset_index(drop=True) for o in cohorts)
+    copy = save(copy_of(read_volume(test.FLAIR[0]), 'twin'), home/'twin_FLAIR.nii')
+    twin = pd.concat([test, test.iloc[:1].assign(patient='twin', FLAIR=copy)], ignore_index=True)
+    told = leakage_audit(train, twin, 'FLAIR,T1wCE', **quick)
+    assert not pairs(told) and not pairs(told, 'uncertain')
+    for r in told.attrs['thresholds']:
+        assert r['null_pairs']==3+6-1
+        assert r['same']==leakage.MeasuredNull(r['sequence']).threshold(.01/12)
+    assert [r['patient'] for r in told.attrs['report']]==[f'{test.patient[0]}, twin']
+
+
+def test_copies_within_do_not_hide_themselves():
+    "Nulls of two sequences, by hand: the pair that T1w shows leaves FLAIR's, whose threshold is then that without it"
+    side = type('Side', (), dict(name='test', patients=list('abcde')))()
+    clean = [.14,.16,.18,.19,.2,.21,.22,.23,.2]
+    def facts(label, odd):
+        strangers = [(NS(side=side),i,j) for i in range(5) for j in range(i+1,5)]
+        scores = [odd,*clean]
+        done = {('null',k): dict(score=o) for k,o in enumerate(scores)}
+        return NS(label=label, seqs=(label,), strangers=strangers, done=done, known={}, chosen=[], expected=10,
+            parts=(NS(side=side, facts=[]),NS(side=side, facts=[])))
+    both,opt = [facts('FLAIR', .33),facts('T1w', .8)],NS(alarms=(.01,.1))
+    for enough in (5,30):
+        leakage._enough = enough
+        try: twins = leakage._settle_nulls(both, dict(test=side), opt)
+        finally: leakage._enough = 30
+        assert twins=={('test',0,1):'T1w'}
+        assert all(f.same==(Null(clean) if enough<9 else leakage.MeasuredNull(f.label)).threshold(.001) for f in both)
 
 
 def test_none_found_never_without_the_recall(cohorts):

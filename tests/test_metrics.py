@@ -1,5 +1,5 @@
 "Metrics beside pROC, statsmodels, scikit-learn and first principles, and what they refuse."
-import json
+import importlib, json, sys
 from dataclasses import FrozenInstanceError, asdict
 from itertools import product
 from pathlib import Path
@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import statsmodels.api as sm
 from hypothesis import given, settings, strategies as st
-from scipy.special import expit, logit
+from scipy.special import expit, logit, rel_entr
 from scipy.stats import norm
 
 from mgmt_fast.core import MGMTError, rng_for
@@ -34,7 +34,7 @@ def test_delong_is_that_of_proc(name):
     aucs,cov = delong_cov(d['y']==1, d['a'], d['b'])
     for i,k in enumerate('ab'):
         assert len(set(d[k]))<len(d[k]), 'the fixture is there for its ties'
-        r,r90 = auc_ci(d['y'],d[k]),auc_ci(d['y'],d[k],level=.9)
+        r,r90 = auc_ci(d['y'],d[k],'delong'),auc_ci(d['y'],d[k],'delong',level=.9)
         np.testing.assert_allclose([aucs[i],cov[i,i],r.auc,r.lo,r.hi,r90.lo,r90.hi], [f[k]['auc'],f[k]['var'],f[k]['auc'],*f[k]['ci'],*f[k]['ci90']], atol=1e-9)
     np.testing.assert_allclose(cov[0,1], f['cov'], atol=1e-9)
     r = delong_test(d['y'], d['a'], d['b'])
@@ -78,6 +78,70 @@ def test_clusters_cover():
         held.append([r.lo<=.7<=r.hi for r in (auc_ci(y,p,cluster=who),auc_ci(y,p))])
     clustered,blind = np.mean(held, axis=0)
     assert .92<clustered<.975 and blind<.88
+
+
+def coverage():
+    "The benchmark as a module, and the map that it wrote"
+    home = Path(__file__).parent.parent/'benchmarks'
+    sys.path.insert(0, str(home))
+    try: module = importlib.import_module('coverage')
+    finally: sys.path.remove(str(home))
+    return module,pd.read_csv(home/'coverage.csv')
+
+
+def test_the_map_was_made_of_these_intervals():
+    "What the benchmark judges, many studies at once, is what `auc_ci` gives for each, perfect and tied ones too"
+    bench,_ = coverage()
+    rng = rng_for(0, 'map')
+    for auc,m,n,scores in ((.7,20,30,'SD 2'),(.99,6,9,'SD 1'),(.8,5,45,'five levels'),(.5,12,12,'SD 0.5')):
+        _,pos,neg = bench.draw(auc, m, n, scores, 12, rng)
+        found = bench.closed_forms(*bench.placements(pos, neg))
+        y = np.arange(m+n)<m
+        for i,p in enumerate(np.c_[pos,neg]*1.):
+            for k in ('mee','delong','newcombe'):
+                np.testing.assert_allclose([o[i] for o in found[k]], auc_ci(y,p,k)[['lo','hi']], atol=1e-6)
+
+
+def test_the_default_is_what_the_rule_chooses():
+    bench,t = coverage()
+    s = bench.summary(t)
+    assert len(t)==len(bench.cells()) and s.index[s.passes][0]==auc_ci(*study()).name=='mee'
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0,5)), min_size=10, max_size=40))
+def test_the_default_interval_keeps_the_laws(rows):
+    "It holds the AUC, has a width, grows with the level, turns round with the labels, and asks for ranks only"
+    y,p = (np.array(o) for o in zip(*rows))
+    if min(y.sum(),(~y).sum())<2 or p.min()==p.max(): return
+    r,wide,back = auc_ci(y,p),auc_ci(y,p,level=.99),auc_ci(~y,p)
+    assert 0<=wide.lo<=r.lo<=r.auc<=r.hi<=wide.hi<=1 and r.hi-r.lo>.01
+    assert r.name==('mee' if min(y.sum(),(~y).sum())>=5 else 'bound')
+    np.testing.assert_allclose(back, 1-r[['auc','hi','lo']], atol=1e-9)
+    np.testing.assert_allclose(auc_ci(y,np.exp(p)), r)
+    np.testing.assert_allclose(auc_interval(y, [p,3.*p+1]), r)
+
+
+def test_a_large_study_has_delongs_interval():
+    y,p = study(40000)
+    np.testing.assert_allclose(auc_ci(y,p), auc_ci(y,p,'delong'), atol=2e-4)
+    np.testing.assert_allclose(auc_ci(y,p,'newcombe'), auc_ci(y,p), atol=2e-3)
+
+
+def test_few_patients_of_a_class_get_a_bound_that_holds():
+    "Hoeffding's ends are where its chance is used up; scores of 0 and 1 come nearest to it and stay inside"
+    for auc,m in ((.8,4),(1.,2),(0.,3),(.5,7)):
+        r = hoeffding_ci(auc, m, .9)
+        ends = [o for o in (r.lo,r.hi) if 0<o<1]
+        np.testing.assert_allclose([m*sum(rel_entr([auc,1-auc],[o,1-o])) for o in ends], np.log(20), rtol=1e-6)
+    rng,y,held = rng_for(0,'bound'),np.arange(24)<4,[]
+    for _ in range(2000):
+        p = np.where(y, rng.random(24)<.8, .5)
+        if p.min()<p.max(): r = auc_ci(y, p+0.); held.append(r.lo<=.8<=r.hi)
+    assert np.mean(held)>=.95 and r.name=='bound'
+    who = np.tile(np.arange(24), 2)
+    with pytest.raises(MGMTError, match='5 patients of each class; received 4 and 20'): auc_ci(y, who[:24], 'mee')
+    with pytest.raises(MGMTError, match='average each patient'): auc_ci(np.tile(y,2), np.arange(48), cluster=who)
 
 
 def test_bootstrap_is_a_resampling_within_classes():

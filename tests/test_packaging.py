@@ -15,6 +15,7 @@ cfg.read(root/'settings.ini', encoding='utf-8')
 cfg = cfg['DEFAULT']
 scripts = dict(o.split('=') for o in cfg['console_scripts'].split())
 modules = sorted((root/'mgmt_fast').glob('*.py'))
+tables = sorted((root/'mgmt_fast').glob('*.csv'))
 notebooks = sorted((root/'nbs').glob('*.ipynb'))
 rooms = [p for p in notebooks if p.name[0].isdigit()]
 kernels = sorted((root/'kaggle').glob('*/*.ipynb'))
@@ -35,9 +36,9 @@ def outputs(nb):
 def wheel(wheel_file): return zipfile.ZipFile(wheel_file)
 
 
-def test_wheel_holds_all_modules_and_nothing_else(wheel):
+def test_wheel_holds_all_modules_and_tables_and_nothing_else(wheel):
     files = {o for o in wheel.namelist() if '.dist-info/' not in o}
-    assert files=={f'mgmt_fast/{p.name}' for p in modules}
+    assert tables and files=={f'mgmt_fast/{p.name}' for p in modules+tables}
     assert Path(wheel.filename).stat().st_size<2**20
 
 

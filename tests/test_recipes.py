@@ -8,6 +8,7 @@ import torch
 
 from mgmt_fast.augment import mgmt_augs
 from mgmt_fast.cohort import kaggle_cohort
+from choices import other_value
 from mgmt_fast.core import SEQUENCES, MGMTError, _choices, get_recipe, rng_for
 from mgmt_fast.learner import load_model, mgmt_learner, predict, recipe_dls, save_model
 from mgmt_fast.phantom import make_phantom, render_patient, draw_patients, write_series
@@ -40,8 +41,9 @@ def test_every_choice_is_printed_and_can_be_changed_alone(name):
     r = get_recipe(name)
     for k,v in r.values().items():
         if _choices[k].room not in ROOMS: continue
-        changed = get_recipe(r, **{k:'other'})
-        assert changed[k]=='other' and all(changed[o]==r[o] for o in r.values() if o!=k)
+        other = other_value(k, v)
+        changed = get_recipe(r, **{k:other})
+        assert changed[k]==other and all(changed[o]==r[o] for o in r.values() if o!=k)
         assert k in repr(changed) and changed.to_frame().query('changed=="*"').choice.tolist()==[k]
         assert r[k]==v
 

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from mgmt_fast.core import MGMTError, rng_for
+from mgmt_fast.metrics import AUC_METHODS, auc_ci
 from mgmt_fast.report import (HEAD, plot_calibration, plot_decision, plot_forest, plot_losses, plot_pr,
     plot_reliability, plot_roc, write_report)
 
@@ -65,6 +66,18 @@ def test_forest_keeps_rows_without_a_number():
     t = pd.DataFrame(dict(level=['a','b'], auc=[.6,np.nan], lo=[.5,np.nan], hi=[.7,np.nan]))
     ax = plot_forest(t)
     assert [o.get_text() for o in ax.get_yticklabels()]==['a','b'] and 'too few' in [o.get_text() for o in ax.texts]
+
+
+def test_figures_name_the_interval(scores):
+    y,p = scores
+    assert AUC_METHODS[auc_ci(y,p).name] in plot_roc(y, p, n_boot=20).get_legend().get_title().get_text()
+    few = plot_roc(np.arange(100)<4, p, n_boot=20).get_legend().get_title().get_text()
+    assert AUC_METHODS['bound'] in few
+    figures = dict(auc=[.6,.7,np.nan], lo=[.5,.6,np.nan], hi=[.7,.8,np.nan])
+    t = pd.DataFrame(dict(level=['a','b','c'], **figures, interval=['A','B',np.nan]))
+    ax = plot_forest(t)
+    assert 'A or B' in ax.get_xlabel() and [o.get_text() for o in ax.get_yticklabels()]==['a','b','c']
+    assert 'mine' in plot_forest(t, interval='mine').get_xlabel()
 
 
 def test_losses_have_a_panel_each():

@@ -1,6 +1,7 @@
 "What a notebook cannot show of the store: kills, bad disks, many readers."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,7 +61,8 @@ def test_damage_during_the_stop_is_seen_and_mended(cohort, whole, tmp_path):
     dest = tmp_path/'store'
     prepare(cohort, dest, size=SIZE, n_workers=1, progress=False)
     d = json.loads((dest/'store.json').read_text())
-    lines = [d['key'], *(dict(patient=p, affine=m['affine'], volumes=m['volumes'], report=[]) for p,m in d['patients'].items())]
+    key = {k: d[k] for k in ('preparation','recipe','sequences')}
+    lines = [key, *(dict(m, patient=p) for p,m in d['patients'].items())]
     (dest/'journal.jsonl').write_text('\n'.join(map(json.dumps, lines))+'\n{"patient": "000')
     (dest/'store.json').unlink()
     np.load(dest/'FLAIR.npy', mmap_mode='r+')[3] = 7
@@ -126,3 +128,119 @@ def test_sequences_of_two_bodies_are_not_stacked(cohort, tmp_path):
     store = prepare(pd.DataFrame([row]), tmp_path/'store', size=SIZE, progress=False)
     assert store.table[list(SEQUENCES)].values.tolist()==[[True,True,True,False]]
     assert 'another frame of reference' in store.report[store.report.level=='error'].what.iloc[0]
+
+
+def _scans(folder, cohort):
+    "A copy of a cohort's scans, and its table."
+    res = cohort.copy()
+    for s in SEQUENCES:
+        res[s] = [str(shutil.copytree(p, folder/r/s)) for r,p in zip(cohort.patient, cohort[s])]
+    return res
+
+
+def _state(path): return {f.name: (f.stat().st_mtime_ns, f.stat().st_size) for f in path.iterdir()}
+
+
+def test_labels_may_change_without_a_voxel_being_touched(cohort, tmp_path, capsys):
+    dest = tmp_path/'store'
+    prepare(cohort, dest, size=SIZE, n_workers=1, progress=False)
+    before = _state(dest)
+    turned = cohort.assign(label=1-cohort.label)
+    store = prepare(turned, dest, size=SIZE, n_workers=1, progress=False)
+    assert store.table.label.tolist()==turned.label.tolist()
+    said = capsys.readouterr().out
+    assert '10 patients as prepared before' in said and '10 labels changed: 00000 from ' in said
+    assert {k for k,v in _state(dest).items() if v!=before[k]}=={'patients.json'}
+    assert VolumeStore(dest).table.label.tolist()==turned.label.tolist()
+    assert VolumeStore(dest, labels=cohort[['patient','label']]).table.label.tolist()==cohort.label.tolist()
+    one = turned.assign(patient=[str(int(p)) for p in turned.patient], label=[pd.NA,*turned.label[1:]])
+    assert VolumeStore(dest, labels=one).table.label.isna().sum()==1, 'ids match whatever their padding'
+
+
+def test_labels_forgotten_the_first_time(cohort, tmp_path, capsys):
+    dest = tmp_path/'store'
+    assert prepare(cohort.assign(label=pd.NA), dest, size=SIZE, n_workers=1, progress=False).table.label.isna().all()
+    assert prepare(cohort, dest, size=SIZE, n_workers=1, progress=False).table.label.tolist()==cohort.label.tolist()
+    assert prepare(cohort.assign(label=pd.NA), dest, size=SIZE, n_workers=1, progress=False).table.label.tolist()==cohort.label.tolist()
+    assert 'no labels were given: the 10 of before are kept' in capsys.readouterr().out
+
+
+def test_a_replaced_scan_is_prepared_again_alone(cohort, tmp_path, capsys):
+    "And ends in the pixels of a new store of the scans as they are now."
+    mine,dest = _scans(tmp_path/'scans', cohort.iloc[:3]),tmp_path/'store'
+    old = prepare(mine, dest, size=SIZE, n_workers=1, progress=False)
+    rows = {s: np.load(dest/f'{s}.npy') for s in SEQUENCES}
+    shutil.rmtree(mine.T2w[1]); shutil.copytree(cohort.T2w.iloc[5], mine.T2w[1])
+    new = prepare(mine, dest, size=SIZE, n_workers=1, progress=False)
+    assert '2 patients as prepared before, 1 prepared again, since their scans were replaced (00001)' in capsys.readouterr().out
+    fresh = prepare(mine, tmp_path/'fresh', size=SIZE, n_workers=1, progress=False)
+    assert files(dest)==files(fresh.path)
+    for s in SEQUENCES:
+        now = np.load(dest/f'{s}.npy')
+        assert all((now[i]==rows[s][i]).all() for i in (0,2))
+    assert not (np.load(dest/'T2w.npy')[1]==rows['T2w'][1]).all()
+    assert not len(new.verify()) and len(old)==3
+
+
+def test_a_copied_or_touched_folder_is_not_prepared_again(cohort, tmp_path, capsys):
+    mine,dest = _scans(tmp_path/'scans', cohort.iloc[:2]),tmp_path/'store'
+    prepare(mine, dest, size=SIZE, n_workers=1, progress=False)
+    arrays = {s: _state(dest)[f'{s}.npy'] for s in SEQUENCES}
+    moved = _scans(tmp_path/'elsewhere', mine)
+    for f in (tmp_path/'elsewhere').rglob('*.dcm'): os.utime(f, (1,1))
+    prepare(moved, dest, size=SIZE, n_workers=1, progress=False)
+    assert '2 patients as prepared before' in capsys.readouterr().out
+    assert {s: _state(dest)[f'{s}.npy'] for s in SEQUENCES}==arrays
+    same_size = next((tmp_path/'elsewhere').rglob('*.dcm'))
+    b = bytearray(same_size.read_bytes()); b[-3] ^= 1; same_size.write_bytes(b); os.utime(same_size, (2,2))
+    prepare(moved, dest, size=SIZE, n_workers=1, progress=False)
+    assert '1 prepared again' in capsys.readouterr().out, 'one bit of one slice, at the same size'
+
+
+def test_new_patients_are_added_and_absent_ones_kept_aside(cohort, whole, tmp_path, capsys):
+    dest = tmp_path/'store'
+    prepare(cohort.iloc[2:6], dest, size=SIZE, n_workers=1, progress=False)
+    first = np.load(dest/'FLAIR.npy')
+    store = prepare(cohort.iloc[4:], dest, size=SIZE, n_workers=2, progress=False)
+    assert '2 patients as prepared before, 4 new, 2 set aside' in capsys.readouterr().out
+    assert store.table.patient.tolist()==cohort.patient.iloc[4:].tolist()
+    assert (np.load(dest/'FLAIR.npy')[:4]==first).all()
+    for p in store.table.patient: assert (store.read(p)==whole.read(p)).all()
+    with pytest.raises(MGMTError, match='no patient'): store.read(cohort.patient.iloc[2])
+    back = prepare(cohort, dest, size=SIZE, n_workers=1, progress=False)
+    assert '8 patients as prepared before, 2 new' in capsys.readouterr().out
+    for p in cohort.patient: assert (back.read(p)==whole.read(p)).all()
+
+
+def test_pixels_whose_scans_are_gone_are_kept_and_said(cohort, whole, tmp_path, capsys):
+    mine,dest = _scans(tmp_path/'scans', cohort.iloc[:3]),tmp_path/'store'
+    prepare(mine, dest, size=SIZE, n_workers=1, progress=False)
+    shutil.rmtree(mine.FLAIR[0])
+    mine.loc[1,'T1w'] = None
+    store = prepare(mine, dest, size=SIZE, n_workers=1, progress=False)
+    assert '3 patients as prepared before, 2 volumes kept whose scans are gone' in capsys.readouterr().out
+    kept = store.report[store.report.what.str.contains('scans are gone')]
+    assert kept[['patient','sequence']].values.tolist()==[['00000','FLAIR'],['00001','T1w']]
+    for p in mine.patient: assert (store.read(p)==whole.read(p)).all()
+
+
+def test_a_kill_while_a_store_is_brought_up_to_date(cohort, tmp_path):
+    "At each write: the next run ends in the same pixels and labels."
+    mine,start = _scans(tmp_path/'scans', cohort.iloc[:3]),tmp_path/'start'
+    prepare(mine, start, size=SIZE, n_workers=1, progress=False)
+    shutil.rmtree(mine.T2w[1]); shutil.copytree(cohort.T2w.iloc[5], mine.T2w[1])
+    mine['label'] = 1-mine.label
+    run = 'import os, sys, signal, pandas as pd; from mgmt_fast.prepare import prepare\n' \
+        'at,n,rep = int(sys.argv[3]),[0],os.replace\n' \
+        'def count(a, b):\n    n[0] += 1\n    if n[0]==at: os.kill(os.getpid(), signal.SIGKILL)\n    rep(a, b)\n' \
+        'os.replace = count\n' \
+        'prepare(pd.read_pickle(sys.argv[1]), sys.argv[2], size=(16,48,48), n_workers=1, progress=False)'
+    pd.DataFrame(mine).to_pickle(tmp_path/'cohort.pkl')
+    fresh = files(prepare(mine, tmp_path/'fresh', size=SIZE, n_workers=1, progress=False).path)
+    for at in range(1, 5):
+        dest = tmp_path/f'k{at}'
+        shutil.copytree(start, dest)
+        killed = subprocess.run([sys.executable,'-c',run,tmp_path/'cohort.pkl',dest,str(at)], stdout=subprocess.DEVNULL).returncode
+        assert killed==(-signal.SIGKILL if at<=3 else 0)
+        prepare(mine, dest, size=SIZE, n_workers=1, progress=False)
+        assert {k:v for k,v in files(dest).items() if not k.startswith(".")}==fresh

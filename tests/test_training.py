@@ -22,9 +22,10 @@ from mgmt_fast.callbacks import *
 from mgmt_fast.cohort import kaggle_cohort
 from mgmt_fast.core import MGMTError, get_recipe
 from mgmt_fast.augment import mgmt_augs
-from mgmt_fast.learner import MGMTLearner, load_model, mgmt_learner, save_model
+from mgmt_fast.learner import MGMTLearner, as_model, load_model, mgmt_learner, save_model
 from mgmt_fast.loader import mgmt_dls
 from mgmt_fast.metrics import AUC
+from mgmt_fast.recipes import SummedGradients
 from mgmt_fast.phantom import make_phantom
 from mgmt_fast.prepare import VolumeStore, prepare
 
@@ -176,16 +177,80 @@ def test_prototypes_are_those_of_the_averaged_weights(store, tmp_path):
 
 def test_a_checkpoint_of_another_training_is_refused(store, tmp_path):
     fit(learner(store, tmp_path, epochs=1), resume=True)
-    for change,word in ((dict(schedule='flat'),"'schedule'"), (dict(bs=4),"'bs'"), (dict(epochs=2),"'epochs'")):
+    for change,word in ((dict(schedule='flat'),"'schedule'"), (dict(bs=4),"'bs'")):
         with pytest.raises(TrainingError, match=word): fit(learner(store, tmp_path, **{'epochs':1, **change}), resume=True)
     js = store.path/'store.json'
     old = js.read_text()
     js.write_text(old.replace('"hash": "', '"hash": "0', 1))
     try:
-        with pytest.raises(TrainingError, match='store has changed'): fit(learner(store, tmp_path, epochs=1), resume=True)
+        with pytest.raises(TrainingError, match='store has changed'): fit(learner(VolumeStore(store.path), tmp_path, epochs=1), resume=True)
     finally: js.write_text(old)
     (tmp_path/'checkpoint.safetensors').write_bytes(b'cut off')
     with pytest.raises(TrainingError, match='damaged'): fit(learner(store, tmp_path, epochs=1), resume=True)
+
+
+def test_a_limit_of_epochs_can_be_raised(store, tmp_path, capsys):
+    "Under a flat rate it is the training that had the higher limit from the start; a lower one than what is done is refused."
+    straight = learner(store, tmp_path/'a', epochs=3, schedule='flat'); fit(straight, resume=True)
+    fit(learner(store, tmp_path/'b', epochs=2, schedule='flat'), resume=True)
+    raised = learner(store, tmp_path/'b', epochs=3, schedule='flat'); fit(raised, resume=True)
+    assert 'resumed: 2 of 3 epochs are done (the limit was 2)' in capsys.readouterr().out
+    assert same(straight, raised) and straight.recorder.values==raised.recorder.values
+    with pytest.raises(TrainingError, match="'epochs': 3 are done there, 2 asked for now"):
+        fit(learner(store, tmp_path/'b', epochs=2, schedule='flat'), resume=True)
+
+
+@pytest.mark.parametrize('n', [2,3])
+def test_summed_gradients_are_resumed_with_what_was_carried_over(store, tmp_path, n):
+    "Five batches an epoch, so that groups of two and three cross into the next one."
+    make = lambda d, cbs=(): learner(store, tmp_path/d, bs=4, cbs=[SummedGradients(n), *cbs], schedule='flat', epochs=3)
+    straight = make('a'); fit(straight, resume=True)
+    with pytest.raises(KeyboardInterrupt): fit(make('b', [Kill(1,'after_loss')]), resume=True)
+    again = make('b'); fit(again, resume=True)
+    assert len(again.dls.train)%n and same(straight, again) and straight.recorder.losses==again.recorder.losses
+
+
+def test_a_fit_begins_from_a_clean_state_whatever_was_interrupted(store, tmp_path):
+    class Stop(Callback):
+        order = 70
+        def after_batch(self):
+            if self.iter==2: raise KeyboardInterrupt
+    def run(d, interrupt):
+        learn = mgmt_learner(mgmt_dls(store, bs=4), 'resnet10', get_recipe('default', epochs=2, lr=1e-3, average='ema'), path=tmp_path/d)
+        if interrupt:
+            before = {k:v.clone() for k,v in learn.model.state_dict().items()}
+            state = learn.dls.train.rng.getstate()
+            with pytest.raises(KeyboardInterrupt), learn.added_cbs(Stop()), learn.no_bar(): learn.lr_find(num_it=20, show_plot=False)
+            with pytest.raises(KeyboardInterrupt), learn.added_cbs(Stop()), learn.no_bar(): learn.get_preds(ds_idx=0)
+            assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items()), 'the weights are as before the search'
+            learn.dls.train.rng.setstate(state)
+        fit(learn)
+        return learn
+    a,b = run('a', False),run('b', True)
+    assert same(a, b)
+    assert len(pd.read_csv(tmp_path/'b/history.csv'))==2 and (tmp_path/'b/best.safetensors').exists() and b.save_best.best_epoch==a.save_best.best_epoch
+
+
+def test_freezing_means_what_fastai_users_expect(store, tmp_path):
+    def make(**changes): return mgmt_learner(mgmt_dls(store, bs=8), 'resnet10', get_recipe('default', epochs=1, **changes), path=tmp_path)
+    def moved(learn, f):
+        w = {n: p.clone() for n,p in learn.model.named_parameters()}
+        with learn.no_bar(), learn.no_logging(): f()
+        return {n for n,p in learn.model.named_parameters() if not torch.equal(p, w[n])}
+    learn = make()
+    assert [len(o) for o in (learn.splitter(learn.model))]==[sum(1 for n,_ in learn.model.named_parameters() if not n.startswith('head')), 2]
+    learn.freeze()
+    assert all(n.startswith('head') or 'bn' in n or 'norm' in n or 'downsample.1' in n for n in moved(learn, lambda: learn.fit(1, 1e-2)))
+    assert 'by hand' in as_model(learn).recipe.freeze
+    learn.unfreeze()
+    assert len(moved(learn, lambda: learn.fit(1, 1e-2)))>.9*len(list(learn.model.parameters()))
+    assert as_model(learn).recipe.freeze=='none'
+    frozen = make(freeze='all')
+    assert moved(frozen, lambda: frozen.fit(1, 1e-2))=={'head.fc.weight','head.fc.bias'}
+    frozen.fit(1, slice(1e-4,1e-2))
+    assert [h['lr'] for h in frozen.opt.hypers]==pytest.approx([1e-4,1e-2])
+    with frozen.no_bar(), frozen.no_logging(): frozen.fine_tune(1, 1e-3)
+    assert all(p.requires_grad for p in frozen.model.parameters())
 
 
 @pytest.mark.parametrize('epoch', [0,1])
