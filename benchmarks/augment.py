@@ -1,6 +1,7 @@
 """Seconds to augment, beside what users would pick instead, in one run.
 usage: python benchmarks/augment.py [--reps 9] [--threads 2]
-Peers that are not installed are left out and named. Times are medians over rounds in which every contender takes its turn; ratios are of those medians."""
+Peers that are not installed are left out and named. Times are medians over rounds in which every contender takes
+its turn; ratios are of those medians."""
 import argparse, os, subprocess, sys, time, warnings
 
 warnings.simplefilter('ignore')
@@ -28,21 +29,24 @@ def augmenter(recipe, x, **changes):
 
 def torchio(x):
     import torchio as tio
-    t = tio.Compose([tio.RandomFlip(axes=(0,1)), tio.RandomAffine(scales=(.97,1.03), degrees=3.6, translation=20), tio.RandomGamma(.3)])
+    t = tio.Compose([tio.RandomFlip(axes=(0,1)), tio.RandomAffine(scales=(.97,1.03), degrees=3.6, translation=20),
+        tio.RandomGamma(.3)])
     v = x[0].permute(0,2,3,1).contiguous()
     return lambda: t(tio.ScalarImage(tensor=v))
 
 
 def monai(x):
     from monai.transforms import Compose, RandFlip, RandAffine, RandAdjustContrast
-    t = Compose([RandFlip(.5,0), RandFlip(.5,1), RandAffine(1., rotate_range=.06, translate_range=20, scale_range=.03, padding_mode='zeros'), RandAdjustContrast(1.,(.7,1.4))])
+    t = Compose([RandFlip(.5,0), RandFlip(.5,1), RandAffine(1., rotate_range=.06, translate_range=20, scale_range=.03,
+        padding_mode='zeros'), RandAdjustContrast(1.,(.7,1.4))])
     v = x[0].permute(0,2,3,1).contiguous()
     return lambda: t(v)
 
 
 def kornia(x):
     import kornia.augmentation as K
-    t = K.AugmentationSequential(K.RandomHorizontalFlip3D(p=.5), K.RandomVerticalFlip3D(p=.5), K.RandomAffine3D((3,3,3), translate=(.1,.1,.1), scale=(.97,1.03), p=1.), data_keys=['input'])
+    t = K.AugmentationSequential(K.RandomHorizontalFlip3D(p=.5), K.RandomVerticalFlip3D(p=.5),
+        K.RandomAffine3D((3,3,3), translate=(.1,.1,.1), scale=(.97,1.03), p=1.), data_keys=['input'])
     return lambda: t(x)
 
 
@@ -68,12 +72,14 @@ def rounds(work, reps, sync=lambda: None):
 
 
 def table(rows, of=None):
-    for k,(m,lo,hi) in rows.items(): print(f"{k:44s} {m:8.4f} s  ({lo:.4f} to {hi:.4f})" + (f"  x{m/rows[of][0]:.1f}" if of else ''))
+    for k,(m,lo,hi) in rows.items():
+        print(f"{k:44s} {m:8.4f} s  ({lo:.4f} to {hi:.4f})" + (f"  x{m/rows[of][0]:.1f}" if of else ''))
 
 
 def on_cpu(reps):
     x = brain()
-    work = {'published, no equalisation drawn': augmenter('published', x, equalize_p=0.), 'published, equalisation drawn': augmenter('published', x, equalize_p=1.),
+    work = {'published, no equalisation drawn': augmenter('published', x, equalize_p=0.),
+        'published, equalisation drawn': augmenter('published', x, equalize_p=1.),
         'default': augmenter('default', x), 'copy of the volume': x.clone}
     for f in (torchio,monai,kornia):
         try: work[f'{f.__name__}: flip, affine'+('' if f is kornia else ', contrast')] = f(x)
@@ -81,7 +87,9 @@ def on_cpu(reps):
     print(f'\nOne volume 1x{D}x{H}x{W} float32; the factor is against the first row')
     rows = rounds(work, reps); table(rows, next(iter(rows)))
     print('\n3D affine; the factor is against grid_sample alone, its grid made beforehand')
-    rows = rounds({'grid_sample alone': grid_sample_3d(x), 'RandAffine(in_plane=False), grid and all': affine_3d(x)}, max(3,reps//2)); table(rows, 'grid_sample alone')
+    rows = rounds({'grid_sample alone': grid_sample_3d(x), 'RandAffine(in_plane=False), grid and all': affine_3d(x)},
+        max(3,reps//2))
+    table(rows, 'grid_sample alone')
 
 
 def resident(key):
@@ -90,7 +98,7 @@ def resident(key):
 
 
 def peak(recipe, b):
-    "Greatest resident size while a batch is augmented, beyond that before, in copies of the batch; in a process of its own"
+    "Greatest resident size while a batch is augmented, beyond that before, in copies of the batch"
     x = torch.rand(b,1,D,H,W)
     (t,) = mgmt_augs(get_recipe(recipe, **({} if recipe=='default' else dict(equalize_p=1.))), spacing=SPACING)
     for _ in range(12): t(x[:1], split_idx=0)
@@ -105,7 +113,9 @@ def memory():
     print('\nPeak extra memory, in copies of the batch (12 draws; the result is one of them)')
     for recipe in ('published','default'):
         for b in (1,4): # freed memory goes back at once (the threshold), so that what is resident is what is in use
-            out = subprocess.run([sys.executable, __file__, '--peak', recipe, str(b)], env={**os.environ,'MALLOC_MMAP_THRESHOLD_':'1048576'}, capture_output=True, text=True, check=True).stdout.split()[-1]
+            out = subprocess.run([sys.executable, __file__, '--peak', recipe, str(b)],
+                env={**os.environ,'MALLOC_MMAP_THRESHOLD_':'1048576'}, capture_output=True, text=True,
+                check=True).stdout.split()[-1]
             print(f'{recipe:12s} batch of {b}: {out}')
 
 
@@ -123,12 +133,15 @@ def on_gpu(reps):
         f = augmenter(k, x)
         base = torch.cuda.memory_allocated(); torch.cuda.reset_peak_memory_stats()
         for _ in range(reps): f()
-        print(f'{k:12s} peak extra memory {(torch.cuda.max_memory_allocated()-base)/(x.numel()*4):.2f} copies of the batch')
+        extra = (torch.cuda.max_memory_allocated()-base)/(x.numel()*4)
+        print(f'{k:12s} peak extra memory {extra:.2f} copies of the batch')
 
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--reps', type=int, default=9); p.add_argument('--threads', type=int, default=2); p.add_argument('--peak', nargs=2, help=argparse.SUPPRESS)
+    p.add_argument('--reps', type=int, default=9)
+    p.add_argument('--threads', type=int, default=2)
+    p.add_argument('--peak', nargs=2, help=argparse.SUPPRESS)
     a = p.parse_args()
     torch.set_num_threads(a.threads); torch.manual_seed(0)
     if a.peak: peak(a.peak[0], int(a.peak[1])); sys.exit()

@@ -52,7 +52,7 @@ def ours(root, size, limit, precision='float32'):
     from mgmt_fast.augment import mgmt_augs
     from mgmt_fast.cohort import kaggle_cohort
     from mgmt_fast.core import get_recipe
-    from mgmt_fast.inflate import keep_freed_memory
+    from mgmt_fast.operators import keep_freed_memory
     from mgmt_fast.learner import mgmt_learner
     from mgmt_fast.loader import mgmt_dls
     from mgmt_fast.prepare import prepare

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from .core import *
+from .moves import *
 from .series import *
 from .cohort import *
 from .phantom import *
@@ -17,6 +18,8 @@ from .slicewise import *
 from .prepare import *
 from .loader import *
 from .augment import *
+from .operators import *
+from .convert import *
 from .inflate import *
 from .backbones import *
 from .networks import *
@@ -37,3 +40,4 @@ from .audit import *
 
 # %% ../nbs/99_all.ipynb #2123936e
 __all__ = [k for k in globals() if not k.startswith('_')]
+__getattr__ = moved_from('all')

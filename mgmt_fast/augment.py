@@ -16,69 +16,114 @@ from fastcore.all import NS, store_attr, listify, first, patch
 from fasttransform import ItemTransform
 
 # %% ../nbs/06_augment.ipynb #aefbc24a
-choice('augment', 'flip', 'axes to mirror, each with probability 1/2: w left-right, h front-back, d foot-head (the thesis: h too, which is not anatomical)', default='w', published='hw', none='')
-choice('augment', 'rotation', 'degrees, largest turn either way (the thesis: 0.01 of a full turn)', default=10., published=3.6, none=0.)
+choice('augment', 'flip',
+    'axes to mirror, each with probability 1/2: w left-right, h front-back, d foot-head (the thesis: h '
+    'too, which is not anatomical)',
+    default='w', published='hw', none='')
+choice('augment', 'rotation', 'degrees, largest turn either way (the thesis: 0.01 of a full turn)',
+    default=10., published=3.6, none=0.)
 choice('augment', 'shift', 'mm, largest shift either way', default=5., published=0., none=0.)
-choice('augment', 'shift_fraction', 'of the extent along (H,W), largest shift either way', default=(0.,0.), published=(.1,.2), none=(0.,0.))
+choice('augment', 'shift_fraction', 'of the extent along (H,W), largest shift either way',
+    default=(0.,0.), published=(.1,.2), none=(0.,0.))
 choice('augment', 'zoom', 'fraction, largest change of size either way', default=.1, published=0., none=0.)
-choice('augment', 'crop_resize', 'fraction of each side that a crop at a random place keeps, before it is resized back', default=1., published=.97, none=1.)
-choice('augment', 'in_plane', 'turn, shift, zoom and crop within slices (True) or in 3D (False, about all axes)', default=True, published=True, none=True)
-choice('augment', 'use_spacing', "turn, shift and zoom in the patient's mm (True), or in voxels as if they were 1 mm cubes (the thesis)", default=True, published=False, none=True)
-choice('augment', 'outside', "what moves in from outside: 'zeros' (air), 'border' or 'reflection' (the thesis: brain reflected into air)", default='zeros', published='reflection', none='zeros')
-choice('augment', 'contrast', 'fraction, largest change of the distance from the mean', default=.15, published=.6, none=0.)
-choice('augment', 'contrast_over', "mean that contrast keeps: 'brain' of each sequence, or each 'slice' with its air (the thesis)", default='brain', published='slice', none='brain')
+choice('augment', 'crop_resize', 'fraction of each side that a crop at a random place keeps, before it is resized back',
+    default=1., published=.97, none=1.)
+choice('augment', 'in_plane', 'turn, shift, zoom and crop within slices (True) or in 3D (False, about all axes)',
+    default=True, published=True, none=True)
+choice('augment', 'use_spacing',
+    "turn, shift and zoom in the patient's mm (True), or in voxels as if they were 1 mm cubes (the "
+    "thesis)",
+    default=True, published=False, none=True)
+choice('augment', 'outside',
+    "what moves in from outside: 'zeros' (air), 'border' or 'reflection' (the thesis: brain reflected "
+    "into air)",
+    default='zeros', published='reflection', none='zeros')
+choice('augment', 'contrast', 'fraction, largest change of the distance from the mean',
+    default=.15, published=.6, none=0.)
+choice('augment', 'contrast_over',
+    "mean that contrast keeps: 'brain' of each sequence, or each 'slice' with its air (the thesis)",
+    default='brain', published='slice', none='brain')
 choice('augment', 'brightness', 'fraction, largest change of all intensities', default=.1, published=0., none=0.)
 choice('augment', 'gamma', 'largest |log gamma| of intensity**gamma', default=.2, published=0., none=0.)
 choice('augment', 'lighting_p', 'probability of contrast, brightness and gamma', default=.5, published=1., none=0.)
 choice('augment', 'bias_field', 'fraction, largest shading by a smooth field', default=.3, published=0., none=0.)
 choice('augment', 'bias_field_p', 'probability of a bias field', default=.3, published=0., none=0.)
-choice('augment', 'noise', 'of the range 0 to 1, largest standard deviation of the noise', default=.04, published=0., none=0.)
-choice('augment', 'noise_kind', "'rician', as magnitude images have it, or 'gaussian'", default='rician', published='rician', none='rician')
+choice('augment', 'noise', 'of the range 0 to 1, largest standard deviation of the noise',
+    default=.04, published=0., none=0.)
+choice('augment', 'noise_kind', "'rician', as magnitude images have it, or 'gaussian'",
+    default='rician', published='rician', none='rician')
 choice('augment', 'noise_p', 'probability of noise', default=.2, published=0., none=0.)
 choice('augment', 'blur', 'mm, largest standard deviation of an in-plane Gaussian', default=1., published=0., none=0.)
 choice('augment', 'blur_p', 'probability of blur', default=.1, published=0., none=0.)
 choice('augment', 'thick_slices', 'mm, thickest simulated slice', default=6., published=0., none=0.)
 choice('augment', 'thick_slices_p', 'probability of thick slices', default=.1, published=0., none=0.)
-choice('augment', 'equalize_p', 'probability of histogram equalisation (the thesis does not give it: .5 is ours)', default=0., published=.5, none=0.)
-choice('augment', 'equalize_over', "histogram of the 'brain' of each sequence, or of each 'slice' with its air (the thesis' image is a slice)", default='brain', published='slice', none='brain')
-choice('augment', 'cutout', 'of each side, size of the box that cut-out empties (the thesis does not give it: ours)', default=.2, published=.2, none=.2)
-choice('augment', 'cutout_p', 'probability of cut-out (the thesis describes it and does not call it)', default=0., published=0., none=0.)
+choice('augment', 'equalize_p', 'probability of histogram equalisation (the thesis does not give it: .5 is ours)',
+    default=0., published=.5, none=0.)
+choice('augment', 'equalize_over',
+    "histogram of the 'brain' of each sequence, or of each 'slice' with its air (the thesis' image is a "
+    "slice)",
+    default='brain', published='slice', none='brain')
+choice('augment', 'cutout', 'of each side, size of the box that cut-out empties (the thesis does not give it: ours)',
+    default=.2, published=.2, none=.2)
+choice('augment', 'cutout_p', 'probability of cut-out (the thesis describes it and does not call it)',
+    default=0., published=0., none=0.)
 choice('augment', 'tta_flip', 'axes mirrored in test-time augmentation', default='w', published='', none='')
 choice('augment', 'tta_shift', 'mm, shift of the views of test-time augmentation', default=2., published=0., none=0.)
 same_choices('augment', 'winner', like='none')
 
 # %% ../nbs/06_augment.ipynb #1bbf3ce0
 def _within(name, value, lo, hi, unit):
-    if isinstance(value,bool) or not isinstance(value,(int,float,np.number)) or not lo<=value<=hi: raise MGMTError(f"{name} must be a number from {lo:g} to {hi:g} {unit}; received {value!r}")
-    return float(value)
+    "`value` as a number between two limits"
+    number = isinstance(value, (int,float,np.number)) and not isinstance(value, bool)
+    if number and lo<=value<=hi: return float(value)
+    raise MGMTError(f"{name} must be a number from {lo:g} to {hi:g} {unit}; received {value!r}")
 
 def _one_of(name, value, known):
-    if value not in known: raise MGMTError(f"{name} must be one of {', '.join(map(repr,known))}; received {value!r}")
-    return value
+    if value in known: return value
+    raise MGMTError(f"{name} must be one of {', '.join(map(repr,known))}; received {value!r}")
 
 def _check_spacing(spacing, name='spacing'):
-    s = np.asarray(spacing.detach().cpu() if isinstance(spacing,torch.Tensor) else spacing, dtype=np.float64)
-    if s.shape[-1:]!=(3,) or s.ndim>2 or not (np.isfinite(s)&(s>0)).all(): raise MGMTError(f"{name} must be (3,) or (B,3) positive mm along D, H and W; received {s.tolist()}")
-    return s
+    "mm along D, H and W, as an array (3,) or (B,3)"
+    s = spacing.detach().cpu() if isinstance(spacing, torch.Tensor) else spacing
+    s = np.asarray(s, dtype=np.float64)
+    if s.shape[-1:]==(3,) and s.ndim<=2 and (np.isfinite(s)&(s>0)).all(): return s
+    raise MGMTError(f"{name} must be (3,) or (B,3) positive mm along D, H and W; received {s.tolist()}")
 
 def _check_batch(x):
-    if not isinstance(x,torch.Tensor): raise MGMTError(f"a batch is a tensor (B,C,D,H,W); received {type(x).__name__}")
-    if x.ndim!=5 or 0 in x.shape: raise MGMTError(f"a batch has 5 axes (B,C,D,H,W), none empty; received shape {tuple(x.shape)}: is the channel or the batch axis missing?")
-    if x.dtype not in (torch.float32,torch.float64): raise MGMTError(f"augmentation computes in float32 or float64; received {x.dtype}: bring bytes to 0..1 first, and let mixed precision begin in the model")
+    if not isinstance(x, torch.Tensor): raise MGMTError(f"a batch is a tensor (B,C,D,H,W); received {type(x).__name__}")
+    if x.ndim!=5 or 0 in x.shape: raise _bad_shape(x)
+    if x.dtype not in (torch.float32,torch.float64): raise _bad_dtype(x)
+
+def _bad_shape(x):
+    rule = "a batch has 5 axes (B,C,D,H,W), none empty"
+    return MGMTError(f"{rule}; received shape {tuple(x.shape)}: is the channel or the batch axis missing?")
+
+def _bad_dtype(x):
+    way_out = "bring bytes to 0..1 first, and let mixed precision begin in the model"
+    return MGMTError(f"augmentation computes in float32 or float64; received {x.dtype}: {way_out}")
 
 def _check_values(x, bounded):
     lo,hi = map(float, x.aminmax())
-    if not (math.isfinite(lo) and math.isfinite(hi)): raise MGMTError(f"intensities must be finite; received {lo} to {hi}: NaN or infinity in a volume, from a failed normalisation?")
-    if bounded and (lo<0 or hi>1+1e-5): raise MGMTError(f"intensities must lie in 0 to 1, with 0 for air; received {lo:g} to {hi:g}: augment before the model normalises, not after")
+    if not (math.isfinite(lo) and math.isfinite(hi)): raise _not_finite(lo, hi)
+    if bounded and (lo<0 or hi>1+1e-5): raise _out_of_range(lo, hi)
+
+def _not_finite(lo, hi):
+    why = "NaN or infinity in a volume, from a failed normalisation?"
+    return MGMTError(f"intensities must be finite; received {lo} to {hi}: {why}")
+
+def _out_of_range(lo, hi):
+    way_out = "augment before the model normalises, not after"
+    return MGMTError(f"intensities must lie in 0 to 1, with 0 for air; received {lo:g} to {hi:g}: {way_out}")
 
 # %% ../nbs/06_augment.ipynb #13384a18
 class RandAug(ItemTransform):
-    "A fastai batch transform for training whose random draw, a table with a row a patient, is apart from its pure application"
+    "A fastai batch transform for training: a random draw, one row per patient, and apart from it a pure application"
     split_idx,order,bounded = 0,30,True
-    neutral,limits = {},{} # parameters that change nothing (None: irrelevant then); smallest, largest and unit of magnitudes
+    neutral = {} # values of parameters that change nothing; None where the parameter is irrelevant then
+    limits = {} # smallest, largest and unit of magnitudes
     def __init__(self,
         seed:int=0, # Of all draws
-        spacing=None, # mm along D, H and W, (3,) or (B,3); without it `x.spacing`, or a brain of usual size that fills the box
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); else `x.spacing`, else a brain fills the box
     ):
         super().__init__()
         for k,(lo,hi,unit) in self.limits.items(): setattr(self, k, _within(k, getattr(self,k), lo, hi, unit))
@@ -86,76 +131,113 @@ class RandAug(ItemTransform):
         self.spacing = None if spacing is None else _check_spacing(spacing)
 
     def draw(self,
-        n=1, # Patients to draw for: a number, or the batch itself
+        n:int|torch.Tensor=1, # Patients to draw for: a number, or the batch itself
         start:int=None, # First draw, to repeat it; without it the next that was not drawn yet
-    ) -> pd.DataFrame: # A row a patient, the index says which draw, columns are named magnitudes
+    ) -> pd.DataFrame: # One row per patient; the index says which draw, columns are named magnitudes
         "Draw parameters; what leaves a volume alone shows as a neutral value."
         draws = self._next(n if isinstance(n,(int,np.integer)) else len(n), start)
         return pd.DataFrame([self.row(k) for k in draws], index=pd.Index(draws,name='draw'))
 
     def _next(self, n, start=None):
-        if start is None: start = self.drawn; self.drawn += n
+        if start is None:
+            start = self.drawn
+            self.drawn += n
         return range(start, start+n)
 
     def apply(self,
-        x, # (B,C,D,H,W) float, 0 to 1; is not changed
-        params:pd.DataFrame, # A row a patient, as `draw` gives; columns left out and empty cells are neutral
-        spacing=None, # mm along D, H and W, (3,) or (B,3), of this very batch
-    ): # As x: type, attributes and dtype kept; x itself if nothing is to be done
+        x:torch.Tensor, # (B,C,D,H,W) float, 0 to 1; is not changed
+        params:pd.DataFrame, # One row per patient, as `draw` gives; columns left out and empty cells are neutral
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3), of this very batch
+    ) -> torch.Tensor: # As x: type, attributes and dtype kept; x itself if nothing is to be done
         "Apply a draw. Raises `MGMTError` on a batch or parameters that break the rules above."
         _check_batch(x)
-        for c in params.columns:
-            if c not in self.neutral: raise unknown_name(f'parameter of {type(self).__name__}', c, self.neutral)
-            least = params[c].min()
-            if self.neutral[c]==1. and least<=0: raise MGMTError(f"{c} is a factor and must be above 0; received {least:g}")
-        if len(params)!=len(x): raise MGMTError(f"a draw has a row a patient; received {len(params)} rows for a batch of {len(x)}")
-        return self._apply(x, [{k:v for k,v in r.items() if v==v} for r in params.to_dict('records')], spacing)
+        for c in params.columns: self._check_column(c, params[c].min())
+        if len(params)!=len(x): raise _not_one_per_patient('a draw', params, x)
+        rows = [{k:v for k,v in r.items() if v==v} for r in params.to_dict('records')]
+        return self._apply(x, rows, spacing)
+
+    def _check_column(self, name, least):
+        if name not in self.neutral: raise unknown_name(f'parameter of {type(self).__name__}', name, self.neutral)
+        if self.neutral[name]!=1. or not least<=0: return
+        raise MGMTError(f"{name} is a factor and must be above 0; received {least:g}")
 
     def _apply(self, x, rows, spacing=None):
-        if x.device.type=='cpu' or not self.looked: _check_values(x, self.bounded); self.looked = True
+        if x.device.type=='cpu' or not self.looked: _check_values(x, self.bounded)
+        self.looked = True
         rows = [{**self.neutral, **r} for r in rows]
         if not any(map(self.acts, rows)): return x
         mm = self._spacing(x, spacing)
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-            src = x.detach(); out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            src,out = x.detach(),torch.empty(x.shape, dtype=x.dtype, device=x.device)
             self.run_batch(src, out, rows, mm)
         if type(x) is torch.Tensor: return out
-        out = out.as_subclass(type(x)); out.__dict__.update(x.__dict__)
+        out = out.as_subclass(type(x))
+        out.__dict__.update(x.__dict__)
         return out
 
-    def encodes(self, b):
+    def encodes(self,
+        b, # A batch (B,C,D,H,W), alone or followed by labels; without a type, on which fastai would dispatch
+    ): # Augmented; labels as they are
         x,rest = (b[0],b[1:]) if isinstance(b,(list,tuple)) else (b,None)
         _check_batch(x)
         x = self._apply(x, [self.row(k) for k in self._next(len(x))])
         return x if rest is None else [x,*rest]
 
-    def ever(self): return self.p>0
-    def row(self, k): return self.sample(rng_for(self.seed, 'augment', type(self).__name__, k))
-    def acts(self, r): return any(v is not None and r[c]!=v for c,v in self.neutral.items())
-    def fits(self, r): return False
-    def run_batch(self, src, out, rows, mm):
-        "On a GPU rows that fit go together, or by the same arithmetic alone: the bits do not tell"
+    def ever(self): "Can a draw do anything at all?"; return self.p>0
+
+    def row(self,
+        k:int, # Which draw
+    ) -> dict: # Parameter -> value, of one patient
+        return self.sample(rng_for(self.seed, 'augment', type(self).__name__, k))
+
+    def acts(self,
+        r:dict, # One patient's parameters
+    ) -> bool: # Do they change anything?
+        return any(v is not None and r[c]!=v for c,v in self.neutral.items())
+
+    def fits(self,
+        r:dict, # One patient's parameters
+    ) -> bool: # Can a GPU compute them together with other patients'?
+        return False
+
+    def run_batch(self,
+        src:torch.Tensor, # (B,C,D,H,W), not changed unless it is `out`
+        out:torch.Tensor, # (B,C,D,H,W), to be filled
+        rows:list, # Parameters of each patient
+        mm:np.ndarray, # (B,3) spacing
+    ):
+        "On a GPU rows that fit go together, or by the same arithmetic alone, with the same bits"
         fits = [src.device.type!='cpu' and self.fits(r) for r in rows]
         if all(fits): return self.together(src, out, rows, mm)
         for i,r in enumerate(rows):
             k = slice(i,i+1) if fits[i] else i
-            o = out[k]; s = o if src is out else src[k]
+            o = out[k]
+            s = o if src is out else src[k]
             if fits[i]: self.together(s, o, [r], mm[k])
             else: self.run(s, o, r, mm[i])
-    def run(self, src, out, r, mm):
+    def run(self,
+        src:torch.Tensor, # (C,D,H,W), not changed unless it is `out`
+        out:torch.Tensor, # (C,D,H,W), to be filled
+        r:dict, # This patient's parameters
+        mm:np.ndarray, # (3,) spacing
+    ):
+        "One patient: a copy, and the change in place that `change_` of a subclass makes"
         if src is not out: out.copy_(src)
         if self.acts(r): self.change_(out, r, mm)
 
     def _spacing(self, x, spacing):
         s = next((o for o in (spacing, getattr(x,'spacing',None), self.spacing) if o is not None), None)
         s = _usual_extent/np.array(x.shape[2:]) if s is None else _check_spacing(s)
-        if s.ndim==2 and len(s)!=len(x): raise MGMTError(f"spacing (B,3) needs a row a patient; received {len(s)} rows for a batch of {len(x)}")
+        if s.ndim==2 and len(s)!=len(x): raise _not_one_per_patient('spacing (B,3)', s, x)
         return np.broadcast_to(s, (len(x),3))
     def __repr__(self):
         args = [k for k in inspect.signature(type(self).__init__).parameters if k not in ('self','seed','spacing')]
         return f"{type(self).__name__}({', '.join(f'{k}={getattr(self,k)!r}' for k in args)})"
     @property
     def name(self): return repr(self)
+
+def _not_one_per_patient(what, rows, x):
+    return MGMTError(f"{what} needs one row per patient; received {len(rows)} rows for a batch of {len(x)}")
 
 _usual_extent = np.array([140.,180.,140.]) # mm, D H W of an adult brain's box
 
@@ -186,26 +268,30 @@ def _grid(m, b, sizes, axes, like):
     "Normalised coordinates `(*axes, k)`, last axis first as `grid_sample` wants, of `m@(voxel along axes)+b`"
     k = len(sizes)
     grid = torch.empty(*map(len,axes), k, dtype=like.dtype, device=like.device)
-    axes = [torch.arange(a.start,a.stop,dtype=like.dtype,device=like.device).view(-1,*[1]*(k-1-i)) for i,a in enumerate(axes)]
+    where = dict(dtype=like.dtype, device=like.device)
+    axes = [torch.arange(a.start, a.stop, **where).view(-1,*[1]*(k-1-i)) for i,a in enumerate(axes)]
     for i,n in enumerate(sizes):
         part = sum((a*float(2*m[i,j]/n) for j,a in enumerate(axes[:-1])), float((2*b[i]+1)/n-1))
         torch.add(part, axes[-1]*float(2*m[i,-1]/n), out=grid[...,k-1-i])
     return grid
 
 def _slabs(n, voxels, device, temps=1):
-    "Ranges over n slices of some voxels each: small beside the volume; within a CPU's cache, few on a GPU"
+    "Ranges over n slices of some voxels each: small compared with the volume; within a CPU's cache, few on a GPU"
     k = max(1, 2**21//temps//voxels if device.type=='cpu' else max(2**22//temps//voxels, n//2//temps))
     return [range(i,min(i+k,n)) for i in range(0,n,k)]
 
 def _groups(n, device, gpu=8): return math.gcd(n, torch.get_num_threads() if device.type=='cpu' else gpu)
+
+def _sample(x, grid, outside): return F.grid_sample(x, grid, padding_mode=outside, align_corners=False)
 
 def _resample2d(src, out, m, b, outside):
     D,H,W = src.shape[-3:]
     grid = _grid(m, b, (H,W), (range(H),range(W)), src)[None]
     src,out = src.reshape(-1,H,W),out.view(-1,H,W)
     for s in _slabs(len(src), H*W, src.device):
-        k = _groups(len(s), src.device)
-        out[s.start:s.stop] = F.grid_sample(src[s.start:s.stop].view(k,-1,H,W), grid.expand(k,-1,-1,-1), padding_mode=outside, align_corners=False).view(-1,H,W)
+        k,part = _groups(len(s), src.device),slice(s.start, s.stop)
+        y = _sample(src[part].view(k,-1,H,W), grid.expand(k,-1,-1,-1), outside)
+        out[part] = y.view(-1,H,W)
 
 def _resample_batch(src, out, ms, bs, outside):
     "`_resample2d` of all patients at once, matrices (B,2,2) and (B,2): on a GPU, launches cost more than arithmetic"
@@ -213,73 +299,94 @@ def _resample_batch(src, out, ms, bs, outside):
     n = np.array([H,W])
     c = np.concatenate([2*np.stack(ms)/n[:,None], ((2*np.stack(bs)+1)/n-1)[...,None]], 2)
     c = torch.from_numpy(c).to(src.device, src.dtype, non_blocking=True)[...,None,None]
-    h,w = torch.arange(H,dtype=src.dtype,device=src.device)[:,None],torch.arange(W,dtype=src.dtype,device=src.device)
-    grid = torch.stack([c[:,i,0]*h+c[:,i,2]+c[:,i,1]*w for i in (1,0)], -1)
-    for s,o in zip(src.reshape(B,-1,H,W).chunk(4,1), out.view(B,-1,H,W).chunk(4,1)): o.copy_(F.grid_sample(s, grid, padding_mode=outside, align_corners=False))
+    h,w = (torch.arange(k, dtype=src.dtype, device=src.device) for k in (H,W))
+    grid = torch.stack([c[:,i,0]*h[:,None]+c[:,i,2]+c[:,i,1]*w for i in (1,0)], -1)
+    parts = zip(src.reshape(B,-1,H,W).chunk(4,1), out.view(B,-1,H,W).chunk(4,1))
+    for s,o in parts: o.copy_(_sample(s, grid, outside))
 
 def _resample3d(src, out, m, b, outside):
     C,D,H,W = src.shape
     k = _groups(D, src.device, gpu=1)
-    n = max(1, D//k//12)
-    for i in range(0, D//k, n):
-        part = range(i, min(i+n,D//k))
-        grid = torch.stack([_grid(m, b, (D,H,W), (range(j*D//k+part.start,j*D//k+part.stop),range(H),range(W)), src) for j in range(k)])
-        y = F.grid_sample(src[None].expand(k,-1,-1,-1,-1), grid, padding_mode=outside, align_corners=False)
-        out.view(C,k,D//k,H,W)[:,:,part.start:part.stop] = y.transpose(0,1)
+    each = D//k
+    n = max(1, each//12)
+    def grid(lo, hi): return _grid(m, b, (D,H,W), (range(lo,hi),range(H),range(W)), src)
+    for lo in range(0, each, n):
+        hi = min(lo+n, each)
+        grids = torch.stack([grid(j*each+lo, j*each+hi) for j in range(k)])
+        y = _sample(src[None].expand(k,-1,-1,-1,-1), grids, outside)
+        out.view(C,k,each,H,W)[:,:,lo:hi] = y.transpose(0,1)
 
 # %% ../nbs/06_augment.ipynb #28baecd6
 class RandAffine(RandAug):
     "Mirror, turn, shift, zoom, crop and resize, in one resample; within slices by default, which needs no copy"
     bounded = False
-    limits = dict(rotation=(0,180,'degrees'), shift=(0,1000,'mm'), zoom=(0,.9,'as a fraction'), crop_resize=(.1,1,'as a fraction'))
-    neutral = dict(flip_d=0, flip_h=0, flip_w=0, turn_d=0., turn_h=0., turn_w=0., shift_d=0., shift_h=0., shift_w=0., frac_d=0., frac_h=0., frac_w=0., zoom=1., crop=1., crop_d=0., crop_h=0., crop_w=0.)
+    limits = dict(rotation=(0,180,'degrees'), shift=(0,1000,'mm'), zoom=(0,.9,'as a fraction'),
+        crop_resize=(.1,1,'as a fraction'))
+    neutral = dict(flip_d=0, flip_h=0, flip_w=0, turn_d=0., turn_h=0., turn_w=0., shift_d=0., shift_h=0., shift_w=0.,
+        frac_d=0., frac_h=0., frac_w=0., zoom=1., crop=1., crop_d=0., crop_h=0., crop_w=0.)
     def __init__(self,
         flip:str='w', # Axes to mirror, letters of d, h, w, each with probability 1/2
         rotation:float=10., # Largest turn, degrees
         shift:float=5., # Largest shift, mm
-        shift_fraction=(0.,0.), # Largest shift along H and W, of the extent
+        shift_fraction:tuple=(0.,0.), # Largest shift along H and W, of the extent
         zoom:float=.1, # Largest change of size, fraction
         crop_resize:float=1., # Fraction of each side that a crop keeps before it is resized
         in_plane:bool=True, # Within slices, or in 3D?
         use_spacing:bool=True, # In mm, or in voxels as if 1 mm?
         outside:str='zeros', # What comes in from outside: `'zeros'`, `'border'` or `'reflection'`
-        seed:int=0, spacing=None
+        seed:int=0, # Of all draws
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
     ):
         store_attr('flip,rotation,shift,shift_fraction,zoom,crop_resize,in_plane,use_spacing,outside')
         super().__init__(seed, spacing)
-        if not isinstance(flip,str) or not set(flip)<=set('dhw'): raise MGMTError(f"flip must be letters of 'd', 'h', 'w', or '' for none; received {flip!r}")
-        if len(listify(shift_fraction))!=2: raise MGMTError(f"shift_fraction must be two numbers, along H and W; received {shift_fraction!r}")
+        if not isinstance(flip,str) or not set(flip)<=set('dhw'):
+            raise MGMTError(f"flip must be letters of 'd', 'h', 'w', or '' for none; received {flip!r}")
+        if len(listify(shift_fraction))!=2:
+            raise MGMTError(f"shift_fraction must be two numbers, along H and W; received {shift_fraction!r}")
         self.shift_fraction = tuple(_within('shift_fraction', o, 0, 1, 'of the extent') for o in shift_fraction)
         _one_of('outside', outside, ('zeros','border','reflection'))
 
-    def ever(self): return bool(self.flip or self.rotation or self.shift or any(self.shift_fraction) or self.zoom or self.crop_resize<1)
+    def ever(self):
+        moves = self.rotation or self.shift or any(self.shift_fraction)
+        return bool(self.flip or moves or self.zoom or self.crop_resize<1)
 
     def sample(self, rng):
         u,hits,place = rng.uniform(-1,1,9),rng.random(3)<.5,rng.uniform(-1,1,3)
         r = {f'flip_{a}': int(h) for a,h in zip('dhw',hits) if a in self.flip}
-        on = 'hw' if self.in_plane else 'dhw'
-        if self.rotation: r |= {f'turn_{a}': self.rotation*u['dhw'.index(a)] for a in ('d' if self.in_plane else 'dhw')}
+        turns,on = ('d','hw') if self.in_plane else ('dhw','dhw')
+        if self.rotation: r |= {f'turn_{a}': self.rotation*u['dhw'.index(a)] for a in turns}
         if self.shift: r |= {f'shift_{a}': self.shift*u[3+'dhw'.index(a)] for a in on}
         r |= {f'frac_{a}': f*v for a,f,v in zip('hw',self.shift_fraction,u[6:8]) if f}
         if self.zoom: r['zoom'] = 1+self.zoom*u[8]
-        if self.crop_resize<1: r |= dict(crop=self.crop_resize, **{f'crop_{a}': v for a,v in zip('dhw',place) if a in on})
+        if self.crop_resize<1: r |= {'crop': self.crop_resize, **{f'crop_{a}': place['dhw'.index(a)] for a in on}}
         return r
 
     def together(self, src, out, rows, mm):
-        ms,bs = zip(*(_matrix(r, src.shape[2:], m if self.use_spacing else np.ones(3), self.in_plane) for r,m in zip(rows,mm)))
+        ms,bs = zip(*(self.matrix(r, src.shape[2:], m) for r,m in zip(rows,mm)))
         _resample_batch(src, out, [m[1:,1:] for m in ms], [b[1:] for b in bs], self.outside)
 
-    def across(self, r): return bool(r['turn_h'] or r['turn_w'] or r['shift_d'] or r['frac_d'] or not (self.in_plane or r['zoom']==r['crop']==1))
-    def fits(self, r): return not (r['flip_d'] or self.across(r)) and any(r[c]!=v for c,v in self.neutral.items() if 'flip' not in c)
+    def matrix(self, r, shape, mm): return _matrix(r, shape, mm if self.use_spacing else np.ones(3), self.in_plane)
+    def across(self, r):
+        "Does the row move anything from slice to slice?"
+        whole = not self.in_plane and not r['zoom']==r['crop']==1
+        return bool(r['turn_h'] or r['turn_w'] or r['shift_d'] or r['frac_d'] or whole)
+    def only_flips(self, r): return all(r[c]==v for c,v in self.neutral.items() if 'flip' not in c)
+    def fits(self, r): return not (r['flip_d'] or self.across(r) or self.only_flips(r))
 
     def run(self, src, out, r, mm):
         if not self.acts(r): return super().run(src, out, r, mm)
         flips = [1+'dhw'.index(a) for a in 'dhw' if r[f'flip_{a}']]
-        if all(r[c]==v for c,v in self.neutral.items() if 'flip' not in c): return out.copy_(src.flip(flips))
-        m,b = _matrix(r, src.shape[1:], mm if self.use_spacing else np.ones(3), self.in_plane)
-        if not self.across(r): return _resample2d(src.flip(1) if r['flip_d'] else src, out, m[1:,1:], b[1:], self.outside)
-        if src.shape[1]<2: raise MGMTError(f"turning, shifting or zooming across slices needs D of at least 2; received D = {src.shape[1]}: use in_plane=True")
+        if self.only_flips(r): return out.copy_(src.flip(flips))
+        m,b = self.matrix(r, src.shape[1:], mm)
+        if not self.across(r):
+            if r['flip_d']: src = src.flip(1)
+            return _resample2d(src, out, m[1:,1:], b[1:], self.outside)
+        if src.shape[1]<2: raise _single_slice(src)
         _resample3d(src.clone() if src.data_ptr()==out.data_ptr() else src, out, m, b, self.outside)
+
+def _single_slice(x):
+    rule = "turning, shifting or zooming across slices needs D of at least 2"
+    return MGMTError(f"{rule}; received D = {x.shape[1]}: use in_plane=True")
 
 # %% ../nbs/06_augment.ipynb #aeb6650e
 _p = 0,1,'as a probability'
@@ -290,7 +397,8 @@ def _means(x, over):
     s = x.sum((-2,-1)).double()
     if over=='slice': return (s/x[0,0].numel()).to(x.dtype).view(-1,1,1)
     flat = x.view(-1,*x.shape[2:])
-    n = torch.cat([flat[i.start:i.stop].sign().sum((-2,-1)) for i in _slabs(len(flat), flat[0].numel(), x.device)]).view_as(s).double()
+    slabs = _slabs(len(flat), flat[0].numel(), x.device)
+    n = torch.cat([flat[i.start:i.stop].sign().sum((-2,-1)) for i in slabs]).view_as(s).double()
     m = s.sum(1,keepdim=True)/n.sum(1,keepdim=True).clamp_min(1)
     return m.expand_as(s).reshape(-1,1,1).to(x.dtype)
 
@@ -307,7 +415,8 @@ class RandLighting(RandAug):
         gamma:float=.2, # Largest |log gamma|
         p:float=.5, # Probability
         over:str='brain', # Mean of each sequence's `'brain'`, or of each `'slice'` with its air
-        seed:int=0, spacing=None
+        seed:int=0, # Of all draws
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
     ):
         store_attr('contrast,brightness,gamma,p,over')
         super().__init__(seed, spacing)
@@ -331,7 +440,7 @@ class RandLighting(RandAug):
 
     def change_(self, x, r, mm):
         c,b = r['contrast'],r['brightness']
-        add = _means(x, self.over)*((1-c)*b) if c!=1 else torch.zeros((),dtype=x.dtype,device=x.device).expand(x.shape[0]*x.shape[1],1,1)
+        add = x.new_zeros(()).expand(x.shape[0]*x.shape[1],1,1) if c==1 else _means(x, self.over)*((1-c)*b)
         x = x.view(-1,*x.shape[2:])
         for s in _slabs(len(x), x[0].numel(), x.device):
             y = x[s.start:s.stop]
@@ -349,7 +458,8 @@ class RandBiasField(RandAug):
         bias:float=.3, # Largest |log| of the field, about a fraction
         p:float=.3, # Probability
         waves:int=3, # Half waves across the volume at most
-        seed:int=0, spacing=None
+        seed:int=0, # Of all draws
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
     ):
         store_attr('bias,p,waves')
         super().__init__(seed, spacing)
@@ -380,7 +490,8 @@ class RandNoise(RandAug):
         noise:float=.04, # Largest standard deviation, of the range 0 to 1
         p:float=.2, # Probability
         kind:str='rician', # `'rician'` or `'gaussian'`
-        seed:int=0, spacing=None
+        seed:int=0, # Of all draws
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
     ):
         store_attr('noise,p,kind')
         super().__init__(seed, spacing)
@@ -393,7 +504,7 @@ class RandNoise(RandAug):
     def change_(self, x, r, mm):
         g = torch.Generator(x.device).manual_seed(int(r['noise_seed'] or 0))
         x = x.view(-1,*x.shape[2:])
-        normal = lambda y: torch.randn(y.shape, generator=g, dtype=y.dtype, device=y.device)
+        def normal(y): return torch.randn(y.shape, generator=g, dtype=y.dtype, device=y.device)
         for s in _slabs(len(x), x[0].numel(), x.device, temps=2):
             y = x[s.start:s.stop]
             brain = y.sign()
@@ -437,7 +548,8 @@ class RandBlur(RandAug):
     def __init__(self,
         blur:float=1., # Largest standard deviation, mm
         p:float=.1, # Probability
-        seed:int=0, spacing=None
+        seed:int=0, # Of all draws
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
     ):
         store_attr('blur,p')
         super().__init__(seed, spacing)
@@ -458,7 +570,8 @@ class RandThickSlices(RandAug):
     def __init__(self,
         thick:float=6., # Thickest slice, mm; not thicker than the spacing along D changes nothing
         p:float=.1, # Probability
-        seed:int=0, spacing=None
+        seed:int=0, # Of all draws
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
     ):
         store_attr('thick,p')
         super().__init__(seed, spacing)
@@ -491,7 +604,8 @@ def _flatten_brain(n, depth):
     lut = 1+254*(n.cumsum(1)-n/2)/total.clamp_min(1)
     lut[:,0] = 0
     one = n.amax(1,keepdim=True)==total
-    return torch.where(one, torch.arange(256, device=n.device), lut).repeat_interleave(depth, 0, output_size=len(n)*depth)/255
+    lut = torch.where(one, torch.arange(256, device=n.device), lut)
+    return lut.repeat_interleave(depth, 0, output_size=len(n)*depth)/255
 
 # %% ../nbs/06_augment.ipynb #b1a30645
 class RandEqualize(RandAug):
@@ -501,7 +615,8 @@ class RandEqualize(RandAug):
     def __init__(self,
         p:float=.5, # Probability
         over:str='brain', # Histogram of each sequence's `'brain'`, or of each `'slice'` with its air
-        seed:int=0, spacing=None
+        seed:int=0, # Of all draws
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
     ):
         store_attr('p,over')
         super().__init__(seed, spacing)
@@ -514,26 +629,29 @@ class RandEqualize(RandAug):
         if src is not out: out.copy_(src)
         at = torch.tensor([i for i,r in enumerate(rows) if r['equalize']])
         if not len(at): return
-        slices = (at[:,None]*out[0,:,:,0,0].numel()+torch.arange(out[0,:,:,0,0].numel())).view(-1).to(out.device, non_blocking=True)
+        each = out[0,:,:,0,0].numel()
+        slices = (at[:,None]*each+torch.arange(each)).view(-1).to(out.device, non_blocking=True)
         self.flatten_(out.view(-1,out[0,0,0].numel()), out.shape[2], slices)
 
     def change_(self, x, r, mm): self.flatten_(x.view(-1,x[0,0].numel()), x.shape[1])
 
     def flatten_(self, x, depth, slices=None):
-        "Flatten the histograms of `x` (N,H*W), or of some of its rows; counts are whole numbers, so how rows are grouped does not tell"
+        "Flatten the histograms of `x` (N,H*W), or of some rows; counts are whole numbers, so grouping changes nothing"
         n = len(x) if slices is None else len(slices)
-        lanes = 1 if x.device.type=='cpu' else 32 # tables a row: threads that all count air would queue for one counter
-        slabs,counts = _slabs(n, x.shape[1], x.device, temps=8),torch.zeros(n, lanes*256, dtype=torch.int32, device=x.device)
+        lanes = 1 if x.device.type=='cpu' else 32 # tables per row: threads that count air would queue for one
+        slabs = _slabs(n, x.shape[1], x.device, temps=8)
+        counts = torch.zeros(n, lanes*256, dtype=torch.int32, device=x.device)
         lane = torch.arange(x.shape[1], device=x.device)%lanes*256 if lanes>1 else None
-        rows = lambda s: slice(s.start,s.stop) if slices is None else slices[s.start:s.stop]
-        level = lambda s: (x[rows(s)]*255+.5).to(torch.int32).to(torch.int64)
+        def rows(s): return slice(s.start,s.stop) if slices is None else slices[s.start:s.stop]
+        def level(s): return (x[rows(s)]*255+.5).to(torch.int32).to(torch.int64)
         unit = torch.ones((), dtype=torch.int32, device=x.device)
         for s in slabs:
             i = level(s)
             if lanes>1: i += lane
             counts[s.start:s.stop].scatter_add_(1, i, unit.expand_as(i))
         counts = counts.view(n,lanes,256).sum(1)
-        lut = (_flatten_slices(counts) if self.over=='slice' else _flatten_brain(counts, depth)).to(x.dtype)
+        lut = _flatten_slices(counts) if self.over=='slice' else _flatten_brain(counts, depth)
+        lut = lut.to(x.dtype)
         for s in slabs: x[rows(s)] = lut[s.start:s.stop].gather(1, level(s))
 
 # %% ../nbs/06_augment.ipynb #29565b38
@@ -545,7 +663,8 @@ class RandCutOut(RandAug):
     def __init__(self,
         cutout:float=.2, # Size, of each side of the volume
         p:float=.5, # Probability
-        seed:int=0, spacing=None
+        seed:int=0, # Of all draws
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
     ):
         store_attr('cutout,p')
         super().__init__(seed, spacing)
@@ -563,14 +682,14 @@ class RandCutOut(RandAug):
 class ComposeAugs(RandAug):
     "Several augmentations as one, on one copy of the batch"
     def __init__(self,
-        parts, # `RandAug`s of different classes, applied in this order
+        parts:list, # `RandAug`s of different classes, applied in this order
         seed:int=0, # Of all draws
-        spacing=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
     ):
         super().__init__(seed, spacing)
         self.parts = list(parts)
         self.neutral = {k:v for p in self.parts for k,v in p.neutral.items()}
-        if len(self.neutral)<sum(len(p.neutral) for p in self.parts): raise MGMTError(f"augmentations composed must be of different classes, for their draws share a table; received {self.parts}")
+        if len(self.neutral)<sum(len(p.neutral) for p in self.parts): raise _same_class(self.parts)
         self.bounded = any(p.bounded for p in self.parts)
         for p in self.parts: p.seed = seed
 
@@ -578,23 +697,32 @@ class ComposeAugs(RandAug):
     def acts(self, r): return any(p.acts(r) for p in self.parts)
     def run_batch(self, src, out, rows, mm):
         if src.device.type=='cpu': return super().run_batch(src, out, rows, mm)
-        for p in self.parts: p.run_batch(src, out, rows, mm); src = out
+        for p in self.parts:
+            p.run_batch(src, out, rows, mm)
+            src = out
     def run(self, src, out, r, mm):
         for p in self.parts:
-            if p.acts(r): p.run(src, out, r, mm); src = out
+            if not p.acts(r): continue
+            p.run(src, out, r, mm)
+            src = out
         if src is not out: out.copy_(src)
     def __repr__(self): return f"ComposeAugs({', '.join(map(repr,self.parts))})"
 
+def _same_class(parts):
+    rule = "augmentations composed must be of different classes, for their draws share a table"
+    return MGMTError(f"{rule}; received {parts}")
+
 # %% ../nbs/06_augment.ipynb #8d0da8be
 def mgmt_augs(
-    recipe='default', # Name of a recipe, or a `Recipe` with choices overridden
+    recipe:str|Recipe='default', # Name of a recipe, or a `Recipe` with choices overridden
     seed:int=0, # Of all draws: the same seed draws the same in the same order
-    spacing=None, # mm along D, H and W, (3,) or (B,3); without it `x.spacing`, or a brain of usual size that fills the box
+    spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); else `x.spacing`, else of a brain that fills the box
 ) -> list: # fastai batch transforms, for `batch_tfms` or `after_batch`: a single `ComposeAugs`, or none at all
     "The augmentation of a recipe. Raises `MGMTError` that names a magnitude out of range."
     r = NS(**get_recipe(recipe).room('augment'))
     parts = [RandEqualize(r.equalize_p, r.equalize_over),
-        RandAffine(r.flip, r.rotation, r.shift, r.shift_fraction, r.zoom, r.crop_resize, r.in_plane, r.use_spacing, r.outside),
+        RandAffine(r.flip, r.rotation, r.shift, r.shift_fraction, r.zoom, r.crop_resize, r.in_plane, r.use_spacing,
+            r.outside),
         RandThickSlices(r.thick_slices, r.thick_slices_p),
         RandBlur(r.blur, r.blur_p),
         RandBiasField(r.bias_field, r.bias_field_p),
@@ -622,22 +750,23 @@ def choices(
 
 # %% ../nbs/06_augment.ipynb #1b6e5739
 def tta_views(
-    recipe='default', # Name of a recipe, or a `Recipe`; decides `tta_flip` and `tta_shift`
-) -> pd.DataFrame: # A row a view, parameters of `RandAffine`; the first is the volume as it is
+    recipe:str|Recipe='default', # Name of a recipe, or a `Recipe`; decides `tta_flip` and `tta_shift`
+) -> pd.DataFrame: # One row per view, parameters of `RandAffine`; the first is the volume as it is
     "The views of test-time augmentation: as it is and mirrored, each unmoved and shifted along H and W."
     r = NS(**get_recipe(recipe).room('augment'))
     RandAffine(flip=r.tta_flip, shift=r.tta_shift)
     flips = [{}]+[{f'flip_{a}': 1} for a in r.tta_flip]
-    shifts = [{}]+[{f'shift_{a}': k*r.tta_shift} for a in 'hw' for k in (-1,1) if r.tta_shift]
+    shifts = [{}]
+    if r.tta_shift: shifts += [{f'shift_{a}': k*r.tta_shift} for a in 'hw' for k in (-1,1)]
     neutral = dict(flip_d=0, flip_h=0, flip_w=0, shift_h=0., shift_w=0.)
     return pd.DataFrame([{**neutral,**f,**s} for f in flips for s in shifts])
 
 # %% ../nbs/06_augment.ipynb #cdbeff94
 def tta(
-    model, # From x (B,C,D,H,W) to logits (B,...), in evaluation mode
-    x, # (B,C,D,H,W) float, 0 to 1
-    recipe='default', # Name of a recipe, or a `Recipe`; see `tta_views`
-    spacing=None, # mm along D, H and W, (3,) or (B,3); without it `x.spacing`, or a brain of usual size
+    model:torch.nn.Module, # From x (B,C,D,H,W) to logits (B,...), in evaluation mode
+    x:torch.Tensor, # (B,C,D,H,W) float, 0 to 1
+    recipe:str|Recipe='default', # Name of a recipe, or a `Recipe`; see `tta_views`
+    spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); without it `x.spacing`, or a brain of usual size
 ) -> torch.Tensor: # Mean logits (B,...)
     "Average a model's logits over a few mirrored and shifted views of each patient, without gradients."
     views,t = tta_views(recipe),RandAffine()

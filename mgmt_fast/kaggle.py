@@ -23,7 +23,7 @@ from .series import has_skull, read_volume
 from .cohort import id_key, kaggle_cohort, read_labels, tcga_cohort
 from .phantom import draw_patients, make_phantom, render_patient
 from .prepare import VolumeStore, prepare
-from .backbones import _archs
+from .backbones import ARCHS
 from .consistency import patients_needed
 from .metrics import holm
 from .evaluate import _logits, Bundle, cross_validate, cv_models, freeze_bundle, results_table, show_results
@@ -112,7 +112,7 @@ def find_weights(
     folder = find_input(DATASETS['weights']) if on_kaggle() else None
     if folder is None: print(f"no 2D weights attached ({DATASETS['weights']}): {arch} starts from random ones"); return False
     have = sorted(p.stem for p in folder.iterdir() if p.suffix in ('.safetensors','.pth','.pt'))
-    if not {arch,_archs.get(arch, arch)}&set(have): raise KaggleError(f"{folder} has weights of {', '.join(have) or 'nothing'}, not of {arch!r}: train one of these, or where there is internet run `mgmt_weights DEST {arch}` and attach that folder as {DATASETS['weights']}")
+    if not {arch,ARCHS.get(arch, arch)}&set(have): raise KaggleError(f"{folder} has weights of {', '.join(have) or 'nothing'}, not of {arch!r}: train one of these, or where there is internet run `mgmt_weights DEST {arch}` and attach that folder as {DATASETS['weights']}")
     return folder
 
 # %% ../nbs/15_kaggle.ipynb #9279c1d3

@@ -29,11 +29,15 @@ from .core import *
 def class_distance(
     auc:float, # Best attainable AUC, in [.5, 1)
 ) -> float: # Distance between the class means, in standard deviations of the latent
-    """How far apart two unit normals lie when the best reader reaches `auc`.
+    """How far apart two unit normals lie when the best reader reaches `auc`. Raises `MGMTError` outside [.5, 1).
 
-    Source: the binormal model of Green and Swets, *Signal Detection Theory and Psychophysics*, 1966. Raises `MGMTError` outside [.5, 1)."""
-    if not .5<=auc<1: raise MGMTError(f"auc must lie in [.5, 1), since classes that do not overlap are no test and .5 is no information; received {auc}")
+    Source: the binormal model of Green and Swets, *Signal Detection Theory and Psychophysics*, 1966."""
+    if not .5<=auc<1: raise _bad_auc(auc)
     return float(np.sqrt(2)*norm.ppf(auc))
+
+def _bad_auc(auc):
+    why = "since classes that do not overlap are no test and .5 is no information"
+    return MGMTError(f"auc must lie in [.5, 1), {why}; received {auc}")
 
 # %% ../nbs/03_phantom.ipynb #46b672c4
 _rates = (.5,.33) # of the two traits, per standard deviation of the latent
@@ -45,8 +49,10 @@ def _draw_patient(patient, split, label, distance, seed):
     latent = rng.standard_normal() + distance*(label-.5)
     place = rng.uniform([14,-46,-4],[40,46,44])*[rng.choice([-1,1]),1,1]
     x,y,z = place*min(1, .6/np.linalg.norm(place/[66,84,56])) # not farther out than 60 % of the way to the surface
-    return dict(patient=patient, split=split, label=label, latent=latent, gadolinium=_gadolinium(latent), unevenness=_unevenness(latent),
-        x=x, y=y, z=z, radius=rng.uniform(13,25), rim=rng.uniform(3.5,6), oedema=rng.uniform(9,20), ventricles=rng.uniform(.8,1.35))
+    traits = dict(latent=latent, gadolinium=_gadolinium(latent), unevenness=_unevenness(latent))
+    sizes = dict(radius=(13,25), rim=(3.5,6), oedema=(9,20), ventricles=(.8,1.35))
+    sizes = {k: rng.uniform(*o) for k,o in sizes.items()}
+    return dict(patient=patient, split=split, label=label, **traits, x=x, y=y, z=z, **sizes)
 
 # %% ../nbs/03_phantom.ipynb #a00b3ea3
 def _labels(n, prevalence, rng): return rng.permutation(np.arange(n)<int(n*prevalence+.5)).astype(int)
@@ -58,30 +64,45 @@ def draw_patients(
     seed:int=0, # Same seed, same patients
     test:float=.25, # Share of patients held out, in [0, 1)
     prevalence:float=.5, # Share of methylated patients, the same in both splits
-) -> pd.DataFrame: # A row a patient: `patient`, `split`, `label`, `latent`; traits: `gadolinium` mM, `unevenness`; place `x,y,z` (RAS mm), `radius`, `rim`, `oedema` (mm), `ventricles` (relative width)
-    "Draw who the patients are; `render_patient` makes images of a row. Raises `MGMTError` on settings that no cohort can have."
-    if n<1 or not 0<=test<1 or not 0<=prevalence<=1: raise MGMTError(f"n must be at least 1, test lie in [0, 1) and prevalence in [0, 1]; received n={n}, test={test}, prevalence={prevalence}")
-    distance,n_test = class_distance(auc),int(n*test+.5)
-    parts = [('train',o) for o in _labels(n-n_test, prevalence, rng_for(seed,'phantom','train'))] + [('test',o) for o in _labels(n_test, prevalence, rng_for(seed,'phantom','test'))]
+) -> pd.DataFrame: # One row per patient
+    """Draw who the patients are; `render_patient` makes images of a row.
+
+    Columns: `patient`, `split`, `label`, `latent`; the traits `gadolinium` (mM) and `unevenness`; the tumour's place
+    `x`, `y`, `z` (RAS mm), its `radius`, `rim` and `oedema` (mm); `ventricles` (relative width).
+    Raises `MGMTError` on settings that no cohort can have."""
+    if n<1 or not 0<=test<1 or not 0<=prevalence<=1: raise _bad_cohort(n, test, prevalence)
+    distance,n_test,parts = class_distance(auc),int(n*test+.5),[]
+    for split,k in (('train',n-n_test),('test',n_test)):
+        parts += [(split,y) for y in _labels(k, prevalence, rng_for(seed, 'phantom', split))]
     return pd.DataFrame([_draw_patient(f'{i:05d}', split, int(y), distance, seed) for i,(split,y) in enumerate(parts)])
+
+def _bad_cohort(n, test, prevalence):
+    rule = "n must be at least 1, test lie in [0, 1) and prevalence in [0, 1]"
+    return MGMTError(f"{rule}; received n={n}, test={test}, prevalence={prevalence}")
 
 # %% ../nbs/03_phantom.ipynb #31268173
 def phantom_bound(
-    table, # Side table from `make_phantom` or `draw_patients`, or the phantom's folder
+    table:pd.DataFrame|str|Path, # Side table from `make_phantom` or `draw_patients`, or the phantom's folder
     split:str=None, # `'train'` or `'test'`; all patients if none
-) -> pd.Series: # `n`, `bound`: AUC of the latent on this sample; `oracle`: AUC of the traits as measured in the images, over the patients in whom they could be
-    "The best AUC that the very sample drawn allows. Raises `MGMTError` if the sample holds one class only."
+) -> pd.Series: # `n`; `bound`, the AUC of the latent; `oracle`, that of the traits as measured in the images
+    """The best AUC that this very sample allows. Raises `MGMTError` if the sample holds one class only.
+
+    The oracle counts only patients in whom the traits could be measured."""
     if not isinstance(table, pd.DataFrame): table = read_side_table(table)
     if split: table = table[table.split==split]
-    if table.label.nunique()<2: raise MGMTError(f"the bound needs both classes; the {len(table)} patients of split {split!r} have labels {sorted(table.label.unique())}: make a larger phantom")
+    if table.label.nunique()<2: raise _one_class(table, split)
     def auc(c):
         seen = table.dropna(subset=c) if c in table else table[:0]
         return roc_auc_score(seen.label, seen[c]) if seen.label.nunique()>1 else np.nan
     return pd.Series(dict(n=len(table), bound=auc('latent'), oracle=auc('oracle')))
 
+def _one_class(table, split):
+    has = f"the {len(table)} patients of split {split!r} have labels {sorted(table.label.unique())}"
+    return MGMTError(f"the bound needs both classes; {has}: make a larger phantom")
+
 # %% ../nbs/03_phantom.ipynb #33e8a2d4
 def read_side_table(
-    path, # Folder of a phantom
+    path:str|Path, # Folder of a phantom
 ) -> pd.DataFrame: # As `make_phantom` returned it
     "Read what a phantom's images do not say: labels, latents, traits, measurements."
     p = Path(path)/'phantom.csv'
@@ -135,7 +156,8 @@ def _brain(g):
     half = (np.abs(x),y,z)
     cerebrum = _ellipsoid(half, (0,0,4), (67,84,np.where(z>4,np.float32(58),np.float32(46))))
     cerebrum = np.minimum(cerebrum, .8*(z+26)+18*np.square(_edge(half[0]-20, 14)))
-    rest = np.maximum(_ellipsoid(half, (17,-48,-40), (33,30,23)), _capsules(g, [(0,-12,-10,16),(0,-20,-42,12),(0,-24,-80,9)]))
+    cerebellum,stem = _ellipsoid(half, (17,-48,-40), (33,30,23)),[(0,-12,-10,16),(0,-20,-42,12),(0,-24,-80,9)]
+    rest = np.maximum(cerebellum, _capsules(g, stem))
     return np.maximum(cerebrum, rest),cerebrum>=rest
 
 # %% ../nbs/03_phantom.ipynb #fb3e48a8
@@ -153,8 +175,10 @@ def _distance_to_csf(g, depth, cerebrum, axes, rng):
 def _deep(g, width):
     "Depths inside the ventricles and the deep grey nuclei"
     half = (np.abs(g[0]),*g[1:])
-    lateral = _capsules(half, [(x,y,z,r*width) for x,y,z,r in ((8,32,3,4.5),(10,12,13,6.5),(13,-16,16,6),(23,-36,6,7),(26,-58,3,2.5))])
-    ventricles = np.maximum(lateral, np.maximum(_ellipsoid(g, (0,-8,-1), (2.6*width,15,9)), _ellipsoid(g, (0,-40,-34), (7,5,9))))
+    horns = ((8,32,3,4.5),(10,12,13,6.5),(13,-16,16,6),(23,-36,6,7),(26,-58,3,2.5))
+    lateral = _capsules(half, [(x,y,z,r*width) for x,y,z,r in horns])
+    third,fourth = _ellipsoid(g, (0,-8,-1), (2.6*width,15,9)),_ellipsoid(g, (0,-40,-34), (7,5,9))
+    ventricles = reduce(np.maximum, (lateral, third, fourth))
     nuclei = [_ellipsoid(half, c, s) for c,s in (((11,-14,3),(8,15,9)),((24,4,0),(7,16,10)),((13,22,6),(6,9,9)))]
     return ventricles,reduce(np.maximum, nuclei)
 
@@ -172,7 +196,8 @@ def _tumour(p, away, depth, near, axes, rng):
 def _shell(g, depth):
     "Depths inside head, skull bone and eyes"
     half = (np.abs(g[0]),*g[1:])
-    parts = [depth+13, _ellipsoid(half, (0,0,2), (77,95,70)), _capsules(g, [(0,-22,-45,56),(0,-28,-130,54)]), _ellipsoid(half, (0,42,-52), (58,54,48))]
+    skull,neck = _ellipsoid(half, (0,0,2), (77,95,70)),_capsules(g, [(0,-22,-45,56),(0,-28,-130,54)])
+    parts = [depth+13, skull, neck, _ellipsoid(half, (0,42,-52), (58,54,48))]
     return reduce(np.maximum, parts),3.2-np.abs(depth+5.2),_ellipsoid(half, (30,74,-38), (12,12,12))
 
 # %% ../nbs/03_phantom.ipynb #200fcd6b
@@ -198,15 +223,26 @@ def _anatomy(p, seed, skull=False, mm=1.5):
     paint('oedema', _edge(wet, 3)*(1-shares['csf']-shares['vessel'])*_edge(depth-2))
     paint('rim', _edge(whole))
     paint('necrosis', _edge(core, 1.3))
-    label = np.select([shares['necrosis']>.5, shares['rim']+shares['necrosis']>.5, shares['oedema']>.5], [1,3,2], 0).astype(np.uint8)
+    label = _tumour_label(shares)
     if skull:
         head,bone,eyes = _shell(g, depth)
-        paint('muscle', _edge(-1.5-depth)); paint('fat', np.minimum(_edge(5.5-head), _edge(-1.5-depth))); paint('eye', _edge(eyes)); paint('bone', _edge(bone)); paint('air', _edge(-head))
+        outside = _edge(-1.5-depth)
+        paint('muscle', outside)
+        paint('fat', np.minimum(_edge(5.5-head), outside))
+        paint('eye', _edge(eyes))
+        paint('bone', _edge(bone))
+        paint('air', _edge(-head))
     return shares,label,(depth>.3).astype(np.uint8),axes
+
+def _tumour_label(shares):
+    "1 necrosis, 3 enhancing rim, 2 oedema, 0 elsewhere: what fills more than half of a voxel"
+    necrosis,core = shares['necrosis'],shares['rim']+shares['necrosis']
+    return np.select([necrosis>.5, core>.5, shares['oedema']>.5], [1,3,2], 0).astype(np.uint8)
 
 # %% ../nbs/03_phantom.ipynb #9926db8c
 _relaxation = dict( # T1 ms, T2 ms, proton density; typical of 1.5 T
-    white=(750,72,.70), grey=(1250,95,.79), csf=(4000,1800,1), vessel=(1500,60,.6), oedema=(1500,150,.88), rim=(1350,115,.85), necrosis=(2600,400,.95),
+    white=(750,72,.70), grey=(1250,95,.79), csf=(4000,1800,1), vessel=(1500,60,.6),
+    oedema=(1500,150,.88), rim=(1350,115,.85), necrosis=(2600,400,.95),
     muscle=(1000,40,.7), fat=(300,80,.8), eye=(3500,1200,1), bone=(800,20,.12), air=(1000,50,0))
 _protocol = dict(FLAIR=(9000,105,2400), T1w=(500,12,None), T1wCE=(500,12,None), T2w=(5000,100,None)) # TR, TE, TI; ms
 _relaxivity = 4.5 # of gadolinium, 1/(s mM)
@@ -227,17 +263,19 @@ def _ideal(p, seq, shares, axes, rng):
 
 # %% ../nbs/03_phantom.ipynb #e51f7bf2
 _planes = dict( # directions of D, H, W in RAS, and mm that the slices cover
-    axial=(((0,0,1),(0,-1,0),(-1,0,0)), 142), coronal=(((0,-1,0),(0,0,-1),(-1,0,0)), 186), sagittal=(((1,0,0),(0,0,-1),(0,-1,0)), 152))
+    axial=(((0,0,1),(0,-1,0),(-1,0,0)), 142),
+    coronal=(((0,-1,0),(0,0,-1),(-1,0,0)), 186),
+    sagittal=(((1,0,0),(0,0,-1),(0,-1,0)), 152))
 
 # %% ../nbs/03_phantom.ipynb #bbf26802
 def series_affine(
     plane:str='axial', # `'axial'`, `'coronal'` or `'sagittal'`
     slices:int=32, # D
     size:int=128, # H and W
-    fov:float=205, # mm a side of a slice
-    turn=None, # (3,3) rotation, for an oblique series
+    fov:float=205, # mm, side of a slice
+    turn:np.ndarray=None, # (3,3) rotation, for an oblique series
 ) -> np.ndarray: # (4,4) from voxel `(d,h,w,1)` to RAS+ mm, centred on the head
-    "Where the voxels of a series lie: slices cover the brain, whatever their number. Raises `MGMTError` on an unknown plane."
+    "Where a series' voxels lie: slices cover the brain, whatever their number. Raises `MGMTError` on an unknown plane."
     if plane not in _planes: raise unknown_name('plane', plane, _planes)
     dirs,cover = _planes[plane]
     affine = np.eye(4)
@@ -257,36 +295,40 @@ def _sample(x, axes, affine, shape, moved, order=1):
 
 # %% ../nbs/03_phantom.ipynb #fe9d77a0
 def draw_series(
-    p, # Row of `draw_patients`
+    p:pd.Series, # Row of `draw_patients`
     seq:str, # Sequence
     seed:int=0, # The cohort's seed
-    planes='axial', # Plane, or several to draw from for each series
-    slices=32, # D, or the range `(lo, hi)` to draw it from
-    size=128, # H and W, or the range to draw them from
-    fov=205, # mm a side of a slice, or the range to draw it from
+    planes:str|tuple='axial', # Plane, or several to draw from for each series
+    slices:int|tuple=32, # D, or the range `(lo, hi)` to draw it from
+    size:int|tuple=128, # H and W, or the range to draw them from
+    fov:float|tuple=205, # mm, side of a slice, or the range to draw it from
     tilt:float=0, # Largest obliquity, degrees around each axis
     shift:float=0, # Largest movement of the head against what the header says, mm along each axis
 ) -> NS: # `affine`, `shape` (D,H,W), `moved` (3,) mm
     "Draw how one series was scanned."
     rng = rng_for(seed, 'phantom', p.patient, seq, 'scan')
-    pick = lambda o: o if np.isscalar(o) else rng.integers(o[0], o[1], endpoint=True)
+    def pick(o): return o if np.isscalar(o) else rng.integers(o[0], o[1], endpoint=True)
     plane = planes if isinstance(planes,str) else planes[rng.integers(len(planes))]
     d,n,mm = int(pick(slices)),int(pick(size)),float(pick(fov))
-    if d<2 or n<8 or mm<=0: raise MGMTError(f"a series needs at least 2 slices of 8x8 and a positive field of view; received slices={slices}, size={size}, fov={fov}")
+    if d<2 or n<8 or mm<=0: raise _too_small(slices, size, fov)
     turn = Rotation.from_euler('xyz', rng.uniform(-tilt,tilt,3), degrees=True).as_matrix()
     return NS(affine=series_affine(plane, d, n, mm, turn), shape=(d,n,n), moved=rng.uniform(-shift,shift,3))
+
+def _too_small(slices, size, fov):
+    rule = "a series needs at least 2 slices of 8x8 and a positive field of view"
+    return MGMTError(f"{rule}; received slices={slices}, size={size}, fov={fov}")
 
 # %% ../nbs/03_phantom.ipynb #0f49cc21
 @delegates(draw_series, but=['seq'])
 def render_patient(
-    p, # Row of `draw_patients`
+    p:pd.Series, # Row of `draw_patients`
     seed:int=0, # The cohort's seed
-    sequences=SEQUENCES, # Which to render
+    sequences:str|tuple=SEQUENCES, # Which to render
     skull:bool=False, # Keep skull, face and scalp?
     noise:float=.025, # Noise in each channel, as a share of the white matter's signal
     **kwargs
-) -> dict: # sequence -> `(image, mask)`, int32 and uint8 `Volume`s on the series' own grid; mask: 1 necrosis, 2 oedema, 3 enhancing rim (BraTS 2023)
-    "Render the series of one patient, and where the tumour is in each."
+) -> dict: # sequence -> `(image, mask)`, int32 and uint8 `Volume`s on the series' own grid
+    "Render the series of one patient, and masks as in BraTS 2023: 1 necrosis, 2 oedema, 3 enhancing rim."
     scans = {o: draw_series(p, o, seed, **kwargs) for o in check_sequences(sequences)}
     finest = min(np.linalg.norm(o.affine[:3,1:3], axis=0).min() for o in scans.values())
     shares,label,brain,axes = _anatomy(p, seed, skull, float(np.clip(.9*finest, 1, 2.4)))
@@ -311,13 +353,14 @@ def _widest(mask):
 
 # %% ../nbs/03_phantom.ipynb #b38804fc
 def show_phantom(
-    images, # As `render_patient` returns them
-    axs=None, # One axes a sequence; a new figure if none
-    title:str='', # What to say beside the sequence's name
+    images:dict, # As `render_patient` returns them
+    axs:list=None, # One axes per sequence; a new figure if None
+    title:str='', # Text after the sequence's name
     outline:bool=False, # Draw the tumour's outline?
 ): # The axes
     "Show the slice with most of the enhancing rim, in each sequence."
-    if axs is None: axs = plt.subplots(1, len(images), figsize=(2.3*len(images),2.5), layout='constrained', squeeze=False)[1][0]
+    n = len(images)
+    if axs is None: axs = plt.subplots(1, n, figsize=(2.3*n,2.5), layout='constrained', squeeze=False)[1][0]
     for ax,(seq,(v,m)) in zip(axs, images.items()):
         d,x = _widest(m),np.asarray(v)
         ax.imshow(x[d], cmap='gray', vmin=0, vmax=np.quantile(x[x>0], .998), aspect=v.spacing[1]/v.spacing[2])
@@ -327,7 +370,7 @@ def show_phantom(
 
 # %% ../nbs/03_phantom.ipynb #5b3cb762
 def _rim_gadolinium(x, mask):
-    "mM of gadolinium that explain the rim's brightness in T1wCE beside the rest of the brain"
+    "mM of gadolinium that explain the rim's brightness in T1wCE relative to the rest of the brain"
     (tr,te,_),(t1,t2,pd) = _protocol['T1wCE'],_relaxation['rim']
     ratio = np.quantile(x[mask==3], .8)/np.median(x[(mask==0)&(x>0)])
     brain = (_signal('white',tr,te,None)+_signal('grey',tr,te,None))/2
@@ -342,28 +385,33 @@ def _oedema_unevenness(x, mask, spacing):
 
 # %% ../nbs/03_phantom.ipynb #53568841
 def measure_traits(
-    images, # sequence -> `(image, mask)`, as from `render_patient`
-) -> dict: # `measured_gadolinium` mM, `measured_unevenness`, and `oracle`, the latent they speak for; NaN where a sequence or the tumour's part is missing
-    "Measure the planted traits in the images, given the tumour's mask."
+    images:dict, # sequence -> `(image, mask)`, as from `render_patient`
+) -> dict: # `measured_gadolinium` (mM), `measured_unevenness`, and `oracle`, the latent that they indicate
+    "Measure the planted traits, given the tumour's mask; NaN where a sequence or a part of the tumour is missing."
     gd = sd = np.nan
     if 'T1wCE' in images:
         x,m = map(np.asarray, images['T1wCE'])
         if (m==3).any(): gd = _rim_gadolinium(x, m)
     if 'FLAIR' in images: sd = _oedema_unevenness(*map(np.asarray, images['FLAIR']), images['FLAIR'][0].spacing)
     latents = np.log([gd/_gadolinium(0), sd/_unevenness(0)])/_rates
-    return dict(measured_gadolinium=gd, measured_unevenness=sd, oracle=np.nan if np.isnan(latents).all() else np.nanmean(latents))
+    oracle = np.nan if np.isnan(latents).all() else np.nanmean(latents)
+    return dict(measured_gadolinium=gd, measured_unevenness=sd, oracle=oracle)
 
 # %% ../nbs/03_phantom.ipynb #a9fd1d2d
+_empty = '''StudyDate StudyTime AccessionNumber ReferringPhysicianName PatientBirthDate PatientSex StudyID
+    PositionReferenceIndicator'''.split()
+
 def _header(v, seq, patient, uid):
     "The elements that all slices of a series share"
     (tr,te,ti),num = _protocol[seq],'{:.8g}'.format
     meta = FileMetaDataset()
     meta.TransferSyntaxUID,meta.ImplementationClassUID = ExplicitVRLittleEndian,uid('implementation')
     ds = FileDataset(None, {}, file_meta=meta, preamble=b'\0'*128)
-    for k in 'StudyDate StudyTime AccessionNumber ReferringPhysicianName PatientBirthDate PatientSex StudyID PositionReferenceIndicator'.split(): setattr(ds, k, '')
+    for k in _empty: setattr(ds, k, '')
     ds.SOPClassUID = meta.MediaStorageSOPClassUID = MRImageStorage
     ds.PatientID = ds.PatientName = patient
-    ds.ImageType,ds.Modality,ds.Manufacturer,ds.SeriesDescription,ds.SeriesNumber = ['ORIGINAL','PRIMARY','OTHER'],'MR','mgmt_fast phantom',seq,SEQUENCES.index(seq)+1
+    ds.ImageType,ds.Modality,ds.Manufacturer = ['ORIGINAL','PRIMARY','OTHER'],'MR','mgmt_fast phantom'
+    ds.SeriesDescription,ds.SeriesNumber = seq,SEQUENCES.index(seq)+1
     ds.StudyInstanceUID,ds.SeriesInstanceUID,ds.FrameOfReferenceUID = uid('study'),uid(seq),uid('frame')
     ds.BodyPartExamined,ds.PatientPosition,ds.MRAcquisitionType = 'BRAIN','HFS','2D'
     ds.ScanningSequence,ds.SequenceVariant,ds.ScanOptions = ['SE','IR'] if ti else 'SE','SK',''
@@ -380,17 +428,17 @@ def _header(v, seq, patient, uid):
 # %% ../nbs/03_phantom.ipynb #de9dcf29
 def write_series(
     v:Volume, # (D,H,W), whole numbers in 0..65535
-    dest, # Folder to fill with `Image-N.dcm`
+    dest:str|Path, # Folder to fill with `Image-N.dcm`
     seq:str, # Sequence, one of `SEQUENCES`
     patient:str, # Becomes `PatientID`, as in the competition
-    numbers=None, # N of each slice, for the file's name and `InstanceNumber`; 1..D if none
+    numbers:list=None, # N of each slice, for the file's name and `InstanceNumber`; 1..D if none
     key:str='', # UIDs are derived from it, the patient, the sequence and the slice
 ):
-    "Write a volume as a DICOM MR series. Source: DICOM PS3.3 A.4. Raises `MGMTError` on values that 16 bits do not hold."
+    "Write a volume as a DICOM MR series (DICOM PS3.3 A.4). Raises `MGMTError` on values that 16 bits do not hold."
     check_sequences(seq)
     dest,x = Path(dest),np.asarray(v)
-    if x.min()<0 or x.max()>65535: raise MGMTError(f"values must lie in 0..65535 to be written as 16 bits; received {x.min()}..{x.max()}: rescale first")
-    uid = lambda *o: generate_uid(entropy_srcs=['mgmt_fast', key, patient, *map(str,o)])
+    if x.min()<0 or x.max()>65535: raise _not_16_bits(x)
+    def uid(*o): return generate_uid(entropy_srcs=['mgmt_fast', key, patient, *map(str,o)])
     ds = _header(v, seq, patient, uid)
     dest.mkdir(parents=True, exist_ok=True)
     for i,n in enumerate(range(1,len(x)+1) if numbers is None else numbers):
@@ -399,11 +447,16 @@ def write_series(
         ds.PixelData = x[i].astype('<u2').tobytes()
         ds.save_as(dest/f'Image-{n}.dcm', enforce_file_format=True)
 
+def _not_16_bits(x):
+    rule = "values must lie in 0..65535 to be written as 16 bits"
+    return MGMTError(f"{rule}; received {x.min()}..{x.max()}: rescale first")
+
 # %% ../nbs/03_phantom.ipynb #21e196ae
 def _make_patient(p, dest, seed, key, sequences, shuffle, missing, blank, **kwargs):
     "Render, measure and write one patient"
-    with threadpool_limits(1): images = render_patient(p, seed, [o for o in sequences if o not in missing.get(p.patient, ())], **kwargs)
-    for seq in blank.get(p.patient, ()): images[seq][0].zero_()
+    lacks,empty = missing.get(p.patient, ()),blank.get(p.patient, ())
+    with threadpool_limits(1): images = render_patient(p, seed, [o for o in sequences if o not in lacks], **kwargs)
+    for seq in empty: images[seq][0].zero_()
     try:
         with tempfile.TemporaryDirectory(dir=dest, prefix='.patient-') as td:
             for seq,(v,_) in images.items():
@@ -413,20 +466,34 @@ def _make_patient(p, dest, seed, key, sequences, shuffle, missing, blank, **kwar
             to = dest/p.split/p.patient
             if to.exists(): to.rename(Path(td)/'old')
             (Path(td)/'new').rename(to)
-    except OSError as e: raise MGMTError(f"writing patient {p.patient} to {dest} failed ({e.strerror}): is the disk full or read-only?") from e
-    return measure_traits({k:v for k,v in images.items() if k not in blank.get(p.patient, ())})
+    except OSError as e: raise _not_written(p.patient, dest, e) from e
+    return measure_traits({k:v for k,v in images.items() if k not in empty})
+
+def _not_written(patient, dest, e):
+    return MGMTError(f"writing patient {patient} to {dest} failed ({e.strerror}): is the disk full or read-only?")
 
 # %% ../nbs/03_phantom.ipynb #75326054
 def _lacking(which, table, sequences, seed, what):
     "Which of the sequences each patient lacks, given by patient already or as the share of patients that lack one"
-    if isinstance(which, dict):
-        for p,seqs in which.items():
-            if p not in set(table.patient): raise unknown_name('patient of this phantom', p, table.patient)
-            if not set(sequences)-set(check_sequences(seqs)): raise MGMTError(f"patient {p} would be left with no sequence; leave at least one out of {what}")
-        return {p: tuple(s for s in check_sequences(o) if s in sequences) for p,o in which.items()}
-    if not 0<=which<=(len(sequences)>1): raise MGMTError(f"{what} is a share of patients in [0, 1] or a dict patient -> sequences, and 0 where there is one sequence only; received {which}")
+    if isinstance(which, dict): return _lacking_by_name(which, table, sequences, what)
+    if not 0<=which<=(len(sequences)>1): raise _bad_share(which, what)
     rng = rng_for(seed, 'phantom', what)
-    return {p: (sequences[i],) for p,u,i in zip(table.patient, rng.random(len(table)), rng.integers(len(sequences), size=len(table))) if u<which}
+    hit,one = rng.random(len(table))<which,rng.integers(len(sequences), size=len(table))
+    return {p: (sequences[i],) for p,h,i in zip(table.patient, hit, one) if h}
+
+def _lacking_by_name(which, table, sequences, what):
+    "Checked, and only sequences that the phantom has"
+    for p,seqs in which.items():
+        if p not in set(table.patient): raise unknown_name('patient of this phantom', p, table.patient)
+        if not set(sequences)-set(check_sequences(seqs)): raise _no_sequence_left(p, what)
+    return {p: tuple(s for s in check_sequences(o) if s in sequences) for p,o in which.items()}
+
+def _no_sequence_left(p, what):
+    return MGMTError(f"patient {p} would be left with no sequence; leave at least one out of {what}")
+
+def _bad_share(which, what):
+    rule = "is a share of patients in [0, 1] or a dict patient -> sequences, and 0 where there is one sequence only"
+    return MGMTError(f"{what} {rule}; received {which}")
 
 # %% ../nbs/03_phantom.ipynb #69548e72
 def _claim(dest, settings):
@@ -435,45 +502,63 @@ def _claim(dest, settings):
     if at.exists():
         old = json.loads(at.read_text())
         changed = [k for k in {**old,**settings} if old.get(k)!=settings.get(k)]
-        if changed: raise MGMTError(f"{dest} holds a phantom made with another {', '.join(changed)}: choose another folder or delete this one")
+        if changed: raise _other_phantom(dest, changed)
         return (dest/'phantom.csv').exists()
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())): raise MGMTError(f"{dest} exists and is not an empty folder or a phantom: choose another, so that nothing is overwritten")
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())): raise _occupied(dest)
     write_json(at, settings)
     return False
+
+def _other_phantom(dest, changed):
+    what = f"{dest} holds a phantom made with another {', '.join(changed)}"
+    return MGMTError(f"{what}: choose another folder or delete this one")
+
+def _occupied(dest):
+    what = f"{dest} exists and is not an empty folder or a phantom"
+    return MGMTError(f"{what}: choose another, so that nothing is overwritten")
 
 # %% ../nbs/03_phantom.ipynb #6ab4da5e
 @delegates(render_patient)
 def make_phantom(
-    dest, # Folder to make
+    dest:str|Path, # Folder to make
     n:int=64, # Patients, held-out ones included
     auc:float=.9, # Best attainable AUC, in [.5, 1)
     seed:int=0, # Same seed and settings, same bytes, whatever the number of workers
     test:float=.25, # Share of patients held out in `test/`, in [0, 1)
     prevalence:float=.5, # Share of methylated patients, the same in both splits
-    sequences=SEQUENCES, # Which to write
-    missing=0., # Sequences to leave out: `{patient: sequences}`, or the share of patients that lack one
-    blank=0., # Sequences that are all zero, as in 00109 of the competition: given like `missing`
+    sequences:str|tuple=SEQUENCES, # Which to write
+    missing:float|dict=0., # Sequences to leave out: `{patient: sequences}`, or the share of patients that lack one
+    blank:float|dict=0., # Sequences that are all zero, as in 00109 of the competition: given like `missing`
     shuffle:bool=False, # Number files and instances in another order than they lie?
-    n_workers:int=None, # Processes; one a core if none, 0 to make all in this one
+    n_workers:int=None, # Processes; one per core if None, 0 to make all in this one
     progress:bool=True, # Show a progress bar?
     **kwargs
 ) -> pd.DataFrame: # The side table: what `draw_patients` drew and `measure_traits` measured
     """Write a synthetic glioblastoma cohort in the competition's layout, whose best attainable AUC is known.
 
-    `train/` and `test/` hold `PATIENT/SEQUENCE/Image-N.dcm`, `train_labels.csv` the labels of the first, `sample_submission.csv` the ids of the second; `phantom.csv`, beside them, all that a model must not see.
+    `train/` and `test/` hold `PATIENT/SEQUENCE/Image-N.dcm`, `train_labels.csv` the labels of the first,
+    `sample_submission.csv` the ids of the second; `phantom.csv`, next to them, all that a model must not see.
     Raises `MGMTError` on impossible settings, on a folder with other content, and where writing fails."""
     dest,table,sequences = Path(dest),draw_patients(n, auc, seed, test, prevalence),check_sequences(sequences)
     missing,blank = (_lacking(o, table, sequences, seed, k) for k,o in (('missing',missing),('blank',blank)))
     for p,o in blank.items(): blank[p] = tuple(s for s in o if s not in missing.get(p, ()))
     draw_series(table.iloc[0], sequences[0], seed, **{k:v for k,v in kwargs.items() if k not in ('skull','noise')})
-    settings = json.loads(json.dumps(dict(n=n, auc=auc, seed=seed, test=test, prevalence=prevalence, sequences=sequences, missing=missing, blank=blank, shuffle=shuffle, version=__version__, **kwargs)))
+    how = dict(seed=seed, sequences=sequences, shuffle=shuffle, missing=missing, blank=blank, **kwargs)
+    settings = dict(n=n, auc=auc, test=test, prevalence=prevalence, version=__version__, **how)
+    settings = json.loads(json.dumps(settings))
     if _claim(dest, settings): return read_side_table(dest)
     for o in dest.glob('.patient-*'): shutil.rmtree(o)
     for o in ('train','test'): (dest/o).mkdir(exist_ok=True)
-    measured = parallel(_make_patient, [o for _,o in table.iterrows()], n_workers=defaults.cpus if n_workers is None else n_workers, progress=progress,
-        dest=dest, seed=seed, key=json.dumps(settings, sort_keys=True), sequences=sequences, shuffle=shuffle, missing=missing, blank=blank, **kwargs)
-    ids = table.rename(columns=dict(patient='BraTS21ID', label='MGMT_value'))[['BraTS21ID','MGMT_value','split']]
-    files = dict(train_labels=ids[ids.split=='train'], sample_submission=ids[ids.split=='test'].assign(MGMT_value=.5), phantom=pd.concat([table, pd.DataFrame(list(measured))], axis=1))
-    for name,o in files.items():
-        with atomic_path(dest/f'{name}.csv') as tmp: (o if name=='phantom' else o.drop(columns='split')).to_csv(tmp, index=False)
+    n_workers = defaults.cpus if n_workers is None else n_workers
+    measured = parallel(_make_patient, [o for _,o in table.iterrows()], n_workers=n_workers, progress=progress,
+        dest=dest, key=json.dumps(settings, sort_keys=True), **how)
+    _write_tables(dest, table, pd.DataFrame(list(measured)))
     return read_side_table(dest)
+
+def _write_tables(dest, table, measured):
+    "The competition's two tables, and the side table last"
+    ids = table.rename(columns=dict(patient='BraTS21ID', label='MGMT_value'))
+    train,test = (ids.loc[ids.split==o, ['BraTS21ID','MGMT_value']] for o in ('train','test'))
+    files = dict(train_labels=train, sample_submission=test.assign(MGMT_value=.5),
+        phantom=pd.concat([table, measured], axis=1))
+    for name,o in files.items():
+        with atomic_path(dest/f'{name}.csv') as tmp: o.to_csv(tmp, index=False)

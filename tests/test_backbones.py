@@ -7,11 +7,11 @@ from torch import nn
 
 from mgmt_fast.core import MGMTError, rng_for
 from mgmt_fast.backbones import *
-from mgmt_fast.backbones import _archs
-from mgmt_fast.inflate import separate_depth
+from mgmt_fast.backbones import ARCHS as NAMES
+from mgmt_fast.operators import separate_depth
 from test_inflate import randomise
 
-ARCHS = list(_archs)
+ARCHS = list(NAMES)
 FIXTURE = json.loads((Path(__file__).parent/'monai_resnet10.json').read_text())
 
 
@@ -20,7 +20,7 @@ def weights(tmp_path_factory):
     "Files of random 2D weights, made when asked for, and their networks"
     folder = tmp_path_factory.mktemp('weights')
     def make(arch):
-        net = randomise(timm.create_model(_archs[arch]))
+        net = randomise(timm.create_model(NAMES[arch]))
         torch.save(net.state_dict(), folder/f'{arch}.pth')
         return net,folder
     return make
@@ -37,7 +37,8 @@ def check(net, model, C, Ds, size=64):
 
 def make(folder, arch, C, **kwargs):
     model = create_backbone(arch, C, pretrained=folder, **kwargs).eval()
-    assert not (set(model.report.action)-{'copied','inflated','adapted','left out'}) and (model.report.query("action=='left out'").reason.str.startswith('classifier')).all()
+    assert not (set(model.report.action)-{'copied','inflated','adapted',
+        'left out'}) and (model.report.query("action=='left out'").reason.str.startswith('classifier')).all()
     return model
 
 
@@ -45,7 +46,8 @@ def make(folder, arch, C, **kwargs):
 def test_constant_volume_gives_2d_features(i, arch, weights):
     "Every backbone once; the choices take turns"
     (net,folder),C = weights(arch),(1,3,4)[i%3]
-    check(net, make(folder, arch, C, mode=('mean','centre')[i//2%2], depth=('separable','full','separable_all')[i%3]), C, [(32,33)[i%2]])
+    check(net, make(folder, arch, C, mode=('mean','centre')[i//2%2], depth=('separable','full','separable_all')[i%3]),
+        C, [(32,33)[i%2]])
 
 
 @pytest.mark.parametrize('arch', ARCHS)
@@ -75,10 +77,15 @@ def monai_weights():
     out = {}
     for k,s in FIXTURE['shapes'].items():
         r = rng_for(0, 'monai resnet10', k)
-        if k.endswith('num_batches_tracked'): out[k] = torch.tensor(7); continue
-        w = r.uniform(.5,1.5,s) if k.endswith('running_var') else r.standard_normal(s)*(2/np.prod(s[1:]))**.5 if len(s)>1 else r.uniform(.1,1.,s) if 'weight' in k else r.standard_normal(s)*.1
-        out[k] = torch.tensor(w, dtype=torch.float32)
+        if k.endswith('num_batches_tracked'): out[k] = torch.tensor(7)
+        else: out[k] = torch.tensor(monai_weight(k, s, r), dtype=torch.float32)
     return out
+
+
+def monai_weight(k, s, r):
+    if k.endswith('running_var'): return r.uniform(.5,1.5,s)
+    if len(s)>1: return r.standard_normal(s)*(2/np.prod(s[1:]))**.5
+    return r.uniform(.1,1.,s) if 'weight' in k else r.standard_normal(s)*.1
 
 
 def test_monai_checkpoint(tmp_path):
@@ -90,7 +97,9 @@ def test_monai_checkpoint(tmp_path):
     with torch.no_grad():
         for m in (a,b): assert torch.allclose(m.eval()(x), want, atol=2e-5)
     assert set(a.report.action)=={'copied'} and len(a.report)==len(state)
-    with pytest.raises(MGMTError, match='layer1.0.conv1.weight'): st.save_file({k:v for k,v in state.items() if k!='layer1.0.conv1.weight'}, tmp_path/'s.safetensors'); create_backbone('resnet10', pretrained=tmp_path/'s.safetensors')
+    with pytest.raises(MGMTError, match='layer1.0.conv1.weight'):
+        st.save_file({k:v for k,v in state.items() if k!='layer1.0.conv1.weight'}, tmp_path/'s.safetensors')
+        create_backbone('resnet10', pretrained=tmp_path/'s.safetensors')
     with pytest.raises(MGMTError, match='wants'): create_backbone('resnet10', in_chans=4, pretrained=tmp_path/'r.pth')
 
 
@@ -103,7 +112,8 @@ def test_monai_itself():
     a,b = ref(x),ours(x)
     assert torch.allclose(a, b, atol=1e-4)
     for o in (a,b): o.sum().backward()
-    assert torch.allclose(ref.conv1.weight.grad, ours.body.net.conv1.weight.grad, rtol=1e-2, atol=1e-3*ref.conv1.weight.grad.abs().max().item())
+    assert torch.allclose(ref.conv1.weight.grad, ours.body.net.conv1.weight.grad, rtol=1e-2,
+        atol=1e-3*ref.conv1.weight.grad.abs().max().item())
 
 
 def test_bad_weights(tmp_path, weights):
@@ -116,12 +126,17 @@ def test_bad_weights(tmp_path, weights):
     torch.save([1], tmp_path/'list.pth')
     half = {k:v.half() if v.is_floating_point() else v for k,v in net.state_dict().items()}
     st.save_file(half, tmp_path/'half.safetensors')
-    st.save_file({k:v.contiguous() for k,v in create_backbone('efficientnet_b0').body.net.state_dict().items()}, tmp_path/'three.safetensors')
-    for name,what in [('evil.pth','more than tensors'), ('cut.safetensors','cannot be read'), ('cut.pth','cannot be read'), ('list.pth','list'), ('none.pth','no weights at'), ('three.safetensors','3D already'), ('.','no weights of')]:
+    st.save_file({k:v.contiguous() for k,v in create_backbone('efficientnet_b0').body.net.state_dict().items()},
+        tmp_path/'three.safetensors')
+    for name,what in [('evil.pth','more than tensors'), ('cut.safetensors','cannot be read'),
+            ('cut.pth','cannot be read'), ('list.pth','list'), ('none.pth','no weights at'),
+            ('three.safetensors','3D already'), ('.','no weights of')]:
         with pytest.raises(MGMTError, match=what): create_backbone('efficientnet_b0', pretrained=tmp_path/name)
     assert not (tmp_path/'ran').exists()
-    assert create_backbone('efficientnet_b0', pretrained=tmp_path/'half.safetensors').report.reason.str.contains('float16 to float32').any()
-    with pytest.raises(MGMTError, match='another architecture'): create_backbone('resnet18', pretrained=folder/'efficientnet_b0.pth')
+    assert create_backbone('efficientnet_b0',
+        pretrained=tmp_path/'half.safetensors').report.reason.str.contains('float16 to float32').any()
+    with pytest.raises(MGMTError, match='another architecture'):
+        create_backbone('resnet18', pretrained=folder/'efficientnet_b0.pth')
 
 
 def test_mgmt_weights_then_offline(tmp_path, monkeypatch):
@@ -139,9 +154,15 @@ def test_mgmt_weights_then_offline(tmp_path, monkeypatch):
 
 def test_errors():
     x = torch.rand(1,1,16,64,64)
-    for f,what in [(lambda: create_backbone('efficientnet_b9'), "did you mean 'efficientnet_b"), (lambda: create_backbone('resnet10', pretrained=True), 'no 2D weights'), (lambda: mgmt_weights('x', 'resnet10'), 'no 2D weights'),
-            (lambda: create_backbone('resnet18', depth='half'), 'depth'), (lambda: create_backbone('resnet18', head='big'), 'head'), (lambda: create_backbone('resnet18', freeze='all_but_last'), 'freeze'),
-            (lambda: create_backbone('resnet18').eval()(x), 'D must be 32'), (lambda: create_backbone('resnet18', 2).eval()(x), r'\(B,2,D,H,W\)'), (lambda: create_backbone('timm/vit_tiny_patch16_224'), 'no 3D counterpart|cannot be run|does not give'),
+    for f,what in [(lambda: create_backbone('efficientnet_b9'), "did you mean 'efficientnet_b"),
+            (lambda: create_backbone('resnet10', pretrained=True), 'no 2D weights'),
+            (lambda: mgmt_weights('x', 'resnet10'), 'no 2D weights'),
+            (lambda: create_backbone('resnet18', depth='half'), 'depth'),
+            (lambda: create_backbone('resnet18', head='big'), 'head'),
+            (lambda: create_backbone('resnet18', freeze='all_but_last'), 'freeze'),
+            (lambda: create_backbone('resnet18').eval()(x), 'D must be 32'),
+            (lambda: create_backbone('resnet18', 2).eval()(x), r'\(B,2,D,H,W\)'),
+            (lambda: create_backbone('timm/vit_tiny_patch16_224'), 'no 3D counterpart|cannot be run|does not give'),
             (lambda: create_backbone('resnet10', head='published').train()(x), '2 volumes')]:
         with pytest.raises(MGMTError, match=what): f()
 
@@ -163,7 +184,8 @@ def test_frozen_is_frozen():
 
 
 def test_config_makes_it_again(tmp_path):
-    for kw in (dict(arch='efficientnet_b0', in_chans=2, anisotropic=2, head='published', checkpoint=True), dict(arch='convnext_tiny', stem='adapter', freeze='all'), dict(arch='resnet10')):
+    for kw in (dict(arch='efficientnet_b0', in_chans=2, anisotropic=2, head='published', checkpoint=True),
+            dict(arch='convnext_tiny', stem='adapter', freeze='all'), dict(arch='resnet10')):
         a = create_backbone(**kw).eval(); b = create_backbone(**json.loads(json.dumps(a.config))).eval()
         b.load_state_dict(a.state_dict())
         x = torch.rand(1,kw.get('in_chans',1),32,64,64)

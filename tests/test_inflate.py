@@ -4,9 +4,11 @@ import copy
 import pytest, timm, torch
 from torch import nn
 
-from mgmt_fast import inflate
+from mgmt_fast import operators
 from mgmt_fast.core import MGMTError
+from mgmt_fast.convert import *
 from mgmt_fast.inflate import *
+from mgmt_fast.operators import *
 
 
 def randomise(net, seed=0):
@@ -23,12 +25,15 @@ def randomise(net, seed=0):
 def error(net2, net3, C=1, D=32, size=64):
     "Largest error of the 3D features at any depth, relative to the largest 2D feature"
     x = torch.rand(2,1,size,size, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(): a,b = net2.forward_features(x.expand(-1,3,-1,-1)),net3.eval().forward_features(x[:,:,None].expand(-1,C,D,-1,-1))
+    with torch.no_grad():
+        a,b = net2.forward_features(x.expand(-1,3,-1,-1)),net3.eval().forward_features(x[:,:,None].expand(-1,C,D,-1,-1))
     assert b.ndim==5
     return float((b-a[:,:,None]).abs().max()/a.abs().max())
 
 
-@pytest.mark.parametrize('name,C,D,mode', [('tf_efficientnet_b0',1,33,'mean'), ('seresnet18',4,32,'mean'), ('resnetblur18',1,33,'centre'), ('resnet18d',3,33,'mean'), ('ese_vovnet19b_dw',1,32,'mean'), ('mobilenetv3_small_100',1,32,'mean')])
+@pytest.mark.parametrize('name,C,D,mode', [('tf_efficientnet_b0',1,33,'mean'), ('seresnet18',4,32,'mean'),
+    ('resnetblur18',1,33,'centre'), ('resnet18d',3,33,'mean'), ('ese_vovnet19b_dw',1,32,'mean'),
+    ('mobilenetv3_small_100',1,32,'mean')])
 def test_other_networks_are_exact_or_refused(name, C, D, mode):
     if not timm.is_model(name): pytest.skip(f'this timm has no {name}')
     net = randomise(timm.create_model(name))
@@ -61,35 +66,41 @@ def test_separated_and_merged_train_alike():
 
 @pytest.mark.parametrize('k,stride,padding,H', [(5,1,2,17), (5,2,2,16), (7,1,3,15), (7,2,3,16)])
 def test_wide_depthwise_gradient(k, stride, padding, H, monkeypatch):
-    monkeypatch.setattr(inflate, '_wide_pays', True)
+    monkeypatch.setattr(operators, '_wide_pays', True)
     conv = InflatedConv3d(6, 6, (1,k,k), (1,stride,stride), groups=6, bias=False, padding=(0,padding,padding))
     conv.weight.data.normal_(); ref = nn.Conv2d(6, 6, k, stride, padding, groups=6, bias=False)
     ref.weight.data = conv.weight.data[:,:,0].clone()
-    x = torch.randn(2,6,3,H,H, requires_grad=True); x2 = fold(x.detach()).requires_grad_()
+    x = torch.randn(2,6,3,H,H, requires_grad=True); x2 = as_images(x.detach()).requires_grad_()
     y,y2 = conv(x),ref(x2)
-    g = torch.randn_like(y); y.backward(g); y2.backward(fold(g))
-    assert torch.allclose(fold(y), y2, atol=1e-5) and torch.allclose(conv.weight.grad[:,:,0], ref.weight.grad, atol=1e-3) and torch.allclose(fold(x.grad), x2.grad, atol=1e-5)
+    g = torch.randn_like(y); y.backward(g); y2.backward(as_images(g))
+    assert torch.allclose(as_images(y), y2, atol=1e-5) and torch.allclose(as_images(x.grad), x2.grad, atol=1e-5)
+    assert torch.allclose(conv.weight.grad[:,:,0], ref.weight.grad, atol=1e-3)
 
 
-@pytest.mark.parametrize('groups,mode,k,s,D,d', [*((*o,1) for o in [(1,'replicate',3,1,6), (1,'replicate',3,2,7), (1,'zeros',3,2,6), (1,'zeros',7,1,5), (1,'replicate',3,1,1), (1,'zeros',3,1,1), (4,'replicate',5,2,9), (2,'zeros',3,1,4)]),
-    *((1,*o) for o in [('replicate',3,1,8,1), ('zeros',3,2,9,1), ('replicate',7,2,16,1), ('replicate',7,1,8,1), ('replicate',3,1,12,2), ('replicate',3,2,9,2), ('replicate',2,4,9,1), ('replicate',3,2,2,1)])])
+@pytest.mark.parametrize('groups,mode,k,s,D,d', [*((*o,1) for o in [(1,'replicate',3,1,6), (1,'replicate',3,2,7),
+    (1,'zeros',3,2,6), (1,'zeros',7,1,5), (1,'replicate',3,1,1), (1,'zeros',3,1,1), (4,'replicate',5,2,9),
+    (2,'zeros',3,1,4)]),
+    *((1,*o) for o in [('replicate',3,1,8,1), ('zeros',3,2,9,1), ('replicate',7,2,16,1), ('replicate',7,1,8,1),
+    ('replicate',3,1,12,2), ('replicate',3,2,9,2), ('replicate',2,4,9,1), ('replicate',3,2,2,1)])])
 @pytest.mark.parametrize('B', [1, 2])
 def test_fast_convolution_is_conv3d(groups, mode, k, s, D, d, B):
-    "Whatever way a convolution is computed, whole or (single small volumes) in windows, values and gradients are those of `conv3d`"
+    "Computed whole or, for single small volumes, in windows: values and gradients are those of `conv3d`"
     conv = InflatedConv3d(4, 8, (k,k,k), (s,s,s), (d,d,d), groups, padding=(d*(k-1)//2,)*3, depth_padding=mode)
     for p in conv.parameters(): p.data.normal_()
     ref = copy.deepcopy(conv)
     xs = [torch.randn(B,4,D,12,12, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in 'ab']
     a,b = conv(xs[0]),ref._conv3d(xs[1])
     g = torch.randn_like(b); a.backward(g); b.backward(g)
-    for p,q in [(a,b),(xs[0].grad,xs[1].grad),(conv.weight.grad,ref.weight.grad),(conv.bias.grad,ref.bias.grad)]: assert torch.allclose(p, q, rtol=1e-3, atol=1e-3)
+    for p,q in [(a,b),(xs[0].grad,xs[1].grad),(conv.weight.grad,ref.weight.grad),(conv.bias.grad,ref.bias.grad)]:
+        assert torch.allclose(p, q, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize('k,s,d,lo,hi,D', [(3,1,1,1,1,8), (5,1,1,2,2,3), (5,2,1,2,2,9), (3,2,1,0,1,8), (3,1,2,2,2,6), (7,1,1,3,3,2), (3,1,1,0,0,7)])
+@pytest.mark.parametrize('k,s,d,lo,hi,D', [(3,1,1,1,1,8), (5,1,1,2,2,3), (5,2,1,2,2,9), (3,2,1,0,1,8), (3,1,2,2,2,6),
+    (7,1,1,3,3,2), (3,1,1,0,0,7)])
 def test_depth_convolution_replicates_the_ends(k, s, d, lo, hi, D):
     x,w = torch.randn(2,4,D,11, dtype=torch.double),torch.randn(4,k, dtype=torch.double)
     def conv(x, w): return nn.functional.conv2d(pad_depth(x, lo, hi), w[:,None,:,None], None, (s,1), 0, (d,1), 4)
-    def fast(x, w): return inflate._DepthConv.apply(x, w, lo, hi, s, d)
+    def fast(x, w): return operators._DepthConv.apply(x, w, lo, hi, s, d)
     (a,ga),(b,gb) = (torch.autograd.functional.vjp(f, (x,w), conv(x, w).sin()) for f in (fast,conv))
     for p,q in zip((a,*ga), (b,*gb)): assert torch.allclose(p, q)
 
@@ -107,36 +118,42 @@ def test_batch_norm_and_silu(training):
     xs = [torch.randn(2,5,3,4,4, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in 'ab']
     ys = [m.train(training)(x) for m,x in zip((a,b),xs)]
     for y in ys: (y*torch.arange(4.)).sum().backward()
-    for p,q in [ys,[x.grad for x in xs],(a.weight.grad,b[0].weight.grad),(a.running_var,b[0].running_var)]: assert torch.allclose(p, q, atol=1e-4)
+    for p,q in [ys,[x.grad for x in xs],(a.weight.grad,b[0].weight.grad),(a.running_var,b[0].running_var)]:
+        assert torch.allclose(p, q, atol=1e-4)
 
 
 @pytest.mark.parametrize('ni,no,D,H,off', [(16,96,4,16,0), (16,96,4,16,30), (40,240,8,16,5)])
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('act', [nn.SiLU(), nn.ReLU6(inplace=True)])
 def test_norm_in_the_convolution(ni, no, D, H, off, training, act):
-    "The norm within the convolution is as near to float64 as the two one after the other, also where channels have large means"
+    "The norm within the convolution is as near to float64 as one after the other, also with large means"
     g = torch.Generator().manual_seed(0)
     conv,norm = InflatedConv3d(ni, no, (1,1,1), bias=False),BatchNormAct3d(no, act=act)
     for p in (conv.weight,norm.weight,norm.bias): p.data.normal_(generator=g)
-    x = (torch.randn(2,ni,D,H,H, generator=g)+off*torch.randn(ni, generator=g).view(-1,1,1,1)).contiguous(memory_format=torch.channels_last_3d)
+    x = torch.randn(2,ni,D,H,H, generator=g)+off*torch.randn(ni, generator=g).view(-1,1,1,1)
+    x = x.contiguous(memory_format=torch.channels_last_3d)
     def run(f, dtype):
-        c,n,u = copy.deepcopy(conv).to(dtype).train(training),copy.deepcopy(norm).to(dtype).train(training),x.detach().clone().to(dtype).requires_grad_()
+        c,n = (copy.deepcopy(o).to(dtype).train(training) for o in (conv,norm))
+        u = x.detach().clone().to(dtype).requires_grad_()
         y = f(c, n, u)
         (y*torch.randn(y.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
-        return [o.double() for o in (y, u.grad, c.weight.grad, n.weight.grad, n.bias.grad, n.running_mean, n.running_var)]
+        return [o.double() for o in (y, u.grad, c.weight.grad, n.weight.grad, n.bias.grad, n.running_mean,
+            n.running_var)]
     def two(c, n, u): return n(c(u))
-    for a,b,ref in zip(run(inflate._conv_norm, torch.float32), run(two, torch.float32), run(two, torch.float64)):
+    for a,b,ref in zip(run(conv_norm, torch.float32), run(two, torch.float32), run(two, torch.float64)):
         assert (a-ref).norm() <= 3*(b-ref).norm()+1e-6*ref.norm()
 
 
 @pytest.mark.parametrize('training', [True, False])
 def test_shortcuts_change_nothing(training, monkeypatch):
     "A whole EfficientNet with and without what is only there for speed: outputs, gradients and running statistics"
-    net = inflate_model(randomise(timm.create_model('efficientnet_b0', num_classes=1, drop_path_rate=0.)), 1).train(training)
+    net2 = randomise(timm.create_model('efficientnet_b0', num_classes=1, drop_path_rate=0.))
+    net = inflate_model(net2, 1).train(training)
     twin,x = copy.deepcopy(net),torch.rand(2,1,32,64,64, generator=torch.Generator().manual_seed(0))
     nets = [net.double(),twin.double()]
     ys = [nets[0](x.double())]
-    monkeypatch.setattr(inflate, '_large', lambda x: False); monkeypatch.setattr(inflate, '_is_pointwise', lambda conv: False)
+    monkeypatch.setattr(operators, '_large', lambda x: False)
+    monkeypatch.setattr(operators, '_is_pointwise', lambda conv: False)
     ys.append(nets[1](x.double()))
     for y in ys: y.sum().backward()
     assert torch.allclose(*ys, rtol=1e-9)
@@ -167,11 +184,15 @@ class MeanOfPlane(nn.Module):
 
 
 def test_wrong_answer_is_named():
-    with pytest.raises(MGMTError, match="MeanOfPlane, at '1'"): inflate_model(nn.Sequential(nn.Conv2d(3,4,3,padding=1), MeanOfPlane()))
+    with pytest.raises(MGMTError, match="MeanOfPlane, at '1'"):
+        inflate_model(nn.Sequential(nn.Conv2d(3,4,3,padding=1), MeanOfPlane()))
 
 
 def test_errors():
-    for f,what in [(lambda: inflate_model(nn.Sequential(nn.Conv3d(1,2,3))), '3D already'), (lambda: inflate_model(nn.Conv2d(3,4,3), mode='center'), "'centre'"),
-            (lambda: inflate_model(nn.Conv2d(4,4,3), in_chans=2), 'only a first convolution of 3'), (lambda: inflate_model(nn.Conv2d(3,4,3,padding_mode='reflect')), 'reflect'),
-            (lambda: separate_depth(nn.Sequential(), 'some'), 'depthwise'), (lambda: checkpoint_blocks(nn.Sequential(nn.Conv3d(1,2,3))), 'no blocks')]:
+    for f,what in [(lambda: inflate_model(nn.Sequential(nn.Conv3d(1,2,3))), '3D already'),
+            (lambda: inflate_model(nn.Conv2d(3,4,3), mode='center'), "'centre'"),
+            (lambda: inflate_model(nn.Conv2d(4,4,3), in_chans=2), 'only a first convolution of 3'),
+            (lambda: inflate_model(nn.Conv2d(3,4,3,padding_mode='reflect')), 'reflect'),
+            (lambda: separate_depth(nn.Sequential(), 'some'), 'depthwise'),
+            (lambda: checkpoint_blocks(nn.Sequential(nn.Conv3d(1,2,3))), 'no blocks')]:
         with pytest.raises(MGMTError, match=what): f()

@@ -6,21 +6,25 @@ import numpy as np, pandas as pd, pydicom, pytest
 from scipy.stats import spearmanr
 
 from mgmt_fast.core import SEQUENCES, MGMTError
-from mgmt_fast.phantom import _gadolinium, _unevenness, draw_patients, draw_series, make_phantom, measure_traits, phantom_bound, read_side_table, render_patient
+from mgmt_fast.phantom import (_gadolinium, _unevenness, draw_patients, draw_series, make_phantom, measure_traits,
+    phantom_bound, read_side_table, render_patient)
 from mgmt_fast.series import read_volume
 
 SMALL = dict(slices=6, size=32, progress=False)
 
 
 def digest(root):
-    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(root).rglob('*')) if p.is_file()}
+    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(Path(root).rglob('*')) if p.is_file()}
 
 
 @pytest.fixture(scope='module')
 def mixed(tmp_path_factory):
     "A phantom with all that real folders have"
     dest = tmp_path_factory.mktemp('mixed')/'cohort'
-    kw = dict(n=6, auc=.8, seed=3, slices=(9,14), size=(40,56), fov=(200,230), planes=('axial','coronal','sagittal'), tilt=6, shift=3, shuffle=True, missing={'00001':['FLAIR'],'00003':['T1w','T2w']}, blank={'00002':['FLAIR']}, progress=False)
+    kw = dict(n=6, auc=.8, seed=3, slices=(9,14), size=(40,56), fov=(200,230), planes=('axial','coronal','sagittal'),
+        tilt=6, shift=3, shuffle=True, missing={'00001':['FLAIR'],'00003':['T1w','T2w']}, blank={'00002':['FLAIR']},
+        progress=False)
     make_phantom(dest, **kw)
     return dest,kw
 
@@ -45,8 +49,10 @@ def test_layout_is_the_competitions(mixed):
     for p in table.itertuples():
         have = {o.name for o in (dest/p.split/p.patient).iterdir()}
         assert have==set(SEQUENCES)-set(kw['missing'].get(p.patient,()))
-        for o in (dest/p.split/p.patient).iterdir(): assert {f.name for f in o.iterdir()}=={f'Image-{i+1}.dcm' for i in range(len(list(o.iterdir())))}
-    assert {o.name for o in dest.iterdir()}=={'train','test','train_labels.csv','sample_submission.csv','phantom.csv','phantom.json'}
+        for o in (dest/p.split/p.patient).iterdir():
+            assert {f.name for f in o.iterdir()}=={f'Image-{i+1}.dcm' for i in range(len(list(o.iterdir())))}
+    assert {o.name for o in dest.iterdir()}=={'train','test','train_labels.csv','sample_submission.csv','phantom.csv',
+        'phantom.json'}
     assert not any(k in (dest/'sample_submission.csv').read_text() for k in (',0\n',',1\n'))
 
 
@@ -57,7 +63,8 @@ def test_files_hold_what_was_rendered(mixed):
     geometry = {k:kw[k] for k in ('slices','size','fov','planes','tilt','shift')}
     planes = set()
     for _,p in table.iterrows():
-        images = render_patient(p, kw['seed'], [s for s in SEQUENCES if s not in kw['missing'].get(p.patient,())], **geometry)
+        images = render_patient(p, kw['seed'], [s for s in SEQUENCES if s not in kw['missing'].get(p.patient,())],
+            **geometry)
         for seq,(v,_) in images.items():
             if seq in kw['blank'].get(p.patient,()): continue
             r = read_volume(dest/p.split/p.patient/seq)
@@ -75,15 +82,22 @@ def test_headers_are_consistent(mixed):
     uids,frames = set(),{}
     for folder in sorted(dest.glob('t*/*/*')):
         ds = [pydicom.dcmread(o, stop_before_pixels=True) for o in folder.iterdir()]
-        assert {(d.Modality,d.SOPClassUID.name,d.SeriesDescription,d.PatientID,d.BitsAllocated,d.PhotometricInterpretation) for d in ds}=={('MR','MR Image Storage',folder.name,folder.parent.name,16,'MONOCHROME2')}
-        assert len({d.SeriesInstanceUID for d in ds})==1 and sorted(int(d.InstanceNumber) for d in ds)==list(range(1,len(ds)+1))
+        assert {(d.Modality,d.SOPClassUID.name,d.SeriesDescription,d.PatientID,d.BitsAllocated,
+            d.PhotometricInterpretation) for d in ds}=={('MR','MR Image Storage',folder.name,folder.parent.name,16,
+            'MONOCHROME2')}
+        assert len({d.SeriesInstanceUID for d in ds})==1 and sorted(int(d.InstanceNumber)
+            for d in ds)==list(range(1,len(ds)+1))
         assert not {d.SOPInstanceUID for d in ds}&uids
         uids |= {d.SOPInstanceUID for d in ds}
         frames.setdefault(folder.parent.name, set()).add((ds[0].StudyInstanceUID,ds[0].FrameOfReferenceUID))
-        assert all(len(str(o))<=16 for d in ds for o in [*d.ImagePositionPatient,*d.ImageOrientationPatient,*d.PixelSpacing])
-        assert ('InversionTime' in ds[0])==(folder.name=='FLAIR') and ('ContrastBolusAgent' in ds[0])==(folder.name=='T1wCE')
+        assert all(len(str(o))<=16 for d in ds for o in [*d.ImagePositionPatient,*d.ImageOrientationPatient,
+            *d.PixelSpacing])
+        assert ('InversionTime' in ds[0])==(folder.name=='FLAIR')
+        assert ('ContrastBolusAgent' in ds[0])==(folder.name=='T1wCE')
         order = np.argsort([d.InstanceNumber for d in ds])
-        if len(ds)>4: assert (np.diff([np.dot(ds[i].ImagePositionPatient, np.cross(ds[i].ImageOrientationPatient[:3],ds[i].ImageOrientationPatient[3:])) for i in order])<0).any()
+        if len(ds)>4:
+            assert (np.diff([np.dot(ds[i].ImagePositionPatient,
+                np.cross(ds[i].ImageOrientationPatient[:3],ds[i].ImageOrientationPatient[3:])) for i in order])<0).any()
     assert all(len(o)==1 for o in frames.values()) and len(set.union(*frames.values()))==len(frames)
 
 
@@ -95,7 +109,7 @@ def test_blank_series_are_black(mixed):
 
 
 def test_only_the_latents_traits_know_the_label():
-    "Two auc give the same patients in all that is not planted, to the bit of every scan's geometry and of the sequences that carry nothing"
+    "Two auc give the same patients in all that is not planted, to the bit: geometry, and sequences that carry nothing"
     a,b = draw_patients(12, .5, 7),draw_patients(12, .95, 7)
     planted = ['latent','gadolinium','unevenness']
     pd.testing.assert_frame_equal(a.drop(columns=planted), b.drop(columns=planted))
@@ -133,7 +147,8 @@ def test_traits_rise_with_the_latent_without_saturation():
 
 
 def test_oracle_comes_close_to_the_bound(tmp_path):
-    t = make_phantom(tmp_path/'p', n=40, auc=.9, seed=11, test=0, slices=20, size=72, sequences='FLAIR,T1wCE', progress=False)
+    t = make_phantom(tmp_path/'p', n=40, auc=.9, seed=11, test=0, slices=20, size=72, sequences='FLAIR,T1wCE',
+        progress=False)
     b = phantom_bound(t)
     assert b.n==40 and abs(b.bound-b.oracle)<.04
     assert spearmanr(t.latent, t.oracle)[0]>.95
@@ -151,7 +166,8 @@ def test_shift_moves_the_head_but_not_the_header():
 
 
 def test_interrupted_work_is_made_anew(tmp_path):
-    code = f"from mgmt_fast.phantom import make_phantom; make_phantom({str(tmp_path/'a')!r}, n=10, slices=6, size=32, n_workers=0, progress=False)"
+    call = f"make_phantom({str(tmp_path/'a')!r}, n=10, slices=6, size=32, n_workers=0, progress=False)"
+    code = f"from mgmt_fast.phantom import make_phantom; {call}"
     job = subprocess.Popen([sys.executable,'-c',code])
     while not list((tmp_path/'a').glob('train/0000[1-9]')) and job.poll() is None: time.sleep(.02)
     job.send_signal(signal.SIGKILL); job.wait()
@@ -160,9 +176,13 @@ def test_interrupted_work_is_made_anew(tmp_path):
     assert digest(tmp_path/'a')==digest(tmp_path/'b')
 
 
-@pytest.mark.parametrize('kw,contains', [(dict(auc=1), 'auc must lie'), (dict(auc=.4), 'auc must lie'), (dict(n=0), 'n=0'), (dict(test=1), 'test=1'), (dict(prevalence=2), 'prevalence=2'), (dict(planes='axail'), "'axial'"),
-    (dict(slices=1), 'slices=1'), (dict(size=4), 'size=4'), (dict(fov=0), 'fov=0'), (dict(missing=2), 'missing'), (dict(missing={'7':'FLAIR'}), "'7'"), (dict(missing={'00001':'T1'}), "'T1w'"),
-    (dict(missing={'00001':SEQUENCES}), 'no sequence'), (dict(blank={'00001':'Flair'}), 'Flair'), (dict(sequences=''), 'sequence')])
+@pytest.mark.parametrize('kw,contains', [(dict(auc=1), 'auc must lie'), (dict(auc=.4), 'auc must lie'),
+    (dict(n=0), 'n=0'), (dict(test=1), 'test=1'), (dict(prevalence=2), 'prevalence=2'),
+    (dict(planes='axail'), "'axial'"),
+    (dict(slices=1), 'slices=1'), (dict(size=4), 'size=4'), (dict(fov=0), 'fov=0'), (dict(missing=2), 'missing'),
+    (dict(missing={'7':'FLAIR'}), "'7'"), (dict(missing={'00001':'T1'}), "'T1w'"),
+    (dict(missing={'00001':SEQUENCES}), 'no sequence'), (dict(blank={'00001':'Flair'}), 'Flair'),
+    (dict(sequences=''), 'sequence')])
 def test_bad_settings_are_refused_before_anything_is_written(tmp_path, kw, contains):
     with pytest.raises(MGMTError) as e: make_phantom(tmp_path/'x', **{**dict(n=4), **SMALL, **kw})
     assert contains in str(e.value) and not (tmp_path/'x').exists()
@@ -195,7 +215,8 @@ try: make_phantom({str(tmp_path/'x')!r}, n=3, slices=6, size=32, n_workers={n_wo
 except MGMTError as e: print('refused:', e)"""
     out = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True)
     assert 'refused: writing patient' in out.stdout and 'is the disk full' in out.stdout, out.stderr
-    assert not list((tmp_path/'x').glob('t*/*/*')) and not list((tmp_path/'x').glob('.patient-*')) and not (tmp_path/'x/phantom.csv').exists()
+    assert not list((tmp_path/'x').glob('t*/*/*')) and not list((tmp_path/'x').glob('.patient-*'))
+    assert not (tmp_path/'x/phantom.csv').exists()
 
 
 def test_a_sample_of_one_class_has_no_bound():
@@ -206,7 +227,8 @@ def test_a_sample_of_one_class_has_no_bound():
 @pytest.mark.real
 def test_written_as_the_real_tables_are(mixed, data):
     dest,_ = mixed
-    for real,ours in (('train_labels.csv','train_labels.csv'), ('gonzo3832/sample_submission.csv','sample_submission.csv')):
+    for real,ours in (('train_labels.csv','train_labels.csv'),
+            ('gonzo3832/sample_submission.csv','sample_submission.csv')):
         a,b = (p.read_text().splitlines() for p in (data/'labels/rsna_miccai'/real, dest/ours))
         assert a[0]==b[0] and len(a[1].split(',')[0])==len(b[1].split(',')[0])==5
         assert {o.split(',')[1] for o in b[1:]}<={o.split(',')[1] for o in a[1:]}

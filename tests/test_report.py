@@ -8,7 +8,8 @@ import pytest
 
 from mgmt_fast.core import MGMTError, rng_for
 from mgmt_fast.metrics import AUC_METHODS, auc_ci
-from mgmt_fast.report import HEAD, plot_calibration, plot_decision, plot_forest, plot_losses, plot_pr, plot_reliability, plot_roc, write_report
+from mgmt_fast.report import (HEAD, plot_calibration, plot_decision, plot_forest, plot_losses, plot_pr,
+    plot_reliability, plot_roc, write_report)
 
 
 @pytest.fixture
@@ -26,7 +27,8 @@ def close():
 
 
 @pytest.mark.parametrize('plot', [plot_roc, plot_pr, plot_reliability])
-@pytest.mark.parametrize('spoil,says', [(lambda y,p: (y*0, p), 'both classes'), (lambda y,p: (y, p*np.nan), 'finite'), (lambda y,p: (y[:5], p[:5]), 'too few'), (lambda y,p: (y, p*0+.5), 'tell patients apart')])
+@pytest.mark.parametrize('spoil,says', [(lambda y,p: (y*0, p), 'both classes'), (lambda y,p: (y, p*np.nan), 'finite'),
+    (lambda y,p: (y[:5], p[:5]), 'too few'), (lambda y,p: (y, p*0+.5), 'tell patients apart')])
 def test_no_figure_of_what_cannot_be_scored(scores, plot, spoil, says):
     with pytest.raises(MGMTError, match=says): plot(*spoil(*scores))
 
@@ -86,7 +88,8 @@ def test_losses_have_a_panel_each():
 
 def test_page_is_one_file_that_warns_first(tmp_path, scores):
     fig = plot_roc(*scores).figure
-    page = write_report(tmp_path/'page.html', 'A & B', {'x<y': ['text', pd.DataFrame(dict(a=['<b>'])), fig]}).read_text(encoding='utf-8')
+    page = write_report(tmp_path/'page.html', 'A & B', {'x<y': ['text', pd.DataFrame(dict(a=['<b>'])),
+        fig]}).read_text(encoding='utf-8')
     assert not plt.fignum_exists(fig.number)
     assert all(o in page for o in (*HEAD, 'A &amp; B', 'x&lt;y', '&lt;b&gt;'))
     assert page.index(HEAD[0])<page.index('<h2>')
