@@ -16,59 +16,77 @@ from fastcore.all import NS, store_attr, listify, first, patch
 from fasttransform import ItemTransform
 
 # %% ../nbs/06_augment.ipynb #aefbc24a
+_yes_no,_share = Allowed.one_of(True,False),Allowed.number(0,1)
+_axes = Allowed.one_of(*(''.join(o) for n in range(4) for o in itertools.permutations('dhw', n)))
+
 choice('augment', 'flip',
     'axes to mirror, each with probability 1/2: w left-right, h front-back, d foot-head (the thesis: h '
-    'too, which is not anatomical)',
+    'too, which is not anatomical)', _axes,
     default='w', published='hw', none='')
 choice('augment', 'rotation', 'degrees, largest turn either way (the thesis: 0.01 of a full turn)',
+    Allowed.number(0,180),
     default=10., published=3.6, none=0.)
-choice('augment', 'shift', 'mm, largest shift either way', default=5., published=0., none=0.)
-choice('augment', 'shift_fraction', 'of the extent along (H,W), largest shift either way',
+choice('augment', 'shift', 'mm, largest shift either way', Allowed.number(0,1000), default=5., published=0., none=0.)
+choice('augment', 'shift_fraction', 'of the extent along (H,W), largest shift either way', Allowed.several(_share, 2),
     default=(0.,0.), published=(.1,.2), none=(0.,0.))
-choice('augment', 'zoom', 'fraction, largest change of size either way', default=.1, published=0., none=0.)
+choice('augment', 'zoom', 'fraction, largest change of size either way', Allowed.number(0,.9),
+    default=.1, published=0., none=0.)
 choice('augment', 'crop_resize', 'fraction of each side that a crop at a random place keeps, before it is resized back',
+    Allowed.number(.1,1),
     default=1., published=.97, none=1.)
 choice('augment', 'in_plane', 'turn, shift, zoom and crop within slices (True) or in 3D (False, about all axes)',
+    _yes_no,
     default=True, published=True, none=True)
 choice('augment', 'use_spacing',
     "turn, shift and zoom in the patient's mm (True), or in voxels as if they were 1 mm cubes (the "
-    "thesis)",
+    "thesis)", _yes_no,
     default=True, published=False, none=True)
 choice('augment', 'outside',
     "what moves in from outside: 'zeros' (air), 'border' or 'reflection' (the thesis: brain reflected "
-    "into air)",
+    "into air)", Allowed.one_of('zeros','border','reflection'),
     default='zeros', published='reflection', none='zeros')
-choice('augment', 'contrast', 'fraction, largest change of the distance from the mean',
+choice('augment', 'contrast', 'fraction, largest change of the distance from the mean', _share,
     default=.15, published=.6, none=0.)
 choice('augment', 'contrast_over',
     "mean that contrast keeps: 'brain' of each sequence, or each 'slice' with its air (the thesis)",
+    Allowed.one_of('brain','slice'),
     default='brain', published='slice', none='brain')
-choice('augment', 'brightness', 'fraction, largest change of all intensities', default=.1, published=0., none=0.)
-choice('augment', 'gamma', 'largest |log gamma| of intensity**gamma', default=.2, published=0., none=0.)
-choice('augment', 'lighting_p', 'probability of contrast, brightness and gamma', default=.5, published=1., none=0.)
-choice('augment', 'bias_field', 'fraction, largest shading by a smooth field', default=.3, published=0., none=0.)
-choice('augment', 'bias_field_p', 'probability of a bias field', default=.3, published=0., none=0.)
-choice('augment', 'noise', 'of the range 0 to 1, largest standard deviation of the noise',
+choice('augment', 'brightness', 'fraction, largest change of all intensities', _share,
+    default=.1, published=0., none=0.)
+choice('augment', 'gamma', 'largest |log gamma| of intensity**gamma', Allowed.number(0,3),
+    default=.2, published=0., none=0.)
+choice('augment', 'lighting_p', 'probability of contrast, brightness and gamma', _share,
+    default=.5, published=1., none=0.)
+choice('augment', 'bias_field', 'fraction, largest shading by a smooth field', Allowed.number(0,3),
+    default=.3, published=0., none=0.)
+choice('augment', 'bias_field_p', 'probability of a bias field', _share, default=.3, published=0., none=0.)
+choice('augment', 'noise', 'of the range 0 to 1, largest standard deviation of the noise', _share,
     default=.04, published=0., none=0.)
 choice('augment', 'noise_kind', "'rician', as magnitude images have it, or 'gaussian'",
+    Allowed.one_of('rician','gaussian'),
     default='rician', published='rician', none='rician')
-choice('augment', 'noise_p', 'probability of noise', default=.2, published=0., none=0.)
-choice('augment', 'blur', 'mm, largest standard deviation of an in-plane Gaussian', default=1., published=0., none=0.)
-choice('augment', 'blur_p', 'probability of blur', default=.1, published=0., none=0.)
-choice('augment', 'thick_slices', 'mm, thickest simulated slice', default=6., published=0., none=0.)
-choice('augment', 'thick_slices_p', 'probability of thick slices', default=.1, published=0., none=0.)
+choice('augment', 'noise_p', 'probability of noise', _share, default=.2, published=0., none=0.)
+choice('augment', 'blur', 'mm, largest standard deviation of an in-plane Gaussian', Allowed.number(0,50),
+    default=1., published=0., none=0.)
+choice('augment', 'blur_p', 'probability of blur', _share, default=.1, published=0., none=0.)
+choice('augment', 'thick_slices', 'mm, thickest simulated slice', Allowed.number(0,100),
+    default=6., published=0., none=0.)
+choice('augment', 'thick_slices_p', 'probability of thick slices', _share, default=.1, published=0., none=0.)
 choice('augment', 'equalize_p', 'probability of histogram equalisation (the thesis does not give it: .5 is ours)',
+    _share,
     default=0., published=.5, none=0.)
 choice('augment', 'equalize_over',
     "histogram of the 'brain' of each sequence, or of each 'slice' with its air (the thesis' image is a "
-    "slice)",
+    "slice)", Allowed.one_of('brain','slice'),
     default='brain', published='slice', none='brain')
 choice('augment', 'cutout', 'of each side, size of the box that cut-out empties (the thesis does not give it: ours)',
+    _share,
     default=.2, published=.2, none=.2)
-choice('augment', 'cutout_p', 'probability of cut-out (the thesis describes it and does not call it)',
+choice('augment', 'cutout_p', 'probability of cut-out (the thesis describes it and does not call it)', _share,
     default=0., published=0., none=0.)
-choice('augment', 'tta_flip', 'axes mirrored in test-time augmentation', default='w', published='', none='')
-choice('augment', 'tta_shift', 'mm, shift of the views of test-time augmentation', default=2., published=0., none=0.)
+choice('augment', 'tta_flip', 'axes mirrored in test-time augmentation', _axes, default='w', published='', none='')
+choice('augment', 'tta_shift', 'mm, shift of the views of test-time augmentation', Allowed.number(0,1000),
+    default=2., published=0., none=0.)
 same_choices('augment', 'winner', like='none')
 
 # %% ../nbs/06_augment.ipynb #1bbf3ce0
@@ -734,9 +752,11 @@ def mgmt_augs(
 
 # %% ../nbs/06_augment.ipynb #1261553f
 _as_choices = dict( # class: its attributes that are called otherwise in a recipe
-    RandEqualize=dict(p='equalize_p', over='equalize_over'), RandThickSlices=dict(thick='thick_slices', p='thick_slices_p'),
-    RandBlur=dict(p='blur_p'), RandBiasField=dict(bias='bias_field', p='bias_field_p'), RandCutOut=dict(p='cutout_p'),
-    RandNoise=dict(p='noise_p', kind='noise_kind'), RandLighting=dict(p='lighting_p', over='contrast_over'))
+    RandEqualize=dict(p='equalize_p', over='equalize_over'),
+    RandThickSlices=dict(thick='thick_slices', p='thick_slices_p'),
+    RandBlur=dict(p='blur_p'), RandBiasField=dict(bias='bias_field', p='bias_field_p'),
+    RandCutOut=dict(p='cutout_p'), RandNoise=dict(p='noise_p', kind='noise_kind'),
+    RandLighting=dict(p='lighting_p', over='contrast_over'))
 
 @patch
 def choices(

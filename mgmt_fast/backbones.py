@@ -329,12 +329,13 @@ def _chosen(what, layers):
 
 # %% ../nbs/08_backbones.ipynb #7252d173
 choice('backbones', 'head', "from features to a logit: 'plain' or 'published'",
-    default='plain', published='published', winner='plain')
+    Allowed.one_of('plain','published'), default='plain', published='published', winner='plain')
 choice('backbones', 'freeze', 'layers of the body that do not train, see `freeze_body`',
-    default='none', published='all_but_last=15', winner='none')
+    Allowed.text(), default='none', published='all_but_last=15', winner='none')
 _stem = ("how other channels than RGB enter: 'sum' of the RGB weights, "
     "or through a random 'adapter' convolution (the thesis)")
-choice('backbones', 'stem', _stem, default='sum', published='adapter', winner='sum')
+choice('backbones', 'stem', _stem, Allowed.one_of('sum','adapter','adapter1x1'),
+    default='sum', published='adapter', winner='sum')
 _pretrained = ('True: 2D ImageNet weights from the hub; '
     'a path: from a file or a folder of `mgmt_weights`; False: none')
 choice('backbones', 'pretrained', _pretrained, Allowed.one_of(True,False)|Allowed.path(),

@@ -311,7 +311,7 @@ READ_BACK = { # choice: where it is read, and how
     'precision':('Precision', _precision), 'clip_norm':('GradientClip', _of(GradientClip, 'max_norm', None)), 'mixup':('MixUp', _mixup),
     'progressive':('ProgressiveSize', _of(ProgressiveSize, 'scales', ())), 'average':('AverageWeights', _of(AverageWeights, 'kind', None)),
     'l2':('L2Penalty', _of(L2Penalty, 'l2', 0.)), 'patience':('EarlyStoppingCallback', _of(EarlyStoppingCallback, 'patience', None)),
-    'plateau_patience':('ReduceLROnPlateau', _of(ReduceLROnPlateau, 'patience', _plan)), 'plateau_factor':('ReduceLROnPlateau', _of(ReduceLROnPlateau, 'factor', _plan)),
+    'plateau_patience':('ReduceLROnPlateau', _of(ReduceLROnPlateau, 'patience', None)), 'plateau_factor':('ReduceLROnPlateau', _of(ReduceLROnPlateau, 'factor', _plan)),
     'step_epoch':('StepRate', _of(StepRate, 'at', _plan)), 'step_factor':('StepRate', _of(StepRate, 'factor', _plan)),
     'loss':('loss_func', _loss_name), 'focal_gamma':('loss_func', lambda learn: getattr(learn.loss_func, 'gamma', _plan)), 'class_weights':('loss_func', _weighted),
     'wd':('learn.wd', lambda learn: learn.wd), 'lr':('learn.fits', _fitted('lr')), 'epochs':('learn.fits', _fitted('epochs')), 'schedule':('learn.fits', _fitted('schedule'))}

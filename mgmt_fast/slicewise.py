@@ -16,8 +16,14 @@ from .core import *
 from .series import SeriesError, read_volume, _find, _pixels, _place
 
 # %% ../nbs/03_slicewise.ipynb #60e13c8b
+_values = dict(prepare_by=('patient','slice'), slice_order=('position','filename'),
+    slice_pick=('spread','middle','largest'), black_slices=('keep','replace'), crop_by=('patient','slice','none'),
+    range_by=('patient','slice'), short_series=('stretch','zeros','brightened'))
+
 def _choice(name, doc, default, published, winner):
-    choice('prepare', name, doc, default=default, published=published, winner=winner)
+    names = _values.get(name, (True,False))
+    allowed = Allowed.whole(0) if name=='fill_seed' else Allowed.one_of(*names)
+    choice('prepare', name, doc, allowed, default=default, published=published, winner=winner)
 
 _choice('prepare_by', "'patient': one box, one grid and one range, in mm; 'slice': slices as acquired, each on its own",
     'patient', 'slice', 'slice')
@@ -44,10 +50,6 @@ _choice('fill_seed', _seed, 0, 0, 0)
 _choice('transpose', 'exchange H and W', False, True, True)
 
 # %% ../nbs/03_slicewise.ipynb #d2cef129
-_values = dict(prepare_by=('patient','slice'), slice_order=('position','filename'),
-    slice_pick=('spread','middle','largest'), black_slices=('keep','replace'), crop_by=('patient','slice','none'),
-    range_by=('patient','slice'), short_series=('stretch','zeros','brightened'))
-
 def _check(r):
     for k,known in _values.items():
         if r[k] not in known: raise unknown_name(f'choice of {k}', r[k], known)

@@ -242,14 +242,14 @@ def test_folds_are_kept_and_used_again(tmp_path, monkeypatch):
 
 def test_cross_validation_refuses_what_gives_no_number(study, tmp_path):
     store = VolumeStore(study/'train/store')
-    few = evaluate._part(store, store.table.patient[:8])
+    few = store.only(store.table.patient[:8])
     few.table['label'] = [0,1]*4
     with pytest.raises(ProtocolError, match='too few'): cross_validate(few, tmp_path)
-    one = evaluate._part(store, store.table.patient)
+    one = store.only(store.table.patient)
     one.table['label'] = pd.array([1]*30, dtype='Int64')
     with pytest.raises(MGMTError, match='0 unmethylated'): cross_validate(one, tmp_path)
     torn = pd.DataFrame(dict(patient=['BraTS-GLI-00001-000','BraTS-GLI-00001-001'], fold=[0,1]))
-    visits = evaluate._part(store, store.table.patient)
+    visits = store.only(store.table.patient)
     visits.table.loc[:1,'patient'] = torn.patient.to_numpy()
     with pytest.raises(MGMTError, match='puts scans of'): cross_validate(visits, tmp_path, folds=torn)
 
