@@ -53,8 +53,8 @@ _OTHER = set('''adc dwi dti dw trace tracew fa colfa colorfa exp perf perfusion 
     xstar star medic hemo haemo mt mtc nm stir sub subtraction subtr subtract subtracted resta seg segm mask label labels
     pred map maps roi loc localizer localiser scout aascout survey plane cal calibration fgre ssfse trufi ssfp reformat
     reformatted mpvr curved bold rest resting fmri rsfmri epi svs csi mrs spectroscopy fieldmap shim ciss fiesta t1rho
-    spine lumbar thoracic cervical cspine tspine lspine columna moco average test phantom inv1 inv2 t1map t2map screen
-    screenshot report uni2 opp fatonly'''.split())
+    spine lumbar thoracic cervical cspine tspine lspine columna moco inv1 inv2 t1map t2map screen
+    screenshot uni2 opp fatonly'''.split())
 _STEMS = ('diff','difus','resolve','ep2d','mddw','segment','locali','perfus','subtrac','subtrak','sottraz','sustrac','reformat','spectro','dti','dwi')
 _GRADIENT = set('gre ffe eg fl2d sfl2d hemo gradient flash fe medic'.split())
 
@@ -129,7 +129,8 @@ def sequence_of(
     "Which sequence a name means, from its words alone."
     return name_testimony(name).usual
 
-# %% ../nbs/01_naming.ipynb #b15b839a
+# %% ../nbs/01_naming.ipynb #ccbe3d31
+_NOT_PLAIN = ('FLAIR','T1wCE','T2w')
 _NO_AGENT = ('no','none','n','0','')
 
 def _number(h, k):
@@ -183,7 +184,7 @@ def header_testimony(
     "What a header says of a series: modality, kind of image, times, contrast agent. Its texts are never repeated."
     if odd := _something_else(header): return Testimony((), None, odd)
     if can := times_allow(header): return Testimony(can, can[0] if len(can)==1 else None, f"its header's times are those of {' or '.join(can)}")
-    if _agent(header): return Testimony(tuple(o for o in SEQUENCES if o!='T1w'), None, 'its header states a contrast agent')
+    if _agent(header): return Testimony(_NOT_PLAIN, None, 'its header states a contrast agent')
     return Testimony()
 
 # %% ../nbs/01_naming.ipynb #adf84e1c
@@ -212,6 +213,7 @@ def name_series(
 ) -> Verdict: # `why` repeats no name and no text of the header
     "Weigh what name and header say. Where they contradict each other, or neither speaks, there is no sequence."
     name,head = _together([o for o in names if o]),header_testimony(header or {})
+    if name.can==('T1w',) and head.can==_NOT_PLAIN: head = Testimony() # an agent is often entered before it is given
     for t in (name,head):
         if not t.can: return Verdict(None, None, t.why)
     can = tuple(o for o in name.can if o in head.can)
