@@ -18,7 +18,7 @@ from fastcore.all import *
 from scipy import ndimage
 from . import __version__
 from .core import *
-from .series import read_volume, has_skull, SeriesError
+from .series import read_sequence, has_skull, SeriesError
 from .slicewise import slicewise_patient
 
 # %% ../nbs/04_prepare.ipynb #21f0908d
@@ -125,6 +125,28 @@ def foreground(
     res.air,res.stride = air,stride
     return res
 
+# %% ../nbs/04_prepare.ipynb #3e6b3d90
+def _steady(vol):
+    "`vol` without padding and spots, and notes on what was done"
+    x,notes = np.asarray(vol),[]
+    lo,hi = x.min(),x.max()
+    some = x[::max(1,len(x)//16), ::4, ::4]
+    rest = some[some>lo]
+    if not rest.size: return vol,notes
+    next_,top = float(rest.min()),float(np.percentile(rest, 99))
+    if lo<0 and next_-float(lo)>2*max(top-next_, 1e-6) and (pad := x==lo).any():
+        x = np.where(pad, x.dtype.type(next_), x)
+        notes.append(f'{int(pad.sum())} voxels of padding ({lo:g}) taken as air')
+    air = float(np.median(np.concatenate([x[:,[0,-1]].ravel(), x[:,:,[0,-1]].ravel()])))
+    lit = some[some>air+.1*max(top-air, 0)]
+    usual = float(np.percentile(lit, 75)) if lit.size else top
+    if usual>air and hi>air+15*(usual-air):
+        spots = x>air+15*(usual-air)
+        if spots.mean()<.02:
+            x = np.where(spots, x.dtype.type(usual), x)
+            notes.append(f'{int(spots.sum())} voxels far above all others taken as ordinary: hot voxels, or markers')
+    return (Volume(torch.from_numpy(np.ascontiguousarray(x)), affine=vol.affine) if notes else vol),notes
+
 # %% ../nbs/04_prepare.ipynb #9c6a1c45
 _canonical = np.array([[0,0,-1],[0,-1,0],[1,0,0]]) # columns: D foot to head, H front to back, W right to left
 
@@ -186,35 +208,72 @@ def to_bytes(
 
 # %% ../nbs/04_prepare.ipynb #1417ea2a
 def prepare_patient(
-    row, # A row of a cohort: `patient` and a path per sequence
+    row, # A row of a cohort: `patient`, a path per sequence, and perhaps `T2w_index` and the like
     sequences=SEQUENCES, # Which to prepare, in order; the first readable one gives the axes
     recipe='default', # Name or `Recipe`
 ) -> NS: # `.arrays`: sequence to uint8 (D,H,W); `.meta`: sequence to facts; `.affine`; `.report`: list of problems and notes
     "Read, box, resample and normalise one patient. What fails is a row of the report, never an exception."
     r,sequences = get_recipe(recipe),check_sequences(sequences)
-    if r.prepare_by!='patient': return slicewise_patient(row, sequences, r)
-    choices,size = r.room('prepare'),tuple(r.size)
-    vols,masks,meta,arrays,report,affine = {},{},{},{},[],None
+    report = []
     def _say(seq, level, what): report.append(dict(patient=str(row['patient']), sequence=seq, level=level, what=what))
+    try: return slicewise_patient(row, sequences, r) if r.prepare_by!='patient' else _prepare_all(row, sequences, r, _say, report)
+    except MGMTError: raise # a recipe that cannot be had concerns all patients
+    except Exception as e: _say('', 'error', log_fault(e, 'preparing'))
+    return NS(arrays={}, meta={}, affine=None, report=report)
+
+def _prepare_all(row, sequences, r, _say, report):
+    choices,size = r.room('prepare'),tuple(r.size)
+    vols,masks,meta,arrays,affine = {},{},{},{},None
     for seq in sequences:
         if seq not in row or pd.isna(row[seq]): _say(seq, 'note', 'sequence missing'); continue
-        try: vols[seq] = read_volume(row[seq]); masks[seq] = foreground(vols[seq])
-        except MGMTError as e: _say(seq, 'error', f'{type(e).__name__}: {e}'.replace(str(row[seq]), seq)); vols.pop(seq, None)
-    if vols:
-        affine,overlap = common_box(vols, masks, size, choices['margin'])
-        apart = [k for k,o in overlap.items() if o<choices['min_overlap']]
-        for k in apart:
-            _say(k, 'error', f"PrepareError: its brain box shares {overlap[k]:.0%} with that of {next(iter(vols))} (at least {choices['min_overlap']:.0%} expected): another frame of reference, or another patient's series? Register the sequences first")
-        for k in apart: del vols[k],masks[k]
-        if apart: affine,_ = common_box(vols, masks, size, choices['margin'])
+        try: vols[seq],masks[seq] = _read_one(row, seq, _say)
+        except MGMTError as e: _say(seq, 'error', f'{type(e).__name__}: {e}'.replace(str(row[seq]), seq))
+        except Exception as e: _say(seq, 'error', log_fault(e, 'preparing'))
+    for k,other,share in _strangers(vols, masks, size, choices['min_overlap']):
+        _say(k, 'error', _elsewhere(k, other, share, choices['min_overlap']))
+        del vols[k],masks[k]
+    if vols: affine,_ = common_box(vols, masks, size, choices['margin'])
     first = next(iter(vols), None)
     for seq,v in vols.items():
         try: arrays[seq],meta[seq] = _prepare_one(v, masks[seq], affine, size, choices)
         except MGMTError as e: _say(seq, 'error', f'{type(e).__name__}: {e}'); continue
+        except Exception as e: _say(seq, 'error', log_fault(e, 'preparing')); continue
         if meta[seq]['skull']: _say(seq, 'note', 'not skull-stripped: the box is that of the head')
         if v.shape!=vols[first].shape or not np.allclose(v.affine, vols[first].affine, atol=1e-2): _say(seq, 'note', f'own grid: resampled to that of {first}')
     if not arrays: _say('', 'error', 'patient skipped: no sequence could be prepared')
     return NS(arrays=arrays, meta=meta, affine=affine, report=report)
+
+def _read_one(row, seq, _say):
+    "A sequence's volume, without padding and spots, and its foreground"
+    vol = read_sequence(row, seq)
+    for o in vol.notes: _say(seq, 'note', o)
+    vol,notes = _steady(vol)
+    for o in notes: _say(seq, 'note', o)
+    mask = foreground(vol)
+    size = np.ptp(_edges(mask, vol.shape), axis=0)*vol.spacing
+    if not 80<=size.max()<=400: raise PrepareError(_no_head(size))
+    return vol,mask
+
+def _no_head(size):
+    return (f"what is brighter than air measures {' x '.join(f'{o:.0f}' for o in size)} mm, and a head 80 to 400: a lost affine, another"
+        " unit, or no head? Convert the original series again")
+
+def _strangers(vols, masks, size, least):
+    "Sequences whose boxes lie apart from the others', each with one that it disagrees with and the overlap; the odd one first"
+    share = lambda a,b: common_box({a:vols[a], b:vols[b]}, {a:masks[a], b:masks[b]}, size)[1][b]
+    both = {(a,b): share(a,b) for i,a in enumerate(vols) for b in list(vols)[i+1:]}
+    both = {**both, **{(b,a): o for (a,b),o in both.items()}}
+    left,res = list(vols),[]
+    while True:
+        apart = {k: [o for o in left if o!=k and both[k,o]<least] for k in left}
+        worst = max(left, key=lambda k: (len(apart[k]), left.index(k)), default=None)
+        if worst is None or not apart[worst]: return res
+        res.append((worst, apart[worst][0], both[worst,apart[worst][0]]))
+        left.remove(worst)
+
+def _elsewhere(k, other, share, least):
+    return (f"PrepareError: its brain box shares {share:.0%} with that of {other} (at least {least:.0%} expected): another frame of"
+        " reference, or another patient's series? Register the sequences first")
 
 # %% ../nbs/04_prepare.ipynb #24a656d4
 def _prepare_one(v, mask, affine, size, choices):
