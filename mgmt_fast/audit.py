@@ -18,7 +18,7 @@ from PIL import Image
 from . import __version__
 from .core import *
 from .series import _AUDIT, _audit, read_volume
-from .archive import find_images
+from .archive import find_images, shown_name
 from .naming import sequence_of
 from .cohort import CohortError, cohort_report, find_cohort, write_choices
 from .prepare import worker_init
@@ -224,10 +224,6 @@ def _summary(table):
     return f"{len(table)} series, {int(table.readable.sum())} readable, {(table.findings!='').sum()} with findings"
 
 # %% ../nbs/17_audit.ipynb #8cd1c51d
-def _shown(name):
-    "A name that can be written, whatever bytes it was made of"
-    return os.fsencode(name).decode('utf-8', 'replace')
-
 def _doubtful(cohort):
     "Images of a cohort whose name and header contradict each other, or say nothing, or say that they are no MR, as jobs"
     rows = [o for o in cohort.attrs.get('images', []) if o[2] is None]
@@ -269,21 +265,32 @@ def audit(
     cohort,said = _find_cohort(root, labels=labels, choices=given, id_col=id_col, label_col=label_col)
     jobs = [] if cohort is None else _jobs(cohort)
     known = {os.path.realpath(j[2]) for j in jobs if not pd.isna(j[2])}
-    if cohort is not None: jobs += [(o[0], None, os.path.join(root, o[6]), None) for o in _doubtful(cohort) if os.path.realpath(root/o[6]) not in known]
+    doubts = [] if cohort is None else _doubtful(cohort)
+    named = len(jobs)
+    jobs += [(o[0], None, os.path.join(root, o[6]), None) for o in doubts]
     others = [o for o in series if os.path.realpath(o.path) not in known]
     chance = len(others)>len(known) or cohort is not None and not _any_named(cohort)
-    if not jobs or chance and len(known)<len(jobs)/2: # names that look like sequences by chance are no cohort
-        jobs,others,said = [(_called_by(o, root), None, o.path, None) for o in series],[],said if cohort is None else ''
+    if not jobs or chance and len(known)<named/2: # names that look like sequences by chance are no cohort
+        jobs,others,doubts,said = [(_called_by(o, root), None, o.path, None) for o in series],[],[],said if cohort is None else ''
     elif choices is not None and given is None: write_choices(cohort, choices); said += f'choices: {choices}; edit it and give it to mgmt_prepare\n'
     journal = make_folder(dest)/'audit.jsonl'
     table,pictures = _table(jobs, n_workers, progress, journal)
+    _add_doubts(table, len(table)-len(doubts), doubts)
     with atomic_path(dest/'audit.csv') as tmp: table.iloc[_by_severity(table)].to_csv(tmp, index=False)
     write_sheet(table, pictures, dest/'audit.html', f'Audit of {root.resolve().name}')
     journal.unlink()
-    print(f"{said}{root}: {_summary(table)}" + (f'; {len(others)} images below it are no sequence of a patient (segmentations?) and were left out' if others else ''))
+    print(f"{said}{root}: {_summary(table)}" + (f'; {len(others)} images below it were left out: other sessions, maps, segmentations' if others else ''))
     for k,n in _kinds(table.findings): print(f'{n:6d} x {k}')
     print(f"table: {dest/'audit.csv'}; pictures: {dest/'audit.html'}")
     return bool((table.findings!='').any())
+
+def _add_doubts(table, start, doubts):
+    "Say in the last rows of the table why these images have no sequence"
+    for i,o in enumerate(doubts, start):
+        at = table.columns.get_loc('findings')
+        if o[5] in table.iat[i,at]: continue
+        table.iat[i,at] = ' | '.join(filter(None, (table.iat[i,at], f'no sequence: {o[5]}')))
+        if table.severity.iat[i]!='error': table.iat[i,table.columns.get_loc('severity')] = 'warning'
 
 def _any_named(cohort):
     "Does a name on any path tell a sequence, and not headers alone?"
@@ -291,7 +298,7 @@ def _any_named(cohort):
 
 def _called_by(image, root):
     "What a series is called that is no part of a cohort: its path below the root"
-    return _shown('/'.join(image.parts) or root.resolve().name)
+    return shown_name('/'.join(image.parts) or root.resolve().name)
 
 def _no_series(root, odd):
     packed = sum(o[1]=='a packed archive' for o in odd)

@@ -57,9 +57,10 @@ _blank = set("""|na|n/a|<na>|nan|none|null|unknown|not available|indeterminate|n
 |desconocido|no disponible|unbekannt|inconnu|not evaluated|not applicable|equivocal|inconclusive|-|--|?|.""".replace('\n','').split('|'))
 _SUB = str.maketrans('áéíóúüäöñèê', 'aeiouuaonee')
 
-def _decoded(path):
-    "The text of a table, whichever encoding it was saved in"
+def _decoded(path, escape=False):
+    "The text of a table, whichever encoding it was saved in; with `escape` bytes that are no text survive"
     raw = path.read_bytes()
+    if escape: return os.fsdecode(raw.removeprefix(codecs.BOM_UTF8))
     for bom,name in ((codecs.BOM_UTF8,'utf-8-sig'), (codecs.BOM_UTF16_LE,'utf-16'), (codecs.BOM_UTF16_BE,'utf-16')):
         if raw.startswith(bom): return raw.decode(name)
     if any(o<9 for o in raw): raise ValueError('binary')
@@ -75,11 +76,11 @@ def _rows(text):
     sep = sep or max(',;\t|', key=lambda o: (min(map(lambda l: l.count(o), lines[:50]))>0, lines[0].count(o)))
     return [[c.strip() for c in row] for row in csv.reader(lines, delimiter=sep, skipinitialspace=True)]
 
-def _read_table(path, header=0, dtype=str, nrows=None, keep_default_na=True):
+def _read_table(path, header=0, dtype=str, nrows=None, keep_default_na=True, escape=False):
     "A delimited text file as a table of texts; separator, encoding and superfluous commas are recognised"
     path = Path(path)
     if not path.is_file(): raise CohortError(f"no table at {path}: is the path right, and the download complete?")
-    try: rows = _rows(_decoded(path))
+    try: rows = _rows(_decoded(path, escape))
     except (ValueError,csv.Error) as e:
         raise CohortError(f"{path} is not a table of comma-, semicolon- or tab-separated text ({e}): save it as CSV") from None
     width = len(rows[0]) if header==0 else max(map(len, rows))
@@ -179,6 +180,8 @@ def _understand(placed):
     "Name an image by its place and its header"
     h = {} if placed.image.kind=='nifti' else series_header(placed.image.path)
     said = h.get('SeriesDescription') or h.get('ProtocolName')
+    echoes = [o[0] for o in h.get('echoes', ()) if o]
+    if len(set(echoes))>1: h = {**h, 'EchoTime':max(echoes)} # of two echoes the long one counts, as `read_sequence` takes it
     return _Found(placed, name_series(*placed.names, said, header=h), h)
 
 def _date(found):
@@ -462,7 +465,7 @@ def _picked(o):
 def _read_choices(choices, root, found):
     "What a person has chosen, by patient, and a report on rows that lead nowhere"
     if choices is None: return {},[]
-    df = choices if isinstance(choices, pd.DataFrame) else _read_table(choices)
+    df = choices if isinstance(choices, pd.DataFrame) else _read_table(choices, escape=True)
     lack = [k for k in ('patient','sequence','use','path') if k not in df]
     if lack: raise CohortError(f"a table of choices has columns patient, sequence, use and path; {', '.join(lack)} is missing")
     at,res,report = {os.path.relpath(o.placed.image.path, root): o for o in found},{},[]

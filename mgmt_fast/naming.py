@@ -55,7 +55,7 @@ _OTHER = set('''adc dwi dti dw trace tracew fa colfa colorfa exp perf perfusion 
     reformatted mpvr curved bold rest resting fmri rsfmri epi svs csi mrs spectroscopy fieldmap shim ciss fiesta t1rho
     spine lumbar thoracic cervical cspine tspine lspine columna moco inv1 inv2 t1map t2map screen
     screenshot uni2 opp fatonly'''.split())
-_STEMS = ('diff','difus','resolve','ep2d','mddw','segment','locali','perfus','subtrac','subtrak','sottraz','sustrac','reformat','spectro','dti','dwi')
+_STEMS = ('diff','difus','resolve','ep2d','mddw','segment','locali','perfus','subtrac','subtrak','sottraz','sustrac','reformat','spectro','dti','dwi','glistr')
 _GRADIENT = set('gre ffe eg fl2d sfl2d hemo gradient flash fe medic'.split())
 
 def _other_word(words, weights):

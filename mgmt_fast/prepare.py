@@ -215,7 +215,7 @@ def prepare_patient(
     "Read, box, resample and normalise one patient. What fails is a row of the report, never an exception."
     r,sequences = get_recipe(recipe),check_sequences(sequences)
     report = []
-    def _say(seq, level, what): report.append(dict(patient=str(row['patient']), sequence=seq, level=level, what=what))
+    def _say(seq, level, what): report.append(dict(patient=str(row['patient']), sequence=seq, level=level, what=what.encode('utf-8', 'replace').decode()))
     try: return slicewise_patient(row, sequences, r) if r.prepare_by!='patient' else _prepare_all(row, sequences, r, _say, report)
     except MGMTError: raise # a recipe that cannot be had concerns all patients
     except Exception as e: _say('', 'error', log_fault(e, 'preparing'))

@@ -872,6 +872,8 @@ def audit_series(
     "Say what a series is and what is wrong with it, whatever its state; never raises on content, and never repeats what could name a patient."
     return _audit(path, sequence, patient, index)[0]
 
+def _text_of(s): return s.encode('utf-8', 'replace').decode() # names of files may be no text
+
 def _audit(path, sequence=None, patient=None, index=None):
     "The row of `audit_series`, and the volume or `None`"
     path,row,vol = Path(str(path)),dict.fromkeys(_AUDIT),None
@@ -887,6 +889,7 @@ def _audit(path, sequence=None, patient=None, index=None):
         add(_audit_pixels(vol))
     except SeriesError as e: row['error'] = type(e).__name__; grave.insert(0, str(e))
     except Exception as e: row['error'] = type(e).__name__; grave.insert(0, log_fault(e, 'auditing')) # one series must not end the audit of a cohort
+    grave = [o for o in grave if not any(p!=o and p.startswith(o) for p in grave)]
     severity = 'error' if grave else 'warning' if bad else 'note' if note else ''
-    row.update(readable=vol is not None, severity=severity, findings=' | '.join(uniqueify([*grave,*bad])), notes=' | '.join(note))
+    row.update(readable=vol is not None, severity=severity, findings=_text_of(' | '.join(uniqueify([*grave,*bad]))), notes=' | '.join(note))
     return pd.Series(row, name=str(path), dtype=object),vol
