@@ -225,9 +225,10 @@ def _summary(table):
 
 # %% ../nbs/17_audit.ipynb #8cd1c51d
 def _doubtful(cohort):
-    "Images of a cohort whose name and header contradict each other, or say nothing, or say that they are no MR, as jobs"
-    rows = [o for o in cohort.attrs.get('images', []) if o[2] is None]
-    return [o for o in rows if not o[5].startswith('its name says') or ', but ' in o[5]]
+    "Images whose name and header contradict each other, or say that they are no MR; those that say nothing, of patients who lack a sequence"
+    lack = set(cohort.patient[cohort[[*SEQUENCES]].isna().any(axis=1)])
+    def doubtful(patient, why): return patient in lack if why.startswith('neither') else ', but ' in why or not why.startswith('its name')
+    return [o for o in cohort.attrs.get('images', []) if o[2] is None and doubtful(o[0], o[5])]
 
 def _find_cohort(root, **how):
     "The cohort of a folder, both splits if it is the competition's, and what there is to say about it; `None` if it is none"
@@ -287,10 +288,11 @@ def audit(
 def _add_doubts(table, start, doubts):
     "Say in the last rows of the table why these images have no sequence"
     for i,o in enumerate(doubts, start):
-        at = table.columns.get_loc('findings')
+        silent = o[5].startswith('neither')
+        at = table.columns.get_loc('notes' if silent else 'findings')
         if o[5] in table.iat[i,at]: continue
         table.iat[i,at] = ' | '.join(filter(None, (table.iat[i,at], f'no sequence: {o[5]}')))
-        if table.severity.iat[i]!='error': table.iat[i,table.columns.get_loc('severity')] = 'warning'
+        if table.severity.iat[i]!='error' and not silent: table.iat[i,table.columns.get_loc('severity')] = 'warning'
 
 def _any_named(cohort):
     "Does a name on any path tell a sequence, and not headers alone?"
