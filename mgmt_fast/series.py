@@ -432,6 +432,8 @@ def _axes(img):
     d = stated if stated is not None else int(zooms.argmax()) if np.sort(zooms)[2]>1.2*np.sort(zooms)[1] else 2
     return [d]+[a for a in (2,1,0) if a!=d]
 
+_ANALYZE = ('AnalyzeImage','Spm99AnalyzeImage','Spm2AnalyzeImage')
+_NO_SIDE = 'an ANALYZE file does not say which side is left: convert the original series to NIfTI'
 _ITK = ('.nrrd','.nhdr','.mha','.mhd')
 
 def _via_itk(path):
@@ -449,13 +451,12 @@ def _open_nifti(path):
     "The image at `path` and its shape without trailing axes of length 1 beyond the third"
     try:
         img = _via_itk(path) if path.name.lower().endswith(_ITK) else nib.load(path)
+        if type(img).__name__ in _ANALYZE: raise SeriesError(_NO_SIDE)
         affine,shape,dtype = img.affine,img.shape,img.get_data_dtype()
         img.header.get_dim_info()
     except SeriesError: raise
     except Exception as e: raise SeriesError(f"this is no readable NIfTI file ({type(e).__name__}): damaged, cut short, or another format under this name") from None
     while len(shape)>3 and shape[-1]==1: shape = shape[:-1]
-    if isinstance(img, nib.AnalyzeImage) and not isinstance(img, nib.Nifti1Pair):
-        raise SeriesError("an ANALYZE file does not say which side is left: convert the original series to NIfTI")
     if len(shape) not in (3,4) or 0 in shape: raise SeriesError(f"a volume has 3 axes, with time 4; received shape {img.shape}: a surface, a vector field, or a single slice?")
     if min(shape[:3])<2: raise SeriesError(f"a volume needs 3 slices or more; received shape {shape}: a single slice?")
     if not np.isfinite(affine).all() or not 1e-9<abs(np.linalg.det(affine[:3,:3]))<1e15: raise SeriesError(f"the affine is singular or not finite ({affine[:3].tolist()}), so nobody knows where the voxels lie: a damaged header; convert the series again")
@@ -752,15 +753,19 @@ def _structure(x):
     a,b = part[:,:,:-1].ravel(),part[:,:,1:].ravel()
     return 1. if not a.std() or not b.std() else float(np.corrcoef(a, b)[0,1])
 
-def _outliers(values, n, usual, air):
-    "Padding far below everything else and spots far above it, told by the gaps in the sorted `values` that come `n` times"
-    found,span = [],max(usual-air, 1e-6)
-    if len(values)>2 and values[0]<0 and values[1]-values[0]>2*max(span, values[-1]-values[1]):
-        found.append(f'{n[0]} voxels hold a padding value, {values[0]:g}')
-    high = values>air+30*span
-    if high.any() and n[high].sum()<.002*n.sum():
-        found.append(f"{n[high].sum()} voxels are far above all others (up to {values[-1]:g}): hot voxels, or markers")
-    return found
+def _padding(x):
+    "How many voxels hold a value far below all others, as padding does"
+    lo = float(x.min())
+    rest = x[x>lo]
+    if lo>=0 or not rest.size: return 0
+    next_,top = float(rest.min()),float(np.percentile(rest[::7] if rest.size>7 else rest, 99))
+    return int(x.size-rest.size) if next_-lo>2*(top-next_) else 0
+
+def _spots(x, usual, air):
+    "A finding on voxels far above all others, if there are any and few"
+    n = int(np.count_nonzero(x>air+30*max(usual-air, 1e-6)))
+    few = 0<n<.002*x.size
+    return [f"{n} voxel{'s'*(n>1)} far above all others (up to {x.max():g}): hot voxels, or markers"] if few else []
 
 def _audit_pixels(vol):
     "Facts, grave findings, findings and notes from the intensities of `vol`"
@@ -770,13 +775,16 @@ def _audit_pixels(vol):
     facts,grave,bad,note = dict(min=lo, max=hi, blank=len(x), near_blank=0, clipped=0.),[],[],[]
     if lo==hi: return facts,[f'all voxels are {lo:g}'],bad,note
     some = x[:,::4,::4]
-    air,usual = float(_air(some)[0]),np.percentile(some, 99)
+    padded = _padding(x) if lo<0 else 0
+    seen = some[some>lo] if padded else some
+    air,usual = float(_air(seen)[0]),np.percentile(seen, 99)
     tissue = np.array([np.count_nonzero(o>air+.05*(usual-air)) for o in x])
     top = sum(np.count_nonzero(o==hi) for o in x)
     faint,full = (tissue<.01*x[0].size)&~blank,np.flatnonzero(~blank)
     facts.update(blank=int(blank.sum()), near_blank=int(faint.sum()), clipped=float(top/max(tissue.sum(),1)), skull=has_skull(vol))
     grave += _audit_content(vol, x, air, usual)
-    bad += _outliers(*np.unique(x, return_counts=True), usual, air) if lo<0 or hi>air+30*max(usual-air, 1e-6) else []
+    if padded: bad.append(f'{padded} voxels hold a padding value, {lo:g}')
+    if hi>air+30*max(usual-air, 1e-6): bad += _spots(x, usual, air)
     inside = int(blank[full[0]:full[-1]+1].sum())
     if inside: bad.append(f"{inside} blank slice{'s'*(inside>1)} inside the stack")
     if ends := int(blank.sum())-inside: note.append(f"{ends} blank slice{'s'*(ends>1)} at the ends")
