@@ -27,9 +27,9 @@ class _Image(NamedTuple):
     path:str
     kind:str # `'nifti'`, `'slices'` or `'other'`, a format that needs an extra
 
-_NOTHING = set('''.txt .csv .tsv .json .xml .html .htm .pdf .md .png .jpg .jpeg .bmp .gif .tif .tiff .zip .gz .tar .7z .rar
-    .npy .npz .bval .bvec .mat .py .ipynb .db .ini .inf .exe .dll .lnk .log .doc .docx .xls .xlsx .yaml .yml .css .js .jar
-    .mp4 .avi .img .raw .zraw .sh .bat .ds_store'''.split())
+_NOTHING = set('''.txt .csv .tsv .json .xml .html .htm .pdf .md .png .jpg .jpeg .bmp .gif .tif .tiff .zip .gz .tar .7z
+    .rar .npy .npz .bval .bvec .mat .py .ipynb .db .ini .inf .exe .dll .lnk .log .doc .docx .xls .xlsx .yaml .yml .css .js
+    .jar     .mp4 .avi .img .raw .zraw .sh .bat .ds_store'''.split())
 _SLICES = ('.dcm','.dicom','.ima','.dcm.gz')
 _ARCHIVES = ('.zip','.tar','.tar.gz','.tgz','.7z','.rar')
 _OTHERS = ('.nrrd','.nhdr','.mha','.mhd')
@@ -77,21 +77,25 @@ def _slices(folder, entries):
             known = e.name.lower()
         files.append(e)
     if not files: return []
-    if len(files)<=12 and all(sequence_of(re.sub(r'\.(dcm|dicom|ima)$', '', e.name, flags=re.I)) for e in files): return files
+    if len(files)<=12 and all(sequence_of(re.sub(r'\.(dcm|dicom|ima)$', '', e.name, flags=re.I)) for e in files):
+        return files
     return [None]
 
 def _walk(folder, parts, above, res, odd):
     real = os.path.realpath(folder)
     if real in above: return
     try: entries = _entries(folder)
-    except OSError as e: odd.append((parts, f'the folder cannot be read ({e.strerror})', 'check its permissions')); return
+    except OSError as e:
+        odd.append((parts, f'the folder cannot be read ({e.strerror})', 'check its permissions'))
+        return
     before = len(res)
     for e in entries:
         kind = _is_image(e.name)
         if kind and not _is_dir(e):
             if _dead(e): odd.append(((*parts,e.name), 'a link that leads nowhere', 'restore what it points to'))
             elif stat.S_ISREG(os.stat(e.path).st_mode): res.append(_Image((*parts,e.name), e.path, kind))
-        elif e.name.lower().endswith(_ARCHIVES): odd.append(((*parts,e.name), 'a packed archive', 'unpack it, if it holds scans'))
+        elif e.name.lower().endswith(_ARCHIVES):
+            odd.append(((*parts,e.name), 'a packed archive', 'unpack it, if it holds scans'))
         elif _dead(e) and not e.name.lower().endswith(_SLICES):
             odd.append(((*parts,e.name), 'a link that leads nowhere', 'restore what it points to'))
     for e in _slices(folder, entries):
@@ -143,8 +147,8 @@ def split_id(
     return (found[1],found[2]) if found and not found[3] else (str(id).strip(),None)
 
 # %% ../nbs/02_archive.ipynb #458b3745
-_SESSION = re.compile(r'''(ses|session|visit|v|tp|timepoint|time|week|wk|month|mo|day|exam|study|stu?|baseline|base|bl|follow[-_ ]?up
-    |fu|pre-?op|post-?op|intra-?op|preoperative|postoperative)[-_ ]?\d{0,6}([-_ ]\w{0,4})?|\d{2}-\d{2}-\d{4}\b.*
+_SESSION = re.compile(r'''(ses|session|visit|v|tp|timepoint|time|week|wk|month|mo|day|exam|study|stu?|baseline|base|bl
+    |follow[-_ ]?up|fu|pre-?op|post-?op|intra-?op|preoperative|postoperative)[-_ ]?\d{0,6}([-_ ]\w{0,4})?|\d{2}-\d{2}-\d{4}\b.*
     |(19|20)\d{2}[-_.]?[01]\d[-_.]?[0-3]\d([-_. ].*)?|\d+(\.\d+){5,}''', re.I|re.X)
 
 _MEDIA = re.compile(r'p(a|at|t)\d{3,8}', re.I) # a patient's folder on a DICOM medium
@@ -164,7 +168,8 @@ def _conflict(images, at):
 
 def _by_header(inner):
     "`'patients'` or `'sessions'`, if PatientID says which the folders `inner` are"
-    ids = [{series_header(i.path).get('PatientID') for i in images[:2] if i.kind=='slices'}-{None} for images in inner.values()]
+    ids = [{series_header(i.path).get('PatientID') for i in images[:2] if i.kind=='slices'}-{None}
+        for images in inner.values()]
     if not all(len(o)==1 for o in ids): return None
     n = len({first(o) for o in ids})
     return 'sessions' if n==1 else 'patients' if n==len(ids) else None
@@ -186,9 +191,12 @@ def _level(images, at, known, shared=()):
     return deeper() if says=='patients' else {i.parts: at for i in images}
 
 def _tie(name, inner):
-    return (f"two layouts explain the folders equally: {name!r} is a patient with {len(inner)} sessions ({', '.join(inner[:3])}), or"
-        f" {name!r} is a group of {len(inner)} patients. No label table and no header decides. Say which: nifti_cohort(root,"
-        f" '{{patient}}/*/{{sequence}}*') or nifti_cohort(root, '*/{{patient}}/{{sequence}}*'), or name the folders of sessions ses-1, ses-2")
+    return (f"two layouts explain the folders equally: {name!r} is a patient with {len(inner)} sessions"
+        f" ({', '.join(inner[:3])}), or"
+        f" {name!r} is a group of {len(inner)} patients. No label table and no header decides. Say which:"
+        f" nifti_cohort(root,"
+        f" '{{patient}}/*/{{sequence}}*') or nifti_cohort(root, '*/{{patient}}/{{sequence}}*'), or name the folders"
+        f" of sessions ses-1, ses-2")
 
 # %% ../nbs/02_archive.ipynb #772e3c1e
 class Placed(NamedTuple):
@@ -200,7 +208,8 @@ class Placed(NamedTuple):
     image:_Image
 
 # %% ../nbs/02_archive.ipynb #d3d5024f
-def _without(prefix, name): return name[len(prefix):].lstrip('_-. ') if name.lower().startswith(prefix.lower()) else name
+def _without(prefix, name):
+    return name[len(prefix):].lstrip('_-. ') if name.lower().startswith(prefix.lower()) else name
 
 def _place(image, root_name, levels):
     "Whose an image is: by the name of a collection, or by the level of its folder; `None` if nobody's"
@@ -226,7 +235,8 @@ def _sub_sessions(placed):
         outer = [o.names[-1] if len(o.names)>1 and name_testimony(o.names[-1]).can==SEQUENCES else None for o in group]
         told = [first(s for n in o.names if (s := sequence_of(n))) for o in group]
         twice = [s for s,n in Counter(filter(None, told)).items() if n>1]
-        apart = all(n==1 for n in Counter(z for z in zip(outer,told) if z[1] in twice).values()) and all(map(_has_digit, filter(None,outer)))
+        apart = all(n==1 for n in Counter(z for z in zip(outer,told)
+            if z[1] in twice).values()) and all(map(_has_digit, filter(None,outer)))
         if session is None and twice and apart and len(set(outer))>1 and group[0].layout=='folder':
             group = [o._replace(session=u, names=o.names[:-1]) if u else o for o,u in zip(group,outer)]
         res += group
@@ -253,7 +263,8 @@ def _levels(images, root_name, known):
     inside = [i for i in images if i.parts]
     tops = groupby(inside, lambda i: i.parts[0])
     bare = any(_told(i, 0) and sequence_of(i.parts[0]) for i in inside)
-    one = _has_digit(root_name) and not any(map(_has_digit, tops)) and (all(map(_is_session, tops)) or not _conflict(inside, -1))
+    one = _has_digit(root_name) and not any(map(_has_digit, tops)) and (all(map(_is_session, tops))
+        or not _conflict(inside, -1))
     media = {i.parts: k for i in inside for k,o in enumerate(i.parts[:-1]) if _MEDIA.fullmatch(o)}
     if media and len(media)==len(inside): return media
     if bare or one: return {i.parts: -1 for i in inside}

@@ -52,7 +52,8 @@ def _one(job):
 
 def _absent(error, finding):
     severity = 'warning' if error=='missing' else 'error'
-    return {**dict.fromkeys(_AUDIT), 'readable':False, 'error':error, 'severity':severity, 'findings':finding, 'notes':''}
+    return {**dict.fromkeys(_AUDIT), 'readable':False, 'error':error, 'severity':severity, 'findings':finding,
+        'notes':''}
 
 def _look(patient, sequence, path, index):
     row,vol = _audit(path, sequence, patient, index)
@@ -109,7 +110,8 @@ def _left(journal):
     for o in journal.read_text(encoding='utf-8').split('\n')[:-1] if journal.exists() else []:
         try: k,row,grid,same,picture,box = json.loads(o)
         except ValueError: continue
-        res[k] = row,grid,same,None if picture is None else np.array(Image.open(io.BytesIO(base64.b64decode(picture)))),box
+        image = None if picture is None else np.array(Image.open(io.BytesIO(base64.b64decode(picture))))
+        res[k] = row,grid,same,image,box
     return res
 
 # %% ../nbs/17_audit.ipynb #7c8dec3a
@@ -127,11 +129,13 @@ def _sizes_differ(a, b):
 def _odd_ones(boxes):
     "Which series of a patient do not fit the others, and why; `boxes` by position. Two that differ are both told"
     res,keys = {},list(boxes)
-    for what,differ in (('lies elsewhere than', lambda a,b: _overlap(a,b)<.3), ('is of another size than', _sizes_differ)):
+    for what,differ in (('lies elsewhere than', lambda a,b: _overlap(a,b)<.3),
+        ('is of another size than', _sizes_differ)):
         n = {i: sum(differ(boxes[i], boxes[j]) for j in keys if j!=i) for i in keys}
         most = max(n.values(), default=0)
         for i in keys:
-            if n[i] and n[i]==most and n[i]>(len(keys)-1)/2: res.setdefault(i, []).append(f"its head {what} in the patient's other series")
+            if n[i] and n[i]==most and n[i]>(len(keys)-1)/2:
+                res.setdefault(i, []).append(f"its head {what} in the patient's other series")
     return res
 
 def _compare(df, grids, same, boxes):
@@ -164,8 +168,11 @@ def audit_cohort(
     cohort:pd.DataFrame, # `patient` and a path column per sequence, as all `*_cohort` functions return
     n_workers:int=None, # Processes; one a core if none, 0 for this one
     progress:bool=True, # Show a progress bar?
-) -> pd.DataFrame: # `patient`, `sequence`, what `audit_series` tells, `severity` (`'error'`: it cannot be what it is taken for, `'warning'`: decide, `'note'`), `evidence`, `grid` (a letter for each grid of a patient), `findings`, `notes`
-    "Audit every series of a cohort, one row each; a missing series has a row too. Raises nothing on content; holds no header values, and of paths only the names of faulty files."
+) -> pd.DataFrame: # `patient`, `sequence`, what `audit_series` tells, `grid` (a letter for each grid of a patient)
+    """Audit every series of a cohort, one row each; a missing series has a row too.
+
+    `severity` is 'error' where an image cannot be what it is taken for, 'warning' where somebody must decide, or 'note'.
+    Raises nothing on content; holds no header values, and of paths only the names of faulty files."""
     return _table(_jobs(cohort), n_workers, progress)[0]
 
 def _jobs(cohort):
@@ -175,7 +182,8 @@ def _jobs(cohort):
 def _table(jobs, n_workers, progress, journal=None):
     "The audited jobs, and a picture of each that can be read"
     rows,grids,same,pictures,boxes = zip(*_run(jobs, n_workers, progress, journal)) if jobs else [()]*5
-    df = pd.DataFrame([dict(patient=p, sequence=s, **r) for (p,s,*_),r in zip(jobs,rows)], columns=['patient','sequence',*_AUDIT])
+    df = pd.DataFrame([dict(patient=p, sequence=s, **r) for (p,s,*_),r in zip(jobs,rows)],
+        columns=['patient','sequence',*_AUDIT])
     df = df.astype(dict.fromkeys(['volumes','slices','rows','columns','missing','duplicates','blank','near_blank'], 'Int64'))
     return _compare(df, grids, same, boxes)[['patient','sequence',*_AUDIT[:-2],'grid','findings','notes']], pictures
 
@@ -225,9 +233,10 @@ def _summary(table):
 
 # %% ../nbs/17_audit.ipynb #8cd1c51d
 def _doubtful(cohort):
-    "Images whose name and header contradict each other, or say that they are no MR; those that say nothing, of patients who lack a sequence"
+    "Images that contradict themselves, or are no MR; of patients who lack a sequence also those that say nothing"
     lack = set(cohort.patient[cohort[[*SEQUENCES]].isna().any(axis=1)])
-    def doubtful(patient, why): return patient in lack if why.startswith('neither') else ', but ' in why or not why.startswith('its name')
+    def doubtful(patient, why):
+        return patient in lack if why.startswith('neither') else ', but ' in why or not why.startswith('its name')
     return [o for o in cohort.attrs.get('images', []) if o[2] is None and doubtful(o[0], o[5])]
 
 def _find_cohort(root, **how):
@@ -241,7 +250,8 @@ def _find_cohort(root, **how):
             if labels is not None or how.get('choices') is not None: raise
             return None,f'{e}\n' if 'two layouts' in str(e) else ''
     cohort = pd.concat(parts, ignore_index=True)
-    cohort.attrs.update(report=[r for o in parts for r in o.attrs['report']], images=[r for o in parts for r in o.attrs['images']])
+    cohort.attrs.update(report=[r for o in parts for r in o.attrs['report']],
+        images=[r for o in parts for r in o.attrs['images']])
     rows = cohort_report(cohort)
     told = ''.join(f'  {r.patient} {r.sequence}: {r.problem}; {r.what_to_do}\n' for r in rows[:20].itertuples())
     return cohort,said.getvalue()+told+(f'  and {len(rows)-20} more\n' if len(rows)>20 else '')
@@ -272,15 +282,19 @@ def audit(
     others = [o for o in series if os.path.realpath(o.path) not in known]
     chance = len(others)>len(known) or cohort is not None and not _any_named(cohort)
     if not jobs or chance and len(known)<named/2: # names that look like sequences by chance are no cohort
-        jobs,others,doubts,said = [(_called_by(o, root), None, o.path, None) for o in series],[],[],said if cohort is None else ''
-    elif choices is not None and given is None: write_choices(cohort, choices); said += f'choices: {choices}; edit it and give it to mgmt_prepare\n'
+        jobs,others,doubts,said = [(_called_by(o, root), None, o.path, None)
+            for o in series],[],[],said if cohort is None else ''
+    elif choices is not None and given is None:
+        write_choices(cohort, choices)
+        said += f'choices: {choices}; edit it and give it to mgmt_prepare\n'
     journal = make_folder(dest)/'audit.jsonl'
     table,pictures = _table(jobs, n_workers, progress, journal)
     _add_doubts(table, len(table)-len(doubts), doubts)
     with atomic_path(dest/'audit.csv') as tmp: table.iloc[_by_severity(table)].to_csv(tmp, index=False)
     write_sheet(table, pictures, dest/'audit.html', f'Audit of {root.resolve().name}')
     journal.unlink()
-    print(f"{said}{root}: {_summary(table)}" + (f'; {len(others)} images below it were left out: other sessions, maps, segmentations' if others else ''))
+    print(f"{said}{root}: {_summary(table)}" + (f'; {len(others)} images below it were left out: other sessions,'
+        f' maps, segmentations' if others else ''))
     for k,n in _kinds(table.findings): print(f'{n:6d} x {k}')
     print(f"table: {dest/'audit.csv'}; pictures: {dest/'audit.html'}")
     return bool((table.findings!='').any())

@@ -49,12 +49,14 @@ def patient_key(
 # %% ../nbs/02_cohort.ipynb #dfb7403a
 _id_names = 'BraTS21ID TCGAID patient patientid id case caseid subject subjectid participantid bcrpatientbarcode'.lower().split()
 _label_names = 'MGMT_value MGMT.promoter.status MGMTstatus MGMTmethylation MGMT label'.lower().replace('_','').replace('.','').split()
-_words = {**dict.fromkeys("""methylated positive m met meth true pos metilado metilada positivo methyliert positiv methyle methylee
-    positif""".split(), 1), **dict.fromkeys("""unmethylated negative u unmet unmeth false neg wildtype non-methylated nonmethylated
-    not-methylated no-metilado nometilado no-metilada negativo unmethyliert nichtmethyliert nicht-methyliert negativ non-methyle
-    nonmethyle non-methylee negatif""".split(), 0)}
-_blank = set("""|na|n/a|<na>|nan|none|null|unknown|not available|indeterminate|not tested|not done|nd|n.d.|untested|pending|missing
-|desconocido|no disponible|unbekannt|inconnu|not evaluated|not applicable|equivocal|inconclusive|-|--|?|.""".replace('\n','').split('|'))
+_yes = """methylated positive m met meth true pos metilado metilada positivo methyliert positiv methyle methylee positif"""
+_no = """unmethylated negative u unmet unmeth false neg wildtype non-methylated nonmethylated not-methylated
+    no-metilado nometilado no-metilada negativo unmethyliert nichtmethyliert nicht-methyliert negativ
+    non-methyle nonmethyle non-methylee negatif"""
+_words = {**dict.fromkeys(_yes.split(), 1), **dict.fromkeys(_no.split(), 0)}
+_blank = """|na|n/a|<na>|nan|none|null|unknown|not available|indeterminate|not tested|not done|nd|n.d.|untested|pending
+|missing|desconocido|no disponible|unbekannt|inconnu|not evaluated|not applicable|equivocal|inconclusive|-|--|?|."""
+_blank = set(_blank.replace('\n','').split('|'))
 _SUB = str.maketrans('áéíóúüäöñèê', 'aeiouuaonee')
 
 def _decoded(path, escape=False):
@@ -82,18 +84,21 @@ def _read_table(path, header=0, dtype=str, nrows=None, keep_default_na=True, esc
     if not path.is_file(): raise CohortError(f"no table at {path}: is the path right, and the download complete?")
     try: rows = _rows(_decoded(path, escape))
     except (ValueError,csv.Error) as e:
-        raise CohortError(f"{path} is not a table of comma-, semicolon- or tab-separated text ({e}): save it as CSV") from None
+        why = f"{path} is not a table of comma-, semicolon- or tab-separated text ({e}): save it as CSV"
+        raise CohortError(why) from None
     width = len(rows[0]) if header==0 else max(map(len, rows))
-    while header==0 and width>1 and not rows[0][width-1] and not any(o[width-1:] and o[width-1] for o in rows): width -= 1
+    while header==0 and width>1 and not rows[0][width-1] and not any(o[width-1:] and o[width-1] for o in rows):
+        width -= 1
     for i,o in enumerate(rows):
         if any(o[width:]):
-            raise CohortError(f"{path}: row {i+1} has {len(o)} cells and the header names {width}: is a cell with a separator in it not quoted?")
+            raise CohortError(f"{path}: row {i+1} has {len(o)} cells and the header names {width}: is a cell with a"
+                f" separator in it not quoted?")
     rows = [(o+['']*width)[:width] for o in rows]
     df = pd.DataFrame(rows[1:], columns=rows[0]) if header==0 else pd.DataFrame(rows)
     return df.replace('', pd.NA) if keep_default_na else df
 
 def _column(columns, given, names, what, part=None):
-    "The column called `given`, or else the first of `names`, compared by letters and digits alone, or the only one that holds `part`"
+    "The column called `given`, else the first of `names`, by letters and digits alone, or the only one with `part`"
     has = ', '.join(map(str,columns))[:300]
     if given is not None:
         if given not in columns: raise CohortError(f"the table has no column {given!r} for the {what}: it has {has}")
@@ -104,7 +109,8 @@ def _column(columns, given, names, what, part=None):
     near = [c for k,c in plain.items() if part and part in k]
     if len(near)==1: return near[0]
     which = f"; {' and '.join(map(str,near))} could both be it" if near else ''
-    raise CohortError(f"no column of the table is known to hold the {what}: it has {has}{which}. Name it: id_col=..., label_col=...")
+    raise CohortError(f"no column of the table is known to hold the {what}: it has {has}{which}. Name it:"
+        f" id_col=..., label_col=...")
 
 class _Unknown(ValueError):
     "A word that is no known label"
@@ -124,7 +130,7 @@ def read_labels(
     table, # Path of a delimited text file, or a DataFrame
     id_col:str=None, # Column of the ids; the names of the competition, the thesis and TCGA are known
     label_col:str=None, # Column of the labels: 0/1, or words such as `Methylated`
-) -> pd.DataFrame: # A row for each of the table: `patient` as written there, `label` (Int64, blank is missing), the other columns
+) -> pd.DataFrame: # A row for each: `patient` as written there, `label` (Int64, blank is missing), the other columns
     """Read a table of MGMT status; `.attrs` says which columns were taken, and lists labels that are no known word.
 
     Raises `CohortError` on a missing file or column, a blank id, or a number that is neither 0 nor 1."""
@@ -134,10 +140,13 @@ def read_labels(
     label_col = _column(df.drop(columns=id_col), label_col, _label_names, 'labels', 'mgmt')
     ids,labels,odd = df.pop(id_col).astype('string').str.strip(),[],[]
     if (ids.isna()|(ids=='')).any():
-        raise CohortError(f"{where} has no id in data row {int((ids.isna()|(ids=='')).to_numpy().argmax())+1}: fill it in or delete the row")
+        raise CohortError(f"{where} has no id in data row {int((ids.isna()|(ids=='')).to_numpy().argmax())+1}: fill"
+            f" it in or delete the row")
     for i,v in zip(ids, df.pop(label_col)):
         try: labels.append(_label(v))
-        except _Unknown: labels.append(pd.NA); odd.append((i, '', _odd_label(v), 'write 0, 1, Methylated, Unmethylated or nothing'))
+        except _Unknown:
+            labels.append(pd.NA)
+            odd.append((i, '', _odd_label(v), 'write 0, 1, Methylated, Unmethylated or nothing'))
         except ValueError: raise CohortError(_bad_label(where, i, v)) from None
     if odd and not any(pd.notna(labels)): raise CohortError(_bad_label(where, *odd[0][:1], odd[0][2].split("'")[1]))
     if not isinstance(table, pd.DataFrame): df = _numbers(df)
@@ -149,7 +158,8 @@ def read_labels(
 def _odd_label(v): return f"the label {str(v)[:40]!r} is no word that is known: taken as unlabelled"
 
 def _bad_label(where, i, v):
-    return (f"{where}: the label of {i} is {v!r}, but it must be 0, 1, Methylated, Unmethylated or blank: is it a submission,"
+    return (f"{where}: the label of {i} is {v!r}, but it must be 0, 1, Methylated, Unmethylated or blank: is it a"
+        f" submission,"
         " another coding, or another column (label_col)?")
 
 def _numbers(df):
@@ -173,7 +183,8 @@ class _Found(NamedTuple):
     verdict:Verdict
     header:dict
 
-_DERIVED = set('bias n4 n4itk brain bet unstripped stripped norm normalized normalised reg registered coreg resampled ss skull'.split())
+_DERIVED = set('bias n4 n4itk brain bet unstripped stripped norm normalized normalised reg registered coreg'
+    ' resampled ss skull'.split())
 _KIND = dict(missing='nothing, if it was not acquired; else restore it')
 
 def _understand(placed):
@@ -181,7 +192,8 @@ def _understand(placed):
     h = {} if placed.image.kind=='nifti' else series_header(placed.image.path)
     said = h.get('SeriesDescription') or h.get('ProtocolName')
     echoes = [o[0] for o in h.get('echoes', ()) if o]
-    if len(set(echoes))>1: h = {**h, 'EchoTime':max(echoes)} # of two echoes the long one counts, as `read_sequence` takes it
+    # of two echoes the long one counts, as `read_sequence` takes it
+    if len(set(echoes))>1: h = {**h, 'EchoTime':max(echoes)}
     return _Found(placed, name_series(*placed.names, said, header=h), h)
 
 def _date(found):
@@ -226,7 +238,8 @@ def _choose(images):
         after = bool(re.search(r'post|follow|fu', s or '', re.I))
         return -len({o.verdict.sequence for o in exams[s]}-{None}), date or '9', after, _natural(s)
     first_,*others = sorted(exams, key=rank)
-    told = [('', f"{len(exams)} sessions: {first_} is taken (most complete, then earliest), not {', '.join(map(str,others))}",
+    told = [('', f"{len(exams)} sessions: {first_} is taken (most complete, then earliest), not"
+        f" {', '.join(map(str,others))}",
         'nothing, or choose another: see `choices`')] if others else []
     return first_,exams[first_],told
 
@@ -237,7 +250,8 @@ def scan_patient(
 ) -> tuple: # Path by sequence, and a list of problems `(sequence, problem, what to do)`
     "Which image in a patient's folder is which sequence; a sequence without exactly one image is left out and told."
     images,odd = find_images(folder)
-    placed = place_images(Path(folder).parent, [o._replace(parts=(Path(folder).name,*o.parts)) for o in images], [Path(folder).name])[0]
+    placed = place_images(Path(folder).parent, [o._replace(parts=(Path(folder).name,*o.parts)) for o in images],
+        [Path(folder).name])[0]
     res = _row(list(map(_understand, placed)), [((Path(folder).name,*o[0]),*o[1:]) for o in odd], expect)
     return res.paths,res.problems
 
@@ -257,19 +271,24 @@ def _row(images, odd, expect=SEQUENCES):
         elif seq in empty: problems.append((seq, *empty[seq][1:]))
         elif seq in expect and not unread: problems.append((seq, 'missing', _KIND['missing']))
     problems += _unnamed(by.get(None, []))
-    if not any(by.get(s) for s in SEQUENCES) and not empty: problems = [*problems[:len(unread)+len(told)], _no_sequence(), *_unnamed(by.get(None, []))]
+    if not any(by.get(s) for s in SEQUENCES) and not empty:
+        problems = [*problems[:len(unread)+len(told)], _no_sequence(), *_unnamed(by.get(None, []))]
     return NS(paths=paths, session=session, images=chosen, problems=problems)
 
 _WAY_OUT = 'leave one of them, name it with `nifti_cohort`, or say which in a table of `choices`'
 
-def _no_sequence(): return '', 'no sequence found in the folder', f"name files or folders after the sequences: {', '.join(SEQUENCES)}"
+def _no_sequence():
+    return '', 'no sequence found in the folder', f"name files or folders after the sequences: {', '.join(SEQUENCES)}"
 
 def _unnamed(images):
     "Rows for images without a sequence; those whose name says that they are something else need none"
     clear = [o for o in images if ', but ' in o.verdict.why or 'modality' in o.verdict.why or ', and ' in o.verdict.why]
     silent = [o for o in images if o.verdict.why.startswith('neither')]
-    rows = [('', f'an image is no sequence: {o.verdict.why}', 'look at it; say what it is in a table of `choices`') for o in clear]
-    if silent: rows.append(('', f"{len(silent)} image{'s'*(len(silent)>1)} left out: {silent[0].verdict.why}", 'say what they are in a table of `choices`'))
+    rows = [('', f'an image is no sequence: {o.verdict.why}', 'look at it; say what it is in a table of `choices`')
+        for o in clear]
+    if silent:
+        rows.append(('', f"{len(silent)} image{'s'*(len(silent)>1)} left out: {silent[0].verdict.why}",
+            'say what they are in a table of `choices`'))
     return [(o,f'{p} ({n} images)' if n>1 else p,w) for (o,p,w),n in Counter(rows).items()]
 
 # %% ../nbs/02_cohort.ipynb #f31f6287
@@ -332,7 +351,8 @@ def _labels(labels, report, id_col, label_col):
     if labels is None or labels is False: return {},{},''
     table = read_labels(labels, id_col, label_col)
     report += table.attrs.get('report', [])
-    said = f"; labels of column {table.attrs['columns'][1]!r}, ids of {table.attrs['columns'][0]!r}" if table.attrs.get('columns') else ''
+    ids,of = table.attrs.get('columns', ('',''))
+    said = f"; labels of column {of!r}, ids of {ids!r}" if of else ''
     return _one_label(table, report), _one_label(table, [], patient_key), said
 
 def _assemble(scans, labels, source, report=(), keep=False, pad=0, id_col=None, label_col=None):
@@ -349,7 +369,8 @@ def _assemble(scans, labels, source, report=(), keep=False, pad=0, id_col=None, 
         report += [(patient, *o) for o in problems]
         if row is not None: paths = _unmarked(paths, row, patient, report)
         if paths or keep or row is not None:
-            rows.append(dict(patient=patient, session=session, label=row['label'] if row else pd.NA, source=getattr(scan, 'source', None) or source, **paths,
+            rows.append(dict(patient=patient, session=session, label=row['label'] if row else pd.NA,
+                source=getattr(scan, 'source', None) or source, **paths,
                 **{f'{k}_index': v for k,v in (getattr(scan, 'index', None) or {}).items()}))
     met = set(seen) | set(map(patient_key, scans))
     alone = {k for k,r in known.items() if k not in met and patient_key(r['patient']) not in met}
@@ -358,7 +379,8 @@ def _assemble(scans, labels, source, report=(), keep=False, pad=0, id_col=None, 
         if keep: rows.append(dict(patient=patient, label=label, source=source))
     index = [f'{s}_index' for s in SEQUENCES if any(f'{s}_index' in o for o in rows)]
     df = pd.DataFrame(rows, columns=['patient','session','label',*SEQUENCES,*index,'source'])
-    df = df.astype({'label':'Int64', **dict.fromkeys(['patient','session',*SEQUENCES,'source'],'string'), **dict.fromkeys(index,'Int64')})
+    df = df.astype({'label':'Int64', **dict.fromkeys(['patient','session',*SEQUENCES,'source'],'string'),
+        **dict.fromkeys(index,'Int64')})
     report = _together(report, df)
     df = _noted(df.sort_values('patient', ignore_index=True), report)
     df.attrs['images'] = [o for scan in scans.values() for o in getattr(scan, 'table', ())]
@@ -382,26 +404,31 @@ def _table_rows(root, images, used, patient):
     for o in images:
         taken = o.verdict.sequence in used and used[o.verdict.sequence]==o.placed.image.path
         rel = os.path.relpath(o.placed.image.path, root)
-        rows.append((patient, o.placed.session, o.verdict.sequence, 'yes' if taken else '', o.verdict.evidence, o.verdict.why, rel))
+        rows.append((patient, o.placed.session, o.verdict.sequence, 'yes' if taken else '', o.verdict.evidence,
+            o.verdict.why, rel))
     return rows
 
 def _merged(placed):
-    "Folders with one PatientID whose names differ in their last part are sessions of one patient; the image's place, changed"
+    "Folders with one PatientID whose names differ in their last part become sessions of one patient"
     of = {}
     for o in placed:
-        if o.placed.layout=='folder' and (who := o.header.get('PatientID')): of.setdefault(who, {}).setdefault(o.placed.patient, o)
+        if o.placed.layout=='folder' and (who := o.header.get('PatientID')):
+            of.setdefault(who, {}).setdefault(o.placed.patient, o)
     rename = {}
     for folders in of.values():
         for stem,names in groupby(folders, lambda n: re.sub(r'[-_ .][A-Za-z0-9]+$', '', n)).items():
-            if len(names)>1 and len(folders)==len(names) and len(of)>1: rename.update({n: (stem,n[len(stem)+1:]) for n in names})
-    to = lambda p: p._replace(patient=rename[p.patient][0], session=p.session or rename[p.patient][1]) if p.patient in rename else p
+            if len(names)>1 and len(folders)==len(names) and len(of)>1:
+                rename.update({n: (stem,n[len(stem)+1:]) for n in names})
+    to = lambda p: p._replace(patient=rename[p.patient][0], session=p.session
+        or rename[p.patient][1]) if p.patient in rename else p
     return [o._replace(placed=to(o.placed)) for o in placed]
 
 def _scan(root, patients=None, labels=None, id_col=None, choices=None, base=None):
     "Every patient below `root`: `scans` by patient, and the parts of the archive that are `left` over"
     images,odd = find_images(root)
     ids = set() if labels is None or labels is False else _ids_of(labels, id_col)
-    try: placed,left = place_images(root, images, patients, lambda name: id_key(name) in ids or patient_key(name) in ids)
+    try:
+        placed,left = place_images(root, images, patients, lambda name: id_key(name) in ids or patient_key(name) in ids)
     except ArchiveError as e: raise CohortError(f'{root}: {e}') from None
     found = list(map(_understand, placed))
     found = found if patients is not None else _merged(found)
@@ -414,8 +441,11 @@ def _scan(root, patients=None, labels=None, id_col=None, choices=None, base=None
         scans[p] = _picked(chosen[p]) if p in chosen else _row(by.get(p, []), mine)
         scans[p].table = _table_rows(base or root, by.get(p, []), scans[p].paths, p)
         scans[p].source = None if patients is not None or p not in by else by[p][0].placed.layout
-    lost = [('', '', f'{what}: {"/".join(parts[:1])}', todo) for parts,what,todo in odd if parts and whose[parts] is None and parts[0] not in scans]
-    if left: lost.append(('', '', f'{len(left)} images below it belong to no patient', 'nothing, or name them with `nifti_cohort`'))
+    lost = [('', '', f'{what}: {"/".join(parts[:1])}', todo) for parts,what,todo in odd if parts
+        and whose[parts] is None and parts[0] not in scans]
+    if left:
+        lost.append(('', '', f'{len(left)} images below it belong to no patient',
+            'nothing, or name them with `nifti_cohort`'))
     return NS(scans=scans, left=left, images=images, odd=odd, report=report+([] if patients else _kinds_of(lost)))
 
 def _kinds_of(rows): return [(*o[:2], f'{o[2]} ({n} times)' if n>1 else o[2], o[3]) for o,n in Counter(rows).items()]
@@ -436,12 +466,15 @@ def _folder_cohort(root, labels, source, looked_for, layout=None, **kwargs):
 
 def _no_scans(root, s, looked_for):
     "Why a folder is no cohort"
-    why = uniqueify([f'{seq} {problem}'.strip() for o in s.scans.values() for seq,problem,_ in o.problems if problem!='missing'])
+    why = uniqueify([f'{seq} {problem}'.strip() for o in s.scans.values() for seq,problem,_ in o.problems
+        if problem!='missing'])
     packed = [o for o in s.odd if o[1]=='a packed archive']
     if packed: why = [f'{len(packed)} packed archives: unpack them first', *why]
     if not why and any(not o.parts for o in s.images):
-        why = ['files, but no folders: if they are the slices of one series, give the folder above, and name this one after its sequence']
-    return (f"{root} holds no scans that can be told apart ({'; '.join(why[:3])}). Looked for {looked_for}. Any other layout:"
+        why = ['files, but no folders: if they are the slices of one series, give the folder above, and name this'
+            ' one after its sequence']
+    return (f"{root} holds no scans that can be told apart ({'; '.join(why[:3])}). Looked for {looked_for}. Any"
+        f" other layout:"
         " nifti_cohort(root, pattern='{patient}/{sequence}.nii.gz')")
 
 # %% ../nbs/02_cohort.ipynb #f398b1d5
@@ -467,10 +500,13 @@ def _read_choices(choices, root, found):
     if choices is None: return {},[]
     df = choices if isinstance(choices, pd.DataFrame) else _read_table(choices, escape=True)
     lack = [k for k in ('patient','sequence','use','path') if k not in df]
-    if lack: raise CohortError(f"a table of choices has columns patient, sequence, use and path; {', '.join(lack)} is missing")
+    if lack:
+        raise CohortError(f"a table of choices has columns patient, sequence, use and path; {', '.join(lack)} is"
+            f" missing")
     at,res,report = {os.path.relpath(o.placed.image.path, root): o for o in found},{},[]
     for patient,rows in df.groupby('patient'):
-        used = [r for r in rows.to_dict('records') if str(r['use']).strip().lower() in ('yes','y','1','true','x','si','ja')]
+        used = [r for r in rows.to_dict('records')
+            if str(r['use']).strip().lower() in ('yes','y','1','true','x','si','ja')]
         res[str(patient)] = _one_choice(str(patient), used, at, report)
     return res,report
 
@@ -479,13 +515,19 @@ def _one_choice(patient, used, at, report):
     paths,index,sessions,problems = {},{},set(),[]
     for r in used:
         o,seq = at.get(str(r['path'])),str(r['sequence']).strip()
-        if o is None: report.append((patient, '', 'an image of the table of choices is not there', 'correct its path')); continue
-        if seq not in SEQUENCES: raise CohortError(f"the table of choices uses an image of {patient} as {seq!r}: use one of {', '.join(SEQUENCES)}")
+        if o is None:
+            report.append((patient, '', 'an image of the table of choices is not there', 'correct its path'))
+            continue
+        if seq not in SEQUENCES:
+            raise CohortError(f"the table of choices uses an image of {patient} as {seq!r}: use one of"
+                f" {', '.join(SEQUENCES)}")
         if seq in paths: raise CohortError(f"the table of choices uses two images of {patient} as {seq}: leave one")
         paths[seq] = o.placed.image.path
         sessions.add(r.get('session') if pd.notna(r.get('session')) else None)
         if pd.notna(r.get('index')) and str(r['index']).strip(): index[seq] = int(float(r['index']))
-    if len(sessions)>1: problems.append(('', 'the choices mix sessions: none is taken', 'choose images of one session')); paths = {}
+    if len(sessions)>1:
+        problems.append(('', 'the choices mix sessions: none is taken', 'choose images of one session'))
+        paths = {}
     problems += [(s, 'missing', _KIND['missing']) for s in SEQUENCES if s not in paths]
     return NS(paths=paths, index=index, session=first(sessions), problems=problems)
 
@@ -516,10 +558,12 @@ def kaggle_cohort(
     return _assemble(scans, labels, f'kaggle/{split}', keep=True, pad=5, id_col=id_col, label_col=label_col)
 
 def _submitted():
-    return NS(paths={}, session=None, problems=[('', 'in sample_submission.csv, but has no folder', 'restore the scans')])
+    return NS(paths={}, session=None, problems=[('', 'in sample_submission.csv, but has no folder',
+        'restore the scans')])
 
 def _no_labels(root):
-    return (f"{root} has no train_labels.csv: pass labels=path if it is elsewhere, labels=False to go on without labels,"
+    return (f"{root} has no train_labels.csv: pass labels=path if it is elsewhere, labels=False to go on without"
+        f" labels,"
         " or split='test'")
 
 def _no_patients(root, split):
@@ -531,7 +575,9 @@ def brats_cohort(
     labels=None, # Label table: path or DataFrame
     **kwargs, # `id_col`, `label_col`, `choices`, as in `find_cohort`
 ) -> pd.DataFrame: # Cohort: `patient`, `session`, `label`, a path per sequence, `source`
-    """The cohort of a BraTS archive, as `find_cohort` gives it. Raises `CohortError` if no file is named as BraTS 2021 or 2023 does.
+    """The cohort of a BraTS archive, as `find_cohort` gives it.
+
+    Raises `CohortError` if no file is named as BraTS 2021 or 2023 does.
 
     Source: file names as in Baid et al. 2021 (`BraTS2021_00000_flair.nii.gz`) and BraTS 2023 (`BraTS-GLI-00001-000-t2f.nii.gz`)."""
     looked_for = 'PATIENT/PATIENT_{flair,t1,t1ce,t2}.nii.gz and PATIENT/PATIENT-{t2f,t1n,t1c,t2w}.nii.gz'
@@ -550,21 +596,25 @@ def tcga_cohort(
     id_col:str=None, # Column of the label table with the ids
     label_col:str=None, # Column of the label table with the labels
     choices=None, # Table of choices, see `write_choices`
-) -> pd.DataFrame: # Cohort: `patient`, `session`, `label`, a path per sequence, `source`, and `study` where the table has it
+) -> pd.DataFrame: # Cohort: `patient`, `session`, `label`, a path per sequence, `source`, `study` if the table has it
     """The cohort of TCGA-GBM. Raises `CohortError` if there are neither scans nor labels, or none of the study asked for.
 
     Source: the published table is that of Ceccarelli et al. 2016."""
     if study not in ('GBM','LGG',None): raise CohortError(f"study must be 'GBM', 'LGG' or None; received {study!r}")
     if root is None and labels is None: raise CohortError("tcga_cohort needs a folder, a label table, or both")
     table = None if labels is None else read_labels(labels, id_col, label_col)
-    found = _scan(_folder(root), labels=table, id_col=None if table is None else 'patient', choices=choices) if root is not None else NS(scans={}, report=[])
+    found = _scan(_folder(root), labels=table, id_col=None if table is None else 'patient',
+        choices=choices) if root is not None else NS(scans={}, report=[])
     scans = found.scans
-    if root is not None and not any(o.paths for o in scans.values()): raise CohortError(f"{root} holds no scans: looked for PATIENT/SEQUENCE/*.nii.gz and PATIENT/SEQUENCE/*.dcm, SEQUENCE being {', '.join(SEQUENCES)} or another name that says so")
+    if root is not None and not any(o.paths for o in scans.values()):
+        raise CohortError(f"{root} holds no scans: looked for PATIENT/SEQUENCE/*.nii.gz and PATIENT/SEQUENCE/*.dcm,"
+            f" SEQUENCE being {', '.join(SEQUENCES)} or another name that says so")
     report,studies = found.report,{}
     if table is not None and 'Study' in table:
         studies = {id_key(p): _study(s) for p,s in zip(table.patient, table.Study)}
         other = {p for p,s in studies.items() if study is not None and not pd.isna(s) and s!=study}
-        report = report+[(p, '', f'{studies[id_key(p)]}, not {study}: left out', f'study=None keeps it') for p in (scans or table.patient) if id_key(p) in other]
+        report = report+[(p, '', f'{studies[id_key(p)]}, not {study}: left out', f'study=None keeps it')
+            for p in (scans or table.patient) if id_key(p) in other]
         table,scans = table[[id_key(p) not in other for p in table.patient]], {p:o for p,o in scans.items() if id_key(p) not in other}
         if (root is not None and not scans) or table.empty: raise CohortError(f"none of the patients is {study}: {len(report)} belong to another study. Pass study=None to keep them")
     odd = [] if table is None else table.attrs.get('report', [])
@@ -624,7 +674,8 @@ def _given(path, seq, patient):
         says = header_testimony(f.header)
         odd_one = f'called {seq}, but {says.why}' if seq not in says.can else ''
         res.append(f._replace(verdict=Verdict(None, None, odd_one) if odd_one else Verdict(seq, 'name', '')))
-    if not images: res.append(_Found(None, Verdict(), (seq, 'its folder holds no DICOM or NIfTI file', 'restore the files')))
+    if not images:
+        res.append(_Found(None, Verdict(), (seq, 'its folder holds no DICOM or NIfTI file', 'restore the files')))
     return res
 
 # %% ../nbs/02_cohort.ipynb #01188689
@@ -641,16 +692,22 @@ def find_cohort(
     Raises `CohortError` if nothing can be told apart, or if two layouts explain the same folders."""
     root = Path(root)
     how = dict(id_col=id_col, label_col=label_col, choices=choices)
-    if root.is_file() and root.suffix.lower() in ('.csv','.tsv'): return kaggle_cohort(root, labels=labels, id_col=id_col, label_col=label_col)
+    if root.is_file() and root.suffix.lower() in ('.csv','.tsv'):
+        return kaggle_cohort(root, labels=labels, id_col=id_col, label_col=label_col)
     if root.is_file(): raise CohortError(f"{root} is a file: give the folder that holds the patient's sequences")
     _folder(root)
     parent = root.resolve().parent
-    if root.resolve().name in ('train','test') and any((parent/o).is_file() for o in ('train_labels.csv','sample_submission.csv')): root,split = parent,root.resolve().name
+    if root.resolve().name in ('train','test') and any((parent/o).is_file()
+        for o in ('train_labels.csv','sample_submission.csv')):
+        root,split = parent,root.resolve().name
     if _is_competition(root):
         split = split or ('train' if (root/'train').is_dir() or not (root/'test').is_dir() else 'test')
-        return kaggle_cohort(root, split, labels if labels is not None or (root/'train_labels.csv').is_file() else False, **how)
-    looked_for = f"the competition's train/ or test/, the names of BraTS, UPENN-GBM, UCSF-PDGM, TCIA and BIDS, PATIENT/SEQUENCE/ with NIfTI or DICOM, and one patient's files or folders named after the sequences ({', '.join(SEQUENCES)})"
-    return _folder_cohort(root, labels, 'folder', looked_for, **how)
+        return kaggle_cohort(root, split, labels if labels is not None or (root/'train_labels.csv').is_file()
+            else False, **how)
+    return _folder_cohort(root, labels, 'folder', _LOOKED_FOR, **how)
+
+_LOOKED_FOR = ("the competition's train/ or test/, the names of BraTS, UPENN-GBM, UCSF-PDGM, TCIA and BIDS, PATIENT/SEQUENCE/ with"
+    f" NIfTI or DICOM, and one patient's files or folders named after the sequences ({', '.join(SEQUENCES)})")
 
 def _is_competition(root):
     "Does the competition's layout explain the folder: its label table, or splits and no image outside them?"

@@ -15,7 +15,8 @@ from .core import *
 # %% ../nbs/01_naming.ipynb #0aa3c4bf
 class Testimony(NamedTuple):
     "What a name or a header says of a series"
-    can:tuple = SEQUENCES # Sequences that remain possible; all where the witness is silent, none where it is something else
+    # Sequences that remain possible; all where the witness is silent, none where it is something else
+    can:tuple = SEQUENCES
     usual:str = None # Which of them is meant if nobody else speaks: plain `T1` means T1w
     why:str = '' # What the witness saw, for a report; never a value from a header that could name a patient
 
@@ -27,7 +28,8 @@ _PHRASES = [
     (r'\bpost-?proc\w*', ' '),
     (r'\bw(?:ith)?/? ?(?:&|and|/|\+)? ?w(?:ithout|/?o)\b|\bwow\b|\bsin ?(?:y )?con\b|\bcon y sin\b', ' xboth '),
     (rf'\b{_WITHOUT}[ -]*(?:the )?(?:iv )?{_AGENT}', ' xpre '),
-    (r'\bnon?con\w*|\bunenhanced\b|\bnativ\w*|\bplain\b|\bs/c(?:te|iv)?\b|\bc-(?= |$)|\bw/?o\b|\bpre(?=gd|gad)?', ' xpre '),
+    (r'\bnon?con\w*|\bunenhanced\b|\bnativ\w*|\bplain\b|\bs/c(?:te|iv)?\b|\bc-(?= |$)|\bw/?o\b|\bpre(?=gd|gad)?',
+    ' xpre '),
     (r'\+ ?(?:c|gd|gad\w*)\b|\b(?:c|gd|gad\w*) ?\+|\bc/c\b|造影|增强|增強|조영', ' xpost '),
     (r'dark ?-?fluid|\bda-fl\b|\bdafl\b', ' flair '),
     (r'\bmp ?-?rage', ' mprage '), (r'\bt ?([12]) ?(?:\*|star|etoile)|\bt([12])s\b', ' xstar ')]
@@ -45,17 +47,19 @@ def _plain_text(name):
 _PREFIX = r'(?:wip|ax|sg|sag|cor|tra|brain|head|tse|fse|[seo]|\d?d)*'
 _WEIGHT = re.compile(rf'(?<![a-z]){_PREFIX}t ?([12])(?=w|$|[^0-9a-z]|[a-z])(w?)([a-z+]*)')
 _T1_WORDS = ('mprage','memprage','mp2rage','3dmprage','spgr','fspgr','bravo')
-_POST = set('post gd gad gado gadolinio gadolinium gadovist dotarem km ce contrast contraste contrasted enhanced enh iv inj'
+_POST = set('post gd gad gado gadolinio gadolinium gadovist dotarem km ce contrast contraste contrasted enhanced'
+    ' enh iv inj'
     ' cm xpost c mdc kontrast kontrastmittel injecte'.split())
 _SUFFIX = re.compile(r'(?:ce|c|cw|gd|gad\w*|post\w*|km|contrast\w*|c\+|\+c|\+gd|gd\+)')
 _OTHER = set('''adc dwi dti dw trace tracew fa colfa colorfa exp perf perfusion dsc dce dyn dynamic asl pasl pcasl cbf
     cbv mtt ttp tmax relcbf rcbv swi swan swip mip mips minip pha phase tof mra mrv angio angiography venogram carotids
-    xstar star medic hemo haemo mt mtc nm stir sub subtraction subtr subtract subtracted resta seg segm mask label labels
-    pred map maps roi loc localizer localiser scout aascout survey plane cal calibration fgre ssfse trufi ssfp reformat
+    xstar star medic hemo haemo mt mtc nm stir sub subtraction subtr subtract subtracted resta seg segm mask label
+    labels     pred map maps roi loc localizer localiser scout aascout survey plane cal calibration fgre ssfse trufi ssfp reformat
     reformatted mpvr curved bold rest resting fmri rsfmri epi svs csi mrs spectroscopy fieldmap shim ciss fiesta t1rho
     spine lumbar thoracic cervical cspine tspine lspine columna moco inv1 inv2 t1map t2map screen
     screenshot uni2 opp fatonly'''.split())
-_STEMS = ('diff','difus','resolve','ep2d','mddw','segment','locali','perfus','subtrac','subtrak','sottraz','sustrac','reformat','spectro','dti','dwi','glistr')
+_STEMS = ('diff','difus','resolve','ep2d','mddw','segment','locali','perfus','subtrac','subtrak','sottraz','sustrac',
+    'reformat','spectro','dti','dwi','glistr')
 _GRADIENT = set('gre ffe eg fl2d sfl2d hemo gradient flash fe medic'.split())
 
 def _other_word(words, weights):
@@ -75,7 +79,8 @@ def _mpr(name, words):
 def _contrast_words(words, suffixes):
     "`'post'`, `'pre'`, `'both'` or `None` where nothing is said of contrast agent"
     post = any(o in _POST for o in words) or any(_SUFFIX.fullmatch(o) for o in suffixes if o)
-    post = post or any(re.fullmatch(r'(?:post|gad|gd|injec|kontrast|contrast)\w*', o) and not o.startswith('posterior') for o in words)
+    post = post or any(re.fullmatch(r'(?:post|gad|gd|injec|kontrast|contrast)\w*', o)
+        and not o.startswith('posterior') for o in words)
     pre = 'xpre' in words or any(o in ('n','pre') for o in suffixes)
     return 'both' if 'xboth' in words or pre and post else 'post' if post else 'pre' if pre else None
 
@@ -98,7 +103,8 @@ def name_testimony(
     if any(o.startswith(_T1_WORDS) or o.endswith('mprage') for o in words): weights |= {1}
     if odd := _other_word(words, weights): return Testimony((), None, f'its name says {odd.removeprefix("x")!r}')
     if _mpr(name, words): return Testimony((), None, 'its name says that it is a reformat (MPR) of another series')
-    if {'opp','in','f'}&set(words) and 'dixon' in words: return Testimony((), None, 'its name says a fat or phase image')
+    if {'opp','in','f'}&set(words) and 'dixon' in words:
+        return Testimony((), None, 'its name says a fat or phase image')
     if 'mp2rage' in text and set(words)&{'images','t1'}-{'uni'} and 'uni' not in words and 't1' in words: weights = {1}
     if {1,2}<=weights: return Testimony(SEQUENCES, None, 'its name says T1 and T2')
     if flair and 1 not in weights: return Testimony(('FLAIR',), 'FLAIR', 'its name says FLAIR')
@@ -115,7 +121,8 @@ def _t2_name(words):
 
 def _t1_name(name, words, suffixes):
     "T1w or T1wCE, as far as something is said of contrast agent"
-    if words[-1:]==['p'] and any(o.startswith('memprage') for o in words): return Testimony((), None, 'its name says phase')
+    if words[-1:]==['p'] and any(o.startswith('memprage') for o in words):
+        return Testimony((), None, 'its name says phase')
     said = _contrast_words(words, suffixes)
     if said=='both': return Testimony(('T1w','T1wCE'), None, 'its name says with and without contrast agent')
     if said=='post': return Testimony(('T1wCE',), 'T1wCE', 'its name says T1 with contrast agent')
@@ -142,7 +149,7 @@ def _agent(h): return str(h.get('ContrastBolusAgent') or '').strip().lower() not
 
 # %% ../nbs/01_naming.ipynb #82e226a9
 def times_allow(
-    header, # Mapping with `RepetitionTime`, `EchoTime`, `InversionTime` in ms (a number or a tuple of one) and `ContrastBolusAgent`
+    header, # Mapping with `RepetitionTime`, `EchoTime`, `InversionTime` (ms, number or tuple) and `ContrastBolusAgent`
 ) -> tuple: # Sequences of `SEQUENCES` that the times allow; empty where they do not decide
     "Which sequences a scan with these times can be."
     tr,te,ti = (_number(header, k) for k in ('RepetitionTime','EchoTime','InversionTime'))
@@ -154,12 +161,18 @@ def times_allow(
     return ('T2w',) if (ti or 0)<1000 else ('FLAIR',)
 
 # %% ../nbs/01_naming.ipynb #0758b9fd
-_DERIVED = {'ADC':'a diffusion map', 'DIFFUSION':'diffusion', 'TRACEW':'diffusion', 'FA':'a diffusion map', 'EADC':'a diffusion map',
-    'P':'a phase image', 'PHASE':'a phase image', 'PHASE MAP':'a phase image', 'VELOCITY':'a phase image', 'VELOCITY MAP':'a phase image',
-    'PROJECTION IMAGE':'a projection', 'MIP':'a projection', 'MNIP':'a projection', 'MAX_IP':'a projection', 'MIN_IP':'a projection',
-    'SUBTRACTION':'a subtraction', 'SUB':'a subtraction', 'PERFUSION':'perfusion', 'ASL':'perfusion', 'CBF':'perfusion', 'RCBV':'perfusion',
-    'MTT':'perfusion', 'TTP':'perfusion', 'T1 MAP':'a map of T1', 'T2 MAP':'a map of T2', 'T2_STAR':'T2*', 'R2_STAR':'T2*', 'B0':'a field map',
-    'LOCALIZER':'a localiser', 'SCREEN SAVE':'a screenshot', 'FMRI':'a functional scan', 'SWI':'susceptibility', 'MINIP':'a projection'}
+_DERIVED = {'ADC':'a diffusion map', 'DIFFUSION':'diffusion', 'TRACEW':'diffusion', 'FA':'a diffusion map',
+    'EADC':'a diffusion map',
+    'P':'a phase image', 'PHASE':'a phase image', 'PHASE MAP':'a phase image', 'VELOCITY':'a phase image',
+    'VELOCITY MAP':'a phase image',
+    'PROJECTION IMAGE':'a projection', 'MIP':'a projection', 'MNIP':'a projection', 'MAX_IP':'a projection',
+    'MIN_IP':'a projection',
+    'SUBTRACTION':'a subtraction', 'SUB':'a subtraction', 'PERFUSION':'perfusion', 'ASL':'perfusion',
+    'CBF':'perfusion', 'RCBV':'perfusion',
+    'MTT':'perfusion', 'TTP':'perfusion', 'T1 MAP':'a map of T1', 'T2 MAP':'a map of T2', 'T2_STAR':'T2*',
+    'R2_STAR':'T2*', 'B0':'a field map',
+    'LOCALIZER':'a localiser', 'SCREEN SAVE':'a screenshot', 'FMRI':'a functional scan', 'SWI':'susceptibility',
+    'MINIP':'a projection'}
 
 def _something_else(h):
     "What a header says the series is, where that is none of the four"
@@ -169,13 +182,16 @@ def _something_else(h):
     kind = [o.strip().upper() for o in (kind.split('\\') if isinstance(kind, str) else kind)]
     for o in kind[2:]:
         if o in _DERIVED: return f'{_DERIVED[o]}, by its ImageType'
-    if kind[:1]==['DERIVED'] and {'MPR','REFORMATTED','CSA MPR','CSAPARALLEL'}&set(kind): return 'a reformat of another series, by its ImageType'
+    if kind[:1]==['DERIVED'] and {'MPR','REFORMATTED','CSA MPR','CSAPARALLEL'}&set(kind):
+        return 'a reformat of another series, by its ImageType'
     how = str(h.get('ScanningSequence') or '').upper().replace("'", ' ')
     how = set(re.split(r'[^A-Z]+', how))
     if 'EP' in how: return 'an echo-planar scan'
-    if 'GR' in how and not how&{'IR','SE'} and (_number(h,'EchoTime') or 0)>=12: return 'a gradient echo with a long echo time (T2*)'
+    if 'GR' in how and not how&{'IR','SE'} and (_number(h,'EchoTime') or 0)>=12:
+        return 'a gradient echo with a long echo time (T2*)'
     if str(h.get('AngioFlag') or '').strip().upper()=='Y': return 'an angiography'
-    if how&{'IR'} and 80<=(_number(h,'InversionTime') or 0)<=300 and (_number(h,'EchoTime') or 0)>=30: return 'a STIR, by its inversion time'
+    if how&{'IR'} and 80<=(_number(h,'InversionTime') or 0)<=300 and (_number(h,'EchoTime') or 0)>=30:
+        return 'a STIR, by its inversion time'
 
 # %% ../nbs/01_naming.ipynb #4f9e19fa
 def header_testimony(
@@ -183,7 +199,8 @@ def header_testimony(
 ) -> Testimony: # All sequences where the header is silent
     "What a header says of a series: modality, kind of image, times, contrast agent. Its texts are never repeated."
     if odd := _something_else(header): return Testimony((), None, odd)
-    if can := times_allow(header): return Testimony(can, can[0] if len(can)==1 else None, f"its header's times are those of {' or '.join(can)}")
+    if can := times_allow(header):
+        return Testimony(can, can[0] if len(can)==1 else None, f"its header's times are those of {' or '.join(can)}")
     if _agent(header): return Testimony(_NOT_PLAIN, None, 'its header states a contrast agent')
     return Testimony()
 
@@ -201,7 +218,8 @@ def _together(names):
     for t in map(name_testimony, names):
         if t.can==SEQUENCES: continue
         can = tuple(o for o in res.can if o in t.can)
-        if not t.can or not can: return t if res.can==SEQUENCES or not t.can else Testimony((), None, f'{res.why}, and {t.why}')
+        if not t.can or not can:
+            return t if res.can==SEQUENCES or not t.can else Testimony((), None, f'{res.why}, and {t.why}')
         narrow = t if len(t.can)<len(res.can) else res
         res = Testimony(can, narrow.usual if narrow.usual in can else None, narrow.why)
     return res
@@ -220,6 +238,8 @@ def name_series(
     if not can: return Verdict(None, None, f'{name.why}, but {head.why}')
     silent = name.can==SEQUENCES,head.can==SEQUENCES
     if all(silent): return Verdict(None, None, name.why or 'neither its name nor its header says which sequence it is')
-    sequence = can[0] if len(can)==1 and not (silent[1] and name.usual is None) else name.usual if name.usual in can else None
+    sequence = can[0] if len(can)==1 and not (silent[1]
+        and name.usual is None) else name.usual if name.usual in can else None
     if sequence is None: return Verdict(None, None, f"{head.why if silent[0] else name.why}, and nothing says which")
-    return Verdict(sequence, 'header' if silent[0] else 'name' if silent[1] else 'both', '; '.join(filter(None, (name.why,head.why))))
+    return Verdict(sequence, 'header' if silent[0] else 'name' if silent[1] else 'both',
+        '; '.join(filter(None, (name.why,head.why))))

@@ -215,8 +215,12 @@ def prepare_patient(
     "Read, box, resample and normalise one patient. What fails is a row of the report, never an exception."
     r,sequences = get_recipe(recipe),check_sequences(sequences)
     report = []
-    def _say(seq, level, what): report.append(dict(patient=str(row['patient']), sequence=seq, level=level, what=what.encode('utf-8', 'replace').decode()))
-    try: return slicewise_patient(row, sequences, r) if r.prepare_by!='patient' else _prepare_all(row, sequences, r, _say, report)
+    def _say(seq, level, what):
+        report.append(dict(patient=str(row['patient']), sequence=seq, level=level,
+            what=what.encode('utf-8', 'replace').decode()))
+    try:
+        return slicewise_patient(row, sequences, r) if r.prepare_by!='patient' else _prepare_all(row, sequences, r,
+            _say, report)
     except MGMTError: raise # a recipe that cannot be had concerns all patients
     except Exception as e: _say('', 'error', log_fault(e, 'preparing'))
     return NS(arrays={}, meta={}, affine=None, report=report)
@@ -255,11 +259,12 @@ def _read_one(row, seq, _say):
     return vol,mask
 
 def _no_head(size):
-    return (f"what is brighter than air measures {' x '.join(f'{o:.0f}' for o in size)} mm, and a head 80 to 400: a lost affine, another"
+    return (f"what is brighter than air measures {' x '.join(f'{o:.0f}' for o in size)} mm, and a head 80 to 400: a"
+        f" lost affine, another"
         " unit, or no head? Convert the original series again")
 
 def _strangers(vols, masks, size, least):
-    "Sequences whose boxes lie apart from the others', each with one that it disagrees with and the overlap; the odd one first"
+    "Sequences whose boxes lie apart from the others', each with one of these and the overlap; the odd one first"
     share = lambda a,b: common_box({a:vols[a], b:vols[b]}, {a:masks[a], b:masks[b]}, size)[1][b]
     both = {(a,b): share(a,b) for i,a in enumerate(vols) for b in list(vols)[i+1:]}
     both = {**both, **{(b,a): o for (a,b),o in both.items()}}
@@ -272,7 +277,8 @@ def _strangers(vols, masks, size, least):
         left.remove(worst)
 
 def _elsewhere(k, other, share, least):
-    return (f"PrepareError: its brain box shares {share:.0%} with that of {other} (at least {least:.0%} expected): another frame of"
+    return (f"PrepareError: its brain box shares {share:.0%} with that of {other} (at least {least:.0%} expected):"
+        f" another frame of"
         " reference, or another patient's series? Register the sequences first")
 
 # %% ../nbs/04_prepare.ipynb #24a656d4

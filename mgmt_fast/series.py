@@ -31,7 +31,8 @@ _NATIVE = {'1.2.840.10008.1.2','1.2.840.10008.1.2.1','1.2.840.10008.1.2.2'}
 _JPEG_2000 = {'1.2.840.10008.1.2.4.90','1.2.840.10008.1.2.4.91'}
 _NAMES  = """SOPClassUID SOPInstanceUID SeriesInstanceUID Modality ImageType PatientID PatientName SeriesNumber InstanceNumber AcquisitionNumber TemporalPositionIdentifier
     ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness SpacingBetweenSlices Rows Columns NumberOfFrames SamplesPerPixel PhotometricInterpretation
-    BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope RescaleIntercept ModalityLUTSequence RepetitionTime EchoTime InversionTime ContrastBolusAgent
+    BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope RescaleIntercept ModalityLUTSequence
+    RepetitionTime EchoTime InversionTime ContrastBolusAgent
     SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence""".split()
 _GROUPS = dict(ImagePositionPatient='PlanePositionSequence', ImageOrientationPatient='PlaneOrientationSequence', PixelSpacing='PixelMeasuresSequence',
     SliceThickness='PixelMeasuresSequence', SpacingBetweenSlices='PixelMeasuresSequence', RescaleSlope='PixelValueTransformationSequence',
@@ -69,7 +70,8 @@ def _frames(h):
     if not each: return [{**h, 'frame':0, 'frames':int((h['NumberOfFrames'] or (1,))[0])}]
     said = int((h['NumberOfFrames'] or (len(each),))[0])
     if said!=len(each):
-        raise SeriesError(f"NumberOfFrames says {said} and {len(each)} frames are described: a damaged header; export it again")
+        raise SeriesError(f"NumberOfFrames says {said} and {len(each)} frames are described: a damaged header;"
+            f" export it again")
     res = []
     for i,group in enumerate(each):
         res.append({**h, 'frame':i, 'frames':len(each)})
@@ -191,9 +193,11 @@ def _scan(path, look=None):
     suffixes = {plain(f['path']) for f in res} | _SUFFIXES
     for p in odd:
         if p.name.lower().endswith('.dcm.gz'):
-            raise SeriesError(f"file {p.name!r} is a packed slice, and packed slices are not read: unpack them (gunzip) first")
+            raise SeriesError(f"file {p.name!r} is a packed slice, and packed slices are not read: unpack them"
+                f" (gunzip) first")
         if plain(p) in suffixes and not stat.S_ISREG(_mode(p)):
-            raise SeriesError(f"file {p.name!r} is named like a slice and is no file (a pipe or a device): move it away")
+            raise SeriesError(f"file {p.name!r} is named like a slice and is no file (a pipe or a device): move it"
+                f" away")
         if plain(p) in suffixes and not (plain(p)=='' and _is_text(p)):
             raise SeriesError(f"file {p.name!r} is named like a slice but is no DICOM file ({p.stat().st_size} bytes): cut short or overwritten? Copy it again, or move it away if it does not belong to the series")
     return res
@@ -329,7 +333,8 @@ def _why_not(path, syntax, e):
     try: known = syntax is None or syntax in _NATIVE or get_decoder(syntax).is_available
     except NotImplementedError: known = False
     if known and not isinstance(e, NotImplementedError): return start+"absent, damaged or cut short; copy it again"
-    return start+f"no decoder here knows this variant of {_uid_name(syntax)}; convert the series with `gdcmconv -w IN OUT`, or export it uncompressed"
+    way = "convert the series with `gdcmconv -w IN OUT`, or export it uncompressed"
+    return start+f"no decoder here knows this variant of {_uid_name(syntax)}; {way}"
 
 def _decode(path, shape, dtype):
     "All frames of a compressed file, (n,H,W)"
@@ -392,7 +397,8 @@ def _pixels(stack):
     "Intensities (D,H,W) of an ordered stack"
     for f in stack: _check_grey(f)
     if any(f['ModalityLUTSequence'] for f in stack):
-        raise SeriesError("the intensities go through a table (Modality LUT), which is not applied here; export the series without it, or as NIfTI")
+        raise SeriesError("the intensities go through a table (Modality LUT), which is not applied here; export the"
+            " series without it, or as NIfTI")
     shape = tuple(_int(stack, k, 'the pixels have no shape') for k in ('Rows','Columns'))
     alloc,signed = _int(stack, 'BitsAllocated', 'the pixels have no type'),_int(stack, 'PixelRepresentation', 'the pixels have no sign')
     if alloc not in (8,16,32,64) or not 0<min(shape)<=max(shape)<=8192: raise SeriesError(f"{shape[0]} rows and {shape[1]} columns of {alloc} bits are no MR image: a damaged header, or another kind of object; export the series again")
@@ -440,7 +446,8 @@ def _via_itk(path):
     "A file of another format as a NIfTI image in memory, where SimpleITK is installed"
     try: import SimpleITK as sitk
     except ImportError:
-        raise SeriesError(f"a {path.suffix} file needs SimpleITK (the extra `itk`); install it, or convert the file to NIfTI") from None
+        raise SeriesError(f"a {path.suffix} file needs SimpleITK (the extra `itk`); install it, or convert the file"
+            f" to NIfTI") from None
     img = sitk.ReadImage(str(path))
     affine = np.eye(4)
     affine[:3,:3] = np.array(img.GetDirection()).reshape(3,3)*img.GetSpacing()
@@ -529,7 +536,8 @@ def _check_modality(stack):
     "Only MR is read: a CT has intensities and slices too, and would be taken for one"
     for f in stack:
         if (f['Modality'] or 'MR').strip().upper()!='MR':
-            raise SeriesError(f"modality {f['Modality'].strip()[:16]}, not MR: this is no magnetic resonance image; leave it out")
+            raise SeriesError(f"modality {f['Modality'].strip()[:16]}, not MR: this is no magnetic resonance image;"
+                f" leave it out")
 
 def _times(stack): return first(stack[0]['EchoTime'] or ())
 
@@ -542,7 +550,7 @@ def _two_echoes(found):
     return int(b>a)
 
 def _foreign(f, slice_):
-    "Is an image no slice of the volume: a screenshot, in colour, or in another plane as a scout is? One that lacks a value may be"
+    "Is an image surely no slice of the volume: a screenshot, in colour, or in another plane as a scout is?"
     if 'Secondary Capture' in _uid_name(f['SOPClassUID']) or (f['SamplesPerPixel'] or (1,))[0]>1: return True
     a,b = (o['ImageOrientationPatient'] for o in (f,slice_))
     return bool(a and b) and max(abs(p-q) for p,q in zip(a,b))>.1
@@ -600,8 +608,8 @@ def read_sequence(
     return vol
 
 # %% ../nbs/01_series.ipynb #ba0da80b
-_WITNESS = """Modality ImageType RepetitionTime EchoTime InversionTime ContrastBolusAgent ScanningSequence AngioFlag SeriesDescription
-    ProtocolName StudyInstanceUID StudyDate PatientID""".split()
+_WITNESS = """Modality ImageType RepetitionTime EchoTime InversionTime ContrastBolusAgent ScanningSequence AngioFlag
+    SeriesDescription ProtocolName StudyInstanceUID StudyDate PatientID""".split()
 
 class _Witness:
     "Values of a header as text, for weighing; they are never reported"
@@ -616,15 +624,16 @@ def _text(ds, tag):
 def _three_files(path):
     "The first two files of a folder that may be slices, and the last"
     if not path.is_dir(): return [path]
-    names = sorted(o.name for o in os.scandir(path) if not o.name.startswith('.') and not o.name.upper().startswith('DICOMDIR'))
+    names = sorted(o.name for o in os.scandir(path) if not o.name.startswith('.')
+        and not o.name.upper().startswith('DICOMDIR'))
     ends = ('.txt','.csv','.json','.xml','.png','.jpg','.db','.pdf','.html')
     names = [o for o in names if not o.lower().endswith(ends)]
     return [path/o for o in uniqueify([*names[:2],*names[-1:]])]
 
 def series_header(
     path, # A folder of DICOM slices, or a file
-) -> dict: # DICOM keywords to values, those of `times_allow` as tuples of numbers; empty where there is no header to read
-    "What the headers of a series testify, for `name_series`; it may hold identifiers, so nothing of it may be reported."
+) -> dict: # DICOM keywords to values, times as tuples of numbers; empty where there is no header to read
+    "What the headers of a series testify, for `name_series`; it may hold identifiers, so it is never reported."
     res,path = {},Path(path)
     try: files = [] if _is_nifti(path) else _three_files(path)
     except OSError: return {}
@@ -734,23 +743,18 @@ class _Identifiers:
         return len(v.strip('0^x -_.'))>1 and v not in self.known and not v.startswith(('anon','none','unknown','unspecified','deidentified','de-identified','removed','n/a','na^'))
     def __call__(self, ds): return {kind for t,kind in self.kinds.items() if t in ds and self._tells(ds.get_item(t))}
 
-class _Look:
-    "All that an audit asks of a header: kinds of identifiers, and what testifies of the sequence"
-    def __init__(self, known): self.kinds,self.witness = _Identifiers(known),_Witness()
-    @property
-    def tags(self): return [*self.kinds.tags,*self.witness.tags]
-    def __call__(self, ds): return self.kinds(ds),self.witness(ds)
 
 # %% ../nbs/01_series.ipynb #280d682a
 def _extent(x, air, usual, spacing):
     "Extent of what is brighter than air, (3,) mm along D, H, W"
     lit = x>air+.1*(usual-air)
-    return [float(np.ptp(np.flatnonzero(lit.any(tuple({0,1,2}-{i})))[[0,-1]])+1)*spacing[i] if lit.any() else 0. for i in range(3)]
+    return [float(np.ptp(np.flatnonzero(lit.any(tuple({0,1,2}-{i})))[[0,-1]])+1)*spacing[i] if lit.any() else 0.
+        for i in range(3)]
 
 def _structure(x):
     "Correlation of neighbours along W over a few slices: near 1 in an image, near 0 in noise"
     part = x[np.linspace(0, len(x)-1, min(len(x),6)).round().astype(int)].astype(np.float64)
-    a,b = part[:,:,:-1].ravel(),part[:,:,1:].ravel()
+    a,b = part[:,::3,:-1].ravel(),part[:,::3,1:].ravel()
     return 1. if not a.std() or not b.std() else float(np.corrcoef(a, b)[0,1])
 
 def _padding(x):
@@ -798,24 +802,30 @@ def _audit_content(vol, x, air, usual):
     some,spacing = x[:,::2,::2],vol.spacing*(1,2,2)
     lit = float((some>air+.05*max(usual-air, 1e-6)).mean())
     if lit<.01: return [f'almost empty: {lit:.2%} of it is brighter than the background; burned-in text alone?']
-    if len(np.unique(some[:,::2,::2]))<8: return ['holds a few values only: a mask, labels, or burned-in text, not a scan']
+    if len(np.unique(some[::3,::2,::2]))<8:
+        return ['holds a few values only: a mask, labels, or burned-in text, not a scan']
     if (r := _structure(x))<.2: return [f'only noise: neighbours correlate by {r:.2f}']
     size = sorted(_extent(some, air, usual, spacing))
     where = ' x '.join(f'{o:.0f}' for o in size)
     if size[1]<80: return [f'too small for a head: {where} mm (80 to 400 expected); a lost affine, or another unit?']
-    if size[2]>400: return [f'too large for a head: {where} mm (80 to 400 expected); another unit, or another part of the body?']
+    if size[2]>400:
+        return [f'too large for a head: {where} mm (80 to 400 expected); another unit, or another part of the body?']
     return []
 
 # %% ../nbs/01_series.ipynb #b1d0053e
 def _audit_nifti(path):
     "Facts, grave findings, findings and notes from the header of a NIfTI file"
     img,shape = _open_nifti(path)
-    facts,grave,bad = dict(coding='NIfTI', **dict(zip(('slices','rows','columns'), (shape[a] for a in _axes(img))))),[],[]
+    facts,grave,bad = dict(coding='NIfTI', **dict(zip(('slices','rows','columns'),
+        (shape[a] for a in _axes(img))))),[],[]
     sform,qform = (img.header.get(f'{k}_code',1) for k in ('sform','qform'))
     if sform==0==qform: bad.append('no orientation stated (sform and qform code 0): left and right may be exchanged')
-    if np.array_equal(img.affine, np.eye(4)): grave.append('the affine is the identity: sizes and orientation were lost in a conversion')
-    if sform>0 and qform>0 and (far := _forms_apart(img, shape))>1: bad.append(f'sform and qform disagree by up to {far:.0f} mm')
-    dicom,text = ([o for o in getattr(img.header, 'extensions', ()) if (o.get_code()==2)==want] for want in (True,False))
+    if np.array_equal(img.affine, np.eye(4)):
+        grave.append('the affine is the identity: sizes and orientation were lost in a conversion')
+    if sform>0 and qform>0 and (far := _forms_apart(img, shape))>1:
+        bad.append(f'sform and qform disagree by up to {far:.0f} mm')
+    dicom,text = ([o for o in getattr(img.header, 'extensions', ()) if (o.get_code()==2)==want]
+        for want in (True,False))
     if dicom: facts['identifiers'] = 'DICOM header'; bad.append('a DICOM header in an extension, identifiers and all')
     note = ['text in a header extension: may name people or paths'] if text else []
     return {**facts, 'volumes':(*shape,1)[3]},grave,bad,note
@@ -838,14 +848,16 @@ def _audit_headers(found, index, sequence, names):
     stack = found[index or 0] if one else sum(found, [])
     facts,bad,note = _audit_geometry(stack) if one else (dict(slices=len(stack)),[],[])
     grave,f = [],stack[0]
-    kinds = [o for o in _IDENTIFIERS if any(o in f['looked'][0] for f in stack)]
-    header = {**f['looked'][1], **{k: f[k] for k in ('RepetitionTime','EchoTime','InversionTime','ImageType')}}
+    kinds = [o for o in _IDENTIFIERS if any(o in f['looked'] for f in stack)]
+    header = {**series_header(f['path']), **{k: f[k] for k in ('RepetitionTime','EchoTime','InversionTime','ImageType')}}
     can = times_allow(header) if one else ()
-    facts.update(volumes=len(found), coding=', '.join(uniqueify(_uid_name(f['syntax']) for f in stack)), contrast=' or '.join(can) or None,
+    facts.update(volumes=len(found), coding=', '.join(uniqueify(_uid_name(f['syntax']) for f in stack)),
+        contrast=' or '.join(can) or None,
         identifiers=', '.join(kinds) or None)
     if one: grave,facts['evidence'] = _audit_sequence(f, header, can, sequence, names)
     if one and (more := _more_pixels(stack)): bad.append(more)
-    if bad_kinds := [o for o in kinds if o not in _MILD]: bad.append(f"identifiers in the header: {', '.join(bad_kinds)}")
+    if bad_kinds := [o for o in kinds if o not in _MILD]:
+        bad.append(f"identifiers in the header: {', '.join(bad_kinds)}")
     if mild := [o for o in kinds if o in _MILD]: note.append(f"in the header: {', '.join(mild)}")
     return facts,grave,bad,note+told
 
@@ -853,10 +865,12 @@ def _audit_sequence(f, header, can, sequence, names):
     "Findings that contradict what a series is called, and the evidence for it"
     says,verdict = header_testimony(header),name_series(*names, header=header)
     if not says.can and (sequence or 'modality' in says.why):
-        return ([f'called {sequence}, but it is {says.why}' if sequence and 'modality' not in says.why else says.why],None)
+        return ([f'called {sequence}, but it is {says.why}' if sequence and 'modality' not in says.why else says.why],
+            None)
     if sequence not in SEQUENCES: return [],None
     if can and sequence not in can:
-        times = f"TR {f['RepetitionTime'][0]:g}, TE {f['EchoTime'][0]:g}, TI {first(f['InversionTime'] or ()) or 0:g} ms"
+        tr,te,ti = (first(f[k] or ()) or 0 for k in ('RepetitionTime','EchoTime','InversionTime'))
+        times = f"TR {tr:g}, TE {te:g}, TI {ti:g} ms"
         return [f"called {sequence}, but its times ({times}) are those of {' or '.join(can)}"],None
     if sequence not in says.can: return [f'called {sequence}, but {says.why}'],None
     return [],verdict.evidence if verdict.sequence==sequence else 'name'
@@ -866,10 +880,12 @@ def _more_pixels(stack):
     for f in stack:
         if not f['native'] or None in (f['Rows'],f['Columns'],f['BitsAllocated']): continue
         frame = f['Rows'][0]*f['Columns'][0]*f['BitsAllocated'][0]/8*(f['SamplesPerPixel'] or (1,))[0]
-        if f['size']>=frame*(f['frames']+1): return f"a file holds pixels of {f['size']/frame:.1f} frames and says {f['frames']}"
+        if f['size']>=frame*(f['frames']+1):
+            return f"a file holds pixels of {f['size']/frame:.1f} frames and says {f['frames']}"
 
 # %% ../nbs/01_series.ipynb #ca5f81ad
-_AUDIT = 'readable error severity evidence coding volumes slices rows columns step row_mm col_mm plane gap missing duplicates blank near_blank min max clipped contrast skull identifiers findings notes'.split()
+_AUDIT = '''readable error severity evidence coding volumes slices rows columns step row_mm col_mm plane gap missing duplicates
+    blank near_blank min max clipped contrast skull identifiers findings notes'''.split()
 
 def audit_series(
     path, # A folder of DICOM slices, a DICOM file with many frames, or a NIfTI file
@@ -888,7 +904,7 @@ def _audit(path, sequence=None, patient=None, index=None):
     grave,bad,note = [],[],[]
     def add(o): row.update(o[0]); grave.extend(o[1]); bad.extend(o[2]); note.extend(o[3])
     try:
-        found = _find(path, _Look([patient, *path.absolute().parts]))
+        found = _find(path, _Identifiers([patient, *path.absolute().parts]))
         claimed = sequence or path.name
         add(_audit_headers(found, index, claimed if claimed in SEQUENCES else None, (path.name,path.parent.name)))
         vol = _load(found, _pick(found, index, claimed)[0])
@@ -896,8 +912,10 @@ def _audit(path, sequence=None, patient=None, index=None):
         row.update(plane=vol.plane, **dict(zip(('step','row_mm','col_mm'), vol.spacing.tolist())))
         add(_audit_pixels(vol))
     except SeriesError as e: row['error'] = type(e).__name__; grave.insert(0, str(e))
-    except Exception as e: row['error'] = type(e).__name__; grave.insert(0, log_fault(e, 'auditing')) # one series must not end the audit of a cohort
+    # one series must not end the audit of a cohort
+    except Exception as e: row['error'] = type(e).__name__; grave.insert(0, log_fault(e, 'auditing'))
     grave = [o for o in grave if not any(p!=o and p.startswith(o) for p in grave)]
     severity = 'error' if grave else 'warning' if bad else 'note' if note else ''
-    row.update(readable=vol is not None, severity=severity, findings=_text_of(' | '.join(uniqueify([*grave,*bad]))), notes=' | '.join(note))
+    row.update(readable=vol is not None, severity=severity, findings=_text_of(' | '.join(uniqueify([*grave,*bad]))),
+        notes=' | '.join(note))
     return pd.Series(row, name=str(path), dtype=object),vol

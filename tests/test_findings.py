@@ -45,7 +45,8 @@ def with_text(x):
 SPOILED = {
     'CT': (dict(Modality='CT'), 'modality CT', 'error'),
     'screenshots': (dict(Modality='OT'), 'modality OT', 'error'),
-    'diffusion map': (dict(ImageType=['DERIVED','PRIMARY','DIFFUSION','ADC']), 'called T1w, but it is .*diffusion', 'error'),
+    'diffusion map': (dict(ImageType=['DERIVED','PRIMARY','DIFFUSION','ADC']), 'called T1w, but it is .*diffusion',
+    'error'),
     'phase': (dict(ImageType=['ORIGINAL','PRIMARY','P','ND']), 'a phase image', 'error'),
     'projection': (dict(ImageType=['DERIVED','PRIMARY','PROJECTION IMAGE']), 'a projection', 'error'),
     'echo-planar': (dict(ScanningSequence='EP'), 'echo-planar', 'error'),
@@ -63,7 +64,8 @@ def test_headers(tmp_path, case):
 
 @pytest.mark.parametrize('modality', ['CT','CR','OT','PT'])
 def test_other_modalities_are_not_read(tmp_path, modality):
-    with pytest.raises(SeriesError, match=f'modality {modality}'): read_volume(as_series(tmp_path/'a', Modality=modality))
+    with pytest.raises(SeriesError, match=f'modality {modality}'):
+        read_volume(as_series(tmp_path/'a', Modality=modality))
     read_volume(as_series(tmp_path/'b', Modality=''))
 
 
@@ -73,13 +75,15 @@ CONTENT = {
     'labels': (lambda x: (x>0).astype(np.int16)*3, 'a few values only', 'error'),
     'constant': (lambda x: np.full_like(x, 7), 'all voxels are 7', 'error'),
     'padding': (lambda x: np.where(np.arange(64)<6, -32768, x).astype(np.int16), 'padding value, -32768', 'warning'),
-    'hot voxel': (lambda x: np.where(np.arange(x.size).reshape(x.shape)==50000, 32000, x).astype(np.int16), 'far above all others', 'warning')}
+    'hot voxel': (lambda x: np.where(np.arange(x.size).reshape(x.shape)==50000, 32000, x).astype(np.int16),
+    'far above all others', 'warning')}
 
 
 @pytest.mark.parametrize('case', CONTENT)
 def test_contents(tmp_path, case):
     spoil,says,severity = CONTENT[case]
-    for bad,good in ((as_series(tmp_path/'a', spoil(head())),as_series(tmp_path/'b')), (as_nifti(tmp_path/'a.nii', spoil(head())),as_nifti(tmp_path/'b.nii'))):
+    for bad,good in ((as_series(tmp_path/'a', spoil(head())),as_series(tmp_path/'b')),
+        (as_nifti(tmp_path/'a.nii', spoil(head())),as_nifti(tmp_path/'b.nii'))):
         row = audit_series(bad, 'T1w')
         assert pd.Series([row.findings]).str.contains(says)[0] and row.severity==severity
         assert not audit_series(good, 'T1w').findings
@@ -90,7 +94,8 @@ def forms(img, shift):
     return img
 
 
-@pytest.mark.parametrize('affine,says', [(np.eye(4),'affine is the identity'), (np.diag([.003,.003,.006,1]),'too small for a head'),
+@pytest.mark.parametrize('affine,says', [(np.eye(4),'affine is the identity'),
+    (np.diag([.003,.003,.006,1]),'too small for a head'),
     (np.diag([30,30,60,1.]),'too large for a head')])
 def test_places(tmp_path, affine, says):
     assert says in audit_series(as_nifti(tmp_path/'a.nii', affine=affine), 'T1w').findings
@@ -111,10 +116,13 @@ def test_one_slice_is_no_volume(tmp_path):
 def test_the_odd_one_is_blamed(tmp_path):
     "Whichever of four lies elsewhere, or is smaller, it is told, and the others are not"
     for k,odd in enumerate(SEQUENCES):
-        for name,change in (('elsewhere', np.array([[0,0,0,300]]+[[0]*4]*3)), ('size', AXIAL[:,[2,1,0,3]]*[[-.7,-.7,-.7,0]])):
+        for name,change in (('elsewhere', np.array([[0,0,0,300]]+[[0]*4]*3)),
+            ('size', AXIAL[:,[2,1,0,3]]*[[-.7,-.7,-.7,0]])):
             at = AXIAL[:,[2,1,0,3]]+change
-            row = {s: str(as_nifti(tmp_path/f'{name}{k}{s}.nii', head(i), at if s==odd else None)) for i,s in enumerate(SEQUENCES)}
-            df = audit_cohort(pd.DataFrame([dict(patient='p', **row)]), n_workers=0, progress=False).set_index('sequence')
+            row = {s: str(as_nifti(tmp_path/f'{name}{k}{s}.nii', head(i), at if s==odd else None)) for i,
+                s in enumerate(SEQUENCES)}
+            df = audit_cohort(pd.DataFrame([dict(patient='p', **row)]), n_workers=0,
+                progress=False).set_index('sequence')
             told = df.findings.str.contains('its head lies elsewhere|another size|too small')
             assert told.to_dict()=={s: s==odd for s in SEQUENCES}, df.findings.tolist()
         p = prepare_patient(dict(patient='p', **row), recipe=get_recipe('default', size=(8,16,16)))
@@ -125,13 +133,17 @@ def test_prepare_blames_the_odd_one_even_if_it_is_first(tmp_path):
     at = AXIAL[:,[2,1,0,3]].copy(); at[0,3] += 300
     row = {s: str(as_nifti(tmp_path/f'{s}.nii', head(i), at if not i else None)) for i,s in enumerate(SEQUENCES)}
     p = prepare_patient(dict(patient='p', **row), recipe=get_recipe('default', size=(8,16,16)))
-    assert list(p.arrays)==list(SEQUENCES[1:]) and [o['sequence'] for o in p.report if o['level']=='error']==[SEQUENCES[0]]
+    assert list(p.arrays)==list(SEQUENCES[1:]) and [o['sequence'] for o in p.report
+        if o['level']=='error']==[SEQUENCES[0]]
 
 
-@pytest.mark.parametrize('spoil', [CONTENT['hot voxel'][0], CONTENT['padding'][0], lambda x: np.where((np.arange(64)>60)&(np.arange(64)[:,None]>55), 32767, x).astype(np.int16)])
+@pytest.mark.parametrize('spoil', [CONTENT['hot voxel'][0], CONTENT['padding'][0],
+    lambda x: np.where((np.arange(64)>60)&(np.arange(64)[:,None]>55), 32767, x).astype(np.int16)])
 def test_outliers_set_neither_box_nor_window(tmp_path, spoil):
-    good,bad = (prepare_patient(dict(patient='p', T1w=str(as_nifti(tmp_path/f'{i}.nii', x))), ('T1w',), get_recipe('default', size=(16,32,32))) for i,x in enumerate((head(),spoil(head()))))
-    assert np.allclose(good.affine, bad.affine, atol=1e-6) and good.meta['T1w']['window'][0]==pytest.approx(bad.meta['T1w']['window'][0], rel=.2)
+    good,bad = (prepare_patient(dict(patient='p', T1w=str(as_nifti(tmp_path/f'{i}.nii', x))), ('T1w',),
+        get_recipe('default', size=(16,32,32))) for i,x in enumerate((head(),spoil(head()))))
+    assert np.allclose(good.affine, bad.affine,
+        atol=1e-6) and good.meta['T1w']['window'][0]==pytest.approx(bad.meta['T1w']['window'][0], rel=.2)
     assert good.meta['T1w']['window'][1]==pytest.approx(bad.meta['T1w']['window'][1], rel=.05)
     assert (good.arrays['T1w']==bad.arrays['T1w']).mean()>.9
 
@@ -144,7 +156,8 @@ def test_a_bug_on_one_patient_is_a_row_and_a_log(tmp_path, monkeypatch):
         if vol.shape[0]==20: raise IndexError('SECRET in SECRETFILE.dcm')
         return usual(vol, *a, **k)
     monkeypatch.setattr(module, 'foreground', breaks)
-    cohort = pd.DataFrame([dict(patient=f'P{i}', label=i%2, T1w=str(as_nifti(tmp_path/f'SECRETFILE{i}.nii', head(i, 20 if i==1 else 24)))) for i in range(3)])
+    cohort = pd.DataFrame([dict(patient=f'P{i}', label=i%2,
+        T1w=str(as_nifti(tmp_path/f'SECRETFILE{i}.nii', head(i, 20 if i==1 else 24)))) for i in range(3)])
     store = prepare(cohort, tmp_path/'store', 'T1w', size=(8,16,16), n_workers=1, progress=False)
     assert store.table.T1w.tolist()==[True,False,True]
     told = store.report[store.report.patient=='P1'].what.iloc[0]
@@ -158,12 +171,14 @@ def test_a_bug_in_the_audit_is_a_row(tmp_path, monkeypatch):
     monkeypatch.setenv('MGMT_FAST_LOG', str(tmp_path/'faults.log'))
     def breaks(vol): raise ZeroDivisionError('SECRET')
     monkeypatch.setattr(module, '_head_box', breaks)
-    df = audit_cohort(pd.DataFrame([dict(patient='p', T1w=str(as_nifti(tmp_path/'a.nii')))]), n_workers=0, progress=False)
+    df = audit_cohort(pd.DataFrame([dict(patient='p', T1w=str(as_nifti(tmp_path/'a.nii')))]), n_workers=0,
+        progress=False)
     assert 'a fault of this library while auditing' in df.findings[0] and 'SECRET' not in (tmp_path/'faults.log').read_text()
 
 
 def test_the_gravest_come_first(tmp_path):
-    as_series(tmp_path/'in/P01/T1w', PatientName='Doe^Jane'); as_series(tmp_path/'in/P01/FLAIR', np.full((24,64,64), 7, np.int16), **dict(RepetitionTime=9000, EchoTime=120))
+    as_series(tmp_path/'in/P01/T1w', PatientName='Doe^Jane')
+    as_series(tmp_path/'in/P01/FLAIR', np.full((24,64,64), 7, np.int16), **dict(RepetitionTime=9000, EchoTime=120))
     for s in ('T2w','T1wCE'): as_nifti(tmp_path/f'in/P01/{s}.nii', head(len(s)))
     audit(tmp_path/'in', tmp_path/'out', n_workers=0, progress=False)
     df = pd.read_csv(tmp_path/'out/audit.csv')
@@ -178,19 +193,23 @@ def test_a_directory_beside_slices_is_passed_over(tmp_path):
     assert np.array_equal(read_volume(p).numpy(), like)
 
 
-@pytest.mark.parametrize('scout', [dict(SOPClassUID='1.2.840.10008.5.1.4.1.1.7', Modality='OT', ImagePositionPatient=None, ImageOrientationPatient=None),
+@pytest.mark.parametrize('scout', [dict(SOPClassUID='1.2.840.10008.5.1.4.1.1.7', Modality='OT',
+    ImagePositionPatient=None, ImageOrientationPatient=None),
     dict(ImageOrientationPatient=[0,1,0,0,0,-1], SeriesInstanceUID='1.2.3')])
 def test_one_scout_or_screenshot_is_left_out_and_told(tmp_path, scout):
     p = as_series(tmp_path/'a'); like = read_volume(p).numpy()
-    (p/'Image-99.dcm').write_bytes(as_bytes(slice_dataset(head()[12], (0,0,0), (1,0,0,0,1,0), (3,3), 99, PatientID='', **scout)))
+    (p/'Image-99.dcm').write_bytes(as_bytes(slice_dataset(head()[12], (0,0,0), (1,0,0,0,1,0), (3,3), 99, PatientID='',
+        **scout)))
     vol = read_volume(p)
-    assert np.array_equal(vol.numpy(), like) and vol.notes==['1 image beside the slices left out: a scout or a screenshot']
+    assert np.array_equal(vol.numpy(), like) and vol.notes==['1 image beside the slices left out: a scout or a'
+        ' screenshot']
     assert 'left out' in audit_series(p).notes and len(list_series(p))==2
 
 
 def test_orientations_that_differ_in_the_third_digit_are_one_volume(tmp_path):
     rng = np.random.default_rng(0)
-    def jitter(d): return dict(ImageOrientationPatient=[f'{o:.6f}' for o in np.array([1,0,0,0,1,0])+rng.uniform(-2e-3, 2e-3, 6)])
+    def jitter(d):
+        return dict(ImageOrientationPatient=[f'{o:.6f}' for o in np.array([1,0,0,0,1,0])+rng.uniform(-2e-3, 2e-3, 6)])
     assert read_volume(as_series(tmp_path/'a', each=jitter)).shape==(24,64,64)
 
 

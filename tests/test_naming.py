@@ -8,8 +8,10 @@ from hypothesis import given, settings, strategies as st
 from mgmt_fast.core import SEQUENCES
 from mgmt_fast.naming import name_series, sequence_of
 
-TIMES = dict(FLAIR=dict(RepetitionTime=9000, EchoTime=120, InversionTime=2500), T1w=dict(RepetitionTime=500, EchoTime=10),
-    T1wCE=dict(RepetitionTime=500, EchoTime=10, ContrastBolusAgent='Gadovist'), T2w=dict(RepetitionTime=4000, EchoTime=95, InversionTime=10))
+TIMES = dict(FLAIR=dict(RepetitionTime=9000, EchoTime=120, InversionTime=2500),
+    T1w=dict(RepetitionTime=500, EchoTime=10),
+    T1wCE=dict(RepetitionTime=500, EchoTime=10, ContrastBolusAgent='Gadovist'),
+    T2w=dict(RepetitionTime=4000, EchoTime=95, InversionTime=10))
 table = list(csv.DictReader(open(Path(__file__).parent/'descriptions.csv', encoding='utf-8')))
 
 
@@ -40,9 +42,12 @@ def test_name_and_header(seq):
             assert v.sequence in (None,seq) or seq=='T1w' and (other,v.sequence)==('T1wCE','T1wCE'), (o, other, v)
 
 
-@pytest.mark.parametrize('header', [dict(Modality='CT'), dict(ImageType='ORIGINAL\\PRIMARY\\P\\ND'), dict(ImageType=['DERIVED','SECONDARY','MPR']),
-    dict(ImageType='DERIVED\\PRIMARY\\DIFFUSION\\ADC'), dict(ScanningSequence='EP'), dict(ScanningSequence="['SE', 'EP']"),
-    dict(ScanningSequence='GR', EchoTime=20, RepetitionTime=600), dict(ScanningSequence=['SE','IR'], InversionTime=150, EchoTime=60)])
+@pytest.mark.parametrize('header', [dict(Modality='CT'), dict(ImageType='ORIGINAL\\PRIMARY\\P\\ND'),
+    dict(ImageType=['DERIVED','SECONDARY','MPR']),
+    dict(ImageType='DERIVED\\PRIMARY\\DIFFUSION\\ADC'), dict(ScanningSequence='EP'),
+    dict(ScanningSequence="['SE', 'EP']"),
+    dict(ScanningSequence='GR', EchoTime=20, RepetitionTime=600),
+    dict(ScanningSequence=['SE','IR'], InversionTime=150, EchoTime=60)])
 def test_a_header_that_says_something_else(header):
     for name in ('FLAIR','AX T1','AX T1 C+','T2w',''): assert name_series(name, header=header).sequence is None
 
@@ -53,17 +58,24 @@ def test_no_agent_is_no_agent(agent):
     assert name_series('AX T1 C+', header={**TIMES['T1w'], 'ContrastBolusAgent':agent}).sequence=='T1wCE'
 
 
-@pytest.mark.parametrize('name,seq', [('T1 nativ','T1w'), ('T1 ohne KM','T1w'), ('T1 nach KM','T1wCE'), ('t1_se_tra_km','T1wCE'), ('T1 avec injection','T1wCE'),
-    ('T1 sans injection','T1w'), ('T1 S/C','T1w'), ('T1 C/C','T1wCE'), ('T1 con Gd','T1wCE'), ('T1 sin Gd','T1w'), ('T1 w/ contrast','T1wCE'),
-    ('T1 w/o contrast','T1w'), ('T1 noncontrast','T1w'), ('T1 Non-Contrast','T1w'), ('T1 unenhanced','T1w'), ('T1 5 cm','T1w'), ('T1_ipat2','T1w'),
-    ('T1 조영','T1wCE'), ('T1 增强','T1wCE'), ('t2_spc_da-fl_sag','FLAIR'), ('t2_tirm_tra','FLAIR'), ('T1 pre-op post Gd','T1wCE'), ('T1 post op','T1w'),
-    ('t1_tirm_tra_dark-fluid','T1w'), ('MP2RAGE_UNI','T1w'), ('MP2RAGE_INV1',None), ('t1_mpr_ns_sag_p2_iso_MPR_Tra',None), ('T1 pre and post contrast',None),
-    ('AX T2 STAR GRE',None), ('T2W_FFE_AX',None), ('trace',None), ('ep2d_perf',None), ('TOF T1',None), ('AX SWI T2',None), ('T1 Subtraktion',None)])
+@pytest.mark.parametrize('name,seq', [('T1 nativ','T1w'), ('T1 ohne KM','T1w'), ('T1 nach KM','T1wCE'),
+    ('t1_se_tra_km','T1wCE'), ('T1 avec injection','T1wCE'),
+    ('T1 sans injection','T1w'), ('T1 S/C','T1w'), ('T1 C/C','T1wCE'), ('T1 con Gd','T1wCE'), ('T1 sin Gd','T1w'),
+    ('T1 w/ contrast','T1wCE'),
+    ('T1 w/o contrast','T1w'), ('T1 noncontrast','T1w'), ('T1 Non-Contrast','T1w'), ('T1 unenhanced','T1w'),
+    ('T1 5 cm','T1w'), ('T1_ipat2','T1w'),
+    ('T1 조영','T1wCE'), ('T1 增强','T1wCE'), ('t2_spc_da-fl_sag','FLAIR'), ('t2_tirm_tra','FLAIR'),
+    ('T1 pre-op post Gd','T1wCE'), ('T1 post op','T1w'),
+    ('t1_tirm_tra_dark-fluid','T1w'), ('MP2RAGE_UNI','T1w'), ('MP2RAGE_INV1',None),
+    ('t1_mpr_ns_sag_p2_iso_MPR_Tra',None), ('T1 pre and post contrast',None),
+    ('AX T2 STAR GRE',None), ('T2W_FFE_AX',None), ('trace',None), ('ep2d_perf',None), ('TOF T1',None),
+    ('AX SWI T2',None), ('T1 Subtraktion',None)])
 def test_spellings(name, seq): assert sequence_of(name)==seq
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text(max_size=40), st.dictionaries(st.sampled_from(['Modality','ImageType','ContrastBolusAgent','ScanningSequence']), st.text(max_size=12)))
+@given(st.text(max_size=40), st.dictionaries(st.sampled_from(['Modality','ImageType','ContrastBolusAgent',
+    'ScanningSequence']), st.text(max_size=12)))
 def test_any_text_is_answered(name, header):
     v = name_series(name, header=header)
     assert (v.sequence is None)==(v.evidence is None) and (v.sequence in SEQUENCES or v.why)
