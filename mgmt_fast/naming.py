@@ -21,8 +21,8 @@ class Testimony(NamedTuple):
     why:str = '' # What the witness saw, for a report; never a value from a header that could name a patient
 
 # %% ../nbs/01_naming.ipynb #6b2ec4ad
-_AGENT = r'(?:contrast\w*|kontrast\w*|gad\w*|gd\w*|km|ce|inj\w*|enhanc\w*|mdc|iv ?con\w*|c\b)'
-_WITHOUT = r'(?:without|w/?o|non?|not|pre|before|sin|sans|sem|senza|ohne|vor|avant|antes(?: del?)?|o\.?(?= ?km))'
+_AGENT = r'(?:contrast\w*|kontrast\w*|gad\w*|gd\w*|km|ce|inj\w*|enhanc\w*|mdc|civ|cte|iv ?con\w*|c\b)'
+_WITHOUT = r'(?:without|w/?o|non?|not|pre|before|sin|sans|sem|senza|ohne|vor|avant|s/|antes(?: del?)?|o\.?(?= ?km))'
 _PHRASES = [
     (r'\b(?:pre|post)[ -]?(?:op\w*|surg\w*|rt|radi\w*|treat\w*|chemo\w*|resect\w*)\b', ' '),
     (r'\bpost-?proc\w*', ' '),
@@ -30,6 +30,7 @@ _PHRASES = [
     (rf'\b{_WITHOUT}[ -]*(?:the )?(?:iv )?{_AGENT}', ' xpre '),
     (r'\bnon?con\w*|\bunenhanced\b|\bnativ\w*|\bplain\b|\bs/c(?:te|iv)?\b|\bc-(?= |$)|\bw/?o\b|\bpre(?=gd|gad)?',
     ' xpre '),
+    (r'\bgd-(?= |$)', ' xpre '), (r'(?<=[ 1w])-c(?= |$)', ' xboth '),
     (r'\+ ?(?:c|gd|gad\w*)\b|\b(?:c|gd|gad\w*) ?\+|\bc/c\b|造影|增强|增強|조영', ' xpost '),
     (r'dark ?-?fluid|\bda-fl\b|\bdafl\b', ' flair '),
     (r'\bmp ?-?rage', ' mprage '), (r'\bt ?([12]) ?(?:\*|star|etoile)|\bt([12])s\b', ' xstar ')]
@@ -47,7 +48,7 @@ def _plain_text(name):
 _PREFIX = r'(?:wip|ax|sg|sag|cor|tra|brain|head|tse|fse|[seo]|\d?d)*'
 _WEIGHT = re.compile(rf'(?<![a-z]){_PREFIX}t ?([12])(?=w|$|[^0-9a-z]|[a-z])(w?)([a-z+]*)')
 _T1_WORDS = ('mprage','memprage','mp2rage','3dmprage','spgr','fspgr','bravo')
-_POST = set('post gd gad gado gadolinio gadolinium gadovist dotarem km ce contrast contraste contrasted enhanced'
+_POST = set('post gd gad gado gadolinio gadolinium gadovist dotarem km ce civ cte contrast contraste contrasted enhanced'
     ' enh iv inj'
     ' cm xpost c mdc kontrast kontrastmittel injecte'.split())
 _SUFFIX = re.compile(r'(?:ce|c|cw|gd|gad\w*|post\w*|km|contrast\w*|c\+|\+c|\+gd|gd\+)')
@@ -105,12 +106,14 @@ def name_testimony(
     if _mpr(name, words): return Testimony((), None, 'its name says that it is a reformat (MPR) of another series')
     if {'opp','in','f'}&set(words) and 'dixon' in words:
         return Testimony((), None, 'its name says a fat or phase image')
-    if 'mp2rage' in text and set(words)&{'images','t1'}-{'uni'} and 'uni' not in words and 't1' in words: weights = {1}
+    if 'mp2rage' in text and 'images' in words and 'uni' not in words: return Testimony((), None, _NO_UNI)
     if {1,2}<=weights: return Testimony(SEQUENCES, None, 'its name says T1 and T2')
     if flair and 1 not in weights: return Testimony(('FLAIR',), 'FLAIR', 'its name says FLAIR')
     if 2 in weights: return _t2_name(words)
     if 1 not in weights: return Testimony()
     return _t1_name(str(name), words, suffixes)
+
+_NO_UNI = 'its name says a map of an MP2RAGE'
 
 def _t2_name(words):
     "T2w, if nothing says that proton density or an inversion comes with it"
