@@ -160,7 +160,9 @@ def _is_image(f):
 
 def _is_index(p):
     "Is this the directory of a medium, which lists images and is none?"
-    if p.name.upper().split('.')[0]=='DICOMDIR': return True
+    name = p.name
+    if name[:8].upper()=='DICOMDIR': return True
+    if name[-4:]=='.dcm': return False
     if p.suffix[1:] and not p.suffix[1:].isdigit() or not stat.S_ISREG(_mode(p)): return False
     with open(p, 'rb') as f: return b'1.2.840.10008.1.3.10\0' in f.read(512)
 
@@ -535,7 +537,7 @@ def list_series(
 def _check_modality(stack):
     "Only MR is read: a CT has intensities and slices too, and would be taken for one"
     for f in stack:
-        if (f['Modality'] or 'MR').strip().upper()!='MR':
+        if f['Modality'] not in ('MR',None) and f['Modality'].strip().upper()!='MR':
             raise SeriesError(f"modality {f['Modality'].strip()[:16]}, not MR: this is no magnetic resonance image;"
                 f" leave it out")
 
