@@ -408,12 +408,14 @@ def _table_rows(root, images, used, patient):
             o.verdict.why, rel))
     return rows
 
+_FILLER = re.compile(r'anon|none|unk|unspec|de-?id|removed|n/?a$|patient|subject|test|[0x]+$', re.I)
+
 def _merged(placed):
     "Folders with one PatientID whose names differ in their last part become sessions of one patient"
     of = {}
     for o in placed:
-        if o.placed.layout=='folder' and (who := o.header.get('PatientID')):
-            of.setdefault(who, {}).setdefault(o.placed.patient, o)
+        who = o.header.get('PatientID')
+        if o.placed.layout=='folder' and who and not _FILLER.match(who): of.setdefault(who, {}).setdefault(o.placed.patient, o)
     rename = {}
     for folders in of.values():
         for stem,names in groupby(folders, lambda n: re.sub(r'[-_ .][A-Za-z0-9]+$', '', n)).items():

@@ -129,6 +129,15 @@ def test_patient_id_decides_between_two_levels(tmp_path, same):
     assert df.patient.tolist()==(['G1'] if same else ['X1','X2']) and df[[*SEQUENCES]].notna().all(axis=None)
 
 
+@pytest.mark.parametrize('id', ['A17','ANONYMOUS',''])
+def test_only_a_patient_id_joins_unknown_suffixes(tmp_path, id):
+    "One id of a person makes two folders one patient; a filler, or none, leaves them two"
+    for k,folder in enumerate(('P7_a','P7_b','P8_a')):
+        for s in SEQUENCES: dicom(tmp_path, f'{folder}/{s}', s, PatientID=id if k<2 else 'B', StudyDate=f'2020010{k+1}')
+    df = find_cohort(tmp_path)
+    assert df.patient.tolist()==(['P7','P8_a'] if id=='A17' else ['P7_a','P7_b','P8_a'])
+
+
 def test_no_header_no_guess(tmp_path):
     touch(tmp_path, *(f'G1/X{i}/{s}.nii.gz' for i in (1,2) for s in SEQUENCES))
     with pytest.raises(CohortError, match="'G1' is a patient with 2 sessions .* or 'G1' is a group of 2 patients"):
