@@ -68,7 +68,7 @@ def _dead(e): return e.is_symlink() and not os.path.exists(e.path)
 
 # %% ../nbs/02_archive.ipynb #c1324345
 def _slices(folder, entries):
-    "The images that the slices in a folder make: the folder, or every file of a few that are named after sequences"
+    "The images that the slices in a folder make: the folder, or every file, if each is named after another sequence"
     files,known = [],None
     for e in entries:
         if _is_dir(e): continue
@@ -77,8 +77,8 @@ def _slices(folder, entries):
             known = e.name.lower()
         files.append(e)
     if not files: return []
-    if len(files)<=12 and all(sequence_of(re.sub(r'\.(dcm|dicom|ima)$', '', e.name, flags=re.I)) for e in files):
-        return files
+    told = {sequence_of(re.sub(r'\.(dcm|dicom|ima)$', '', e.name, flags=re.I)) for e in files}
+    if len(told)==len(files) and None not in told: return files
     return [None]
 
 def _walk(folder, parts, above, res, odd):
@@ -259,6 +259,10 @@ def place_images(
 
 def _derived(image): return any(o.lower() in ('derivatives','sourcedata') for o in image.parts[:-1]) # of BIDS: copies
 
+def _several(image):
+    "Does a folder of slices hold several series, as that of a patient may and that of a series does not?"
+    return image.kind=='slices' and len(series_header(image.path).get('series', ()))>1
+
 def _levels(images, root_name, known):
     inside = [i for i in images if i.parts]
     tops = groupby(inside, lambda i: i.parts[0])
@@ -270,4 +274,5 @@ def _levels(images, root_name, known):
     if bare or one: return {i.parts: -1 for i in inside}
     seen = Counter(o for images in tops.values() for o in _inner(images, 0))
     shared = {o for o,n in seen.items() if n>1}
-    return merge(*(_level(o, 0, known, shared) for k,o in tops.items() if len(o[0].parts)>1 or _known(k)))
+    return merge(*(_level(o, 0, known, shared) for k,o in tops.items() if len(o[0].parts)>1 or _known(k)
+        or _several(o[0])))

@@ -281,7 +281,8 @@ def audit(
     jobs += [(o[0], None, os.path.join(root, o[6]), None) for o in doubts]
     others = [o for o in series if os.path.realpath(o.path) not in known]
     chance = len(others)>len(known) or cohort is not None and not _any_named(cohort)
-    if not jobs or chance and len(known)<named/2: # names that look like sequences by chance are no cohort
+    # names that look like sequences by chance are no cohort
+    if not jobs or choices is None and chance and len(known)<named/2:
         jobs,others,doubts,said = [(_called_by(o, root), None, o.path, None)
             for o in series],[],[],said if cohort is None else ''
     elif choices is not None and given is None:

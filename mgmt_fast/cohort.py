@@ -19,7 +19,7 @@ from fastcore.all import *
 from sklearn.model_selection import StratifiedKFold
 from .core import *
 from .naming import *
-from .series import series_header
+from .series import series_header, volume_headers
 from .archive import *
 
 # %% ../nbs/02_cohort.ipynb #5c7cd778
@@ -94,6 +94,7 @@ def _read_table(path, header=0, dtype=str, nrows=None, keep_default_na=True, esc
             raise CohortError(f"{path}: row {i+1} has {len(o)} cells and the header names {width}: is a cell with a"
                 f" separator in it not quoted?")
     rows = [(o+['']*width)[:width] for o in rows]
+    if header==0: rows[0] = [f'{c}.{rows[0][:i].count(c)}' if c in rows[0][:i] else c for i,c in enumerate(rows[0])]
     df = pd.DataFrame(rows[1:], columns=rows[0]) if header==0 else pd.DataFrame(rows)
     return df.replace('', pd.NA) if keep_default_na else df
 
@@ -182,19 +183,23 @@ class _Found(NamedTuple):
     placed:Placed
     verdict:Verdict
     header:dict
+    index:int = None # Which volume, where a folder holds several series
 
 _DERIVED = set('bias n4 n4itk brain bet unstripped stripped norm normalized normalised reg registered coreg'
     ' resampled ss skull'.split())
 _KIND = dict(missing='nothing, if it was not acquired; else restore it')
 
 def _understand(placed):
-    "Name an image by its place and its header"
+    "Name an image by its place and its header; a folder of several series is as many images"
     h = {} if placed.image.kind=='nifti' else series_header(placed.image.path)
+    each = volume_headers(placed.image.path) if len(h.get('series', ()))>1 else []
+    return [_named(placed, o, i) for i,o in enumerate(each)] if len(each)>1 else [_named(placed, h)]
+
+def _named(placed, h, index=None):
     said = h.get('SeriesDescription') or h.get('ProtocolName')
     echoes = [o[0] for o in h.get('echoes', ()) if o]
-    # of two echoes the long one counts, as `read_sequence` takes it
-    if len(set(echoes))>1: h = {**h, 'EchoTime':max(echoes)}
-    return _Found(placed, name_series(*placed.names, said, header=h), h)
+    if len(set(echoes))>1: h = {**h, 'EchoTime':max(echoes)} # the long one counts, as in `read_sequence`
+    return _Found(placed, name_series(*placed.names, said, header=h), h, index)
 
 def _date(found):
     "When an image was acquired, as far as header or folder tell; for comparing only"
@@ -252,7 +257,7 @@ def scan_patient(
     images,odd = find_images(folder)
     placed = place_images(Path(folder).parent, [o._replace(parts=(Path(folder).name,*o.parts)) for o in images],
         [Path(folder).name])[0]
-    res = _row(list(map(_understand, placed)), [((Path(folder).name,*o[0]),*o[1:]) for o in odd], expect)
+    res = _row([f for o in placed for f in _understand(o)], [((Path(folder).name,*o[0]),*o[1:]) for o in odd], expect)
     return res.paths,res.problems
 
 def _row(images, odd, expect=SEQUENCES):
@@ -263,17 +268,19 @@ def _row(images, odd, expect=SEQUENCES):
     if not images and not empty: return NS(paths={}, session=None, images=[], problems=problems or [_no_sequence()])
     session,chosen,told = _choose(images) if images else (None,[],[])
     problems += told
-    paths,by = {},groupby(chosen, lambda o: o.verdict.sequence)
+    paths,index,by = {},{},groupby(chosen, lambda o: o.verdict.sequence)
     for seq in SEQUENCES:
         same = _plainest(by.get(seq, []))
-        if len(same)==1: paths[seq] = same[0].placed.image.path
+        if len(same)==1:
+            paths[seq] = same[0].placed.image.path
+            if same[0].index is not None: index[seq] = same[0].index
         elif len(same)>1: problems.append((seq, f'{len(same)} images, and no telling which to use', _WAY_OUT))
         elif seq in empty: problems.append((seq, *empty[seq][1:]))
         elif seq in expect and not unread: problems.append((seq, 'missing', _KIND['missing']))
     problems += _unnamed(by.get(None, []))
     if not any(by.get(s) for s in SEQUENCES) and not empty:
         problems = [*problems[:len(unread)+len(told)], _no_sequence(), *_unnamed(by.get(None, []))]
-    return NS(paths=paths, session=session, images=chosen, problems=problems)
+    return NS(paths=paths, index=index, session=session, images=chosen, problems=problems)
 
 _WAY_OUT = 'leave one of them, name it with `nifti_cohort`, or say which in a table of `choices`'
 
@@ -398,14 +405,15 @@ def _folder(root):
     return root
 
 # %% ../nbs/02_cohort.ipynb #6113d6d5
-def _table_rows(root, images, used, patient):
+def _table_rows(root, images, used, index, patient):
     "A row for each image of a patient, as a table of choices shows it"
     rows = []
     for o in images:
         taken = o.verdict.sequence in used and used[o.verdict.sequence]==o.placed.image.path
+        taken = taken and (o.index is None or index.get(o.verdict.sequence)==o.index)
         rel = os.path.relpath(o.placed.image.path, root)
         rows.append((patient, o.placed.session, o.verdict.sequence, 'yes' if taken else '', o.verdict.evidence,
-            o.verdict.why, rel))
+            o.verdict.why, rel, o.index))
     return rows
 
 _FILLER = re.compile(r'anon|none|unk|unspec|de-?id|removed|n/?a$|patient|subject|test|[0x]+$', re.I)
@@ -415,7 +423,8 @@ def _merged(placed):
     of = {}
     for o in placed:
         who = o.header.get('PatientID')
-        if o.placed.layout=='folder' and who and not _FILLER.match(who): of.setdefault(who, {}).setdefault(o.placed.patient, o)
+        if o.placed.layout=='folder' and who and not _FILLER.match(who):
+            of.setdefault(who, {}).setdefault(o.placed.patient, o)
     rename = {}
     for folders in of.values():
         for stem,names in groupby(folders, lambda n: re.sub(r'[-_ .][A-Za-z0-9]+$', '', n)).items():
@@ -432,7 +441,7 @@ def _scan(root, patients=None, labels=None, id_col=None, choices=None, base=None
     try:
         placed,left = place_images(root, images, patients, lambda name: id_key(name) in ids or patient_key(name) in ids)
     except ArchiveError as e: raise CohortError(f'{root}: {e}') from None
-    found = list(map(_understand, placed))
+    found = [f for o in placed for f in _understand(o)]
     found = found if patients is not None else _merged(found)
     chosen,report = _read_choices(choices, base or root, found)
     whose = {o[0]: first(p.placed.patient for p in found if p.placed.image.parts[:1]==o[0][:1]) for o in odd}
@@ -441,7 +450,7 @@ def _scan(root, patients=None, labels=None, id_col=None, choices=None, base=None
     for p in uniqueify([*(patients or ()), *by]):
         mine = [o for o in odd if o[0] and (o[0][0]==p or whose[o[0]]==p)]
         scans[p] = _picked(chosen[p]) if p in chosen else _row(by.get(p, []), mine)
-        scans[p].table = _table_rows(base or root, by.get(p, []), scans[p].paths, p)
+        scans[p].table = _table_rows(base or root, by.get(p, []), scans[p].paths, getattr(scans[p], 'index', {}), p)
         scans[p].source = None if patients is not None or p not in by else by[p][0].placed.layout
     lost = [('', '', f'{what}: {"/".join(parts[:1])}', todo) for parts,what,todo in odd if parts
         and whose[parts] is None and parts[0] not in scans]
@@ -480,7 +489,7 @@ def _no_scans(root, s, looked_for):
         " nifti_cohort(root, pattern='{patient}/{sequence}.nii.gz')")
 
 # %% ../nbs/02_cohort.ipynb #f398b1d5
-_CHOICE = ['patient','session','sequence','use','evidence','why','path']
+_CHOICE = ['patient','session','sequence','use','evidence','why','path','index']
 
 def write_choices(
     cohort:pd.DataFrame, # From `find_cohort` or another function of this page
@@ -488,7 +497,7 @@ def write_choices(
 ) -> pd.DataFrame: # The table: a row for each image that was found
     "Write what every image was taken for, to be edited and given back as `choices`."
     df = pd.DataFrame(cohort.attrs.get('images', []), columns=_CHOICE)
-    df.insert(3, 'index', '')
+    df.insert(3, 'index', ['' if pd.isna(o) else str(int(o)) for o in df.pop('index')])
     with atomic_path(path) as tmp: df.to_csv(tmp, index=False, encoding='utf-8', errors='surrogateescape')
     return df
 
@@ -672,7 +681,7 @@ def _given(path, seq, patient):
     images,odd = find_images(path) if path.is_dir() else ([NS(path=str(path), kind='nifti', parts=(path.name,))],[])
     res = []
     for o in images:
-        f = _understand(Placed(patient, None, 'pattern', (seq,), o))
+        f = _understand(Placed(patient, None, 'pattern', (seq,), o))[0]
         says = header_testimony(f.header)
         odd_one = f'called {seq}, but {says.why}' if seq not in says.can else ''
         res.append(f._replace(verdict=Verdict(None, None, odd_one) if odd_one else Verdict(seq, 'name', '')))
@@ -708,7 +717,8 @@ def find_cohort(
             else False, **how)
     return _folder_cohort(root, labels, 'folder', _LOOKED_FOR, **how)
 
-_LOOKED_FOR = ("the competition's train/ or test/, the names of BraTS, UPENN-GBM, UCSF-PDGM, TCIA and BIDS, PATIENT/SEQUENCE/ with"
+_LOOKED_FOR = ("the competition's train/ or test/, the names of BraTS, UPENN-GBM, UCSF-PDGM, TCIA and BIDS,"
+    " PATIENT/SEQUENCE/ with"
     f" NIfTI or DICOM, and one patient's files or folders named after the sequences ({', '.join(SEQUENCES)})")
 
 def _is_competition(root):

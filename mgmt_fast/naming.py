@@ -48,7 +48,8 @@ def _plain_text(name):
 _PREFIX = r'(?:wip|ax|sg|sag|cor|tra|brain|head|tse|fse|[seo]|\d?d)*'
 _WEIGHT = re.compile(rf'(?<![a-z]){_PREFIX}t ?([12])(?=w|$|[^0-9a-z]|[a-z])(w?)([a-z+]*)')
 _T1_WORDS = ('mprage','memprage','mp2rage','3dmprage','spgr','fspgr','bravo')
-_POST = set('post gd gad gado gadolinio gadolinium gadovist dotarem km ce civ cte contrast contraste contrasted enhanced'
+_POST = set('post gd gad gado gadolinio gadolinium gadovist dotarem km ce civ cte contrast contraste contrasted'
+    ' enhanced'
     ' enh iv inj'
     ' cm xpost c mdc kontrast kontrastmittel injecte'.split())
 _SUFFIX = re.compile(r'(?:ce|c|cw|gd|gad\w*|post\w*|km|contrast\w*|c\+|\+c|\+gd|gd\+)')

@@ -162,6 +162,16 @@ def test_headers_name_what_folders_do_not(tmp_path):
         for s in SEQUENCES]==[f'SE{k:06d}' for k in range(4)]
 
 
+def test_a_folder_of_several_series_is_as_many_images(tmp_path):
+    for k,s in enumerate(SEQUENCES):
+        dicom(tmp_path, 'P01', s, PatientID='P01', SeriesInstanceUID=f'1.{k}', SeriesNumber=k, name=f'{s}-{{}}')
+    df = find_cohort(tmp_path)
+    assert df[[*SEQUENCES]].notna().all(axis=None) and [df[f'{s}_index'][0] for s in SEQUENCES]==[0,1,2,3]
+    write_choices(df, tmp_path/'choices.csv')
+    again = find_cohort(tmp_path, choices=tmp_path/'choices.csv')
+    assert again[[f'{s}_index' for s in SEQUENCES]].equals(df[[f'{s}_index' for s in SEQUENCES]])
+
+
 def test_contradictions_and_other_modalities_are_rows(tmp_path):
     dicom(tmp_path, 'P01/T1 PRE', 'T1wCE')
     dicom(tmp_path, 'P01/FLAIR', 'FLAIR', Modality='CT'); dicom(tmp_path, 'P01/T2w', 'T2w')
@@ -217,6 +227,7 @@ TABLES = {
     'booleans': ('id,MGMT methylated\n00000,FALSE\n00001,True\n', 'utf-8'),
     'words': ('id|mgmt\n00000|Unmethylated \n00001| METHYLATED\n00002|[Not Available]\n00003|not tested\n00004|n.d.\n',
     'utf-8'),
+    'a name twice': ('id,id,label\n00000,a,0\n00001,b,1\n', 'utf-8'),
     'quoted': ('"id","MGMT","note"\n"00000","0","a, b"\n"00001","1",""\n', 'utf-8'),
     'French': ('id;statut MGMT\n00000;non méthylé\n00001;méthylé\n', 'utf-8')}
 

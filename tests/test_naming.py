@@ -69,7 +69,8 @@ def test_no_agent_is_no_agent(agent):
     ('t1_tirm_tra_dark-fluid','T1w'), ('MP2RAGE_UNI','T1w'), ('MP2RAGE_INV1',None),
     ('t1_mpr_ns_sag_p2_iso_MPR_Tra',None), ('T1 pre and post contrast',None),
     ('AX T2 STAR GRE',None), ('T2W_FFE_AX',None), ('trace',None), ('ep2d_perf',None), ('TOF T1',None),
-    ('AX SWI T2',None), ('T1 Subtraktion',None), ('T1 s/gad','T1w'), ('T1 con CIV','T1wCE'), ('T1 Gd-','T1w'), ('T1 -C',None),
+    ('AX SWI T2',None), ('T1 Subtraktion',None), ('T1 s/gad','T1w'), ('T1 con CIV','T1wCE'), ('T1 Gd-','T1w'),
+    ('T1 -C',None),
     ('t1_mp2rage_sag_T1_Images',None), ('t1_mp2rage_sag_UNI_Images','T1w'), ('AX T1 FLAIR +C','T1wCE')])
 def test_spellings(name, seq): assert sequence_of(name)==seq
 
