@@ -28,8 +28,8 @@ class _Image(NamedTuple):
     kind:str # `'nifti'`, `'slices'` or `'other'`, a format that needs an extra
 
 _NOTHING = set('''.txt .csv .tsv .json .xml .html .htm .pdf .md .png .jpg .jpeg .bmp .gif .tif .tiff .zip .gz .tar .7z
-    .rar .npy .npz .bval .bvec .mat .py .ipynb .db .ini .inf .exe .dll .lnk .log .doc .docx .xls .xlsx .yaml .yml .css .js
-    .jar     .mp4 .avi .img .raw .zraw .sh .bat .ds_store'''.split())
+    .rar .npy .npz .bval .bvec .mat .py .ipynb .db .ini .inf .exe .dll .lnk .log .doc .docx .xls .xlsx .yaml .yml
+    .css .js .jar     .mp4 .avi .img .raw .zraw .sh .bat .ds_store'''.split())
 _SLICES = ('.dcm','.dicom','.ima','.dcm.gz')
 _ARCHIVES = ('.zip','.tar','.tar.gz','.tgz','.7z','.rar')
 _OTHERS = ('.nrrd','.nhdr','.mha','.mhd')
@@ -148,7 +148,8 @@ def split_id(
 
 # %% ../nbs/02_archive.ipynb #458b3745
 _SESSION = re.compile(r'''(ses|session|visit|v|tp|timepoint|time|week|wk|month|mo|day|exam|study|stu?|baseline|base|bl
-    |follow[-_ ]?up|fu|pre-?op|post-?op|intra-?op|preoperative|postoperative)[-_ ]?\d{0,6}([-_ ]\w{0,4})?|\d{2}-\d{2}-\d{4}\b.*
+    |follow[-_ ]?up|fu|pre-?op|post-?op|intra-?op
+    |preoperative|postoperative)[-_ ]?\d{0,6}([-_ ]\w{0,4})?|\d{2}-\d{2}-\d{4}\b.*
     |(19|20)\d{2}[-_.]?[01]\d[-_.]?[0-3]\d([-_. ].*)?|\d+(\.\d+){5,}''', re.I|re.X)
 
 _MEDIA = re.compile(r'p(a|at|t)\d{3,8}', re.I) # a patient's folder on a DICOM medium

@@ -171,7 +171,7 @@ def audit_cohort(
 ) -> pd.DataFrame: # `patient`, `sequence`, what `audit_series` tells, `grid` (a letter for each grid of a patient)
     """Audit every series of a cohort, one row each; a missing series has a row too.
 
-    `severity` is 'error' where an image cannot be what it is taken for, 'warning' where somebody must decide, or 'note'.
+    `severity` is 'error' where an image cannot be what it is taken for, 'warning' where somebody must decide.
     Raises nothing on content; holds no header values, and of paths only the names of faulty files."""
     return _table(_jobs(cohort), n_workers, progress)[0]
 

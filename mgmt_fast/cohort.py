@@ -49,7 +49,8 @@ def patient_key(
 # %% ../nbs/02_cohort.ipynb #dfb7403a
 _id_names = 'BraTS21ID TCGAID patient patientid id case caseid subject subjectid participantid bcrpatientbarcode'.lower().split()
 _label_names = 'MGMT_value MGMT.promoter.status MGMTstatus MGMTmethylation MGMT label'.lower().replace('_','').replace('.','').split()
-_yes = """methylated positive m met meth true pos metilado metilada positivo methyliert positiv methyle methylee positif"""
+_yes = """methylated positive m met meth true pos metilado metilada positivo methyliert positiv methyle methylee
+    positif"""
 _no = """unmethylated negative u unmet unmeth false neg wildtype non-methylated nonmethylated not-methylated
     no-metilado nometilado no-metilada negativo unmethyliert nichtmethyliert nicht-methyliert negativ
     non-methyle nonmethyle non-methylee negatif"""

@@ -56,7 +56,8 @@ _SUFFIX = re.compile(r'(?:ce|c|cw|gd|gad\w*|post\w*|km|contrast\w*|c\+|\+c|\+gd|
 _OTHER = set('''adc dwi dti dw trace tracew fa colfa colorfa exp perf perfusion dsc dce dyn dynamic asl pasl pcasl cbf
     cbv mtt ttp tmax relcbf rcbv swi swan swip mip mips minip pha phase tof mra mrv angio angiography venogram carotids
     xstar star medic hemo haemo mt mtc nm stir sub subtraction subtr subtract subtracted resta seg segm mask label
-    labels     pred map maps roi loc localizer localiser scout aascout survey plane cal calibration fgre ssfse trufi ssfp reformat
+    labels     pred map maps roi loc localizer localiser scout aascout survey plane cal calibration fgre ssfse trufi ssfp
+    reformat
     reformatted mpvr curved bold rest resting fmri rsfmri epi svs csi mrs spectroscopy fieldmap shim ciss fiesta t1rho
     spine lumbar thoracic cervical cspine tspine lspine columna moco inv1 inv2 t1map t2map screen
     screenshot uni2 opp fatonly'''.split())

@@ -897,8 +897,8 @@ def _more_pixels(stack):
             return f"a file holds pixels of {f['size']/frame:.1f} frames and says {f['frames']}"
 
 # %% ../nbs/01_series.ipynb #ca5f81ad
-_AUDIT = '''readable error severity evidence coding volumes slices rows columns step row_mm col_mm plane gap missing duplicates
-    blank near_blank min max clipped contrast skull identifiers findings notes'''.split()
+_AUDIT = '''readable error severity evidence coding volumes slices rows columns step row_mm col_mm plane gap missing
+    duplicates blank near_blank min max clipped contrast skull identifiers findings notes'''.split()
 
 def audit_series(
     path, # A folder of DICOM slices, a DICOM file with many frames, or a NIfTI file

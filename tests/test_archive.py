@@ -84,7 +84,7 @@ def test_layouts_side_by_side(tmp_path_factory, those):
 
 def test_other_images_are_not_taken(tmp_path):
     lay(tmp_path, 'ucsf', 4)
-    more = 'T1_bias T1c_bias T2_bias FLAIR_bias ADC DWI SWI ASL brain_segmentation tumor_segmentation DTI_eddy_FA'.split()
+    more = 'T1_bias T1c_bias T2_bias FLAIR_bias ADC DWI SWI ASL brain_segmentation tumor_segmentation FA'.split()
     touch(tmp_path, *(f'UCSF-PDGM-0004_nifti/UCSF-PDGM-0004_{s}.nii.gz' for s in more))
     touch(tmp_path, 'derivatives/UCSF-PDGM-0004/UCSF-PDGM-0004_T1.nii.gz')
     df = find_cohort(tmp_path)
