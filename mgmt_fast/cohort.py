@@ -191,9 +191,10 @@ _DERIVED = set('bias n4 n4itk brain bet unstripped stripped norm normalized norm
 _KIND = dict(missing='nothing, if it was not acquired; else restore it')
 
 def _understand(placed):
-    "Name an image by its place and its header; a folder of several series is as many images"
+    "Name an image by its place and its header; an unnamed folder of several series is as many images"
     h = {} if placed.image.kind=='nifti' else series_header(placed.image.path)
-    each = volume_headers(placed.image.path) if len(h.get('series', ()))>1 else []
+    several = len(h.get('series', ()))>1 and not any(map(sequence_of, placed.names))
+    each = volume_headers(placed.image.path) if several else []
     return [_named(placed, o, i) for i,o in enumerate(each)] if len(each)>1 else [_named(placed, h)]
 
 def _named(placed, h, index=None):
