@@ -11,7 +11,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from .core import *
 from .moves import *
+from .naming import *
 from .series import *
+from .archive import *
 from .cohort import *
 from .phantom import *
 from .slicewise import *

@@ -17,8 +17,10 @@ from PIL import Image
 
 from . import __version__
 from .core import *
-from .series import _AUDIT, _SUFFIXES, _audit, read_volume
-from .cohort import CohortError, find_cohort
+from .series import _AUDIT, _audit, read_volume
+from .archive import find_images, shown_name
+from .naming import sequence_of
+from .cohort import CohortError, cohort_report, find_cohort, write_choices
 from .prepare import worker_init
 
 # %% ../nbs/17_audit.ipynb #b96c7554
@@ -43,12 +45,34 @@ def thumbnail(
 # %% ../nbs/17_audit.ipynb #6c72fab3
 def _one(job):
     "Audit one series in a worker: its row, its grid and its picture"
-    patient,sequence,path = job
-    if pd.isna(path): return {**dict.fromkeys(_AUDIT), 'readable':False, 'error':'missing', 'findings':'the patient has no such series', 'notes':''},None,None,None
-    row,vol = _audit(path, sequence, patient)
-    if vol is None: return row.to_dict(),None,None,None
+    patient,sequence,path,index = job
+    if pd.isna(path): return _absent('missing', 'the patient has no such series'),None,None,None,None
+    try: return _look(patient, sequence, path, index)
+    except Exception as e: return _absent(type(e).__name__, log_fault(e, 'auditing')),None,None,None,None
+
+def _absent(error, finding):
+    severity = 'warning' if error=='missing' else 'error'
+    return {**dict.fromkeys(_AUDIT), 'readable':False, 'error':error, 'severity':severity, 'findings':finding,
+        'notes':''}
+
+def _look(patient, sequence, path, index):
+    row,vol = _audit(path, sequence, patient, index)
+    if vol is None: return row.to_dict(),None,None,None,None
     same = None if row['min']==row['max'] else hashlib.blake2b(np.ascontiguousarray(vol.numpy()[:,::2,::2]), digest_size=16).hexdigest()
-    return row.to_dict(),f'{tuple(vol.shape)} {(vol.affine.round(2)+0.).tolist()}',same,thumbnail(vol)
+    grid = f'{tuple(vol.shape)} {(vol.affine.round(2)+0.).tolist()}'
+    return row.to_dict(),grid,same,thumbnail(vol),_head_box(vol)
+
+def _head_box(vol):
+    "Box of what is brighter than air, [[x,y,z],[x,y,z]] in RAS+ mm; `None` if nothing is"
+    step = [max(1, int(4/s)) for s in vol.spacing]
+    small = vol[tuple(slice(None, None, o) for o in step)]
+    x = small.numpy().astype(np.float32)
+    air,usual = float(np.median(x[:,[0,-1]])),float(np.percentile(x, 99))
+    at = np.argwhere(x>air+.15*(usual-air))
+    if not len(at): return None
+    lo,hi = np.percentile(at, [1,99], axis=0)
+    corners = small.world(np.stack(np.meshgrid(*np.array([lo,hi]).T, indexing='ij'), -1).reshape(-1,3))
+    return [corners.min(0).round(1).tolist(), corners.max(0).round(1).tolist()]
 
 def _run(jobs, n_workers, progress, journal=None):
     "Results of `_one` in the jobs' order; those that a stopped run left in `journal` are taken from there"
@@ -58,7 +82,7 @@ def _run(jobs, n_workers, progress, journal=None):
     with open(journal, 'a', encoding='utf-8') as f:
         for res,i in zip(_results([jobs[i] for i in todo], n_workers, progress), todo):
             done[keys[i]] = res
-            f.write(json.dumps([keys[i],*res[:3],_packed(res[3])], default=lambda o: o.item())+'\n'); f.flush()
+            f.write(json.dumps([keys[i],*res[:3],_packed(res[3]),res[4]], default=lambda o: o.item())+'\n'); f.flush()
     return [done[k] for k in keys]
 
 def _results(jobs, n_workers, progress):
@@ -73,7 +97,7 @@ def _results(jobs, n_workers, progress):
 def _key(job):
     "Which series, as it is now; a digest, since a path may name people"
     state = None if pd.isna(job[2]) or not os.path.exists(job[2]) else os.stat(job[2]).st_mtime_ns
-    return hashlib.blake2b(repr((__version__,*job,state)).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(repr((__version__,*job,state)).encode('utf-8','surrogateescape'), digest_size=16).hexdigest()
 
 def _packed(a):
     if a is None: return None
@@ -84,13 +108,37 @@ def _left(journal):
     "What a stopped run wrote, by key; its last line may be cut off"
     res = {}
     for o in journal.read_text(encoding='utf-8').split('\n')[:-1] if journal.exists() else []:
-        try: k,row,grid,same,picture = json.loads(o)
+        try: k,row,grid,same,picture,box = json.loads(o)
         except ValueError: continue
-        res[k] = row,grid,same,None if picture is None else np.array(Image.open(io.BytesIO(base64.b64decode(picture))))
+        image = None if picture is None else np.array(Image.open(io.BytesIO(base64.b64decode(picture))))
+        res[k] = row,grid,same,image,box
     return res
 
 # %% ../nbs/17_audit.ipynb #7c8dec3a
-def _compare(df, grids, same):
+def _overlap(a, b):
+    "Share of the smaller box that lies in the other"
+    (a0,a1),(b0,b1) = np.array(a),np.array(b)
+    both = np.prod(np.maximum(0, np.minimum(a1,b1)-np.maximum(a0,b0)))
+    return float(both/max(min(np.prod(a1-a0), np.prod(b1-b0)), 1e-9))
+
+def _sizes_differ(a, b):
+    "Is one box less than two fifths of the other along two axes or more?"
+    p,q = (np.ptp(np.array(o), axis=0) for o in (a,b))
+    return int((np.minimum(p,q)<.4*np.maximum(p,q)).sum())>=2
+
+def _odd_ones(boxes):
+    "Which series of a patient do not fit the others, and why; `boxes` by position. Two that differ are both told"
+    res,keys = {},list(boxes)
+    for what,differ in (('lies elsewhere than', lambda a,b: _overlap(a,b)<.3),
+        ('is of another size than', _sizes_differ)):
+        n = {i: sum(differ(boxes[i], boxes[j]) for j in keys if j!=i) for i in keys}
+        most = max(n.values(), default=0)
+        for i in keys:
+            if n[i] and n[i]==most and n[i]>(len(keys)-1)/2:
+                res.setdefault(i, []).append(f"its head {what} in the patient's other series")
+    return res
+
+def _compare(df, grids, same, boxes):
     "Add to the table what only shows beside the other series"
     bad,note = df.findings.tolist(),df.notes.tolist()
     def _add(to, i, what): to[i] = f'{to[i]} | {what}' if to[i] else what
@@ -100,6 +148,9 @@ def _compare(df, grids, same):
         for i in rows:
             if grids[i]: df.iat[i, df.columns.get_loc('grid')] = chr(65+min(seen.index(grids[i]),25))
             if grids[i] and patient and seen.index(grids[i]): _add(note, i, "on another grid than the patient's other series")
+        apart = _odd_ones({i: boxes[i] for i in rows if boxes[i] and patient and pd.notna(df.sequence.iat[i])})
+        for i,whys in apart.items():
+            for o in whys: _add(bad, i, o)
     skull = df.skull.dropna().astype(bool)
     if 0<skull.sum()<=len(skull)/2:
         for i in np.flatnonzero(df.skull.eq(True)): _add(bad, i, f'not skull-stripped, as {(~skull).sum()} others are')
@@ -107,6 +158,7 @@ def _compare(df, grids, same):
         for i in rows:
             if len(rows)>1: _add(bad, i, f"same voxels as {', '.join(_called(df.iloc[j]) for j in rows if j!=i)}")
     df['findings'],df['notes'] = bad,note
+    df.loc[(df.findings!='')&(df.severity!='error'), 'severity'] = 'warning'
     return df
 
 def _called(r): return r.patient if pd.isna(r.sequence) else f'{r.patient} {r.sequence}'
@@ -116,18 +168,24 @@ def audit_cohort(
     cohort:pd.DataFrame, # `patient` and a path column per sequence, as all `*_cohort` functions return
     n_workers:int=None, # Processes; one a core if none, 0 for this one
     progress:bool=True, # Show a progress bar?
-) -> pd.DataFrame: # `patient`, `sequence`, what `audit_series` tells, `grid` (a letter for each grid of a patient), `findings`, `notes`
-    "Audit every series of a cohort, one row each; a missing series has a row too. Raises nothing on content; holds no header values, and of paths only the names of faulty files."
+) -> pd.DataFrame: # `patient`, `sequence`, what `audit_series` tells, `grid` (a letter for each grid of a patient)
+    """Audit every series of a cohort, one row each; a missing series has a row too.
+
+    `severity` is 'error' where an image cannot be what it is taken for, 'warning' where somebody must decide.
+    Raises nothing on content; holds no header values, and of paths only the names of faulty files."""
     return _table(_jobs(cohort), n_workers, progress)[0]
 
-def _jobs(cohort): return [(str(r['patient']), s, r[s]) for _,r in cohort.iterrows() for s in SEQUENCES if s in cohort]
+def _jobs(cohort):
+    def index(r, s): return None if pd.isna(i := r.get(f'{s}_index')) else int(i)
+    return [(str(r['patient']), s, r[s], index(r, s)) for _,r in cohort.iterrows() for s in SEQUENCES if s in cohort]
 
 def _table(jobs, n_workers, progress, journal=None):
     "The audited jobs, and a picture of each that can be read"
-    rows,grids,same,pictures = zip(*_run(jobs, n_workers, progress, journal)) if jobs else [()]*4
-    df = pd.DataFrame([dict(patient=p, sequence=s, **r) for (p,s,_),r in zip(jobs,rows)], columns=['patient','sequence',*_AUDIT])
+    rows,grids,same,pictures,boxes = zip(*_run(jobs, n_workers, progress, journal)) if jobs else [()]*5
+    df = pd.DataFrame([dict(patient=p, sequence=s, **r) for (p,s,*_),r in zip(jobs,rows)],
+        columns=['patient','sequence',*_AUDIT])
     df = df.astype(dict.fromkeys(['volumes','slices','rows','columns','missing','duplicates','blank','near_blank'], 'Int64'))
-    return _compare(df, grids, same)[['patient','sequence',*_AUDIT[:-2],'grid','findings','notes']], pictures
+    return _compare(df, grids, same, boxes)[['patient','sequence',*_AUDIT[:-2],'grid','findings','notes']], pictures
 
 # %% ../nbs/17_audit.ipynb #8d91e857
 _STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em;color:#222} table{border-collapse:collapse} td,th{padding:.4em .8em;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}
@@ -157,7 +215,7 @@ def write_sheet(
     "Write a self-contained page: what was found how often, and every series with its picture, findings first."
     def e(o): return html.escape(str(o))
     def lines(o): return e(o).replace(' | ', '<br>')
-    order = [*np.flatnonzero(table.findings!=''),*np.flatnonzero(table.findings=='')]
+    order = _by_severity(table)
     kinds = ''.join(f'<tr><td>{n}</td><td>{e(k)}</td></tr>' for k,n in _kinds(table.findings)) or '<tr><td>nothing found</td></tr>'
     rows = ''.join(f'<tr><td>{e(_called(r))}<div class="facts">{e(_facts(r))}</div></td><td>{_img(pictures[i])}</td><td><div class="bad">{lines(r.findings)}</div><div class="note">{lines(r.notes)}</div></td></tr>'
         for i,r in ((i,table.iloc[i]) for i in order))
@@ -165,37 +223,38 @@ def write_sheet(
 <p>{e(_summary(table))}. mgmt_fast {__version__}. Identifiers found in headers are named by kind; their values are not kept.</p><table>{kinds}</table><h2>Series</h2><table>{rows}</table></html>"""
     with atomic_path(path) as tmp: tmp.write_text(page, encoding='utf-8')
 
+def _by_severity(table):
+    "Positions of the rows, the gravest first"
+    rank = table.severity.map({'error':0,'warning':1}).fillna(2)
+    return np.argsort(rank.to_numpy(), kind='stable')
+
 def _summary(table):
     return f"{len(table)} series, {int(table.readable.sum())} readable, {(table.findings!='').sum()} with findings"
 
 # %% ../nbs/17_audit.ipynb #8cd1c51d
-def _is_dicom(p):
-    if p.suffix.lower() in _SUFFIXES: return True
-    try:
-        with open(p, 'rb') as f: return f.read(132)[128:]==b'DICM'
-    except OSError: return False
+def _doubtful(cohort):
+    "Images that contradict themselves, or are no MR; of patients who lack a sequence also those that say nothing"
+    lack = set(cohort.patient[cohort[[*SEQUENCES]].isna().any(axis=1)])
+    def doubtful(patient, why):
+        return patient in lack if why.startswith('neither') else ', but ' in why or not why.startswith('its name')
+    return [o for o in cohort.attrs.get('images', []) if o[2] is None and doubtful(o[0], o[5])]
 
-def _find_series(root):
-    "Folders of slices and NIfTI files below `root`; linked folders are entered once"
-    seen,res = set(),[]
-    for d,subs,files in os.walk(root, followlinks=True):
-        real = os.path.realpath(d)
-        if real in seen: subs.clear(); continue
-        seen.add(real)
-        subs[:] = sorted(o for o in subs if not o.startswith('.'))
-        files = [Path(d)/o for o in sorted(files) if not o.startswith('.')]
-        res += [o for o in files if o.name.lower().endswith(('.nii','.nii.gz'))]
-        if any(_is_dicom(o) for o in files if o.is_file() or o.is_symlink()): res.append(Path(d))
-    return res
-
-def _find_cohort(root, labels):
+def _find_cohort(root, **how):
     "The cohort of a folder, both splits if it is the competition's, and what there is to say about it; `None` if it is none"
-    splits = [o for o in ('train','test') if (root/o).is_dir() and any((root/o).iterdir())] or [None]
+    splits = [o for o in ('train','test') if (root/o).is_dir() and any((root/o).iterdir())]
+    splits = splits if len(splits)==2 else [None]
+    labels = how.pop('labels', None)
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        try: return pd.concat([find_cohort(root, labels if s!='test' else None, split=s) for s in splits], ignore_index=True),said.getvalue()
-        except CohortError:
-            if labels is not None: raise
-            return None,''
+        try: parts = [find_cohort(root, labels if s!='test' else None, split=s, **how) for s in splits]
+        except CohortError as e:
+            if labels is not None or how.get('choices') is not None: raise
+            return None,f'{e}\n' if 'two layouts' in str(e) else ''
+    cohort = pd.concat(parts, ignore_index=True)
+    cohort.attrs.update(report=[r for o in parts for r in o.attrs['report']],
+        images=[r for o in parts for r in o.attrs['images']])
+    rows = cohort_report(cohort)
+    told = ''.join(f'  {r.patient} {r.sequence}: {r.problem}; {r.what_to_do}\n' for r in rows[:20].itertuples())
+    return cohort,said.getvalue()+told+(f'  and {len(rows)-20} more\n' if len(rows)>20 else '')
 
 # %% ../nbs/17_audit.ipynb #8d21c7fb
 def audit(
@@ -204,24 +263,61 @@ def audit(
     labels=None, # Label table of the cohort, where the folder has none
     n_workers:int=None, # Processes; one a core if none, 0 for this one
     progress:bool=True, # Show a progress bar?
+    choices=None, # CSV of choices: read where it exists, and else written, to be edited and given to later commands
+    id_col:str=None, # Column of the label table with the ids
+    label_col:str=None, # Column of the label table with the labels
 ) -> bool: # Was anything found that calls for a decision?
     "Audit all series below a folder: writes the table and the sheet, prints a summary; run again to finish after a stop. Raises `MGMTError` if there is no series at all, or `dest` cannot be written."
     root,dest = Path(root),Path(dest)
     if not root.is_dir(): raise MGMTError(f"no folder at {root}: a misspelt path?")
-    series = _find_series(root)
-    if not series: raise MGMTError(f"no series below {root}: neither folders of DICOM slices nor NIfTI files; a wrong folder, or archives not unpacked yet?")
-    cohort,said = _find_cohort(root, labels)
+    series,odd = find_images(root)
+    if not series: raise MGMTError(_no_series(root, odd))
+    given = choices if choices is not None and Path(choices).exists() else None
+    cohort,said = _find_cohort(root, labels=labels, choices=given, id_col=id_col, label_col=label_col)
     jobs = [] if cohort is None else _jobs(cohort)
-    known = {os.path.realpath(p) for *_,p in jobs if not pd.isna(p)}
-    others = [o for o in series if os.path.realpath(o) not in known]
-    if len(others)>len(known) and len(known)<len(jobs)/2 or not jobs: # names that look like sequences by chance are no cohort
-        jobs,others,said = [(os.path.relpath(o, root) if o!=root else root.resolve().name, None, o) for o in series],[],''
+    known = {os.path.realpath(j[2]) for j in jobs if not pd.isna(j[2])}
+    doubts = [] if cohort is None else _doubtful(cohort)
+    named = len(jobs)
+    jobs += [(o[0], None, os.path.join(root, o[6]), None) for o in doubts]
+    others = [o for o in series if os.path.realpath(o.path) not in known]
+    chance = len(others)>len(known) or cohort is not None and not _any_named(cohort)
+    # names that look like sequences by chance are no cohort
+    if not jobs or choices is None and chance and len(known)<named/2:
+        jobs,others,doubts,said = [(_called_by(o, root), None, o.path, None)
+            for o in series],[],[],said if cohort is None else ''
+    elif choices is not None and given is None:
+        write_choices(cohort, choices)
+        said += f'choices: {choices}; edit it and give it to mgmt_prepare\n'
     journal = make_folder(dest)/'audit.jsonl'
     table,pictures = _table(jobs, n_workers, progress, journal)
-    with atomic_path(dest/'audit.csv') as tmp: table.to_csv(tmp, index=False)
+    _add_doubts(table, len(table)-len(doubts), doubts)
+    with atomic_path(dest/'audit.csv') as tmp: table.iloc[_by_severity(table)].to_csv(tmp, index=False)
     write_sheet(table, pictures, dest/'audit.html', f'Audit of {root.resolve().name}')
     journal.unlink()
-    print(f"{said}{root}: {_summary(table)}" + (f'; {len(others)} images below it are no sequence of a patient (segmentations?) and were left out' if others else ''))
+    print(f"{said}{root}: {_summary(table)}" + (f'; {len(others)} images below it were left out: other sessions,'
+        f' maps, segmentations' if others else ''))
     for k,n in _kinds(table.findings): print(f'{n:6d} x {k}')
     print(f"table: {dest/'audit.csv'}; pictures: {dest/'audit.html'}")
     return bool((table.findings!='').any())
+
+def _add_doubts(table, start, doubts):
+    "Say in the last rows of the table why these images have no sequence"
+    for i,o in enumerate(doubts, start):
+        silent = o[5].startswith('neither')
+        at = table.columns.get_loc('notes' if silent else 'findings')
+        if o[5] in table.iat[i,at]: continue
+        table.iat[i,at] = ' | '.join(filter(None, (table.iat[i,at], f'no sequence: {o[5]}')))
+        if table.severity.iat[i]!='error' and not silent: table.iat[i,table.columns.get_loc('severity')] = 'warning'
+
+def _any_named(cohort):
+    "Does a name on any path tell a sequence, and not headers alone?"
+    return any(sequence_of(p) for o in cohort.attrs.get('images', []) if o[3] for p in Path(o[6]).parts)
+
+def _called_by(image, root):
+    "What a series is called that is no part of a cohort: its path below the root"
+    return shown_name('/'.join(image.parts) or root.resolve().name)
+
+def _no_series(root, odd):
+    packed = sum(o[1]=='a packed archive' for o in odd)
+    hint = f'{packed} archives not unpacked yet' if packed else 'a wrong folder, or archives not unpacked yet'
+    return f"no series below {root}: neither folders of DICOM slices nor NIfTI files; {hint}?"

@@ -56,9 +56,12 @@ def mgmt_audit(
     dest:Path='audit', # Folder for the table and the sheet
     labels:Path=None, # Label table, where the folder has none
     n_workers:int=None, # Processes; one per core if not given
+    choices:Path=None, # Table of images to choose from; written if it is absent, to be edited, else read
+    id_col:str=None, # Column of the label table that holds the patients; known names are found
+    label_col:str=None, # Column of the label table that holds the labels; known names are found
 ):
     "Say what is wrong with a cohort's series, in a table and a sheet of pictures; exit code 1 if anything was found"
-    return int(audit(root, dest, labels=labels, n_workers=n_workers))
+    return int(audit(root, dest, labels=labels, n_workers=n_workers, choices=choices, id_col=id_col, label_col=label_col))
 
 # %% ../nbs/90_cli.ipynb #61a6ab36
 @_command
@@ -86,9 +89,12 @@ def mgmt_prepare(
     size:str=None, # Voxels DxHxW; the recipe's if not given (64x256x256)
     recipe:str='default', # Recipe, by name or as a YAML file
     n_workers:int=None, # Processes; one per core if not given
+    choices:Path=None, # Table that says which image is meant where there are several, as `mgmt_audit --choices` writes it
+    id_col:str=None, # Column of the label table that holds the patients; known names are found
+    label_col:str=None, # Column of the label table that holds the labels; known names are found
 ):
     "Crop, resample and normalise a cohort once, into a store; run again to finish after a stop, or after labels or scans changed"
-    cohort = _cohort(root, labels=labels)
+    cohort = _cohort(root, labels=labels, choices=choices, id_col=id_col, label_col=label_col)
     store = prepare(cohort, dest, sequences, size=size, recipe=recipe, n_workers=n_workers)
     print(f'{dest}: {store}')
     return _say_report(store.report, 'preparation')
@@ -119,7 +125,7 @@ def mgmt_train(
 # %% ../nbs/90_cli.ipynb #cfc7e07e
 from fastai.torch_core import num_distrib, rank_distrib
 from mgmt_fast.callbacks import DistributedTraining
-from mgmt_fast.inflate import keep_freed_memory
+from mgmt_fast.operators import keep_freed_memory
 from mgmt_fast.learner import recipe_dls
 
 def _recipe(store, recipe, **given):
@@ -154,9 +160,10 @@ def mgmt_predict(
     out:Path='predictions.csv', # Table to write: patient, prob, note
     split:str=None, # `train` or `test`, of a competition folder
     n_workers:int=None, # Processes that prepare scans; one per core if not given
+    choices:Path=None, # Table that says which image is meant where there are several, as `mgmt_audit --choices` writes it
 ):
     "Probability of a methylated MGMT promoter for each patient of a folder"
-    preds = predict(model, _cohort(root, split=split), n_workers=n_workers)
+    preds = predict(model, _cohort(root, split=split, choices=choices), n_workers=n_workers)
     with atomic_path(out) as tmp: preds.to_csv(tmp, index=False)
     print(preds.to_string(index=False, max_rows=20, max_colwidth=60))
     print(f"{out}: {preds.prob.notna().sum()} of {len(preds)} patients; research use only")
@@ -269,9 +276,12 @@ def mgmt_external(
     split:str=None, # `train` or `test`, of a competition folder
     leakage:Path=None, # Table of a leakage audit: test, verdict
     override:str=None, # Differences of preparation to accept, joined by commas: space, spacing, skull
+    choices:Path=None, # Table that says which image is meant where there are several, as `mgmt_audit --choices` writes it
+    id_col:str=None, # Column of the label table that holds the patients; known names are found
+    label_col:str=None, # Column of the label table that holds the labels; known names are found
 ):
     "Test a frozen bundle on patients from elsewhere, once; whatever would be chosen there was chosen before"
-    cohort = VolumeStore(root, labels) if (Path(root)/'store.json').exists() else _cohort(root, labels=labels, split=split)
+    cohort = VolumeStore(root, labels) if (Path(root)/'store.json').exists() else _cohort(root, labels=labels, split=split, choices=choices, id_col=id_col, label_col=label_col)
     res = external_test(bundle, cohort, dest, leakage, override.split(',') if override else ())
     for part in ('all','without_suspected'):
         if res[part] and 'why' in res[part]: print(f"{part}: {res[part]['why']}")

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SEQUENCES', 'MGMTError', 'unknown_name', 'check_sequences', 'Volume', 'montage', 'TensorMR', 'rng_for',
            'seed_everything', 'make_folder', 'atomic_path', 'write_json', 'reserve_array', 'array_start', 'track',
-           'Allowed', 'choice', 'check_choice', 'same_choices', 'choice_names', 'Recipe', 'get_recipe', 'save_recipe',
-           'read_recipe', 'follow_recipe']
+           'fault_log', 'log_fault', 'Allowed', 'choice', 'check_choice', 'same_choices', 'choice_names', 'Recipe',
+           'get_recipe', 'save_recipe', 'read_recipe', 'follow_recipe']
 
 # %% ../nbs/00_core.ipynb #3cf4ead2
-import difflib, io, json, math, numbers, os, re, tempfile, warnings, zlib
+import difflib, io, json, math, numbers, os, re, tempfile, traceback, warnings, zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -267,6 +267,24 @@ def track(
 ): # The items
     "A progress bar around a loop, as fastai shows it."
     return progress_bar(items, total=total, leave=False) if progress else items
+
+# %% ../nbs/00_core.ipynb #8a8ee713
+def fault_log() -> Path: # `MGMT_FAST_LOG` where that is set, else a file in the user's cache
+    "Where faults of this library are kept."
+    return Path(os.environ.get('MGMT_FAST_LOG') or Path.home()/'.cache'/'mgmt_fast'/'faults.log')
+
+def log_fault(
+    e:BaseException, # What was raised
+    doing:str, # What was being done, e.g. `'preparing'`; nothing of the data
+) -> str: # For a row of a report
+    "Keep the traceback of a bug, without its message, which may quote the data."
+    places = [f'{Path(o.filename).name}:{o.lineno} in {o.name}' for o in traceback.extract_tb(e.__traceback__)]
+    try:
+        with open(make_folder(fault_log().parent)/fault_log().name, 'a', encoding='utf-8') as f:
+            f.write(f"{doing}: {type(e).__name__}\n" + ''.join(f'  {o}\n' for o in places))
+        kept = 'its traceback is in the log, see fault_log()'
+    except (OSError,MGMTError): kept = f"the log cannot be written; it came from {places[-1] if places else 'nowhere'}"
+    return f"a fault of this library while {doing} ({type(e).__name__}): please report it; {kept}"
 
 # %% ../nbs/00_core.ipynb #18f82240
 class Allowed:

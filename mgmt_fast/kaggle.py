@@ -211,6 +211,7 @@ def _grid(path):
     if not str(path).endswith(('.nii','.nii.gz')): return None,None,'not NIfTI: convert, register and skull-strip it first'
     try: v = read_volume(path)
     except MGMTError as e: return None,None,f'{type(e).__name__}: {e}'.replace(str(path), Path(path).name)
+    except Exception as e: return None,None,log_fault(e, 'looking at a series')
     return (tuple(v.shape),tuple(v.spacing.round(2))),v.affine,('has its skull: strip it' if has_skull(v) else '')
 
 def refuse_unprepared(

@@ -207,19 +207,16 @@ def _check_labels(dls):
 
 def _engine(r):
     "Callbacks that the recipe's choices ask for"
-
     asked = [(r.precision!='float32', lambda: Precision(r.precision)), (r.accumulate!=1, lambda: GradientAccumulation(n_batches=r.accumulate)), (r.clip_norm, lambda: GradientClip(r.clip_norm)),
         (r.progressive, lambda: ProgressiveSize(r.progressive)), (r.average, lambda: AverageWeights(r.average)), (r.mixup, lambda: MixUp(r.mixup))]
     return [make() for wanted,make in asked if wanted]
 
 def _loss(r, dls, model):
     if r.network=='siamese': return PairLoss(model.head)
-
     y = dls.train.dataset.labels if r.class_weights else None
     weight = None if y is None else torch.tensor(float((y==0).sum()/(y==1).sum()))
     if r.loss=='focal': return BinaryFocalLoss(r.focal_gamma, weight)
-
-    return BCEWithLogitsLossFlat(pos_weight=weight)
+    return BCEWithLogitsLossFlat() if weight is None else BinaryFocalLoss(0., weight) # fastai's does not flatten with a weight
 
 # %% ../nbs/11_learner.ipynb #fe77a5f2
 def _make_model(r, dls, seed, **kwargs):
@@ -280,13 +277,13 @@ def _frozen(learn):
 
 # %% ../nbs/11_learner.ipynb #22fd77c5
 def _loss_name(learn):
-    names = {BCEWithLogitsLossFlat:'bce', BinaryFocalLoss:'focal', PairLoss:_plan}
+    if isinstance(learn.loss_func, BinaryFocalLoss): return 'focal' if learn.loss_func.gamma else 'bce'
+    names = {BCEWithLogitsLossFlat:'bce', PairLoss:_plan}
     return names.get(type(learn.loss_func), getattr(learn.loss_func, '__name__', type(learn.loss_func).__name__))
 
 def _weighted(learn):
     if isinstance(learn.loss_func, PairLoss): return _plan
-    inner = getattr(learn.loss_func, 'func', learn.loss_func)
-    return None if getattr(inner, 'pos_weight', None) is None else 'balanced'
+    return None if getattr(learn.loss_func, 'pos_weight', None) is None else 'balanced'
 
 def _fitted(k):
     "Of trainings that were started by hand: epochs together, the last one's rate, and the schedule if all had one"
@@ -313,7 +310,7 @@ READ_BACK = { # choice: where it is read, and how
     'l2':('L2Penalty', _of(L2Penalty, 'l2', 0.)), 'patience':('EarlyStoppingCallback', _of(EarlyStoppingCallback, 'patience', None)),
     'plateau_patience':('ReduceLROnPlateau', _of(ReduceLROnPlateau, 'patience', None)), 'plateau_factor':('ReduceLROnPlateau', _of(ReduceLROnPlateau, 'factor', _plan)),
     'step_epoch':('StepRate', _of(StepRate, 'at', _plan)), 'step_factor':('StepRate', _of(StepRate, 'factor', _plan)),
-    'loss':('loss_func', _loss_name), 'focal_gamma':('loss_func', lambda learn: getattr(learn.loss_func, 'gamma', _plan)), 'class_weights':('loss_func', _weighted),
+    'loss':('loss_func', _loss_name), 'focal_gamma':('loss_func', lambda learn: getattr(learn.loss_func, 'gamma', 0) or _plan), 'class_weights':('loss_func', _weighted),
     'wd':('learn.wd', lambda learn: learn.wd), 'lr':('learn.fits', _fitted('lr')), 'epochs':('learn.fits', _fitted('epochs')), 'schedule':('learn.fits', _fitted('schedule'))}
 
 # %% ../nbs/11_learner.ipynb #4d882ea7

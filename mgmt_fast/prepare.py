@@ -20,7 +20,7 @@ from scipy import ndimage
 from . import __version__
 from .core import *
 from .cohort import id_key, read_labels
-from .series import read_volume, has_skull, SeriesError
+from .series import read_sequence, has_skull, SeriesError
 from .slicewise import slicewise_patient
 
 # %% ../nbs/04_prepare.ipynb #21f0908d
@@ -130,6 +130,28 @@ def foreground(
     res.air,res.stride = air,stride
     return res
 
+# %% ../nbs/04_prepare.ipynb #3e6b3d90
+def _steady(vol):
+    "`vol` without padding and spots, and notes on what was done"
+    x,notes = np.asarray(vol),[]
+    lo,hi = x.min(),x.max()
+    some = x[::max(1,len(x)//16), ::4, ::4]
+    rest = some[some>lo]
+    if not rest.size: return vol,notes
+    next_,top = float(rest.min()),float(np.percentile(rest, 99))
+    if lo<0 and next_-float(lo)>2*max(top-next_, 1e-6) and (pad := x==lo).any():
+        x = np.where(pad, x.dtype.type(next_), x)
+        notes.append(f'{int(pad.sum())} voxels of padding ({lo:g}) taken as air')
+    air = float(np.median(np.concatenate([x[:,[0,-1]].ravel(), x[:,:,[0,-1]].ravel()])))
+    lit = some[some>air+.1*max(top-air, 0)]
+    usual = float(np.percentile(lit, 75)) if lit.size else top
+    if usual>air and hi>air+15*(usual-air):
+        spots = x>air+15*(usual-air)
+        if spots.mean()<.02:
+            x = np.where(spots, x.dtype.type(usual), x)
+            notes.append(f'{int(spots.sum())} voxels far above all others taken as ordinary: hot voxels, or markers')
+    return (Volume(torch.from_numpy(np.ascontiguousarray(x)), affine=vol.affine) if notes else vol),notes
+
 # %% ../nbs/04_prepare.ipynb #9c6a1c45
 _canonical = np.array([[0,0,-1],[0,-1,0],[1,0,0]]) # columns: D foot to head, H front to back, W right to left
 
@@ -191,35 +213,78 @@ def to_bytes(
 
 # %% ../nbs/04_prepare.ipynb #1417ea2a
 def prepare_patient(
-    row, # A row of a cohort: `patient` and a path per sequence
+    row, # A row of a cohort: `patient`, a path per sequence, and perhaps `T2w_index` and the like
     sequences=SEQUENCES, # Which to prepare, in order; the first readable one gives the axes
     recipe='default', # Name or `Recipe`
 ) -> NS: # `.arrays`: sequence to uint8 (D,H,W); `.meta`: sequence to facts; `.affine`; `.report`: list of problems and notes
     "Read, box, resample and normalise one patient. What fails is a row of the report, never an exception."
     r,sequences = get_recipe(recipe),check_sequences(sequences)
-    if r.prepare_by!='patient': return slicewise_patient(row, sequences, r)
+    report = []
+    def _say(seq, level, what):
+        report.append(dict(patient=str(row['patient']), sequence=seq, level=level,
+            what=what.encode('utf-8', 'replace').decode()))
+    try:
+        return slicewise_patient(row, sequences, r) if r.prepare_by!='patient' else _prepare_all(row, sequences, r,
+            _say, report)
+    except MGMTError: raise # a recipe that cannot be had concerns all patients
+    except Exception as e: _say('', 'error', log_fault(e, 'preparing'))
+    return NS(arrays={}, meta={}, affine=None, report=report)
+
+def _prepare_all(row, sequences, r, _say, report):
     choices,size = r.room('prepare'),tuple(r.size)
-    vols,masks,meta,arrays,report,affine = {},{},{},{},[],None
-    def _say(seq, level, what): report.append(dict(patient=str(row['patient']), sequence=seq, level=level, what=what))
+    vols,masks,meta,arrays,affine = {},{},{},{},None
     for seq in sequences:
         if seq not in row or pd.isna(row[seq]): _say(seq, 'note', 'sequence missing'); continue
-        try: vols[seq] = read_volume(row[seq]); masks[seq] = foreground(vols[seq])
-        except MGMTError as e: _say(seq, 'error', f'{type(e).__name__}: {e}'.replace(str(row[seq]), seq)); vols.pop(seq, None)
-    if vols:
-        affine,overlap = common_box(vols, masks, size, choices['margin'])
-        apart = [k for k,o in overlap.items() if o<choices['min_overlap']]
-        for k in apart:
-            _say(k, 'error', f"PrepareError: its brain box shares {overlap[k]:.0%} with that of {next(iter(vols))} (at least {choices['min_overlap']:.0%} expected): another frame of reference, or another patient's series? Register the sequences first")
-        for k in apart: del vols[k],masks[k]
-        if apart: affine,_ = common_box(vols, masks, size, choices['margin'])
+        try: vols[seq],masks[seq] = _read_one(row, seq, _say)
+        except MGMTError as e: _say(seq, 'error', f'{type(e).__name__}: {e}'.replace(str(row[seq]), seq))
+        except Exception as e: _say(seq, 'error', log_fault(e, 'preparing'))
+    for k,other,share in _strangers(vols, masks, size, choices['min_overlap']):
+        _say(k, 'error', _elsewhere(k, other, share, choices['min_overlap']))
+        del vols[k],masks[k]
+    if vols: affine,_ = common_box(vols, masks, size, choices['margin'])
     first = next(iter(vols), None)
     for seq,v in vols.items():
         try: arrays[seq],meta[seq] = _prepare_one(v, masks[seq], affine, size, choices)
         except MGMTError as e: _say(seq, 'error', f'{type(e).__name__}: {e}'); continue
+        except Exception as e: _say(seq, 'error', log_fault(e, 'preparing')); continue
         if meta[seq]['skull']: _say(seq, 'note', 'not skull-stripped: the box is that of the head')
         if v.shape!=vols[first].shape or not np.allclose(v.affine, vols[first].affine, atol=1e-2): _say(seq, 'note', f'own grid: resampled to that of {first}')
     if not arrays: _say('', 'error', 'patient skipped: no sequence could be prepared')
     return NS(arrays=arrays, meta=meta, affine=affine, report=report)
+
+def _read_one(row, seq, _say):
+    "A sequence's volume, without padding and spots, and its foreground"
+    vol = read_sequence(row, seq)
+    for o in vol.notes: _say(seq, 'note', o)
+    vol,notes = _steady(vol)
+    for o in notes: _say(seq, 'note', o)
+    mask = foreground(vol)
+    size = np.ptp(_edges(mask, vol.shape), axis=0)*vol.spacing
+    if not 80<=size.max()<=400: raise PrepareError(_no_head(size))
+    return vol,mask
+
+def _no_head(size):
+    return (f"what is brighter than air measures {' x '.join(f'{o:.0f}' for o in size)} mm, and a head 80 to 400: a"
+        f" lost affine, another"
+        " unit, or no head? Convert the original series again")
+
+def _strangers(vols, masks, size, least):
+    "Sequences whose boxes lie apart from the others', each with one of these and the overlap; the odd one first"
+    share = lambda a,b: common_box({a:vols[a], b:vols[b]}, {a:masks[a], b:masks[b]}, size)[1][b]
+    both = {(a,b): share(a,b) for i,a in enumerate(vols) for b in list(vols)[i+1:]}
+    both = {**both, **{(b,a): o for (a,b),o in both.items()}}
+    left,res = list(vols),[]
+    while True:
+        apart = {k: [o for o in left if o!=k and both[k,o]<least] for k in left}
+        worst = max(left, key=lambda k: (len(apart[k]), left.index(k)), default=None)
+        if worst is None or not apart[worst]: return res
+        res.append((worst, apart[worst][0], both[worst,apart[worst][0]]))
+        left.remove(worst)
+
+def _elsewhere(k, other, share, least):
+    return (f"PrepareError: its brain box shares {share:.0%} with that of {other} (at least {least:.0%} expected):"
+        f" another frame of"
+        " reference, or another patient's series? Register the sequences first")
 
 # %% ../nbs/04_prepare.ipynb #24a656d4
 def _prepare_one(v, mask, affine, size, choices):
@@ -252,13 +317,15 @@ def _digest(o): return hashlib.blake2b(json.dumps(o, ensure_ascii=True).encode()
 # %% ../nbs/04_prepare.ipynb #5db9d7fc
 def source_state(
     path, # File, or folder of slices; missing for none
+    index=None, # Which of several volumes there is meant
 ) -> dict: # Digests of the files' `names` (with their sizes) and `times`; None if there is no file
     "What a series' files are, as far as can be told without reading them."
     if path is None or pd.isna(path): return None
     try: files = _source_files(path)
     except OSError: return None
     if not files: return None
-    return dict(names=_digest([f[:2] for f in files]), times=_digest([f[2] for f in files]))
+    which = [] if index is None or pd.isna(index) else [int(index)]
+    return dict(names=_digest([f[:2] for f in files]+which), times=_digest([f[2] for f in files]))
 
 # %% ../nbs/04_prepare.ipynb #007fdf08
 def source_content(
@@ -467,7 +534,7 @@ def _write_patient(row, i, dest, sequences, recipe):
     "Prepare one patient in a worker, write its rows, return what goes into the journal"
     sources = {}
     for s in sequences:
-        state = source_state(row.get(s))
+        state = source_state(row.get(s), row.get(f'{s}_index'))
         sources[s] = state and {**state, 'content':source_content(row[s])}
     p = prepare_patient(row, sequences, recipe)
     for seq,a in p.arrays.items():
@@ -520,7 +587,7 @@ def prepare(
     entries,found = _found(dest, key)
     plan = _Plan(cohort, entries, sequences).resolve(n_workers, progress)
     if found: print(plan.said(entries))
-    if plan.todo: entries = _prepare_all(plan, entries, dest, key, recipe, n_workers, progress)
+    if plan.todo: entries = _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress)
     return _finish(dest, key, cohort, entries, plan)
 
 # %% ../nbs/04_prepare.ipynb #5218918a
@@ -567,12 +634,13 @@ def _found(dest, key):
 
 def _refused(cohort):
     "(patient, sequence) that the cohort leaves out for another reason than that it is not there, and the reason"
-    rows = cohort.attrs.get('report', [])
-    return {(str(p),s): problem for p,s,problem,_ in rows if s and problem!='missing'}
+    has = {(str(r['patient']),s) for r in cohort.to_dict('records') for s in SEQUENCES if s in r and not pd.isna(r[s])}
+    rows = [o[:3] for o in cohort.attrs.get('report', []) if o[1] in SEQUENCES and o[2]!='missing']
+    return {(str(p),s): why for p,s,why in rows if (str(p),s) not in has}
 
-def _state(path, then):
+def _state(path, index, then):
     "A source's state now, with its content, and whether it is that which was prepared"
-    now = source_state(path)
+    now = source_state(path, index)
     return {**now, 'content':source_content(path)},then is None or same_source(path, now, then)
 
 # %% ../nbs/04_prepare.ipynb #de22886d
@@ -589,7 +657,7 @@ class _Plan:
         if entry['sources'] is None: self.unknown.append(p)
         then,replaced,doubt = entry['sources'] or {},False,[]
         for s in sequences:
-            now = source_state(row.get(s))
+            now = source_state(row.get(s), row.get(f'{s}_index'))
             if now is None: self.miss(p, s, entry); continue
             if entry['sources'] is None and s in entry['volumes']: doubt.append((s,None)); continue
             old = then.get(s)
@@ -605,7 +673,7 @@ class _Plan:
 
     def resolve(self, n_workers, progress):
         "Read the files whose times alone differ, or of which version 0.1 wrote nothing down"
-        jobs = [(row[s], old) for row,s,old in self.doubt]
+        jobs = [(row[s], row.get(f'{s}_index'), old) for row,s,old in self.doubt]
         for i,(source,same) in _in_processes(_state, jobs, n_workers, progress):
             row,s,_ = self.doubt[i]
             p = str(row['patient'])
@@ -633,7 +701,7 @@ class _Plan:
         return rows + [dict(patient=p, sequence='', level='note', what=what) for p in self.unknown if p in self.kept]
 
 # %% ../nbs/04_prepare.ipynb #04e9f692
-def _prepare_all(plan, entries, dest, key, recipe, n_workers, progress):
+def _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress):
     "Prepare what a plan has to do, each patient in a row of its own; the entries of all"
     dest,again = make_folder(dest),{str(r['patient']) for r in plan.todo}
     done = {p:o for p,o in entries.items() if p not in again}

@@ -13,7 +13,7 @@ import numpy as np, pandas as pd, pydicom, torch, torch.nn.functional as F
 from fastcore.all import *
 from pydicom.pixels import apply_voi_lut
 from .core import *
-from .series import SeriesError, read_volume, _find, _pixels, _place
+from .series import SeriesError, read_volume, _check_modality, _find, _pixels, _place
 
 # %% ../nbs/03_slicewise.ipynb #60e13c8b
 _values = dict(prepare_by=('patient','slice'), slice_order=('position','filename'),
@@ -78,12 +78,14 @@ def read_stack(
     path:str|Path, # Folder of DICOM slices, or a NIfTI file
     order:str='filename', # `'filename'`: by the numbers in the names; `'position'`: along the slice normal
     voi_lut:bool=False, # Apply each slice's VOI LUT or window
+    index:int=None, # Which volume, where there are several: the row in `list_series`
 ) -> np.ndarray: # (D,H,W) float32, as acquired
     """Read slices without asking where they lie, unless told to.
 
     Raises `SeriesError` on what cannot be decoded, or holds several volumes."""
     found = _find(path)
-    if isinstance(found, Path) or len(found)>1: return np.asarray(read_volume(path), dtype=np.float32)
+    if isinstance(found, Path) or len(found)>1: return np.asarray(read_volume(path, index), dtype=np.float32)
+    _check_modality(found[0])
     if order=='filename': stack = sorted(found[0], key=_natural)
     else: stack = [found[0][i] for i in _place(found[0])[0]]
     x = _pixels(stack)
@@ -211,7 +213,8 @@ def slicewise_patient(
             _say(seq, 'note', 'sequence missing')
             continue
         try:
-            x = read_stack(row[seq], r.slice_order, r.voi_lut)
+            index = row.get(f'{seq}_index')
+            x = read_stack(row[seq], r.slice_order, r.voi_lut, None if pd.isna(index) else int(index))
             arrays[seq] = slicewise(x, seq, r, rng_for(r.fill_seed, 'slicewise', patient, seq))
         except MGMTError as e:
             _say(seq, 'error', f'{type(e).__name__}: {e}'.replace(str(row[seq]), seq))

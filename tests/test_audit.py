@@ -1,20 +1,27 @@
 "The audit of cohorts and folders: what the whole shows, what reaches the disk, and what must never."
+import os
+
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import ndimage
 from series_writer import *
 
-from mgmt_fast.audit import _find_series, audit, audit_cohort, thumbnail
+from mgmt_fast.audit import audit, audit_cohort, thumbnail
+from mgmt_fast.archive import find_images
 from mgmt_fast.cohort import find_cohort
 from mgmt_fast.core import SEQUENCES, MGMTError
 from mgmt_fast.phantom import make_phantom
 from mgmt_fast.series import read_volume
 
-AXIAL = affine_of(np.eye(3), (5,1,.8), (-30,-40,12))
-GOOD = dict(SliceThickness=5, SpacingBetweenSlices=5, PatientName='', PatientID='')
+AXIAL = affine_of(np.eye(3), (20,6,5), (-30,-40,12))
+GOOD = dict(SliceThickness=20, SpacingBetweenSlices=20, PatientName='', PatientID='')
 
 
-def noise(seed=0): return np.random.default_rng(seed).integers(1, 900, (6,24,32)).astype(np.int16)
+def noise(seed=0):
+    "Clouds of the size of a head"
+    x = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(6,24,32)), (0,2,2))
+    return (450+100*x/x.std()).clip(1, 900).astype(np.int16)
 
 
 @pytest.fixture(scope='module')
@@ -107,7 +114,7 @@ def test_finding_series(tmp_path):
     (tmp_path/'broken').mkdir(); (tmp_path/'broken/1.dcm').write_bytes(b'')
     (tmp_path/'b.nii.gz').write_bytes(b'')
     (tmp_path/'a/again').symlink_to(tmp_path); (tmp_path/'self').symlink_to(tmp_path/'self')
-    assert [o.name for o in _find_series(tmp_path)]==['b.nii.gz','a','broken']
+    assert [os.path.basename(o.path) for o in find_images(tmp_path)[0]]==['b.nii.gz','a','broken']
 
 
 @pytest.mark.parametrize('flip', [(1,1),(-1,1),(1,-1),(-1,-1)])

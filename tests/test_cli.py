@@ -107,7 +107,7 @@ def test_real_scans_from_folder_to_probability(data, tmp_path):
     run('mgmt_phantom', tmp_path/'scans', '--n', 18, '--slices', 12, '--size', 48)
     run('mgmt_prepare', tmp_path/'scans', tmp_path/'store', '--size', '12x32x32', '--sequences', 'FLAIR,T1wCE')
     run('mgmt_train', tmp_path/'store', tmp_path/'run', '--epochs', 1, '--arch', 'resnet18')
-    for root,patient in ((data/'brats/BraTS-GLI-00001-000','BraTS-GLI-00001-000'), (data/'tcga_lgg_brats_space/TCGA-FG-6692','TCGA-FG-6692')):
+    for root,patient in ((data/'brats/BraTS-GLI-00001-000','BraTS-GLI-00001'), (data/'tcga_lgg_brats_space/TCGA-FG-6692','TCGA-FG-6692')):
         run('mgmt_predict', tmp_path/'run/model', root, '--out', tmp_path/'p.csv')
         p = pd.read_csv(tmp_path/'p.csv')
         assert p.patient.tolist()==[patient] and p.prob.between(0,1).all()

@@ -80,7 +80,7 @@ TRAIN = dict( # choice: another value, what goes with it, where it is
     plateau_patience=(4, dict(schedule='flat'), cb(ReduceLROnPlateau,'patience',None)), plateau_factor=(3., dict(schedule='flat'), cb(ReduceLROnPlateau,'factor',None)),
     step_epoch=(5, dict(schedule='steps'), cb(StepRate,'at',None)), step_factor=(4., dict(schedule='steps'), cb(StepRate,'factor',None)),
     loss=('focal', {}, lambda l: 'focal' if 'Focal' in type(l.loss_func).__name__ else 'bce'), focal_gamma=(3., dict(loss='focal'), lambda l: l.loss_func.gamma),
-    class_weights=('balanced', {}, lambda l: None if l.loss_func.func.pos_weight is None else 'balanced'), wd=(.1, {}, lambda l: l.opt.hypers[0]['wd']),
+    class_weights=('balanced', {}, lambda l: 'balanced' if getattr(l.loss_func, 'pos_weight', None) is not None else None), wd=(.1, {}, lambda l: l.opt.hypers[0]['wd']),
     lr=(1e-3, {}, lambda l: max(l.recorder.lrs)), epochs=(2, {}, lambda l: l.n_epoch), schedule=('flat', {}, lambda l: 'flat' if len(set(l.recorder.lrs))==1 else 'other'))
 PREPARE = dict(size=(8,24,24), margin=5., clip=(1.,99.), min_overlap=.3)
 SLICEWISE = dict(slice_order='position', slice_pick='largest', wrap_start=True, voi_lut=True, black_slices='keep', crop_by='none', range_by='patient', short_series='zeros', fill_seed=3, transpose=False)

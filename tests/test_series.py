@@ -311,9 +311,9 @@ def test_refused_nifti(tmp_path, case):
 # ---- auditing ----
 
 def test_audit_of_a_good_series(series):
-    row = audit_series(series(ramp(9,32,32), SliceThickness=4, SpacingBetweenSlices=5, RepetitionTime=550, EchoTime=12), 'T1w')
+    row = audit_series(series(ramp(9,32,32).repeat(4,1).repeat(4,2), SliceThickness=4, SpacingBetweenSlices=5, RepetitionTime=550, EchoTime=12), 'T1w')
     assert row.readable and not row.findings and row.error is None
-    assert (row.slices,row['rows'],row.columns,row.plane,row.missing,row.duplicates,row.contrast)==(9,32,32,'axial',0,0,'T1w or T1wCE')
+    assert (row.slices,row['rows'],row.columns,row.plane,row.missing,row.duplicates,row.contrast)==(9,128,128,'axial',0,0,'T1w or T1wCE')
     assert np.allclose([row.step,row.row_mm,row.col_mm,row.gap], [5,1,.8,1])
 
 
