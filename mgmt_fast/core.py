@@ -292,17 +292,20 @@ class Allowed:
     def __init__(self,
         text:str, # Completes the sentence "it must be ..."
         take, # Function of a value: the value to keep; raises `ValueError` or `TypeError` on what is not allowed
-    ): self.text,self.take = text,take
+        names:tuple=(), # The values, where they are few
+    ): self.text,self.take,self.names = text,take,names
     def __call__(self, v): return self.take(v)
 
     def __or__(self, other):
         def _either(v):
             try: return self(v)
             except (ValueError,TypeError): return other(v)
-        return Allowed(f'{self.text} or {other.text}', _either)
+        return Allowed(f'{self.text} or {other.text}', _either, self.names+other.names)
 
 # %% ../nbs/00_core.ipynb #17495d4e
-def _limits(lo, hi): return ' '.join(f'{word} {n:g}' for word,n in (('from',lo),('up to',hi)) if n is not None)
+def _limits(lo, hi):
+    if hi is None: return '' if lo is None else f'from {lo:g}'
+    return f'up to {hi:g}' if lo is None else f'from {lo:g} to {hi:g}'
 
 def _between(v, lo, hi):
     if not math.isfinite(v) or (lo is not None and v<lo) or (hi is not None and v>hi): raise ValueError(v)
@@ -321,7 +324,7 @@ def one_of(cls:Allowed,
     *names, # Values, mostly names
 ) -> Allowed:
     "One of a few values"
-    return cls(' or '.join(map(repr,names)), _exactly(names))
+    return cls(' or '.join(map(repr,names)), _exactly(names), names)
 
 # %% ../nbs/00_core.ipynb #e248a5dd
 @patch(cls_method=True)
@@ -406,8 +409,9 @@ def check_choice(
     allowed = _choices[name].allowed
     try: return allowed(value)
     except (ValueError,TypeError,OverflowError):
-        said = f'{name} must be {allowed.text}; received {value!r}'
-        raise MGMTError(f"{said} ({_choices[name].doc})") from None
+        near = difflib.get_close_matches(str(value), [o for o in allowed.names if isinstance(o, str)], n=1)
+        hint = f'did you mean {near[0]!r}? ' if near else ''
+        raise MGMTError(f"{name} must be {allowed.text}; received {value!r}: {hint}({_choices[name].doc})") from None
 
 # %% ../nbs/00_core.ipynb #89daf18d
 def same_choices(
