@@ -219,6 +219,7 @@ def mgmt_sweep(
     res = sweep(runs, store, dest, recipe, n_folds=n_folds, seed=seed, n_jobs=n_jobs, backend='dask' if scheduler else None)
     print(res.drop(columns='folder', errors='ignore').to_string(index=False, max_colwidth=60))
     if 'auc' in res: _print_findings(res.dropna(subset='auc').rename(columns=dict(valid_loss='loss')))
+    print('auc: of the epoch that was chosen on the same patients, so no estimate for others; mgmt_evaluate gives one')
     failed = res.error.fillna('').astype(bool).sum()
     print(f'{dest}/sweep.csv: {len(res)-failed} of {len(res)} runs')
     return int(failed>0)

@@ -158,6 +158,15 @@ def _job(store, cell, folds, repeat, fold, member, inner, tta, seed):
     prefix = re.sub(r'[^\w.+-]', '_', f"{recipe.arch}-{row['sequences']}-{label}-r{repeat}f{fold}m{member}")
     return NS(sequences=sequences, recipe=recipe, store=store, train=train, test=test, inner=inner, tta=tta, seed=seed, key=key, row=row, prefix=prefix, name=f'{prefix}-{key_digest(key)[:8]}')
 
+_least_inner = 10 # patients from whom a temperature and a threshold can be chosen
+
+def _check_inner(jobs, inner):
+    "Refuse before anything is trained what would end without a temperature"
+    n = min(len(j.train) for j in jobs)
+    if n//inner>=_least_inner: return
+    raise ProtocolError(f"{n} training patients with inner={inner} leave {n//inner} to choose epoch, temperature and threshold from, and at least {_least_inner} are needed: "
+        f"{inner*_least_inner} training patients, or a smaller inner= (2 needs {2*_least_inner})")
+
 def _say_others(jobs, dest):
     "Name the kept runs that are not those wanted, with the reason"
     why = Counter()
@@ -204,6 +213,7 @@ def cross_validate(
         deal = assign_folds(table, n=n_folds, seed=seed+repeat, folds=folds).dropna(subset=['fold'])
         dealt.append(deal.assign(repeat=repeat))
         jobs += [_job(store, c, deal, repeat, fold, member, inner, tta, seed) for c in cells for fold in sorted(deal.fold.unique()) for member in range(seeds)]
+    _check_inner(jobs, inner)
     dest = make_folder(dest)
     _say_others(jobs, dest)
     oof = pd.concat([_run(j, dest) for j in track(jobs, progress=progress)], ignore_index=True)
@@ -379,15 +389,34 @@ def _signed(path):
     return d
 
 # %% ../nbs/13_evaluate.ipynb #2c0faf04
-def _entries(bundle):
-    "The ledger's entries, each signed and chained to the one before, the first to the bundle"
+def _lines(bundle):
+    "The ledger's lines, each signed and chained to the one before, the first to the bundle; one that a stop cut off is none"
     path,last,res = bundle.path/'ledger.jsonl',bundle.signature,[]
-    for i,line in enumerate(path.read_text(encoding='utf-8').splitlines() if path.exists() else []):
+    whole = path.read_text(encoding='utf-8').split('\n')[:-1] if path.exists() else []
+    for i,line in enumerate(whole):
         try: e = json.loads(line)
         except json.JSONDecodeError: e = {}
         if e.get('previous')!=last or e.get('signature')!=_hash({k:v for k,v in e.items() if k!='signature'}): raise ProtocolError(f"line {i+1} of {path} was changed, added or taken out by hand: the count of passes can no longer be trusted. Restore the file")
         res.append(e); last = e['signature']
     return res
+
+def _entries(bundle):
+    "The passes that the ledger knows of"
+    return [e for e in _lines(bundle) if 'done' not in e]
+
+def _enter(bundle, **entry):
+    "Write a line into the ledger, whole or not at all"
+    before = _lines(bundle)
+    line = _sign({**entry, 'previous':before[-1]['signature'] if before else bundle.signature})
+    with atomic_path(bundle.path/'ledger.jsonl') as tmp: tmp.write_text(''.join(json.dumps(o)+'\n' for o in [*before, line]), encoding='utf-8')
+    return line
+
+def _unfinished(bundle, met, volumes):
+    "The pass over the very same volumes that was entered and then stopped before its result was written; `None` if there is none"
+    done = {e['done'] for e in _lines(bundle) if 'done' in e}
+    last = met[-1] if met else {}
+    open_ = last.get('begun') and last['result'] not in done and set(last['volumes'])==volumes
+    return last if open_ else None
 
 # %% ../nbs/13_evaluate.ipynb #8c5bc72a
 class Bundle:
@@ -473,7 +502,7 @@ def freeze_bundle(
         m = load_model(p)
         check_preparation(m, store)
         for suffix in ('.safetensors','.json'): shutil.copyfile(p+suffix, dest/f'model-{i}{suffix}')
-        entries.append(dict(name=f'model-{i}', arch=m.arch, sequences=list(m.sequences), temperature=t, files={s: _file_hash(dest/f'model-{i}{s}') for s in ('.safetensors','.json')}))
+        entries.append(dict(name=f'model-{i}', arch=m.arch, sequences=list(m.sequences), key=(m.trained or {}).get('key'), temperature=t, files={s: _file_hash(dest/f'model-{i}{s}') for s in ('.safetensors','.json')}))
         seqs += m.sequences
     auc = auc_ci(v.label, v.prob)
     write_json(dest/'bundle.json', _sign(json.loads(json.dumps(dict(version=__version__, created=_now(), models=entries, threshold=choose_threshold(v.label, v.prob), tta=None if tta is None else get_recipe(tta).to_json(),
@@ -560,7 +589,7 @@ def external_test(
 ) -> dict: # What is written to `external-COHORT-PASS.json`: `all` and `without_suspected` (each figure with its interval), `pass`, hashes, ...
     """Test a frozen bundle on patients from elsewhere, and sign the result.
 
-    Every pass is entered in the bundle's ledger before its numbers are known, so a second look says that it is the second. Raises `ProtocolError` on changed files, on patients known from training, on another preparation, and on data that give no number."""
+    Every pass is entered in the bundle's ledger before its numbers are known, so a second look says that it is the second. One that is stopped before its result is written is finished by the next call, as the same pass. Raises `ProtocolError` on changed files, on patients known from training, on another preparation, and on data that give no number."""
     if fitting: raise ProtocolError(f"external_test takes no {', '.join(fitting)}: a test cohort is for testing, and what is fitted, chosen or recalibrated on it is no longer tested. Settle it on validation patients and freeze another bundle")
     b = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     b,dest = Bundle(b.path),Path(dest or b.path)
@@ -569,9 +598,10 @@ def external_test(
     _check_strangers(b, store)
     t = store.table[['patient','label']]
     aside = None if leakage is None else _aside(leakage, t.patient)
-    volumes,before = set(_volume_hashes(store)),_entries(b)
-    met = [e for e in before if volumes & set(e['volumes'])]
+    volumes = set(_volume_hashes(store))
+    met = [e for e in _entries(b) if volumes & set(e['volumes'])]
     held = json.loads(_held_out(store).read_text(encoding='utf-8')) if _held_out(store).exists() else {}
+    again = _unfinished(b, met, volumes)
     if held.get(b.signature,0)>len(met): raise ProtocolError(f"{store.path} was tested {held[b.signature]} times with this bundle, but its ledger knows of {len(met)}: entries are missing. Restore {b.path/'ledger.jsonl'}")
     preds = b.predict(store, progress)
     scored = preds.merge(t, on='patient')
@@ -579,10 +609,10 @@ def external_test(
     why = [dict(patient=r.patient, why='no label' if pd.isna(r.label) else r.note) for r in scored[out].itertuples()]
     scored = scored[~out]
     check_predictions(scored)
-    nth,name = len(met)+1,f'external-{_hash(sorted(volumes))[:8]}-{len(met)+1}'
-    entry = _sign({'date':_now(), 'pass':nth, 'result':name, 'volumes':sorted(volumes), 'previous':before[-1]['signature'] if before else b.signature})
+    nth = len(met) if again else len(met)+1
+    name = f'external-{_hash(sorted(volumes))[:8]}-{nth}'
+    entry = again or _enter(b, date=_now(), result=name, volumes=sorted(volumes), begun=True, **{'pass':nth})
     write_json(_held_out(store), {**held, b.signature:nth})
-    with open(b.path/'ledger.jsonl','a',encoding='utf-8') as f: f.write(json.dumps(entry)+'\n')
     with atomic_path(dest/f'{name}.csv') as tmp: preds.to_csv(tmp, index=False)
     res = _sign(json.loads(json.dumps({'date':entry['date'], 'version':__version__, 'bundle':b.signature, 'model':dict(arch=', '.join(uniqueify(m['arch'] for m in b.models)), sequences=' and '.join(uniqueify('+'.join(m['sequences']) for m in b.models)), recipe=b.recipe.name), 'models':[m['files'] for m in b.models], 'threshold':b.threshold, 'ledger':entry['signature'],
         'pass':nth, 'note':'first pass' if nth==1 else f'pass {nth}: patients of this cohort were tested before with this bundle, so this is no longer an untouched test set',
@@ -591,6 +621,7 @@ def external_test(
         'all':_performance(scored, b.threshold), 'without_suspected':None if aside is None else _performance(scored[~scored.patient.isin(aside)], b.threshold),
         'predictions':dict(file=f'{name}.csv', hash=_file_hash(dest/f'{name}.csv'))})))
     write_json(dest/f'{name}.json', res)
+    _enter(b, date=_now(), done=name)
     return res
 
 # %% ../nbs/13_evaluate.ipynb #336b4d9d

@@ -26,6 +26,7 @@ from .prepare import VolumeStore, prepare
 from .backbones import ARCHS
 from .consistency import patients_needed
 from .metrics import holm
+from .learner import load_model
 from .evaluate import _logits, Bundle, cross_validate, cv_models, freeze_bundle, results_table, show_results
 
 # %% ../nbs/15_kaggle.ipynb #a8c4fa67
@@ -171,7 +172,7 @@ def train_bundles(
         of = cv_models(dest/'cv', sequences=name)
         to = dest/'bundles'/name
         if not (to/'bundle.json').exists(): freeze_bundle(**of, store=store, dest=to)
-        elif [m['temperature'] for m in Bundle(to).models]!=of['temperatures']: raise KaggleError(f"{to} holds a bundle of other models than those that were just trained: delete it, or give another folder")
+        elif [m.get('key') for m in Bundle(to).models]!=[load_model(p).trained['key'] for p in of['models']]: raise KaggleError(f"{to} holds a bundle of other models than those that were just trained: delete it, or give another folder")
     return oof
 
 # %% ../nbs/15_kaggle.ipynb #167237b5

@@ -1,5 +1,6 @@
 "The protocol: what it measures, and what it refuses."
 import json
+import os
 import shutil
 
 import numpy as np
@@ -105,6 +106,46 @@ def test_a_second_pass_says_so(copy_of):
     one,two = (external_test(b, test, progress=False) for _ in range(2))
     assert (one['pass'],two['pass'])==(1,2) and 'pass 2' in two['note'] and one['all']==two['all']
     assert read_result(d/'bundle'/two['predictions']['file'].replace('.csv','.json'))==two
+
+
+class Stopped(BaseException): pass
+
+
+def stop_at(monkeypatch, k):
+    "A process that is stopped before its `k`-th file appears."
+    n,move = [0],os.replace
+    def replace(a, b):
+        n[0] += 1
+        if n[0]==k: raise Stopped
+        move(a, b)
+    monkeypatch.setattr(os, 'replace', replace)
+
+
+@pytest.mark.parametrize('k', range(1, 7))
+def test_a_pass_that_was_stopped_is_finished_as_the_same_pass(study, copy_of, monkeypatch, k):
+    d,b,test = copy_of
+    with monkeypatch.context() as m:
+        stop_at(m, k)
+        if k<=5:
+            with pytest.raises(Stopped): external_test(b, test, progress=False)
+        else: external_test(b, test, progress=False)
+    last = external_test(b, test, progress=False)
+    assert last['pass']==(1 if k<=5 else 2) and read_result(d/'bundle'/last['predictions']['file'].replace('.csv','.json'))==last
+    assert external_test(b, test, progress=False)['pass']==last['pass']+1
+
+
+def test_a_line_that_a_stop_cut_off_is_no_line_of_the_ledger(copy_of):
+    d,b,test = copy_of
+    external_test(b, test, progress=False)
+    ledger = d/'bundle/ledger.jsonl'
+    ledger.write_text(ledger.read_text()+'{"date": "2026-')
+    assert external_test(b, test, progress=False)['pass']==2
+
+
+def test_too_few_patients_are_refused_before_anything_is_trained(study, tmp_path):
+    with pytest.raises(ProtocolError, match='24 training patients with inner=5 leave 4 .* at least 10 are needed: 50 training patients'):
+        cross_validate(VolumeStore(study/'train/store'), tmp_path/'cv', progress=False)
+    assert not (tmp_path/'cv').exists()
 
 
 def test_a_part_of_the_cohort_under_other_names_is_met_again(copy_of):
