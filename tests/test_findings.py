@@ -208,6 +208,39 @@ def test_one_scout_or_screenshot_is_left_out_and_told(tmp_path, scout):
     assert 'left out' in audit_series(p).notes and len(list_series(p))==2
 
 
+def other_matrix(path, places, size=32, spacing=(6,6), **elements):
+    "Images in the slices' plane with another matrix, numbered from 99"
+    for n,place in enumerate(places, 99):
+        ds = slice_dataset(head()[12,:size,:size].copy(), place, (1,0,0,0,1,0), spacing, n, PatientID='', **elements)
+        (path/f'Image-{n}.dcm').write_bytes(as_bytes(ds))
+    return path
+
+
+@pytest.mark.parametrize('elements', [{}, dict(SeriesInstanceUID='1.2.9'), dict(spacing=(3,3)), dict(size=48)])
+@pytest.mark.parametrize('places', [[(0,0,0)], [(-90,-90,7.5)], [(0,0,0),(0,0,99)]])
+def test_a_scout_of_another_matrix_in_the_same_plane_is_left_out_and_told(tmp_path, elements, places):
+    p = as_series(tmp_path/'a'); like = read_volume(p)
+    vol,n = read_volume(other_matrix(p, places, **elements)),len(places)
+    assert np.array_equal(vol.numpy(), like.numpy()) and np.array_equal(vol.affine, like.affine)
+    assert vol.notes==[f"{n} image{'s'*(n>1)} beside the slices left out: a scout or a screenshot"]
+    assert 'left out' in audit_series(p).notes
+
+
+def test_many_slices_of_another_matrix_are_refused(tmp_path):
+    p = other_matrix(as_series(tmp_path/'a'), [(0,0,5*i) for i in range(8)])
+    with pytest.raises(SeriesError, match='differs among the slices'): read_volume(p)
+
+
+@pytest.mark.parametrize('at', [0, 12, 23])
+def test_a_slice_of_another_matrix_that_fills_a_place_is_no_scout(tmp_path, at):
+    p = as_series(tmp_path/'a')
+    files = sorted(p.iterdir(), key=lambda f: float(pydicom.dcmread(f).ImagePositionPatient[2]))
+    ds = pydicom.dcmread(files[at])
+    ds.Rows,ds.PixelData = 32,ds.PixelData[:len(ds.PixelData)//2]
+    ds.save_as(files[at])
+    with pytest.raises(SeriesError, match='Rows differs'): read_volume(p)
+
+
 def test_orientations_that_differ_in_the_third_digit_are_one_volume(tmp_path):
     rng = np.random.default_rng(0)
     def jitter(d):
