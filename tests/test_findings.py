@@ -14,6 +14,7 @@ from mgmt_fast.audit import audit, audit_cohort
 from mgmt_fast.core import SEQUENCES, Volume, get_recipe
 from mgmt_fast.prepare import foreground, prepare, prepare_patient
 from mgmt_fast.series import SeriesError, audit_series, list_series, read_sequence, read_volume
+from mgmt_fast.slicewise import read_stack
 
 AXIAL = affine_of(np.eye(3), (6,3,3), (-96,-96,-70))
 TIMES = dict(RepetitionTime=500, EchoTime=10, SliceThickness=6, SpacingBetweenSlices=6, PatientName='', PatientID='')
@@ -293,6 +294,22 @@ def test_the_long_echo_is_t2(tmp_path):
     r = prepare_patient(dict(patient='p', T2w=str(p)), ('T2w',), get_recipe('default', size=(8,16,16)))
     assert 'T2w' in r.arrays and any('long one' in o['what'] for o in r.report)
     with pytest.raises(SeriesError, match='choose one with index='): read_volume(p)
+
+
+@pytest.mark.parametrize('recipe', ['published','winner'])
+def test_the_long_echo_is_t2_slice_by_slice_too(tmp_path, recipe):
+    for i,te in enumerate((20,90)):
+        for dest in ('both',str(te)):
+            as_series(tmp_path/dest, head(i), EchoTime=te, RepetitionTime=3000, name=f'{te}-{{}}.dcm')
+    r = get_recipe(recipe, size=(8,16,16))
+    def prepared(dest, **more):
+        return prepare_patient(dict(patient='p', T2w=str(tmp_path/dest), **more), ('T2w',), r)
+    both,alone,short = prepared('both'),prepared('90'),prepared('both', T2w_index=0)
+    assert np.array_equal(both.arrays['T2w'], alone.arrays['T2w'])
+    assert any('long one (90 ms)' in o['what'] for o in both.report)
+    assert np.array_equal(short.arrays['T2w'], prepared('20').arrays['T2w'])
+    for path in ('both','90'): assert np.array_equal(read_stack(tmp_path/path, sequence='T2w'), head(1))
+    with pytest.raises(SeriesError, match='choose one with index='): read_stack(tmp_path/'both')
 
 
 def test_analyze_and_other_formats(tmp_path):
