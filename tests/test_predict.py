@@ -39,7 +39,8 @@ def check_others(res, whole):
     return res.note[bad].item()
 
 
-@pytest.mark.parametrize('raised,says', [(RuntimeError('secret'), 'a fault of this library while predicting (RuntimeError)'),
+@pytest.mark.parametrize('raised,says', [
+    (RuntimeError('secret'), 'a fault of this library while predicting (RuntimeError)'),
     (MGMTError('the age is missing'), 'the age is missing')])
 @pytest.mark.parametrize('kind', ['scans','store'])
 def test_what_the_model_raises_is_a_note(model, cohort, tmp_path, monkeypatch, raised, says, kind):
