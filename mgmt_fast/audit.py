@@ -243,11 +243,11 @@ def _find_cohort(root, **how):
     "The cohort of a folder, both splits if it is the competition's, and what there is to say about it; `None` if it is none"
     splits = [o for o in ('train','test') if (root/o).is_dir() and any((root/o).iterdir())]
     splits = splits if len(splits)==2 else [None]
-    labels = how.pop('labels', None)
+    unlabelled = dict(choices=how.get('choices'))
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        try: parts = [find_cohort(root, labels if s!='test' else None, split=s, **how) for s in splits]
+        try: parts = [find_cohort(root, split=s, **(how if s!='test' else unlabelled)) for s in splits]
         except CohortError as e:
-            if labels is not None or how.get('choices') is not None: raise
+            if how.get('labels') is not None or how.get('choices') is not None: raise
             return None,f'{e}\n' if 'two layouts' in str(e) else ''
     cohort = pd.concat(parts, ignore_index=True)
     cohort.attrs.update(report=[r for o in parts for r in o.attrs['report']],
@@ -266,6 +266,7 @@ def audit(
     choices=None, # CSV of choices: read where it exists, and else written, to be edited and given to later commands
     id_col:str=None, # Column of the label table with the ids
     label_col:str=None, # Column of the label table with the labels
+    patient_col:str=None, # Column of the label table that says whose each id is
 ) -> bool: # Was anything found that calls for a decision?
     "Audit all series below a folder: writes the table and the sheet, prints a summary; run again to finish after a stop. Raises `MGMTError` if there is no series at all, or `dest` cannot be written."
     root,dest = Path(root),Path(dest)
@@ -273,7 +274,8 @@ def audit(
     series,odd = find_images(root)
     if not series: raise MGMTError(_no_series(root, odd))
     given = choices if choices is not None and Path(choices).exists() else None
-    cohort,said = _find_cohort(root, labels=labels, choices=given, id_col=id_col, label_col=label_col)
+    cohort,said = _find_cohort(root, labels=labels, choices=given, id_col=id_col, label_col=label_col,
+        patient_col=patient_col)
     jobs = [] if cohort is None else _jobs(cohort)
     known = {os.path.realpath(j[2]) for j in jobs if not pd.isna(j[2])}
     doubts = [] if cohort is None else _doubtful(cohort)

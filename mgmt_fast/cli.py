@@ -59,9 +59,10 @@ def mgmt_audit(
     choices:Path=None, # Table of images to choose from; written if it is absent, to be edited, else read
     id_col:str=None, # Column of the label table that holds the patients; known names are found
     label_col:str=None, # Column of the label table that holds the labels; known names are found
+    patient_col:str=None, # Column of the label table that says whose each id is, where a patient has several
 ):
     "Say what is wrong with a cohort's series, in a table and a sheet of pictures; exit code 1 if anything was found"
-    return int(audit(root, dest, labels=labels, n_workers=n_workers, choices=choices, id_col=id_col, label_col=label_col))
+    return int(audit(root, dest, labels=labels, n_workers=n_workers, choices=choices, id_col=id_col, label_col=label_col, patient_col=patient_col))
 
 # %% ../nbs/90_cli.ipynb #61a6ab36
 @_command
@@ -92,9 +93,10 @@ def mgmt_prepare(
     choices:Path=None, # Table that says which image is meant where there are several, as `mgmt_audit --choices` writes it
     id_col:str=None, # Column of the label table that holds the patients; known names are found
     label_col:str=None, # Column of the label table that holds the labels; known names are found
+    patient_col:str=None, # Column of the label table that says whose each id is, where a patient has several
 ):
     "Crop, resample and normalise a cohort once, into a store; run again to finish after a stop, or after labels or scans changed"
-    cohort = _cohort(root, labels=labels, choices=choices, id_col=id_col, label_col=label_col)
+    cohort = _cohort(root, labels=labels, choices=choices, id_col=id_col, label_col=label_col, patient_col=patient_col)
     store = prepare(cohort, dest, sequences, size=size, recipe=recipe, n_workers=n_workers)
     print(f'{dest}: {store}')
     return _say_report(store.report, 'preparation')
@@ -280,9 +282,10 @@ def mgmt_external(
     choices:Path=None, # Table that says which image is meant where there are several, as `mgmt_audit --choices` writes it
     id_col:str=None, # Column of the label table that holds the patients; known names are found
     label_col:str=None, # Column of the label table that holds the labels; known names are found
+    patient_col:str=None, # Column of the label table that says whose each id is, where a patient has several
 ):
     "Test a frozen bundle on patients from elsewhere, once; whatever would be chosen there was chosen before"
-    cohort = VolumeStore(root, labels) if (Path(root)/'store.json').exists() else _cohort(root, labels=labels, split=split, choices=choices, id_col=id_col, label_col=label_col)
+    cohort = VolumeStore(root, labels) if (Path(root)/'store.json').exists() else _cohort(root, labels=labels, split=split, choices=choices, id_col=id_col, label_col=label_col, patient_col=patient_col)
     res = external_test(bundle, cohort, dest, leakage, override.split(',') if override else ())
     for part in ('all','without_suspected'):
         if res[part] and 'why' in res[part]: print(f"{part}: {res[part]['why']}")

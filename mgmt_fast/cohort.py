@@ -132,13 +132,15 @@ def read_labels(
     table, # Path of a delimited text file, or a DataFrame
     id_col:str=None, # Column of the ids; the names of the competition, the thesis and TCGA are known
     label_col:str=None, # Column of the labels: 0/1, or words such as `Methylated`
+    patient_col:str=None, # Column that says whose each id is, where a patient has several
 ) -> pd.DataFrame: # A row for each: `patient` as written there, `label` (Int64, blank is missing), the other columns
-    """Read a table of MGMT status; `.attrs` says which columns were taken, and lists labels that are no known word.
+    """Read a table of MGMT status; `.attrs` says which columns were taken, whose an id is, and lists unknown labels.
 
     Raises `CohortError` on a missing file or column, a blank id, or a number that is neither 0 nor 1."""
     where = 'the table' if isinstance(table, pd.DataFrame) else str(table)
     df = table.copy() if isinstance(table, pd.DataFrame) else _read_table(table)
-    id_col = _column(df, id_col, _id_names, 'patients')
+    id_col = _id_column(df, id_col, patient_col)
+    people = _people(df[id_col], df[patient_col]) if patient_col else {}
     label_col = _column(df.drop(columns=id_col), label_col, _label_names, 'labels', 'mgmt')
     ids,labels,odd = df.pop(id_col).astype('string').str.strip(),[],[]
     if (ids.isna()|(ids=='')).any():
@@ -154,8 +156,30 @@ def read_labels(
     if not isinstance(table, pd.DataFrame): df = _numbers(df)
     res = pd.DataFrame({'patient':ids, 'label':pd.array(labels, dtype='Int64')})
     res = res.join(df.drop(columns=[c for c in ('patient','label') if c in df]))
-    res.attrs.update(columns=(str(id_col),str(label_col)), report=odd)
+    res.attrs.update(columns=(str(id_col),str(label_col)), report=odd, people=people)
     return res
+
+def _id_column(df, id_col, patient_col):
+    "The column of ids; that of patients, where another is named so, is not it"
+    if patient_col is not None: _column(df, patient_col, (), 'patients of the ids')
+    if patient_col is not None and patient_col==id_col: raise CohortError(_one_column(id_col))
+    return _column(df.drop(columns=patient_col or []), id_col, _id_names, 'patients')
+
+def _one_column(name):
+    return (f"id_col and patient_col are both {name!r}: id_col holds what the folders of scans are called, and"
+        f" patient_col whose they are, which may repeat")
+
+def _people(ids, patients):
+    "The patient of each id by `id_key`, one spelling each; ids whose patient is blank are patients themselves"
+    res,spelt = {},{}
+    for i,p in zip(ids, patients):
+        if pd.isna(i) or pd.isna(p) or not str(p).strip(): continue
+        p = spelt.setdefault(id_key(p), str(p).strip())
+        if res.setdefault(id_key(i), p)!=p: raise CohortError(_two_people(i))
+    return res
+
+def _two_people(id):
+    return f"the label table gives the id {id} to two patients in the column patient_col: correct the wrong row"
 
 def _odd_label(v): return f"the label {str(v)[:40]!r} is no word that is known: taken as unlabelled"
 
@@ -348,26 +372,41 @@ def _together(report, df):
     rows = [o for o in report if not (o[1] in never and o[2]=='missing')]
     return rows+[('all', s, 'missing', 'nothing, if it was not acquired') for s in never if len(rows)<len(report)]
 
+def _entry(known, patient, session):
+    "What a table knows of a patient by id: of the session, or of the patient"
+    tail = f'{patient}_{session}',f'{patient}-{session}',f'{patient}_ses-{session}'
+    return first(known[k] for o in (*(tail if session else ()), patient) if (k := id_key(o)) in known)
+
 def _match(known, visits, patient, session):
     "The row of a label table for a patient: that of the session, or of the patient"
-    tail = f'{patient}_{session}',f'{patient}-{session}',f'{patient}_ses-{session}'
-    for o in (*(tail if session else ()), patient):
-        if (row := known.get(id_key(o))) is not None: return row
-    return visits.get(patient_key(patient))
+    row = _entry(known, patient, session)
+    return visits.get(patient_key(patient)) if row is None else row
 
-def _labels(labels, report, id_col, label_col):
+def _table(labels, id_col=None, label_col=None, patient_col=None):
+    "The label table; None if there is none"
+    if labels is not None and labels is not False: return read_labels(labels, id_col, label_col, patient_col)
+    if patient_col is not None: raise CohortError(_nowhere(patient_col))
+
+def _nowhere(name):
+    return f"patient_col={name!r} names a column of the label table, and there is no label table: give one as labels="
+
+def _people_of(table): return {} if table is None else table.attrs['people']
+
+def _labels(table, report):
     "Rows of a label table by id and by patient, and a line on its columns"
-    if labels is None or labels is False: return {},{},''
-    table = read_labels(labels, id_col, label_col)
-    report += table.attrs.get('report', [])
+    if table is None: return {},{},''
+    report += table.attrs['report']
+    if people := _people_of(table):
+        table = table.assign(patient=[people.get(id_key(o), o) for o in table.patient])
+        table = table.drop_duplicates(['patient','label'])
     ids,of = table.attrs.get('columns', ('',''))
     said = f"; labels of column {of!r}, ids of {ids!r}" if of else ''
     return _one_label(table, report), _one_label(table, [], patient_key), said
 
-def _assemble(scans, labels, source, report=(), keep=False, pad=0, id_col=None, label_col=None):
+def _assemble(scans, table, source, report=(), keep=False, pad=0):
     "Join scans by patient with labels; `keep` patients that only the labels know, their ids padded to `pad` digits"
     report,rows,seen = list(report),[],{}
-    known,visits,said = _labels(labels, report, id_col, label_col)
+    known,visits,said = _labels(table, report)
     for patient,scan in scans.items():
         paths,problems,session = scan.paths,scan.problems,scan.session
         key = id_key(patient)
@@ -420,12 +459,23 @@ def _table_rows(root, images, used, index, patient):
 
 _FILLER = re.compile(r'anon|none|unk|unspec|de-?id|removed|n/?a$|patient|subject|test|[0x]+$', re.I)
 
-def _merged(placed):
+def _joined(found, people):
+    "Images under the patient whom a label table names for their id; where a patient has several, each is a session"
+    whose,ids = [_entry(people, o.placed.patient, o.placed.session) for o in found],{}
+    for o,who in zip(found, whose): ids.setdefault(who, set()).add(o.placed.patient)
+    def under(p, who):
+        if who is None: return p
+        session = ' '.join(filter(None, (p.session, p.patient))) if len(ids[who])>1 else p.session
+        return p._replace(patient=who, session=session)
+    return [o._replace(placed=under(o.placed, who)) for o,who in zip(found, whose)]
+
+def _merged(placed, settled=()):
     "Folders with one PatientID whose names differ in their last part become sessions of one patient"
     of = {}
     for o in placed:
         who = o.header.get('PatientID')
-        if o.placed.layout=='folder' and who and not _FILLER.match(who):
+        if o.placed.layout!='folder' or o.placed.patient in settled: continue
+        if who and not _FILLER.match(who):
             of.setdefault(who, {}).setdefault(o.placed.patient, o)
     rename = {}
     for folders in of.values():
@@ -436,26 +486,28 @@ def _merged(placed):
         or rename[p.patient][1]) if p.patient in rename else p
     return [o._replace(placed=to(o.placed)) for o in placed]
 
-def _scan(root, patients=None, labels=None, id_col=None, choices=None, base=None):
+def _scan(root, patients=None, table=None, choices=None, base=None):
     "Every patient below `root`: `scans` by patient, and the parts of the archive that are `left` over"
     images,odd = find_images(root)
-    ids = set() if labels is None or labels is False else _ids_of(labels, id_col)
+    ids = set() if table is None else {*map(id_key, table.patient), *map(patient_key, table.patient)}
+    people = _people_of(table)
+    def name(folder): return people.get(id_key(folder), folder)
     try:
         placed,left = place_images(root, images, patients, lambda name: id_key(name) in ids or patient_key(name) in ids)
     except ArchiveError as e: raise CohortError(f'{root}: {e}') from None
-    found = [f for o in placed for f in _understand(o)]
-    found = found if patients is not None else _merged(found)
+    found = _joined([f for o in placed for f in _understand(o)], people)
+    found = found if patients is not None else _merged(found, set(people.values()))
     chosen,report = _read_choices(choices, base or root, found)
     whose = {o[0]: first(p.placed.patient for p in found if p.placed.image.parts[:1]==o[0][:1]) for o in odd}
     by = groupby(found, lambda o: o.placed.patient)
     scans = {}
-    for p in uniqueify([*(patients or ()), *by]):
-        mine = [o for o in odd if o[0] and (o[0][0]==p or whose[o[0]]==p)]
+    for p in uniqueify([*map(name, patients or ()), *by]):
+        mine = [o for o in odd if o[0] and (name(o[0][0])==p or whose[o[0]]==p)]
         scans[p] = _picked(chosen[p]) if p in chosen else _row(by.get(p, []), mine)
         scans[p].table = _table_rows(base or root, by.get(p, []), scans[p].paths, getattr(scans[p], 'index', {}), p)
         scans[p].source = None if patients is not None or p not in by else by[p][0].placed.layout
     lost = [('', '', f'{what}: {"/".join(parts[:1])}', todo) for parts,what,todo in odd if parts
-        and whose[parts] is None and parts[0] not in scans]
+        and whose[parts] is None and name(parts[0]) not in scans]
     if left:
         lost.append(('', '', f'{len(left)} images below it belong to no patient',
             'nothing, or name them with `nifti_cohort`'))
@@ -463,19 +515,14 @@ def _scan(root, patients=None, labels=None, id_col=None, choices=None, base=None
 
 def _kinds_of(rows): return [(*o[:2], f'{o[2]} ({n} times)' if n>1 else o[2], o[3]) for o,n in Counter(rows).items()]
 
-def _ids_of(labels, id_col):
-    df = labels if isinstance(labels, pd.DataFrame) else _read_table(labels)
-    ids = df[_column(df, id_col, _id_names, 'patients')].dropna()
-    return {*map(id_key, ids), *map(patient_key, ids)}
-
 def _folder_cohort(root, labels, source, looked_for, layout=None, **kwargs):
     "Cohort of the folders in `root`, or of `root`; with `layout`, only if an image is named as that layout says"
     root = _folder(root)
-    choices,id_col,label_col = (kwargs.get(k) for k in ('choices','id_col','label_col'))
-    s = _scan(root, labels=labels, id_col=id_col, choices=choices)
+    choices,table = kwargs.pop('choices', None),_table(labels, **kwargs)
+    s = _scan(root, table=table, choices=choices)
     fits = layout is None or any(o.source==layout for o in s.scans.values())
     if not fits or not any(o.paths for o in s.scans.values()): raise CohortError(_no_scans(root, s, looked_for))
-    return _assemble(s.scans, labels, source, s.report, id_col=id_col, label_col=label_col)
+    return _assemble(s.scans, table, source, s.report)
 
 def _no_scans(root, s, looked_for):
     "Why a folder is no cohort"
@@ -551,6 +598,7 @@ def kaggle_cohort(
     labels=None, # Label table instead of the competition's own; `False` for none
     id_col:str=None, # Column of the label table with the ids
     label_col:str=None, # Column of the label table with the labels
+    patient_col:str=None, # Column of the label table that says whose each id is; it gives `patient`
     choices=None, # Table of choices, see `write_choices`
 ) -> pd.DataFrame: # Cohort: `patient`, `session`, `label`, a path per sequence, `source`
     """The cohort of RSNA-MICCAI Brain Tumor Radiogenomic Classification, or of anything laid out like it.
@@ -561,14 +609,15 @@ def kaggle_cohort(
     if root.is_file(): root,labels = root.parent, root if labels is None else labels
     _folder(root)
     patients = [p.name for p in _subfolders(root/split)] if (root/split).is_dir() else []
-    scans = _scan(root/split, patients, choices=choices, base=root).scans if patients else {}
     if labels is None and split=='train':
         labels = root/'train_labels.csv'
         if not labels.is_file(): raise CohortError(_no_labels(root))
+    table = _table(labels, id_col, label_col, patient_col)
+    scans = _scan(root/split, patients, table, choices, base=root).scans if patients else {}
     if split=='test' and (root/'sample_submission.csv').is_file():
         for o in set(read_ids(root/'sample_submission.csv')) - set(scans): scans[o] = _submitted()
-    if not scans and (labels is None or labels is False): raise CohortError(_no_patients(root, split))
-    return _assemble(scans, labels, f'kaggle/{split}', keep=True, pad=5, id_col=id_col, label_col=label_col)
+    if not scans and table is None: raise CohortError(_no_patients(root, split))
+    return _assemble(scans, table, f'kaggle/{split}', keep=True, pad=5)
 
 def _submitted():
     return NS(paths={}, session=None, problems=[('', 'in sample_submission.csv, but has no folder',
@@ -586,7 +635,7 @@ def _no_patients(root, split):
 def brats_cohort(
     root, # Folder of patients' folders, or one patient's
     labels=None, # Label table: path or DataFrame
-    **kwargs, # `id_col`, `label_col`, `choices`, as in `find_cohort`
+    **kwargs, # `id_col`, `label_col`, `patient_col`, `choices`, as in `find_cohort`
 ) -> pd.DataFrame: # Cohort: `patient`, `session`, `label`, a path per sequence, `source`
     """The cohort of a BraTS archive, as `find_cohort` gives it.
 
@@ -608,6 +657,7 @@ def tcga_cohort(
     study:str='GBM', # `'GBM'` or `'LGG'` to keep one where the table tells them apart; None to keep both
     id_col:str=None, # Column of the label table with the ids
     label_col:str=None, # Column of the label table with the labels
+    patient_col:str=None, # Column of the label table that says whose each id is; it gives `patient`
     choices=None, # Table of choices, see `write_choices`
 ) -> pd.DataFrame: # Cohort: `patient`, `session`, `label`, a path per sequence, `source`, `study` if the table has it
     """The cohort of TCGA-GBM. Raises `CohortError` if there are neither scans nor labels, or none of the study asked for.
@@ -615,23 +665,24 @@ def tcga_cohort(
     Source: the published table is that of Ceccarelli et al. 2016."""
     if study not in ('GBM','LGG',None): raise CohortError(f"study must be 'GBM', 'LGG' or None; received {study!r}")
     if root is None and labels is None: raise CohortError("tcga_cohort needs a folder, a label table, or both")
-    table = None if labels is None else read_labels(labels, id_col, label_col)
-    found = _scan(_folder(root), labels=table, id_col=None if table is None else 'patient',
-        choices=choices) if root is not None else NS(scans={}, report=[])
+    table = _table(labels, id_col, label_col, patient_col)
+    found = NS(scans={}, report=[]) if root is None else _scan(_folder(root), table=table, choices=choices)
     scans = found.scans
     if root is not None and not any(o.paths for o in scans.values()):
         raise CohortError(f"{root} holds no scans: looked for PATIENT/SEQUENCE/*.nii.gz and PATIENT/SEQUENCE/*.dcm,"
             f" SEQUENCE being {', '.join(SEQUENCES)} or another name that says so")
     report,studies = found.report,{}
     if table is not None and 'Study' in table:
-        studies = {id_key(p): _study(s) for p,s in zip(table.patient, table.Study)}
+        people = _people_of(table)
+        whose = [people.get(id_key(p), p) for p in table.patient]
+        studies = {id_key(p): _study(s) for p,s in zip(whose, table.Study)}
         other = {p for p,s in studies.items() if study is not None and not pd.isna(s) and s!=study}
         report = report+[(p, '', f'{studies[id_key(p)]}, not {study}: left out', f'study=None keeps it')
-            for p in (scans or table.patient) if id_key(p) in other]
-        table,scans = table[[id_key(p) not in other for p in table.patient]], {p:o for p,o in scans.items() if id_key(p) not in other}
+            for p in (scans or uniqueify(whose)) if id_key(p) in other]
+        table = table[[id_key(p) not in other for p in whose]]
+        scans = {p:o for p,o in scans.items() if id_key(p) not in other}
         if (root is not None and not scans) or table.empty: raise CohortError(f"none of the patients is {study}: {len(report)} belong to another study. Pass study=None to keep them")
-    odd = [] if table is None else table.attrs.get('report', [])
-    df = _assemble(scans, table, 'tcga', report=report+odd, keep=root is None)
+    df = _assemble(scans, table, 'tcga', report=report, keep=root is None)
     return df.assign(study=df.patient.map(lambda p: studies.get(id_key(p))).astype('string')) if studies else df
 
 # %% ../nbs/02_cohort.ipynb #43ef2fa8
@@ -657,6 +708,7 @@ def nifti_cohort(
     source:str='nifti', # For the column `source`
     id_col:str=None, # Column of the label table with the ids
     label_col:str=None, # Column of the label table with the labels
+    patient_col:str=None, # Column of the label table that says whose each id is; it gives `patient`
 ) -> pd.DataFrame: # Cohort: `patient`, `session`, `label`, a path per sequence, `source`
     "The cohort of any folder of NIfTI files, or of folders of DICOM slices. Raises `CohortError` if the pattern matches nothing, or no known sequence."
     root = _folder(root)
@@ -664,7 +716,7 @@ def nifti_cohort(
     one = check_sequences(sequences)[0] if isinstance(sequences, str) else None
     if ('{sequence}' in pattern)==(one is not None): raise CohortError(f"pattern {pattern!r} with sequences={sequences!r}: name the one sequence exactly when the pattern has no {{sequence}}")
     expect = [one] if one else check_sequences(uniqueify(sequences.values())) if isinstance(sequences, dict) else SEQUENCES
-    found,names = {},Counter()
+    found,names,table = {},Counter(),_table(labels, id_col, label_col, patient_col)
     for p in sorted(root.glob(as_glob)):
         m = as_regex.fullmatch(p.relative_to(root).as_posix())
         if not m or p.name.startswith('.'): continue
@@ -674,9 +726,13 @@ def nifti_cohort(
         if seq: found.setdefault(m['patient'], []).extend(_given(p, seq, m['patient']))
     if not found: raise CohortError(f"nothing in {root} matches {pattern!r} with a sequence that is known" + (f"; found {', '.join(sorted(names)[:8])}: pass sequences={{{sorted(names)[0]!r}: 'FLAIR', ...}}" if names else ''))
     report = [('', k, f'{n} images are called so, which is no known sequence: left out', 'nothing, or name it in `sequences`') for k,n in names.items() if n]
-    scans = {k: _row([o for o in v if o.placed], [], expect) for k,v in found.items()}
-    for k,v in found.items(): scans[k].problems += [o.header for o in v if not o.placed]
-    return _assemble(scans, labels, source, report=report, id_col=id_col, label_col=label_col)
+    people = _people_of(table)
+    whose = {k: people.get(id_key(k), k) for k in found}
+    images = _joined([o for v in found.values() for o in v if o.placed], people)
+    by = groupby(images, lambda o: o.placed.patient)
+    scans = {p: _row(by.get(p, []), [], expect) for p in uniqueify(whose.values())}
+    for k,v in found.items(): scans[whose[k]].problems += [o.header for o in v if not o.placed]
+    return _assemble(scans, table, source, report=report)
 
 def _given(path, seq, patient):
     "The images at a path that a pattern names as sequence `seq`; the header may only object"
@@ -698,15 +754,15 @@ def find_cohort(
     split:str=None, # Of the competition; by default `'train'` where there is one
     id_col:str=None, # Column of the label table with the ids
     label_col:str=None, # Column of the label table with the labels
+    patient_col:str=None, # Column of the label table that says whose each id is; it gives `patient`
     choices=None, # Table of choices, see `write_choices`
 ) -> pd.DataFrame: # Cohort: `patient`, `session`, `label`, a path per sequence, `source`
     """The cohort of a folder, whatever lies in it. Every image is accounted for: as a sequence, or in `cohort_report`.
 
     Raises `CohortError` if nothing can be told apart, or if two layouts explain the same folders."""
     root = Path(root)
-    how = dict(id_col=id_col, label_col=label_col, choices=choices)
-    if root.is_file() and root.suffix.lower() in ('.csv','.tsv'):
-        return kaggle_cohort(root, labels=labels, id_col=id_col, label_col=label_col)
+    how = dict(id_col=id_col, label_col=label_col, patient_col=patient_col, choices=choices)
+    if root.is_file() and root.suffix.lower() in ('.csv','.tsv'): return kaggle_cohort(root, labels=labels, **how)
     if root.is_file(): raise CohortError(f"{root} is a file: give the folder that holds the patient's sequences")
     _folder(root)
     parent = root.resolve().parent

@@ -207,10 +207,10 @@ def phantom_bundles(
     return find_bundles(work/'train/bundles')
 
 # %% ../nbs/15_kaggle.ipynb #dab47d2e
-def _grid(path):
+def _grid(path, index):
     "Shape and spacing, the affine, or why there are none"
     if not str(path).endswith(('.nii','.nii.gz')): return None,None,'not NIfTI: convert, register and skull-strip it first'
-    try: v = read_volume(path)
+    try: v = read_volume(path, None if pd.isna(index) else int(index))
     except MGMTError as e: return None,None,f'{type(e).__name__}: {e}'.replace(str(path), Path(path).name)
     except Exception as e: return None,None,log_fault(e, 'looking at a series')
     return (tuple(v.shape),tuple(v.spacing.round(2))),v.affine,('has its skull: strip it' if has_skull(v) else '')
@@ -226,7 +226,7 @@ def refuse_unprepared(
         affines,shapes = [],[]
         for s in sequences:
             if pd.isna(r.get(s)): rows.append((r.patient, s, 'missing')); continue
-            shape,affine,why = _grid(r[s])
+            shape,affine,why = _grid(r[s], r.get(f'{s}_index'))
             if why: rows.append((r.patient, s, why))
             if shape: shapes.append(shape); affines.append(affine)
         if len(set(shapes))>1 or any(not np.allclose(a, affines[0], atol=1e-2) for a in affines): rows.append((r.patient, '', 'its sequences lie on different grids: register them to one space'))

@@ -26,7 +26,7 @@ from sklearn.metrics import mutual_info_score
 
 from . import __version__
 from .core import *
-from .series import SeriesError, _find, _load
+from .series import SeriesError, read_sequence, _find
 from .cohort import id_key, patient_key, _read_table
 from .prepare import VolumeStore, _canonical, _canonical_affine, _one_thread, resample, resize, source_state
 from .loader import key_digest
@@ -73,18 +73,23 @@ class _Side:
 
     def content(self, i, seq):
         "What changes when the volume does"
-        if not self.store: return key_digest(source_state(self.table[seq].iat[i])) # of what is not there, reading will say what is wrong
+        if not self.store: return key_digest(source_state(self.table[seq].iat[i], self.index(i, seq))) # of what is not there, reading will say what is wrong
         m = self.data.meta[self.patients[i]]
         return key_digest([m['volumes'][seq]['hash'], m['affine']])
+
+    def index(self, i, seq):
+        "Which volume of a folder that holds several, where the cohort says so"
+        n = self.table[f'{seq}_index'].iat[i] if f'{seq}_index' in self.table else None
+        return None if pd.isna(n) else int(n)
 
     def volume(self, i, seq):
         "The volume, a hash of its voxels, and hashes of its UIDs"
         if self.store: vol,uids = self.data.volume(self.patients[i], seq),[]
         else:
-            path = self.table[seq].iat[i]
-            try: found = _find(path); vol = _load(found, None)
+            path,k = self.table[seq].iat[i],self.index(i, seq)
+            try: found,vol = _find(path),read_sequence(self.table.iloc[i], seq)
             except SeriesError as e: raise SeriesError(str(e).replace(str(path), seq)) from None
-            frames = [] if isinstance(found, Path) else found[0]
+            frames = [] if isinstance(found, Path) else found[k or 0]
             uids = sorted({_digest(k.encode(), str(f[k]).encode()) for f in frames for k in ('SeriesInstanceUID','SOPInstanceUID') if f[k]})
         return vol,_voxel_hash(vol.numpy()),uids
 

@@ -11,6 +11,8 @@ __all__ = ['READ_BACK', 'model_kinds', 'body_and_head', 'MGMTLearner', 'weights_
 import copy, hashlib, importlib, json, multiprocessing, os
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 
 import numpy as np, pandas as pd, torch
 import safetensors.torch as st
@@ -475,13 +477,37 @@ def _samples(m, cohort, n_workers):
             volumes = dict(zip(have, cohort.read(row.patient, have))) if have else {}
             yield row.patient,row,{k:volumes for k in m.needs()},''
         return
-    n = min(n_workers or os.cpu_count(), len(cohort))
-    with ProcessPoolExecutor(max(1,n), mp_context=multiprocessing.get_context('fork' if os.name=='posix' else 'spawn'), initializer=worker_init) as pool:
-        ahead,rows = deque(),(row for _,row in cohort.iterrows())
-        for row in rows:
-            ahead.append((row, pool.submit(_sample, row, m.needs(), m.sequences)))
-            if len(ahead)>2*n: row,job = ahead.popleft(); yield str(row['patient']),row,*job.result()
-        while ahead: row,job = ahead.popleft(); yield str(row['patient']),row,*job.result()
+    n,how,ahead = max(1, min(n_workers or os.cpu_count(), len(cohort))),(m.needs(), m.sequences),deque()
+    with closing(_Workers(n)) as workers:
+        for _,row in cohort.iterrows():
+            ahead.append((row, workers.submit(_sample, row, *how)))
+            if len(ahead)>2*n: yield _outcome(*ahead.popleft(), how)
+        while ahead: yield _outcome(*ahead.popleft(), how)
+
+def _pool(n):
+    context = multiprocessing.get_context('fork' if os.name=='posix' else 'spawn')
+    return ProcessPoolExecutor(n, mp_context=context, initializer=worker_init)
+
+class _Workers:
+    "Processes that are replaced when one of them dies"
+    def __init__(self, n): self.n,self.pool = n,_pool(n)
+    def close(self): self.pool.shutdown(cancel_futures=True)
+    def submit(self, *args):
+        try: return self.pool.submit(*args)
+        except BrokenProcessPool: self.close()
+        self.pool = _pool(self.n)
+        return self.pool.submit(*args)
+
+_DIED = 'the process that prepared it died, most likely for want of memory: predict it again with n_workers=1'
+
+def _outcome(row, job, how):
+    "A patient as `_samples` gives it; one that was under way when a process died is tried again, alone"
+    try: res = job.result()
+    except BrokenProcessPool:
+        with _pool(1) as alone:
+            try: res = alone.submit(_sample, row, *how).result()
+            except BrokenProcessPool: res = {k:{} for k in how[0]},_DIED
+    return str(row['patient']),row,*res
 
 def _sample(row, needs, sequences):
     ps = {k: prepare_patient(row, prepared, recipe) for k,(recipe,prepared) in needs.items()}
@@ -496,10 +522,18 @@ def predict(
     progress:bool=True, # Show a progress bar
     features:pd.DataFrame=None, # `patient` and what a model needs beside images, e.g. `age`, where the cohort has no such columns
 ) -> pd.DataFrame: # patient, prob (of methylation, 0 to 1, missing where it cannot be had), note
-    "The probability of a methylated promoter for each patient, in the cohort's order."
+    """The probability of a methylated promoter for each patient, in the cohort's order.
+
+    What fails on one patient is its note, and the others go on. Raises `MGMTError` if the model cannot be read, or a store was prepared otherwise."""
     m,rows = as_model(model),[]
     more = {} if features is None else features.set_index(features.patient.map(id_key)).drop(columns='patient').to_dict('index')
     for patient,row,volumes,note in track(_samples(m, cohort, n_workers), len(cohort), progress):
-        logit,lack = m.logit(volumes, {**row, **more.get(id_key(patient), {})})
+        logit,lack = _logit(m, volumes, {**row, **more.get(id_key(patient), {})})
         rows.append((patient, torch.sigmoid(torch.tensor(logit, dtype=torch.float32)).item(), '; '.join(filter(None, (note,lack)))))
     return pd.DataFrame(rows, columns=['patient','prob','note']).astype({'patient':'string'})
+
+def _logit(m, volumes, row):
+    "The model's logit and note; what it raises concerns this patient alone"
+    try: return m.logit(volumes, row)
+    except MGMTError as e: return np.nan,str(e)
+    except Exception as e: return np.nan,log_fault(e, 'predicting')

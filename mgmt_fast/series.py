@@ -239,7 +239,16 @@ def _stacks(frames):
             if u==uid and len(o)==len(iop) and not any(abs(a-b)>=5e-3 for a,b in zip(o,iop)): g.append(f); break
         else: groups.append((uid,iop,[f]))
     began = lambda o: min((f['SeriesNumber'] or (0,), f['InstanceNumber'] or (0,), f['frame']) for f in o[2])
-    return [o for g in sorted(groups, key=began) for o in _take_apart(g[2])]
+    return [o for g in sorted(groups, key=began) for part in _by_matrix(g[2]) for o in _take_apart(part)]
+
+def _matrix(f): return f['Rows'],f['Columns']
+
+def _by_matrix(stack):
+    "The slices, and apart from them up to two images of another matrix that fill no place among them, as a scout has"
+    if len(set(map(_matrix, stack)))==1: return [stack]
+    parts = sorted(groupby(stack, _matrix).values(), key=len, reverse=True)
+    few = len(stack)-len(parts[0])<3
+    return parts if few and _stands(parts[0]) and not _stands(stack) else [stack]
 
 # %% ../nbs/01_series.ipynb #67bc7dbe
 def _same(stack, k, why):
@@ -281,6 +290,12 @@ def _place(stack):
     affine = np.eye(4)
     affine[:3] = np.column_stack([(ipp[-1]-ipp[0])/(len(ipp)-1), col*dh, row*dw, ipp[0]])
     return idx, np.diag([-1.,-1,1,1])@affine
+
+def _stands(stack):
+    "Do slices form a volume by their places?"
+    try: _place(stack)
+    except SeriesError: return False
+    return True
 
 def _check_steps(ipp, normal, names):
     gaps = np.diff(ipp@normal)
@@ -553,8 +568,9 @@ def _two_echoes(found):
     return int(b>a)
 
 def _foreign(f, slice_):
-    "Is an image surely no slice of the volume: a screenshot, in colour, or in another plane as a scout is?"
+    "Is an image surely no slice of the volume: a screenshot, in colour, of another matrix or plane, as a scout is?"
     if 'Secondary Capture' in _uid_name(f['SOPClassUID']) or (f['SamplesPerPixel'] or (1,))[0]>1: return True
+    if None not in _matrix(f) and _matrix(f)!=_matrix(slice_): return True
     a,b = (o['ImageOrientationPatient'] for o in (f,slice_))
     return bool(a and b) and max(abs(p-q) for p,q in zip(a,b))>.1
 

@@ -13,7 +13,7 @@ import numpy as np, pandas as pd, pydicom, torch, torch.nn.functional as F
 from fastcore.all import *
 from pydicom.pixels import apply_voi_lut
 from .core import *
-from .series import SeriesError, read_volume, _check_modality, _find, _pixels, _place
+from .series import SeriesError, read_sequence, read_volume, _check_modality, _find, _pixels, _place
 
 # %% ../nbs/03_slicewise.ipynb #60e13c8b
 _values = dict(prepare_by=('patient','slice'), slice_order=('position','filename'),
@@ -79,18 +79,26 @@ def read_stack(
     order:str='filename', # `'filename'`: by the numbers in the names; `'position'`: along the slice normal
     voi_lut:bool=False, # Apply each slice's VOI LUT or window
     index:int=None, # Which volume, where there are several: the row in `list_series`
+    sequence:str=None, # One of `SEQUENCES`, where it is known: of two echoes, T2w is the long one
 ) -> np.ndarray: # (D,H,W) float32, as acquired
     """Read slices without asking where they lie, unless told to.
 
     Raises `SeriesError` on what cannot be decoded, or holds several volumes."""
+    return _stack(path, order, voi_lut, index, sequence)[0]
+
+def _stack(path, order, voi_lut, index, sequence):
+    "What `read_stack` gives, and notes on what a rule decided where there are several volumes"
     found = _find(path)
-    if isinstance(found, Path) or len(found)>1: return np.asarray(read_volume(path, index), dtype=np.float32)
+    if isinstance(found, Path) or len(found)>1:
+        row = {sequence:path, f'{sequence}_index':index}
+        vol = read_sequence(row, sequence) if sequence else read_volume(path, index)
+        return np.asarray(vol, dtype=np.float32),getattr(vol, 'notes', [])
     _check_modality(found[0])
     if order=='filename': stack = sorted(found[0], key=_natural)
     else: stack = [found[0][i] for i in _place(found[0])[0]]
     x = _pixels(stack)
     if voi_lut: x = np.stack([_window(a, f['path']) for a,f in zip(x, stack)])
-    return x.astype(np.float32)
+    return x.astype(np.float32),[]
 
 # %% ../nbs/03_slicewise.ipynb #023a753f
 def slice_boxes(
@@ -214,11 +222,12 @@ def slicewise_patient(
             continue
         try:
             index = row.get(f'{seq}_index')
-            x = read_stack(row[seq], r.slice_order, r.voi_lut, None if pd.isna(index) else int(index))
+            x,notes = _stack(row[seq], r.slice_order, r.voi_lut, None if pd.isna(index) else int(index), seq)
             arrays[seq] = slicewise(x, seq, r, rng_for(r.fill_seed, 'slicewise', patient, seq))
         except MGMTError as e:
             _say(seq, 'error', f'{type(e).__name__}: {e}'.replace(str(row[seq]), seq))
             continue
+        for o in notes: _say(seq, 'note', o)
         meta[seq] = dict(window=None, shape=list(x.shape), spacing=None, plane=None, skull=None)
         if len(x)<r.size[0]: _say(seq, 'note', f"short series: {len(x)} slices for {r.size[0]}, {r.short_series}")
     if arrays: _say('', 'note', f"prepared slice by slice, without millimetres: recipe {r.name!r}")

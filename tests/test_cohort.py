@@ -169,3 +169,72 @@ def test_a_table_marks_sequences_as_unusable(data, tmp_path):
     df = kaggle_cohort(tmp_path, labels=data/'labels'/'rsna_miccai'/'gonzo3832'/'train_labels_add_imtype.csv').head(585)
     df = df[df[[*SEQUENCES]].notna().any(axis=1)].set_index('patient')
     assert {(p,s) for p in df.index for s in SEQUENCES if pd.isna(df.loc[p,s])}=={('00109','FLAIR'),('00709','FLAIR'),('00123','T1w'),('00123','T2w')}
+
+
+# ---- a column of the label table that says whose each id is
+
+SITE = 'scan,person,patient,MGMT\nSITE_001,A,x,1\nSITE_002,A,x,1\nSITE_003,B,y,0\nSITE_004,,z,\n'
+
+
+@pytest.fixture
+def site(tmp_path):
+    "Four folders; the first lacks a sequence, and the table gives it to the patient of the second"
+    for i in range(1, 5): touch(tmp_path/'scans'/f'SITE_00{i}', *(f'{s}.nii.gz' for s in SEQUENCES[i==1:]))
+    (tmp_path/'labels.csv').write_text(SITE)
+    return tmp_path
+
+
+WAYS = dict(found=find_cohort, tcga=tcga_cohort, nifti=nifti_cohort)
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_ids_of_one_patient_are_one_row_where_a_column_says_so(site, way):
+    def cohort(**how): return WAYS[way](site/'scans', labels=site/'labels.csv', id_col='scan', **how)
+    assert cohort().patient.tolist()==[f'SITE_00{i}' for i in range(1, 5)]
+    df = cohort(patient_col='person')
+    assert df.patient.tolist()==['A','B','SITE_004'] and df.label.fillna(-1).tolist()==[1,0,-1]
+    assert df.session.fillna('').tolist()==['SITE_002','','']
+    assert all('SITE_002' in df[s][0] for s in SEQUENCES)
+    assert any('SITE_002 is taken' in o and 'not SITE_001' in o for o in cohort_report(df).problem)
+    assert not cohort_report(df).problem.str.contains('label').any()
+
+
+def test_the_column_may_be_called_as_ids_usually_are(site):
+    df = find_cohort(site/'scans', site/'labels.csv', id_col='scan', patient_col='patient')
+    assert df.patient.tolist()==['x','y','z']
+    (site/'t.csv').write_text(SITE.replace('scan,', 'subject,'))
+    assert find_cohort(site/'scans', site/'t.csv', patient_col='patient').patient.tolist()==['x','y','z']
+
+
+def test_the_competition_and_a_table_alone_are_joined_too(comp):
+    (comp/'train_labels.csv').write_text('BraTS21ID,MGMT_value,who\n00000,1,7\n00002,0,8\n00003,1,007\n')
+    for df in (find_cohort(comp, patient_col='who'), find_cohort(comp/'train_labels.csv', patient_col='who')):
+        assert df.patient.tolist()==['7','8'] and df.label.tolist()==[1,0]
+
+
+def test_labels_of_one_patient_that_disagree_are_none(site):
+    (site/'labels.csv').write_text(SITE.replace('SITE_002,A,x,1', 'SITE_002,A,x,0'))
+    df = find_cohort(site/'scans', site/'labels.csv', id_col='scan', patient_col='person')
+    assert df.label.fillna(-1).tolist()==[-1,0,-1] and any('disagree' in o for o in cohort_report(df).problem)
+
+
+def test_choices_are_written_and_read_by_the_joined_patient(site):
+    how = dict(labels=site/'labels.csv', id_col='scan', patient_col='person')
+    table = write_choices(find_cohort(site/'scans', **how), site/'choices.csv')
+    mine = table.patient=='A'
+    table.loc[mine,'use'] = ['yes' if 'SITE_001' in o else '' for o in table.path[mine]]
+    table.to_csv(site/'choices.csv', index=False)
+    df = find_cohort(site/'scans', **how, choices=site/'choices.csv')
+    assert df.session[0]=='SITE_001' and 'SITE_001' in df[SEQUENCES[1]][0] and pd.isna(df[SEQUENCES[0]][0])
+
+
+@pytest.mark.parametrize('how,says', [(dict(patient_col='nobody'), "no column 'nobody'"),
+    (dict(patient_col='scan'), 'both'), (dict(patient_col='person', labels=None), 'there is no label table')])
+def test_a_column_that_cannot_be_is_refused(site, how, says):
+    fails(lambda: find_cohort(site/'scans', **{**dict(labels=site/'labels.csv', id_col='scan'), **how}), contains=says)
+
+
+def test_an_id_of_two_patients_is_refused(site):
+    (site/'labels.csv').write_text(SITE+'SITE_001,B,x,1\n')
+    fails(lambda: find_cohort(site/'scans', site/'labels.csv', id_col='scan', patient_col='person'),
+        contains='SITE_001 to two patients')

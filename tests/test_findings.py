@@ -14,6 +14,7 @@ from mgmt_fast.audit import audit, audit_cohort
 from mgmt_fast.core import SEQUENCES, Volume, get_recipe
 from mgmt_fast.prepare import foreground, prepare, prepare_patient
 from mgmt_fast.series import SeriesError, audit_series, list_series, read_sequence, read_volume
+from mgmt_fast.slicewise import read_stack
 
 AXIAL = affine_of(np.eye(3), (6,3,3), (-96,-96,-70))
 TIMES = dict(RepetitionTime=500, EchoTime=10, SliceThickness=6, SpacingBetweenSlices=6, PatientName='', PatientID='')
@@ -208,6 +209,39 @@ def test_one_scout_or_screenshot_is_left_out_and_told(tmp_path, scout):
     assert 'left out' in audit_series(p).notes and len(list_series(p))==2
 
 
+def other_matrix(path, places, size=32, spacing=(6,6), **elements):
+    "Images in the slices' plane with another matrix, numbered from 99"
+    for n,place in enumerate(places, 99):
+        ds = slice_dataset(head()[12,:size,:size].copy(), place, (1,0,0,0,1,0), spacing, n, PatientID='', **elements)
+        (path/f'Image-{n}.dcm').write_bytes(as_bytes(ds))
+    return path
+
+
+@pytest.mark.parametrize('elements', [{}, dict(SeriesInstanceUID='1.2.9'), dict(spacing=(3,3)), dict(size=48)])
+@pytest.mark.parametrize('places', [[(0,0,0)], [(-90,-90,7.5)], [(0,0,0),(0,0,99)]])
+def test_a_scout_of_another_matrix_in_the_same_plane_is_left_out_and_told(tmp_path, elements, places):
+    p = as_series(tmp_path/'a'); like = read_volume(p)
+    vol,n = read_volume(other_matrix(p, places, **elements)),len(places)
+    assert np.array_equal(vol.numpy(), like.numpy()) and np.array_equal(vol.affine, like.affine)
+    assert vol.notes==[f"{n} image{'s'*(n>1)} beside the slices left out: a scout or a screenshot"]
+    assert 'left out' in audit_series(p).notes
+
+
+def test_many_slices_of_another_matrix_are_refused(tmp_path):
+    p = other_matrix(as_series(tmp_path/'a'), [(0,0,5*i) for i in range(8)])
+    with pytest.raises(SeriesError, match='differs among the slices'): read_volume(p)
+
+
+@pytest.mark.parametrize('at', [0, 12, 23])
+def test_a_slice_of_another_matrix_that_fills_a_place_is_no_scout(tmp_path, at):
+    p = as_series(tmp_path/'a')
+    files = sorted(p.iterdir(), key=lambda f: float(pydicom.dcmread(f).ImagePositionPatient[2]))
+    ds = pydicom.dcmread(files[at])
+    ds.Rows,ds.PixelData = 32,ds.PixelData[:len(ds.PixelData)//2]
+    ds.save_as(files[at])
+    with pytest.raises(SeriesError, match='Rows differs'): read_volume(p)
+
+
 def test_orientations_that_differ_in_the_third_digit_are_one_volume(tmp_path):
     rng = np.random.default_rng(0)
     def jitter(d):
@@ -260,6 +294,22 @@ def test_the_long_echo_is_t2(tmp_path):
     r = prepare_patient(dict(patient='p', T2w=str(p)), ('T2w',), get_recipe('default', size=(8,16,16)))
     assert 'T2w' in r.arrays and any('long one' in o['what'] for o in r.report)
     with pytest.raises(SeriesError, match='choose one with index='): read_volume(p)
+
+
+@pytest.mark.parametrize('recipe', ['published','winner'])
+def test_the_long_echo_is_t2_slice_by_slice_too(tmp_path, recipe):
+    for i,te in enumerate((20,90)):
+        for dest in ('both',str(te)):
+            as_series(tmp_path/dest, head(i), EchoTime=te, RepetitionTime=3000, name=f'{te}-{{}}.dcm')
+    r = get_recipe(recipe, size=(8,16,16))
+    def prepared(dest, **more):
+        return prepare_patient(dict(patient='p', T2w=str(tmp_path/dest), **more), ('T2w',), r)
+    both,alone,short = prepared('both'),prepared('90'),prepared('both', T2w_index=0)
+    assert np.array_equal(both.arrays['T2w'], alone.arrays['T2w'])
+    assert any('long one (90 ms)' in o['what'] for o in both.report)
+    assert np.array_equal(short.arrays['T2w'], prepared('20').arrays['T2w'])
+    for path in ('both','90'): assert np.array_equal(read_stack(tmp_path/path, sequence='T2w'), head(1))
+    with pytest.raises(SeriesError, match='choose one with index='): read_stack(tmp_path/'both')
 
 
 def test_analyze_and_other_formats(tmp_path):

@@ -186,6 +186,18 @@ def test_tcga_input_is_the_thesis_layout_or_refused(tmp_path, sim):
     assert not refused.why.str.contains(str(tmp_path)).any()
 
 
+def test_the_volume_that_a_cohort_means_is_looked_at(tmp_path):
+    d = make_tcga_phantom(tmp_path/'tcga', n=1, slices=10, size=40, skulls=0)
+    cohort = tcga_cohort(d, d/'labels.csv')
+    path = next((d/cohort.patient[0]/'T2w').iterdir())
+    img = nib.load(path)
+    x = np.array(img.dataobj)
+    nib.save(nib.Nifti1Image(np.stack([x,x], -1), img.affine), path)
+    assert len(refuse_unprepared(cohort.assign(T2w_index=1), progress=False)[0])==1
+    refused = refuse_unprepared(cohort, progress=False)[1]
+    assert refused.sequence.tolist()==['T2w'] and 'choose one with index=' in refused.why[0]
+
+
 def test_tcga_without_labels(sim):
     (sim/'input/mgmt-fast-tcga/TCGA-00-0000').mkdir(parents=True)
     (sim/'input/mgmt-fast-tcga/notes.csv').write_text('a,b\n1,2\n')

@@ -1,5 +1,6 @@
 "The leakage audit: what it must find, what it must not, and what it says where it cannot tell."
 import shutil
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -120,6 +121,22 @@ def test_identifiers(home, cohorts):
     df = leakage_audit(train, twin, 'FLAIR', **quick).set_index(['train','test'])
     assert df.identifiers['00001','A'] in ('equal voxels','a shared series or SOP UID') and df.verdict['00001','A']=='same'
     assert df.verdict['00002','B']=='same'
+
+
+def test_the_volume_of_a_folder_that_the_cohort_means_is_compared(home, cohorts):
+    train,test = (o.iloc[:3].reset_index(drop=True) for o in cohorts)
+    (home/'both').mkdir()
+    for seq in ('FLAIR','T1wCE'):
+        for f in Path(train[seq][1]).iterdir(): shutil.copy(f, home/'both'/f'{seq}-{f.name}')
+    flair = read_volume(train.FLAIR[1]).numpy()
+    meant = next(k for k in (0,1) if np.array_equal(read_volume(home/'both', k).numpy(), flair))
+    for k in (meant,1-meant):
+        twin = test.assign(patient=list('ABC'), FLAIR=[str(home/'both'), *test.FLAIR[1:]], FLAIR_index=[k,None,None])
+        df = leakage_audit(train, twin, 'FLAIR', **quick)
+        assert not len(df.attrs['report'])
+        pair = df.set_index(['train','test']).loc[('00001','A')]
+        equal = pair.identifiers in ('equal voxels','a shared series or SOP UID')
+        assert equal==(k==meant) and (pair.verdict=='same' or k!=meant)
 
 
 @pytest.mark.parametrize('kind', ['shift','turn','slices','gamma','bias','noise','peel','crop','flip','all'])
