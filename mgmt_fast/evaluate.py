@@ -162,10 +162,12 @@ _least_inner = 10 # patients from whom a temperature and a threshold can be chos
 
 def _check_inner(jobs, inner):
     "Refuse before anything is trained what would end without a temperature"
-    n = min(len(j.train) for j in jobs)
-    if n//inner>=_least_inner: return
-    raise ProtocolError(f"{n} training patients with inner={inner} leave {n//inner} to choose epoch, temperature and threshold from, and at least {_least_inner} are needed: "
-        f"{inner*_least_inner} training patients, or a smaller inner= (2 needs {2*_least_inner})")
+    for j in jobs:
+        t,_ = usable_patients(j.store.only(j.train), j.sequences)
+        n = int((assign_folds(t, n=inner, seed=j.seed).fold==0).sum())
+        if n<_least_inner:
+            raise ProtocolError(f"{len(t)} training patients with inner={inner} leave {n} to choose epoch, temperature and threshold from, "
+                f"and at least {_least_inner} are needed: {inner*_least_inner} training patients, or a smaller inner= (2 needs {2*_least_inner})")
 
 def _say_others(jobs, dest):
     "Name the kept runs that are not those wanted, with the reason"

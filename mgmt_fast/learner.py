@@ -529,7 +529,7 @@ def predict(
     more = {} if features is None else features.set_index(features.patient.map(id_key)).drop(columns='patient').to_dict('index')
     for patient,row,volumes,note in track(_samples(m, cohort, n_workers), len(cohort), progress):
         logit,lack = _logit(m, volumes, {**row, **more.get(id_key(patient), {})})
-        rows.append((patient, torch.sigmoid(torch.tensor(logit, dtype=torch.float32)).item(), '; '.join(filter(None, (note,lack)))))
+        rows.append((patient, torch.sigmoid(torch.tensor(logit, dtype=torch.float64)).item(), '; '.join(filter(None, (note,lack)))))
     return pd.DataFrame(rows, columns=['patient','prob','note']).astype({'patient':'string'})
 
 def _logit(m, volumes, row):
