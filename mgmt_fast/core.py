@@ -410,8 +410,8 @@ def check_choice(
     try: return allowed(value)
     except (ValueError,TypeError,OverflowError):
         near = difflib.get_close_matches(str(value), [o for o in allowed.names if isinstance(o, str)], n=1)
-        hint = f'did you mean {near[0]!r}? ' if near else ''
-        raise MGMTError(f"{name} must be {allowed.text}; received {value!r}: {hint}({_choices[name].doc})") from None
+        hint = f': did you mean {near[0]!r}?' if near else ''
+        raise MGMTError(f"{name} must be {allowed.text}; received {value!r}{hint} ({_choices[name].doc})") from None
 
 # %% ../nbs/00_core.ipynb #89daf18d
 def same_choices(

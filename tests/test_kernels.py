@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
+from mgmt_fast.learner import load_model
 from mgmt_fast.evaluate import read_result
 from mgmt_fast.kaggle import COMPETITION, make_tcga_phantom
 from mgmt_fast.phantom import make_phantom
@@ -80,6 +81,9 @@ def test_train(trained, kaggle):
     t = pd.read_csv(out/'results.csv')
     assert t.auc.between(t.auc_lo, t.auc_hi).all() and len(t)==5
     assert t.set_index('sequences').n.to_dict()=={'FLAIR':39,'T1w':40,'T1wCE':40,'T2w':40,'FLAIR+T1w+T1wCE+T2w':39}
+    for p in (out/'train/cv/runs').iterdir(): # what the kernel asked for is what its models say
+        r = load_model(p).recipe
+        assert (r.size, r.arch, r.bs, r.epochs, r.lr, r.rotation, r.shuffle)==((8,32,32), 'efficientnet_b0', 5, 3, 1e-3, 10., True)
 
 
 def test_tcga_eval(trained, kaggle, tmp_path, monkeypatch):
