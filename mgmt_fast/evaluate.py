@@ -9,7 +9,7 @@ __all__ = ['ProtocolError', 'check_predictions', 'choose_threshold', 'cross_vali
            'check_results', 'evaluate_report']
 
 # %% ../nbs/13_evaluate.ipynb #7d4e1b9e
-import contextlib, gc, glob, hashlib, io, json, re, shutil
+import contextlib, gc, hashlib, io, json, re, shutil
 from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,7 +23,7 @@ from sklearn.metrics import log_loss
 from . import __version__
 from .cohort import assign_folds, id_key, patient_key, plot_balance
 from .prepare import VolumeStore, prepare
-from .loader import key_changes, key_digest, run_key, usable_patients
+from .loader import key_changes, key_digest, other_runs, run_key, say_other_runs, usable_patients
 from .augment import mgmt_augs, tta
 from .learner import MGMTModel, check_preparation, load_model, mgmt_learner, model_kinds, predict, recipe_dls, save_model, weights_key
 from .metrics import *
@@ -169,17 +169,6 @@ def _check_inner(jobs, inner):
             raise ProtocolError(f"{len(t)} training patients with inner={inner} leave {n} to choose epoch, temperature and threshold from, "
                 f"and at least {_least_inner} are needed: {inner*_least_inner} training patients, or a smaller inner= (2 needs {2*_least_inner})")
 
-def _say_others(jobs, dest):
-    "Name the kept runs that are not those wanted, with the reason"
-    why = Counter()
-    for j in jobs:
-        for p in (dest/'runs').glob(f'{glob.escape(j.prefix)}-*/run.json'):
-            try: then = json.loads(p.read_text(encoding='utf-8')).get('key')
-            except ValueError: then = None
-            why['; '.join(key_changes(then, j.key))] += 1
-    for o,n in why.items():
-        if o: print(f"{n} kept run{'s' if n>1 else ''} in {dest} not used, but trained anew: {o}")
-
 def _held_out(store): return store.path/'held_out.json'
 
 def _refuse_held_out(store):
@@ -217,7 +206,7 @@ def cross_validate(
         jobs += [_job(store, c, deal, repeat, fold, member, inner, tta, seed) for c in cells for fold in sorted(deal.fold.unique()) for member in range(seeds)]
     _check_inner(jobs, inner)
     dest = make_folder(dest)
-    _say_others(jobs, dest)
+    say_other_runs(dest, [o for j in jobs for o in other_runs(dest/'runs', j.prefix, j.key)])
     oof = pd.concat([_run(j, dest) for j in track(jobs, progress=progress)], ignore_index=True)
     oof.insert(1, 'label', oof.patient.map(dict(zip(table.patient, table.label))).astype(int))
     if nested: oof = pd.concat([oof, select_inside(oof)], ignore_index=True)

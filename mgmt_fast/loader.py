@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'StoreDataset', 'ToUnit', 'StoreDL', 'usable_patients', 'augmentation', 'StoreDataLoaders', 'mgmt_dls',
-           'run_key', 'key_digest', 'key_changes', 'show_batch']
+           'run_key', 'key_digest', 'key_changes', 'other_runs', 'say_other_runs', 'show_batch']
 
 # %% ../nbs/05_loader.ipynb #75bf8a36
-import hashlib, json, random
+import glob, hashlib, json, random
+from collections import Counter
+from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 import matplotlib.pyplot as plt
@@ -199,6 +201,26 @@ def key_changes(
     res = [f"{k!r}: {r.get(k)} there, {v} now" for k,v in q.items() if r.get(k)!=v and k not in but]
     rest = [k for k in {**then,**now} if k not in ('recipe','patients') and then.get(k)!=now.get(k)]
     return _patients_differ(then['patients'], now['patients']) + res + [f'{k!r}: {then.get(k)} there, {now.get(k)} now' for k in rest]
+
+def other_runs(
+    folder, # Where runs are kept, each in a folder of its own
+    prefix:str, # What their folders are called, up to the digest of their key
+    key:dict, # `run_key` of the one that is wanted
+) -> list: # In words, how each of them differs that is not the one that is wanted
+    "Why kept runs of the same name are not used."
+    res = []
+    for p in sorted(Path(folder).glob(f'{glob.escape(prefix)}-*/run.json')):
+        try: then = json.loads(p.read_text(encoding='utf-8')).get('key')
+        except ValueError: then = None
+        res.append('; '.join(key_changes(then, key)))
+    return [o for o in res if o]
+
+def say_other_runs(
+    dest, # Folder, as it shall be called
+    why, # From `other_runs`, of one run or several
+):
+    "One line for each reason."
+    for o,n in Counter(why).items(): print(f"{n} kept run{'s' if n>1 else ''} in {dest} not used, but trained anew: {o}")
 
 # %% ../nbs/05_loader.ipynb #cba78355
 LABELS = ('unmethylated', 'methylated')

@@ -340,12 +340,12 @@ def source_content(
 # %% ../nbs/04_prepare.ipynb #68252a85
 def same_source(
     path, # File, or folder of slices, as it is now
-    now:dict, # Its `source_state`
+    now:dict, # Its `source_state`; with its `content` where that was read already
     then:dict, # What was written when it was prepared: `names`, `times` and `content`
 ) -> bool:
     "Are a series' files those that were prepared? Where only their times differ, their bytes are read."
     if then is None or now['names']!=then['names']: return False
-    return now['times']==then['times'] or source_content(path)==then['content']
+    return now['times']==then['times'] or (now.get('content') or source_content(path))==then['content']
 
 # %% ../nbs/04_prepare.ipynb #d15b4045
 def _read_pixels(path):
@@ -640,8 +640,8 @@ def _refused(cohort):
 
 def _state(path, index, then):
     "A source's state now, with its content, and whether it is that which was prepared"
-    now = source_state(path, index)
-    return {**now, 'content':source_content(path)},then is None or same_source(path, now, then)
+    now = {**source_state(path, index), 'content':source_content(path)}
+    return now,then is None or same_source(path, now, then)
 
 # %% ../nbs/04_prepare.ipynb #de22886d
 class _Plan:
@@ -735,7 +735,8 @@ def _facts_of(cohort, plan, former):
 
 def _finish(dest, key, cohort, entries, plan):
     "Write down what is known and which pixels there are; where the folder is read-only and nothing was prepared, only the store in memory knows"
-    facts,before = dict(patients=_facts_of(cohort, plan, _read_facts(dest)['patients']), notes=plan.notes()),_read_facts(dest)
+    before = _read_facts(dest)
+    facts = dict(patients=_facts_of(cohort, plan, before['patients']), notes=plan.notes())
     if not os.access(dest, os.W_OK): return VolumeStore(dest)._take(**facts)
     if facts!=before: write_json(dest/'patients.json', facts)
     if plan.todo or plan.sources or not (dest/'store.json').exists():

@@ -6,8 +6,7 @@
 __all__ = ['sweep_table', 'sweep', 'search']
 
 # %% ../nbs/16_sweep.ipynb #16000003
-import glob, itertools, json, time, warnings
-from collections import Counter
+import itertools, json, time, warnings
 
 import numpy as np, pandas as pd
 from .core import *
@@ -15,7 +14,7 @@ from fastcore.all import *
 from joblib import Parallel, delayed, parallel_config
 from .cohort import assign_folds
 from .prepare import VolumeStore
-from .loader import key_changes, key_digest, run_key, usable_patients
+from .loader import key_changes, key_digest, other_runs, run_key, say_other_runs, usable_patients
 from .metrics import auc_ci
 from .learner import mgmt_learner, plan_key, recipe_dls, save_model, weights_key
 
@@ -42,15 +41,6 @@ def _fit(dls, path, recipe, seed):
 
 def _best(learn): return dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[learn.save_best.best_epoch]))
 
-def _others(dest, prefix, key):
-    "Why kept runs of the same name are not the one that is wanted, in words"
-    res = []
-    for p in sorted(dest.glob(f'{glob.escape(prefix)}-*/run.json')):
-        try: then = json.loads(p.read_text(encoding='utf-8')).get('key')
-        except ValueError: then = None
-        res += ['; '.join(key_changes(then, key))]
-    return [o for o in res if o]
-
 def _run(row, store, dest, recipe, n_folds, seed):
     "One run: its row with what came out, from its folder if that was of the same patients, labels and choices; and why others there were not"
     try:
@@ -61,7 +51,7 @@ def _run(row, store, dest, recipe, n_folds, seed):
         prefix = f"{recipe.arch.replace('/','_')}-{row['sequences']}-fold{row['fold']}"
         path = Path(dest)/f'{prefix}-{key_digest(key)[:8]}'
         if (path/'run.json').exists(): return json.loads((path/'run.json').read_text(encoding='utf-8'))['row'],[]
-        return _train(row, dls, path, recipe, seed, key),_others(Path(dest), prefix, key)
+        return _train(row, dls, path, recipe, seed, key),other_runs(dest, prefix, key)
     except Exception as e: return {**row, 'error':f'{type(e).__name__}: {e}'},[] # a row that fails is a row
 
 def _train(row, dls, path, recipe, seed, key):
@@ -117,7 +107,7 @@ def sweep(
             done[i] = res
             others += other
             _write()
-    for why,n in Counter(others).items(): print(f"{n} kept run{'s' if n>1 else ''} in {dest} not used, but trained anew: {why}")
+    say_other_runs(dest, others)
     return _write()
 
 _results = 'epoch valid_loss auc lo hi n_train n_valid seconds folder error'.split()
