@@ -19,7 +19,7 @@ from fastcore.all import *
 from scipy import ndimage
 from . import __version__
 from .core import *
-from .cohort import id_key, read_labels
+from .cohort import match_labels, read_labels
 from .series import read_sequence, has_skull, SeriesError
 from .slicewise import slicewise_patient
 
@@ -411,7 +411,7 @@ def _no_store(path):
     if (path/'journal.jsonl').exists(): return f"{path} holds no finished store: its preparation was interrupted; run it again to finish"
     return f"{path} holds no finished store: prepare one there first"
 
-_known = ('label','source','age','sex','site','scanner')
+_known = ('label','source','session','age','sex','site','scanner')
 
 def _joined(meta, facts, sequences):
     "One row for each patient: what is known, and which sequences there are"
@@ -478,14 +478,13 @@ def only(
     return part
 
 # %% ../nbs/04_prepare.ipynb #eb1e0ba4
-def _facts(table):
-    "What a table knows of each patient, by `id_key`"
-    res = {}
-    for r in table.to_dict('records'):
-        known = {k: r[k] for k in _known if k in r and not pd.isna(r[k])}
-        if 'label' in known: known['label'] = int(known['label'])
-        res[id_key(r['patient'])] = {'label':None, 'source':'', **known}
-    return res
+def _fact(row):
+    "What a row of a table knows of its patient"
+    known = {k: row[k] for k in _known if k in row and not pd.isna(row[k])}
+    if 'label' in known: known['label'] = int(known['label'])
+    return {'label':None, 'source':'', **known}
+
+def _facts(table): return {str(r['patient']): _fact(r) for r in table.to_dict('records')}
 
 def _what_changed(old, new):
     "Which labels of the same patients changed, in words; '' if none"
@@ -495,22 +494,33 @@ def _what_changed(old, new):
     some = ', '.join(f'{p} from {_said(a)} to {_said(b)}' for p,a,b in moved[:10])
     return f"{len(moved)} label{'s' if len(moved)>1 else ''} changed: {some}{', ...' if len(moved)>10 else ''}"
 
+def _say_problems(table, problems, most=10):
+    "Print which columns of a label table were taken, and what is wrong with its rows"
+    if columns := table.attrs.get('columns'): print(f"labels of column {columns[1]!r}, ids of {columns[0]!r}")
+    for patient,_,problem,what_to_do in problems[:most]: print(f"  {patient}: {problem}; {what_to_do}")
+    if len(problems)>most: print(f"  and {len(problems)-most} more")
+
 # %% ../nbs/04_prepare.ipynb #e4a24cd9
 @patch
 def join(
     self:VolumeStore,
     table, # Label table: path, or DataFrame with `patient` and any of `label`, `source`, `age`, `sex`, `site`, `scanner`
     keep:bool=False, # Write it beside the pixels, for whoever opens the store later?
+    id_col:str=None, # Column of the ids, where the table is a file; known names are found
+    label_col:str=None, # Column of the labels, likewise
 ) -> VolumeStore: # The store itself
-    "Join what is known of the patients anew, by id, and say which labels changed. A patient who is not in the table has no label afterwards."
-    if not isinstance(table, pd.DataFrame) or 'patient' not in table: table = read_labels(table)
-    given,old,new = _facts(table),_facts(self.table),{}
-    for p in self.meta:
-        was = old[id_key(p)]
-        now = given.get(id_key(p), {'label':None})
+    """Join what is known of the patients anew, by the id of patient or session, and say which labels changed.
+
+    A patient who is not in a table of labels has no label afterwards. Raises `CohortError` on a faulty table."""
+    if not isinstance(table, pd.DataFrame) or 'patient' not in table: table = read_labels(table, id_col, label_col)
+    old,new = _facts(self.table),{}
+    rows,problems = match_labels(table, old, [f.get('session') for f in old.values()])
+    for (p,was),row in zip(old.items(), rows):
+        now = _fact(row) if row else {'label':None}
+        if 'label' not in table: now['label'] = was['label']
         new[p] = {**was, **now, 'source': now.get('source') or was['source'], 'without': self._without(p)}
-    said = _what_changed({p: old[id_key(p)] for p in self.meta}, new)
-    if said: print(said)
+    _say_problems(table, problems)
+    if said := _what_changed(old, new): print(said)
     self._take(new, self._notes)
     if keep: write_json(self.path/'patients.json', dict(patients=new, notes=self._notes))
     return self
@@ -724,7 +734,7 @@ def _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress):
 def _facts_of(cohort, plan, former):
     "What is known of a cohort's patients, with the labels of before where the cohort has none at all"
     known = _facts(cohort)
-    res = {str(p): {**known[id_key(p)], 'without': []} for p in cohort.patient}
+    res = {p: {**f, 'without': []} for p,f in known.items()}
     for p,s in plan.refused:
         if p in res: res[p]['without'].append(s)
     if all(f['label'] is None for f in res.values()) and any(f['label'] is not None for f in former.values()):
