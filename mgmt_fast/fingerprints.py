@@ -19,7 +19,8 @@ from scipy.spatial.transform import Rotation
 
 from .core import *
 from .series import SeriesError, read_sequence, _find
-from .prepare import VolumeStore, _one_thread, resample
+from .grids import resample
+from .prepare import VolumeStore
 from .register import *
 from .register import _agreement, _centre, _descend, _grid, _sample, _search
 from .runs import key_digest, volume_key
@@ -307,7 +308,7 @@ def small_copies(
     def _compute(todo): return in_parallel(small_copy, ((scans,i,seq) for i in todo), len(todo), n_workers, progress)
     return SmallCopies(scans, seq, *keep_rows(folder, f'small_{seq}', scans.key, contents, _grid, np.uint8, _compute))
 
-@_one_thread()
+@one_thread()
 def small_copy(
     scans:ScanSet, # Whose volume to read
     i:int, # Which patient
@@ -347,7 +348,7 @@ def _on_template(template, small):
     return _sample(torch.stack([s.y*s.w,s.w])[None], q@turn.T+shift).reshape(2,*_grid)
 
 # %% ../nbs/05_fingerprints.ipynb #60b9e213
-@_one_thread()
+@one_thread()
 def average_brain(
     smalls, # (n,48,56,48) uint8, small copies
     rounds:int=3, # Of alignment on the average so far
@@ -383,7 +384,7 @@ def template_points(
     return (at-(torch.tensor(half)-1)/2)*2, number.flip(2)[inside].numpy()
 
 # %% ../nbs/05_fingerprints.ipynb #c4125657
-@_one_thread()
+@one_thread()
 def fingerprint(
     small, # (48,56,48) uint8, from `low_resolution`
     template:Structure, # From `average_brain`

@@ -21,7 +21,7 @@ from . import __version__
 from .core import *
 from .moves import moved_from
 from .cohort import id_key, patient_key, _read_table
-from .prepare import _one_thread, resize
+from .grids import resize
 from .register import *
 from .register import _centre, _grid, _sample
 from .fingerprints import (LeakageError, ScanSet, SmallCopies, common_brain, compare_fingerprints,
@@ -111,7 +111,7 @@ def _null_pairs(A, B, seed, n=300):
         if len(res)>=ENOUGH: break
     return res
 
-@_one_thread()
+@one_thread()
 def _plant(side, i, seq, seed):
     rng = rng_for(seed, 'leakage', 'planted', side.patients[i], seq)
     draw = draw_perturbation(rng)
@@ -345,7 +345,7 @@ def _append(path, row):
     pd.DataFrame([row]).to_csv(path, mode='a', header=not path.exists(), index=False)
 
 # %% ../nbs/14_leakage.ipynb #7dcf5696
-@_one_thread()
+@one_thread()
 def _copies(side, i, seq, other, draws, seed):
     "Scores of changed copies of a volume, against itself and against another brain"
     vol = side.volume(i, seq)[0]

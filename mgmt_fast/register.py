@@ -15,7 +15,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from .core import *
-from .prepare import _canonical, _one_thread, resample
+from .grids import CANONICAL, resample
 
 # %% ../nbs/04_register.ipynb #57ad4c77
 _mm,_grid = 4.,(48,56,48)
@@ -56,7 +56,7 @@ def smooth(
     return (d @ (h @ (x @ w)).flatten(1)).reshape(x.shape)
 
 # %% ../nbs/04_register.ipynb #812d240b
-@_one_thread()
+@one_thread()
 def low_resolution(
     vol:Volume, # (D,H,W), any grid and orientation, with or without its skull
 ) -> Volume: # uint8 (48,56,48), 4 mm, canonical axes; 0 where there is no tissue
@@ -71,7 +71,7 @@ def low_resolution(
     top = np.percentile(at[:,2], 99.5)
     lo,hi = np.percentile(at[at[:,2]>top-150], [1,99], axis=0)
     affine = np.eye(4)
-    affine[:3,:3] = _canonical*_mm
+    affine[:3,:3] = CANONICAL*_mm
     affine[:3,3] = [*(lo+hi)[:2]/2, top-80] - affine[:3,:3]@_centre.numpy()
     x = np.nan_to_num(np.asarray(resample(vol, affine, _grid)))
     mask = _solid(_tissue(x, air, constant, high), constant)
@@ -217,7 +217,7 @@ def _level(a, b, q):
     return a,b-(basis[:,1:]@k)[:,0].float()
 
 # %% ../nbs/04_register.ipynb #2e45a44d
-@_one_thread()
+@one_thread()
 def register_rigid(
     fixed:Volume|Structure, # `Volume` of any grid, or its `Structure`
     moving:Volume|Structure, # The same
