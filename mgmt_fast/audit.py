@@ -17,7 +17,8 @@ from PIL import Image
 
 from . import __version__
 from .core import *
-from .series import _AUDIT, _audit, read_volume
+from .series import read_volume
+from .quality import AUDIT_COLUMNS, audit_and_read
 from .archive import find_images, shown_name
 from .naming import sequence_of
 from .cohort import CohortError, cohort_report, find_cohort, write_choices
@@ -52,11 +53,11 @@ def _one(job):
 
 def _absent(error, finding):
     severity = 'warning' if error=='missing' else 'error'
-    return {**dict.fromkeys(_AUDIT), 'readable':False, 'error':error, 'severity':severity, 'findings':finding,
+    return {**dict.fromkeys(AUDIT_COLUMNS), 'readable':False, 'error':error, 'severity':severity, 'findings':finding,
         'notes':''}
 
 def _look(patient, sequence, path, index):
-    row,vol = _audit(path, sequence, patient, index)
+    row,vol = audit_and_read(path, sequence, patient, index)
     if vol is None: return row.to_dict(),None,None,None,None
     same = None if row['min']==row['max'] else hashlib.blake2b(np.ascontiguousarray(vol.numpy()[:,::2,::2]), digest_size=16).hexdigest()
     grid = f'{tuple(vol.shape)} {(vol.affine.round(2)+0.).tolist()}'
@@ -183,9 +184,9 @@ def _table(jobs, n_workers, progress, journal=None):
     "The audited jobs, and a picture of each that can be read"
     rows,grids,same,pictures,boxes = zip(*_run(jobs, n_workers, progress, journal)) if jobs else [()]*5
     df = pd.DataFrame([dict(patient=p, sequence=s, **r) for (p,s,*_),r in zip(jobs,rows)],
-        columns=['patient','sequence',*_AUDIT])
+        columns=['patient','sequence',*AUDIT_COLUMNS])
     df = df.astype(dict.fromkeys(['volumes','slices','rows','columns','missing','duplicates','blank','near_blank'], 'Int64'))
-    return _compare(df, grids, same, boxes)[['patient','sequence',*_AUDIT[:-2],'grid','findings','notes']], pictures
+    return _compare(df, grids, same, boxes)[['patient','sequence',*AUDIT_COLUMNS[:-2],'grid','findings','notes']], pictures
 
 # %% ../nbs/17_audit.ipynb #8d91e857
 _STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em;color:#222} table{border-collapse:collapse} td,th{padding:.4em .8em;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}

@@ -20,7 +20,8 @@ from scipy import ndimage
 from . import __version__
 from .core import *
 from .cohort import id_key, read_labels
-from .series import read_sequence, has_skull, SeriesError
+from .series import read_sequence, SeriesError
+from .skull import has_skull
 from .slicewise import slicewise_patient
 
 # %% ../nbs/04_prepare.ipynb #21f0908d

@@ -13,7 +13,8 @@ import numpy as np, pandas as pd, pydicom, torch, torch.nn.functional as F
 from fastcore.all import *
 from pydicom.pixels import apply_voi_lut
 from .core import *
-from .series import SeriesError, read_sequence, read_volume, _check_modality, _find, _pixels, _place
+from .dicom import SeriesError, read_pixels
+from .series import check_modality, find_stacks, place_slices, read_sequence, read_volume
 
 # %% ../nbs/03_slicewise.ipynb #60e13c8b
 _values = dict(prepare_by=('patient','slice'), slice_order=('position','filename'),
@@ -88,15 +89,15 @@ def read_stack(
 
 def _stack(path, order, voi_lut, index, sequence):
     "What `read_stack` gives, and notes on what a rule decided where there are several volumes"
-    found = _find(path)
+    found = find_stacks(path)
     if isinstance(found, Path) or len(found)>1:
         row = {sequence:path, f'{sequence}_index':index}
         vol = read_sequence(row, sequence) if sequence else read_volume(path, index)
         return np.asarray(vol, dtype=np.float32),getattr(vol, 'notes', [])
-    _check_modality(found[0])
+    check_modality(found[0])
     if order=='filename': stack = sorted(found[0], key=_natural)
-    else: stack = [found[0][i] for i in _place(found[0])[0]]
-    x = _pixels(stack)
+    else: stack = [found[0][i] for i in place_slices(found[0])[0]]
+    x = read_pixels(stack)
     if voi_lut: x = np.stack([_window(a, f['path']) for a,f in zip(x, stack)])
     return x.astype(np.float32),[]
 
