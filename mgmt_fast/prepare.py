@@ -21,7 +21,8 @@ from . import __version__
 from .core import *
 from .cohort import match_labels, read_labels
 from .grids import *
-from .series import read_sequence, has_skull, SeriesError
+from .series import read_sequence, SeriesError
+from .skull import has_skull
 from .slicewise import slicewise_patient
 
 # %% ../nbs/04_prepare.ipynb #21f0908d
