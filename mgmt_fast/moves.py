@@ -17,6 +17,9 @@ MOVES = dict(
         separate_depth='operators', merge_depth='operators', keep_freed_memory='operators',
         checkpoint_blocks='convert'),
     leakage=dict(average_brain='fingerprints', fingerprint='fingerprints'),
+    kaggle=dict(slug_of='kaggle_build', check_kernel='kaggle_build', fill_kernel='kaggle_build',
+        LACKING='kaggle_build', build_wheels='kaggle_build', describe_dataset='kaggle_build',
+        build_kaggle='kaggle_build', thesis_results='thesis', beside_thesis='thesis', say_results='thesis'),
     all=dict(fold='operators.as_images', unfold='operators.as_volumes'))
 
 # %% ../nbs/00_moves.ipynb #578e7f5c
