@@ -18,6 +18,7 @@ from .cohort import *
 from .phantom import *
 from .slicewise import *
 from .prepare import *
+from .records import *
 from .loader import *
 from .augment import *
 from .operators import *
@@ -33,6 +34,9 @@ from .consistency import *
 from .report import *
 from .baselines import *
 from .evaluate import *
+from .bundle import *
+from .external import *
+from .card import *
 from .register import *
 from .leakage import *
 from .fusion import *

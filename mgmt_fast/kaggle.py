@@ -27,7 +27,8 @@ from .backbones import ARCHS
 from .consistency import patients_needed
 from .metrics import holm
 from .learner import load_model
-from .evaluate import _logits, Bundle, cross_validate, cv_models, freeze_bundle, results_table, show_results
+from .evaluate import cross_validate, log_odds, results_table, show_results
+from .bundle import Bundle, cv_models, freeze_bundle
 
 # %% ../nbs/15_kaggle.ipynb #a8c4fa67
 COMPETITION = 'rsna-miccai-brain-tumor-radiogenomic-classification'
@@ -360,7 +361,7 @@ def predict_submission(
     if not any(s in cohort and cohort[s].notna().any() for s in seqs): return pd.DataFrame(dict(patient=cohort.patient, prob=np.nan, note='no scans'))
     ways,dest = uniqueify(tuple(b.needs()) for b in bs),Path(dest)
     stores = {k: next(b for b in bs if tuple(b.needs())==k).prepare(cohort, dest if len(ways)==1 else dest/str(i), progress=progress) for i,k in enumerate(ways)}
-    zs = np.stack([_logits(b.predict(stores[tuple(b.needs())], progress=progress).prob) for b in bs])
+    zs = np.stack([log_odds(b.predict(stores[tuple(b.needs())], progress=progress).prob) for b in bs])
     store = first(stores.values())
     n = np.isfinite(zs).sum(0)
     z = np.where(n>0, np.nansum(zs, 0)/np.maximum(n,1), np.nan)

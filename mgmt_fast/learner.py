@@ -410,7 +410,7 @@ class MGMTModel:
 model_kinds = dict(network=MGMTModel) # what a model's JSON calls itself: its class
 
 # %% ../nbs/11_learner.ipynb #3f0a6c13
-_homes = dict(fusion='.fusion', bundle='.evaluate') # module to import for a kind that is not known yet
+_homes = dict(fusion='.fusion', bundle='.bundle') # module to import for a kind that is not known yet
 
 def _kind(name):
     "The class of a kind of model"
