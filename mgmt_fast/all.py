@@ -19,6 +19,7 @@ from .phantom import *
 from .slicewise import *
 from .prepare import *
 from .records import *
+from .runs import *
 from .loader import *
 from .augment import *
 from .operators import *
@@ -38,6 +39,8 @@ from .bundle import *
 from .external import *
 from .card import *
 from .register import *
+from .fingerprints import *
+from .confirm import *
 from .leakage import *
 from .fusion import *
 from .kaggle import *

@@ -20,7 +20,8 @@ from .moves import *
 from .cohort import assign_folds, id_key, patient_key
 from .prepare import VolumeStore
 from .records import *
-from .loader import key_changes, key_digest, other_runs, run_key, say_other_runs, usable_patients
+from .runs import key_changes, key_digest, other_runs, run_key, say_other_runs
+from .loader import usable_patients
 from .augment import mgmt_augs, tta
 from .learner import MGMTModel, load_model, mgmt_learner, predict, recipe_dls, save_model, weights_key
 from .metrics import *

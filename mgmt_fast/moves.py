@@ -19,6 +19,7 @@ MOVES = dict(
     evaluate=dict(preparation='bundle', preparation_differs='bundle', Bundle='bundle', freeze_bundle='bundle',
         cv_models='bundle', external_test='external', read_result='external', external_table='external',
         model_card='card', check_results='card', evaluate_report='card'),
+    leakage=dict(average_brain='fingerprints', fingerprint='fingerprints'),
     all=dict(fold='operators.as_images', unfold='operators.as_volumes'))
 
 # %% ../nbs/00_moves.ipynb #578e7f5c
