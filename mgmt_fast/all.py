@@ -30,6 +30,7 @@ from .networks import *
 from .callbacks import *
 from .metrics import *
 from .recipes import *
+from .seen import *
 from .learner import *
 from .consistency import *
 from .report import *

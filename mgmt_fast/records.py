@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['ProtocolError', 'json_hash', 'file_hash', 'volume_hashes', 'signed', 'is_signed', 'read_signed', 'utc_now',
-           'held_out_file', 'refuse_held_out']
+           'user_folder', 'source_hash', 'held_out_file', 'CohortRecord', 'refuse_held_out', 'log_prediction']
 
 # %% ../nbs/050_records.ipynb #5e32cc0a
-import hashlib, json
+import hashlib, json, os
 from datetime import datetime, timezone
 from pathlib import Path
 
 from fastcore.all import *
+from fastcore.xdg import xdg_data_home
 from .core import *
 from .prepare import VolumeStore
 
@@ -76,20 +77,116 @@ def utc_now() -> str: # ISO 8601, whole seconds
     "The time, as records write it."
     return datetime.now(timezone.utc).isoformat(timespec='seconds')
 
-# %% ../nbs/050_records.ipynb #3f6c44bb
+# %% ../nbs/050_records.ipynb #a6e77344
+def user_folder() -> Path: # `MGMT_FAST_HOME` where that is set, else `mgmt_fast` in the user's data folder
+    "Where records are kept that outlive a store."
+    given = os.environ.get('MGMT_FAST_HOME')
+    return Path(given) if given else xdg_data_home()/'mgmt_fast'
+
+# %% ../nbs/050_records.ipynb #89d79ea1
+def source_hash(
+    entry:dict, # A patient's entry, `store.meta[patient]`
+    sequence:str, # Which of the volumes
+) -> str: # 32 hexadecimal digits; `''` where it was not written down (version 0.1)
+    "What a volume was prepared from, by content: the same for another preparation of the same files."
+    source = (entry.get('sources') or {}).get(sequence)
+    return json_hash([source['names'], source['content']]) if source else ''
+
+# %% ../nbs/050_records.ipynb #387857d1
 def held_out_file(
     store:VolumeStore, # Prepared cohort
-) -> Path: # There once an external test has met the store
-    "Where a store says that it is held out."
+) -> Path: # There once a test or a prediction has met the store
+    "Where a store says what it has met."
     return store.path/'held_out.json'
 
-# %% ../nbs/050_records.ipynb #62be3164
+# %% ../nbs/050_records.ipynb #ff87f41b
+class CohortRecord:
+    "What the volumes of a store have met: `tests`, `results` and `predictions`, wherever that was written down"
+    def __init__(self,
+        store:VolumeStore, # Prepared cohort
+    ):
+        self.store,self.volumes = store,volume_hashes(store)
+        sources = [source_hash(m, s) for m in store.meta.values() for s in m['volumes']]
+        self.sources = sorted(set(sources)-{''})
+        self.key = json_hash(self.volumes)[:16]
+
+    def found(self) -> dict: # Path of a file to its entries
+        "The files that know a volume of this cohort"
+        here,mine = held_out_file(self.store),{*self.volumes,*self.sources}
+        res = {here: _read_record(here)['entries']} if here.exists() else {}
+        for path in sorted(_user_records().glob('*.json')):
+            d = _read_record(path)
+            if mine & {*d['volumes'],*d['sources']}: res[path] = d['entries']
+        return res
+
+    def entries(self,
+        kind:str, # `'test'`, `'result'` or `'prediction'`
+    ) -> list: # Of dictionaries, by date, each once
+        "What was written down, in whatever file"
+        known = {json_hash(e): e for es in self.found().values() for e in es if e['kind']==kind}
+        return sorted(known.values(), key=lambda e: e['date'])
+
+    @property
+    def tests(self): return self.entries('test')
+    @property
+    def results(self): return self.entries('result')
+    @property
+    def predictions(self): return self.entries('prediction')
+
+    def enter(self,
+        kind:str, # As in `entries`
+        **what, # What JSON holds
+    ) -> list: # Where it stands now, in words; empty where nothing could be written
+        "Write an entry down, once, in both places"
+        beside,own = held_out_file(self.store),_user_records()/f'{self.key}.json'
+        entry = dict(kind=kind, date=what.pop('date', None) or utc_now(), **what)
+        where = {beside: f'{beside.name} beside the store', own: f"cohorts/{own.name} in the user's data folder"}
+        return [said for path,said in where.items() if self._enter(path, entry)]
+
+    def _enter(self, path, entry):
+        "Write into one of the files; `False` where the place is read-only"
+        try: make_folder(path.parent)
+        except MGMTError: return False
+        d = _read_record(path) if path.exists() else dict(entries=[])
+        if entry in d['entries']: return True
+        kept = dict(volumes=self.volumes, sources=self.sources, entries=[*d['entries'], entry])
+        write_json(path, signed(kept))
+        return True
+
+def _user_records(): return user_folder()/'cohorts'
+
+def _read_record(path):
+    "A record; that of version 0.1 counts the passes of each bundle"
+    try: d = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, json.JSONDecodeError) as e: raise _unreadable(path, e) from e
+    if 'entries' not in d: return dict(volumes=[], sources=[], entries=_entries_of_01(d))
+    if not is_signed(d): raise ProtocolError(f"{path} was changed by hand: what the cohort has met can no longer be trusted. Restore the file")
+    return d
+
+def _entries_of_01(counts):
+    "A test for each pass that version 0.1 counted"
+    return [{'kind':'test', 'date':'', 'bundle':b, 'pass':i+1} for b,n in counts.items() for i in range(n)]
+
+# %% ../nbs/050_records.ipynb #f7a6f5dc
 def refuse_held_out(
     store:VolumeStore, # What would be trained, chosen or calibrated on
 ):
-    "Raise `ProtocolError` if the store's patients are those of an external test."
-    if held_out_file(store).exists(): raise _held_out(store)
+    "Raise `ProtocolError` if volumes of the store are those of an external test."
+    found = CohortRecord(store).found()
+    said = [str(path) for path,entries in found.items() if any(e['kind']=='test' for e in entries)]
+    if said: raise _held_out(store, said)
 
-def _held_out(store):
-    return ProtocolError(f"{store.path} holds patients of an external test: nothing may be trained, chosen or calibrated on them. "
-        f"Use another cohort; if that test is given up for good, delete {held_out_file(store).name} there, and never report it")
+def _held_out(store, said):
+    return ProtocolError(f"{store.path} holds patients of an external test: nothing may be trained, chosen or calibrated "
+        f"on them. Use another cohort; if that test is given up for good, delete {' and '.join(said)}, and never report it")
+
+# %% ../nbs/050_records.ipynb #6c15dc57
+def log_prediction(
+    store:VolumeStore, # What is predicted
+    by:str, # Which model
+    always:bool=False, # Also where no test has met the store yet
+):
+    "Enter a prediction into the cohort's record, and say so where that is not possible."
+    record = CohortRecord(store)
+    if not (always or record.tests): return
+    if not record.enter('prediction', by=by): print(f"this prediction of held-out patients could not be entered into the record of {store.path}")
