@@ -45,6 +45,8 @@ from .confirm import *
 from .leakage import *
 from .fusion import *
 from .kaggle import *
+from .kaggle_build import *
+from .thesis import *
 from .sweep import *
 from .audit import *
 

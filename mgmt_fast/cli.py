@@ -324,7 +324,7 @@ def mgmt_leakage(
     return int((table.verdict!='different').any() or len(table.attrs['report'])>0)
 
 # %% ../nbs/90_cli.ipynb #66829b58
-from .kaggle import LACKING, build_kaggle
+from .kaggle_build import LACKING, build_kaggle
 
 @_command
 def mgmt_kaggle(
