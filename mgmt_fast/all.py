@@ -18,6 +18,7 @@ from .cohort import *
 from .phantom import *
 from .slicewise import *
 from .prepare import *
+from .records import *
 from .runs import *
 from .loader import *
 from .augment import *
@@ -29,11 +30,15 @@ from .networks import *
 from .callbacks import *
 from .metrics import *
 from .recipes import *
+from .seen import *
 from .learner import *
 from .consistency import *
 from .report import *
 from .baselines import *
 from .evaluate import *
+from .bundle import *
+from .external import *
+from .card import *
 from .register import *
 from .fingerprints import *
 from .confirm import *

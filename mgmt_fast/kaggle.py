@@ -25,7 +25,8 @@ from .phantom import draw_patients, make_phantom, render_patient
 from .prepare import VolumeStore, prepare
 from .backbones import ARCHS
 from .learner import load_model
-from .evaluate import _logits, Bundle, cross_validate, cv_models, freeze_bundle
+from .evaluate import cross_validate, log_odds
+from .bundle import Bundle, cv_models, freeze_bundle
 
 # %% ../nbs/15_kaggle.ipynb #a8c4fa67
 COMPETITION = 'rsna-miccai-brain-tumor-radiogenomic-classification'
@@ -417,7 +418,7 @@ def predict_submission(
     seqs = uniqueify(s for b in bs for s in b.sequences)
     if not any(s in cohort and cohort[s].notna().any() for s in seqs): return _no_scans(cohort)
     stores = _stores_for(bs, cohort, Path(dest), progress)
-    zs = np.stack([_logits(b.predict(o, progress=progress).prob) for b,o in zip(bs, stores)])
+    zs = np.stack([log_odds(b.predict(o, progress=progress).prob) for b,o in zip(bs, stores)])
     n = np.isfinite(zs).sum(0)
     z = np.where(n>0, np.nansum(zs, 0)/np.maximum(n,1), np.nan)
     table,report = stores[0].table,stores[0].report
