@@ -22,6 +22,7 @@ from .cohort import *
 from .phantom import *
 from .slicewise import *
 from .prepare import *
+from .records import *
 from .runs import *
 from .loader import *
 from .augment import *
@@ -33,17 +34,23 @@ from .networks import *
 from .callbacks import *
 from .metrics import *
 from .recipes import *
+from .seen import *
 from .learner import *
 from .consistency import *
 from .report import *
 from .baselines import *
 from .evaluate import *
+from .bundle import *
+from .external import *
+from .card import *
 from .register import *
 from .fingerprints import *
 from .confirm import *
 from .leakage import *
 from .fusion import *
 from .kaggle import *
+from .kaggle_build import *
+from .thesis import *
 from .sweep import *
 from .audit import *
 
