@@ -9,11 +9,11 @@ import argparse, json, os, resource, shutil, tempfile, time
 from pathlib import Path
 
 import joblib, numpy as np
-from fastcore.all import NS
 from machine import machine
 from mgmt_fast.cohort import kaggle_cohort
 from mgmt_fast.core import SEQUENCES
-from mgmt_fast.leakage import _Side, _common_pose, _prints, _small_part, compare_fingerprints, leakage_audit, planted_recall, plot_recall, published_similarity
+from mgmt_fast.fingerprints import ScanSet, common_brain, compare_fingerprints, kept_fingerprints, small_copies
+from mgmt_fast.leakage import leakage_audit, planted_recall, plot_recall, published_similarity
 from mgmt_fast.phantom import draw_patients, make_phantom, render_patient
 from mgmt_fast.prepare import VolumeStore, common_box, foreground, resample, to_bytes
 
@@ -57,12 +57,13 @@ def stores(a, home):
 def fingerprints(a, home):
     train,test = stores(a, home)
     for o in (train,test): shutil.rmtree(o.path/'fingerprints', ignore_errors=True)
-    opt = NS(n_workers=a.workers, progress=False, seed=0, cache=lambda side: side.data.path/'fingerprints')
+    work = dict(n_workers=a.workers, progress=False)
+    folders = {o: o.path/'fingerprints' for o in (train,test)}
     s,volumes = time.perf_counter(),(a.train+a.test)*a.sequences
     for seq in SEQUENCES[:a.sequences]:
-        A,B = (_small_part(_Side(o, k), seq, opt) for o,k in ((train,'train'),(test,'test')))
-        pose = _common_pose(A, opt)
-        for o in (A,B): _prints(o, pose, 'prints', opt)
+        copies = {o: small_copies(ScanSet(o, 'store'), seq, folders[o], **work) for o in (train,test)}
+        brain = common_brain(copies[train])
+        for o in (train,test): kept_fingerprints(copies[o], brain, folders[o], **work)
     took = time.perf_counter()-s
     (home/'fingerprints.json').write_text(json.dumps(took))
     print(f'\n{volumes} volumes at {"x".join(map(str,size))}: fingerprints in {took:.0f} s, {volumes/took:.1f} volumes a second; {memory(a)}', flush=True)

@@ -16,8 +16,8 @@ import pandas as pd
 from joblib import Parallel, delayed
 from machine import machine
 
+from mgmt_fast.confirm import pair_score
 from mgmt_fast.core import SEQUENCES, rng_for
-from mgmt_fast.leakage import _score
 from mgmt_fast.phantom import draw_patients, render_patient
 from mgmt_fast.register import Structure, low_resolution, register_rigid
 from mgmt_fast.series import read_volume
@@ -57,7 +57,7 @@ def public(data, seq):
     return res
 
 
-def score(a, b): return _score(register_rigid(Structure(a), Structure(b)))
+def score(a, b): return pair_score(register_rigid(Structure(a), Structure(b)))
 
 
 def row(seq, kind, brains, scores):

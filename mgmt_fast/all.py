@@ -22,6 +22,7 @@ from .cohort import *
 from .phantom import *
 from .slicewise import *
 from .prepare import *
+from .runs import *
 from .loader import *
 from .augment import *
 from .operators import *
@@ -38,6 +39,8 @@ from .report import *
 from .baselines import *
 from .evaluate import *
 from .register import *
+from .fingerprints import *
+from .confirm import *
 from .leakage import *
 from .fusion import *
 from .kaggle import *

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 import safetensors.torch as st
 from .core import *
-from .loader import key_changes
+from .runs import key_changes
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import CSVLogger, ProgressCallback

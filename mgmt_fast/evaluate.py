@@ -23,7 +23,8 @@ from sklearn.metrics import log_loss
 from . import __version__
 from .cohort import assign_folds, id_key, patient_key, plot_balance
 from .prepare import VolumeStore, prepare
-from .loader import key_changes, key_digest, other_runs, run_key, say_other_runs, usable_patients
+from .runs import key_changes, key_digest, other_runs, run_key, say_other_runs
+from .loader import usable_patients
 from .augment import mgmt_augs, tta
 from .learner import MGMTModel, check_preparation, load_model, mgmt_learner, model_kinds, predict, recipe_dls, save_model, weights_key
 from .metrics import *

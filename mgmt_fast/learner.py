@@ -30,7 +30,8 @@ from fastcore.all import *
 from . import __version__
 from .cohort import id_key
 from .prepare import PREPARATION, VolumeStore, prepare_patient, worker_init
-from .loader import LABELS, StoreDataLoaders, ToUnit, key_digest, mgmt_dls, run_key
+from .runs import key_digest, run_key
+from .loader import LABELS, StoreDataLoaders, ToUnit, mgmt_dls
 from .augment import mgmt_augs
 from .backbones import read_weights
 from .networks import PairLoss, Prototypes, create_network

@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'StoreDataset', 'ToUnit', 'StoreDL', 'usable_patients', 'augmentation', 'StoreDataLoaders', 'mgmt_dls',
-           'run_key', 'key_digest', 'key_changes', 'other_runs', 'say_other_runs', 'show_batch']
+           'show_batch']
 
 # %% ../nbs/05_loader.ipynb #75bf8a36
-import glob, hashlib, json, random
-from collections import Counter
-from pathlib import Path
+import random
 
 import numpy as np, pandas as pd, torch
 import matplotlib.pyplot as plt
@@ -20,7 +18,6 @@ from fastcore.all import *
 from fasttransform import Transform
 from plum import dispatch
 from .cohort import assign_folds
-from . import __version__
 from .prepare import VolumeStore
 
 # %% ../nbs/05_loader.ipynb #27a17fe2
@@ -152,75 +149,6 @@ def mgmt_dls(
     dls.sequences,dls.store,dls.left_out,dls.folds = sequences,store,left_out,folds
     if len(left_out): print(f"{len(left_out)} of {len(store)} patients are left out: {', '.join(f'{n} {why}' for why,n in left_out.why.value_counts().items())} (see `dls.left_out`)")
     return dls
-
-# %% ../nbs/05_loader.ipynb #56c56d31
-def run_key(
-    store:VolumeStore, # Where the volumes and labels are
-    parts:dict, # Part to patients, e.g. `dict(train=..., valid=...)`
-    sequences, # Channels, in order
-    recipe:Recipe, # As it runs
-    **more, # What else the result depends on: `seed`, `weights`, ...; what JSON holds
-) -> dict: # What JSON holds
-    "All that a result of training depends on."
-    labels = dict(zip(store.table.patient, store.table.label))
-    who = {}
-    for part,patients in parts.items():
-        for p in patients:
-            voxels = [store.meta[p]['volumes'][s]['hash'] for s in sequences if s in store.meta[p]['volumes']]
-            who[p] = [part, None if pd.isna(labels[p]) else int(labels[p]), key_digest(voxels)]
-    steering = choice_names('prepare', 'loader', 'augment', 'backbones', 'learner')
-    choices = {k:v for k,v in recipe.to_json()['choices'].items() if k in steering and k!='pretrained'} # weights go by their content
-    key = dict(version=__version__, recipe=choices, sequences=list(sequences), patients=who, **more)
-    return json.loads(json.dumps(key))
-
-def key_digest(
-    key, # What JSON holds
-) -> str: # 16 hexadecimal digits
-    "A short name for a key."
-    return hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-# %% ../nbs/05_loader.ipynb #aaa8e7e0
-def _counted(what, who):
-    return f"{what} {len(who)} patient{'s' if len(who)>1 else ''} ({', '.join(who[:3])}{', ...' if len(who)>3 else ''})"
-
-def _patients_differ(a, b):
-    "In words, how the patients of two runs differ"
-    both = [p for p in b if p in a]
-    res = [(f'{k} of', [p for p in both if a[p][i]!=b[p][i]]) for i,k in enumerate(('another part (fold)','other labels','other volumes'))]
-    res += [('without', [p for p in a if p not in b]), ('with', [p for p in b if p not in a])]
-    return [_counted(k, v) for k,v in res if v]
-
-def key_changes(
-    then:dict, # `run_key` of a kept result
-    now:dict, # That of the result that is wanted
-    but=(), # Choices of the recipe that may differ
-) -> list: # In words; empty if the result is that which is wanted
-    "How the run that gave a kept result differs from the one that is wanted."
-    if not isinstance(then, dict) or 'patients' not in then: return ['made by version 0.1, which did not write down of what']
-    r,q = then['recipe'],now['recipe']
-    res = [f"{k!r}: {r.get(k)} there, {v} now" for k,v in q.items() if r.get(k)!=v and k not in but]
-    rest = [k for k in {**then,**now} if k not in ('recipe','patients') and then.get(k)!=now.get(k)]
-    return _patients_differ(then['patients'], now['patients']) + res + [f'{k!r}: {then.get(k)} there, {now.get(k)} now' for k in rest]
-
-def other_runs(
-    folder, # Where runs are kept, each in a folder of its own
-    prefix:str, # What their folders are called, up to the digest of their key
-    key:dict, # `run_key` of the one that is wanted
-) -> list: # In words, how each of them differs that is not the one that is wanted
-    "Why kept runs of the same name are not used."
-    res = []
-    for p in sorted(Path(folder).glob(f'{glob.escape(prefix)}-*/run.json')):
-        try: then = json.loads(p.read_text(encoding='utf-8')).get('key')
-        except ValueError: then = None
-        res.append('; '.join(key_changes(then, key)))
-    return [o for o in res if o]
-
-def say_other_runs(
-    dest, # Folder, as it shall be called
-    why, # From `other_runs`, of one run or several
-):
-    "One line for each reason."
-    for o,n in Counter(why).items(): print(f"{n} kept run{'s' if n>1 else ''} in {dest} not used, but trained anew: {o}")
 
 # %% ../nbs/05_loader.ipynb #cba78355
 LABELS = ('unmethylated', 'methylated')

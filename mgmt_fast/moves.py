@@ -17,6 +17,7 @@ MOVES = dict(
         InflatedPool3d='operators', ChannelsInside='operators', channels_inside='operators',
         separate_depth='operators', merge_depth='operators', keep_freed_memory='operators',
         checkpoint_blocks='convert'),
+    leakage=dict(average_brain='fingerprints', fingerprint='fingerprints'),
     all=dict(fold='operators.as_images', unfold='operators.as_volumes'))
 
 # %% ../nbs/00_moves.ipynb #578e7f5c

@@ -14,7 +14,8 @@ from fastcore.all import *
 from joblib import Parallel, delayed, parallel_config
 from .cohort import assign_folds
 from .prepare import VolumeStore
-from .loader import key_changes, key_digest, other_runs, run_key, say_other_runs, usable_patients
+from .runs import key_changes, key_digest, other_runs, run_key, say_other_runs
+from .loader import usable_patients
 from .metrics import auc_ci
 from .learner import mgmt_learner, plan_key, recipe_dls, save_model, weights_key
 

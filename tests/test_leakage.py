@@ -10,10 +10,13 @@ import torch
 from fastcore.all import NS
 from fastcore.test import test_fail as fails
 
-from mgmt_fast import leakage
+from mgmt_fast import confirm, fingerprints, leakage
 from mgmt_fast.cohort import drop_patients, kaggle_cohort
 from mgmt_fast.core import MGMTError, Volume, rng_for
-from mgmt_fast.leakage import Null, compare_fingerprints, draw_perturbation, fingerprint, average_brain, leakage_audit, perturb, set_aside
+from mgmt_fast.confirm import MeasuredNull, Null, pair_score
+from mgmt_fast.fingerprints import average_brain, compare_fingerprints, draw_perturbation, fingerprint, perturb
+from mgmt_fast.fingerprints import template_points
+from mgmt_fast.leakage import leakage_audit, set_aside
 from mgmt_fast.phantom import draw_patients, make_phantom, render_patient
 from mgmt_fast.prepare import VolumeStore, prepare
 from mgmt_fast.register import Structure, low_resolution, normalised_mutual_information, register_rigid
@@ -84,16 +87,16 @@ def test_an_audit_goes_on_where_it_was_stopped(home, store, hidden, monkeypatch)
     "Nothing is read twice, and a volume that changed is read again"
     test,_ = hidden
     kw = dict(sequences='FLAIR', dest=home/'again', **{**quick, 'planted':0})
-    real,calls = leakage._small,[]
+    real,calls = fingerprints.small_copy,[]
     def dies(side, i, seq):
         calls.append((side.name,i))
         if len(calls)==6: raise KeyboardInterrupt
         return real(side, i, seq)
-    monkeypatch.setattr(leakage, '_small', dies)
+    monkeypatch.setattr(fingerprints, 'small_copy', dies)
     with pytest.raises(KeyboardInterrupt): leakage_audit(cohort_of(store, home, test), test, **kw)
     first = leakage_audit(cohort_of(store, home, test), test, **kw)
     assert len(calls)==len(set(calls))+1
-    monkeypatch.setattr(leakage, '_small', lambda *_: 1/0)
+    monkeypatch.setattr(fingerprints, 'small_copy', lambda *_: 1/0)
     pd.testing.assert_frame_equal(leakage_audit(cohort_of(store, home, test), test, **kw), first)
 
 
@@ -148,7 +151,7 @@ def test_every_change_alone_and_together(cohorts, kind):
     for i in range(3):
         rng = rng_for(0, kind, i)
         copy = Structure(low_resolution(perturb(vols[i], rng, **draw_perturbation(rng, strength=1., **({} if kind=='all' else dict(kinds=(kind,)))))))
-        scores = [leakage._score(register_rigid(f, copy)) for f in (fixed[i],fixed[(i+1)%3])]
+        scores = [pair_score(register_rigid(f, copy)) for f in (fixed[i],fixed[(i+1)%3])]
         assert scores[0]>.4>.3>scores[1], (kind,i,scores)
 
 
@@ -156,7 +159,7 @@ def test_with_its_skull_against_without():
     p = draw_patients(2, seed=2)
     brains = [render_patient(p.iloc[i], 2, 'T1wCE', slices=36, size=72)['T1wCE'][0] for i in (0,1)]
     head = render_patient(p.iloc[0], 2, 'T1wCE', skull=True, slices=30, size=84, fov=240)['T1wCE'][0]
-    own,other = (leakage._score(register_rigid(b, head)) for b in brains)
+    own,other = (pair_score(register_rigid(b, head)) for b in brains)
     assert own>.5 and other<.3
 
 
@@ -175,7 +178,7 @@ def test_a_pose_is_recovered():
 def test_a_mirrored_scan_has_the_mirrored_fingerprint(cohorts):
     low = [low_resolution(read_volume(p)) for p in cohorts[0].FLAIR[:4]]
     t = average_brain(low)
-    mirror = leakage._points(t)[1]
+    mirror = template_points(t)[1]
     x,y = fingerprint(low[0], t),fingerprint(np.asarray(low[0])[:,:,::-1].copy(), t)
     assert np.corrcoef(x[mirror], y)[0,1]>.95
     assert (mirror[mirror]==np.arange(len(mirror))).all()
@@ -228,7 +231,7 @@ def test_what_one_sequence_finds_leaves_the_null_of_all(home, cohorts):
     assert not pairs(told) and not pairs(told, 'uncertain')
     for r in told.attrs['thresholds']:
         assert r['null_pairs']==3+6-1
-        assert r['same']==leakage.MeasuredNull(r['sequence']).threshold(.01/12)
+        assert r['same']==MeasuredNull(r['sequence']).threshold(.01/12)
     assert [r['patient'] for r in told.attrs['report']]==[f'{test.patient[0]}, twin']
 
 
@@ -237,18 +240,18 @@ def test_copies_within_do_not_hide_themselves():
     side = type('Side', (), dict(name='test', patients=list('abcde')))()
     clean = [.14,.16,.18,.19,.2,.21,.22,.23,.2]
     def facts(label, odd):
-        strangers = [(NS(side=side),i,j) for i in range(5) for j in range(i+1,5)]
+        strangers = [(NS(scans=side),i,j) for i in range(5) for j in range(i+1,5)]
         scores = [odd,*clean]
         done = {('null',k): dict(score=o) for k,o in enumerate(scores)}
         return NS(label=label, seqs=(label,), strangers=strangers, done=done, known={}, chosen=[], expected=10,
-            parts=(NS(side=side, facts=[]),NS(side=side, facts=[])))
+            parts=(NS(scans=side, facts=[]),NS(scans=side, facts=[])))
     both,opt = [facts('FLAIR', .33),facts('T1w', .8)],NS(alarms=(.01,.1))
     for enough in (5,30):
-        leakage._enough = enough
+        confirm.ENOUGH = enough
         try: twins = leakage._settle_nulls(both, dict(test=side), opt)
-        finally: leakage._enough = 30
+        finally: confirm.ENOUGH = 30
         assert twins=={('test',0,1):'T1w'}
-        assert all(f.same==(Null(clean) if enough<9 else leakage.MeasuredNull(f.label)).threshold(.001) for f in both)
+        assert all(f.same==(Null(clean) if enough<9 else MeasuredNull(f.label)).threshold(.001) for f in both)
 
 
 def test_none_found_never_without_the_recall(cohorts):

@@ -20,7 +20,8 @@ from mgmt_fast.core import MGMTError, Recipe, choice_names, get_recipe, read_rec
 from mgmt_fast.evaluate import cross_validate
 from mgmt_fast.fusion import out_of_fold
 from mgmt_fast.learner import as_model, load_model, mgmt_learner, recipe_dls, save_model
-from mgmt_fast.loader import key_changes, mgmt_dls
+from mgmt_fast.loader import mgmt_dls
+from mgmt_fast.runs import key_changes
 from mgmt_fast.phantom import make_phantom
 from mgmt_fast.prepare import VolumeStore, prepare
 from mgmt_fast.recipes import L2Penalty, StepRate, SummedGradients
