@@ -18,7 +18,10 @@ from .series import *
 from .skull import *
 from .quality import *
 from .archive import *
+from .clinical import *
+from .cases import *
 from .cohort import *
+from .folds import *
 from .phantom import *
 from .slicewise import *
 from .prepare import *

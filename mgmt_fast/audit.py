@@ -21,7 +21,8 @@ from . import __version__
 from .core import *
 from .naming import sequence_of
 from .archive import find_images, shown_name
-from .cohort import CohortError, cohort_report, find_cohort, write_choices
+from .clinical import CohortError
+from .cohort import cohort_report, find_cohort, write_choices
 from .quality import AUDIT_COLUMNS, audit_and_read
 from .prepare import worker_init
 

@@ -21,7 +21,8 @@ from scipy.special import expit, logit
 from scipy.stats import binomtest, norm
 from sklearn.metrics import log_loss
 from . import __version__
-from .cohort import assign_folds, id_key, patient_key, plot_balance
+from .clinical import id_key, patient_key
+from .folds import assign_folds, plot_balance
 from .prepare import VolumeStore, prepare
 from .runs import key_changes, key_digest, other_runs, run_key, say_other_runs
 from .loader import usable_patients

@@ -20,7 +20,7 @@ from sklearn.metrics import mutual_info_score
 from . import __version__
 from .core import *
 from .moves import moved_from
-from .cohort import id_key, patient_key, _read_table
+from .clinical import id_key, patient_key, read_table
 from .grids import resize
 from .register import *
 from .register import _centre, _grid, _sample
@@ -66,7 +66,7 @@ _bare = 'equal patient number' # two sources may number their patients alike, so
 def _id_map(ids):
     if ids is None: return {}
     if isinstance(ids, dict): return {id_key(k):id_key(v) for k,v in ids.items()}
-    df = ids if isinstance(ids, pd.DataFrame) else _read_table(ids, dtype=str)
+    df = ids if isinstance(ids, pd.DataFrame) else read_table(ids)
     if df.shape[1]<2: raise LeakageError(f"an id map has two columns, the training set's ids and the test set's; received {list(df.columns)}")
     return {id_key(k):id_key(v) for k,v in df.iloc[:,:2].dropna().itertuples(index=False)}
 
