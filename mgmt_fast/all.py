@@ -24,7 +24,9 @@ from .cohort import *
 from .folds import *
 from .phantom import *
 from .slicewise import *
+from .grids import *
 from .prepare import *
+from .records import *
 from .runs import *
 from .loader import *
 from .augment import *
@@ -36,17 +38,23 @@ from .networks import *
 from .callbacks import *
 from .metrics import *
 from .recipes import *
+from .seen import *
 from .learner import *
 from .consistency import *
 from .report import *
 from .baselines import *
 from .evaluate import *
+from .bundle import *
+from .external import *
+from .card import *
 from .register import *
 from .fingerprints import *
 from .confirm import *
 from .leakage import *
 from .fusion import *
 from .kaggle import *
+from .kaggle_build import *
+from .thesis import *
 from .sweep import *
 from .audit import *
 

@@ -24,7 +24,6 @@ from .archive import find_images, shown_name
 from .clinical import CohortError
 from .cohort import cohort_report, find_cohort, write_choices
 from .quality import AUDIT_COLUMNS, audit_and_read
-from .prepare import worker_init
 
 # %% ../nbs/17_audit.ipynb #b96c7554
 def _spread(x, n):

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from .core import *
 from fastcore.script import anno_parser
-from .cohort import cohort_report, find_cohort, kaggle_cohort, read_labels
+from .clinical import read_labels
+from .cohort import cohort_report, find_cohort, kaggle_cohort
 from .phantom import make_phantom, phantom_bound, read_side_table
 from .prepare import VolumeStore, prepare
 from .loader import mgmt_dls, show_batch
@@ -202,7 +203,7 @@ def mgmt_weights(
     return 0
 
 # %% ../nbs/90_cli.ipynb #c64c229a
-from .evaluate import check_results
+from .card import check_results
 
 # %% ../nbs/90_cli.ipynb #174485bd
 def _print_findings(table, thresholds=(.5,)):
@@ -253,7 +254,10 @@ def mgmt_sweep(
 # %% ../nbs/90_cli.ipynb #12989167
 import pandas as pd
 from fastcore.script import store_true
-from .evaluate import cross_validate, cv_models, evaluate_report, external_table, external_test, freeze_bundle, results_table, show_results
+from .evaluate import cross_validate, results_table, show_results
+from .bundle import cv_models, freeze_bundle
+from .external import external_table, external_test
+from .card import evaluate_report
 
 # %% ../nbs/90_cli.ipynb #7c59a796
 @_command
@@ -349,7 +353,7 @@ def mgmt_leakage(
     return int((table.verdict!='different').any() or len(table.attrs['report'])>0)
 
 # %% ../nbs/90_cli.ipynb #66829b58
-from .kaggle import LACKING, build_kaggle
+from .kaggle_build import LACKING, build_kaggle
 
 @_command
 def mgmt_kaggle(

@@ -18,7 +18,8 @@ from sklearn.linear_model import LogisticRegression
 from . import __version__
 from .folds import assign_folds
 from .prepare import VolumeStore
-from .metrics import auc_ci
+from .metrics import AUC_METHODS, auc_ci
+from .records import ProtocolError, refuse_held_out
 from .learner import MGMTModel, as_model, load_model, mgmt_learner, model_kinds, predict, recipe_dls, save_model
 
 # %% ../nbs/15_fusion.ipynb #ada84199
@@ -33,6 +34,7 @@ def out_of_fold(
     progress:bool=True, # Show a progress bar over folds
 ) -> tuple: # DataFrame (patient, label, fold, logit), and the folds' networks as a `FusionModel`, the mean of their logits
     "Train a network for each fold on the others, and predict it. Raises `MGMTError` as `recipe_dls` does."
+    refuse_held_out(store)
     r,rows,parts = follow_recipe(store.recipe, recipe),[],{}
     for k in track(range(n_folds), progress=progress):
         with redirect_stdout(io.StringIO()) if k else nullcontext(): # what there is to say is the same for every fold
@@ -106,6 +108,8 @@ class FusionModel:
     def __repr__(self): return f"FusionModel, {'mean' if self.weights is None else 'regression'} of {', '.join([*self.parts,*self.features])}, mgmt_fast {self.version}"
 
     def needs(self): return {k:v for p in self.parts.values() for k,v in p.needs().items()}
+    def note_prediction(self, store):
+        for p in self.parts.values(): p.note_prediction(store)
     def logit(self, volumes, row):
         x = {k: p.logit(volumes, row)[0] for k,p in self.parts.items()}
         return _combine({**x, **{k: _number(row.get(k)) for k in self.features}}, self.parts, self.weights)
@@ -142,10 +146,21 @@ def fuse(
     parts:dict, # Name to model: networks, their fusions, or paths of saved ones
     oof:pd.DataFrame=None, # `patient`, `label`, and a column of out-of-fold logits for each part, and the features; for a regression
     features=(), # Names of the features
+    store:VolumeStore=None, # Where the patients of `oof` are, to check that nobody is held out and that labels agree
 ) -> FusionModel: # The mean of the logits without `oof`, else logistic regressions
     "Fuse models. Raises `MGMTError` on a table that lacks an input, holds fewer than five patients of a class, or what is no number."
     if oof is None and features: raise MGMTError("features need weights, and weights need oof=, a table of out-of-fold logits and features")
+    if store is not None and oof is not None: _check_against(oof, store)
     return FusionModel(parts, None if oof is None else _weights(_check_oof(oof, parts, features), parts, features), features, trained=None if oof is None else dict(fitted_on=len(oof)))
+
+def _check_against(oof, store):
+    "What is fitted must be of patients of the store, with the labels that it knows"
+    refuse_held_out(store)
+    known = dict(zip(store.table.patient, store.table.label))
+    away = [p for p in oof.patient if p not in known]
+    if away: raise ProtocolError(f"{len(away)} patients to fit on are not in {store.path}, e.g. {away[0]}")
+    wrong = [p for p,y in zip(oof.patient, oof.label) if pd.isna(known[p]) or known[p]!=y]
+    if wrong: raise ProtocolError(f"{len(wrong)} labels to fit on are not those of {store.path}, e.g. {wrong[0]}")
 
 # %% ../nbs/15_fusion.ipynb #a0ed6206
 def fused_oof(
@@ -173,7 +188,7 @@ def sequence_experiments(
     sequences=None, # Which to compare; all of the store's if None
     stems=('sum',), # Ways into one network for all: `'sum'` through the inflated stem, `'adapter'` or `'adapter1x1'` through a mapping convolution
     **kwargs, # For `out_of_fold`: `n_folds`, `seed`, ...
-) -> NS: # `.table`: n, auc, lo, hi of each way; `.oof`: patient, label and out-of-fold logits; `.models`: each way's model
+) -> NS: # `.table`: n, auc, lo, hi and interval (its method) of each way; `.oof`: patient, label and out-of-fold logits; `.models`: each way's model
     "Experiments (a), all sequences in one network, and (b), a network for each; and the fusions of (b). AUCs are out of fold, of the patients who have what each way needs."
     seqs = store.sequences if sequences is None else check_sequences(sequences)
     r = follow_recipe(store.recipe, recipe)
@@ -185,6 +200,14 @@ def sequence_experiments(
     folds = {k:v for k,v in kwargs.items() if k in ('n_folds','seed')}
     for how in ('mean','stacked'):
         oof[how] = fused_oof(oof, seqs, how=how, **folds).logit.to_numpy()
-        models[how] = fuse({s: models[s] for s in seqs}, None if how=='mean' else oof)
+        models[how] = fuse({s: models[s] for s in seqs}, None if how=='mean' else oof, store=store)
     seen = {k: oof.dropna(subset=[k]) for k in models}
-    return NS(table=pd.DataFrame({k: dict(n=len(t), **auc_ci(t.label, t[k])) for k,t in seen.items()}).T.astype(dict(n=int)), oof=oof, models=models)
+    return NS(table=_auc_table(seen), oof=oof, models=models)
+
+def _auc_table(seen):
+    "AUC, interval and its method for each way"
+    rows = {}
+    for k,t in seen.items():
+        ci = auc_ci(t.label, t[k])
+        rows[k] = dict(n=len(t), auc=ci.auc, lo=ci.lo, hi=ci.hi, interval=AUC_METHODS[ci.name])
+    return pd.DataFrame.from_dict(rows, orient='index')

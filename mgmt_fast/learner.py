@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READ_BACK', 'model_kinds', 'body_and_head', 'MGMTLearner', 'weights_key', 'plan_key', 'training_key',
            'recipe_that_ran', 'mgmt_learner', 'recipe_dls', 'MGMTModel', 'as_model', 'save_model', 'load_model',
-           'check_preparation', 'predict']
+           'check_preparation', 'predict_unlogged', 'predict']
 
 # %% ../nbs/11_learner.ipynb #6689f177
 import copy, hashlib, importlib, json, multiprocessing, os
@@ -29,11 +29,13 @@ from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.all import *
 from . import __version__
 from .clinical import id_key
-from .prepare import PREPARATION, VolumeStore, prepare_patient, worker_init
+from .records import log_prediction
+from .prepare import PREPARATION, VolumeStore, prepare_patient
 from .runs import key_digest, run_key
 from .loader import LABELS, StoreDataLoaders, ToUnit, mgmt_dls
 from .augment import mgmt_augs
 from .backbones import read_weights
+from .seen import SeenVolumes
 from .networks import PairLoss, Prototypes, create_network
 from .callbacks import *
 from .recipes import L2Penalty, StepRate, SummedGradients, faults
@@ -372,7 +374,8 @@ def recipe_dls(
 # %% ../nbs/11_learner.ipynb #94edcef8
 class MGMTModel:
     "A trained network with what it needs to predict: `.model`, `.recipe`, `.sequences`, `.arch`, `.version`, and `.prepared`, the sequences that shared its box"
-    def __init__(self, model, recipe, sequences, version=__version__, trained=None, prepared=None, preparation_number=PREPARATION):
+    def __init__(self, model, recipe, sequences, version=__version__, trained=None, prepared=None, preparation_number=PREPARATION,
+        seen=None):
         store_attr()
         self.arch,self.prepared = model.arch,tuple(prepared or sequences)
         self.key = json.dumps([recipe.room('prepare'), self.prepared])
@@ -381,6 +384,7 @@ class MGMTModel:
     def __repr__(self): return f"MGMTModel {self.arch}, {', '.join(self.sequences)} at {'x'.join(map(str,self.size))}, recipe {self.recipe.name!r}, mgmt_fast {self.version}"
 
     def needs(self): return {self.key: (self.recipe, self.prepared)}
+    def note_prediction(self, store): log_prediction(store, f"{self.arch}, training {(self.trained or {}).get('key')}")
 
     @torch.no_grad()
     def logit(self, volumes, row):
@@ -392,6 +396,8 @@ class MGMTModel:
         return self.model.eval()(x.as_subclass(torch.Tensor).float()).item(),''
 
     def write(self, path):
+        if self.seen is None: _seen_file(path).unlink(missing_ok=True)
+        else: self.seen.write(_seen_file(path))
         with atomic_path(f'{path}.safetensors') as tmp: st.save_model(self.model, str(tmp))
         write_json(f'{path}.json', dict(version=self.version, preparation=self.preparation_number, config=self.model.config, sequences=list(self.sequences),
             prepared=list(self.prepared), size=list(self.size), classes=list(LABELS), recipe=self.recipe.to_json(), trained=self.trained))
@@ -405,13 +411,19 @@ class MGMTModel:
         try: missing,extra = st.load_model(model, str(ts), strict=False)
         except (RuntimeError, SafetensorError) as e: raise MGMTError(f"{ts.name} does not fit {arch!r}, which {path.name}.json describes: were two models' files mixed, or was the file cut off? ({str(e).splitlines()[0]})") from e
         if missing or extra: raise MGMTError(f"{ts.name} does not fit {arch!r}: {len(missing)} tensors missing, {len(extra)} too many, e.g. {[*missing,*extra][0]!r}; were two models' files mixed?")
-        return cls(model.eval(), recipe, check_sequences(d['sequences']), d['version'], d['trained'], d.get('prepared'), d.get('preparation', 1))
+        return cls(model.eval(), recipe, check_sequences(d['sequences']), d['version'], d['trained'], d.get('prepared'), d.get('preparation', 1), _read_seen(path))
+
+def _seen_file(path): return Path(f'{path}.seen.safetensors')
+
+def _read_seen(path):
+    "What the model has seen; None where that was not written down (version 0.1)"
+    return SeenVolumes.read(_seen_file(path)) if _seen_file(path).exists() else None
 
 # %% ../nbs/11_learner.ipynb #3f0a6c12
 model_kinds = dict(network=MGMTModel) # what a model's JSON calls itself: its class
 
 # %% ../nbs/11_learner.ipynb #3f0a6c13
-_homes = dict(fusion='.fusion', bundle='.evaluate') # module to import for a kind that is not known yet
+_homes = dict(fusion='.fusion', bundle='.bundle') # module to import for a kind that is not known yet
 
 def _kind(name):
     "The class of a kind of model"
@@ -429,12 +441,14 @@ def as_model(
     dls,key = model.dls,training_key(model)
     trained = dict(train_patients=len(dls.train.dataset), valid_patients=len(dls.valid.dataset), epochs=len(getattr(model.recorder,'values',())),
         seeds=key['seeds'], weights=key['weights'], key=key_digest(key))
-    return MGMTModel(model.model, recipe_that_ran(model), dls.sequences, prepared=dls.store.sequences, preparation_number=dls.store.preparation_number, trained=trained)
+    seen = SeenVolumes.of(dls.store, dict(train=dls.train.dataset.patients, valid=dls.valid.dataset.patients), dls.sequences)
+    return MGMTModel(model.model, recipe_that_ran(model), dls.sequences, prepared=dls.store.sequences,
+        preparation_number=dls.store.preparation_number, trained=trained, seen=seen)
 
 # %% ../nbs/11_learner.ipynb #7865ee9c
 def save_model(
     model, # `Learner`, `MGMTModel`, or another kind of model
-    path, # Without suffix: `path.safetensors` and `path.json` are written
+    path, # Without suffix: `path.safetensors`, `path.json` and, of a training, `path.seen.safetensors` are written
 ) -> Path: # `path`
     "Write a trained model as tensors and JSON, each whole or not at all."
     as_model(model).write(Path(path))
@@ -515,18 +529,16 @@ def _sample(row, needs, sequences):
     notes = [' '.join(filter(None,(r['sequence'],r['what']))) for p in ps.values() for r in p.report]
     return {k: {s:a for s,a in p.arrays.items() if s in sequences} for k,p in ps.items()}, '; '.join(uniqueify(notes))
 
-# %% ../nbs/11_learner.ipynb #4ec15cad
-def predict(
-    model, # `Learner`, `MGMTModel`, another kind of model, or a path: of a saved model, of a run's folder or of a bundle
-    cohort, # Cohort table of scans, or a `VolumeStore` prepared as the model's training was
+# %% ../nbs/11_learner.ipynb #58e77630
+def predict_unlogged(
+    m, # `MGMTModel` or another kind of model
+    cohort, # As for `predict`
     n_workers:int=None, # Processes that prepare scans; one per core if None
     progress:bool=True, # Show a progress bar
-    features:pd.DataFrame=None, # `patient` and what a model needs beside images, e.g. `age`, where the cohort has no such columns
-) -> pd.DataFrame: # patient, prob (of methylation, 0 to 1, missing where it cannot be had), note
-    """The probability of a methylated promoter for each patient, in the cohort's order.
-
-    What fails on one patient is its note, and the others go on. Raises `MGMTError` if the model cannot be read, or a store was prepared otherwise."""
-    m,rows = as_model(model),[]
+    features:pd.DataFrame=None, # As for `predict`
+) -> pd.DataFrame: # patient, prob, note
+    "As `predict`, but without an entry in a held-out cohort's record: for the external test, which makes its own entry."
+    rows = []
     more = {} if features is None else features.set_index(features.patient.map(id_key)).drop(columns='patient').to_dict('index')
     for patient,row,volumes,note in track(_samples(m, cohort, n_workers), len(cohort), progress):
         logit,lack = _logit(m, volumes, {**row, **more.get(id_key(patient), {})})
@@ -538,3 +550,19 @@ def _logit(m, volumes, row):
     try: return m.logit(volumes, row)
     except MGMTError as e: return np.nan,str(e)
     except Exception as e: return np.nan,log_fault(e, 'predicting')
+
+# %% ../nbs/11_learner.ipynb #4ec15cad
+def predict(
+    model, # `Learner`, `MGMTModel`, another kind of model, or a path: of a saved model, of a run's folder or of a bundle
+    cohort, # Cohort table of scans, or a `VolumeStore` prepared as the model's training was
+    n_workers:int=None, # Processes that prepare scans; one per core if None
+    progress:bool=True, # Show a progress bar
+    features:pd.DataFrame=None, # `patient` and what a model needs beside images, e.g. `age`, where the cohort has no such columns
+) -> pd.DataFrame: # patient, prob (of methylation, 0 to 1, missing where it cannot be had), note
+    """The probability of a methylated promoter for each patient, in the cohort's order.
+
+    What fails on one patient is its note, and the others go on. A prediction of patients who are held out for an
+    external test is entered into the record of their store. Raises `MGMTError` if the model cannot be read, or a store was prepared otherwise."""
+    m = as_model(model)
+    if isinstance(cohort, VolumeStore): m.note_prediction(cohort)
+    return predict_unlogged(m, cohort, n_workers, progress, features)

@@ -19,6 +19,7 @@ from fasttransform import Transform
 from plum import dispatch
 from .folds import assign_folds
 from .prepare import VolumeStore
+from .records import refuse_held_out
 
 # %% ../nbs/05_loader.ipynb #27a17fe2
 choice('loader', 'sequences', "sequences given to one network; None: all of the store's",
@@ -131,7 +132,10 @@ def mgmt_dls(
     drop_last:bool=False, # Leave an epoch's last, incomplete batch out?
     recipe=None, # Recipe that later stages follow where these loaders settle nothing; the store's if None
 ) -> StoreDataLoaders: # With `.recipe`, `.sequences`, `.store`, `.left_out` (patient, why) and `.folds` (patient, label, fold)
-    "fastai `DataLoaders` over a store; no patient is dropped unseen."
+    """fastai `DataLoaders` over a store; no patient is dropped unseen.
+
+    Raises `ProtocolError` on a store that an external test has met."""
+    refuse_held_out(store)
     sequences = store.sequences if sequences is None else check_sequences(sequences)
     bs = check_choice('bs', bs)
     if not 0<=fold<n_folds: raise MGMTError(f"fold counts from 0 to {n_folds-1} with n_folds={n_folds}; received {fold}")

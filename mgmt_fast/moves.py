@@ -18,7 +18,13 @@ MOVES = dict(
         InflatedPool3d='operators', ChannelsInside='operators', channels_inside='operators',
         separate_depth='operators', merge_depth='operators', keep_freed_memory='operators',
         checkpoint_blocks='convert'),
+    evaluate=dict(preparation='bundle', preparation_differs='bundle', Bundle='bundle', freeze_bundle='bundle',
+        cv_models='bundle', external_test='external', read_result='external', external_table='external',
+        model_card='card', check_results='card', evaluate_report='card'),
     leakage=dict(average_brain='fingerprints', fingerprint='fingerprints'),
+    kaggle=dict(slug_of='kaggle_build', check_kernel='kaggle_build', fill_kernel='kaggle_build',
+        LACKING='kaggle_build', build_wheels='kaggle_build', describe_dataset='kaggle_build',
+        build_kaggle='kaggle_build', thesis_results='thesis', beside_thesis='thesis', say_results='thesis'),
     all=dict(fold='operators.as_images', unfold='operators.as_volumes'))
 
 # %% ../nbs/00_moves.ipynb #578e7f5c

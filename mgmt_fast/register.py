@@ -300,5 +300,3 @@ def _index_matrix(turn, shift, flipped):
     if flipped: m[2] = [0,0,0,SMALL_SHAPE[2]-1]-m[2]
     return m
 
-_mm,_grid,_centre = SMALL_MM,SMALL_SHAPE,SMALL_CENTRE
-_sample,_search,_descend,_agreement = sample_field,find_starts,refine_pose,pose_agreement

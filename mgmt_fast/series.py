@@ -443,5 +443,4 @@ def volume_headers(
     return [] if isinstance(found, Path) else [series_header(o[0]['path']) for o in found]
 
 # %% ../nbs/01_series.ipynb #cbd1e495
-_find = find_stacks
 __getattr__ = moved_from('series')

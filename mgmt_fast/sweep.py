@@ -16,7 +16,8 @@ from .folds import assign_folds
 from .prepare import VolumeStore
 from .runs import key_changes, key_digest, other_runs, run_key, say_other_runs
 from .loader import usable_patients
-from .metrics import auc_ci
+from .records import refuse_held_out
+from .metrics import AUC_METHODS, auc_ci
 from .learner import mgmt_learner, plan_key, recipe_dls, save_model, weights_key
 
 # %% ../nbs/16_sweep.ipynb #16000006
@@ -64,8 +65,9 @@ def _train(row, dls, path, recipe, seed, key):
     with atomic_path(path/'valid.csv') as tmp: pd.DataFrame(dict(patient=valid.patients, label=y.astype(int), prob=p)).to_csv(tmp, index=False)
     save_model(learn, path/'model')
     try: ci = auc_ci(y, p)
-    except MGMTError: ci = dict(lo=None, hi=None) # too few patients for an interval
-    res = {**row, 'epoch':epoch, 'valid_loss':best['valid_loss'], 'auc':best['auc'], 'lo':ci['lo'], 'hi':ci['hi'], 'n_train':len(dls.train.dataset), 'n_valid':len(valid),
+    except MGMTError: ci = pd.Series(dict(lo=None, hi=None), name='') # too few patients for an interval
+    res = {**row, 'epoch':epoch, 'valid_loss':best['valid_loss'], 'auc':best['auc'], 'lo':ci['lo'], 'hi':ci['hi'],
+        'interval':AUC_METHODS.get(ci.name, ''), 'n_train':len(dls.train.dataset), 'n_valid':len(valid),
         'seconds':round(time.perf_counter()-start,1), 'folder':path.name, 'error':''}
     write_json(path/'run.json', dict(row=res, key=key))
     for f in ('checkpoint.safetensors','best.safetensors'): (path/f).unlink(missing_ok=True)
@@ -82,12 +84,13 @@ def sweep(
     n_jobs:int=1, # Runs at once; -1: as many as there are cores or workers
     backend:str=None, # joblib's: `'loky'` processes if None; `'dask'` or `'ray'` over the cluster that this process is connected to
     progress:bool=True, # Show a progress bar
-) -> pd.DataFrame: # The table with epoch, valid_loss, auc and its interval (none below 10 patients), n_train, n_valid, seconds, folder, error; as in `sweep.csv`
+) -> pd.DataFrame: # The table with epoch, valid_loss, auc, its interval (none below 10 patients) and the interval's method, n_train, n_valid, seconds, folder, error; as in `sweep.csv`
     """Train every row of a table. A run that fails, for whatever reason, has its error in its row, and is tried again next time; the others go on.
 
     A row that is in `dest` already is taken from there if it was of the same patients, labels, volumes and choices; what no longer fits is named and trained anew.
 
     `auc` is that of the epoch that was chosen on the same patients, so it is no estimate for others. Raises `MGMTError` on a table without runs or with unknown columns."""
+    refuse_held_out(VolumeStore(store))
     need = ['arch','sequences','fold']
     if not len(table) or any(c not in table for c in need): raise MGMTError(f"a sweep's table has a row a run and columns {', '.join(need)}; received {len(table)} rows, columns {', '.join(table.columns)}")
     for c in table:
@@ -111,7 +114,7 @@ def sweep(
     say_other_runs(dest, others)
     return _write()
 
-_results = 'epoch valid_loss auc lo hi n_train n_valid seconds folder error'.split()
+_results = 'epoch valid_loss auc lo hi interval n_train n_valid seconds folder error'.split()
 
 def _given(row):
     "A table's row in plain values, without its empty cells"
@@ -198,7 +201,9 @@ def search(
 
     Raises `MGMTError` on an unknown choice, or without optuna."""
     _check_space(space)
-    store,dest = VolumeStore(store),make_folder(dest)
+    store = VolumeStore(store)
+    refuse_held_out(store)
+    dest = make_folder(dest)
     recipe = follow_recipe(store.recipe, recipe)
     table,_ = usable_patients(store, sequences.split('+'))
     train = table.patient[(assign_folds(table, n=n_folds, seed=seed).fold!=fold).to_numpy()]

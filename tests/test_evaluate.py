@@ -10,12 +10,15 @@ import torch
 from fastai.basics import Learner
 from scipy.special import expit
 
-from mgmt_fast import evaluate
+
 from mgmt_fast.backbones import create_backbone
 from mgmt_fast.baselines import baselines, subgroups
 from mgmt_fast.cohort import kaggle_cohort
 from mgmt_fast.core import MGMTError, get_recipe, rng_for
+from mgmt_fast.bundle import *
 from mgmt_fast.evaluate import *
+from mgmt_fast.external import *
+from mgmt_fast.records import ProtocolError
 from mgmt_fast.learner import MGMTModel, save_model
 from mgmt_fast.metrics import auc_ci
 from mgmt_fast.phantom import make_phantom, read_side_table

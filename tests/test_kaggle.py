@@ -19,6 +19,8 @@ from mgmt_fast.backbones import create_backbone, mgmt_weights
 from mgmt_fast.cohort import kaggle_cohort, tcga_cohort
 from mgmt_fast.core import MGMTError, SEQUENCES
 from mgmt_fast.kaggle import *
+from mgmt_fast.kaggle_build import build_kaggle, check_kernel
+from mgmt_fast.thesis import say_results, thesis_results
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT/'kaggle').glob('*/kernel-metadata.json'))

@@ -10,7 +10,7 @@ import pytest
 from nbclient import NotebookClient
 
 from mgmt_fast.learner import load_model
-from mgmt_fast.evaluate import read_result
+from mgmt_fast.external import read_result
 from mgmt_fast.kaggle import COMPETITION, make_tcga_phantom
 from mgmt_fast.phantom import make_phantom
 

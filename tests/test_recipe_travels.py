@@ -248,7 +248,8 @@ def test_a_path_of_weights_is_kept_by_its_content(stores, tmp_path):
 
 def test_five_doors_give_the_same_logits(cohort, stores, tmp_path, capsys):
     "One of two sequences was trained on; the box lies around both. Store, scans, bundle, external test and submission see the same voxels."
-    from mgmt_fast.evaluate import Bundle, external_test, freeze_bundle
+    from mgmt_fast.bundle import Bundle, freeze_bundle
+    from mgmt_fast.external import external_test
     from mgmt_fast.kaggle import predict_submission
     from mgmt_fast.learner import predict
     learn,_ = trained(stores['default'], tmp_path/'run', tiny(sequences=('T1wCE',)))

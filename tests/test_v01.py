@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from mgmt_fast.core import MGMTError, get_recipe
-from mgmt_fast.evaluate import cross_validate, external_test, read_oof, read_result
+from mgmt_fast.evaluate import cross_validate, read_oof
+from mgmt_fast.external import external_test, read_result
 from mgmt_fast.learner import load_model, mgmt_learner, predict, recipe_dls
 from mgmt_fast.prepare import VolumeStore, prepare
 from mgmt_fast.sweep import search, sweep, sweep_table
