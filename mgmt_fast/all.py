@@ -14,8 +14,9 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from .core import SEQUENCES, MGMTError, Recipe, Volume, get_recipe, read_recipe, save_recipe
 from .series import read_volume
 from .quality import audit_series
-from .cohort import (assign_folds, brats_cohort, cohort_report, describe_cohort, find_cohort, kaggle_cohort,
-    nifti_cohort, plot_balance, read_labels, tcga_cohort)
+from .clinical import read_labels
+from .cohort import (brats_cohort, cohort_report, find_cohort, kaggle_cohort, nifti_cohort, tcga_cohort)
+from .folds import assign_folds, describe_cohort, plot_balance
 from .phantom import make_phantom, phantom_bound, read_side_table
 from .prepare import VolumeStore, prepare, prepare_patient
 from .audit import audit, audit_cohort
@@ -42,8 +43,8 @@ from .moves import MOVES, moved_from
 # %% ../nbs/99_all.ipynb #2123936e
 _not_ours = ('import_module','warnings','MOVES','moved_from')
 __all__ = [k for k in globals() if not k.startswith('_') and k not in _not_ours]
-_rooms = '''core naming dicom nifti series skull quality archive cohort phantom grids slicewise prepare audit runs
-    records register fingerprints loader augment operators convert inflate backbones networks consistency metrics
+_rooms = '''core naming dicom nifti series skull quality archive clinical cases cohort folds phantom grids slicewise prepare audit
+    runs records register fingerprints loader augment operators convert inflate backbones networks consistency metrics
     callbacks recipes seen learner report baselines confirm leakage evaluate bundle external card fusion sweep kaggle
     kaggle_build thesis'''.split()
 

@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from .core import *
 from fastcore.all import *
 from . import __version__
-from .cohort import id_key, patient_key
+from .clinical import id_key, patient_key
 from .prepare import VolumeStore
 from .records import *
 from .metrics import *

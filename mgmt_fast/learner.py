@@ -28,9 +28,9 @@ from fastai.callback.training import GradientClip
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.all import *
 from . import __version__
-from .cohort import id_key
+from .clinical import id_key
 from .records import log_prediction
-from .prepare import PREPARATION, VolumeStore, prepare_patient, worker_init
+from .prepare import PREPARATION, VolumeStore, prepare_patient
 from .runs import key_digest, run_key
 from .loader import LABELS, StoreDataLoaders, ToUnit, mgmt_dls
 from .augment import mgmt_augs

@@ -15,7 +15,7 @@ from fastcore.all import *
 from safetensors import SafetensorError, safe_open
 from scipy import stats
 from .core import *
-from .cohort import patient_key
+from .clinical import patient_key
 from .prepare import VolumeStore
 from .records import *
 from .register import Structure
