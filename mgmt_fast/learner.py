@@ -47,20 +47,21 @@ choice('learner', 'arch', 'name of the backbone, see `list_backbones`', _text,
     default='resnet18', published='efficientnet_b1', winner='resnet10')
 choice('learner', 'network', "'3d'; '2d': slices as channels of a 2D network; 'siamese': trained on pairs",
     Allowed.one_of('3d','2d','siamese'), default='3d', published='3d', winner='3d')
-choice('learner', 'anisotropic', 'halvings, counted from the input, that spare the depth; None: as few as the prepared depth demands',
-    Allowed.one_of(None)|Allowed.whole(0), default=None, published=None, winner=None)
+choice('learner', 'anisotropic', 'halvings, counted from the input, that spare the depth; None: as few as the prepared '
+    'depth demands', Allowed.one_of(None)|Allowed.whole(0), default=None, published=None, winner=None)
 choice('learner', 'double_rescale', 'divide intensities by 255 once more, before the network standardizes them',
     Allowed.one_of(True,False), default=False, published=True, winner=False)
-choice('learner', 'summed_batches', 'batches whose gradients are summed before a step, what is left going into the next epoch; 1: none '
-    '(the thesis does not give its number: ours)', Allowed.whole(1), default=1, published=1, winner=1)
+choice('learner', 'summed_batches', 'batches whose gradients are summed before a step, what is left going into the next '
+    'epoch; 1: none (the thesis does not give its number: ours)', Allowed.whole(1), default=1, published=1, winner=1)
 choice('learner', 'lr', 'learning rate of Adam', Allowed.number(0), default=1e-3, published=1e-4, winner=1e-4)
 choice('learner', 'wd', 'weight decay, decoupled', Allowed.number(0), default=0., published=0., winner=0.)
 choice('learner', 'l2', 'times half the sum of squares of what trains, added to the loss', Allowed.number(0),
     default=0., published=1e-5, winner=0.)
-choice('learner', 'epochs', 'passes over the training patients, at most', Allowed.whole(1), default=10, published=10, winner=15)
-choice('learner', 'schedule', "'flat' rate, falling on a plateau; 'one_cycle' up to `lr` and down; 'steps': flat, then lower from `step_epoch` on; "
-    "or 'own': written down of a training that was started by hand", Allowed.one_of('flat','one_cycle','steps','own'),
-    default='one_cycle', published='flat', winner='steps')
+choice('learner', 'epochs', 'passes over the training patients, at most', Allowed.whole(1),
+    default=10, published=10, winner=15)
+choice('learner', 'schedule', "'flat' rate, falling on a plateau; 'one_cycle' up to `lr` and down; 'steps': flat, then lower "
+    "from `step_epoch` on; or 'own': written down of a training that was started by hand",
+    Allowed.one_of('flat','one_cycle','steps','own'), default='one_cycle', published='flat', winner='steps')
 choice('learner', 'step_epoch', "epoch, counted from 0, from which the rate of 'steps' is lower", Allowed.whole(0),
     default=10, published=10, winner=10)
 choice('learner', 'step_factor', 'what the rate is divided by then', Allowed.number(1), default=2., published=2., winner=2.)
@@ -68,8 +69,8 @@ choice('learner', 'patience', 'epochs without a lower validation loss before tra
     default=None, published=3, winner=None)
 choice('learner', 'plateau_patience', "epochs without a lower validation loss before a 'flat' rate falls; None: it never does "
     "(the thesis does not give it: ours)", _count, default=2, published=2, winner=None)
-choice('learner', 'plateau_factor', "what the rate is divided by then (the thesis does not give it: Keras' default)", Allowed.number(1),
-    default=10., published=10., winner=10.)
+choice('learner', 'plateau_factor', "what the rate is divided by then (the thesis does not give it: Keras' default)",
+    Allowed.number(1), default=10., published=10., winner=10.)
 
 # %% ../nbs/11_learner.ipynb #11c00001
 def _same(v): return dict(default=v, published=v, winner=v)
@@ -77,25 +78,31 @@ choice('learner', 'accumulate', 'batches whose gradients make one step', Allowed
 choice('learner', 'norms', "batch norm: 'batch', 'frozen', 'group' or 'sync', see `set_norms`",
     Allowed.one_of('batch','frozen','group','sync'), **_same('batch'))
 choice('learner', 'precision', "'float32', 'bf16' or 'fp16'", Allowed.one_of('float32','bf16','fp16'), **_same('float32'))
-choice('learner', 'clip_norm', 'largest norm of the gradient; None: no limit', Allowed.one_of(None)|Allowed.number(0), **_same(None))
-choice('learner', 'loss', "'bce', or 'focal': patients of whom the network is sure already count less", Allowed.one_of('bce','focal'), **_same('bce'))
+choice('learner', 'clip_norm', 'largest norm of the gradient; None: no limit', Allowed.one_of(None)|Allowed.number(0),
+    **_same(None))
+choice('learner', 'loss', "'bce', or 'focal': patients of whom the network is sure already count less",
+    Allowed.one_of('bce','focal'), **_same('bce'))
 choice('learner', 'focal_gamma', 'how much less', Allowed.number(0), **_same(2.))
 choice('learner', 'class_weights', "'balanced': both classes weigh the same in the loss; None: as often as they are",
     Allowed.one_of(None,'balanced'), **_same(None))
-choice('learner', 'progressive', 'shares of H and W that training begins with, each for as many epochs; empty: all voxels from the start',
-    Allowed.several(Allowed.number(0,1)), **_same(()))
-choice('learner', 'average', "weights averaged: 'ema' over steps, 'swa' over epochs, or None", Allowed.one_of(None,'ema','swa'), **_same(None))
+choice('learner', 'progressive', 'shares of H and W that training begins with, each for as many epochs; empty: all voxels '
+    'from the start', Allowed.several(Allowed.number(0,1)), **_same(()))
+choice('learner', 'average', "weights averaged: 'ema' over steps, 'swa' over epochs, or None",
+    Allowed.one_of(None,'ema','swa'), **_same(None))
 choice('learner', 'mixup', "alpha of mixup's Beta distribution; 0: no mixup", Allowed.number(0), **_same(0.))
 
 # %% ../nbs/11_learner.ipynb #efbe00ad
 def body_and_head(
     model, # With `.body` and `.head`, as `create_network` makes it
 ) -> list: # Two lists of parameters
-    "Parameter groups as fastai's `freeze`, `unfreeze` and slices of rates expect them: what 2D weights fill, then what starts from nothing."
-    adapter = getattr(model.body, 'adapter', None) if hasattr(model, 'body') else None
-    new = [p for m in (adapter, getattr(model, 'head', None)) if m is not None for p in m.parameters()]
-    of_head = {id(p) for p in new}
-    return [g for g in ([p for p in model.parameters() if id(p) not in of_head], new) if g]
+    """Parameter groups as fastai's `freeze`, `unfreeze` and slices of rates expect them.
+
+    First what 2D weights fill, then what starts from nothing."""
+    parts = getattr(getattr(model, 'body', None), 'adapter', None), getattr(model, 'head', None)
+    new = [p for m in parts if m is not None for p in m.parameters()]
+    ids = {id(p) for p in new}
+    old = [p for p in model.parameters() if id(p) not in ids]
+    return [g for g in (old,new) if g]
 
 # %% ../nbs/11_learner.ipynb #f002e2bd
 class MGMTLearner(Learner):
@@ -103,17 +110,26 @@ class MGMTLearner(Learner):
     first_epoch,failure,_plan = 0,None,None
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.fits = [] # a row for each training that was started: epochs, lr, schedule
+        self.fits = [] # one row per training that was started: epochs, lr, schedule
 
     def validate(self, *args, **kwargs):
-        with self.removed_cbs([c for c in self.cbs if isinstance(c, (TrackerCallback,HistoryLogger))]): return super().validate(*args, **kwargs)
+        watching = [c for c in self.cbs if isinstance(c, (TrackerCallback,HistoryLogger))]
+        with self.removed_cbs(watching): return super().validate(*args, **kwargs)
 
-    def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
+    def fit(self,
+        n_epoch:int, # Passes over the training patients
+        lr=None, # Learning rate, or one per parameter group; that of the learner if None
+        wd:float=None, # Weight decay; that of the learner if None
+        cbs=None, # More callbacks, for this training
+        **kwargs, # For fastai's `fit`
+    ):
+        "As fastai's. Raises `TrainingError` where a loss is not finite or the memory too small."
         self.first_epoch,self.failure = 0,None
         for cb in self.cbs: cb.run = True # what was interrupted may have switched it off
-        if not any(isinstance(cb, LRFinder) for cb in L(cbs)): self.fits.append(self._plan or dict(epochs=n_epoch, lr=lr, schedule=_schedule(cbs)))
+        plan = self._plan or dict(epochs=n_epoch, lr=lr, schedule=_schedule(cbs))
+        if not any(isinstance(cb, LRFinder) for cb in L(cbs)): self.fits.append(plan)
         try: super().fit(n_epoch, lr, wd, cbs, **kwargs)
-        except torch.OutOfMemoryError as e: raise _too_large(self) from e
+        except torch.OutOfMemoryError as e: raise TrainingError(_too_large(self)) from e
         if self.failure: raise self.failure
 
     def lr_find(self, *args, **kwargs):
@@ -132,12 +148,15 @@ class MGMTLearner(Learner):
         if getattr(self.model, 'norms', 'batch')!='frozen': self.model.frozen_norms = []
 
     def _do_fit(self):
-        for self.epoch in range(self.first_epoch, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+        for self.epoch in range(self.first_epoch, self.n_epoch):
+            self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
-    def fit_recipe(self, resume:bool=False):
-        "Train as the recipe says: its schedule, for its number of epochs; with `resume`, from where an interrupted training in `path` stopped"
+    def fit_recipe(self,
+        resume:bool=False, # Go on from where an interrupted training in `path` stopped?
+    ):
+        "Train as the recipe says: its schedule, for its number of epochs. Raises `MGMTError` on schedule 'own'."
         r = self.recipe
-        if r.schedule=='own': raise MGMTError("schedule 'own' is that of a training that was started by hand, and cannot be repeated from the recipe: choose 'one_cycle', 'flat' or 'steps'")
+        if r.schedule=='own': raise MGMTError(_by_hand)
         self._plan = dict(epochs=r.epochs, lr=r.lr, schedule=r.schedule)
         try:
             with self.added_cbs(_run_cbs(self, resume)):
@@ -146,9 +165,19 @@ class MGMTLearner(Learner):
                 self.fit(r.epochs, r.lr)
         finally: self._plan = None
 
+_by_hand = ("schedule 'own' is that of a training that was started by hand, and cannot be repeated from the recipe: "
+    "choose 'one_cycle', 'flat' or 'steps'")
+
 def _schedule(cbs):
     "What a training that was started by hand does with its rate"
     return 'own' if any(isinstance(cb, ParamScheduler) and 'lr' in cb.scheds for cb in L(cbs)) else 'flat'
+
+def _too_large(learn):
+    x = learn.xb[0]
+    shape = 'x'.join(map(str, x.shape)) if torch.is_tensor(x) else 'unknown shape'
+    return (f"out of memory on {learn.dls.device} with a batch (B,C,D,H,W) of {shape}: halve bs and set accumulate=2 (the same "
+        "step), or prepare a smaller size, or recompute activations with model_kwargs=dict(checkpoint=True), or use "
+        "precision='bf16'")
 
 # %% ../nbs/11_learner.ipynb #11c00002
 def weights_key(
@@ -165,6 +194,7 @@ def weights_key(
         h.update(t.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
+# %% ../nbs/11_learner.ipynb #29293f53
 def plan_key(
     dls:StoreDataLoaders, # From `mgmt_dls` or `recipe_dls`
     recipe=None, # As for `mgmt_learner`
@@ -172,10 +202,14 @@ def plan_key(
 ) -> dict: # As `run_key`
     "What makes a training what it is, before it has begun."
     r = follow_recipe(dls.recipe, recipe)
-    seeds = dict(order=dls.seed, weights=seed, augmentation=[t.seed for t in dls.train.augs if hasattr(t,'seed')])
-    parts = dict(train=dls.train.dataset.patients, valid=dls.valid.dataset.patients)
-    return run_key(dls.store, parts, dls.sequences, r, seeds=seeds, weights=weights_key(r.values().get('pretrained', False), r.arch))
+    augmentation = [t.seed for t in dls.train.augs if hasattr(t,'seed')]
+    seeds = dict(order=dls.seed, weights=seed, augmentation=augmentation)
+    weights = weights_key(r.values().get('pretrained', False), r.arch)
+    return run_key(dls.store, _parts(dls), dls.sequences, r, seeds=seeds, weights=weights)
 
+def _parts(dls): return dict(train=dls.train.dataset.patients, valid=dls.valid.dataset.patients)
+
+# %% ../nbs/11_learner.ipynb #774ff98e
 def training_key(
     learn, # From `mgmt_learner`
 ) -> dict: # As `run_key`
@@ -183,6 +217,7 @@ def training_key(
     return plan_key(learn.dls, recipe_that_ran(learn, plan=True), getattr(learn,'seed',None))
 
 def _run_cbs(learn, resume):
+    "Callbacks of one training: several processes, and the checkpoint of one that can be resumed"
     cbs = [DistributedTraining()] if num_distrib()>1 else []
     if not resume: return cbs
     ckpt = Checkpoint(key=training_key(learn))
@@ -197,51 +232,72 @@ def _raised(then, recipe):
     cycle = ", so the cycle of the rate is not that of an undisturbed training" if recipe.schedule=='one_cycle' else ''
     return f" (the limit was {before}{cycle})"
 
-def _too_large(learn):
-    x = learn.xb[0]
-    shape = 'x'.join(map(str, x.shape)) if torch.is_tensor(x) else 'unknown shape'
-    return TrainingError(f"out of memory on {learn.dls.device} with a batch (B,C,D,H,W) of {shape}: halve bs and set accumulate=2 (the same step), or prepare a smaller size, or recompute activations with model_kwargs=dict(checkpoint=True), or use precision='bf16'")
-
 # %% ../nbs/11_learner.ipynb #11c00003
 def _check_labels(dls):
     "Refuse to train on nobody, or on one class"
     y = getattr(dls.train.dataset, 'labels', None)
     if y is None: return
-    if not len(y): raise TrainingError("the training fold is empty: are all patients in the validation fold, or without a label or a sequence? See `dls.left_out`")
-    if len(np.unique(y))<2: raise TrainingError(f"all {len(y)} training patients are {LABELS[int(y[0])]}: a classifier needs both classes; choose another split")
+    if not len(y): raise TrainingError(_nobody)
+    if len(np.unique(y))<2: raise TrainingError(_one_class(y))
+
+_nobody = ("the training fold is empty: are all patients in the validation fold, or without a label or a sequence? "
+    "See `dls.left_out`")
+
+def _one_class(y):
+    return (f"all {len(y)} training patients are {LABELS[int(y[0])]}: a classifier needs both classes; "
+        "choose another split")
 
 def _engine(r):
     "Callbacks that the recipe's choices ask for"
-    asked = [(r.precision!='float32', lambda: Precision(r.precision)), (r.accumulate!=1, lambda: GradientAccumulation(n_batches=r.accumulate)), (r.clip_norm, lambda: GradientClip(r.clip_norm)),
-        (r.progressive, lambda: ProgressiveSize(r.progressive)), (r.average, lambda: AverageWeights(r.average)), (r.mixup, lambda: MixUp(r.mixup))]
-    return [make() for wanted,make in asked if wanted]
+    cbs = []
+    if r.precision!='float32': cbs.append(Precision(r.precision))
+    if r.accumulate!=1: cbs.append(GradientAccumulation(n_batches=r.accumulate))
+    if r.clip_norm: cbs.append(GradientClip(r.clip_norm))
+    if r.progressive: cbs.append(ProgressiveSize(r.progressive))
+    if r.average: cbs.append(AverageWeights(r.average))
+    if r.mixup: cbs.append(MixUp(r.mixup))
+    return cbs
 
 def _loss(r, dls, model):
+    "The loss that the recipe asks for; fastai's own does not flatten with a weight"
     if r.network=='siamese': return PairLoss(model.head)
     y = dls.train.dataset.labels if r.class_weights else None
     weight = None if y is None else torch.tensor(float((y==0).sum()/(y==1).sum()))
     if r.loss=='focal': return BinaryFocalLoss(r.focal_gamma, weight)
-    return BCEWithLogitsLossFlat() if weight is None else BinaryFocalLoss(0., weight) # fastai's does not flatten with a weight
+    return BCEWithLogitsLossFlat() if weight is None else BinaryFocalLoss(0., weight)
 
 # %% ../nbs/11_learner.ipynb #fe77a5f2
 def _make_model(r, dls, seed, **kwargs):
-    "The recipe's network, sparing the depth as often as the prepared one demands"
-    kwargs = dict(network=r.network, arch=r.arch, in_chans=len(dls.sequences), **{**r.room('backbones'), **kwargs})
-    n = kwargs.pop('anisotropic', r.anisotropic)
-    for n in [None] if r.network=='2d' else range(6) if n is None else [n]:
-        seed_everything(seed)
-        model = create_network(**kwargs, **(dict(slices=r.size[0]) if n is None else dict(anisotropic=n)))
-        if model.body.depth_stride<=r.size[0]: break
+    "The recipe's network, prepared for the store's volumes"
+    kwargs = {**r.room('backbones'), **kwargs}
+    spared = kwargs.pop('anisotropic', r.anisotropic)
+    model = _fitting_network(r, seed, spared, network=r.network, arch=r.arch, in_chans=len(dls.sequences), **kwargs)
     model.rescaled,model.pretrained = r.double_rescale,r.pretrained
-    if r.double_rescale:
-        for k in ('mean','std'): getattr(model.standardize, k).mul_(255); model.config[k] *= 255
+    if r.double_rescale: _rescale_again(model)
     return set_norms(model, r.norms)
+
+def _fitting_network(r, seed, spared, **kwargs):
+    "The network that spares the depth as often as the prepared one demands"
+    ways = [dict(anisotropic=n) for n in (range(6) if spared is None else [spared])]
+    if r.network=='2d': ways = [dict(slices=r.size[0])]
+    for way in ways:
+        seed_everything(seed)
+        model = create_network(**kwargs, **way)
+        if model.body.depth_stride<=r.size[0]: break
+    return model
+
+def _rescale_again(model):
+    "Standardize as if intensities were divided by 255 once more"
+    for k in ('mean','std'):
+        getattr(model.standardize, k).mul_(255)
+        model.config[k] *= 255
 
 def _watchers(r):
     "What follows a training, by recipe"
     res = [HistoryLogger(), SaveBest(), StopOnNaN()]
     if r.patience is not None: res.append(EarlyStoppingCallback(patience=r.patience))
-    if r.schedule=='flat' and r.plateau_patience is not None: res.append(ReduceLROnPlateau(patience=r.plateau_patience, factor=r.plateau_factor))
+    if r.schedule=='flat' and r.plateau_patience is not None:
+        res.append(ReduceLROnPlateau(patience=r.plateau_patience, factor=r.plateau_factor))
     if r.schedule=='steps': res.append(StepRate(r.lr, r.step_epoch, r.step_factor))
     if r.l2: res.append(L2Penalty(r.l2))
     if r.summed_batches>1: res.append(SummedGradients(r.summed_batches))
@@ -260,31 +316,36 @@ def _of(kind, name, without):
         return without if cb is None else getattr(cb, name)
     return _read
 
+def _of_model(name): return lambda learn: getattr(learn.model, name, _plan)
 def _of_config(name, default=_plan): return lambda learn: getattr(learn.model, 'config', {}).get(name, default)
 
 def _accumulated(learn):
     cb = _cb(learn, GradientAccumulation)
     return 1 if cb is None else cb.n_batches or f'until {cb.n_samples} patients'
 
-def _precision(learn):
+def _computed_in(learn):
     cb = _cb(learn, MixedPrecision)
     return 'float32' if cb is None else cb.amp_mode.value
 
-def _mixup(learn):
+def _mixed(learn):
     cb = _cb(learn, MixUp)
     return 0. if cb is None else round(float(cb.distrib.concentration1), 6)
 
 def _frozen(learn):
     "The recipe's words where they hold, else how much of the body trains"
-    said,train = getattr(learn.model, 'config', {}).get('freeze', _plan),[p.requires_grad for p in learn.model.parameters()]
+    said = getattr(learn.model, 'config', {}).get('freeze', _plan)
+    train = [p.requires_grad for p in learn.model.parameters()]
     if said is _plan or sum(train)==getattr(learn, 'n_train', None): return said
     return f'by hand: {sum(train)} of {len(train)} tensors train'
 
 # %% ../nbs/11_learner.ipynb #22fd77c5
 def _loss_name(learn):
-    if isinstance(learn.loss_func, BinaryFocalLoss): return 'focal' if learn.loss_func.gamma else 'bce'
+    loss = learn.loss_func
+    if isinstance(loss, BinaryFocalLoss): return 'focal' if loss.gamma else 'bce'
     names = {BCEWithLogitsLossFlat:'bce', PairLoss:_plan}
-    return names.get(type(learn.loss_func), getattr(learn.loss_func, '__name__', type(learn.loss_func).__name__))
+    return names.get(type(loss), getattr(loss, '__name__', type(loss).__name__))
+
+def _focused(learn): return getattr(learn.loss_func, 'gamma', 0) or _plan
 
 def _weighted(learn):
     if isinstance(learn.loss_func, PairLoss): return _plan
@@ -304,35 +365,52 @@ def _largest(lrs): return float(max(lrs)) if len(lrs) else _plan
 
 # %% ../nbs/11_learner.ipynb #a3cb896e
 READ_BACK = { # choice: where it is read, and how
-    'arch':('model.arch', lambda learn: getattr(learn.model, 'arch', _plan)), 'network':('model.config', _of_config('network', '3d')),
-    'anisotropic':('model.config', _of_config('anisotropic')), 'head':('model.config', _of_config('head')), 'stem':('model.config', _of_config('stem')),
-    'freeze':('model.config, requires_grad', _frozen), 'pretrained':('model.pretrained', lambda learn: getattr(learn.model, 'pretrained', _plan)),
-    'double_rescale':('model.rescaled', lambda learn: getattr(learn.model, 'rescaled', _plan)),
-    'norms':('model.norms', lambda learn: getattr(learn.model, 'norms', _plan)),
-    'summed_batches':('SummedGradients', _of(SummedGradients, 'n', 1)), 'accumulate':('GradientAccumulation', _accumulated),
-    'precision':('Precision', _precision), 'clip_norm':('GradientClip', _of(GradientClip, 'max_norm', None)), 'mixup':('MixUp', _mixup),
-    'progressive':('ProgressiveSize', _of(ProgressiveSize, 'scales', ())), 'average':('AverageWeights', _of(AverageWeights, 'kind', None)),
-    'l2':('L2Penalty', _of(L2Penalty, 'l2', 0.)), 'patience':('EarlyStoppingCallback', _of(EarlyStoppingCallback, 'patience', None)),
-    'plateau_patience':('ReduceLROnPlateau', _of(ReduceLROnPlateau, 'patience', None)), 'plateau_factor':('ReduceLROnPlateau', _of(ReduceLROnPlateau, 'factor', _plan)),
-    'step_epoch':('StepRate', _of(StepRate, 'at', _plan)), 'step_factor':('StepRate', _of(StepRate, 'factor', _plan)),
-    'loss':('loss_func', _loss_name), 'focal_gamma':('loss_func', lambda learn: getattr(learn.loss_func, 'gamma', 0) or _plan), 'class_weights':('loss_func', _weighted),
-    'wd':('learn.wd', lambda learn: learn.wd), 'lr':('learn.fits', _fitted('lr')), 'epochs':('learn.fits', _fitted('epochs')), 'schedule':('learn.fits', _fitted('schedule'))}
+    'arch': ('model.arch', _of_model('arch')),
+    'network': ('model.config', _of_config('network', '3d')),
+    'anisotropic': ('model.config', _of_config('anisotropic')),
+    'head': ('model.config', _of_config('head')),
+    'stem': ('model.config', _of_config('stem')),
+    'freeze': ('model.config, requires_grad', _frozen),
+    'pretrained': ('model.pretrained', _of_model('pretrained')),
+    'double_rescale': ('model.rescaled', _of_model('rescaled')),
+    'norms': ('model.norms', _of_model('norms')),
+    'summed_batches': ('SummedGradients', _of(SummedGradients, 'n', 1)),
+    'accumulate': ('GradientAccumulation', _accumulated),
+    'precision': ('Precision', _computed_in),
+    'clip_norm': ('GradientClip', _of(GradientClip, 'max_norm', None)),
+    'mixup': ('MixUp', _mixed),
+    'progressive': ('ProgressiveSize', _of(ProgressiveSize, 'scales', ())),
+    'average': ('AverageWeights', _of(AverageWeights, 'kind', None)),
+    'l2': ('L2Penalty', _of(L2Penalty, 'l2', 0.)),
+    'patience': ('EarlyStoppingCallback', _of(EarlyStoppingCallback, 'patience', None)),
+    'plateau_patience': ('ReduceLROnPlateau', _of(ReduceLROnPlateau, 'patience', None)),
+    'plateau_factor': ('ReduceLROnPlateau', _of(ReduceLROnPlateau, 'factor', _plan)),
+    'step_epoch': ('StepRate', _of(StepRate, 'at', _plan)),
+    'step_factor': ('StepRate', _of(StepRate, 'factor', _plan)),
+    'loss': ('loss_func', _loss_name),
+    'focal_gamma': ('loss_func', _focused),
+    'class_weights': ('loss_func', _weighted),
+    'wd': ('learn.wd', lambda learn: learn.wd),
+    'lr': ('learn.fits', _fitted('lr')),
+    'epochs': ('learn.fits', _fitted('epochs')),
+    'schedule': ('learn.fits', _fitted('schedule'))}
 
 # %% ../nbs/11_learner.ipynb #4d882ea7
 def recipe_that_ran(
     learn, # From `mgmt_learner`
-    plan:bool=False, # As it is going to run, without the trainings that were started by hand before
+    plan:bool=False, # As it is going to run, without the trainings that were started by hand before?
 ) -> Recipe: # What the store, the loaders, the model and the callbacks are set to
     "The recipe of a training, read from the objects that carried it out."
     r = learn.dls.recipe if isinstance(learn.dls, StoreDataLoaders) else learn.recipe
     found = {k: read(learn) for k,(where,read) in READ_BACK.items() if not (plan and where=='learn.fits')}
     found = {k:v for k,v in found.items() if v is not _plan}
-    return Recipe(learn.recipe.name, {**learn.recipe.changed, **{k: r[k] for k in r.settled}, **found}, {**r.settled, **dict.fromkeys(found, 'the training')})
+    changed = {**learn.recipe.changed, **{k: r[k] for k in r.settled}, **found}
+    return Recipe(learn.recipe.name, changed, {**r.settled, **dict.fromkeys(found, 'the training')})
 
 # %% ../nbs/11_learner.ipynb #0c78a2dc
 def mgmt_learner(
     dls:DataLoaders, # From `mgmt_dls` or `recipe_dls`
-    arch=None, # Backbone's name; the recipe's if None
+    arch:str=None, # Backbone's name; the recipe's if None
     recipe=None, # Name, file or `Recipe`; that of the loaders if None
     path='.', # Folder of the log and of the best weights
     seed:int=0, # Of the initial weights
@@ -343,16 +421,24 @@ def mgmt_learner(
     """A fastai `Learner` for methylation; nothing in it is hidden from fastai's own methods.
 
     Raises `MGMTError` if a choice is given that the store or the loaders have settled otherwise."""
-    given = {k:v for k,v in {'arch':arch, **(model_kwargs or {})}.items() if v is not None and k in choice_names('backbones','learner')}
-    r = follow_recipe(dls.recipe, recipe, **given)
+    asked = {'arch':arch, **(model_kwargs or {})}
+    names = choice_names('backbones','learner')
+    r = follow_recipe(dls.recipe, recipe, **{k:v for k,v in asked.items() if v is not None and k in names})
     _check_labels(dls)
-    model = _make_model(r, dls, seed, **{k:v for k,v in (model_kwargs or {}).items() if k not in given})
+    rest = {k:v for k,v in asked.items() if k!='arch' and (v is None or k not in names)}
+    model = _make_model(r, dls, seed, **rest)
+    settings = dict(opt_func=FusedAdam, lr=r.lr, wd=r.wd, splitter=body_and_head)
+    metrics = [AUC(), partialler(accuracy_multi, thresh=.5, sigmoid=True)]
     learn = MGMTLearner(dls, model, loss_func=_loss(r, dls, model), path=make_folder(path), cbs=_watchers(r)+L(cbs),
-        **{**dict(opt_func=FusedAdam, lr=r.lr, wd=r.wd, splitter=body_and_head), **kwargs}, metrics=[AUC(), partialler(accuracy_multi, thresh=.5, sigmoid=True)])
+        metrics=metrics, **{**settings, **kwargs})
     learn.recipe,learn.seed,learn.n_train = r,seed,sum(p.requires_grad for p in model.parameters())
     learn.recipe = recipe_that_ran(learn)
-    if r.name=='published': print(f"recipe 'published' trains as the thesis did, its faults included ({', '.join(faults(r).query('on').choice)}): for comparison, see `faults`")
+    if r.name=='published': print(_with_faults(r))
     return learn
+
+def _with_faults(r):
+    on = ', '.join(faults(r).query('on').choice)
+    return f"recipe 'published' trains as the thesis did, its faults included ({on}): for comparison, see `faults`"
 
 # %% ../nbs/11_learner.ipynb #3f0a6c14
 @delegates(mgmt_dls, but=['bs','augs','shuffle','drop_last'])
@@ -362,56 +448,111 @@ def recipe_dls(
     sequences=None, # Channels, in order; the recipe's if None
     seed:int=0, # Of folds, order and augmentation
     augs=None, # Batch transforms for training; the recipe's if None
-    **kwargs
+    **kwargs # For `mgmt_dls`
 ) -> StoreDataLoaders: # As `mgmt_dls`
-    "Loaders as a recipe has them: its batch size, its augmentation, its order."
+    """Loaders as a recipe has them: its batch size, its augmentation, its order.
+
+    Raises `MGMTError` where no batch is left to train on."""
     r = follow_recipe(store.recipe, recipe)
     if augs is None: augs = mgmt_augs(r, seed=seed, spacing=store.spacing)
-    dls = mgmt_dls(store, r.sequences if sequences is None else sequences, bs=r.bs, seed=seed, augs=augs, shuffle=r.shuffle, drop_last=r.drop_last, recipe=r, **kwargs)
-    if not len(dls.train): raise MGMTError(f"{len(dls.train.dataset)} training patients make no batch of {r.bs}, and recipe {r.name!r} drops incomplete ones: choose a smaller bs, or drop_last=False")
+    if sequences is None: sequences = r.sequences
+    settings = dict(bs=r.bs, seed=seed, augs=augs, shuffle=r.shuffle, drop_last=r.drop_last, recipe=r)
+    dls = mgmt_dls(store, sequences, **settings, **kwargs)
+    if not len(dls.train): raise MGMTError(_no_batch(len(dls.train.dataset), r))
     return dls
+
+def _no_batch(n, r):
+    return (f"{n} training patients make no batch of {r.bs}, and recipe {r.name!r} drops incomplete ones: "
+        "choose a smaller bs, or drop_last=False")
 
 # %% ../nbs/11_learner.ipynb #94edcef8
 class MGMTModel:
-    "A trained network with what it needs to predict: `.model`, `.recipe`, `.sequences`, `.arch`, `.version`, and `.prepared`, the sequences that shared its box"
-    def __init__(self, model, recipe, sequences, version=__version__, trained=None, prepared=None, preparation_number=PREPARATION,
-        seen=None):
+    """A trained network with what it needs to predict: `.model`, `.recipe`, `.sequences`, `.arch`, `.version`, and
+    `.prepared`, the sequences that shared its box"""
+    def __init__(self,
+        model:torch.nn.Module, # From `create_network`
+        recipe:Recipe, # As it ran
+        sequences, # Channels, in order
+        version:str=__version__, # Of the library that trained it
+        trained:dict=None, # How: patients, epochs, seeds, weights, key
+        prepared=None, # Sequences that shared a box when they were prepared; its channels if None
+        preparation_number:int=PREPARATION, # Of the store
+        seen:SeenVolumes=None, # Which volumes it has seen; None where that was not written down
+    ):
         store_attr()
         self.arch,self.prepared = model.arch,tuple(prepared or sequences)
         self.key = json.dumps([recipe.room('prepare'), self.prepared])
+
     @property
     def size(self): return tuple(self.recipe.size)
-    def __repr__(self): return f"MGMTModel {self.arch}, {', '.join(self.sequences)} at {'x'.join(map(str,self.size))}, recipe {self.recipe.name!r}, mgmt_fast {self.version}"
 
-    def needs(self): return {self.key: (self.recipe, self.prepared)}
-    def note_prediction(self, store): log_prediction(store, f"{self.arch}, training {(self.trained or {}).get('key')}")
+    def __repr__(self):
+        what = f"MGMTModel {self.arch}, {', '.join(self.sequences)} at {'x'.join(map(str,self.size))}"
+        return f"{what}, recipe {self.recipe.name!r}, mgmt_fast {self.version}"
+
+    def needs(self) -> dict: # One key, with the recipe and the sequences to prepare
+        "What scans must be prepared with"
+        return {self.key: (self.recipe, self.prepared)}
+
+    def note_prediction(self,
+        store:VolumeStore, # Whose patients are predicted
+    ):
+        "Enter a prediction into the record of a store that is held out"
+        log_prediction(store, f"{self.arch}, training {(self.trained or {}).get('key')}")
 
     @torch.no_grad()
-    def logit(self, volumes, row):
-        "Logit and a note, from `{key: {sequence: uint8 (D,H,W)}}` as `needs` asks for and the patient's row"
+    def logit(self,
+        volumes:dict, # `{key: {sequence: uint8 (D,H,W)}}`, as `needs` asks for
+        row, # The patient's row
+    ) -> tuple: # Logit, NaN where a sequence is missing; and a note
+        "Predict one patient"
         lack = [s for s in self.sequences if s not in volumes[self.key]]
         if lack: return np.nan,f"lacks {', '.join(lack)}"
-        x = np.stack([volumes[self.key][s] for s in self.sequences])
-        x = ToUnit()(TensorMR(torch.from_numpy(x)[None].to(next(self.model.parameters()).device)))
+        x = torch.from_numpy(np.stack([volumes[self.key][s] for s in self.sequences]))[None]
+        x = ToUnit()(TensorMR(x.to(next(self.model.parameters()).device)))
         return self.model.eval()(x.as_subclass(torch.Tensor).float()).item(),''
 
-    def write(self, path):
+    def write(self,
+        path, # Without suffix
+    ):
+        "Write tensors and JSON, and what the model has seen"
         if self.seen is None: _seen_file(path).unlink(missing_ok=True)
         else: self.seen.write(_seen_file(path))
         with atomic_path(f'{path}.safetensors') as tmp: st.save_model(self.model, str(tmp))
-        write_json(f'{path}.json', dict(version=self.version, preparation=self.preparation_number, config=self.model.config, sequences=list(self.sequences),
-            prepared=list(self.prepared), size=list(self.size), classes=list(LABELS), recipe=self.recipe.to_json(), trained=self.trained))
+        inputs = dict(sequences=list(self.sequences), prepared=list(self.prepared), size=list(self.size))
+        made = dict(version=self.version, preparation=self.preparation_number, config=self.model.config)
+        how = dict(classes=list(LABELS), recipe=self.recipe.to_json(), trained=self.trained)
+        write_json(f'{path}.json', {**made, **inputs, **how})
 
     @classmethod
-    def read(cls, path, d):
-        ts,arch = Path(f'{path}.safetensors'),d['config'].get('arch')
-        if not ts.exists(): raise MGMTError(f"no model at {path}: {ts.name} is missing; a model is the files that `save_model` wrote, kept together")
+    def read(cls,
+        path, # Without suffix
+        d:dict, # What `path.json` says
+    ):
+        "Read what `write` wrote. Raises `MGMTError` on tensors that are missing or do not fit."
         recipe = Recipe.from_json(d['recipe'])
         model = set_norms(create_network(**d['config']), recipe.values().get('norms','batch'))
-        try: missing,extra = st.load_model(model, str(ts), strict=False)
-        except (RuntimeError, SafetensorError) as e: raise MGMTError(f"{ts.name} does not fit {arch!r}, which {path.name}.json describes: were two models' files mixed, or was the file cut off? ({str(e).splitlines()[0]})") from e
-        if missing or extra: raise MGMTError(f"{ts.name} does not fit {arch!r}: {len(missing)} tensors missing, {len(extra)} too many, e.g. {[*missing,*extra][0]!r}; were two models' files mixed?")
-        return cls(model.eval(), recipe, check_sequences(d['sequences']), d['version'], d['trained'], d.get('prepared'), d.get('preparation', 1), _read_seen(path))
+        _load_tensors(model, Path(f'{path}.safetensors'), path)
+        return cls(model.eval(), recipe, check_sequences(d['sequences']), d['version'], d['trained'], d.get('prepared'),
+            d.get('preparation', 1), _read_seen(path))
+
+def _load_tensors(model, file, path):
+    "Fill a network with a file's tensors, all of them and no others"
+    if not file.exists(): raise MGMTError(_no_model(path, file))
+    try: missing,extra = st.load_model(model, str(file), strict=False)
+    except (RuntimeError, SafetensorError) as e: raise MGMTError(_other_network(file, model, path, e)) from e
+    if missing or extra: raise MGMTError(_other_tensors(file, model, missing, extra))
+
+def _no_model(path, file):
+    return f"no model at {path}: {file.name} is missing; a model is the files that `save_model` wrote, kept together"
+
+def _other_network(file, model, path, e):
+    what = f"{file.name} does not fit {model.arch!r}, which {path.name}.json describes"
+    return f"{what}: were two models' files mixed, or was the file cut off? ({str(e).splitlines()[0]})"
+
+def _other_tensors(file, model, missing, extra):
+    what = f"{len(missing)} tensors missing, {len(extra)} too many, e.g. {[*missing,*extra][0]!r}"
+    return f"{file.name} does not fit {model.arch!r}: {what}; were two models' files mixed?"
 
 def _seen_file(path): return Path(f'{path}.seen.safetensors')
 
@@ -433,17 +574,17 @@ def _kind(name):
 
 # %% ../nbs/11_learner.ipynb #f0d7bb8e
 def as_model(
-    model, # `Learner`, `MGMTModel`, another kind of model, or the path of a saved one: a model, the folder of a run, or of a bundle
+    model, # `Learner`, `MGMTModel`, another kind of model, or a path: of a model, of the folder of a run, or of a bundle
 ): # Ready to predict
     "Bring whatever stands for a trained model to a `MGMTModel` or one of `model_kinds`."
     if isinstance(model, tuple(model_kinds.values())): return model
     if not isinstance(model, Learner): return load_model(model)
-    dls,key = model.dls,training_key(model)
-    trained = dict(train_patients=len(dls.train.dataset), valid_patients=len(dls.valid.dataset), epochs=len(getattr(model.recorder,'values',())),
-        seeds=key['seeds'], weights=key['weights'], key=key_digest(key))
-    seen = SeenVolumes.of(dls.store, dict(train=dls.train.dataset.patients, valid=dls.valid.dataset.patients), dls.sequences)
-    return MGMTModel(model.model, recipe_that_ran(model), dls.sequences, prepared=dls.store.sequences,
-        preparation_number=dls.store.preparation_number, trained=trained, seen=seen)
+    store,parts,key = model.dls.store,_parts(model.dls),training_key(model)
+    trained = dict(train_patients=len(parts['train']), valid_patients=len(parts['valid']),
+        epochs=len(getattr(model.recorder,'values',())), seeds=key['seeds'], weights=key['weights'], key=key_digest(key))
+    seen = SeenVolumes.of(store, parts, model.dls.sequences)
+    return MGMTModel(model.model, recipe_that_ran(model), model.dls.sequences, prepared=store.sequences,
+        preparation_number=store.preparation_number, trained=trained, seen=seen)
 
 # %% ../nbs/11_learner.ipynb #7865ee9c
 def save_model(
@@ -458,13 +599,15 @@ def save_model(
 def load_model(
     path, # As given to `save_model`, with or without a suffix; or the folder of a run that holds a model, or of a bundle
 ): # `MGMTModel`, or the kind of model that the JSON names; on the CPU, in evaluation mode
-    "Read a saved model. Raises `MGMTError` on missing files, an unknown kind, or tensors that do not fit the network that the JSON describes."
+    """Read a saved model.
+
+    Raises `MGMTError` on missing files, an unknown kind, or tensors that do not fit the network that the JSON describes."""
     path = Path(path)
     if (path/'bundle.json').is_file(): return _kind('bundle')(path)
     if (path/'model.json').is_file(): path = path/'model'
     if path.suffix in ('.json','.safetensors'): path = path.with_suffix('')
     js = Path(f'{path}.json')
-    if not js.exists(): raise MGMTError(f"no model at {path}: {js.name} is missing; a model is the files that `save_model` wrote, kept together")
+    if not js.exists(): raise MGMTError(_no_model(path, js))
     try: d = json.loads(js.read_text(encoding='utf-8'))
     except ValueError as e: raise MGMTError(f"{js.name} is no JSON: cut off, or not the file of a model?") from e
     return _kind(d.get('kind', 'network')).read(path, d)
@@ -477,25 +620,33 @@ def check_preparation(
     "Raise `MGMTError` unless a store's voxels are those that the model's own preparation of the same scans would give."
     for recipe,prepared in model.needs().values():
         differ = {k:(v,store.recipe[k]) for k,v in recipe.room('prepare').items() if store.recipe[k]!=v}
-        if tuple(store.sequences)!=tuple(prepared): differ['sequences'] = (prepared,store.sequences)
-        if store.preparation_number!=model.preparation_number: differ['preparation number'] = (model.preparation_number,store.preparation_number)
-        if differ: raise MGMTError(f"the store was prepared otherwise than this model's training (choice: model, store): {differ}; "
-            "prepare it with the model's recipe and all of its sequences, since those share one box")
+        if tuple(store.sequences)!=tuple(prepared): differ['sequences'] = prepared,store.sequences
+        numbers = model.preparation_number,store.preparation_number
+        if numbers[0]!=numbers[1]: differ['preparation number'] = numbers
+        if differ: raise MGMTError(_prepared_otherwise(differ))
+
+def _prepared_otherwise(differ):
+    return (f"the store was prepared otherwise than this model's training (choice: model, store): {differ}; "
+        "prepare it with the model's recipe and all of its sequences, since those share one box")
 
 # %% ../nbs/11_learner.ipynb #452d079b
-def _samples(m, cohort, n_workers):
+def _inputs(m, cohort, n_workers):
     "(patient, row, volumes for `logit`, note) of each patient, in order"
-    if isinstance(cohort, VolumeStore):
-        check_preparation(m, cohort)
-        for _,row in cohort.table.iterrows():
-            have = [s for s in m.sequences if row.get(s)]
-            volumes = dict(zip(have, cohort.read(row.patient, have))) if have else {}
-            yield row.patient,row,{k:volumes for k in m.needs()},''
-        return
-    n,how,ahead = max(1, min(n_workers or os.cpu_count(), len(cohort))),(m.needs(), m.sequences),deque()
+    if isinstance(cohort, VolumeStore): yield from _from_store(m, cohort)
+    else: yield from _from_scans(m, cohort, max(1, min(n_workers or os.cpu_count(), len(cohort))))
+
+def _from_store(m, store):
+    check_preparation(m, store)
+    for _,row in store.table.iterrows():
+        have = [s for s in m.sequences if row.get(s)]
+        volumes = dict(zip(have, store.read(row.patient, have))) if have else {}
+        yield row.patient,row,{k:volumes for k in m.needs()},''
+
+def _from_scans(m, cohort, n):
+    how,ahead = (m.needs(), m.sequences),deque()
     with closing(_Workers(n)) as workers:
         for _,row in cohort.iterrows():
-            ahead.append((row, workers.submit(_sample, row, *how)))
+            ahead.append((row, workers.submit(_prepared, row, *how)))
             if len(ahead)>2*n: yield _outcome(*ahead.popleft(), how)
         while ahead: yield _outcome(*ahead.popleft(), how)
 
@@ -516,36 +667,45 @@ class _Workers:
 _DIED = 'the process that prepared it died, most likely for want of memory: predict it again with n_workers=1'
 
 def _outcome(row, job, how):
-    "A patient as `_samples` gives it; one that was under way when a process died is tried again, alone"
+    "A patient as `_inputs` gives it; one that was under way when a process died is tried again, alone"
     try: res = job.result()
     except BrokenProcessPool:
         with _pool(1) as alone:
-            try: res = alone.submit(_sample, row, *how).result()
+            try: res = alone.submit(_prepared, row, *how).result()
             except BrokenProcessPool: res = {k:{} for k in how[0]},_DIED
     return str(row['patient']),row,*res
 
-def _sample(row, needs, sequences):
-    ps = {k: prepare_patient(row, prepared, recipe) for k,(recipe,prepared) in needs.items()}
-    notes = [' '.join(filter(None,(r['sequence'],r['what']))) for p in ps.values() for r in p.report]
-    return {k: {s:a for s,a in p.arrays.items() if s in sequences} for k,p in ps.items()}, '; '.join(uniqueify(notes))
+def _prepared(row, needs, sequences):
+    "A patient's volumes, prepared in each way that the model needs, and what was said of it"
+    volumes,notes = {},[]
+    for k,(recipe,prepared) in needs.items():
+        p = prepare_patient(row, prepared, recipe)
+        volumes[k] = {s:a for s,a in p.arrays.items() if s in sequences}
+        notes += [' '.join(filter(None, (r['sequence'],r['what']))) for r in p.report]
+    return volumes,'; '.join(uniqueify(notes))
 
 # %% ../nbs/11_learner.ipynb #58e77630
 def predict_unlogged(
     m, # `MGMTModel` or another kind of model
     cohort, # As for `predict`
     n_workers:int=None, # Processes that prepare scans; one per core if None
-    progress:bool=True, # Show a progress bar
+    progress:bool=True, # Show a progress bar?
     features:pd.DataFrame=None, # As for `predict`
 ) -> pd.DataFrame: # patient, prob, note
     "As `predict`, but without an entry in a held-out cohort's record: for the external test, which makes its own entry."
-    rows = []
-    more = {} if features is None else features.set_index(features.patient.map(id_key)).drop(columns='patient').to_dict('index')
-    for patient,row,volumes,note in track(_samples(m, cohort, n_workers), len(cohort), progress):
-        logit,lack = _logit(m, volumes, {**row, **more.get(id_key(patient), {})})
-        rows.append((patient, torch.sigmoid(torch.tensor(logit, dtype=torch.float64)).item(), '; '.join(filter(None, (note,lack)))))
+    more,rows = _by_patient(features),[]
+    for patient,row,volumes,note in track(_inputs(m, cohort, n_workers), len(cohort), progress):
+        logit,lack = _one_logit(m, volumes, {**row, **more.get(id_key(patient), {})})
+        prob = torch.sigmoid(torch.tensor(logit, dtype=torch.float64)).item()
+        rows.append((patient, prob, '; '.join(filter(None, (note,lack)))))
     return pd.DataFrame(rows, columns=['patient','prob','note']).astype({'patient':'string'})
 
-def _logit(m, volumes, row):
+def _by_patient(features):
+    "What a table knows of each patient, by `id_key`"
+    if features is None: return {}
+    return features.set_index(features.patient.map(id_key)).drop(columns='patient').to_dict('index')
+
+def _one_logit(m, volumes, row):
     "The model's logit and note; what it raises concerns this patient alone"
     try: return m.logit(volumes, row)
     except MGMTError as e: return np.nan,str(e)
@@ -556,13 +716,14 @@ def predict(
     model, # `Learner`, `MGMTModel`, another kind of model, or a path: of a saved model, of a run's folder or of a bundle
     cohort, # Cohort table of scans, or a `VolumeStore` prepared as the model's training was
     n_workers:int=None, # Processes that prepare scans; one per core if None
-    progress:bool=True, # Show a progress bar
-    features:pd.DataFrame=None, # `patient` and what a model needs beside images, e.g. `age`, where the cohort has no such columns
-) -> pd.DataFrame: # patient, prob (of methylation, 0 to 1, missing where it cannot be had), note
+    progress:bool=True, # Show a progress bar?
+    features:pd.DataFrame=None, # `patient` and what a model needs beside images, where the cohort has no such columns
+) -> pd.DataFrame: # patient, prob (of methylation, 0 to 1, missing where there is none), note
     """The probability of a methylated promoter for each patient, in the cohort's order.
 
     What fails on one patient is its note, and the others go on. A prediction of patients who are held out for an
-    external test is entered into the record of their store. Raises `MGMTError` if the model cannot be read, or a store was prepared otherwise."""
+    external test is entered into the record of their store.
+    Raises `MGMTError` if the model cannot be read, or a store was prepared otherwise."""
     m = as_model(model)
     if isinstance(cohort, VolumeStore): m.note_prediction(cohort)
     return predict_unlogged(m, cohort, n_workers, progress, features)
