@@ -29,8 +29,8 @@ choice('loader', 'shuffle', 'a new order of the training patients in every epoch
     default=True, published=False, winner=True)
 choice('loader', 'drop_last', "leave an epoch's last, incomplete batch out", Allowed.one_of(True,False),
     default=False, published=True, winner=True)
-choice('loader', 'other_tfms', 'batch transforms of training that are not of `augment`, by class', Allowed.several(Allowed.text()),
-    default=(), published=(), winner=())
+choice('loader', 'other_tfms', 'batch transforms of training that are not of `augment`, by class',
+    Allowed.several(Allowed.text()), default=(), published=(), winner=())
 
 # %% ../nbs/05_loader.ipynb #0e776d15
 class StoreDataset:
@@ -42,9 +42,13 @@ class StoreDataset:
     ):
         self.store,self.patients = store,list(patients)
         self.sequences = store.sequences if sequences is None else check_sequences(sequences)
-        self.labels = store.table.set_index('patient').label.reindex(self.patients).astype('float32').to_numpy()
+        labels = store.table.set_index('patient').label
+        self.labels = labels.reindex(self.patients).astype('float32').to_numpy()
+
     def __len__(self): return len(self.patients)
-    def __getitem__(self, i): return TensorMR(torch.from_numpy(self.store.read(self.patients[i], self.sequences))), torch.tensor(self.labels[i])
+    def __getitem__(self, i):
+        x = self.store.read(self.patients[i], self.sequences)
+        return TensorMR(torch.from_numpy(x)), torch.tensor(self.labels[i])
 
 # %% ../nbs/05_loader.ipynb #c57a50c3
 class ToUnit(Transform):
@@ -54,22 +58,38 @@ class ToUnit(Transform):
 
 # %% ../nbs/05_loader.ipynb #5d1c0a12
 class StoreDL(TfmdDL):
-    "A fastai loader that knows the patients of its batches, and takes part `rank` of `world` of each; `bs` is the whole batch"
+    "A fastai loader that knows the patients of its batches and takes part `rank` of `world` of each; `bs` is the whole batch"
     rank,world = 0,1
-    def n_in_batch(self, i): return min(self.bs, self.n-i*self.bs)
-    def parts(self, i):
-        "Slices of batch `i`, one a process"
+    def n_in_batch(self,
+        i:int, # Which batch
+    ) -> int: # All processes' together
+        "Patients in a batch"
+        return min(self.bs, self.n-i*self.bs)
+
+    def parts(self,
+        i:int, # Which batch
+    ) -> list: # One slice per process
+        "How a batch is shared"
         n = self.n_in_batch(i)
         return [slice(n*r//self.world, n*(r+1)//self.world) for r in range(self.world)]
+
     def get_idxs(self):
         self.idxs = super().get_idxs()
         return self.idxs
-    def batch_patients(self, i): return [self.dataset.patients[j] for j in self.idxs[i*self.bs:(i+1)*self.bs]]
+
+    def batch_patients(self,
+        i:int, # Which batch of the epoch under way
+    ) -> list: # Names
+        "Who is in a batch"
+        return [self.dataset.patients[j] for j in self.idxs[i*self.bs:(i+1)*self.bs]]
+
     def create_batches(self, samps):
         for b in chunked(samps, self.bs, self.drop_last):
-            part = slice(len(b)*self.rank//self.world, len(b)*(self.rank+1)//self.world)
-            yield self.do_batch([self.do_item(j) for j in b[part] or b[:1]])
+            own = b[len(b)*self.rank//self.world : len(b)*(self.rank+1)//self.world]
+            yield self.do_batch([self.do_item(j) for j in own or b[:1]])
+
     def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, gather=False)
+
     @property
     def augs(self): return [t for t in self.after_batch.fs if hasattr(t,'drawn')]
 
@@ -89,13 +109,19 @@ def usable_patients(
     store:VolumeStore, # A store with labels
     sequences, # Channels a sample needs
 ) -> tuple: # DataFrame (patient, label) of those who can be trained on; DataFrame (patient, why) of the others
-    "Tell the patients who have a label and every sequence from those who do not."
+    """Tell the patients who have a label and every sequence from those who do not.
+
+    Raises `MGMTError` on sequences that the store does not hold."""
     t,sequences = store.table,list(check_sequences(sequences))
     absent = [s for s in sequences if s not in store.sequences]
-    if absent: raise MGMTError(f"the store has no {', '.join(absent)}: it was prepared with {', '.join(store.sequences)}")
+    if absent: raise MGMTError(_not_prepared(absent, store))
     ok = t[sequences].all(axis=1) & t.label.notna()
     why = np.where(t.label.isna(), 'no label', 'lacks a sequence')
-    return t.loc[ok,['patient','label']].reset_index(drop=True), pd.DataFrame(dict(patient=t.patient, why=why))[~ok].reset_index(drop=True)
+    others = pd.DataFrame(dict(patient=t.patient, why=why))[~ok]
+    return t.loc[ok,['patient','label']].reset_index(drop=True), others.reset_index(drop=True)
+
+def _not_prepared(absent, store):
+    return f"the store has no {', '.join(absent)}: it was prepared with {', '.join(store.sequences)}"
 
 # %% ../nbs/05_loader.ipynb #86fb7554
 def augmentation(
@@ -108,6 +134,7 @@ def augmentation(
     other = [type(t).__name__ for t in tfms if not hasattr(t,'choices') and not isinstance(t, ToUnit)]
     return dict(res, other_tfms=tuple(other))
 
+# %% ../nbs/05_loader.ipynb #3936eaca
 class StoreDataLoaders(DataLoaders):
     "fastai's `DataLoaders` over a store; `recipe` says what they are set to, and what the store had settled"
     @property
@@ -131,28 +158,36 @@ def mgmt_dls(
     shuffle:bool=True, # A new order of the training patients in every epoch?
     drop_last:bool=False, # Leave an epoch's last, incomplete batch out?
     recipe=None, # Recipe that later stages follow where these loaders settle nothing; the store's if None
-) -> StoreDataLoaders: # With `.recipe`, `.sequences`, `.store`, `.left_out` (patient, why) and `.folds` (patient, label, fold)
+) -> StoreDataLoaders: # With `.recipe`, `.sequences`, `.store`, `.left_out` (patient, why), `.folds` (patient, label, fold)
     """fastai `DataLoaders` over a store; no patient is dropped unseen.
 
-    Raises `ProtocolError` on a store that an external test has met."""
+    Raises `ProtocolError` on a store that an external test has met, `MGMTError` on a fold or sequences that it lacks."""
     refuse_held_out(store)
     sequences = store.sequences if sequences is None else check_sequences(sequences)
     bs = check_choice('bs', bs)
-    if not 0<=fold<n_folds: raise MGMTError(f"fold counts from 0 to {n_folds-1} with n_folds={n_folds}; received {fold}")
+    if not 0<=fold<n_folds: raise MGMTError(_no_fold(fold, n_folds))
     table,left_out = usable_patients(store, sequences)
-    if patients is not None: table,left_out = (t[t.patient.isin(set(patients))].reset_index(drop=True) for t in (table,left_out))
+    if patients is not None: table,left_out = (_only(t, patients) for t in (table,left_out))
     folds = assign_folds(table, n=n_folds, seed=seed)
     held = (folds.fold==fold).to_numpy()
-    train = StoreDL(StoreDataset(store, table.patient[~held], sequences), bs=bs, shuffle=shuffle, drop_last=drop_last,
-        num_workers=num_workers, after_batch=[ToUnit(), *L(augs)], device=device or default_device())
-    valid = StoreDL(StoreDataset(store, table.patient[held], sequences), bs=bs, shuffle=False, drop_last=False,
-        num_workers=num_workers, after_batch=[ToUnit()], device=device or default_device())
-    dls = StoreDataLoaders(train, valid)
+    def _loader(of, augs, **order):
+        settings = dict(bs=bs, num_workers=num_workers, device=device or default_device())
+        return StoreDL(StoreDataset(store, of, sequences), after_batch=[ToUnit(), *L(augs)], **settings, **order)
+    dls = StoreDataLoaders(_loader(table.patient[~held], augs, shuffle=shuffle, drop_last=drop_last),
+        _loader(table.patient[held], None, shuffle=False, drop_last=False))
     dls.train.rng = random.Random(seed)
     dls.asked,dls.seed = follow_recipe(store.recipe, recipe),seed
     dls.sequences,dls.store,dls.left_out,dls.folds = sequences,store,left_out,folds
-    if len(left_out): print(f"{len(left_out)} of {len(store)} patients are left out: {', '.join(f'{n} {why}' for why,n in left_out.why.value_counts().items())} (see `dls.left_out`)")
+    if len(left_out): print(_say_left_out(left_out, store))
     return dls
+
+def _no_fold(fold, n): return f"fold counts from 0 to {n-1} with n_folds={n}; received {fold}"
+
+def _only(table, patients): return table[table.patient.isin(set(patients))].reset_index(drop=True)
+
+def _say_left_out(left_out, store):
+    why = ', '.join(f'{n} {o}' for o,n in left_out.why.value_counts().items())
+    return f"{len(left_out)} of {len(store)} patients are left out: {why} (see `dls.left_out`)"
 
 # %% ../nbs/05_loader.ipynb #cba78355
 LABELS = ('unmethylated', 'methylated')
@@ -160,12 +195,18 @@ LABELS = ('unmethylated', 'methylated')
 # %% ../nbs/05_loader.ipynb #32a1fd48
 @dispatch
 def show_batch(x:TensorMR, y, samples, ctxs=None, max_n=4, n=8, cols=8, sequences=None, **kwargs):
-    "Montages of a batch `(B,C,D,H,W)`, a row a patient, a column a sequence; returns the axes"
+    "Montages of a batch `(B,C,D,H,W)`, one row per patient, one column per sequence; returns the axes"
     B,C = min(len(x),max_n),x.shape[1]
-    if ctxs is None: _,ctxs = plt.subplots(B, C, figsize=(6*C, 6*B/cols*-(-n//cols)*1.5), squeeze=False, layout='constrained')
+    if ctxs is None: ctxs = _montage_axes(B, C, n, cols)
     for b in range(B):
         for c in range(C):
             title = LABELS[int(y[b])] if y[b]==y[b] else 'label unknown'
             if sequences is not None: title = f'{sequences[c]}, {title}'
-            Volume(x[b,c].detach().cpu().as_subclass(torch.Tensor)).show(ctx=ctxs[b][c], n=n, cols=cols, title=title, **kwargs)
+            volume = Volume(x[b,c].detach().cpu().as_subclass(torch.Tensor))
+            volume.show(ctx=ctxs[b][c], n=n, cols=cols, title=title, **kwargs)
     return ctxs
+
+def _montage_axes(B, C, n, cols):
+    "Axes for `n` slices each, `cols` in a row"
+    rows = -(-n//cols)
+    return plt.subplots(B, C, figsize=(6*C, 6*B/cols*rows*1.5), squeeze=False, layout='constrained')[1]

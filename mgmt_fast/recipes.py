@@ -15,7 +15,8 @@ from fastcore.all import *
 # %% ../nbs/10_recipes.ipynb #f940e5ec
 _faults = [ # number in the list of the thesis' faults, choice, the value that commits it, what the thesis did
     (1, 'wrap_start', True, 'a stack shorter than 64 slices is indexed from a negative start: 63 slices keep 1, 30 keep 17'),
-    (2, 'black_slices', 'replace', 'black slices become another slice, at test time too, unseeded: order is lost, predictions do not repeat'),
+    (2, 'black_slices', 'replace', 'black slices become another slice, at test time too, unseeded: order is lost, '
+        'predictions do not repeat'),
     (2, 'short_series', 'brightened', 'short series are filled with brightened copies of their slices, unseeded'),
     (3, 'slice_order', 'filename', 'slices lie in the order of their file names; position, orientation and spacing are ignored'),
     (3, 'prepare_by', 'slice', 'sequences of a patient are not checked to share a grid'),
@@ -26,60 +27,89 @@ _faults = [ # number in the list of the thesis' faults, choice, the value that c
     (6, 'stem', 'adapter', 'a random convolution feeds the frozen backbone, where the RGB weights could be summed'),
     (7, 'arch', 'efficientnetv2_b3', 'the code has EfficientNetV2-B3, the text B1 and B3'),
     (7, 'size', (64,128,128), 'the code has 128x128x64, the text 256x256x64'),
-    (7, 'freeze', 'all_but_last=10,batchnorm', 'the code has two rules: the last 15 layers train, or the last 10 but their batch norm'),
-    (8, 'summed_batches', '2 or more', 'gradients of accumulated batches are summed, and a partial group carries over into the next epoch'),
+    (7, 'freeze', 'all_but_last=10,batchnorm', 'the code has two rules: the last 15 layers train, or the last 10 but their '
+        'batch norm'),
+    (8, 'summed_batches', '2 or more', 'gradients of accumulated batches are summed, and a partial group carries over into '
+        'the next epoch'),
     (8, 'l2', 0., 'the text penalises weights; the code defines the penalty and never adds it'),
     (9, 'shuffle', False, 'the training set is never shuffled'),
     (9, 'contrast_over', 'slice', "contrast is centred on each slice's own mean, air included"),
     (9, 'flip', 'hw', 'heads are mirrored front to back, which is not anatomical')]
 
-def _committed(r, choice, value): return r[choice]>1 if choice=='summed_batches' else r[choice]==value and (choice!='l2' or r.name=='published')
+def _committed(r, choice, value):
+    "Does a recipe commit a fault? Without a penalty only where the recipe is the thesis'"
+    if choice=='summed_batches': return r[choice]>1
+    return r[choice]==value and (choice!='l2' or r.name=='published')
 
 # %% ../nbs/10_recipes.ipynb #8eab5735
 def faults(
     recipe='published', # Name or `Recipe`
-) -> pd.DataFrame: # A row a switch: `fault` (number in the thesis' list), `choice`, what the `thesis` did, the value that does so, the values of this recipe and of the default, `on`
-    "What the thesis did wrong in preparation and training, and whether a recipe does it. (Faults 10 and 11 concern the similarity check and the reported figures.)"
+) -> pd.DataFrame: # One row per switch: fault, choice, thesis, `as there`, here, default, on
+    """What the thesis did wrong in preparation and training, and whether a recipe does it.
+
+    `fault` is the number in the thesis' list, `thesis` what it did, `as there` the value that does so; `here` and
+    `default` are the values of this recipe and of the default. Faults 10 and 11 concern the similarity check and the
+    reported figures."""
     r,d = get_recipe(recipe),get_recipe('default')
-    return pd.DataFrame([(n, c, text, v, r[c], d[c], _committed(r,c,v)) for n,c,v,text in _faults], columns=['fault','choice','thesis','as there','here','default','on'])
+    rows = [(n, c, text, v, r[c], d[c], _committed(r,c,v)) for n,c,v,text in _faults]
+    return pd.DataFrame(rows, columns=['fault','choice','thesis','as there','here','default','on'])
 
 # %% ../nbs/10_recipes.ipynb #2127bd71
 def compare_recipes(
     *recipes, # Names or `Recipe`s; default, published and winner if none
     differ:bool=False, # Only choices in which they differ?
-) -> pd.DataFrame: # A row a choice, a column a recipe
+) -> pd.DataFrame: # One row per choice, one column per recipe
     "Recipes side by side."
     rs = [get_recipe(r) for r in recipes or ('default','published','winner')]
     t = rs[0].to_frame().set_index('choice')
     for r in rs: t[r.name] = pd.Series(r.values(), dtype=object).reindex(t.index)
-    t = t.reset_index()[['room','choice',*[r.name for r in rs],'what it decides']]
-    return t[[len({repr(v) for v in row})>1 for row in t[[r.name for r in rs]].values.tolist()]].reset_index(drop=True) if differ else t
+    names = [r.name for r in rs]
+    t = t.reset_index()[['room','choice',*names,'what it decides']]
+    if not differ: return t
+    unlike = [len(set(map(repr, values)))>1 for values in t[names].values.tolist()]
+    return t[unlike].reset_index(drop=True)
 
 # %% ../nbs/10_recipes.ipynb #14c8bdac
 class L2Penalty(Callback):
     "Add `l2` times half the sum of squares of what trains to the loss that is differentiated, as Keras' `l2_loss` does"
     run_valid = False
-    def __init__(self, l2=1e-5): self.l2 = l2
-    def after_loss(self): self.learn.loss_grad = self.loss_grad + self.l2/2*sum(p.float().square().sum() for p in self.model.parameters() if p.requires_grad)
+    def __init__(self,
+        l2:float=1e-5, # How strongly
+    ): self.l2 = l2
+    def after_loss(self):
+        squares = sum(p.float().square().sum() for p in self.model.parameters() if p.requires_grad)
+        self.learn.loss_grad = self.loss_grad+self.l2/2*squares
 
 # %% ../nbs/10_recipes.ipynb #1ffdfc3a
 class StepRate(Callback):
     "The rate `lr` until epoch `at`, divided by `factor` from then on"
-    def __init__(self, lr, at, factor=2.): store_attr()
+    def __init__(self,
+        lr:float, # Learning rate of the first epochs
+        at:int, # Epoch, counted from 0
+        factor:float=2., # What the rate is divided by
+    ): store_attr()
     def before_epoch(self): self.opt.set_hypers(lr=self.lr/(self.factor if self.epoch>=self.at else 1))
 
 # %% ../nbs/10_recipes.ipynb #e97b4a2a
 class SummedGradients(Callback):
-    "Step once every `n` batches with the sum of their gradients; a partial group carries over into the next epoch (the thesis)"
+    """Step once every `n` batches with the sum of their gradients, as the thesis does.
+
+    A partial group carries over into the next epoch."""
     order,run_valid = MixedPrecision.order-4,False
-    def __init__(self, n): store_attr()
+    def __init__(self,
+        n:int, # Batches per step
+    ): store_attr()
+
     def before_fit(self): self.held = 0
     def before_step(self):
         self.held += 1
         if self.held<self.n: raise CancelBatchException()
         self.held = 0
+
     def _grads(self): return {f'grad.{i}':p for i,p in enumerate(self.learn.model.parameters())}
     def state_dict(self): return {'held':self.held, **{k:p.grad for k,p in self._grads().items() if p.grad is not None}}
-    def load_state_dict(self, d):
+    def load_state_dict(self,
+        d:dict, # From `state_dict`
+    ):
         self.held = d['held']
         for k,p in self._grads().items(): p.grad = torch.empty_like(p).copy_(d[k]) if k in d else None
