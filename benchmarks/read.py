@@ -15,7 +15,8 @@ from machine import machine
 from rounds import rounds
 from mgmt_fast.core import SEQUENCES
 from mgmt_fast.prepare import VolumeStore, prepare, prepare_patient
-from mgmt_fast.series import audit_series, read_volume
+from mgmt_fast.quality import audit_series
+from mgmt_fast.series import read_volume
 
 
 def write_series(dest, slices, size, patient, sequence):

@@ -21,9 +21,8 @@ from . import __version__
 from .core import *
 from .moves import moved_from
 from .cohort import id_key, patient_key, _read_table
-from .prepare import _one_thread, resize
+from .grids import resize
 from .register import *
-from .register import _centre, _grid, _sample
 from .fingerprints import (PERTURBATIONS, LeakageError, ScanSet, SmallCopies, common_brain, compare_fingerprints,
     draw_perturbation, in_parallel, keep_rows, kept_fingerprints, perturb, small_copies, small_copy, template_points)
 from .confirm import ENOUGH, MeasuredNull, Null, choose_null, confirm_pairs, pair_score, plot_null
@@ -167,7 +166,7 @@ def _planted_part(A, opt):
     folder,name,shape = opt.cache(A.scans),f'planted_{A.seq}',A.rows.shape[1:]
     return SmallCopies(A.scans, A.seq, *keep_rows(folder, name, A.scans.key, contents, shape, np.uint8, _compute))
 
-@_one_thread()
+@one_thread()
 def _plant(side, i, seq, seed):
     "The small copy of a changed copy, or why there is none"
     rng = rng_for(seed, 'leakage', 'planted', side.patients[i], seq)
@@ -464,7 +463,7 @@ def _append(path, row):
     pd.DataFrame([row]).to_csv(path, mode='a', header=not path.exists(), index=False)
 
 # %% ../nbs/14_leakage.ipynb #7dcf5696
-@_one_thread()
+@one_thread()
 def _copies(side, i, seq, other, draws, seed):
     "Scores of changed copies of a volume, against itself and against another brain"
     vol = side.volume(i, seq)[0]
@@ -558,10 +557,10 @@ def _strip(fixed, moving, matrix):
 
 def _in_pose(moving, m):
     "A small copy where the matrix (4,4) takes the voxels of another one"
-    at = torch.meshgrid(*map(torch.arange, _grid), indexing='ij')
-    q = torch.stack(at, -1).reshape(-1,3).double()@m[:3,:3].T+m[:3,3]-_centre
+    at = torch.meshgrid(*map(torch.arange, SMALL_SHAPE), indexing='ij')
+    q = torch.stack(at, -1).reshape(-1,3).double()@m[:3,:3].T+m[:3,3]-SMALL_CENTRE
     field = torch.tensor(moving, dtype=torch.float32)[None,None]
-    return _sample(field, q.float()).reshape(_grid).numpy()
+    return sample_field(field, q.float()).reshape(SMALL_SHAPE).numpy()
 
 def _png(a, scale=2):
     size = a.shape[1]*scale,a.shape[0]*scale
