@@ -1,4 +1,6 @@
-"Rounds of timing, the same in every benchmark: contenders take turns, so that a machine that slows down slows all of them."
+"""Rounds of timing, the same in every benchmark.
+
+Contenders take turns, so that a machine that slows down slows all of them."""
 import time
 
 import numpy as np

@@ -112,7 +112,8 @@ def delong_parts(
 ) -> tuple: # AUC; per positive the share of negatives below it; per negative the share of positives above it
     """AUC and the structural components that its variance is made of; ties count half.
 
-    Source: DeLong et al. 1988, Biometrics 44:837; in one sort after Sun and Xu 2014, IEEE Signal Process. Lett. 21:1389."""
+    Source: DeLong et al. 1988, Biometrics 44:837; in one sort after Sun and Xu 2014, IEEE Signal Process. Lett.
+    21:1389."""
     u,at = np.unique(p, return_inverse=True)
     pos,neg = (np.bincount(at[o], minlength=len(u)) for o in (y,~y))
     v10 = ((neg.cumsum()-neg/2)/neg.sum())[at[y]]
@@ -433,12 +434,13 @@ def reliability(
     n_bins:int=10, # Bins, at most
     strategy:str='quantile', # Bins of equal numbers of patients, or `'uniform'`, of equal width
     level:float=.95, # Coverage of the intervals
-) -> pd.DataFrame: # One row per bin with patients: left, right, n, prob (mean), rate (observed share), lo, hi (Wilson's)
+) -> pd.DataFrame: # One row per bin with patients: left, right, n, prob (mean), rate (observed), lo, hi (Wilson's)
     "The reliability diagram's data: what was said against what was. Raises `MGMTError` as `classification_ci`."
     y,p = check_probs(y, p)
     edges,at = _bins(p, n_bins, strategy)
     placed = pd.DataFrame(dict(left=edges[at], right=edges[at+1], y=y, p=p))
-    t = placed.groupby(['left','right'], as_index=False).agg(n=('y','size'), prob=('p','mean'), k=('y','sum'), rate=('y','mean'))
+    bins = placed.groupby(['left','right'], as_index=False)
+    t = bins.agg(n=('y','size'), prob=('p','mean'), k=('y','sum'), rate=('y','mean'))
     ci = [stats.binomtest(int(k), int(n)).proportion_ci(level, 'wilson') for k,n in zip(t.k, t.n)]
     return t.drop(columns='k').assign(lo=[o.low for o in ci], hi=[o.high for o in ci])
 
@@ -474,7 +476,8 @@ def calibration(
 
     `calibrated` is the mean of perfect models with these probabilities, `p` the chance that such a model looks at least
     as bad, `prevalence` the value of telling everybody the share of methylated patients. The ECE is biased upwards, so
-    it has no interval: compare it with `calibrated`. A slope where the classes do not overlap is infinite, and NaN here.
+    it has no interval: compare it with `calibrated`. A slope where the classes do not overlap is infinite, and NaN
+    here.
 
     Source: Cox 1958, Biometrika 45:562, and Van Calster et al. 2019, BMC Med. 17:230 (intercept at slope 1, and slope);
     Broecker and Smith 2007, Weather Forecast. 22:651 (labels drawn from the probabilities).

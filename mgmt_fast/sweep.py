@@ -47,8 +47,8 @@ def _best(learn):
     return dict(zip(rec.metric_names[1:], rec.values[learn.save_best.best_epoch]))
 
 def _run_row(row, store, dest, recipe, n_folds, seed):
-    """One run: its row with what came out, from its folder if that was of the same patients, labels and choices; and why
-    others there were not. A row that fails is a row."""
+    """One run: its row with what came out, from its folder if that was of the same patients, labels and choices; and
+    why others there were not. A row that fails is a row."""
     try:
         choices = {k:v for k,v in row.items() if k not in ('sequences','fold')}
         recipe,store = get_recipe(recipe, **choices),VolumeStore(store)
@@ -94,13 +94,13 @@ def sweep(
     backend:str=None, # joblib's: `'loky'` processes if None; `'dask'` or `'ray'` over the connected cluster
     progress:bool=True, # Show a progress bar?
 ) -> pd.DataFrame: # The table with what came out of each run, as in `sweep.csv`
-    """Train every row of a table. A run that fails, for whatever reason, has its error in its row, and is tried again next
-    time; the others go on.
+    """Train every row of a table. A run that fails, for whatever reason, has its error in its row, and is tried again
+    next time; the others go on.
 
-    The new columns are epoch, valid_loss, auc, its interval (none below 10 patients) and the interval's method, n_train,
-    n_valid, seconds, folder and error. `auc` is that of the epoch that was chosen on the same patients, so it is no
-    estimate for others. A row that is in `dest` already is taken from there if it was of the same patients, labels,
-    volumes and choices; what no longer fits is named and trained anew.
+    The new columns are epoch, valid_loss, auc, its interval (none below 10 patients) and the interval's method,
+    n_train, n_valid, seconds, folder and error. `auc` is that of the epoch that was chosen on the same patients, so it
+    is no estimate for others. A row that is in `dest` already is taken from there if it was of the same patients,
+    labels, volumes and choices; what no longer fits is named and trained anew.
     Raises `MGMTError` on a table without runs or with unknown columns."""
     refuse_held_out(VolumeStore(store))
     _check_table(table)
