@@ -177,7 +177,7 @@ def _train(job, path):
     res = predict(m, out, progress=False)[['patient','prob']].rename(columns=dict(prob='raw'))
     views = with_views(m, job.store.spacing, job.recipe)
     res['tta'] = predict(views, out, progress=False).prob if job.tta else np.nan
-    files = {f: file_hash(path/f) for f in ('model.safetensors','model.json')}
+    files = {f: file_hash(path/f) for f in ('model.safetensors','model.json','model.seen.safetensors')}
     return dict(key=job.key, **inside, files=files, predictions=res.to_dict('list'))
 
 def _kept(job, path):

@@ -269,12 +269,17 @@ def _best(prints, mine, names):
     for i0,j0,m in compare_fingerprints(prints.prints, mine.prints, mean, mirror):
         for j,i in enumerate(m.argmax(0)):
             best[j0+j] = max(best[j0+j], (float(m[i,j]), i0+int(i)))
-    return best,_own_null(prints, mean, mirror, [patient_key(names[h]) for h in prints.hashes])
+    return best,_own_null(prints, mirror, [patient_key(names[h]) for h in prints.hashes])
 
-def _own_null(prints, mean, mirror, who, most=600):
-    "The null of a training set's own pairs of different patients"
-    at = np.sort(rng_for(0, 'seen', 'null').permutation(len(prints))[:most])
-    who,some = np.array(who)[at],prints.prints[at]
-    m = next(compare_fingerprints(some, some, mean, mirror))[2]
-    apart = np.triu(who[:,None]!=who[None], 1)
-    return PrintNull(m[apart], len(set(who)))
+def _own_null(prints, mirror, who, most=600):
+    "The null of training's own pairs: one half of the patients plays the strangers, for whom the mean was not made"
+    order = rng_for(0, 'seen', 'null').permutation(len(prints))[:most]
+    halves,scores = np.array_split(order, 2),[]
+    for mine,theirs in (halves, halves[::-1]):
+        if not len(mine) or not len(theirs): continue
+        a,b = prints.prints[mine],prints.prints[theirs]
+        mean = a.astype(np.float32).mean(0)
+        m = next(compare_fingerprints(a, b, (mean+mean[mirror])/2, mirror))[2]
+        apart = np.array([[who[i]!=who[j] for j in theirs] for i in mine])
+        scores.append(m[apart])
+    return PrintNull(np.concatenate(scores) if scores else [], len({who[i] for i in order}))
