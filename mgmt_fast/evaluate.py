@@ -15,7 +15,7 @@ from .core import *
 from fastcore.all import *
 from scipy.special import expit, logit
 from scipy.stats import binomtest, norm
-from sklearn.metrics import log_loss
+from sklearn.metrics import log_loss, roc_auc_score
 from .moves import *
 from .cohort import assign_folds, id_key, patient_key
 from .prepare import VolumeStore
@@ -371,8 +371,9 @@ def results_table(
     """Accuracy, AUC and log loss of each model with 95 % intervals, from one prediction per patient and run.
 
     Several runs are averaged. Intervals are those of `mean_auc_ci` for the AUC (`interval` names its method), Wilson's
-    for the accuracy (of as many patients, however many the runs), and normal over patients for the loss. `thresholds`
-    is how many one run was cut at, `threshold` the one farthest from .5."""
+    for the accuracy (of as many patients, however many the runs), and normal over patients for the loss. `auc` pools
+    the folds of a run, and is what the interval covers; `auc_folds` is the mean over folds. `thresholds` is how many
+    one run was cut at, `threshold` the one farthest from .5."""
     given = dict(arch='model', sequences='', recipe='', repeat=0, member=0, threshold=threshold)
     oof = oof.assign(**{k:v for k,v in given.items() if k not in oof})
     groups = oof.groupby(list(MODEL_AXES), sort=False)
@@ -384,7 +385,14 @@ def _figures(t):
     n,auc = len(y),mean_auc_ci(y, P, who)
     shares = dict(runs=len(P), n=n, minority=min(y.mean(), 1-y.mean()))
     named = dict(auc=auc.auc, auc_lo=auc.lo, auc_hi=auc.hi, interval=AUC_METHODS[auc.name])
-    return {**shares, **_accuracy(t, n), **named, **_loss(t, n), **_cuts(t)}
+    return {**shares, **_accuracy(t, n), **named, 'auc_folds':_auc_of_folds(t), **_loss(t, n), **_cuts(t)}
+
+def _auc_of_folds(t):
+    "Mean of the AUCs within each fold and run; NaN where there are no folds, or one lacks a class"
+    if 'fold' not in t: return np.nan
+    folds = [o for _,o in t.groupby([*RUN_AXES,'fold'])]
+    if any(o.label.nunique()<2 for o in folds): return np.nan
+    return float(np.mean([roc_auc_score(o.label.astype(int), o.prob) for o in folds]))
 
 def _accuracy(t, n):
     right = ((t.prob>=t.threshold)==(t.label==1)).mean()
@@ -419,7 +427,8 @@ def _in_words(r, k):
     "A figure with its interval"
     form = '{:.1%}' if k=='accuracy' else '{:.3f}'
     value,lo,hi = (form.format(r[k+end]) for end in ('','_lo','_hi'))
-    return f'{value} [{lo}, {hi}]'
+    folds = f"; folds {r['auc_folds']:.3f}" if k=='auc' and pd.notna(r.get('auc_folds')) else ''
+    return f'{value} [{lo}, {hi}]{folds}'
 
 def _row_names(table):
     "The architectures, with the recipe's label where there are several"
@@ -429,7 +438,9 @@ def _row_names(table):
 
 def _interval_name(table, values):
     named = table.interval.dropna() if 'interval' in table and 'auc' in values else ()
-    return f" (AUC: {' or '.join(uniqueify(named))})" if len(named) else ''
+    if not len(named): return ''
+    folds = '; folds: mean of their own AUCs' if 'auc_folds' in table and table.auc_folds.notna().any() else ''
+    return f" (AUC: all folds pooled, {' or '.join(uniqueify(named))}{folds})"
 
 # %% ../nbs/13_evaluate.ipynb #f00e0b1d
 def _first(t): return t[(t.repeat==t.repeat.min())&(t.member==t.member.min())]
