@@ -12,7 +12,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from machine import machine
 from mgmt_fast.core import SEQUENCES
 from mgmt_fast.prepare import VolumeStore, prepare, prepare_patient
-from mgmt_fast.series import audit_series, read_volume
+from mgmt_fast.quality import audit_series
+from mgmt_fast.series import read_volume
 
 
 def write_series(dest, slices, size, patient, sequence):

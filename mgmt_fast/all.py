@@ -12,7 +12,11 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from .core import *
 from .moves import *
 from .naming import *
+from .dicom import *
+from .nifti import *
 from .series import *
+from .skull import *
+from .quality import *
 from .archive import *
 from .cohort import *
 from .phantom import *

@@ -42,6 +42,7 @@ class _GroupLoss(AvgSmoothLoss):
     def reset(self):
         super().reset()
         self.steps,self.sum,self.n = 0,0.,0
+
     def accumulate(self, learn):
         n = _n_in_batch(learn)
         self.count += 1
@@ -50,6 +51,7 @@ class _GroupLoss(AvgSmoothLoss):
         if not learn.gradient_accumulation.last: return
         self.val = torch.lerp(self.sum/self.n, self.val, self.beta)
         self.steps,self.sum,self.n = self.steps+1,0.,0
+
     @property
     def value(self): return self.val/(1-self.beta**self.steps) if self.steps else self.sum/self.n
 
@@ -57,129 +59,198 @@ class _GroupLoss(AvgSmoothLoss):
 class GradientAccumulation(Callback):
     """Step once every `n_batches` batches, or as soon as `n_samples` patients were seen, as if they had been one batch.
 
-    The loss must be a mean over the batch's patients. The step is its mean over the group's, however unequal the batches; an epoch's last group is stepped with the patients it has, and one that was interrupted is dropped. Clipping, weight decay, loss scaling and the schedule act once a step, and the logged training loss is the group's. Batch norm still sees the small batches: see `set_norms`.
+    The loss must be a mean over the batch's patients. The step is its mean over the group's, however unequal the batches;
+    an epoch's last group is stepped with the patients it has, and one that was interrupted is dropped. Clipping, weight
+    decay, loss scaling and the schedule act once per step, and the logged training loss is the group's. Batch norm still
+    sees the small batches: see `set_norms`.
 
-    Raises `MGMTError` unless exactly one of the two is given, a whole number of 1 or more."""
+    Raises `MGMTError` unless exactly one of the three is given, a whole number of 1 or more."""
     order,run_valid,name = MixedPrecision.order-4,False,'gradient_accumulation'
     def __init__(self, *,
-        n_batches:int=None, # Batches a step
-        n_samples:int=None, # Patients a step, at least
+        n_batches:int=None, # Batches per step
+        n_samples:int=None, # Patients per step, at least
+        n_acc:int=None, # The same, as fastai's own callback calls it
     ):
-        given = {k:v for k,v in dict(n_batches=n_batches,n_samples=n_samples).items() if v is not None}
-        if len(given)!=1: raise MGMTError(f"gradient accumulation takes either n_batches= or n_samples=; received {given or 'neither'}")
+        asked = dict(n_batches=n_batches, n_samples=n_samples, n_acc=n_acc)
+        given = {k:v for k,v in asked.items() if v is not None}
+        if len(given)!=1: raise MGMTError(_one_of_both(given))
         (k,v), = given.items()
-        if not isinstance(v, (int,np.integer)) or v<1: raise MGMTError(f"{k} must be a whole number of 1 or more (1: no accumulation); received {v!r}")
-        self.n_batches,self.n_samples = n_batches,n_samples
+        if not isinstance(v, (int,np.integer)) or v<1: raise MGMTError(_no_count(k, v))
+        self.n_batches = n_batches
+        self.n_samples = self.n_acc = n_samples or n_acc
 
     def before_fit(self):
-        if hasattr(self.learn,'recorder') and not isinstance(self.recorder.smooth_loss, _GroupLoss): self.recorder.smooth_loss = _GroupLoss(self.recorder.smooth_loss.beta)
+        recorder = getattr(self.learn, 'recorder', None)
+        if recorder is None or isinstance(recorder.smooth_loss, _GroupLoss): return
+        recorder.smooth_loss = _GroupLoss(recorder.smooth_loss.beta)
 
     def before_train(self):
         self.opt.zero_grad()
-        self.steps,self.batches,self.seen,n = 0,0,0,len(self.dl)
-        bs = getattr(self.dl,'bs',None)
-        self.n_steps = math.ceil(n/self.n_batches) if self.n_batches else math.ceil(n/math.ceil(self.n_samples/bs)) if bs else math.ceil(len(self.dl.dataset)/self.n_samples)
+        self.steps,self.batches,self.seen = 0,0,0
+        self.n_steps = self._steps_per_epoch(len(self.dl), getattr(self.dl, 'bs', None))
+
+    def _steps_per_epoch(self, n, bs):
+        if self.n_batches: return math.ceil(n/self.n_batches)
+        if not bs: return math.ceil(len(self.dl.dataset)/self.n_samples)
+        return math.ceil(n/math.ceil(self.n_samples/bs))
 
     def before_batch(self):
         n = _n_in_batch(self.learn)
         if not self.batches: self.full = self.n_samples or self.n_batches*n
         self.batches,self.seen,self.weight = self.batches+1,self.seen+n,n/self.full
-        self.last = self.iter==self.n_iter-1 or (self.batches==self.n_batches if self.n_batches else self.seen>=self.n_samples)
-        self.learn.pct_train = (self.epoch + min(self.steps/self.n_steps,1))/self.n_epoch
+        whole = self.batches==self.n_batches if self.n_batches else self.seen>=self.n_samples
+        self.last = whole or self.iter==self.n_iter-1
+        self.learn.pct_train = (self.epoch+min(self.steps/self.n_steps, 1))/self.n_epoch
         if isinstance(self.model, DistributedDataParallel): self.model.require_backward_grad_sync = self.last
 
     def after_loss(self): self.learn.loss_grad = self.loss_grad*self.weight
 
     def before_step(self):
         if not self.last: raise CancelBatchException()
-        if self.seen!=self.full: torch._foreach_mul_([p.grad for p,*_ in self.opt.all_params(with_grad=True)], self.full/self.seen)
+        if self.seen!=self.full:
+            grads = [p.grad for p,*_ in self.opt.all_params(with_grad=True)]
+            torch._foreach_mul_(grads, self.full/self.seen)
         self.steps,self.batches,self.seen = self.steps+1,0,0
+
+def _one_of_both(given):
+    return f"gradient accumulation takes either n_batches= or n_samples= (n_acc=); received {given or 'neither'}"
+
+def _no_count(name, value):
+    return f"{name} must be a whole number of 1 or more (1: no accumulation); received {value!r}"
 
 # %% ../nbs/09_callbacks.ipynb #8d5bd159
 class FusedAdam(Optimizer):
-    "fastai's `Adam` (decay decoupled), all parameters in one call"
-    def __init__(self, params, lr, mom=.9, sqr_mom=.99, eps=1e-5, wd=.01): super().__init__(params, [], lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+    """fastai's `Adam` (decay decoupled), all parameters in one call.
+
+    Source: Kingma and Ba 2014, arXiv:1412.6980; Loshchilov and Hutter 2017, arXiv:1711.05101."""
+    def __init__(self,
+        params, # Parameters, or groups of them
+        lr:float, # Learning rate
+        mom:float=.9, # Share of the old mean of gradients
+        sqr_mom:float=.99, # Share of the old mean of their squares
+        eps:float=1e-5, # Added to the root of the squares' mean
+        wd:float=.01, # Decay of the weights per step, as a share of `lr`
+    ): super().__init__(params, [], lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
     def zero_grad(self):
         for p,*_ in self.all_params(): p.grad = None
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self,
+        closure=None, # None: fastai's optimisers take none
+    ):
+        "Change all parameters that have a gradient"
         if closure is not None: raise NotImplementedError("fastai's optimisers take no closure")
+        for how,items in self._alike().items(): _adam_step(*how, items)
+
+    def _alike(self):
+        "Parameters with their states, by the settings that one call of torch's Adam shares"
         alike = {}
         for p,_,state,h in self.all_params(with_grad=True):
             if 'step' not in state: state.update(step=0, grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p))
             state['step'] += 1
-            alike.setdefault((state['step'], p.device, h['lr'], h['mom'], h['sqr_mom'], h['eps'], h['wd']*state.get('do_wd', True)), []).append((p,state))
-        for (n,device,lr,mom,sqr_mom,eps,wd),items in alike.items():
-            grads = [p.grad if p.grad.stride()==p.stride() else torch.empty_like(p).copy_(p.grad) for p,_ in items] # torch walks all four side by side
-            steps = torch.full((len(items),), n-1., device=device).unbind()
-            adamw([p for p,_ in items], grads, *([s[k] for _,s in items] for k in ('grad_avg','sqr_avg')), [], list(steps),
-                fused=True, amsgrad=False, beta1=mom, beta2=sqr_mom, lr=lr, weight_decay=wd, eps=eps, maximize=False)
+            decay = h['wd']*state.get('do_wd', True)
+            how = state['step'],p.device,h['lr'],h['mom'],h['sqr_mom'],h['eps'],decay
+            alike.setdefault(how, []).append((p,state))
+        return alike
+
+def _adam_step(n, device, lr, mom, sqr_mom, eps, decay, items):
+    "One call of torch's Adam; it walks parameters, gradients and both means side by side, so their layouts must agree"
+    params = [p for p,_ in items]
+    grads = [p.grad if p.grad.stride()==p.stride() else torch.empty_like(p).copy_(p.grad) for p in params]
+    means,squares = ([s[k] for _,s in items] for k in ('grad_avg','sqr_avg'))
+    steps = list(torch.full((len(items),), n-1., device=device).unbind())
+    adamw(params, grads, means, squares, [], steps, fused=True, amsgrad=False, beta1=mom, beta2=sqr_mom, lr=lr,
+        weight_decay=decay, eps=eps, maximize=False)
 
 # %% ../nbs/09_callbacks.ipynb #9c00000b
 class Precision(MixedPrecision):
-    "fastai's mixed precision, `'bf16'` or `'fp16'` with a scaled loss, on the device where the batches are"
+    """fastai's mixed precision, `'bf16'` or `'fp16'` with a scaled loss, on the device where the batches are.
+
+    Training raises `MGMTError` on a GPU that does not compute in bfloat16."""
     def before_fit(self):
         device,half = self.dls.device.type,self.amp_mode.value=='fp16'
-        if device=='cuda' and not half and not torch.cuda.is_bf16_supported(): raise MGMTError("this GPU does not compute in bfloat16: use precision='fp16'")
+        if device=='cuda' and not half and not torch.cuda.is_bf16_supported(): raise MGMTError(_no_bfloat16)
         self.autocast = torch.autocast(device, dtype=torch.float16 if half else torch.bfloat16)
-        self.learn.scaler,self.scales = torch.amp.GradScaler(device, **{**self.kwargs,'enabled':half}),L()
+        self.learn.scaler = torch.amp.GradScaler(device, **{**self.kwargs,'enabled':half})
+        self.scales = L()
+
+_no_bfloat16 = "this GPU does not compute in bfloat16: use precision='fp16'"
 
 # %% ../nbs/09_callbacks.ipynb #9c00000e
 class GroupNormAct(nn.GroupNorm):
     "Group norm, then the activation that the batch norm in its place had"
     def __init__(self, bn):
-        super().__init__(max(g for g in range(1,33) if bn.num_features%g==0), bn.num_features, bn.eps)
+        groups = max(g for g in range(1,33) if bn.num_features%g==0)
+        super().__init__(groups, bn.num_features, bn.eps)
         self.drop,self.act = getattr(bn,'drop',nn.Identity()),getattr(bn,'act',nn.Identity())
-        with torch.no_grad(): self.weight.copy_(bn.weight); self.bias.copy_(bn.bias)
+        with torch.no_grad():
+            self.weight.copy_(bn.weight)
+            self.bias.copy_(bn.bias)
     def forward(self, x): return self.act(self.drop(super().forward(x)))
 
 class SyncNorm:
     "Mixed into a batch norm: in training its statistics are those of all processes with a part in the batch"
     counts = True
     def forward(self, x):
-        if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size()>1): return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce
-        axes,shape,dtype,x = [i for i in range(x.ndim) if i!=1],[1,-1]+[1]*(x.ndim-2),x.dtype,x.float()
-        def _mean(x):
-            total = all_reduce(self.counts*torch.cat([x.sum(axes), x.new_full((1,), x.numel()/x.shape[1])]))
-            return total[:-1]/total[-1],total[-1]
-        mean,n = _mean(x)
+        if not (self.training and _n_processes()>1): return super().forward(x)
+        dtype,x = x.dtype,x.float()
+        shape = [1,-1]+[1]*(x.ndim-2)
+        mean,n = self._mean(x)
         if x.numel()==x.shape[1] and n<2: return super().forward(x.to(dtype)) # a batch of one value per channel
         x = x-mean.view(shape)
-        var,_ = _mean(x*x)
-        if not getattr(self, 'recomputing', False): # as `BatchNormAct3d` is told where activations are computed a second time
-            with torch.no_grad():
-                self.num_batches_tracked.add_(1)
-                for old,new in ((self.running_mean,mean),(self.running_var,var*n/(n-1))): old.lerp_(new.to(old.dtype), self.momentum)
-        x = (x*(var+self.eps).rsqrt().view(shape)*self.weight.view(shape)+self.bias.view(shape)).to(dtype)
-        return getattr(self,'act',nn.Identity())(getattr(self,'drop',nn.Identity())(x))
+        var,_ = self._mean(x*x)
+        if not getattr(self, 'recomputing', False): self._track(mean, var*n/(n-1))
+        x = x*(var+self.eps).rsqrt().view(shape)*self.weight.view(shape)+self.bias.view(shape)
+        drop,act = (getattr(self, k, nn.Identity()) for k in ('drop','act'))
+        return act(drop(x.to(dtype)))
+
+    def _mean(self, x):
+        "The mean of each channel over all processes, and over how many values it is"
+        from torch.distributed.nn.functional import all_reduce
+        axes = [i for i in range(x.ndim) if i!=1]
+        count = x.new_full((1,), x.numel()/x.shape[1])
+        total = all_reduce(self.counts*torch.cat([x.sum(axes), count]))
+        return total[:-1]/total[-1],total[-1]
+
+    @torch.no_grad()
+    def _track(self, mean, var):
+        "Move the running statistics; not where activations are computed a second time, as `BatchNormAct3d` is told"
+        self.num_batches_tracked.add_(1)
+        for old,new in ((self.running_mean,mean),(self.running_var,var)): old.lerp_(new.to(old.dtype), self.momentum)
+
+def _n_processes(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 # %% ../nbs/09_callbacks.ipynb #9c00000f
 def set_norms(
     model:nn.Module, # Changed in place
     kind:str='batch', # `'batch'`, `'frozen'`, `'group'` or `'sync'`
 ) -> nn.Module: # `model`
-    "Choose what batch norm does in small batches; the keys of the weights stay, but for the statistics that group norm has none of."
-    if kind not in ('batch','frozen','group','sync'): raise unknown_name('choice of norms', kind, ('batch','frozen','group','sync'))
-    asked = kind
-    if kind=='batch' and num_distrib()>1: kind = 'sync' # the batch is that of all processes
-    model.norms = asked
+    """Choose what batch norm does in small batches.
+
+    The keys of the weights stay, except for the statistics, which group norm does not have. Where a batch is shared by
+    several processes, `'batch'` is `'sync'`. Raises `MGMTError` on another kind.
+    Source: Wu and He 2018, arXiv:1803.08494, for group norm."""
+    kinds = 'batch','frozen','group','sync'
+    if kind not in kinds: raise unknown_name('choice of norms', kind, kinds)
+    model.norms = kind
+    if kind=='batch' and num_distrib()>1: kind = 'sync'
     norms = {n:m for n,m in model.named_modules() if isinstance(m, _BatchNorm)}
     if kind=='frozen': model.frozen_norms = [n for n in norms if n.startswith('body.')]
     for n,m in norms.items():
-        if kind=='group': parent,_,name = n.rpartition('.'); setattr(model.get_submodule(parent), name, GroupNormAct(m))
+        parent,_,name = n.rpartition('.')
+        if kind=='group': setattr(model.get_submodule(parent), name, GroupNormAct(m))
         if kind=='sync': m.__class__ = type(f'Sync{type(m).__name__}', (SyncNorm,type(m)), {})
     return model.train(model.training)
 
 # %% ../nbs/09_callbacks.ipynb #97d6795d
-_falling = set('mse rmse mae msle exp_rmspe hamming_loss brier brier_score log_loss ece mean_squared_error perplexity'.split())
+_falling = {'mse','rmse','mae','msle','exp_rmspe','hamming_loss','brier','brier_score','log_loss','ece',
+    'mean_squared_error','perplexity'}
 
 def lower_is_better(
     monitor:str, # A loss, or the name of a metric
     metrics=(), # A learner's; one that has an attribute `lower_is_better` is believed
-) -> bool:
+) -> bool: # Or is it the one with the highest?
     "Is the epoch with the lowest value the best?"
     for m in metrics:
         said = getattr(m, 'lower_is_better', None)
@@ -192,14 +263,15 @@ class SaveBest(TrackerCallback):
     order,carries = TrackerCallback.order+1,('best_epoch',)
     def __init__(self,
         fname='best.safetensors', # Relative to `learn.path`
-        monitor='valid_loss', # A loss, or the name of a metric
+        monitor:str='valid_loss', # A loss, or the name of a metric
         comp=None, # `np.less` or `np.greater`; as `lower_is_better` says if None
     ):
         super().__init__(monitor=monitor, comp=comp)
         self.fname,self.best_epoch,self.given = fname,None,comp
 
     def before_fit(self):
-        if self.given is None: self.comp = np.less if lower_is_better(self.monitor, self.learn.metrics) else np.greater
+        falls = lower_is_better(self.monitor, self.learn.metrics)
+        if self.given is None: self.comp = np.less if falls else np.greater
         super().before_fit()
         if self.run: self.best_epoch = None
 
@@ -211,22 +283,29 @@ class SaveBest(TrackerCallback):
         with atomic_path(self.path/self.fname) as tmp: save_weights(get_model(self.model), str(tmp))
 
     def after_fit(self):
-        if dist.is_available() and dist.is_initialized(): dist.barrier()
+        if _n_processes()>1: dist.barrier()
         if self.best_epoch is not None: load_weights(get_model(self.model), str(self.path/self.fname))
 
 # %% ../nbs/09_callbacks.ipynb #9c000011
 class HistoryLogger(CSVLogger):
-    "fastai's `CSVLogger` that `validate` and `lr_find` leave alone, and that goes on where an interrupted training stopped"
+    """fastai's `CSVLogger` that `validate` and `lr_find` leave alone.
+
+    It goes on where an interrupted training stopped."""
     order,carries = Recorder.order+1,('rows',)
     def before_fit(self):
         self.run = not (hasattr(self.learn,'lr_finder') or hasattr(self.learn,'gather_preds'))
         self.rows = []
+
     def after_epoch(self):
         self.rows.append([str(o) for o in self.recorder.log])
         self.write()
+
     def write(self):
+        "Write the names of the columns and all rows so far"
         if rank_distrib(): return
-        with atomic_path(self.path/self.fname) as tmp: tmp.write_text(''.join(','.join(r)+'\n' for r in [self.recorder.metric_names,*self.rows]))
+        lines = [','.join(r)+'\n' for r in [self.recorder.metric_names,*self.rows]]
+        with atomic_path(self.path/self.fname) as tmp: tmp.write_text(''.join(lines))
+
     def after_fit(self): pass
 
 # %% ../nbs/09_callbacks.ipynb #9c000013
@@ -241,33 +320,49 @@ class StopOnNaN(Callback):
     def before_train(self): self.fitting = True
     def after_loss(self):
         if not self.fitting or torch.isfinite(self.loss).all(): return
-        who = ', '.join(self.dl.batch_patients(self.iter)) if hasattr(self.dl,'batch_patients') else 'unknown'
-        spoilt = not all(torch.isfinite(p).all() for p in self.model.parameters())
-        cause = "the weights are not finite either, so an earlier step overflowed: lower lr, or set clip_norm" if spoilt else "look at these volumes, lower lr, or use precision='bf16' in place of 'fp16'"
-        self.learn.failure = TrainingError(f"the {'training' if self.training else 'validation'} loss is {self.loss.mean().item()} in epoch {self.epoch}, batch {self.iter}, patients {who}: {cause}; the last good weights are kept")
+        self.learn.failure = TrainingError(self._say_why())
         raise CancelFitException
     def after_fit(self): self.fitting = False
 
+    def _say_why(self):
+        who = ', '.join(self.dl.batch_patients(self.iter)) if hasattr(self.dl,'batch_patients') else 'unknown'
+        finite = all(torch.isfinite(p).all() for p in self.model.parameters())
+        part = 'training' if self.training else 'validation'
+        where = f"the {part} loss is {self.loss.mean().item()} in epoch {self.epoch}, batch {self.iter}, patients {who}"
+        return f"{where}: {_bad_batch if finite else _overflowed}; the last good weights are kept"
+
+_bad_batch = "look at these volumes, lower lr, or use precision='bf16' in place of 'fp16'"
+_overflowed = "the weights are not finite either, so an earlier step overflowed: lower lr, or set clip_norm"
+
 # %% ../nbs/09_callbacks.ipynb #9c000016
 class ProgressiveSize(Callback):
-    "Train the first epochs on fewer voxels: `scales` of height and width, each for as many epochs as the others; validation sees all"
+    """Train the first epochs on fewer voxels; validation sees all.
+
+    Each of the scales is used for as many epochs as the others. Raises `MGMTError` on scales that are not shares."""
     order,run_valid = -5,False
     def __init__(self,
-        scales=(.5,.75,1.), # Share of H and W, from 0 to 1
+        scales=(.5,.75,1.), # Shares of H and W, above 0 and at most 1
     ):
-        if not all(0<s<=1 for s in scales): raise MGMTError(f"scales are shares of height and width, above 0 and at most 1; received {tuple(scales)}")
         self.scales = tuple(scales)
+        if not all(0<s<=1 for s in self.scales): raise MGMTError(_no_shares(self.scales))
+
     def before_batch(self):
         s,x = self.scales[self.epoch*len(self.scales)//self.n_epoch],self.xb[0]
-        if s<1: self.learn.xb = (F.adaptive_avg_pool3d(x, [x.shape[2],*(max(1,round(n*s)) for n in x.shape[3:])]),*self.xb[1:])
+        if s==1: return
+        size = [x.shape[2], *(max(1, round(n*s)) for n in x.shape[3:])]
+        self.learn.xb = (F.adaptive_avg_pool3d(x, size),*self.xb[1:])
+
+def _no_shares(scales): return f"scales are shares of height and width, above 0 and at most 1; received {scales}"
 
 # %% ../nbs/09_callbacks.ipynb #9c000017
 class AverageWeights(Callback):
-    "Validate with, save and end with averaged weights: `'ema'`, an exponential average over steps, or `'swa'`, a mean over epochs"
+    """Validate with, save and end with averaged weights: an exponential average over steps, or a mean over epochs.
+
+    Raises `MGMTError` on another kind. Source: Izmailov et al. 2018, arXiv:1803.05407, for the mean over epochs."""
     order = TrackerCallback.order+4
     def __init__(self,
-        kind='ema', # `'ema'` or `'swa'`
-        decay:float=.99, # Of `'ema'`, a step
+        kind:str='ema', # `'ema'`, over steps, or `'swa'`, over epochs
+        decay:float=.99, # Of `'ema'`, per step
         start:float=.5, # Share of the training after which `'swa'` begins
     ):
         if kind not in ('ema','swa'): raise unknown_name('average of weights', kind, ('ema','swa'))
@@ -277,45 +372,84 @@ class AverageWeights(Callback):
     def before_fit(self):
         self.run = not hasattr(self.learn,'lr_finder')
         self.fitting,self.shown = False,False
-        with torch.no_grad(): self.avg = AveragedModel(get_model(self.model), multi_avg_fn=get_ema_multi_avg_fn(self.decay) if self.kind=='ema' else get_swa_multi_avg_fn(), use_buffers=True)
+        average = get_ema_multi_avg_fn(self.decay) if self.kind=='ema' else get_swa_multi_avg_fn()
+        with torch.no_grad(): self.avg = AveragedModel(get_model(self.model), multi_avg_fn=average, use_buffers=True)
+
     def before_train(self): self.fitting = True
     def after_step(self):
         if self.kind=='ema': self.avg.update_parameters(get_model(self.model))
+
     def after_train(self):
-        if self.kind=='swa' and (self.epoch+1>self.start*self.n_epoch or self.epoch==self.n_epoch-1): self.avg.update_parameters(get_model(self.model))
+        late = self.epoch+1>self.start*self.n_epoch or self.epoch==self.n_epoch-1
+        if self.kind=='swa' and late: self.avg.update_parameters(get_model(self.model))
+
     def before_validate(self):
-        if self.fitting and self.avg.n_averaged: self.swap(); self.shown = True
+        if self.fitting and self.avg.n_averaged: self._show(True)
+
     def after_epoch(self):
-        if self.shown: self.swap(); self.shown = False
+        if self.shown: self._show(False)
+
     def after_fit(self):
         self.fitting = False
-        best = getattr(self.learn,'save_best',None)
-        if not self.shown and self.avg.n_averaged and (best is None or best.best_epoch is None): self.swap()
+        best = getattr(self.learn, 'save_best', None)
+        kept = best is not None and best.best_epoch is not None
+        if not self.shown and self.avg.n_averaged and not kept: self.swap()
         self.avg = None
+
+    def _show(self, averaged):
+        self.swap()
+        self.shown = averaged
 
     @torch.no_grad()
     def swap(self):
-        for a,b in zip(self.avg.module.state_dict().values(), get_model(self.model).state_dict().values()):
-            t = a.clone(); a.copy_(b); b.copy_(t)
+        "Exchange the model's weights and the averaged ones"
+        pairs = zip(self.avg.module.state_dict().values(), get_model(self.model).state_dict().values())
+        for a,b in pairs:
+            kept = a.clone()
+            a.copy_(b)
+            b.copy_(kept)
+
     def state_dict(self): return {f'avg.{k}':v for k,v in self.avg.state_dict().items()}
-    def load_state_dict(self, d): self.avg.load_state_dict({k.removeprefix('avg.'):v for k,v in d.items()})
+    def load_state_dict(self,
+        d:dict, # From `state_dict`
+    ): self.avg.load_state_dict({k.removeprefix('avg.'):v for k,v in d.items()})
 
 # %% ../nbs/09_callbacks.ipynb #9c000018
 class BinaryFocalLoss(nn.Module):
     """Cross-entropy of one logit, weighted down where the network is sure and right.
 
-    Source: Lin et al. 2017, arXiv:1708.02002. fastai's own takes one logit a class."""
-    def __init__(self, gamma:float=2., pos_weight=None, reduction='mean'):
+    Source: Lin et al. 2017, arXiv:1708.02002. fastai's own takes one logit per class."""
+    def __init__(self,
+        gamma:float=2., # How strongly; 0 is cross-entropy
+        pos_weight:float=None, # Weight of the methylated patients; 1 if None
+        reduction:str='mean', # `'mean'`, `'sum'` or `'none'`
+    ):
         super().__init__()
         self.gamma,self.reduction = gamma,reduction
         self.register_buffer('pos_weight', None if pos_weight is None else torch.as_tensor(float(pos_weight)))
-    def forward(self, pred, y):
+
+    def forward(self,
+        pred:torch.Tensor, # (B,1) or (B,) logits
+        y:torch.Tensor, # (B,1) or (B,) labels, 0 or 1
+    ) -> torch.Tensor: # Of one value, or (B,) without reduction
+        "The loss of a batch"
         pred,y = (o.as_subclass(torch.Tensor).flatten().float() for o in (pred,y))
-        p = torch.where(y>.5, 1-pred.sigmoid(), pred.sigmoid())
-        loss = p**self.gamma*F.binary_cross_entropy_with_logits(pred, y, pos_weight=self.pos_weight, reduction='none')
-        return loss.mean() if self.reduction=='mean' else loss.sum() if self.reduction=='sum' else loss
-    def activation(self, x): return torch.sigmoid(x)
-    def decodes(self, x): return x>.5
+        wrong = torch.where(y>.5, 1-pred.sigmoid(), pred.sigmoid())
+        each = F.binary_cross_entropy_with_logits(pred, y, pos_weight=self.pos_weight, reduction='none')
+        loss = wrong**self.gamma*each
+        return loss if self.reduction=='none' else getattr(loss, self.reduction)()
+
+    def activation(self,
+        x:torch.Tensor, # Logits
+    ) -> torch.Tensor: # Probabilities
+        "What a logit means"
+        return torch.sigmoid(x)
+
+    def decodes(self,
+        x:torch.Tensor, # Probabilities
+    ) -> torch.Tensor: # bool
+        "What is predicted"
+        return x>.5
 
 # %% ../nbs/09_callbacks.ipynb #9c00001b
 def _all_ranks(t):
@@ -325,29 +459,58 @@ def _all_ranks(t):
     dist.all_gather(out, t)
     return torch.stack(out)
 
-def _split(d):
-    "Tensors, and what JSON holds"
-    return {k:v for k,v in d.items() if torch.is_tensor(v)}, {k:v for k,v in d.items() if not torch.is_tensor(v)}
-
 _carried = {TrackerCallback:('best','wait'), ParamScheduler:('hps',)} # what fastai's own hold from one epoch to the next
 
 def _cb_state(cb):
     "What a callback says that it carries from one epoch to the next: `state_dict`, or the attributes named in `carries`"
     if hasattr(type(cb),'state_dict'): return cb.state_dict()
-    names = [*getattr(cb,'carries',()), *(k for c,ks in _carried.items() if isinstance(cb,c) for k in ks)]
+    names = [*getattr(cb,'carries',())]
+    for c,ks in _carried.items():
+        if isinstance(cb, c): names += ks
     return {k:vars(cb)[k] for k in names if k in vars(cb)}
 
+def _set_cb_state(cb, state):
+    if hasattr(type(cb),'load_state_dict'): cb.load_state_dict(state)
+    else: vars(cb).update(state)
+
+class _State:
+    "Nested states as `tensors` by their full name, and `plain`, what JSON holds"
+    def __init__(self, tensors=None): self.tensors = {} if tensors is None else tensors
+    def add(self, prefix, state):
+        "Take the tensors of a state; returns the rest"
+        for k,v in state.items():
+            if torch.is_tensor(v): self.tensors[f'{prefix}.{k}'] = v
+        return {k:v for k,v in state.items() if not torch.is_tensor(v)}
+    def get(self, prefix, plain=None):
+        "A state as it was: its rest, and its tensors"
+        own = {k:v for k,v in self.tensors.items() if k.startswith(prefix+'.')}
+        return {**(plain or {}), **{k.removeprefix(prefix+'.'):v for k,v in own.items()}}
+
+# %% ../nbs/09_callbacks.ipynb #53df498c
 def _rng_state(device):
+    "Python's and numpy's generators as JSON, torch's as tensors with one row per process"
     py,(kind,keys,*rest) = random.getstate(),np.random.get_state()
     tensors = {'rng.torch': torch.get_rng_state()}
     if device.type=='cuda': tensors['rng.cuda'] = torch.cuda.get_rng_state(device)
-    return tensors, dict(python=[py[0],list(py[1]),py[2]], numpy=[kind,keys.tolist(),*rest])
+    rows = {k:_all_ranks(v.to(device)) for k,v in tensors.items()}
+    return rows,dict(python=_plain_random(py), numpy=[kind,keys.tolist(),*rest])
 
+def _set_rng_state(tensors, plain, device):
+    _set_random(random, plain['python'])
+    kind,keys,*rest = plain['numpy']
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    rank = rank_distrib()%len(tensors['rng.torch'])
+    torch.set_rng_state(tensors['rng.torch'][rank].clone()) # it reads from the start of the storage, whatever the view
+    if 'rng.cuda' in tensors and device.type=='cuda': torch.cuda.set_rng_state(tensors['rng.cuda'][rank], device)
+
+def _plain_random(state): return [state[0],list(state[1]),state[2]]
 def _set_random(r, state): r.setstate((state[0],tuple(state[1]),state[2]))
 
 # %% ../nbs/09_callbacks.ipynb #9c00001c
 class Checkpoint(Callback):
-    "After every epoch write all that a training needs to go on to `learn.path/fname`; if the file is there when a training begins, go on from it"
+    """After every epoch write all that a training needs to go on to `learn.path/fname`.
+
+    If the file is there when a training begins, the training goes on from it."""
     order = TrackerCallback.order+5
     def __init__(self,
         fname='checkpoint.safetensors', # Relative to `learn.path`
@@ -355,83 +518,118 @@ class Checkpoint(Callback):
     ):
         self.fname,self.key = fname,json.loads(json.dumps(key or {}))
 
-    def read(self, path):
-        "What the checkpoint in a folder says; `None` if there is none"
+    def read(self,
+        path, # Folder
+    ) -> dict: # None if there is none
+        "What the checkpoint in a folder says. Raises `TrainingError` if it is damaged."
         file = Path(path)/self.fname
         if not file.exists(): return None
         try:
             with safe_open(str(file), framework='pt') as f: return json.loads(f.metadata()['state'])
         except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as e:
-            raise TrainingError(f"{file} is not a checkpoint, or damaged ({type(e).__name__}): delete it to begin anew, or give another folder") from e
+            raise TrainingError(_no_checkpoint(file, e)) from e
 
-    def check(self, path):
-        "The epochs that the checkpoint in a folder has behind it. Raises `TrainingError` if it is damaged, or of another training; only the limit of epochs may have been raised"
+    def check(self,
+        path, # Folder
+    ) -> int: # Epochs
+        """The epochs that the checkpoint in a folder has behind it.
+
+        Raises `TrainingError` if it is damaged, or of another training; only the limit of epochs may have been raised."""
         d = self.read(path)
         if d is None: return 0
-        differ,done = key_changes(d['key'], self.key, but=('epochs',)) if self.key else [],d['epoch']+1
+        differ = key_changes(d['key'], self.key, but=('epochs',)) if self.key else []
+        done = d['epoch']+1
         limit = self.key.get('recipe', {}).get('epochs', done)
         if limit<done: differ.append(f"'epochs': {done} are done there, {limit} asked for now")
-        if not differ: return done
-        since = '; or the store has changed since' if any('volumes' in o for o in differ) else ''
-        raise TrainingError(f"{path} holds the checkpoint of another training{since}: {'; '.join(differ)}; give another folder, or delete {self.fname} to begin anew")
+        if differ: raise TrainingError(_other_training(path, self.fname, differ))
+        return done
 
     def before_fit(self):
         self.run = not (hasattr(self.learn,'lr_finder') or hasattr(self.learn,'gather_preds'))
         if self.run and self.check(self.path): self.restore()
 
     def after_epoch(self):
-        dl,opt,rec = self.dls.train,self.opt.state_dict(),self.recorder
-        tensors,rng = _rng_state(self.dls.device)
-        tensors = {k:_all_ranks(v.to(self.dls.device)) for k,v in tensors.items()}
+        rows,rng = _rng_state(self.dls.device)
         if rank_distrib(): return
-        d = dict(key=self.key, epoch=self.epoch, train_iter=self.train_iter, rng=rng, hypers=[dict(h) for h in opt['hypers']], opt=[], cbs={},
-            loaders=[[s[0],list(s[1]),s[2]] for o in self.dls for s in [o.rng.getstate()]], drawn=[t.drawn for t in getattr(dl,'augs',())],
-            scaler=getattr(self.learn,'scaler',None) and self.learn.scaler.state_dict(), recorder=dict(lrs=rec.lrs, iters=rec.iters, values=[list(v) for v in rec.values]))
-        def _add(prefix, state):
-            t,j = _split(state)
-            tensors.update({f'{prefix}.{k}':v for k,v in t.items()})
-            return j
-        _add('model', get_model(self.model).state_dict())
-        d['opt'] = [_add(f'opt.{i}', s) for i,s in enumerate(opt['state'])]
-        d['cbs'] = {cb.name: _add(f'cbs.{cb.name}', _cb_state(cb)) for cb in self.learn.cbs}
-        d['smooth'] = _add('smooth', vars(rec.smooth_loss))
-        tensors['losses'] = torch.stack([torch.as_tensor(o).cpu() for o in rec.losses]) if rec.losses else torch.zeros(0)
-        tensors = {k:v.detach().clone(memory_format=torch.contiguous_format).cpu() for k,v in tensors.items()}
-        with atomic_path(self.path/self.fname) as tmp: st.save_file(tensors, str(tmp), metadata=dict(state=json.dumps(d, default=lambda o: o.item())))
+        state = _State(rows)
+        d = dict(key=self.key, epoch=self.epoch, train_iter=self.train_iter, rng=rng, **self._loaders())
+        d |= self._optimiser(state) | self._recorded(state)
+        state.add('model', get_model(self.model).state_dict())
+        d['cbs'] = {cb.name: state.add(f'cbs.{cb.name}', _cb_state(cb)) for cb in self.learn.cbs}
+        tensors = {k:_packed(v) for k,v in state.tensors.items()}
+        said = json.dumps(d, default=lambda o: o.item())
+        with atomic_path(self.path/self.fname) as tmp: st.save_file(tensors, str(tmp), metadata=dict(state=said))
+
+    def _loaders(self):
+        "Where the loaders' order and the augmentation are"
+        drawn = [t.drawn for t in getattr(self.dls.train, 'augs', ())]
+        return dict(loaders=[_plain_random(o.rng.getstate()) for o in self.dls], drawn=drawn)
+
+    def _optimiser(self, state):
+        "Rates and the like; moments go to the tensors"
+        opt,scaler = self.opt.state_dict(),getattr(self.learn, 'scaler', None)
+        moments = [state.add(f'opt.{i}', s) for i,s in enumerate(opt['state'])]
+        return dict(hypers=[dict(h) for h in opt['hypers']], opt=moments, scaler=scaler and scaler.state_dict())
+
+    def _recorded(self, state):
+        "What the recorder has seen"
+        rec = self.recorder
+        losses = [torch.as_tensor(o).cpu() for o in rec.losses]
+        state.tensors['losses'] = torch.stack(losses) if losses else torch.zeros(0)
+        seen = dict(lrs=rec.lrs, iters=rec.iters, values=[list(v) for v in rec.values])
+        return dict(recorder=seen, smooth=state.add('smooth', vars(rec.smooth_loss)))
 
     def restore(self):
-        file = str(self.path/self.fname)
-        with safe_open(file, framework='pt') as f: d = json.loads(f.metadata()['state'])
-        tensors = st.load_file(file)
-        def _get(prefix, plain=None): return {**(plain or {}), **{k.removeprefix(prefix+'.'):v for k,v in tensors.items() if k.startswith(prefix+'.')}}
-        get_model(self.model).load_state_dict(_get('model'))
-        params = [p for p,*_ in self.opt.all_params()]
-        self.opt.load_state_dict(dict(hypers=L(d['hypers']), state=[{k: torch.empty_like(p).copy_(v) if torch.is_tensor(v) and v.shape==p.shape else v for k,v in _get(f'opt.{i}',s).items()} for i,(p,s) in enumerate(zip(params,d['opt']))]))
-        if d['scaler']: self.learn.scaler.load_state_dict(d['scaler'])
-        for cb in self.learn.cbs:
-            state = _get(f'cbs.{cb.name}', d['cbs'].get(cb.name))
-            if hasattr(type(cb),'load_state_dict'): cb.load_state_dict(state)
-            else: vars(cb).update(state)
-        rec = self.recorder
-        rec.lrs,rec.iters,rec.values,rec.losses = d['recorder']['lrs'],d['recorder']['iters'],[L(v) for v in d['recorder']['values']],list(tensors['losses'])
-        vars(rec.smooth_loss).update(_get('smooth', d['smooth']))
+        "Put everything back where the checkpoint says it was"
+        d,state = self.read(self.path),_State(st.load_file(str(self.path/self.fname)))
+        get_model(self.model).load_state_dict(state.get('model'))
+        self._restore_optimiser(d, state)
+        for cb in self.learn.cbs: _set_cb_state(cb, state.get(f'cbs.{cb.name}', d['cbs'].get(cb.name)))
+        self._restore_recorder(d, state)
         self.learn.first_epoch,self.learn.train_iter = d['epoch']+1,d['train_iter']
-        bar = getattr(getattr(self.learn,'progress',None),'mbar',None)
+        for dl,s in zip(self.dls, d['loaders']): _set_random(dl.rng, s)
+        for t,k in zip(getattr(self.dls.train,'augs',()), d['drawn']): t.drawn = k
+        _set_rng_state(state.tensors, d['rng'], self.dls.device)
+
+    def _restore_optimiser(self, d, state):
+        params = [p for p,*_ in self.opt.all_params()]
+        moments = [_laid_out(state.get(f'opt.{i}', s), p) for i,(p,s) in enumerate(zip(params, d['opt']))]
+        self.opt.load_state_dict(dict(hypers=L(d['hypers']), state=moments))
+        if d['scaler']: self.learn.scaler.load_state_dict(d['scaler'])
+
+    def _restore_recorder(self, d, state):
+        rec,seen = self.recorder,d['recorder']
+        rec.lrs,rec.iters,rec.values = seen['lrs'],seen['iters'],[L(v) for v in seen['values']]
+        rec.losses = list(state.tensors['losses'])
+        vars(rec.smooth_loss).update(state.get('smooth', d['smooth']))
+        bar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
         if bar: bar.update(0) # its clock starts at the first epoch, which is not run again
-        for dl,s in zip(self.dls,d['loaders']): _set_random(dl.rng, s)
-        for t,k in zip(getattr(self.dls.train,'augs',()),d['drawn']): t.drawn = k
-        _set_random(random, d['rng']['python']); np.random.set_state((d['rng']['numpy'][0],np.array(d['rng']['numpy'][1],dtype=np.uint32),*d['rng']['numpy'][2:]))
-        rank = rank_distrib()%len(tensors['rng.torch'])
-        torch.set_rng_state(tensors['rng.torch'][rank].clone()) # it reads from the start of the storage, whatever the view
-        if 'rng.cuda' in tensors and self.dls.device.type=='cuda': torch.cuda.set_rng_state(tensors['rng.cuda'][rank], self.dls.device)
+
+def _packed(v): return v.detach().clone(memory_format=torch.contiguous_format).cpu()
+
+def _laid_out(state, p):
+    "A parameter's state, its tensors in memory as the parameter is"
+    def _as(v): return torch.empty_like(p).copy_(v) if torch.is_tensor(v) and v.shape==p.shape else v
+    return {k:_as(v) for k,v in state.items()}
+
+def _no_checkpoint(file, e):
+    return f"{file} is not a checkpoint, or damaged ({type(e).__name__}): delete it to begin anew, or give another folder"
+
+def _other_training(path, fname, differ):
+    since = '; or the store has changed since' if any('volumes' in o for o in differ) else ''
+    why = '; '.join(differ)
+    return (f"{path} holds the checkpoint of another training{since}: {why}; give another folder, "
+        f"or delete {fname} to begin anew")
 
 # %% ../nbs/09_callbacks.ipynb #9c00001e
 class DistributedTraining(Callback):
-    "Train on the processes that `accelerate launch` started; each takes its part of every batch of `mgmt_dls`. Raises `MGMTError` without accelerate"
+    """Train on the processes that `accelerate launch` started; each takes its part of every batch of `mgmt_dls`.
+
+    Raises `MGMTError` without accelerate."""
     order = MixedPrecision.order-2
     def __init__(self):
         try: from accelerate import Accelerator
-        except ImportError as e: raise MGMTError("training on several processes needs accelerate: pip install 'mgmt_fast[scale]'") from e
+        except ImportError as e: raise MGMTError(_no_accelerate) from e
         self.accelerator = Accelerator(mixed_precision='no')
 
     def before_fit(self):
@@ -441,7 +639,9 @@ class DistributedTraining(Callback):
         self.learn.model = a.prepare_model(self.model)
         if self.me: torch.manual_seed(torch.initial_seed()+self.me)
 
-    def sizes(self): return [p.stop-p.start for p in self.dl.parts(self.iter)]
+    def sizes(self) -> list: # One number per process
+        "Patients of the batch under way that each process has"
+        return [p.stop-p.start for p in self.dl.parts(self.iter)]
 
     def before_batch(self):
         for m in self.model.modules():
@@ -451,7 +651,9 @@ class DistributedTraining(Callback):
         if self.training: return
         self.learn.pred,self.learn.yb = self.whole(self.pred),tuple(self.whole(y) for y in self.yb)
 
-    def whole(self, t):
+    def whole(self,
+        t:torch.Tensor, # (b,...) this process' rows of a batch
+    ) -> torch.Tensor: # (B,...)
         "The rows of all processes, in the order of the batch"
         sizes,t = self.sizes(),t.detach().as_subclass(torch.Tensor)
         row = t.new_zeros(max(1,max(sizes)), *t.shape[1:])
@@ -469,3 +671,5 @@ class DistributedTraining(Callback):
     def after_fit(self):
         self.learn.model = self.accelerator.unwrap_model(self.model)
         for dl in self.dls: dl.rank,dl.world = 0,1
+
+_no_accelerate = "training on several processes needs accelerate: pip install 'mgmt_fast[scale]'"

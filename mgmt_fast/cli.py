@@ -7,12 +7,12 @@ __all__ = ['mgmt_audit', 'mgmt_phantom', 'mgmt_prepare', 'mgmt_train', 'mgmt_pre
            'mgmt_evaluate', 'mgmt_external', 'mgmt_leakage', 'mgmt_kaggle', 'mgmt_demo']
 
 # %% ../nbs/90_cli.ipynb #4eea66c0
-import functools, sys, time
+import functools, re, sys, time
 from pathlib import Path
 
 from .core import *
-from fastcore.script import call_parse
-from .cohort import cohort_report, find_cohort, kaggle_cohort
+from fastcore.script import anno_parser
+from .cohort import cohort_report, find_cohort, kaggle_cohort, read_labels
 from .phantom import make_phantom, phantom_bound, read_side_table
 from .prepare import VolumeStore, prepare
 from .loader import mgmt_dls, show_batch
@@ -23,14 +23,25 @@ from .report import plot_history, plot_roc
 from .audit import audit
 
 # %% ../nbs/90_cli.ipynb #58687678
+_STOPPED = ('interrupted: run the same command again; all but phantoms, predictions and external tests go on where they'
+    ' stopped')
+
+def _from_command_line(f):
+    "The arguments of a command as they were typed, with `-` or `_` in the names of options"
+    typed = [re.sub(r'^--[a-z-]+', lambda m: '--'+m[0][2:].replace('-','_'), o) for o in sys.argv[1:]]
+    given = vars(anno_parser(f, Path(sys.argv[0]).stem).parse_args(typed))
+    return {k:v for k,v in given.items() if k not in ('pdb','xtra')}
+
 def _command(f):
-    "Errors that we raise on purpose become one line and an exit code; others keep their traceback"
+    "A function that is a command too: errors that we raise on purpose become one line and an exit code"
     @functools.wraps(f)
     def _f(*args, **kwargs):
+        typed = not (args or kwargs) and Path(sys.argv[0]).stem==f.__name__
+        if typed: kwargs = _from_command_line(f)
         try: return f(*args, **kwargs)
         except MGMTError as e: print(f'error: {e}', file=sys.stderr); return 2
-        except KeyboardInterrupt: print('interrupted: run the same command again; all but phantoms, predictions and external tests go on where they stopped', file=sys.stderr); return 130
-    return call_parse(_f)
+        except KeyboardInterrupt: print(_STOPPED, file=sys.stderr); return 130
+    return _f
 
 def _say_report(report, what):
     "Print the rows that matter, count the others; 1 if a patient or sequence was lost"
@@ -48,6 +59,13 @@ def _cohort(root, most=20, **kwargs):
     for r in report[:most].itertuples(): print(f"  {r.patient} {r.sequence}: {r.problem}; {r.what_to_do}")
     if len(report)>most: print(f'  and {len(report)-most} more')
     return cohort
+
+def _store(path, labels=None, id_col=None, label_col=None):
+    "A store, with the labels of a table in place of those that it knows"
+    if labels is None and (id_col or label_col): raise MGMTError(_no_table(id_col or label_col))
+    return VolumeStore(path, labels if labels is None else read_labels(labels, id_col, label_col))
+
+def _no_table(column): return f"{column!r} names a column of a label table, and none was given: add --labels TABLE"
 
 # %% ../nbs/90_cli.ipynb #bad12659
 @_command
@@ -114,10 +132,12 @@ def mgmt_train(
     bs:int=None, # Patients per batch; the recipe's if not given
     seed:int=0, # Of folds, order and initial weights
     recipe:str=None, # Recipe, by name or as a YAML file such as a training writes; the store's if not given
-    labels:Path=None, # Label table that goes before what the store knows
+    labels:Path=None, # Label table, in place of what the store knows
+    id_col:str=None, # Column of the label table that holds the patients; known names are found
+    label_col:str=None, # Column of the label table that holds the labels; known names are found
 ):
     "Train one model on a store; writes model.safetensors, model.json, history.csv and figures. Run again to finish after a stop; with `accelerate launch` before it, on several processes"
-    store = VolumeStore(store, labels)
+    store = _store(store, labels, id_col, label_col)
     learn = _train(store, dest, _recipe(store, recipe, arch=arch, epochs=epochs, lr=lr, bs=bs), sequences, fold=fold, seed=seed)
     if rank_distrib(): return 0
     v = learn.recorder.values[learn.save_best.best_epoch]
@@ -209,11 +229,15 @@ def mgmt_sweep(
     seed:int=0, # Of folds, order and initial weights
     recipe:str=None, # Recipe, by name or as a YAML file; the store's if not given
     n_jobs:int=1, # Runs at once
+    labels:Path=None, # Label table, in place of what the store knows
+    id_col:str=None, # Column of the label table that holds the patients; known names are found
+    label_col:str=None, # Column of the label table that holds the labels; known names are found
     scheduler:str=None, # Address of a dask scheduler, e.g. tcp://host:8786, to run on its workers
 ):
     "Train a table of runs, a row each into sweep.csv; run again to finish after a stop"
     keep_freed_memory()
-    recipe = _recipe(VolumeStore(store), recipe, epochs=epochs, lr=lr, bs=bs)
+    store = _store(store, labels, id_col, label_col)
+    recipe = _recipe(store, recipe, epochs=epochs, lr=lr, bs=bs)
     runs = pd.read_csv(table) if table else sweep_table(archs.split(','), sequences.split(','), [int(f) for f in folds.split(',')])
     if scheduler:
         from dask.distributed import Client
@@ -252,13 +276,15 @@ def mgmt_evaluate(
     lr:float=None, # Learning rate; the recipe's if not given
     bs:int=None, # Patients per batch; the recipe's if not given
     recipe:str=None, # Recipe, by name or as a YAML file; the store's if not given
-    labels:Path=None, # Label table that goes before what the store knows
+    labels:Path=None, # Label table, in place of what the store knows
+    id_col:str=None, # Column of the label table that holds the patients; known names are found
+    label_col:str=None, # Column of the label table that holds the labels; known names are found
     clinical:Path=None, # Table with patient and any of site, scanner, sex, age
     bundle:Path=None, # Folder for all models, frozen for `mgmt_external`
 ):
     "Cross-validate, and write what can be said of it: tables, figures and one page; run again to finish after a stop"
     keep_freed_memory()
-    dest,store = Path(dest),VolumeStore(store, labels)
+    dest,store = Path(dest),_store(store, labels, id_col, label_col)
     recipe = _recipe(store, recipe, epochs=epochs, lr=lr, bs=bs)
     save_recipe(recipe, dest/'recipe.yaml')
     oof = cross_validate(store, dest, archs and archs.split(','), store.sequences if sequences=='all' else sequences, recipe, folds, repeats, seeds, seed, inner=inner, nested=nested, tta=tta)
@@ -288,7 +314,9 @@ def mgmt_external(
     patient_col:str=None, # Column of the label table that says whose each id is, where a patient has several
 ):
     "Test a frozen bundle on patients from elsewhere, once; whatever would be chosen there was chosen before"
-    cohort = VolumeStore(root, labels) if (Path(root)/'store.json').exists() else _cohort(root, labels=labels, split=split, choices=choices, id_col=id_col, label_col=label_col, patient_col=patient_col)
+    columns = dict(id_col=id_col, label_col=label_col)
+    if (Path(root)/'store.json').exists(): cohort = _store(root, labels, **columns)
+    else: cohort = _cohort(root, labels=labels, split=split, choices=choices, patient_col=patient_col, **columns)
     res = external_test(bundle, cohort, dest, leakage, override.split(',') if override else ())
     for part in ('all','without_suspected'):
         if res[part] and 'why' in res[part]: print(f"{part}: {res[part]['why']}")

@@ -15,7 +15,6 @@ from fastcore.all import *
 from scipy import stats
 
 from .core import *
-from .prepare import _one_thread
 from .register import *
 from .fingerprints import SmallCopies, in_parallel
 
@@ -48,7 +47,7 @@ def _pictures(part):
     _,A,i,*_ = part[0]
     return np.array(A.rows[i]),[np.array(B.rows[j]) for *_,B,j in part]
 
-@_one_thread()
+@one_thread()
 def _confirm(fixed, movings):
     "Register several small copies onto one"
     fixed = Structure(fixed)

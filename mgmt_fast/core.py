@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SEQUENCES', 'MGMTError', 'unknown_name', 'check_sequences', 'Volume', 'montage', 'TensorMR', 'rng_for',
            'seed_everything', 'make_folder', 'atomic_path', 'write_json', 'reserve_array', 'array_start', 'track',
-           'fault_log', 'log_fault', 'Allowed', 'choice', 'check_choice', 'same_choices', 'choice_names', 'Recipe',
-           'get_recipe', 'save_recipe', 'read_recipe', 'follow_recipe']
+           'worker_init', 'one_thread', 'fault_log', 'log_fault', 'Allowed', 'choice', 'check_choice', 'same_choices',
+           'choice_names', 'Recipe', 'get_recipe', 'save_recipe', 'read_recipe', 'follow_recipe']
 
 # %% ../nbs/00_core.ipynb #3cf4ead2
-import difflib, io, json, math, numbers, os, re, tempfile, traceback, warnings, zlib
+import difflib, io, json, math, numbers, os, re, signal, tempfile, traceback, warnings, zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -267,6 +267,21 @@ def track(
 ): # The items
     "A progress bar around a loop, as fastai shows it."
     return progress_bar(items, total=total, leave=False) if progress else items
+
+# %% ../nbs/00_core.ipynb #d3dc9244
+def worker_init():
+    "For a pool's worker: one thread, since there is one process per core, and Ctrl-C is left to the parent."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+# %% ../nbs/00_core.ipynb #0debb72c
+@contextmanager
+def one_thread():
+    "Within it, or in a function decorated with it, torch uses one thread."
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(n)
 
 # %% ../nbs/00_core.ipynb #8a8ee713
 def fault_log() -> Path: # `MGMT_FAST_LOG` where that is set, else a file in the user's cache

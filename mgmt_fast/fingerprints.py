@@ -18,10 +18,10 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from .core import *
-from .series import SeriesError, read_sequence, _find
-from .prepare import VolumeStore, _one_thread, resample
+from .series import SeriesError, read_sequence, find_stacks
+from .grids import resample
+from .prepare import VolumeStore
 from .register import *
-from .register import _agreement, _centre, _descend, _grid, _sample, _search
 from .runs import key_digest, volume_key
 
 # %% ../nbs/05_fingerprints.ipynb #9a604d26
@@ -189,7 +189,7 @@ class ScanSet:
 def _read_hashed(row, seq):
     "A cohort's volume, and hashes of its UIDs"
     path,index = row[seq],row.get(f'{seq}_index')
-    try: found,vol = _find(path),read_sequence(row, seq)
+    try: found,vol = find_stacks(path),read_sequence(row, seq)
     except SeriesError as e: raise SeriesError(str(e).replace(str(path), seq)) from None
     frames = [] if isinstance(found, Path) else found[0 if pd.isna(index) else int(index)]
     uids = set()
@@ -305,9 +305,9 @@ def small_copies(
     "Read each volume once and keep its small copy. A volume that cannot be used is a fact of its row."
     contents = [scans.content(i, seq) if scans.has(i, seq) else None for i in range(len(scans.patients))]
     def _compute(todo): return in_parallel(small_copy, ((scans,i,seq) for i in todo), len(todo), n_workers, progress)
-    return SmallCopies(scans, seq, *keep_rows(folder, f'small_{seq}', scans.key, contents, _grid, np.uint8, _compute))
+    return SmallCopies(scans, seq, *keep_rows(folder, f'small_{seq}', scans.key, contents, SMALL_SHAPE, np.uint8, _compute))
 
-@_one_thread()
+@one_thread()
 def small_copy(
     scans:ScanSet, # Whose volume to read
     i:int, # Which patient
@@ -331,10 +331,10 @@ def _template(y, w):
 
 def _pose(template, s, k=2):
     "Where the template's voxels lie in a brain"
-    starts = _search(template, s, k)
-    found = [_descend(template.coarse, s.coarse, turn, shift, 12) for _,turn,shift in starts]
+    starts = find_starts(template, s, k)
+    found = [refine_pose(template.coarse, s.coarse, turn, shift, 12) for _,turn,shift in starts]
     def _fit(pose):
-        ncc,overlap = _agreement(template.coarse, s.coarse, *pose)
+        ncc,overlap = pose_agreement(template.coarse, s.coarse, *pose)
         return ncc*min(1, overlap/.7)
     return max(found, key=_fit)
 
@@ -342,12 +342,12 @@ def _on_template(template, small):
     "A brain's local contrast and weights in the template's pose"
     s = Structure(small)
     turn,shift = _pose(template, s)
-    at = torch.meshgrid(*map(torch.arange, _grid), indexing='ij')
-    q = torch.stack(at, -1).reshape(-1,3)-_centre
-    return _sample(torch.stack([s.y*s.w,s.w])[None], q@turn.T+shift).reshape(2,*_grid)
+    at = torch.meshgrid(*map(torch.arange, SMALL_SHAPE), indexing='ij')
+    q = torch.stack(at, -1).reshape(-1,3)-SMALL_CENTRE
+    return sample_field(torch.stack([s.y*s.w,s.w])[None], q@turn.T+shift).reshape(2,*SMALL_SHAPE)
 
 # %% ../nbs/05_fingerprints.ipynb #60b9e213
-@_one_thread()
+@one_thread()
 def average_brain(
     smalls, # (n,48,56,48) uint8, small copies
     rounds:int=3, # Of alignment on the average so far
@@ -374,7 +374,7 @@ def template_points(
     template:Structure, # From `average_brain`
 ) -> tuple: # (K,3) voxels from the centre, and for each point the number of its mirror image (K,)
     "Points 8 mm apart that lie inside the template."
-    half = [n//2 for n in _grid]
+    half = [n//2 for n in SMALL_SHAPE]
     inside = (torch.nn.functional.avg_pool3d(template.w[None], 2)[0]>.5)
     inside = inside & inside.flip(2)
     at = inside.nonzero()
@@ -383,7 +383,7 @@ def template_points(
     return (at-(torch.tensor(half)-1)/2)*2, number.flip(2)[inside].numpy()
 
 # %% ../nbs/05_fingerprints.ipynb #c4125657
-@_one_thread()
+@one_thread()
 def fingerprint(
     small, # (48,56,48) uint8, from `low_resolution`
     template:Structure, # From `average_brain`
@@ -391,7 +391,7 @@ def fingerprint(
     "What of a brain can be compared by a product."
     s = Structure(small)
     turn,shift = _pose(template, s)
-    y,w = _sample(s.coarse.field, template_points(template)[0]@turn.T+shift)
+    y,w = sample_field(s.coarse.field, template_points(template)[0]@turn.T+shift)
     return torch.where(w>.5, y, 0).numpy().astype(np.float16)
 
 # %% ../nbs/05_fingerprints.ipynb #4640d575

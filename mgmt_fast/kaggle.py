@@ -19,7 +19,8 @@ from scipy.special import expit
 from .core import *
 from . import __version__
 from .moves import moved_from
-from .series import has_skull, read_volume
+from .series import read_volume
+from .skull import has_skull
 from .cohort import id_key, kaggle_cohort, read_labels, tcga_cohort
 from .phantom import draw_patients, make_phantom, render_patient
 from .prepare import VolumeStore, prepare

@@ -21,83 +21,125 @@ from . import __version__
 from .core import *
 from .moves import moved_from
 from .cohort import id_key, patient_key, _read_table
-from .prepare import _one_thread, resize
+from .grids import resize
 from .register import *
-from .register import _centre, _grid, _sample
-from .fingerprints import (LeakageError, ScanSet, SmallCopies, common_brain, compare_fingerprints,
-    PERTURBATIONS, draw_perturbation, in_parallel, keep_rows, kept_fingerprints, perturb, small_copies, small_copy, template_points)
+from .fingerprints import (PERTURBATIONS, LeakageError, ScanSet, SmallCopies, common_brain, compare_fingerprints,
+    draw_perturbation, in_parallel, keep_rows, kept_fingerprints, perturb, small_copies, small_copy, template_points)
 from .confirm import ENOUGH, MeasuredNull, Null, choose_null, confirm_pairs, pair_score, plot_null
 
 # %% ../nbs/14_leakage.ipynb #047f419d
 _alarms = dict(text=(.8,all), code=(.9,any))
-choice('leakage', 'published_alarm', "when the thesis' check reports a pair: 'text', cross-correlation and mutual information both above .8; 'code', either above .9", default='text', published='text')
+choice('leakage', 'published_alarm', "when the thesis' check reports a pair: 'text', cross-correlation and mutual "
+    "information both above .8; 'code', either above .9", default='text', published='text')
 
 # %% ../nbs/14_leakage.ipynb #8b2e42a6
 def published_similarity(
     a:np.ndarray, # (D,H,W)
     b:np.ndarray, # (D,H,W); resized to the shape of `a` if it has another
-) -> NS: # `xcorr`: largest value of the full normalised cross-correlation of the flattened arrays; `mi`: mutual information of raw values, nats
-    "The similarity that the thesis computed for a pair: background included, and unbounded."
+) -> NS: # `xcorr` and `mi`, see below
+    """The similarity that the thesis computed for a pair: background included, and unbounded.
+
+    `xcorr` is the largest value of the full normalised cross-correlation of the flattened arrays, `mi` the mutual
+    information of the raw values in nats."""
     if a.shape!=b.shape: b = resize(torch.from_numpy(np.array(b)), a.shape).numpy().round()
-    x,y = ((o.ravel()-o.mean())/max(o.std(), 1e-9) for o in (np.asarray(a, float), np.asarray(b, float)))
-    return NS(xcorr=float(correlate(x, y).max()/np.sqrt((x@x)*(y@y))), mi=float(mutual_info_score(a.ravel(), b.ravel())))
+    x,y = (_standardised(np.asarray(o, float).ravel()) for o in (a,b))
+    xcorr = correlate(x, y).max()/np.sqrt((x@x)*(y@y))
+    return NS(xcorr=float(xcorr), mi=float(mutual_info_score(a.ravel(), b.ravel())))
+
+def _standardised(x): return (x-x.mean())/max(x.std(), 1e-9)
 
 # %% ../nbs/14_leakage.ipynb #fd1c12de
 def _sequence_pairs(sequences, a, b):
+    "Pairs of sequences to compare, the training set's and the test set's"
     have = a.sequences(),b.sequences()
     if sequences is None:
-        res = [(s,s) for s in have[0] if s in have[1]]
-        if not res: raise LeakageError(f"the two sets share no sequence: train has {', '.join(have[0]) or 'none'}, test has {', '.join(have[1]) or 'none'}. To compare two different ones on purpose, name them: sequences=[('T1w','T1wCE')]")
-        return res
+        both = [(s,s) for s in have[0] if s in have[1]]
+        if not both: raise LeakageError(_none_shared(*have))
+        return both
     items = sequences.split(',') if isinstance(sequences, str) else list(sequences)
-    res = []
-    for o in items:
-        s,u = (o,o) if isinstance(o, str) else o
-        check_sequences([s]); check_sequences([u])
-        s,u = s.strip(),u.strip()
-        for k,seq,side in ((0,s,a),(1,u,b)):
-            if seq not in have[k]: raise LeakageError(f"no patient of {side.name} has {seq}: it has {', '.join(have[k]) or 'no sequence'}. Leave it out, or compare two different sequences by name: sequences=[('T1w','T1wCE')]")
-        res.append((s,u))
+    res = [_sequence_pair(o, (a,b), have) for o in items]
     if len(set(res))<len(res): raise LeakageError(f"sequences must be distinct; received {sequences}")
     return res
 
+def _sequence_pair(item, sides, have):
+    "One pair of sequences, which both sets have"
+    pair = (item,item) if isinstance(item, str) else item
+    for s in pair: check_sequences([s])
+    pair = tuple(s.strip() for s in pair)
+    for seq,side,there in zip(pair, sides, have):
+        if seq not in there: raise LeakageError(_nobody_has(seq, side, there))
+    return pair
+
+_on_purpose = "two different sequences by name: sequences=[('T1w','T1wCE')]"
+
+def _none_shared(train, test):
+    train,test = (', '.join(o) or 'none' for o in (train,test))
+    return (f"the two sets share no sequence: train has {train}, test has {test}. "
+        "To compare two different ones on purpose, name them: sequences=[('T1w','T1wCE')]")
+
+def _nobody_has(seq, side, there):
+    has = ', '.join(there) or 'no sequence'
+    return f"no patient of {side.name} has {seq}: it has {has}. Leave it out, or compare {_on_purpose}"
+
+# %% ../nbs/14_leakage.ipynb #5af5e88c
 _bare = 'equal patient number' # two sources may number their patients alike, so the images must agree
 
 def _id_map(ids):
+    "Which training id means which test id"
     if ids is None: return {}
     if isinstance(ids, dict): return {id_key(k):id_key(v) for k,v in ids.items()}
     df = ids if isinstance(ids, pd.DataFrame) else _read_table(ids, dtype=str)
-    if df.shape[1]<2: raise LeakageError(f"an id map has two columns, the training set's ids and the test set's; received {list(df.columns)}")
-    return {id_key(k):id_key(v) for k,v in df.iloc[:,:2].dropna().itertuples(index=False)}
+    if df.shape[1]<2: raise LeakageError(_one_column(df))
+    two = df.iloc[:,:2].dropna()
+    return {id_key(k):id_key(v) for k,v in two.itertuples(index=False)}
+
+def _one_column(df):
+    return f"an id map has two columns, the training set's ids and the test set's; received {list(df.columns)}"
+
+def _keys_of(patient): return {id_key(patient), patient_key(patient)}
 
 def _named_pairs(a, b, ids):
     "Pairs `(i,j)` whose identifiers say that they are one patient, and why"
-    res,ids = {},_id_map(ids)
-    train = {}
+    res,train = {},{}
     for i,p in enumerate(a.patients):
-        for k in {id_key(p), patient_key(p)}: train.setdefault(k, []).append(i)
+        for k in _keys_of(p): train.setdefault(k, []).append(i)
     for j,p in enumerate(b.patients):
-        for k in {id_key(p), patient_key(p)}:
-            for i in train.get(k, ()):
-                res[i,j] = _bare if k.isdigit() else 'equal patient id' if id_key(a.patients[i])==id_key(p) else 'same patient, another visit by its id'
-    back = {}
+        for k in _keys_of(p):
+            for i in train.get(k, ()): res[i,j] = _why_named(a.patients[i], p, k)
+    return {**res, **_mapped_pairs(train, b, _id_map(ids))}
+
+def _why_named(a, b, key):
+    if key.isdigit(): return _bare
+    return 'equal patient id' if id_key(a)==id_key(b) else 'same patient, another visit by its id'
+
+def _mapped_pairs(train, b, ids):
+    "Pairs `(i,j)` that a map of ids names"
+    back,res = {},{}
     for k,v in ids.items(): back.setdefault(v, []).append(k)
     for j,p in enumerate(b.patients):
         for k in back.get(id_key(p), ()):
             for i in train.get(k, ()): res[i,j] = 'id map'
     return res
 
+# %% ../nbs/14_leakage.ipynb #2a521d34
 def _equal_content(fa, fb):
-    "Pairs `(i,j)` of equal voxels or shared UIDs"
-    res = {}
-    for what,get in (('a shared series or SOP UID', lambda f: f['uids']),('equal voxels', lambda f: [f['voxels']])):
-        seen = {}
-        for i,f in enumerate(fa):
-            for h in get(f) if f and 'voxels' in f else (): seen.setdefault(h, set()).add(i)
-        for j,f in enumerate(fb):
-            for h in get(f) if f and 'voxels' in f else ():
-                for i in seen.get(h, ()): res[i,j] = what
+    "Pairs `(i,j)` of shared UIDs or equal voxels, and which of the two"
+    uids = _shared_hashes(fa, fb, lambda f: f['uids'])
+    voxels = _shared_hashes(fa, fb, lambda f: [f['voxels']])
+    return {**dict.fromkeys(uids, 'a shared series or SOP UID'), **dict.fromkeys(voxels, 'equal voxels')}
+
+def _shared_hashes(fa, fb, get):
+    "Pairs `(i,j)` of two sets' facts that have a hash in common"
+    seen,res = {},[]
+    for i,h in _hashes(fa, get): seen.setdefault(h, []).append(i)
+    for j,h in _hashes(fb, get): res += [(i,j) for i in seen.get(h, ())]
     return res
+
+def _hashes(facts, get):
+    "Each hash of each volume that could be read, with its row"
+    for i,f in enumerate(facts):
+        if f and 'voxels' in f:
+            for h in get(f): yield i,h
 
 # %% ../nbs/14_leakage.ipynb #50313520
 def _different(side, i, j): return patient_key(side.patients[i])!=patient_key(side.patients[j])
@@ -106,17 +148,11 @@ def _null_pairs(A, B, seed, n=300):
     "Pairs of different patients within the training set, and within the test set where those are few: `(part, i, j)`"
     rng,res = rng_for(seed, 'leakage', 'null', A.seq),[]
     for part in (A,B):
-        pairs = [(part,i,j) for k,i in enumerate(part.ok) for j in part.ok[k+1:] if _different(part.scans, i, j)]
-        res += [pairs[k] for k in sorted(rng.choice(len(pairs), min(n,len(pairs)), replace=False))]
+        pairs = [(part,i,j) for i,j in combinations(part.ok, 2) if _different(part.scans, i, j)]
+        drawn = rng.choice(len(pairs), min(n, len(pairs)), replace=False)
+        res += [pairs[k] for k in sorted(drawn)]
         if len(res)>=ENOUGH: break
     return res
-
-@_one_thread()
-def _plant(side, i, seq, seed):
-    rng = rng_for(seed, 'leakage', 'planted', side.patients[i], seq)
-    draw = draw_perturbation(rng)
-    try: return low_resolution(perturb(side.volume(i, seq)[0], rng, **draw)).numpy(),dict(draw=draw)
-    except MGMTError as e: return None,dict(error=f'{type(e).__name__}: {e}')
 
 # %% ../nbs/14_leakage.ipynb #7447415b
 def _planted_part(A, opt):
@@ -124,74 +160,119 @@ def _planted_part(A, opt):
     rng = rng_for(opt.seed, 'leakage', 'planted', A.seq)
     chosen = set(rng.choice(A.ok, min(opt.planted, len(A.ok)), replace=False).tolist())
     contents = [f"{opt.seed} {f['content']}" if i in chosen else None for i,f in enumerate(A.facts)]
-    def _compute(todo): return in_parallel(_plant, ((A.scans,i,A.seq,opt.seed) for i in todo), len(todo), **opt.work)
-    shape = A.rows.shape[1:]
-    kept = keep_rows(opt.cache(A.scans), f'planted_{A.seq}', A.scans.key, contents, shape, np.uint8, _compute)
-    return SmallCopies(A.scans, A.seq, *kept)
+    def _compute(todo):
+        jobs = ((A.scans,i,A.seq,opt.seed) for i in todo)
+        return in_parallel(_plant, jobs, len(todo), **opt.work)
+    folder,name,shape = opt.cache(A.scans),f'planted_{A.seq}',A.rows.shape[1:]
+    return SmallCopies(A.scans, A.seq, *keep_rows(folder, name, A.scans.key, contents, shape, np.uint8, _compute))
+
+@one_thread()
+def _plant(side, i, seq, seed):
+    "The small copy of a changed copy, or why there is none"
+    rng = rng_for(seed, 'leakage', 'planted', side.patients[i], seq)
+    draw = draw_perturbation(rng)
+    try:
+        copy = perturb(side.volume(i, seq)[0], rng, **draw)
+        return low_resolution(copy).numpy(),dict(draw=draw)
+    except MGMTError as e: return None,dict(error=f'{type(e).__name__}: {e}')
 
 # %% ../nbs/14_leakage.ipynb #4254b66f
 def _top(blocks, allowed, n):
     "The `n` highest scores of allowed pairs `(score, i, j)`, `i<j`, highest first"
     best = []
     for i0,j0,m in blocks:
-        m = np.where(j0+np.arange(m.shape[1])>i0+np.arange(len(m))[:,None], m, -9)
+        later = j0+np.arange(m.shape[1])>i0+np.arange(len(m))[:,None]
+        m = np.where(later, m, -9)
         at = np.argpartition(m, -min(4*n, m.size), None)[-4*n:]
-        best += [(float(m[i,j]),i0+int(i),j0+int(j)) for i,j in zip(*np.unravel_index(at, m.shape)) if m[i,j]>-9]
+        for i,j in zip(*np.unravel_index(at, m.shape)):
+            if m[i,j]>-9: best.append((float(m[i,j]), i0+int(i), j0+int(j)))
         best = sorted((o for o in best if allowed(*o[1:])), reverse=True)[:n]
     return best
 
 def _candidates(A, B, P, opt):
-    "Pairs that the fingerprints pass on, with their scores; null pairs chosen alike; planted copies that passed; the limit"
+    """Pairs that the fingerprints pass on: their `scores`; `strangers`, pairs of the null chosen alike; planted copies that
+    `passed`; the `limit`"""
     template = common_brain(A, opt.seed)
     mirror = template_points(template)[1]
     def _prints(part, name): return kept_fingerprints(part, template, opt.cache(part.scans), name, **opt.work)
     va,vb,vp = _prints(A, 'prints'),_prints(B, 'prints'),_prints(P, 'planted_prints')
     mean = va.astype(np.float32).mean(0)
     mean = (mean+mean[mirror])/2
+    def _blocks(x, y): return compare_fingerprints(x, y, mean, mirror)
+
     alike = opt.candidates*len(A.ok)//(2*len(B.ok))
-    top = _top(compare_fingerprints(va, va, mean, mirror), lambda i,j: _different(A.scans, A.ok[i], A.ok[j]), max(50,alike))
+    top = _top(_blocks(va, va), lambda i,j: _different(A.scans, A.ok[i], A.ok[j]), max(50, alike))
     limit = top[min(alike, len(top)-1)][0] if top else -1.
-    scores = {(A.ok[i0+i],B.ok[j0+j]): float(m[i,j]) for i0,j0,m in compare_fingerprints(va, vb, mean, mirror) for i,j in np.argwhere(m>limit)}
-    own = {i: next(compare_fingerprints(va[[A.place[i]]], vp[[k]], mean, mirror))[2].item() for i,k in P.place.items()}
-    return scores,[(A,A.ok[i],A.ok[j]) for _,i,j in top],[i for i in P.ok if own[i]>limit],limit
+    own = {i: next(_blocks(va[[A.place[i]]], vp[[k]]))[2].item() for i,k in P.place.items()}
+    return NS(scores=_above(_blocks(va, vb), limit, A.ok, B.ok), limit=limit, expected=opt.candidates,
+        strangers=[(A,A.ok[i],A.ok[j]) for _,i,j in top], passed=[i for i in P.ok if own[i]>limit])
+
+def _above(blocks, limit, rows, columns):
+    "Scores above the limit, by the numbers of their patients"
+    res = {}
+    for i0,j0,m in blocks:
+        for i,j in np.argwhere(m>limit): res[rows[i0+i],columns[j0+j]] = float(m[i,j])
+    return res
+
+def _every_pair(A, B, P, opt):
+    "As `_candidates`, where all pairs are few enough to be registered"
+    scores = {(i,j):np.nan for i in A.ok for j in B.ok}
+    return NS(scores=scores, limit=np.nan, expected=len(scores), strangers=_null_pairs(A, B, opt.seed), passed=P.ok)
 
 # %% ../nbs/14_leakage.ipynb #c5966ebc
 def _compare(a, b, s, u, named, opt):
     "Scores of one sequence of the training set against one of the test set: of pairs, of the null, of planted copies"
     A,B = (small_copies(o, seq, opt.cache(o), **opt.work) for o,seq in ((a,s),(b,u)))
-    report = [_unused(o, i, f) for o in (A,B) for i,f in enumerate(o.facts) if not f or 'error' in f]
-    f = NS(label=s if s==u else f'{s}~{u}', seqs=(s,u), parts=(A,B), report=report, reason='')
-    if not A.ok or not B.ok: f.reason = f'no volume of {(B if A.ok else A).scans.name} could be used'; return f
-    P,f.n,f.pairs = _planted_part(A, opt),(len(A.ok),len(B.ok)),len(A.ok)*len(B.ok)
+    f = NS(label=_label(s, u), seqs=(s,u), parts=(A,B), report=_unusable(A)+_unusable(B), reason='')
+    for o in (B,A):
+        if not o.ok: f.reason = f'no volume of {o.scans.name} could be used'
+    if f.reason: return f
+    P = _planted_part(A, opt)
+    f.n,f.pairs,f.planted = (len(A.ok),len(B.ok)),len(A.ok)*len(B.ok),len(P.ok)
     known = {**named, **_equal_content(A.facts, B.facts)}
     f.known = {(i,j):why for (i,j),why in known.items() if i in A.place and j in B.place}
-    if f.pairs<=opt.small:
-        f.scores,f.expected,f.limit = {(i,j):np.nan for i in A.ok for j in B.ok},f.pairs,np.nan
-        f.strangers,f.passed = _null_pairs(A, B, opt.seed),P.ok
-    else: (f.scores,f.strangers,f.passed,f.limit),f.expected = _candidates(A, B, P, opt),opt.candidates
-    f.chosen,f.planted = sorted({*f.scores,*f.known}),len(P.ok)
-    jobs = [(('pair',i,j), A, i, B, j) for i,j in f.chosen]+[(('planted',i), A, i, P, i) for i in f.passed]
-    jobs += [(('null',k), o, i, o, j) for k,(o,i,j) in enumerate(f.strangers)]
-    f.done = confirm_pairs(jobs, **opt.work)
+    vars(f).update(vars((_every_pair if f.pairs<=opt.small else _candidates)(A, B, P, opt)))
+    f.chosen = sorted({*f.scores,*f.known})
+    f.done = confirm_pairs(_jobs(f, A, B, P), **opt.work)
     return f
 
-def _unused(part, i, fact):
-    what = fact['error'] if fact else 'sequence missing'
-    return dict(side=part.scans.name, patient=part.scans.patients[i], sequence=part.seq, what=what)
+def _label(s, u): return s if s==u else f'{s}~{u}'
 
+def _jobs(f, A, B, P):
+    "What is registered: pairs of both sets, planted copies on their originals, pairs of the null"
+    jobs = [(('pair',i,j), A, i, B, j) for i,j in f.chosen]
+    jobs += [(('planted',i), A, i, P, i) for i in f.passed]
+    return jobs+[(('null',k), o, i, o, j) for k,(o,i,j) in enumerate(f.strangers)]
+
+def _unusable(part):
+    "Rows of the report for volumes that are missing or cannot be used"
+    rows = []
+    for patient,fact in zip(part.scans.patients, part.facts):
+        if fact and 'error' not in fact: continue
+        what = fact['error'] if fact else 'sequence missing'
+        rows.append(dict(side=part.scans.name, patient=patient, sequence=part.seq, what=what))
+    return rows
+
+# %% ../nbs/14_leakage.ipynb #8b8d868f
 def _is_same(f, pair):
     why = f.known.get(pair, '')
     return f.done['pair',*pair]['score']>=f.same or bool(why) and why!=_bare
 
 def _settle_null(f, twins, opt):
     "The null without `twins`, and the thresholds; returns pairs `(side, i, j)` of it that look like one brain"
-    at = [(k,(o.scans.name,i,j)) for k,(o,i,j) in enumerate(f.strangers) if (o.scans.name,i,j) not in twins]
-    scores = np.array([f.done['null',k]['score'] for k,_ in at])
+    at,scores = [],[]
+    for k,(part,i,j) in enumerate(f.strangers):
+        if (part.scans.name,i,j) in twins: continue
+        at.append((part.scans.name,i,j))
+        scores.append(f.done['null',k]['score'])
     f.null = choose_null(scores, *f.seqs)
     f.same,f.doubt = (f.null.threshold(o/f.expected) for o in opt.alarms)
-    few = isinstance(f.null, MeasuredNull)
-    odd = np.flatnonzero(scores>=f.null.threshold(opt.alarms[0]/max(1,len(at)))) if few else f.null.odd
-    return {at[k][1] for k in odd}
+    return {at[k] for k in _odd_ones(f.null, np.array(scores), opt.alarms[0])}
+
+def _odd_ones(null, scores, alarms):
+    "Numbers of the scores that look like copies: those far above all others, or above the threshold measured beforehand"
+    if not isinstance(null, MeasuredNull): return null.odd
+    return np.flatnonzero(scores>=null.threshold(alarms/max(1,len(scores))))
 
 def _equal_within(part):
     "Pairs `(side, i, j)` of one set with equal voxels or shared UIDs"
@@ -220,40 +301,45 @@ def _say_twin(side, i, j, sequence):
     what = 'look like one brain: one patient under two names within the set? Left out of the null of every sequence'
     return dict(side=side.name, patient=f'{side.patients[i]}, {side.patients[j]}', sequence=sequence, what=what)
 
+# %% ../nbs/14_leakage.ipynb #2d4c971a
 def _verdicts(f, a, b):
     "Rows of one sequence, and what its planted copies told"
-    rows = []
-    for i,j in f.chosen:
-        r,why = f.done['pair',i,j],f.known.get((i,j), '')
-        verdict = 'same' if _is_same(f, (i,j)) else 'uncertain' if r['score']>=f.doubt or why else 'different'
-        who = dict(train=a.patients[i], test=b.patients[j], sequence=f.label, verdict=verdict, identifiers=why)
-        rows.append({**r, **who, **dict(stage='identifiers' if why else 'confirmation', _at=(i,j)),
-            **dict(fingerprint=f.scores.get((i,j), np.nan), false_alarms=f.null.chance(r['score'])*f.expected)})
     f.hits = [f.done['planted',i]['score'] for i in f.passed]
     f.found,f.confirmed = sum(o>=f.same for o in f.hits),len(f.chosen)
-    return rows
+    return [_verdict(f, a, b, *o) for o in f.chosen]
+
+def _verdict(f, a, b, i, j):
+    r,why = f.done['pair',i,j],f.known.get((i,j), '')
+    doubtful = r['score']>=f.doubt or why
+    verdict = 'same' if _is_same(f, (i,j)) else 'uncertain' if doubtful else 'different'
+    who = dict(train=a.patients[i], test=b.patients[j], sequence=f.label)
+    stage = dict(stage='identifiers' if why else 'confirmation', identifiers=why, fingerprint=f.scores.get((i,j), np.nan))
+    return dict(r, **who, **stage, verdict=verdict, false_alarms=f.null.chance(r['score'])*f.expected, _at=(i,j))
 
 # %% ../nbs/14_leakage.ipynb #1d8749af
 def leakage_audit(
     train, # `VolumeStore`, or a cohort's table of paths
     test, # The same, or the other kind
-    sequences=None, # Which, joined by commas or a list; those that both have if None; `('T1w','T1wCE')` in the list compares two different ones
+    sequences=None, # Which, joined by commas or a list; those that both have if None; `('T1w','T1wCE')` compares two
     ids=None, # Which ids mean one patient: `{train id: test id}`, or a table (or its path) of two columns
     dest=None, # Folder for the tables, the sheet and the histogram; nothing is written if None
-    alarms:tuple=(.01,.1), # Expected false alarms a sequence at which a pair is `'same'`, and `'uncertain'`
-    small:int=2000, # Up to so many pairs a sequence, every pair is confirmed
-    candidates:int=50, # Else: unrelated pairs a sequence that the fingerprints are expected to pass on
+    alarms:tuple=(.01,.1), # Expected false alarms per sequence at which a pair is `'same'`, and `'uncertain'`
+    small:int=2000, # Up to so many pairs per sequence, every pair is confirmed
+    candidates:int=50, # Else: unrelated pairs per sequence that the fingerprints are expected to pass on
     planted:int=16, # Copies to make of training patients and hide among the test set
-    published=False, # Add the thesis' own measure, some seconds a pair? True, or its alarm: `'text'` (both above .8, which True means) or `'code'` (either above .9)
-    n_workers:int=None, # Processes; one a core if None, 0 for this one
+    published=False, # Add the thesis' own measure, some seconds per pair? True (as `'text'`), or its alarm, see below
+    n_workers:int=None, # Processes; one per core if None, 0 for this one
     seed:int=0, # Of the planted copies and the null pairs
     progress:bool=True, # Show progress bars?
-) -> pd.DataFrame: # A row for every pair that reached confirmation: `train`, `test`, `sequence`, `stage`, `identifiers`, scores, `false_alarms`, `verdict`; `.attrs`: `summary`, `recall`, `thresholds`, `report`
-    """Find patients of the training set in the test set, by identifiers, fingerprints and registration, and say how much the answer is worth.
+) -> pd.DataFrame: # One row for every pair that reached confirmation
+    """Find patients of the training set in the test set, by identifiers, fingerprints and registration, and say how much
+    the answer is worth.
 
-    `verdict` is `'same'`, `'uncertain'` or `'different'`; `.attrs['thresholds']` and the summary say by which null.
+    Columns are `train`, `test`, `sequence`, `stage`, `identifiers`, scores, `false_alarms` and `verdict`: `'same'`,
+    `'uncertain'` or `'different'`. `.attrs` holds `summary`, `recall`, `thresholds` (and by which null) and `report`.
     What is computed is kept beside a store, else in `dest`, and used again. A volume that cannot be used is a row of
-    the report. Raises `LeakageError` where nothing can be compared."""
+    the report. The thesis' alarm is `'text'`, both of its measures above .8, or `'code'`, either above .9.
+    Raises `LeakageError` where nothing can be compared."""
     if published is True: published = get_recipe('published').published_alarm
     if published and published not in _alarms: raise unknown_name('published alarm', published, _alarms)
     a,b = ScanSet(train, 'train'),ScanSet(test, 'test')
@@ -262,20 +348,27 @@ def leakage_audit(
         opt = NS(alarms=alarms, small=small, candidates=candidates, planted=planted, seed=seed,
             work=dict(n_workers=n_workers, progress=progress), cache=lambda scans: _cache(scans, dest, tmp))
         facts = [_compare(a, b, s, u, named, opt) for s,u in pairs]
-        done,sides = [f for f in facts if not f.reason],dict(train=a, test=b)
-        twins = _settle_nulls(done, sides, opt)
-        df = pd.DataFrame([r for f in done for r in _verdicts(f, a, b)], columns=[*_columns,'matrix','_at'])
+        df,twins = _decide(facts, a, b, opt)
         if published: df = _add_published(df, a, b, pairs, published, progress, dest)
-        df.attrs = _attrs(df, facts, named, a, b, [_say_twin(sides[o[0]], *o[1:], s) for o,s in twins.items()])
+        df.attrs = _attrs(df, facts, named, a, b, twins)
         if dest is not None: _write(df, facts, Path(dest))
         return df.drop(columns=['matrix','_at'])
 
-# %% ../nbs/14_leakage.ipynb #695ee489
+def _decide(facts, a, b, opt):
+    "The table of verdicts, and rows of the report for patients who seem to be in a set twice"
+    done,sides = [f for f in facts if not f.reason],dict(train=a, test=b)
+    twins = _settle_nulls(done, sides, opt)
+    rows = [r for f in done for r in _verdicts(f, a, b)]
+    told = [_say_twin(sides[side], i, j, s) for (side,i,j),s in twins.items()]
+    return pd.DataFrame(rows, columns=[*_columns,'matrix','_at']),told
+
 _columns = 'train test sequence stage identifiers fingerprint ncc nmi overlap flipped score false_alarms verdict'.split()
 
+# %% ../nbs/14_leakage.ipynb #695ee489
 def _cache(side, dest, tmp):
     "Beside the store where one can write there, else in `dest`, else for this run"
-    places = [*([side.data.path/'fingerprints'] if side.store else []), *([Path(dest)/'fingerprints'/side.name] if dest is not None else [])]
+    places = [side.data.path/'fingerprints'] if side.store else []
+    if dest is not None: places.append(Path(dest)/'fingerprints'/side.name)
     for o in places:
         try: return make_folder(o)
         except MGMTError: pass
@@ -283,14 +376,37 @@ def _cache(side, dest, tmp):
 
 def _attrs(df, facts, named, a, b, twins):
     done = [f for f in facts if not f.reason]
-    report = [o for f in facts for o in f.report]+twins
-    report += [dict(side='both', patient=f'{a.patients[i]}, {b.patients[j]}', sequence='', what=f'{why}, but no volume of theirs could be compared') for (i,j),why in named.items() if not ((df.train==a.patients[i])&(df.test==b.patients[j])).any()]
-    recall = pd.DataFrame([dict(sequence=f.label, planted=f.planted, passed_fingerprints=f.passed, found=f.found) for f in done], columns=['sequence','planted','passed_fingerprints','found'])
-    thresholds = pd.DataFrame([dict(sequence=f.label, pairs=f.pairs, confirmed=f.confirmed, null=f.null.source,
-        null_pairs=len(f.null.scores), null_mean=float(np.max(f.null.mean)**2),
-        same=f.same, uncertain=f.doubt) for f in done])
+    report = [o for f in facts for o in f.report]+twins+_not_compared(df, named, a, b)
+    recall = [dict(sequence=f.label, planted=f.planted, passed_fingerprints=f.passed, found=f.found) for f in done]
+    thresholds = [dict(sequence=f.label, pairs=f.pairs, confirmed=f.confirmed, null=f.null.source,
+        null_pairs=len(f.null.scores), null_mean=float(np.max(f.null.mean)**2), same=f.same, uncertain=f.doubt) for f in done]
+    columns = ['sequence','planted','passed_fingerprints','found']
+    recall,thresholds = pd.DataFrame(recall, columns=columns),pd.DataFrame(thresholds)
     res = dict(recall=recall.to_dict('records'), thresholds=thresholds.to_dict('records'), report=report)
-    return {**res, 'summary':_summary(df, facts, recall)}
+    return {**res, 'summary':_summarise(df, facts, recall)}
+
+def _not_compared(df, named, a, b):
+    "Rows of the report for pairs that identifiers name, but of whom no volume was compared"
+    compared,rows = set(zip(df.train, df.test)),[]
+    for (i,j),why in named.items():
+        pair = a.patients[i],b.patients[j]
+        what = f'{why}, but no volume of theirs could be compared'
+        if pair not in compared: rows.append(dict(side='both', patient=', '.join(pair), sequence='', what=what))
+    return rows
+
+# %% ../nbs/14_leakage.ipynb #3db0e96e
+def _summarise(df, facts, recall):
+    "What was compared, what was found, and what would have been found"
+    found,n = int(recall.found.sum()),int(recall.planted.sum())
+    hit = df[df.verdict!='different']
+    return '\n'.join([*map(_say_compared, facts), *(_say_hits(hit, found, n) if len(hit) else [_say_nothing(found, n)])])
+
+def _say_compared(f):
+    if f.reason: return f'{f.label}: not compared: {f.reason}'
+    how = 'every pair registered'
+    if not np.isnan(f.limit): how = f'{f.confirmed} registered, those with a fingerprint score above {f.limit:.2f}'
+    limits = f'same from a score of {f.same:.3f}, uncertain from {f.doubt:.3f} ({_say_null(f.null)})'
+    return f'{f.label}: {f.n[0]} x {f.n[1]} = {f.pairs} pairs, {how}; {limits}'
 
 def _say_null(null):
     "Which null was used, and what the set's own pairs gave"
@@ -298,27 +414,26 @@ def _say_null(null):
     if null.source==Null.source: return f'null: {own}'
     return f'null: {null.source}; of its own this set has {len(null.scores)} pairs, at least {ENOUGH} are needed'
 
-def _summary(df, facts, recall):
-    lines = []
-    for f in facts:
-        if f.reason: lines.append(f'{f.label}: not compared: {f.reason}'); continue
-        how = 'every pair registered' if np.isnan(f.limit) else f'{f.confirmed} registered, those with a fingerprint score above {f.limit:.2f}'
-        limits = f'same from a score of {f.same:.3f}, uncertain from {f.doubt:.3f} ({_say_null(f.null)})'
-        lines.append(f'{f.label}: {f.n[0]} x {f.n[1]} = {f.pairs} pairs, {how}; {limits}')
-    found,n = int(recall.found.sum()),int(recall.planted.sum())
-    known = f'{found} of {n} planted copies were found' + (f' (recall {found/n:.1%}, 95 % interval {_wilson(found,n)})' if n else '')
-    hit = df[df.verdict!='different']
-    if hit.empty and n: lines.append(f"{'None found' if found>=.9*n else 'No pair was flagged, which says little'}; {known}")
-    elif hit.empty: lines.append('No pair was flagged, but no copies were planted: what this audit would have missed is not known')
-    else:
-        lines += [f'{r.verdict}: train {r.train}, test {r.test}, {r.sequence}: score {r.score:.3f}, {r.false_alarms:.1g} false alarms expected' + (f' ({r.identifiers})' if r.identifiers else '') for r in hit.head(20).itertuples()]
-        if len(hit)>20: lines.append(f'and {len(hit)-20} more')
-        lines.append(f"{len(set_aside(df))} test patients to set aside; {known if n else 'no copies were planted: what this audit missed is not known'}")
-    return '\n'.join(lines)
+def _say_recall(found, n):
+    r = stats.binomtest(found, n).proportion_ci(method='wilson')
+    share = f'recall {found/n:.1%}, 95 % interval {r.low:.1%} to {r.high:.1%}'
+    return f'{found} of {n} planted copies were found ({share})'
 
-def _wilson(k, n):
-    r = stats.binomtest(k, n).proportion_ci(method='wilson')
-    return f'{r.low:.1%} to {r.high:.1%}'
+def _say_nothing(found, n):
+    if not n: return 'No pair was flagged, but no copies were planted: what this audit would have missed is not known'
+    said = 'None found' if found>=.9*n else 'No pair was flagged, which says little'
+    return f'{said}; {_say_recall(found, n)}'
+
+def _say_hits(hit, found, n):
+    lines = [_say_hit(r) for r in hit.head(20).itertuples()]
+    if len(hit)>20: lines.append(f'and {len(hit)-20} more')
+    known = _say_recall(found, n) if n else 'no copies were planted: what this audit missed is not known'
+    return [*lines, f'{len(set_aside(hit))} test patients to set aside; {known}']
+
+def _say_hit(r):
+    why = f' ({r.identifiers})' if r.identifiers else ''
+    who = f'{r.verdict}: train {r.train}, test {r.test}, {r.sequence}'
+    return f'{who}: score {r.score:.3f}, {r.false_alarms:.1g} false alarms expected{why}'
 
 # %% ../nbs/14_leakage.ipynb #3e54922b
 def set_aside(
@@ -326,34 +441,38 @@ def set_aside(
     uncertain:bool=True, # Those of uncertain pairs too?
 ) -> list: # Test patients, as the test set writes them
     "The test patients that an honest external test leaves out."
-    return sorted(table.test[table.verdict.isin(['same','uncertain'] if uncertain else ['same'])].unique())
+    verdicts = ['same','uncertain'] if uncertain else ['same']
+    return sorted(table.test[table.verdict.isin(verdicts)].unique())
 
 # %% ../nbs/14_leakage.ipynb #867c586c
 def _add_published(df, a, b, pairs, published, progress, dest):
+    "Three columns of the thesis' measure; each pair is appended to `dest/published.csv` as soon as it is done"
     limit,rule = _alarms[published]
-    labels,rows = {(s if s==u else f'{s}~{u}'):(s,u) for s,u in pairs},[]
-    for r in track(list(df.itertuples()), progress=progress):
-        s,u = labels[r.sequence]
-        i,j = r[-1]
+    of,rows = {_label(*o):o for o in pairs},[]
+    for r in track(df.to_dict('records'), progress=progress):
+        (s,u),(i,j) = of[r['sequence']],r['_at']
         o = published_similarity(a.volume(i, s)[0].numpy(), b.volume(j, u)[0].numpy())
-        rows.append(dict(published_xcorr=o.xcorr, published_mi=o.mi, published_alarm=rule([o.xcorr>limit, o.mi>limit])))
-        if dest is not None: _append(Path(dest)/'published.csv', dict(train=r.train, test=r.test, sequence=r.sequence, **rows[-1]))
-    return df.assign(**pd.DataFrame(rows, columns=['published_xcorr','published_mi','published_alarm'], index=df.index))
+        alarm = rule([o.xcorr>limit, o.mi>limit])
+        rows.append(dict(published_xcorr=o.xcorr, published_mi=o.mi, published_alarm=alarm))
+        if dest is not None: _append(Path(dest)/'published.csv', {**{k:r[k] for k in ('train','test','sequence')}, **rows[-1]})
+    columns = ['published_xcorr','published_mi','published_alarm']
+    return df.assign(**pd.DataFrame(rows, columns=columns, index=df.index))
 
 def _append(path, row):
     make_folder(path.parent)
     pd.DataFrame([row]).to_csv(path, mode='a', header=not path.exists(), index=False)
 
 # %% ../nbs/14_leakage.ipynb #7dcf5696
-@_one_thread()
+@one_thread()
 def _copies(side, i, seq, other, draws, seed):
     "Scores of changed copies of a volume, against itself and against another brain"
     vol = side.volume(i, seq)[0]
     own,other,res = Structure(low_resolution(vol)),Structure(other),[]
     for kinds,strength in draws:
         rng = rng_for(seed, 'leakage', 'copies', side.patients[i], *kinds, strength)
-        copy = Structure(low_resolution(perturb(vol, rng, **draw_perturbation(rng, kinds, strength))))
-        res.append([pair_score(register_rigid(o, copy)) for o in (own,other)])
+        copy = perturb(vol, rng, **draw_perturbation(rng, kinds, strength))
+        small = Structure(low_resolution(copy))
+        res.append([pair_score(register_rigid(o, small)) for o in (own,other)])
     return res
 
 # %% ../nbs/14_leakage.ipynb #1282cd3f
@@ -364,26 +483,44 @@ def planted_recall(
     kinds=PERTURBATIONS, # Changes, one at a time; then all together
     pairs:int=150_000, # Pairs among which an audit would have to decide
     alarms:float=.01, # Expected false alarms among them
-    n_workers:int=None, # Processes; one a core if None, 0 for this one
+    n_workers:int=None, # Processes; one per core if None, 0 for this one
     seed:int=0, # Of the copies
     progress:bool=True, # Show a progress bar?
-) -> pd.DataFrame: # A row for each change and strength: `copies`, `found`, `false_alarms` against another brain, lowest `own` and highest `other` score; `.attrs['threshold']`
-    "Find out which changes of a copy the audit sees through. Raises `LeakageError` if a volume cannot be used."
+) -> pd.DataFrame: # One row for each change and strength; `.attrs['threshold']`
+    """Find out which changes of a copy the audit sees through.
+
+    Columns are `change`, `strength`, `copies`, `found`, `false_alarms` against another brain, the lowest `own` and the
+    highest `other` score. Raises `LeakageError` if a volume cannot be used."""
     side,work = ScanSet(cohort, 'cohort'),dict(n_workers=n_workers, progress=progress)
-    n = len(side.patients)
-    smalls = list(in_parallel(small_copy, ((side,i,sequence) for i in range(n)), n, **work))
-    bad = [f"{side.patients[i]}: {f['error']}" for i,(_,f) in enumerate(smalls) if 'error' in f]
-    if bad or n<3: raise LeakageError(_no_recall(sequence, bad, n))
-    A = SmallCopies(side, sequence, [o for o,_ in smalls], [f for _,f in smalls])
-    done = confirm_pairs([((i,j), A, i, A, j) for _,i,j in _null_pairs(A, A, seed)], **work)
-    null = choose_null([r['score'] for r in done.values()], sequence)
-    limit,draws = null.threshold(alarms/pairs),[(tuple(k),s) for k in (*((k,) for k in kinds), kinds) for s in strengths]
+    A = _all_usable(side, sequence, work)
+    null = _own_null(A, seed, work)
+    limit,n = null.threshold(alarms/pairs),len(A.rows)
+    draws = [(tuple(k),s) for k in (*((k,) for k in kinds), kinds) for s in strengths]
     jobs = ((side,i,sequence,A.rows[(i+1)%n],draws,seed) for i in range(n))
     scores = np.array(list(in_parallel(_copies, jobs, n, **work)))
-    df = pd.DataFrame([dict(change=k[0] if len(k)==1 else 'all together', strength=s, copies=n, found=int((o[:,0]>=limit).sum()), false_alarms=int((o[:,1]>=limit).sum()), own=o[:,0].min(), other=o[:,1].max()) for (k,s),o in zip(draws, scores.swapaxes(0,1))])
-    df.attrs = dict(threshold=limit, null=null.source, null_pairs=len(null.scores))
-    df.attrs['null_highest'] = float(null.scores.max())
+    df = pd.DataFrame([_recall_row(*d, scores[:,k], limit) for k,d in enumerate(draws)])
+    df.attrs = dict(threshold=limit, null=null.source, null_pairs=len(null.scores), null_highest=float(null.scores.max()))
     return df
+
+def _all_usable(side, sequence, work):
+    "Small copies of a set of which every volume can be used"
+    n = len(side.patients)
+    smalls = list(in_parallel(small_copy, ((side,i,sequence) for i in range(n)), n, **work))
+    bad = [f"{p}: {f['error']}" for p,(_,f) in zip(side.patients, smalls) if 'error' in f]
+    if bad or n<3: raise LeakageError(_no_recall(sequence, bad, n))
+    return SmallCopies(side, sequence, [o for o,_ in smalls], [f for _,f in smalls])
+
+def _own_null(A, seed, work):
+    "The null of pairs within one set"
+    jobs = [((i,j), A, i, A, j) for _,i,j in _null_pairs(A, A, seed)]
+    done = confirm_pairs(jobs, **work)
+    return choose_null([r['score'] for r in done.values()], A.seq)
+
+def _recall_row(kinds, strength, scores, limit):
+    own,other = scores.T
+    change = kinds[0] if len(kinds)==1 else 'all together'
+    counts = dict(copies=len(scores), found=int((own>=limit).sum()), false_alarms=int((other>=limit).sum()))
+    return dict(change=change, strength=strength, **counts, own=own.min(), other=other.max())
 
 def _no_recall(sequence, bad, n):
     why = '; '.join(bad[:3]) or f'received {n}'
@@ -394,57 +531,94 @@ def plot_recall(
     table:pd.DataFrame, # From `planted_recall`
     ax=None, # Axes to draw on; new ones if none
 ): # The axes
-    "Draw, for each change and strength, the share of copies found, the lowest score of a copy, and the highest of another brain."
+    "Draw the share of copies found, the lowest score of a copy, and the highest of another brain, for each change."
     if ax is None: ax = plt.subplots(figsize=(6.5,3.2), layout='constrained')[1]
     names = [f'{r.change} {r.strength:.0%}' for r in table.itertuples()]
+    limit = table.attrs['threshold']
     ax.barh(names, table.own-table.other, left=table.other, color='.85')
-    ax.plot(table.own, names, 'o', color='C2', label='lowest score of a copy'); ax.plot(table.other, names, 'o', color='.4', label='highest score of another brain')
-    ax.axvline(table.attrs['threshold'], color='C3', label=f"same from {table.attrs['threshold']:.2f}")
+    ax.plot(table.own, names, 'o', color='C2', label='lowest score of a copy')
+    ax.plot(table.other, names, 'o', color='.4', label='highest score of another brain')
+    ax.axvline(limit, color='C3', label=f'same from {limit:.2f}')
     for y,r in enumerate(table.itertuples()): ax.text(1.01, y, f'{r.found}/{r.copies}', va='center', fontsize=7)
-    ax.invert_yaxis(); ax.set(xlim=(0,1), xlabel='score'); ax.tick_params(labelsize=7)
-    ax.legend(frameon=False, fontsize=7, ncols=3, loc='lower center', bbox_to_anchor=(.5,1)); ax.spines[['top','right']].set_visible(False)
+    ax.invert_yaxis()
+    ax.set(xlim=(0,1), xlabel='score')
+    ax.tick_params(labelsize=7)
+    ax.legend(frameon=False, fontsize=7, ncols=3, loc='lower center', bbox_to_anchor=(.5,1))
+    ax.spines[['top','right']].set_visible(False)
     return ax
 
 # %% ../nbs/14_leakage.ipynb #ee544861
 def _strip(fixed, moving, matrix):
     "Slices of a pair, the second in the pose of the first, one row each, uint8"
-    fixed,moving = (np.asarray(o) for o in (fixed,moving))
-    q = torch.stack(torch.meshgrid(*map(torch.arange, _grid), indexing='ij'), -1).reshape(-1,3).double()
-    m = torch.from_numpy(np.array(matrix))
-    there = _sample(torch.tensor(moving, dtype=torch.float32)[None,None], (q@m[:3,:3].T+m[:3,3]-_centre).float()).reshape(_grid).numpy()
+    fixed,there = np.asarray(fixed),_in_pose(np.asarray(moving), torch.from_numpy(np.array(matrix)))
     full = np.flatnonzero((fixed>0).any((1,2)))
     at = np.linspace(full[0]+.2*np.ptp(full), full[-1]-.15*np.ptp(full), 5).round().astype(int)
-    return [np.concatenate([o[i] for i in at], 1).clip(0,255).astype(np.uint8) for o in (fixed,there)]
+    return [np.concatenate(list(o[at]), 1).clip(0,255).astype(np.uint8) for o in (fixed,there)]
+
+def _in_pose(moving, m):
+    "A small copy where the matrix (4,4) takes the voxels of another one"
+    at = torch.meshgrid(*map(torch.arange, SMALL_SHAPE), indexing='ij')
+    q = torch.stack(at, -1).reshape(-1,3).double()@m[:3,:3].T+m[:3,3]-SMALL_CENTRE
+    field = torch.tensor(moving, dtype=torch.float32)[None,None]
+    return sample_field(field, q.float()).reshape(SMALL_SHAPE).numpy()
 
 def _png(a, scale=2):
-    Image.fromarray(a).resize((a.shape[1]*scale, a.shape[0]*scale), Image.Resampling.BICUBIC).save(f:=io.BytesIO(), 'PNG')
-    return f'<img alt="slices" src="data:image/png;base64,{base64.b64encode(f.getvalue()).decode()}">'
+    size = a.shape[1]*scale,a.shape[0]*scale
+    f = io.BytesIO()
+    Image.fromarray(a).resize(size, Image.Resampling.BICUBIC).save(f, 'PNG')
+    return _img('slices', f)
 
 def _figure(ax):
-    ax.figure.savefig(f:=io.BytesIO(), format='png', dpi=100); plt.close(ax.figure)
-    return f'<img alt="histogram" src="data:image/png;base64,{base64.b64encode(f.getvalue()).decode()}">'
+    f = io.BytesIO()
+    ax.figure.savefig(f, format='png', dpi=100)
+    plt.close(ax.figure)
+    return _img('histogram', f)
 
-_STYLE = "body{font:14px/1.4 system-ui,sans-serif;margin:2em;color:#222} table{border-collapse:collapse} td,th{padding:.4em .8em;text-align:left;vertical-align:top;border-bottom:1px solid #ddd} .same{color:#b00020} pre{white-space:pre-wrap} img{display:block;margin:2px 0}"
+def _img(alt, f):
+    data = base64.b64encode(f.getvalue()).decode()
+    return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
 
-def _sheet(df, facts, path):
-    e,of = (lambda o: html.escape(str(o))),{f.label:f for f in facts}
+# %% ../nbs/14_leakage.ipynb #5084b84c
+_STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em;color:#222} table{border-collapse:collapse}
+td,th{padding:.4em .8em;text-align:left;vertical-align:top;border-bottom:1px solid #ddd} .same{color:#b00020}
+pre{white-space:pre-wrap} img{display:block;margin:2px 0}"""
+
+def _escaped(o): return html.escape(str(o))
+
+def _sheet(df, facts):
+    "The page of suspects: verdict and scores beside slices, then the null distributions"
+    parts = {f.label:f.parts for f in facts}
     hits = df[df.verdict!='different'].sort_values('score', ascending=False)
-    rows = ''
-    for r in hits.to_dict('records'):
-        (i,j),(A,B) = r['_at'],of[r['sequence']].parts
-        pictures = ''.join(map(_png, _strip(A.rows[i], B.rows[j], r['matrix'])))
-        rows += f"<tr><td><b class='{r['verdict']}'>{r['verdict']}</b><br>train {e(r['train'])}<br>test {e(r['test'])}<br>{e(r['sequence'])}<br>{e(r['identifiers'])}</td><td>score {r['score']:.3f}<br>NCC {r['ncc']:.3f}<br>NMI {r['nmi']:.3f}<br>{r['false_alarms']:.1g} false alarms expected</td><td>{pictures}</td></tr>"
-    figures = ''.join(_figure(plot_null(f.null, f.same, f.doubt, f.hits, title=f.label)) for f in facts if not f.reason)
-    with atomic_path(path) as tmp: tmp.write_text(f"<!doctype html><meta charset='utf-8'><title>Leakage</title><style>{_STYLE}</style><h1>Is any test patient in the training set?</h1><pre>{e(df.attrs['summary'])}</pre>"
-        f"<h2>Suspects</h2><p>Upper row: training set; lower row: test set, in the same pose.</p><table>{rows or '<tr><td>none</td></tr>'}</table><h2>Null distributions</h2>{figures}", encoding='utf-8')
+    rows = ''.join(_suspect(r, *parts[r['sequence']]) for r in hits.to_dict('records')) or '<tr><td>none</td></tr>'
+    nulls = [plot_null(f.null, f.same, f.doubt, f.hits, title=f.label) for f in facts if not f.reason]
+    return '\n'.join(["<!doctype html><meta charset='utf-8'><title>Leakage</title>", f'<style>{_STYLE}</style>',
+        '<h1>Is any test patient in the training set?</h1>', f"<pre>{_escaped(df.attrs['summary'])}</pre>",
+        '<h2>Suspects</h2><p>Upper row: training set; lower row: test set, in the same pose.</p>',
+        f'<table>{rows}</table>', '<h2>Null distributions</h2>', *map(_figure, nulls)])
+
+def _suspect(r, A, B):
+    "One pair as a row of the page"
+    i,j = r['_at']
+    pictures = ''.join(map(_png, _strip(A.rows[i], B.rows[j], r['matrix'])))
+    who = [f"train {r['train']}", f"test {r['test']}", r['sequence'], r['identifiers']]
+    scores = [f"score {r['score']:.3f}", f"NCC {r['ncc']:.3f}", f"NMI {r['nmi']:.3f}",
+        f"{r['false_alarms']:.1g} false alarms expected"]
+    verdict = f"<b class='{r['verdict']}'>{r['verdict']}</b>"
+    cells = '<br>'.join([verdict, *map(_escaped, who)]),'<br>'.join(scores),pictures
+    return '<tr>' + ''.join(f'<td>{o}</td>' for o in cells) + '</tr>'
 
 def _write(df, facts, dest):
+    "The tables, the summary and the page"
     make_folder(dest)
-    table = df.drop(columns=['matrix','_at'])
-    for name,o in dict(leakage=table, set_aside=pd.DataFrame(dict(patient=set_aside(df))), report=pd.DataFrame(df.attrs['report'], columns=['side','patient','sequence','what'])).items():
+    report = pd.DataFrame(df.attrs['report'], columns=['side','patient','sequence','what'])
+    tables = dict(leakage=df.drop(columns=['matrix','_at']), report=report)
+    tables['set_aside'] = pd.DataFrame(dict(patient=set_aside(df)))
+    for name,o in tables.items():
         with atomic_path(dest/f'{name}.csv') as tmp: o.to_csv(tmp, index=False)
-    write_json(dest/'leakage.json', dict(version=__version__, **{k:df.attrs[k] for k in ('summary','recall','thresholds')}))
-    _sheet(df, facts, dest/'leakage.html')
+    said = {k:df.attrs[k] for k in ('summary','recall','thresholds')}
+    write_json(dest/'leakage.json', dict(version=__version__, **said))
+    page = _sheet(df, facts)
+    with atomic_path(dest/'leakage.html') as tmp: tmp.write_text(page, encoding='utf-8')
 
 # %% ../nbs/14_leakage.ipynb #h16b0003
 __getattr__ = moved_from('leakage')

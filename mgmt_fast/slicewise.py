@@ -12,47 +12,40 @@ from pathlib import Path
 import numpy as np, pandas as pd, pydicom, torch, torch.nn.functional as F
 from fastcore.all import *
 from pydicom.pixels import apply_voi_lut
+
 from .core import *
-from .series import SeriesError, read_sequence, read_volume, _check_modality, _find, _pixels, _place
+from .dicom import SeriesError, read_pixels
+from .series import check_modality, find_stacks, place_slices, read_sequence, read_volume
 
 # %% ../nbs/03_slicewise.ipynb #60e13c8b
-_values = dict(prepare_by=('patient','slice'), slice_order=('position','filename'),
-    slice_pick=('spread','middle','largest'), black_slices=('keep','replace'), crop_by=('patient','slice','none'),
-    range_by=('patient','slice'), short_series=('stretch','zeros','brightened'))
-
-def _choice(name, doc, default, published, winner):
-    names = _values.get(name, (True,False))
-    allowed = Allowed.whole(0) if name=='fill_seed' else Allowed.one_of(*names)
+def _choice(name, doc, allowed, default, published, winner):
     choice('prepare', name, doc, allowed, default=default, published=published, winner=winner)
 
+_yes_or_no = Allowed.one_of(True, False)
+
 _choice('prepare_by', "'patient': one box, one grid and one range, in mm; 'slice': slices as acquired, each on its own",
-    'patient', 'slice', 'slice')
+    Allowed.one_of('patient','slice'), 'patient', 'slice', 'slice')
 _choice('slice_order', "slices by their 'position', or by the number in the 'filename'",
-    'position', 'filename', 'filename')
+    Allowed.one_of('position','filename'), 'position', 'filename', 'filename')
 _choice('slice_pick', "which D slices: 'spread' over the stack, its 'middle', or around the 'largest' brain box",
-    'spread', 'middle', 'largest')
+    Allowed.one_of('spread','middle','largest'), 'spread', 'middle', 'largest')
 _choice('wrap_start', 'let a start before the first slice count from the last one, as indices in Python do',
-    False, False, False)
-_choice('voi_lut', "apply each slice's VOI LUT or window (DICOM PS3.3 C.11.2) first", False, False, True)
+    _yes_or_no, False, False, False)
+_choice('voi_lut', "apply each slice's VOI LUT or window (DICOM PS3.3 C.11.2) first", _yes_or_no, False, False, True)
 _choice('black_slices', "'keep' them, or 'replace' each by another of the series, drawn at random",
-    'keep', 'replace', 'keep')
+    Allowed.one_of('keep','replace'), 'keep', 'replace', 'keep')
 _box = ("the box around what is not black: of the 'patient', of each 'slice', or 'none' "
     "(so do copies of the winner's code; its description crops)")
-_choice('crop_by', _box, 'patient', 'slice', 'slice')
+_choice('crop_by', _box, Allowed.one_of('patient','slice','none'), 'patient', 'slice', 'slice')
 _range = "intensities that become 0 and 255: percentiles of the 'patient', or least and largest of each 'slice'"
-_choice('range_by', _range, 'patient', 'slice', 'slice')
+_choice('range_by', _range, Allowed.one_of('patient','slice'), 'patient', 'slice', 'slice')
 _short = ("fewer slices than D: 'stretch' them along D, or fill up with 'zeros', or with 'brightened' copies of slices "
     "drawn at random (by 1.2 for FLAIR and T1wCE, else 1.1)")
-_choice('short_series', _short, 'stretch', 'brightened', 'zeros')
+_choice('short_series', _short, Allowed.one_of('stretch','zeros','brightened'), 'stretch', 'brightened', 'zeros')
 _seed = ('seed of the slices drawn to replace or to fill '
     '(the thesis drew unseeded, so its predictions do not repeat: ours)')
-_choice('fill_seed', _seed, 0, 0, 0)
-_choice('transpose', 'exchange H and W', False, True, True)
-
-# %% ../nbs/03_slicewise.ipynb #d2cef129
-def _check(r):
-    for k,known in _values.items():
-        if r[k] not in known: raise unknown_name(f'choice of {k}', r[k], known)
+_choice('fill_seed', _seed, Allowed.whole(0), 0, 0, 0)
+_choice('transpose', 'exchange H and W', _yes_or_no, False, True, True)
 
 # %% ../nbs/03_slicewise.ipynb #d83d7d70
 def _natural(f):
@@ -88,15 +81,15 @@ def read_stack(
 
 def _stack(path, order, voi_lut, index, sequence):
     "What `read_stack` gives, and notes on what a rule decided where there are several volumes"
-    found = _find(path)
+    found = find_stacks(path)
     if isinstance(found, Path) or len(found)>1:
         row = {sequence:path, f'{sequence}_index':index}
         vol = read_sequence(row, sequence) if sequence else read_volume(path, index)
         return np.asarray(vol, dtype=np.float32),getattr(vol, 'notes', [])
-    _check_modality(found[0])
+    check_modality(found[0])
     if order=='filename': stack = sorted(found[0], key=_natural)
-    else: stack = [found[0][i] for i in _place(found[0])[0]]
-    x = _pixels(stack)
+    else: stack = [found[0][i] for i in place_slices(found[0])[0]]
+    x = read_pixels(stack)
     if voi_lut: x = np.stack([_window(a, f['path']) for a,f in zip(x, stack)])
     return x.astype(np.float32),[]
 
@@ -140,6 +133,7 @@ def _constant(clip, value):
     what = f"percentiles {clip} of what is not black are both {value:g}"
     return SeriesError(f"{what}: an almost constant series? Leave it out of the cohort")
 
+# %% ../nbs/03_slicewise.ipynb #37e499b9
 def _resized(x, size):
     "(N,h,w) slices, bilinear as OpenCV's default has it"
     x = torch.from_numpy(np.ascontiguousarray(x)).float()[:,None]
@@ -158,6 +152,7 @@ def _cut(a, box, size):
     r0,r1,c0,c1 = box
     return _resized(a[None,r0:r1,c0:c1], size) if r1 else np.zeros((1,*size), np.uint8)
 
+# %% ../nbs/03_slicewise.ipynb #c9940aef
 _brightened = dict(FLAIR=1.2, T1wCE=1.2, T1w=1.1, T2w=1.1)
 
 def _filled(x, D, how, sequence, rng):
@@ -169,6 +164,7 @@ def _filled(x, D, how, sequence, rng):
     return np.stack(x)
 
 def _stretched(x, D):
+    "Interpolated along D"
     y = torch.from_numpy(x).float()[None,None]
     return F.interpolate(y, size=(D,*x.shape[1:]), mode='trilinear')[0,0].round().byte().numpy()
 
@@ -184,7 +180,6 @@ def slicewise(
     Source: the thesis' loader, and the competition's first place.
     Raises `SeriesError` if all slices are black, or almost constant."""
     r = get_recipe(recipe)
-    _check(r)
     D,H,W = r.size
     rng = rng or rng_for(r.fill_seed, 'slicewise', sequence)
     boxes = slice_boxes(x)
@@ -206,6 +201,15 @@ def _picked(area, D, r, rng):
     raise SeriesError(f"{what}: too few slices with brain for slice_pick={r.slice_pick!r}")
 
 # %% ../nbs/03_slicewise.ipynb #773511aa
+def _one_sequence(row, seq, r):
+    "The prepared array, what is known of it, and notes"
+    index = row.get(f'{seq}_index')
+    x,notes = _stack(row[seq], r.slice_order, r.voi_lut, None if pd.isna(index) else int(index), seq)
+    array = slicewise(x, seq, r, rng_for(r.fill_seed, 'slicewise', str(row['patient']), seq))
+    if len(x)<r.size[0]: notes = [*notes, f"short series: {len(x)} slices for {r.size[0]}, {r.short_series}"]
+    return array,dict(window=None, shape=list(x.shape), spacing=None, plane=None, skull=None),notes
+
+# %% ../nbs/03_slicewise.ipynb #0aeac989
 def slicewise_patient(
     row:pd.Series, # A row of a cohort: `patient` and a path per sequence
     sequences:str|tuple=SEQUENCES, # Which to prepare
@@ -213,23 +217,17 @@ def slicewise_patient(
 ) -> NS: # As `prepare_patient`'s; `.affine` is None, for slices that were cropped one by one have no common place
     "Prepare one patient slice by slice. What fails is a row of the report, never an exception."
     r,patient = get_recipe(recipe),str(row['patient'])
-    _check(r)
     arrays,meta,report = {},{},[]
     def _say(seq, level, what): report.append(dict(patient=patient, sequence=seq, level=level, what=what))
     for seq in check_sequences(sequences):
         if seq not in row or pd.isna(row[seq]):
             _say(seq, 'note', 'sequence missing')
             continue
-        try:
-            index = row.get(f'{seq}_index')
-            x,notes = _stack(row[seq], r.slice_order, r.voi_lut, None if pd.isna(index) else int(index), seq)
-            arrays[seq] = slicewise(x, seq, r, rng_for(r.fill_seed, 'slicewise', patient, seq))
+        try: arrays[seq],meta[seq],notes = _one_sequence(row, seq, r)
         except MGMTError as e:
             _say(seq, 'error', f'{type(e).__name__}: {e}'.replace(str(row[seq]), seq))
             continue
         for o in notes: _say(seq, 'note', o)
-        meta[seq] = dict(window=None, shape=list(x.shape), spacing=None, plane=None, skull=None)
-        if len(x)<r.size[0]: _say(seq, 'note', f"short series: {len(x)} slices for {r.size[0]}, {r.short_series}")
     if arrays: _say('', 'note', f"prepared slice by slice, without millimetres: recipe {r.name!r}")
     else: _say('', 'error', 'patient skipped: no sequence could be prepared')
     return NS(arrays=arrays, meta=meta, affine=None, report=report)

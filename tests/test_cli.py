@@ -140,3 +140,17 @@ def test_a_column_says_whose_each_scan_is(tmp_path):
     assert 'twice' in pd.read_csv(next((tmp_path/'audit').glob('*.csv'))).patient.tolist()
     bad = '--patient_col','nobody'
     assert "no column 'nobody'" in run('mgmt_external', tmp_path/'none', tmp_path/'scans', *bad, code=2)
+
+
+def test_columns_of_a_hospitals_table_are_named_and_options_take_hyphens(work, tmp_path):
+    "`--id-col` is `--id_col`; every command that reads labels takes a table with columns of any name."
+    store = VolumeStore(work/'store')
+    table = store.table[['patient','label']].set_axis(['Historia','Resultado'], axis=1).iloc[:-1]
+    table.assign(Resultado=1-table.Resultado).to_csv(tmp_path/'labels.csv', sep=';', index=False)
+    columns = '--labels',tmp_path/'labels.csv','--id-col','Historia','--label_col','Resultado'
+    out = run('mgmt_train', work/'store', tmp_path/'run', '--epochs', 1, '--arch', 'resnet18', *columns, code=None)
+    assert "labels of column 'Resultado', ids of 'Historia'" in out and '21 labels changed' in out
+    out = run('mgmt_sweep', work/'store', tmp_path/'sweep', '--folds', '7', *columns, code=1)
+    assert '21 labels changed' in out
+    assert 'no column' in run('mgmt_evaluate', work/'store', *columns[:2], '--id-col', 'Nadie', code=2)
+    assert 'add --labels' in run('mgmt_evaluate', work/'store', '--id-col', 'Historia', code=2)

@@ -13,7 +13,9 @@ from series_writer import *
 from mgmt_fast.audit import audit, audit_cohort
 from mgmt_fast.core import SEQUENCES, Volume, get_recipe
 from mgmt_fast.prepare import foreground, prepare, prepare_patient
-from mgmt_fast.series import SeriesError, audit_series, list_series, read_sequence, read_volume
+from mgmt_fast.dicom import SeriesError
+from mgmt_fast.quality import audit_series
+from mgmt_fast.series import list_series, read_sequence, read_volume
 from mgmt_fast.slicewise import read_stack
 
 AXIAL = affine_of(np.eye(3), (6,3,3), (-96,-96,-70))

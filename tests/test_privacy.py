@@ -9,7 +9,8 @@ from pydicom.uid import MRImageStorage, ExplicitVRLittleEndian
 from mgmt_fast.cohort import kaggle_cohort
 from mgmt_fast.core import MGMTError
 from mgmt_fast.prepare import prepare
-from mgmt_fast.series import audit_series, list_series, read_volume
+from mgmt_fast.quality import audit_series
+from mgmt_fast.series import list_series, read_volume
 
 uid = '1.2.826.0.1.3680043.10.54.8675309'
 secrets = dict(PatientName='Quillfeather^Zebedee', PatientID='PID-5551212', PatientBirthDate='19530219', PatientAddress='7 Larkspur Mews', OtherPatientIDs='OPID-777001', PatientTelephoneNumbers='0123-424242',

@@ -9,7 +9,10 @@ from scipy.spatial.transform import Rotation
 from series_writer import *
 
 from mgmt_fast.core import SEQUENCES, MGMTError
-from mgmt_fast.series import SeriesError, audit_series, has_skull, list_series, read_volume
+from mgmt_fast.dicom import SeriesError
+from mgmt_fast.quality import audit_series
+from mgmt_fast.series import list_series, read_volume
+from mgmt_fast.skull import has_skull
 
 AXIAL = affine_of(np.eye(3), (5,1,.8), (-30,-40,12))
 
@@ -360,7 +363,7 @@ def test_audit_never_raises(path):
 
 @pytest.mark.real
 def test_nine_codings_are_one_image(data):
-    from mgmt_fast.series import _decode, _scan
+    from mgmt_fast.dicom import _decode
     files = sorted((data/'dicom/dcm_qa_ts/In').glob('*.dcm'))
     assert len(files)==9
     first = None

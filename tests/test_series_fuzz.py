@@ -52,7 +52,9 @@ def mutate(raw, rng):
 def fuzz(files, seed):
     "Counts by outcome; whatever is neither a Volume nor a SeriesError is kept with the bytes that caused it"
     from mgmt_fast.core import Volume
-    from mgmt_fast.series import SeriesError, audit_series, read_volume
+    from mgmt_fast.dicom import SeriesError
+    from mgmt_fast.quality import audit_series
+    from mgmt_fast.series import read_volume
     resource.setrlimit(resource.RLIMIT_AS, (8<<30,8<<30)) # a header must not make the reader ask for the moon
     def _hang(*_): raise Hang
     signal.signal(signal.SIGALRM, _hang)
@@ -94,21 +96,21 @@ def test_mutated_headers():
 
 
 class Slowly:
-    "Asks `_header` for nothing more, and so for pydicom's walk"
+    "Asks `file_frames` for nothing more, and so for pydicom's walk"
     tags = ()
     def __call__(self, ds): pass
 
 
 def test_the_short_walk_says_what_pydicom_says(tmp_path):
-    from mgmt_fast.series import SeriesError, _header, _plain_header
+    from mgmt_fast.dicom import SeriesError, _plain_frame, file_frames
     rng,path,plain,same = np.random.default_rng(1),tmp_path/'x.dcm',0,0
     for kind,raws in originals().items():
         if kind.startswith('nifti'): continue
         for i in range(150):
             path.write_bytes(mutate(raws[0], rng) if i else raws[0])
-            if (found:=_plain_header(path)) is None: continue
+            if (found:=_plain_frame(path)) is None: continue
             plain += 1
-            try: same += [found]==_header(path, Slowly())
+            try: same += [found]==file_frames(path, Slowly())
             except SeriesError: pass # a header that pydicom cannot read to its end
     assert plain>100 and same==plain, (plain,same)
 

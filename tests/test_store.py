@@ -244,3 +244,19 @@ def test_a_kill_while_a_store_is_brought_up_to_date(cohort, tmp_path):
         assert killed==(-signal.SIGKILL if at<=3 else 0)
         prepare(mine, dest, size=SIZE, n_workers=1, progress=False)
         assert {k:v for k,v in files(dest).items() if not k.startswith(".")}==fresh
+
+
+def test_a_label_table_that_names_sessions_or_only_ages_keeps_the_labels(cohort, tmp_path, capsys):
+    "The store joins tables by the same rule as `find_cohort`: by session, else by patient; no label column, no change."
+    cohort = cohort.iloc[:4]
+    cohort = cohort.assign(patient=[f'UPENN-GBM-{i:05d}' for i in range(len(cohort))], session='11')
+    store = prepare(cohort, tmp_path/'s', ['T1wCE'], size=(4,8,8), n_workers=1, progress=False)
+    table = pd.DataFrame(dict(ID=cohort.patient+'_11', MGMT=cohort.label))
+    table.to_csv(tmp_path/'labels.csv', index=False)
+    assert store.join(tmp_path/'labels.csv').table.label.tolist()==cohort.label.tolist()
+    other = pd.DataFrame(dict(patient=cohort.patient+'_21', label=1-cohort.label))
+    both = pd.concat([other, other.assign(patient=cohort.patient+'_11', label=cohort.label)])
+    assert store.join(both).table.label.tolist()==cohort.label.tolist()
+    capsys.readouterr()
+    aged = store.join(cohort[['patient']].assign(age=60)).table
+    assert aged.label.tolist()==cohort.label.tolist() and (aged.age==60).all() and capsys.readouterr().out==''
