@@ -11,6 +11,7 @@ import torch
 from mgmt_fast import external
 from mgmt_fast.backbones import create_backbone
 from mgmt_fast.bundle import Bundle, freeze_bundle
+from mgmt_fast.cli import mgmt_external, mgmt_preregister
 from mgmt_fast.cohort import kaggle_cohort
 from mgmt_fast.core import get_recipe, rng_for, write_json
 from mgmt_fast.evaluate import cross_validate
@@ -305,3 +306,15 @@ def test_the_null_of_fingerprints_expects_what_it_says():
         limit = null.threshold(.1/720)
         alarms += bool((np.tanh(rng.normal(.04, .12, 720))>=limit).any())
     assert alarms<=10
+
+
+def test_a_test_from_the_command_line_names_its_plan(study, capsys):
+    d,_,test,b = study
+    assert mgmt_preregister(d/'plan.json', b.path, 'phantoms of another seed', 'AUC above .6', n=24)==0
+    said = capsys.readouterr().out
+    assert json.loads((d/'plan.json').read_text())['signature'] in said and 'AUC decides' in said
+    assert mgmt_external(b.path, test.path, d, plan=d/'plan.json')==0
+    said = capsys.readouterr().out
+    assert 'external: AUC' in said and "(Mee's, shrunk)" in said and 'fulfilled' in said
+    assert mgmt_preregister(d/'other.json', b.path, 'phantoms', 'AUC above .6', 'aucc')==2
+    assert "unknown measure 'aucc'" in capsys.readouterr().err and not (d/'other.json').exists()
