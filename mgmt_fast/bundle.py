@@ -27,7 +27,7 @@ def preparation(
     store:VolumeStore, # Prepared cohort
     sequences=None, # Which to look at; all of the store's if None
 ) -> dict: # By sequence: `skull`, `spacing`, `space` and `plane`, see below
-    """How the scans of a cohort had been prepared before they came here: what must not differ between training and test.
+    """How the scans of a cohort had been prepared before they came here, which must not differ in training and test.
 
     `skull` is the share of volumes with one, `spacing` the median in mm along D, H and W as acquired, `space` the grid
     that nine in ten share, or `'native'`, `plane` the most frequent one."""
@@ -53,7 +53,7 @@ def _grid_name(v):
 def preparation_differs(
     train:dict, # From `preparation`
     test:dict, # The same of the test cohort
-) -> pd.DataFrame: # what (`'sequences'`, `'space'`, `'spacing'` or `'skull'`), sequence, train, test; no rows if all agree
+) -> pd.DataFrame: # what (`'sequences'`, `'space'`, `'spacing'`, `'skull'`), sequence, train, test; none if all agree
     """Where two cohorts were prepared otherwise.
 
     A skull in a share that differs by a fifth, a spacing that differs by a quarter, another grid or plane, a sequence
@@ -96,7 +96,8 @@ class Ledger:
         "Write a line, whole or not at all; returns it"
         before = self.lines()
         line = signed({**entry, 'previous':before[-1]['signature'] if before else self.first})
-        with atomic_path(self.path) as tmp: tmp.write_text(''.join(json.dumps(o)+'\n' for o in [*before,line]), encoding='utf-8')
+        text = ''.join(json.dumps(o)+'\n' for o in [*before,line])
+        with atomic_path(self.path) as tmp: tmp.write_text(text, encoding='utf-8')
         return line
 
     def unfinished(self,
@@ -124,7 +125,7 @@ class Bundle:
         path, # Folder that `freeze_bundle` wrote
     ):
         path = Path(path)
-        if not (path/'bundle.json').exists(): raise ProtocolError(f"no bundle in {path}: bundle.json is missing; make one with freeze_bundle")
+        if not (path/'bundle.json').exists(): raise _no_bundle(path)
         d = read_signed(path/'bundle.json')
         for m in d['models']: _check_files(path, m)
         sequences = tuple(uniqueify(s for m in d['models'] for s in m['sequences']))
@@ -195,11 +196,16 @@ class Bundle:
 
 model_kinds['bundle'] = Bundle
 
+def _no_bundle(path):
+    return ProtocolError(f"no bundle in {path}: bundle.json is missing; make one with freeze_bundle")
+
 def _check_files(path, model):
     "Each file of a model must be the one that was frozen"
     for suffix,h in model['files'].items():
         file = path/(model['name']+suffix)
-        if not file.exists() or file_hash(file)!=h: raise ProtocolError(f"{file.name} in {path} is missing or not the file that was frozen: restore it, or freeze a new bundle")
+        if file.exists() and file_hash(file)==h: continue
+        raise ProtocolError(f"{file.name} in {path} is missing or not the file that was frozen: restore it, or freeze "
+            "a new bundle")
 
 def _many_preparations():
     return ProtocolError("the models of this bundle were trained on stores that were prepared in different ways, "
@@ -210,9 +216,17 @@ def _check_validation(v, store):
     "Validation patients must be in the store, with the labels that it knows"
     known = dict(zip(store.table.patient, store.table.label))
     away = sorted(set(v.patient)-set(known))
-    if away: raise ProtocolError(f"{len(away)} validation patients are not in the store, e.g. {away[0]}: the threshold may come from the training cohort only")
+    if away: raise _not_in_store(away)
     wrong = [p for p,y in zip(v.patient, v.label) if not pd.isna(known[p]) and known[p]!=y]
-    if wrong: raise ProtocolError(f"the labels of {len(wrong)} validation patients are not those of the store, e.g. {wrong[0]}: join the right labels with `store.join`, or give the right table")
+    if wrong: raise _other_labels(wrong)
+
+def _not_in_store(away):
+    return ProtocolError(f"{len(away)} validation patients are not in the store, e.g. {away[0]}: the threshold may "
+        "come from the training cohort only")
+
+def _other_labels(wrong):
+    return ProtocolError(f"the labels of {len(wrong)} validation patients are not those of the store, e.g. {wrong[0]}: "
+        "join the right labels with `store.join`, or give the right table")
 
 def _parts_of(m):
     "Hash of each volume that a model has seen, and whether it was trained on or chosen by"
@@ -248,17 +262,17 @@ def _check_again(v, models, temperatures, store, most=16):
     return len(some)
 
 def _trained_on(patient):
-    return ProtocolError(f"validation patient {patient} was trained on by each of the models: a threshold that is chosen "
-        "on training patients is too good to be true. Use patients that were held back")
+    return ProtocolError(f"validation patient {patient} was trained on by each of the models: a threshold that is "
+        "chosen on training patients is too good to be true. Use patients that were held back")
 
 def _not_theirs(patient, given, prob):
-    return ProtocolError(f"the prediction of validation patient {patient} is {given:.3f}, but these models give {prob:.3f}: "
-        "was it made by other models, or at other temperatures? Predict the validation patients again")
+    return ProtocolError(f"the prediction of validation patient {patient} is {given:.3f}, but these models give "
+        f"{prob:.3f}: was it made by other models, or at other temperatures? Predict the validation patients again")
 
 # %% ../nbs/140_bundle.ipynb #a3385d0e
 def freeze_bundle(
     models, # Paths of saved models, one or several: an ensemble, whose log-odds are averaged
-    validation:pd.DataFrame, # patient, label, prob: predictions for patients whom the model in question did not train on
+    validation:pd.DataFrame, # patient, label, prob: predictions for patients whom their model did not train on
     store:VolumeStore, # Where the models' training and validation patients are
     dest, # Folder to write
     temperatures=1., # What each model's log-odds are divided by, one or one per model; found on validation patients
@@ -271,7 +285,7 @@ def freeze_bundle(
     predictions cannot be checked: `validation['checked']` is then 0."""
     refuse_held_out(store)
     v,dest = check_predictions(validation),Path(dest)
-    if (dest/'bundle.json').exists(): raise ProtocolError(f"{dest} holds a bundle already: a frozen one does not change; give another folder")
+    if (dest/'bundle.json').exists(): raise _bundle_there(dest)
     _check_validation(v, store)
     paths = [re.sub(r'\.(json|safetensors)$', '', str(p)) for p in listify(models)]
     temperatures = _one_each(temperatures, paths)
@@ -280,18 +294,24 @@ def freeze_bundle(
     checked = _check_again(v, loaded, temperatures, store)
     make_folder(dest)
     entries = [_copied(*o, dest, i) for i,o in enumerate(zip(paths, loaded, temperatures))]
-    found = dict(models=entries, tta=None if tta is None else get_recipe(tta).to_json(), recipe=loaded[-1].recipe.to_json())
-    known = dict(spacing=store.spacing, preparation=preparation(store, uniqueify(s for m in loaded for s in m.sequences)),
-        patients=sorted(store.table.patient), volumes=volume_hashes(store))
+    views = None if tta is None else get_recipe(tta).to_json()
+    found = dict(models=entries, tta=views, recipe=loaded[-1].recipe.to_json())
+    alike = preparation(store, uniqueify(s for m in loaded for s in m.sequences))
+    who = dict(patients=sorted(store.table.patient), volumes=volume_hashes(store))
+    known = dict(spacing=store.spacing, preparation=alike, **who)
     chosen = dict(threshold=choose_threshold(v.label, v.prob), validation=_validation(v, checked))
     record = dict(version=__version__, created=utc_now(), **found, **chosen, **known)
     write_json(dest/'bundle.json', signed(json.loads(json.dumps(record))))
     return Bundle(dest)
 
+def _bundle_there(dest):
+    return ProtocolError(f"{dest} holds a bundle already: a frozen one does not change; give another folder")
+
 def _one_each(temperatures, paths):
     ts = listify(temperatures)*len(paths) if np.isscalar(temperatures) else list(temperatures)
     if len(ts)==len(paths) and paths: return [float(t) for t in ts]
-    raise ProtocolError(f"a bundle has at least one model, and one temperature per model; received {len(paths)} and {len(ts)}")
+    raise ProtocolError(f"a bundle has at least one model, and one temperature per model; "
+        f"received {len(paths)} and {len(ts)}")
 
 def _copied(path, model, temperature, dest, i):
     "Copy a model's files into the bundle; its entry"
@@ -300,8 +320,8 @@ def _copied(path, model, temperature, dest, i):
         if not Path(path+suffix).exists() and suffix=='.seen.safetensors': continue # of version 0.1
         shutil.copyfile(path+suffix, dest/f'{name}{suffix}')
         files[suffix] = file_hash(dest/f'{name}{suffix}')
-    key = (model.trained or {}).get('key')
-    return dict(name=name, arch=model.arch, sequences=list(model.sequences), key=key, temperature=temperature, files=files)
+    about = dict(arch=model.arch, sequences=list(model.sequences), key=(model.trained or {}).get('key'))
+    return dict(name=name, **about, temperature=temperature, files=files)
 
 def _validation(v, checked):
     "What is known of the validation patients"
@@ -316,7 +336,7 @@ def cv_models(
     sequences=None, # Which, as in `oof.sequences`; a list for an ensemble over sequences
     recipe=None, # Which, where there are several
 ) -> dict: # `models`, `temperatures` and `validation`, for `freeze_bundle(**cv_models(...), store=..., dest=...)`
-    "The models of a cross-validation, all folds and seeds, and their out-of-fold predictions, on which the threshold is chosen."
+    "The models of a cross-validation, all folds and seeds, and the out-of-fold predictions that give the threshold."
     t = read_oof(dest)
     t = t[t.arch!='selected']
     for k,v in dict(arch=arch, sequences=sequences, recipe=recipe).items(): t = _those(t, k, v, dest)
@@ -324,10 +344,14 @@ def cv_models(
     models = [Path(dest)/'runs'/r/'model' for r in runs.run]
     return dict(models=models, temperatures=runs.temperature.tolist(), validation=ensemble(t))
 
+def _say_which(dest, k, values):
+    return ProtocolError(f"the cross-validation in {dest} has several {k}: say which ({', '.join(values)}), "
+        "or pass a list for an ensemble")
+
 def _those(t, k, v, dest):
     "The rows of the models that were asked for"
     if v is None and t[k].nunique()<2: return t
-    if v is None: raise ProtocolError(f"the cross-validation in {dest} has several {k}: say which ({', '.join(t[k].unique())}), or pass a list for an ensemble")
+    if v is None: raise _say_which(dest, k, t[k].unique())
     for o in listify(v):
         if o not in set(t[k]): raise unknown_name(k, o, t[k].unique())
     return t[t[k].isin(listify(v))]

@@ -106,7 +106,8 @@ def _card_of_store(store):
     res['15'] = 'the probability of a methylated promoter, 0 to 1; research use only'
     res['26'] = ('the truth of the labels, and what distinguishes these patients from those elsewhere, cannot be seen '
         'from here; see the baselines for what the acquisition gives away')
-    res['27a'] = 'a series that cannot be read or prepared is refused with its reason, and the patient gets no probability'
+    res['27a'] = ('a series that cannot be read or prepared is refused with its reason, and the patient gets no '
+        'probability')
     return res
 
 def _scans_in_words(s, v):
@@ -128,8 +129,8 @@ def _card_of_patients(store, oof):
 
 def _card_of_study(real):
     "Items that a cross-validation answers"
-    measures = ('AUC (interval named beside it; folds pooled, and their mean), accuracy (Wilson), log loss, calibration, '
-        'decision curve: in the tables and figures of the report')
+    measures = ('AUC (interval named beside it; folds pooled, and their mean), accuracy (Wilson), log loss, '
+        'calibration, decision curve: in the tables and figures of the report')
     return {'12a': f"{real.fold.nunique()} patient-level folds, stratified by label, {real.repeat.nunique()} repeats, "
             f"{real.member.nunique()} seeds; the inner validation part of each training set chose epoch, temperature "
             "and threshold",
@@ -233,16 +234,18 @@ def _write_parts(dest, figures, tables):
 # %% ../nbs/142_card.ipynb #1c7590a8
 def _patients_part(s, figures):
     half = expected_ci(.6, len(s.y), s.y.mean())
-    text = (f"{len(s.store)} prepared, {len(s.y)} predicted, {s.y.sum()} methylated. With as many, an AUC of .600 comes "
-        f"with an interval of about {half.lo:.3f} to {half.hi:.3f}.")
+    text = (f"{len(s.store)} prepared, {len(s.y)} predicted, {s.y.sum()} methylated. With as many, an AUC of .600 "
+        f"comes with an interval of about {half.lo:.3f} to {half.hi:.3f}.")
     return [text, figures['balance']]
 
 def _results_part(s, tables, external, figures):
-    text = ("Every patient predicted by models that never saw them; accuracy at thresholds that the inner validation part "
-        "chose. The AUC pools the folds of a run, and its interval covers that; the mean over folds stands beside it.")
+    text = ("Every patient predicted by models that never saw them; accuracy at thresholds that the inner validation "
+        "part chose. The AUC pools the folds of a run, and its interval covers that; the mean over folds stands beside "
+        "it.")
     t = tables['results']
     faults = check_results(t[t.arch!='selected'], [*s.oof.threshold, .5])
-    found = ["What cannot be, or should not, in these tables:", faults] if len(faults) else ["No figure of these tables contradicts another."]
+    found = ["No figure of these tables contradicts another."]
+    if len(faults): found = ["What cannot be, or should not, in these tables:", faults]
     return [text, show_results(s.table), figures['forest'], *_external_part(s, external), *found]
 
 def _external_part(s, external):

@@ -244,7 +244,7 @@ def cross_validate(
     store:VolumeStore, # Prepared cohort with labels
     dest, # Folder for models, logs and predictions; finished runs with the same inputs are kept and used
     archs=None, # Backbone or backbones; the recipe's if None
-    sequences=None, # Channels of one model (the recipe's if None, or all of the store's), `'each'` for a model per sequence, or a list of tuples for a model each
+    sequences=None, # Channels of one model, `'each'` for a model per sequence, or a list of tuples for a model each
     recipe=None, # Name, file or `Recipe`, or `{label: recipe}` to compare several; the store's if None
     n_folds:int=5, # Folds, stratified by label
     repeats:int=1, # Times that the patients are dealt anew
@@ -259,6 +259,7 @@ def cross_validate(
 ) -> pd.DataFrame: # One row per patient and run, see below; the same in `dest/oof.csv`
     """Predict every patient by models that never saw them, not even to choose an epoch.
 
+    Without `sequences` a model has those of the recipe, or all of the store's.
     Columns: patient, label, arch, sequences, recipe, repeat, fold, member, raw, tta, prob (`raw` at the run's
     temperature), run, temperature, threshold, valid_loss. Folds are dealt once for all models, so that these can be
     compared patient by patient. Raises `ProtocolError` on a store that an external test has met, on fewer than 10
@@ -310,7 +311,7 @@ def _unfinished(dest, path):
 def select_inside(
     oof:pd.DataFrame, # From `cross_validate`
 ) -> pd.DataFrame: # Rows of those models whose loss on the inner validation part was lowest, as `arch='selected'`
-    "Let every run's inner part choose its model: nested cross-validation, at no training beyond that of the candidates."
+    "Let every run's inner part choose its model: nested cross-validation, with no more training than the candidates'."
     oof,at = oof[oof.arch!='selected'],['repeat','fold','member']
     best = oof.loc[oof.groupby(at).valid_loss.idxmin(), [*at,'run']]
     chosen = oof.merge(best, on=[*at,'run'])

@@ -42,7 +42,8 @@ def preregister(
     for what,text in dict(cohort=cohort, hypothesis=hypothesis).items():
         if not str(text).strip(): raise ProtocolError(f"a plan says its {what} in words; received {text!r}")
     said = dict(cohort=cohort, hypothesis=hypothesis, metric=metric, n=n)
-    plan = signed(dict(kind='plan', date=utc_now(), version=__version__, bundle=b.signature, threshold=b.threshold, **said))
+    about = dict(kind='plan', date=utc_now(), version=__version__, bundle=b.signature, threshold=b.threshold)
+    plan = signed({**about, **said})
     write_json(path, plan)
     return plan
 
@@ -76,7 +77,10 @@ def _check_ids(bundle, store):
     known = set(map(patient_key, bundle.patients))
     there = store.table.patient[store.table[list(store.sequences)].any(axis=1)] # a label without scans tests nobody
     both = [p for p in there if patient_key(p) in known]
-    if both: raise ProtocolError(f"{len(both)} patients are in training and test, e.g. {both[0]}: take them out of the test "
+    if both: raise _in_both(both)
+
+def _in_both(both):
+    return ProtocolError(f"{len(both)} patients are in training and test, e.g. {both[0]}: take them out of the test "
         "cohort; or rename its patients, if they only share their numbers")
 
 def _check_content(bundle, store, seen):
@@ -106,7 +110,8 @@ def _overlap(bundle, store, seen):
     return dict(same=same, uncertain=uncertain, compared=compared.patient.nunique(), highest=highest, note=note)
 
 def _no_fingerprints(silent, n):
-    return f"{silent} of {n} models do not say what they were trained on (version 0.1), so overlap could not be excluded"
+    return (f"{silent} of {n} models do not say what they were trained on (version 0.1), so overlap could not be "
+        "excluded")
 
 # %% ../nbs/141_external.ipynb #46861797
 _audits = {'train','test','sequence','verdict','score'} # columns of the leakage audit's table
@@ -147,7 +152,8 @@ def _from_audit(table, path):
     return set(table.patient)==set(audit.test[audit.verdict.isin(['same','uncertain'])])
 
 def _no_report(table):
-    return ProtocolError(f"a leakage report has the columns test and verdict; received {', '.join(map(str,table.columns))}")
+    have = ', '.join(map(str, table.columns))
+    return ProtocolError(f"a leakage report has the columns test and verdict; received {have}")
 
 def _how_they_differ(scored, aside, threshold):
     "Labels and errors of those set aside and of the others, and Fisher's exact test of the errors"
@@ -169,7 +175,7 @@ def _performance(t, threshold):
     three = ['value','lo','hi']
     res = dict(auc=auc.tolist(), p_permutation=permutation_test(y, p).p)
     for k in ('accuracy','sensitivity','specificity','ppv','npv'): res[k] = at.loc[k,three].tolist()
-    for k,n in (('loss','log_loss'),('brier','brier'),('intercept','intercept'),('slope','slope')): res[k] = cal.loc[n,three].tolist()
+    for k in ('log_loss','brier','intercept','slope'): res[k.removeprefix('log_')] = cal.loc[k,three].tolist()
     res = {k: np.round(v, 6).tolist() for k,v in res.items()}
     return dict(n=len(t), methylated=int(y.sum()), interval=AUC_METHODS[auc.name], **res)
 
@@ -208,8 +214,8 @@ def _first_result(record, bundle):
     return dict(bundle=bundle[:8], auc=known.get('auc'), p=known.get('p'))
 
 # %% ../nbs/141_external.ipynb #aba98dae
-_signature_means = ('the signature is a hash without a key: it shows damage and careless changes, not a result that was '
-    'made up and signed anew')
+_signature_means = ('the signature is a hash without a key: it shows damage and careless changes, not a result that '
+    'was made up and signed anew')
 
 def _note(nth, aside, source, differ, overlap, company, plan):
     "What a reader must know first, in sentences"
@@ -219,26 +225,28 @@ def _note(nth, aside, source, differ, overlap, company, plan):
 def _on_the_list(aside, source, differ):
     if not aside or source['kind']!='list made by hand': return ''
     a,b = differ['those_set_aside'],differ['the_others']
-    return (f"a list made by hand sets {len(aside)} patients aside: {a['errors']} of {a['n']} of them were misclassified, "
-        f"{b['errors']} of {b['n']} of the others")
+    return (f"a list made by hand sets {len(aside)} patients aside: {a['errors']} of {a['n']} of them were "
+        f"misclassified, {b['errors']} of {b['n']} of the others")
 
 def _on_the_pass(nth):
     if nth==1: return 'first pass'
-    return (f'pass {nth}: patients of this cohort were tested before with this bundle, so this is no longer an untouched '
-        'test set')
+    return (f'pass {nth}: patients of this cohort were tested before with this bundle, so this is no longer an '
+        'untouched test set')
 
 def _on_the_company(company):
     k,looks,res = company['bundles'],sum(company['predictions'].values()),[]
-    if k>1 and company['p'] is None: res.append(f'{k} bundles have met this cohort: the best of {k} flatters')
-    elif k>1: res.append(f"{k} bundles have met this cohort: the best of {k} flatters, so p is {company['p_holm']:.3g} by Holm, not {company['p']:.3g}")
+    if k>1:
+        so = '' if company['p'] is None else f", so p is {company['p_holm']:.3g} by Holm, not {company['p']:.3g}"
+        res.append(f'{k} bundles have met this cohort: the best of {k} flatters{so}')
     if looks: res.append(f'it was predicted {looks} times outside of a test')
     return '; '.join(res)
 
 def _on_the_overlap(overlap):
     res = []
-    if overlap['same']: res.append(f"{len(overlap['same'])} patients left out as brains that the models were trained on")
-    if overlap['uncertain']: res.append(f"{len(overlap['uncertain'])} patients may be, see the figures without them")
-    return '; '.join([*res, *([overlap['note']] if overlap['note'] else [])])
+    same,doubt = len(overlap['same']),len(overlap['uncertain'])
+    if same: res.append(f'{same} patients left out as brains that the models were trained on')
+    if doubt: res.append(f'{doubt} patients may be known from training: see the figures without them')
+    return '; '.join(filter(None, [*res, overlap['note']]))
 
 def _on_the_plan(plan):
     if isinstance(plan, str): return 'not announced beforehand'
@@ -253,12 +261,15 @@ def _check_alike(bundle, store, override):
     for o in override:
         if o not in _kinds: raise unknown_name('difference that can be overridden', o, _kinds)
     lack = differ[differ.what=='sequences']
-    if len(lack): raise ProtocolError(f"the bundle needs {', '.join(lack.sequence)}, which the test cohort does not have")
+    if len(lack): raise _lacking(lack.sequence)
     rest = differ[~differ.what.isin(override)]
     if len(rest): raise _prepared_otherwise(rest)
     return differ
 
 _kinds = ('space','spacing','skull')
+
+def _lacking(sequences):
+    return ProtocolError(f"the bundle needs {', '.join(sequences)}, which the test cohort does not have")
 
 def _prepared_otherwise(rest):
     said = '; '.join(f'{r.what} of {r.sequence}: {r.train} in training, {r.test} here' for r in rest.itertuples())
@@ -284,8 +295,12 @@ def _begin(b, this, record):
     number = {'pass':this.nth}
     entry = this.again or b.ledger.enter(date=utc_now(), result=this.name, volumes=record.volumes, begun=True, **number)
     where = record.enter('test', date=entry['date'], bundle=b.signature, **number)
-    if not where: raise ProtocolError(f"the test can be recorded neither beside {record.store.path} nor in {user_folder()}: both are read-only. Set MGMT_FAST_HOME to a folder that can be written to")
+    if not where: raise _no_record(record.store.path)
     return entry,where
+
+def _no_record(path):
+    return ProtocolError(f"the test can be recorded neither beside {path} nor in {user_folder()}: both are read-only. "
+        "Set MGMT_FAST_HOME to a folder that can be written to")
 
 def _groups(scored, threshold, aside, uncertain):
     "Figures of all, without those set aside, and without those of whom it is uncertain"
@@ -297,9 +312,9 @@ def _groups(scored, threshold, aside, uncertain):
 # %% ../nbs/141_external.ipynb #156a0cf2
 def external_test(
     bundle, # `Bundle`, or its folder
-    cohort, # `VolumeStore` prepared by the bundle's recipe, or a cohort table of scans with labels, which is prepared here
+    cohort, # `VolumeStore` prepared by the bundle's recipe, or a table of scans with labels, which is prepared here
     dest=None, # Folder for the result; the bundle's if None
-    leakage=None, # Report of a leakage audit (DataFrame or CSV: test, verdict), or the test patients to set aside (list or CSV: patient)
+    leakage=None, # Report of a leakage audit (table or CSV), or the patients to set aside (list, or CSV: patient)
     override=(), # Differences of preparation to accept: some of `'space'`, `'spacing'`, `'skull'`
     progress:bool=True, # Show a progress bar
     plan=None, # File that `preregister` wrote
@@ -308,10 +323,10 @@ def external_test(
     """Test a frozen bundle on patients from elsewhere, and sign the result.
 
     The result has `all`, `without_suspected` and `without_uncertain` (each figure with its interval), `note`, `pass`,
-    `record` (how many bundles met this cohort, p by Holm, and where that is written down), `overlap`, `leakage`, `plan`,
-    and hashes. Every pass is entered in the bundle's ledger and the cohort's record before its numbers are known, so a
-    second look says that it is the second. One that is stopped before its result was written is finished by the next
-    call, as the same pass. Raises `ProtocolError` on changed files, on patients known from training, on another
+    `record` (how many bundles met this cohort, p by Holm, and where that is written down), `overlap`, `leakage`,
+    `plan`, and hashes. Every pass is entered in the bundle's ledger and the cohort's record before its numbers are
+    known, so a second look says that it is the second. One that is stopped before its result was written is finished
+    by the next call, as the same pass. Raises `ProtocolError` on changed files, on patients known from training, on another
     preparation, and on data that give no number."""
     if fitting: raise _for_testing(fitting)
     b = Bundle(bundle.path if isinstance(bundle, Bundle) else bundle)
@@ -349,14 +364,14 @@ def external_test(
 
 def _end(b, this, record, res):
     "Enter the result in the cohort's record, and close the pass"
-    auc = res['all'].get('auc', [None])[0]
-    number = {'pass':this.nth}
-    record.enter('result', date=res['date'], bundle=b.signature, result=res['signature'], auc=auc, p=res['record']['p'], **number)
+    found = dict(auc=res['all'].get('auc', [None])[0], p=res['record']['p'], result=res['signature'])
+    record.enter('result', date=res['date'], bundle=b.signature, **found, **{'pass':this.nth})
     b.ledger.enter(date=utc_now(), done=this.name)
 
 def _for_testing(fitting):
-    return ProtocolError(f"external_test takes no {', '.join(fitting)}: a test cohort is for testing, and what is fitted, "
-        "chosen or recalibrated on it is no longer tested. Settle it on validation patients and freeze another bundle")
+    return ProtocolError(f"external_test takes no {', '.join(fitting)}: a test cohort is for testing, and what is "
+        "fitted, chosen or recalibrated on it is no longer tested. Settle it on validation patients and freeze another "
+        "bundle")
 
 def _store_of(b, cohort, dest, progress):
     "The cohort's store, prepared here if it is not"
@@ -379,10 +394,10 @@ def _cohort(store, record, left_out):
 def read_result(
     path, # Of a result that `external_test` wrote
 ) -> dict: # The result
-    "A result that is as it was written. Raises `ProtocolError` if it was changed, by its signature or by the cohort's record."
+    "A result that is as it was written. Raises `ProtocolError` if signature or record say that it was changed."
     d = read_signed(path)
     p = Path(path).parent/d['predictions']['file']
-    if not p.exists() or file_hash(p)!=d['predictions']['hash']: raise ProtocolError(f"{p} is missing or was changed after {Path(path).name} was signed: restore it")
+    if not p.exists() or file_hash(p)!=d['predictions']['hash']: raise _predictions_changed(p, path)
     known = [e['result'] for e in _results_of(d) if e['bundle']==d['bundle'] and e['pass']==d['pass']]
     if known and d['signature'] not in known: raise _signed_again(path)
     return d
@@ -391,9 +406,12 @@ def _results_of(d):
     "Results that the cohort's record in the user's data folder holds"
     return cohort_entries(d['record']['key'], 'result') if 'record' in d else []
 
+def _predictions_changed(file, path):
+    return ProtocolError(f"{file} is missing or was changed after {Path(path).name} was signed: restore it")
+
 def _signed_again(path):
-    return ProtocolError(f"{path} is not the result that the cohort's record knows of this pass: it was changed and signed "
-        "again. Restore it")
+    return ProtocolError(f"{path} is not the result that the cohort's record knows of this pass: it was changed and "
+        "signed again. Restore it")
 
 # %% ../nbs/141_external.ipynb #00c0bd44
 def external_table(

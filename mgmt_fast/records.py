@@ -170,7 +170,8 @@ def _read_record(path):
     return d
 
 def _record_changed(path):
-    return ProtocolError(f"{path} was changed by hand: what the cohort has met can no longer be trusted. Restore the file")
+    return ProtocolError(f"{path} was changed by hand: what the cohort has met can no longer be trusted. "
+        "Restore the file")
 
 def _entries_of_01(counts):
     "A test for each pass that version 0.1 counted"
@@ -197,8 +198,10 @@ def refuse_held_out(
     if said: raise _held_out(store, said)
 
 def _held_out(store, said):
-    return ProtocolError(f"{store.path} holds patients of an external test: nothing may be trained, chosen or calibrated "
-        f"on them. Use another cohort; if that test is given up for good, delete {' and '.join(said)}, and never report it")
+    files = ' and '.join(said)
+    return ProtocolError(f"{store.path} holds patients of an external test: nothing may be trained, chosen or "
+        f"calibrated on them. Use another cohort; if that test is given up for good, delete {files}, "
+        "and never report it")
 
 # %% ../nbs/04_records.ipynb #6c15dc57
 def log_prediction(
@@ -210,5 +213,5 @@ def log_prediction(
     record = CohortRecord(store)
     if not (always or record.tests): return
     if record.enter('prediction', by=by): return
-    print(f"this prediction of held-out patients could not be entered into the record of {store.path}: it is read-only, "
-        "and so is the user's data folder")
+    print(f"this prediction of held-out patients could not be entered into the record of {store.path}: "
+        "it is read-only, and so is the user's data folder")

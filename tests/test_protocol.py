@@ -31,7 +31,8 @@ RECIPE = get_recipe('default', arch=ARCH, size=SIZE, anisotropic=2)
 
 def scans(dest, n, first, seed):
     "A cohort of phantoms whose patients are numbered from `first`"
-    make_phantom(dest, n=n, test=0., auc=.9, slices=12, size=32, sequences='T1wCE', seed=seed, n_workers=0, progress=False)
+    small = dict(slices=12, size=32, sequences='T1wCE', n_workers=0, progress=False)
+    make_phantom(dest, n=n, test=0., auc=.9, seed=seed, **small)
     c = kaggle_cohort(dest)
     return c.assign(patient=[f'{first+int(p):05d}' for p in c.patient])
 
@@ -40,7 +41,7 @@ def prepared(cohort, dest, size=SIZE): return prepare(cohort, dest, 'T1wCE', siz
 
 
 def model(seed, store=None):
-    "An untrained network that says that it was trained on a store: a bundle's rules have nothing to do with how good it is"
+    "An untrained network that says that it was trained on a store: the rules do not ask how good it is"
     torch.manual_seed(seed)
     seen = None if store is None else SeenVolumes.of(store, dict(train=store.table.patient), ['T1wCE'])
     return MGMTModel(create_backbone(ARCH, anisotropic=2), RECIPE, ('T1wCE',), seen=seen)
@@ -156,7 +157,7 @@ def test_uncertain_patients_are_counted_and_shown_without(study, monkeypatch):
     monkeypatch.setattr(external, 'find_seen', partial(find_seen, alarms=(1e-300,.1)))
     r = run(b, mixed)
     doubt = r['overlap']['uncertain']
-    assert not r['overlap']['same'] and set(new)<=set(doubt) and len(doubt)<6, 'one stranger in ten sets may be among them'
+    assert not r['overlap']['same'] and set(new)<=set(doubt) and len(doubt)<6, 'a stranger may be among them'
     assert r['all']['n']==24 and r['without_uncertain']['n']==24-len(doubt)
     assert external_table(r)['set'].tolist()==['external','external, without uncertain']
 
@@ -183,7 +184,7 @@ def test_an_audit_that_was_edited_is_a_list_made_by_hand(study, tmp_path):
         assert source['kind']==kind and source['file']=='set_aside.csv' and len(source['hash'])==32
 
 
-@pytest.mark.parametrize('name', ['mgmt_dls','recipe_dls','sweep','search','out_of_fold','cross_validate','fuse','freeze'])
+@pytest.mark.parametrize('name', 'mgmt_dls recipe_dls sweep search out_of_fold cross_validate fuse freeze'.split())
 def test_who_is_held_out_is_not_used(study, name):
     d,_,test,b = study
     run(b, test)
@@ -232,7 +233,7 @@ def test_a_threshold_that_was_edited_and_signed_again_is_another_bundle(study):
 
 
 def test_what_no_hash_can_show_is_said(study, user_home):
-    "With all records gone the cohort is a new one: the result says what its signature is worth, and that nothing was announced."
+    "With all records gone the cohort is a new one: the result says what its signature is worth."
     d,_,test,b = study
     run(b, test)
     for path in (b.path/'ledger.jsonl', held_out_file(test)): path.unlink()
@@ -265,7 +266,7 @@ def test_validation_that_contradicts_the_store(study):
     v = predict(d/'model0', train, progress=False).merge(t, on='patient')
     held_back = v[v.patient.isin(t.patient[:12])]
     freeze = partial(freeze_bundle, d/'model0', store=train, dest=d/'new')
-    for bad,says in ((held_back.assign(label=1-held_back.label), 'labels of 12 validation patients are not those of the store'),
+    for bad,says in ((held_back.assign(label=1-held_back.label), 'labels of 12 validation patients are not those'),
             (held_back.assign(prob=1-held_back.prob), 'these models give'), (v[12:], 'trained on by each')):
         with pytest.raises(ProtocolError, match=says): freeze(validation=bad)
     assert freeze(validation=held_back).validation['checked']==12
@@ -317,4 +318,4 @@ def test_a_test_from_the_command_line_names_its_plan(study, capsys):
     said = capsys.readouterr().out
     assert 'external: AUC' in said and "(Mee's, shrunk)" in said and 'fulfilled' in said
     assert mgmt_preregister(d/'other.json', b.path, 'phantoms', 'AUC above .6', 'aucc')==2
-    assert "unknown measure 'aucc'" in capsys.readouterr().err and not (d/'other.json').exists()
+    assert "did you mean 'auc'" in capsys.readouterr().err and not (d/'other.json').exists()
