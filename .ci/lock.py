@@ -1,4 +1,4 @@
-"Write requirements.lock: the exact versions, in this environment, of what settings.ini requires, and what that requires."
+"Write requirements.lock: the versions, in this environment, of what settings.ini requires, and what that requires."
 import re
 from configparser import ConfigParser
 from importlib.metadata import distribution, version
