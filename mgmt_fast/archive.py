@@ -107,7 +107,7 @@ def _walk(folder, parts, above, res, odd):
 
 # %% ../nbs/02_archive.ipynb #6c575f56
 def find_images(
-    root, # Folder
+    root:str|Path, # Folder
 ) -> tuple: # Images (`.parts` below `root`, `.path`, `.kind`), and what else must be told: `(parts, what, what to do)`
     "Every image below a folder: NIfTI files, folders of slices, and files of other formats that hold volumes."
     res,odd = [],[]
@@ -140,7 +140,7 @@ def shown_name(
 
 # %% ../nbs/02_archive.ipynb #3b75cdd8
 def split_id(
-    id, # As a folder or a table writes it
+    id:str, # As a folder or a table writes it
 ) -> tuple: # Patient, and session or None
     "Take the visit off an id, where a published collection writes ids so; any other id is a patient's."
     found = _known(str(id).strip())
@@ -245,10 +245,10 @@ def _sub_sessions(placed):
 
 # %% ../nbs/02_archive.ipynb #50cae175
 def place_images(
-    root, # Folder, as given to `find_images`
-    images, # From `find_images`
-    patients=None, # Names of folders below `root` that are known to be the patients; told from the layout if None
-    known=lambda name: False, # Is this the id of a patient in a label table?
+    root:str|Path, # Folder, as given to `find_images`
+    images:list, # From `find_images`
+    patients:list=None, # Names of folders below `root` that are known to be the patients; told from the layout if None
+    known:callable=lambda name: False, # Is this the id of a patient in a label table?
 ) -> tuple: # `Placed` of each image that has a patient; the images that have none
     "Say of each image whose it is. Raises `ArchiveError` where two layouts explain the same folders."
     name = Path(root).resolve().name

@@ -23,7 +23,7 @@ class CohortError(MGMTError):
 
 # %% ../nbs/02_clinical.ipynb #2e08ebf4
 def id_key(
-    id, # As a folder or a table writes it, text or number
+    id:str|float, # As a folder or a table writes it
 ) -> str: # Equal for ids that differ in padding, BraTS 2021's prefix, a TCGA sample code or UCSF-PDGM's spellings
     "What an id names, without the way it is written."
     s = str(id).strip()
@@ -35,7 +35,7 @@ def id_key(
 
 # %% ../nbs/02_clinical.ipynb #b9ff1358
 def patient_key(
-    id, # As a folder or a table writes it, text or number
+    id:str|float, # As a folder or a table writes it
 ) -> str: # Equal for all scans of one patient
     "`id_key` without the visit, as far as `split_id` knows it: what must stay in one fold."
     return id_key(split_id(id)[0])
@@ -130,7 +130,7 @@ def _find_column(columns, given, names, what, part=None):
 
 # %% ../nbs/02_clinical.ipynb #949c7094
 def id_column(
-    columns, # Names of the columns of a table
+    columns:pd.Index|list, # Names of the columns of a table
     given:str=None, # Its name, where the user says so
 ) -> str: # Name of the column of ids
     "Which column holds the patients' ids. Raises `CohortError` if none is known to."

@@ -37,7 +37,8 @@ def expected_ci(
 ) -> pd.Series: # auc, lo, hi
     """The interval of an AUC from the numbers of patients alone.
 
-    It holds the true AUCs that give `auc` with reasonable probability. Source: Newcombe 2006, method 5. Raises `MGMTError` on arguments out of range."""
+    It holds the true AUCs that give `auc` with reasonable probability. Source: Newcombe 2006, method 5.
+    Raises `MGMTError` on arguments out of range."""
     if not (0<=auc<=1 and 0<share<1 and n*min(share,1-share)>=2): raise _no_interval(auc, n, share)
     def far(t): return abs(auc-t)-norm.ppf(.5+level/2)*auc_se(t, n*share, n*(1-share))
     tiny = 1e-9 # at 0 and 1 an AUC has no spread, so a root lies there too, which is none of the interval's
@@ -98,7 +99,7 @@ def loss_bounds(
 
 # %% ../nbs/10_consistency.ipynb #79b8056f
 def as_numbers(
-    x, # Anything array-like
+    x:np.ndarray|pd.Series|list, # What should hold numbers
     what:str, # What it is, for the error
 ) -> np.ndarray: # float64, one axis
     "Bring a column to floats. Raises `MGMTError` if it holds none."

@@ -178,7 +178,7 @@ def _bad_header(path, e):
 # %% ../nbs/01_dicom.ipynb #4e49b0a1
 def file_frames(
     path:Path, # File
-    look=None, # Has `tags` to read too, and is called with the pydicom data set that holds them
+    look:callable=None, # Has `tags` to read too, and is called with the pydicom data set that holds them
 ) -> list|None: # A dict for each frame: DICOM keywords to tuples or text, `path`, `at`, `size`; `None`: no DICOM file
     "The frames that the header of a file describes. Raises `SeriesError` on a damaged header."
     if look is None and (h:=_plain_frame(path)): return [h]
@@ -287,7 +287,7 @@ def _check_others(others, frames):
 # %% ../nbs/01_dicom.ipynb #8a04ef3a
 def folder_frames(
     path:Path, # Folder, or one file; sub-folders are not entered
-    look=None, # As in `file_frames`
+    look:callable=None, # As in `file_frames`
 ) -> list: # Frames of all images, in the order of the files' names
     "The frames of all DICOM images in a folder. Raises `SeriesError` on a file that may be a lost slice."
     try: files = _files(path)

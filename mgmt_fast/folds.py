@@ -6,6 +6,8 @@
 __all__ = ['describe_cohort', 'plot_balance', 'assign_folds']
 
 # %% ../nbs/02_folds.ipynb #ab27c3ed
+from pathlib import Path
+
 import pandas as pd
 import matplotlib.pyplot as plt
 from fastcore.all import *
@@ -68,7 +70,7 @@ def assign_folds(
     cohort:pd.DataFrame, # Any cohort with labels
     n:int=5, # Number of folds; each class needs at least as many patients
     seed:int=0, # For the shuffle before the split
-    folds=None, # A published split to repeat instead: a table with ids and a column `fold`, path or DataFrame
+    folds:str|Path|pd.DataFrame=None, # A published split to repeat instead: a table with ids and a column `fold`
 ) -> pd.DataFrame: # The cohort with a column `fold`, 0 to `n-1` (Int64), missing for patients without a label
     """Split patients into stratified folds, all scans of a patient in one.
 

@@ -56,7 +56,7 @@ _SUFFIX = re.compile(r'(?:ce|c|cw|gd|gad\w*|post\w*|km|contrast\w*|c\+|\+c|\+gd|
 _OTHER = set('''adc dwi dti dw trace tracew fa colfa colorfa exp perf perfusion dsc dce dyn dynamic asl pasl pcasl cbf
     cbv mtt ttp tmax relcbf rcbv swi swan swip mip mips minip pha phase tof mra mrv angio angiography venogram carotids
     xstar star medic hemo haemo mt mtc nm stir sub subtraction subtr subtract subtracted resta seg segm mask label
-    labels     pred map maps roi loc localizer localiser scout aascout survey plane cal calibration fgre ssfse trufi ssfp
+    labels pred map maps roi loc localizer localiser scout aascout survey plane cal calibration fgre ssfse trufi ssfp
     reformat
     reformatted mpvr curved bold rest resting fmri rsfmri epi svs csi mrs spectroscopy fieldmap shim ciss fiesta t1rho
     spine lumbar thoracic cervical cspine tspine lspine columna moco inv1 inv2 t1map t2map screen
@@ -154,7 +154,7 @@ def _agent(h): return str(h.get('ContrastBolusAgent') or '').strip().lower() not
 
 # %% ../nbs/01_naming.ipynb #82e226a9
 def times_allow(
-    header, # Mapping with `RepetitionTime`, `EchoTime`, `InversionTime` (ms, number or tuple) and `ContrastBolusAgent`
+    header:dict, # With `RepetitionTime`, `EchoTime`, `InversionTime` (ms, number or tuple) and `ContrastBolusAgent`
 ) -> tuple: # Sequences of `SEQUENCES` that the times allow; empty where they do not decide
     "Which sequences a scan with these times can be."
     tr,te,ti = (_number(header, k) for k in ('RepetitionTime','EchoTime','InversionTime'))
@@ -200,7 +200,7 @@ def _something_else(h):
 
 # %% ../nbs/01_naming.ipynb #4f9e19fa
 def header_testimony(
-    header, # Mapping of DICOM keywords to values, as far as there are any; empty for NIfTI
+    header:dict, # DICOM keywords to values, as far as there are any; empty for NIfTI
 ) -> Testimony: # All sequences where the header is silent
     "What a header says of a series: modality, kind of image, times, contrast agent. Its texts are never repeated."
     if odd := _something_else(header): return Testimony((), None, odd)
@@ -232,7 +232,7 @@ def _together(names):
 # %% ../nbs/01_naming.ipynb #93b14249
 def name_series(
     *names:str, # What the series is called: file, folder, series description; blanks are passed over
-    header=None, # Mapping of DICOM keywords to values; none for NIfTI
+    header:dict=None, # DICOM keywords to values; none for NIfTI
 ) -> Verdict: # `why` repeats no name and no text of the header
     "Weigh what name and header say. Where they contradict each other, or neither speaks, there is no sequence."
     name,head = _together([o for o in names if o]),header_testimony(header or {})

@@ -199,8 +199,8 @@ def make_stacks(
 
 # %% ../nbs/01_series.ipynb #018bde64
 def find_stacks(
-    path, # A folder of DICOM slices, or a DICOM or NIfTI file
-    look=None, # What else to ask of each header, as in `file_frames`
+    path:str|Path, # A folder of DICOM slices, or a DICOM or NIfTI file
+    look:callable=None, # What else to ask of each header, as in `file_frames`
 ) -> Path|list: # The path of the one NIfTI file there, or the stacks of `make_stacks`
     "What can be read at a path. Raises `SeriesError` if there is nothing, or images of several patients."
     path = Path(path)
