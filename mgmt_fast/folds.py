@@ -61,7 +61,7 @@ def _given_folds(cohort, key, folds):
 
 def _torn(patient, n): return f"the given split puts scans of {patient} into {n} folds: a patient belongs to one"
 
-def _too_few(n, counts):
+def _too_few_for_folds(n, counts):
     return (f"n={n} folds: n must be at least 2 and each fold needs a patient of each class, but there are {counts[1]} "
         f"methylated and {counts[0]} unmethylated: choose a smaller n, or find more labels")
 
@@ -79,7 +79,7 @@ def assign_folds(
     if folds is not None: return _given_folds(cohort, key, folds)
     y = cohort.label.groupby(key).max().dropna().astype(int)
     counts = y.value_counts().reindex([0,1], fill_value=0)
-    if n<2 or counts.min()<n: raise CohortError(_too_few(n, counts))
+    if n<2 or counts.min()<n: raise CohortError(_too_few_for_folds(n, counts))
     parts,of = StratifiedKFold(n, shuffle=True, random_state=seed).split(y, y),{}
     for i,(_,valid) in enumerate(parts): of.update(dict.fromkeys(y.index[valid], i))
     res = cohort.assign(fold=key.map(of).astype('Int64'))

@@ -145,7 +145,7 @@ def sequence_of(
 _NOT_PLAIN = ('FLAIR','T1wCE','T2w')
 _NO_AGENT = ('no','none','n','0','')
 
-def _number(h, k):
+def _header_number(h, k):
     v = h.get(k)
     v = v[0] if isinstance(v, (tuple,list)) and len(v) else v
     return None if v in (None,'',()) else float(v)
@@ -157,7 +157,7 @@ def times_allow(
     header:dict, # With `RepetitionTime`, `EchoTime`, `InversionTime` (ms, number or tuple) and `ContrastBolusAgent`
 ) -> tuple: # Sequences of `SEQUENCES` that the times allow; empty where they do not decide
     "Which sequences a scan with these times can be."
-    tr,te,ti = (_number(header, k) for k in ('RepetitionTime','EchoTime','InversionTime'))
+    tr,te,ti = (_header_number(header, k) for k in ('RepetitionTime','EchoTime','InversionTime'))
     if te is None or tr is None: return ()
     ti = ti or None
     if te<=30 and (tr<=1200 or (ti or 0)>=300 and ti<1500): return ('T1wCE',) if _agent(header) else ('T1w','T1wCE')
@@ -192,10 +192,10 @@ def _something_else(h):
     how = str(h.get('ScanningSequence') or '').upper().replace("'", ' ')
     how = set(re.split(r'[^A-Z]+', how))
     if 'EP' in how: return 'an echo-planar scan'
-    if 'GR' in how and not how&{'IR','SE'} and (_number(h,'EchoTime') or 0)>=12:
+    if 'GR' in how and not how&{'IR','SE'} and (_header_number(h,'EchoTime') or 0)>=12:
         return 'a gradient echo with a long echo time (T2*)'
     if str(h.get('AngioFlag') or '').strip().upper()=='Y': return 'an angiography'
-    if how&{'IR'} and 80<=(_number(h,'InversionTime') or 0)<=300 and (_number(h,'EchoTime') or 0)>=30:
+    if how&{'IR'} and 80<=(_header_number(h,'InversionTime') or 0)<=300 and (_header_number(h,'EchoTime') or 0)>=30:
         return 'a STIR, by its inversion time'
 
 # %% ../nbs/01_naming.ipynb #4f9e19fa
@@ -217,7 +217,7 @@ class Verdict(NamedTuple):
     why:str = '' # What was seen, or why there is no sequence
 
 # %% ../nbs/01_naming.ipynb #da5e3fce
-def _together(names):
+def _names_together(names):
     "The testimony of several names of one series, the nearest first"
     res = Testimony()
     for t in map(name_testimony, names):
@@ -235,7 +235,7 @@ def name_series(
     header:dict=None, # DICOM keywords to values; none for NIfTI
 ) -> Verdict: # `why` repeats no name and no text of the header
     "Weigh what name and header say. Where they contradict each other, or neither speaks, there is no sequence."
-    name,head = _together([o for o in names if o]),header_testimony(header or {})
+    name,head = _names_together([o for o in names if o]),header_testimony(header or {})
     if name.can==('T1w',) and head.can==_NOT_PLAIN: head = Testimony() # an agent is often entered before it is given
     for t in (name,head):
         if not t.can: return Verdict(None, None, t.why)
