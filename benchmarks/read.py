@@ -1,8 +1,9 @@
 """Seconds from DICOM to numbers, beside what users would pick instead, in one run.
 usage: python benchmarks/read.py [--reps 7] [--threads 2] [--patients 32] [--slices 60] [--size 256] [--keep FOLDER]
 Makes its own series (32 patients x 4 sequences x 60 slices x 256 x 256 are 1 GB) in a temporary folder, or in FOLDER to
-use them again. Peers that are not installed are left out and named. Times are medians over rounds in which every
-contender takes its turn, from a warm file cache; ratios are of those medians."""
+use them again.
+Peers that are not installed are left out and named. Times are medians over rounds in which every contender takes its
+turn, from a warm file cache; ratios are of those medians."""
 import argparse, importlib.util, json, logging, re, resource, shutil, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 
@@ -11,6 +12,7 @@ logging.disable(logging.WARNING)
 import numpy as np, pandas as pd, pydicom, torch
 from pydicom.dataset import Dataset, FileMetaDataset
 from machine import machine
+from rounds import rounds
 from mgmt_fast.core import SEQUENCES
 from mgmt_fast.prepare import VolumeStore, prepare, prepare_patient
 from mgmt_fast.quality import audit_series
@@ -25,13 +27,14 @@ def write_series(dest, slices, size, patient, sequence):
     for i in range(slices):
         r = (x/.7)**2+(y/.8)**2+(z[i]/.8)**2
         im = np.where(r<1, 400+200*np.cos(9*x+7*y+5*z[i])+rng.integers(0, 40, (size,size)), 0).astype(np.uint16)
-        ds = Dataset(); ds.file_meta = FileMetaDataset(); ds.file_meta.TransferSyntaxUID = '1.2.840.10008.1.2.1'
-        ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = '1.2.840.10008.5.1.4.1.1.4'
-        study = f'1.2.{int(patient)+1}'
+        ds,study = Dataset(),f'1.2.{int(patient)+1}'
         series = f'{study}.{SEQUENCES.index(sequence)+1}'
+        ds.file_meta = FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = '1.2.840.10008.1.2.1'
+        ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = '1.2.840.10008.5.1.4.1.1.4'
         ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f'{series}.{i+1}'
-        ds.SeriesInstanceUID,ds.StudyInstanceUID,ds.FrameOfReferenceUID = series,study,'1.2'
-        ds.PatientID,ds.Modality,ds.InstanceNumber = patient,'MR',i+1
+        ds.PatientID,ds.SeriesInstanceUID,ds.StudyInstanceUID = patient,series,study
+        ds.FrameOfReferenceUID,ds.Modality,ds.InstanceNumber = '1.2','MR',i+1
         ds.ImagePositionPatient,ds.ImageOrientationPatient = [-120,-120,-100+i*200/slices],[1,0,0,0,1,0]
         ds.PixelSpacing,ds.SliceThickness = [240/size]*2,1
         ds.Rows = ds.Columns = size
@@ -69,15 +72,6 @@ def torchio_full(d):
     return tio.Compose([tio.ToCanonical(), tio.Resize((256,256,64)), tio.RescaleIntensity((0,1))])(im)
 
 
-def rounds(work, reps):
-    "Seconds of each, taking turns"
-    times = {k: [] for k in work}
-    for f in work.values(): f()
-    for _ in range(reps):
-        for k,f in work.items(): s = time.perf_counter(); f(); times[k].append(time.perf_counter()-s)
-    return times
-
-
 def compare(title, work, ours, reps):
     print(f'\n{title}')
     times = rounds(work, reps)
@@ -95,8 +89,8 @@ def timed_prepare(root, dest, workers):
     store = prepare(table, dest, n_workers=workers, progress=False)
     s = time.perf_counter()-start
     assert not len(store.report[store.report.level=='error'])
-    # ru_maxrss would tell of the parent before exec
-    own = int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1])
+    own = int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[
+        1]) # ru_maxrss would tell of the parent before exec
     print(json.dumps(dict(s=s, mb=[own/1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss/1024])))
 
 
@@ -120,20 +114,20 @@ def main():
 def run(a, home, gone):
     d,cohort = home/'one'/'0'/'T1w', home/f'cohort_{a.patients}_{a.slices}_{a.size}'
     if not d.exists(): write_series(d, 200, 512, '0', 'T1w')
-    def peers(**work): return {k.replace('_',' '): (lambda f=f: f(d)) for k,(need,f) in work.items()
-        if need not in gone}
+    def peers(**work):
+        return {k.replace('_',' '): (lambda f=f: f(d)) for k,(need,f) in work.items() if need not in gone}
     compare('one series, 200 slices of 512x512, uncompressed, to all its voxels in order', {
         'mgmt_fast read_volume': lambda: read_volume(d),
         'reading the bytes: the floor': lambda: sum(len(o.read_bytes()) for o in d.iterdir()),
         'pydicom': lambda: pydicom_all(d),
         **peers(SimpleITK_series_reader=('SimpleITK',simpleitk_all), MONAI_LoadImage=('monai',monai_all))},
-            'mgmt_fast read_volume', a.reps)
+        'mgmt_fast read_volume', a.reps)
     row = dict(patient='0', T1w=str(d))
     compare('the same to 64x256x256', {
         'mgmt_fast prepare_patient': lambda: prepare_patient(row, 'T1w'),
         **peers(MONAI_load_crop_resize_scale=('monai',monai_full),
-            TorchIO_load_canonical_resize_rescale=('torchio',torchio_full))}, 'mgmt_fast prepare_patient',
-            max(2, a.reps//2))
+        TorchIO_load_canonical_resize_rescale=('torchio',torchio_full))}, 'mgmt_fast prepare_patient',
+        max(2, a.reps//2))
     compare('one series audited', {'mgmt_fast audit_series': lambda: audit_series(d)}, 'mgmt_fast audit_series',
         max(2, a.reps//2))
 
@@ -142,7 +136,7 @@ def run(a, home, gone):
         for s in SEQUENCES:
             if not (cohort/f'{p:05d}'/s).exists(): write_series(cohort/f'{p:05d}'/s, a.slices, a.size, f'{p:05d}', s)
     print(f'\na cohort of {a.patients} patients x 4 sequences x {a.slices} slices of {a.size}x{a.size}, prepared to '
-        '64x256x256')
+        f'64x256x256')
     n,seconds = 4*a.patients,{}
     for workers in (1,2):
         dest = home/f'store_{workers}'
@@ -150,15 +144,14 @@ def run(a, home, gone):
         r = json.loads(subprocess.run([sys.executable, __file__, '--threads', str(a.threads), '--prepare', cohort, dest,
             str(workers)], check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         seconds[workers] = r['s']
-        speed = f"{r['s']:6.1f} s, {n/r['s']:5.1f} series per second, at most {max(r['mb']):4.0f} MB per process"
-        whole = f"585 x 4 series would take {585*4/n*r['s']/60:.1f} minutes"
-        print(f"  {workers} process{'es'*(workers>1):2s}  {speed}; {whole}")
+        print(f"  {workers} process{'es'*(workers>1):2s}  {r['s']:6.1f} s, {n/r['s']:5.1f} series a second, at most "
+            f"{max(r['mb']):4.0f} MB a process; 585 x 4 series would take {585*4/n*r['s']/60:.1f} minutes")
     print(f'  2 processes are {seconds[1]/seconds[2]:.2f} times as fast as 1')
     store = VolumeStore(home/'store_2')
     turn = iter(list(store.meta)*1000)
     compare('a volume out of the store, as float32, 1x64x256x256',
-        {'mgmt_fast VolumeStore.read, float': lambda: torch.from_numpy(store.read(next(turn),
-        'T1w')).float().div_(255)}, 'mgmt_fast VolumeStore.read, float', max(20, a.reps))
+        {'mgmt_fast VolumeStore.read, float': lambda: torch.from_numpy(store.read(next(turn), 'T1w')).float().div_(
+        255)}, 'mgmt_fast VolumeStore.read, float', max(20, a.reps))
 
 
 if __name__=='__main__': main()

@@ -28,8 +28,12 @@ def _encode(ds, kind):
         r = gdcm.ImageReader(); r.SetFileName(a); assert r.Read()
         change = gdcm.ImageChangeTransferSyntax()
         change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, kind)))
-        change.SetInput(r.GetImage()); assert change.Change()
-        w = gdcm.ImageWriter(); w.SetFileName(b); w.SetFile(r.GetFile()); w.SetImage(change.GetOutput())
+        change.SetInput(r.GetImage())
+        assert change.Change()
+        w = gdcm.ImageWriter()
+        w.SetFileName(b)
+        w.SetFile(r.GetFile())
+        w.SetImage(change.GetOutput())
         assert w.Write()
         return next(generate_frames(pydicom.dcmread(b).PixelData, number_of_frames=1))
 
@@ -43,8 +47,8 @@ def transcode(ds, coding):
         n = int(ds.get('NumberOfFrames') or 1)
         x = np.frombuffer(ds.PixelData, f"{'ui'[ds.PixelRepresentation]}{ds.BitsAllocated//8}",
             n*ds.Rows*ds.Columns).reshape(n, ds.Rows, ds.Columns)
-        ds.PixelData = encapsulate([_encode(slice_dataset(o, (0,0,0), (1,0,0,0,1,0), (1,1), BitsStored=ds.BitsStored,
-            HighBit=ds.HighBit), kind) for o in x])
+        ds.PixelData = encapsulate([_encode(slice_dataset(
+            o, (0,0,0), (1,0,0,0,1,0), (1,1), BitsStored=ds.BitsStored, HighBit=ds.HighBit), kind) for o in x])
         ds['PixelData'].VR,ds.file_meta.TransferSyntaxUID = 'OB',CODED[coding]
     ds.save_as(f:=BytesIO(), enforce_file_format=True)
     return f.getvalue()
@@ -74,8 +78,8 @@ def slice_dataset(x, ipp, iop, spacing, n=1, **elements):
     ds.SamplesPerPixel,ds.PhotometricInterpretation = 1,'MONOCHROME2'
     ds.BitsAllocated = ds.BitsStored = 8*x.dtype.itemsize
     ds.HighBit,ds.PixelRepresentation = ds.BitsStored-1,int(x.dtype.kind=='i')
-    ds['PixelData'] = pydicom.DataElement('PixelData', 'OB' if x.dtype.itemsize==1 else 'OW', x.tobytes()
-        +b'\0'*(x.nbytes%2))
+    ds['PixelData'] = pydicom.DataElement('PixelData', 'OB' if x.dtype.itemsize==1 else 'OW',
+        x.tobytes()+b'\0'*(x.nbytes%2))
     for k,v in elements.items():
         if v is None: delattr(ds, k)
         else: setattr(ds, k, v)
@@ -87,8 +91,8 @@ def datasets(x, affine, order=None, each=lambda d: {}, **elements):
     lps = np.diag([-1.,-1,1,1])@affine
     dh,dw = np.linalg.norm(lps[:3,1:3], axis=0)
     iop = np.r_[lps[:3,2]/dw, lps[:3,1]/dh]
-    return [slice_dataset(x[d], lps[:3,3]+d*lps[:3,0], iop, (dh,dw), n+1, **{**elements, **each(d)}) for n,
-        d in enumerate(range(len(x)) if order is None else order)]
+    return [slice_dataset(x[d], lps[:3,3]+d*lps[:3,0], iop, (dh,dw), n+1, **{**elements, **each(d)})
+        for n,d in enumerate(range(len(x)) if order is None else order)]
 
 
 def write(dest, sets, coding='explicit', name='Image-{}.dcm'):
@@ -118,12 +122,14 @@ def enhanced(x, affine, order=None, times=1):
     ds.NumberOfFrames = len(x)
     order = range(len(x)) if order is None else order
     first = frames[0]
-    shared = Dataset(); shared.PlaneOrientationSequence = item(ImageOrientationPatient=first.ImageOrientationPatient)
+    shared = Dataset()
+    shared.PlaneOrientationSequence = item(ImageOrientationPatient=first.ImageOrientationPatient)
     shared.PixelMeasuresSequence = item(PixelSpacing=first.PixelSpacing)
     ds.SharedFunctionalGroupsSequence = Sequence([shared])
     groups = []
     for i in order:
-        g = Dataset(); g.PlanePositionSequence = item(ImagePositionPatient=frames[i].ImagePositionPatient)
+        g = Dataset()
+        g.PlanePositionSequence = item(ImagePositionPatient=frames[i].ImagePositionPatient)
         g.FrameContentSequence = item(TemporalPositionIndex=int(i)//n+1)
         groups.append(g)
     ds.PerFrameFunctionalGroupsSequence = Sequence(groups)
@@ -132,7 +138,8 @@ def enhanced(x, affine, order=None, times=1):
 
 
 def affine_of(rotation, spacing, origin=(0,0,0)):
-    "RAS+ affine of axes (D,H,W); the columns of `rotation`, in patient (LPS) axes, are W, H and the normal"
+    """RAS+ affine of axes (D,H,W): `rotation` a proper rotation in patient (LPS) axes whose columns are W, H and the
+    normal"""
     w,h,d = np.asarray(rotation).T
     res = np.eye(4)
     res[:3] = np.column_stack([d*spacing[0], h*spacing[1], w*spacing[2], origin])

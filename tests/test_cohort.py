@@ -31,8 +31,7 @@ def problems(cohort):
 
 def test_clean_folder_has_no_problem(comp):
     df = kaggle_cohort(comp)
-    assert list(df.columns)==['patient','session','label',*SEQUENCES,'source']
-    assert len(df)==3
+    assert list(df.columns)==['patient','session','label',*SEQUENCES,'source'] and len(df)==3
     assert cohort_report(df).empty
     text = dict.fromkeys(['patient','session',*SEQUENCES,'source'], 'string')
     assert df.dtypes.astype(str).to_dict()=={**text, 'label':'Int64'}
@@ -124,8 +123,7 @@ def test_test_split_takes_ids_not_labels_from_the_submission(comp):
     touch(comp/'test', '00001/FLAIR/Image-1.dcm')
     (comp/'sample_submission.csv').write_text('BraTS21ID,MGMT_value\n00001,0.5\n00013,0.5\n')
     df = kaggle_cohort(comp, 'test')
-    assert df.patient.tolist()==['00001','00013']
-    assert df.label.isna().all()
+    assert df.patient.tolist()==['00001','00013'] and df.label.isna().all()
     assert df.source.unique().tolist()==['kaggle/test']
     assert find_cohort(comp/'test').patient.tolist()==['00001','00013']
     assert find_cohort(comp).patient.tolist()==['00000','00002','00003']
@@ -142,7 +140,8 @@ def test_report_survives_pandas(comp):
     (comp/'train'/'00000'/'FLAIR'/'Image-1.dcm').unlink()
     df = kaggle_cohort(comp)
     for o in (df[df.label==1], df.copy(), df.assign(x=1), df.sort_values('label'),
-        df.merge(df[['patient']], on='patient'), pd.concat([df,df])): assert len(cohort_report(o))==1
+        df.merge(df[['patient']], on='patient'), pd.concat([df,df])):
+        assert len(cohort_report(o))==1
     other = kaggle_cohort(comp, labels=False)
     assert len(pd.concat([df, drop_patients(other, ['99'])]))==6
 

@@ -47,7 +47,7 @@ def test_auc_bound_by_accuracy_is_reached_and_one_step_below_is_caught(m, n, hit
     (dict(auc=.5,sensitivity=.8,specificity=.8),'auc and sensitivity'),
     (dict(accuracy=.9,sensitivity=.8,specificity=.7),'accuracy and sensitivity'),
     (dict(accuracy=.75,sensitivity=.9,specificity=.5,minority=.1),'accuracy and sensitivity'),
-        (dict(accuracy=.6,loss=.2),'loss and accuracy'), (dict(accuracy=1.,loss=.8,n=50),'loss and accuracy'),
+    (dict(accuracy=.6,loss=.2),'loss and accuracy'), (dict(accuracy=1.,loss=.8,n=50),'loss and accuracy'),
     (dict(auc=1.2),'range'), (dict(loss=-.1),'range'), (dict(accuracy=.99,auc=.6,n=20),'auc and accuracy')])
 def test_impossible_rows(row, check):
     found = check_consistency([row])
@@ -57,10 +57,8 @@ def test_impossible_rows(row, check):
 def test_unknown_balance_gives_conditions():
     found = check_consistency(pd.DataFrame([dict(accuracy=.95,auc=.7),dict(accuracy=.8,sensitivity=.9,specificity=.6),
         dict(accuracy=1.,loss=.8)]))
-    assert set(found.verdict)=={'condition'}
-    assert '18.64%' in found.finding[0]
-    assert '66.67%' in found.finding[1]
-    assert 'patients' in found.finding[2]
+    assert set(found.verdict)=={'condition'} and '18.64%' in found.finding[0]
+    assert '66.67%' in found.finding[1] and 'patients' in found.finding[2]
     known = check_consistency([dict(accuracy=.95,auc=.7)], minority=.15)
     assert not len(known) and check_consistency([dict(accuracy=.95,auc=.7)], minority=.3).verdict.item()=='impossible'
 
@@ -68,8 +66,8 @@ def test_unknown_balance_gives_conditions():
 def test_bounds_survive_averages():
     "Accuracy, AUC and loss averaged over models on the same patients"
     rng = rng_for(0,'averages'); y = np.arange(60)<20
-    rows = [pd.DataFrame([measure(y, rng.random(60), rng.random()) for _ in range(5)])[['accuracy','auc','minority',
-        'n']].mean() for _ in range(100)]
+    rows = [pd.DataFrame([measure(y, rng.random(60), rng.random()) for _ in range(5)])[
+        ['accuracy','auc','minority','n']].mean() for _ in range(100)]
     assert 'impossible' not in set(check_consistency(pd.DataFrame(rows)).verdict)
 
 
@@ -116,8 +114,8 @@ def test_shapes_of_tables():
     wide = tall.pivot(index='model', columns='sequence', values=['accuracy','auc'])
     for t in (tall, wide, wide.swaplevel(axis=1), tall.set_index(['model','sequence']), tall.rename(columns=str.upper)):
         found = check_consistency(t)
-        assert len(found)==1 and found.verdict.item()=='condition', t
-        assert 'a' in found['where'].item() and 'FLAIR' in found['where'].item(), t
+        assert len(found)==1 and found.verdict.item()=='condition' and 'a' in found[
+            'where'].item() and 'FLAIR' in found['where'].item(), t
     assert check_consistency(tall.assign(set='test'), minority=dict(test=.4)).verdict.item()=='impossible'
 
 

