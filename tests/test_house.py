@@ -21,8 +21,8 @@ SCRIPTS = sorted(p for folder in ('tests','benchmarks','kaggle') for p in (root/
 BORROWS = set()
 WIDE_ROOMS = set('cli external fusion grids'.split())
 WIDE_NOTEBOOKS = set('''
-    031_grids 04_prepare 06_augment 10_seen 13_evaluate 140_bundle 141_external 142_card 15_fusion 90_cli
-    commands index tutorial_hospital_series'''.split())
+    031_grids 04_prepare 10_seen 13_evaluate 140_bundle 141_external 142_card 15_fusion 90_cli
+    commands index'''.split())
 WIDE_SCRIPTS = set()
 UNTYPED = set('''
     augment backbones bundle callbacks card confirm evaluate external fingerprints fusion kaggle kaggle_build
