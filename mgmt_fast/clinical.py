@@ -23,7 +23,7 @@ class CohortError(MGMTError):
 
 # %% ../nbs/02_clinical.ipynb #2e08ebf4
 def id_key(
-    id, # As a folder or a table writes it, text or number
+    id:str|float, # As a folder or a table writes it
 ) -> str: # Equal for ids that differ in padding, BraTS 2021's prefix, a TCGA sample code or UCSF-PDGM's spellings
     "What an id names, without the way it is written."
     s = str(id).strip()
@@ -35,7 +35,7 @@ def id_key(
 
 # %% ../nbs/02_clinical.ipynb #b9ff1358
 def patient_key(
-    id, # As a folder or a table writes it, text or number
+    id:str|float, # As a folder or a table writes it
 ) -> str: # Equal for all scans of one patient
     "`id_key` without the visit, as far as `split_id` knows it: what must stay in one fold."
     return id_key(split_id(id)[0])
@@ -58,7 +58,7 @@ def _separator(lines):
     def rank(o): return min(l.count(o) for l in lines[:50])>0, lines[0].count(o)
     return max(',;\t|', key=rank)
 
-def _cells(text):
+def _table_cells(text):
     "Rows of cells, blank rows left out"
     lines = [o for o in text.splitlines() if o.strip(' ,;\t')]
     sep = None
@@ -85,7 +85,7 @@ def _unique(names):
     "Column names, repeated ones numbered as pandas does"
     return [f'{c}.{names[:i].count(c)}' if c in names[:i] else c for i,c in enumerate(names)]
 
-def _no_table(path, e):
+def _not_a_table(path, e):
     return CohortError(f"{path} is not a table of comma-, semicolon- or tab-separated text ({e}): save it as CSV")
 
 # %% ../nbs/02_clinical.ipynb #dfb7403a
@@ -98,8 +98,8 @@ def read_table(
     "Read a table as text. Raises `CohortError` on a file that is none, or a row with more cells than the header."
     path = Path(path)
     if not path.is_file(): raise CohortError(f"no table at {path}: is the path right, and the download complete?")
-    try: rows = _cells(_decoded(path, escape))
-    except (ValueError,csv.Error) as e: raise _no_table(path, e) from None
+    try: rows = _table_cells(_decoded(path, escape))
+    except (ValueError,csv.Error) as e: raise _not_a_table(path, e) from None
     width = _width(rows, header)
     _check_widths(path, rows, width)
     rows = [(o+['']*width)[:width] for o in rows]
@@ -130,7 +130,7 @@ def _find_column(columns, given, names, what, part=None):
 
 # %% ../nbs/02_clinical.ipynb #949c7094
 def id_column(
-    columns, # Names of the columns of a table
+    columns:pd.Index|list, # Names of the columns of a table
     given:str=None, # Its name, where the user says so
 ) -> str: # Name of the column of ids
     "Which column holds the patients' ids. Raises `CohortError` if none is known to."
@@ -161,7 +161,7 @@ _SUB = str.maketrans('áéíóúüäöñèê', 'aeiouuaonee')
 class _Unknown(ValueError):
     "A word that is no known label"
 
-def _label(v):
+def _label_value(v):
     "0, 1 or missing. Raises `_Unknown` on an unknown word, `ValueError` on another number"
     s = re.sub(r'\s+', ' ', str(v).strip().lower().translate(_SUB)).strip('[]() ')
     if s in _blank or re.sub(r'[^a-z]', ' ', s).strip() in _blank-{''}: return pd.NA
@@ -177,10 +177,10 @@ def _ids_of(df, id_col, patient_col):
     "The column of ids; that of patients, where another is named so, is not it"
     if patient_col is None: return id_column(df.columns, id_col)
     _find_column(df.columns, patient_col, (), 'patients of the ids')
-    if patient_col==id_col: raise CohortError(_one_column(id_col))
+    if patient_col==id_col: raise CohortError(_same_column(id_col))
     return id_column(df.columns.drop(patient_col), id_col)
 
-def _one_column(name):
+def _same_column(name):
     return (f"id_col and patient_col are both {name!r}: id_col holds what the folders of scans are called, and"
         f" patient_col whose they are, which may repeat")
 
@@ -201,7 +201,7 @@ def _labels_of(ids, values, where):
     "Labels, and rows of a report on words that are no label"
     labels,odd = [],[]
     for i,v in zip(ids, values):
-        try: labels.append(_label(v))
+        try: labels.append(_label_value(v))
         except _Unknown:
             labels.append(pd.NA)
             odd.append((i,v))
@@ -220,7 +220,7 @@ def _check_ids(ids, where):
     if blank.any():
         raise CohortError(f"{where} has no id in data row {int(blank.argmax())+1}: fill it in or delete the row")
 
-def _numbers(df):
+def _as_numeric(df):
     "Columns of numbers as numbers, as pandas reads them"
     return pd.read_csv(io.StringIO(df.to_csv(index=False))) if len(df.columns) and len(df) else df
 
@@ -242,7 +242,7 @@ def read_labels(
     ids = df.pop(id_col).astype('string').str.strip()
     _check_ids(ids, where)
     labels,odd = _labels_of(ids, df.pop(label_col), where)
-    rest = df if given else _numbers(df)
+    rest = df if given else _as_numeric(df)
     res = pd.DataFrame({'patient':ids, 'label':pd.array(labels, dtype='Int64')})
     res = res.join(rest.drop(columns=[c for c in ('patient','label') if c in rest]))
     res.attrs.update(columns=(str(id_col),str(label_col)), report=odd, people=people)
