@@ -9,7 +9,8 @@ __all__ = ['GradientAccumulation', 'FusedAdam', 'Precision', 'set_norms', 'lower
 
 # %% ../nbs/09_callbacks.ipynb #8f8f10de
 import json, math, random
-from contextlib import nullcontext
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 import safetensors.torch as st
@@ -124,7 +125,7 @@ class FusedAdam(Optimizer):
 
     Source: Kingma and Ba 2014, arXiv:1412.6980; Loshchilov and Hutter 2017, arXiv:1711.05101."""
     def __init__(self,
-        params, # Parameters, or groups of them
+        params:list, # Parameters, or groups of them
         lr:float, # Learning rate
         mom:float=.9, # Share of the old mean of gradients
         sqr_mom:float=.99, # Share of the old mean of their squares
@@ -249,7 +250,7 @@ _falling = {'mse','rmse','mae','msle','exp_rmspe','hamming_loss','brier','brier_
 
 def lower_is_better(
     monitor:str, # A loss, or the name of a metric
-    metrics=(), # A learner's; one that has an attribute `lower_is_better` is believed
+    metrics:list|tuple=(), # A learner's; one that has an attribute `lower_is_better` is believed
 ) -> bool: # Or is it the one with the highest?
     "Is the epoch with the lowest value the best?"
     for m in metrics:
@@ -262,9 +263,9 @@ class SaveBest(TrackerCallback):
     "Keep the weights of the epoch with the best `monitor` in `learn.path/fname`, and put them back at the end"
     order,carries = TrackerCallback.order+1,('best_epoch',)
     def __init__(self,
-        fname='best.safetensors', # Relative to `learn.path`
+        fname:str|Path='best.safetensors', # Relative to `learn.path`
         monitor:str='valid_loss', # A loss, or the name of a metric
-        comp=None, # `np.less` or `np.greater`; as `lower_is_better` says if None
+        comp:Callable=None, # `np.less` or `np.greater`; as `lower_is_better` says if None
     ):
         super().__init__(monitor=monitor, comp=comp)
         self.fname,self.best_epoch,self.given = fname,None,comp
@@ -341,7 +342,7 @@ class ProgressiveSize(Callback):
     Each of the scales is used for as many epochs as the others. Raises `MGMTError` on scales that are not shares."""
     order,run_valid = -5,False
     def __init__(self,
-        scales=(.5,.75,1.), # Shares of H and W, above 0 and at most 1
+        scales:tuple|list=(.5,.75,1.), # Shares of H and W, above 0 and at most 1
     ):
         self.scales = tuple(scales)
         if not all(0<s<=1 for s in self.scales): raise MGMTError(_no_shares(self.scales))
@@ -514,13 +515,13 @@ class Checkpoint(Callback):
     If the file is there when a training begins, the training goes on from it."""
     order = TrackerCallback.order+5
     def __init__(self,
-        fname='checkpoint.safetensors', # Relative to `learn.path`
+        fname:str|Path='checkpoint.safetensors', # Relative to `learn.path`
         key:dict=None, # `run_key` of this training; the checkpoint of another one is refused
     ):
         self.fname,self.key = fname,json.loads(json.dumps(key or {}))
 
     def read(self,
-        path, # Folder
+        path:str|Path, # Folder
     ) -> dict: # None if there is none
         "What the checkpoint in a folder says. Raises `TrainingError` if it is damaged."
         file = Path(path)/self.fname
@@ -531,7 +532,7 @@ class Checkpoint(Callback):
             raise TrainingError(_no_checkpoint(file, e)) from e
 
     def check(self,
-        path, # Folder
+        path:str|Path, # Folder
     ) -> int: # Epochs
         """The epochs that the checkpoint in a folder has behind it.
 
