@@ -43,7 +43,8 @@ class Curve:
 def cohort(root, patients, seed):
     "Scans and a table with NIfTI copies and the split"
     import nibabel as nib
-    from mgmt_fast.cohort import assign_folds, kaggle_cohort
+    from mgmt_fast.cohort import kaggle_cohort
+    from mgmt_fast.folds import assign_folds
     from mgmt_fast.phantom import make_phantom
     from mgmt_fast.series import read_volume
     if not (root/'table.csv').exists():

@@ -13,7 +13,8 @@ import numpy as np, pandas as pd
 from .core import *
 from fastcore.all import *
 from scipy.special import expit
-from .cohort import id_key, plot_balance
+from .clinical import id_key
+from .folds import plot_balance
 from .prepare import VolumeStore
 from .metrics import *
 from .consistency import *
@@ -24,11 +25,58 @@ from .bundle import *
 from .external import *
 
 # %% ../nbs/142_card.ipynb #372372e4
-_tripod = """1 Title|2 Abstract|3a Healthcare context and rationale|3b Target population, purpose, users|3c Health inequalities|4 Objectives|5a Sources of data|5b Dates of the data|6a Setting and centres|6b Eligibility|6c Treatments
-7 Data preparation|8a Outcome|8b Qualification of who assessed the outcome|8c Blinding of who assessed it|9a Choice of predictors|9b Definition of predictors|9c Qualification of who assessed predictors|10 Sample size|11 Missing data
-12a Use of the data|12b Handling of predictors|12c Model, its building, internal validation|12d Heterogeneity between clusters|12e Measures of performance|12f Model updating|12g How predictions were made in the evaluation|13 Class imbalance|14 Fairness|15 Output of the model|16 Training against evaluation data
-17 Ethical approval|18a Funding|18b Conflicts of interest|18c Protocol|18d Registration|18e Data sharing|18f Code sharing|19 Patient and public involvement|20a Flow of participants|20b Their characteristics|20c Development against evaluation data
-21 Participants and outcomes in each analysis|22 Specification of the model|23a Performance with intervals|23b Heterogeneity of performance|24 Results of model updating|25 Interpretation|26 Limitations|27a Poor or missing input|27b User's part and expertise|27c Next steps"""
+_tripod = """1 Title
+2 Abstract
+3a Healthcare context and rationale
+3b Target population, purpose, users
+3c Health inequalities
+4 Objectives
+5a Sources of data
+5b Dates of the data
+6a Setting and centres
+6b Eligibility
+6c Treatments
+7 Data preparation
+8a Outcome
+8b Qualification of who assessed the outcome
+8c Blinding of who assessed it
+9a Choice of predictors
+9b Definition of predictors
+9c Qualification of who assessed predictors
+10 Sample size
+11 Missing data
+12a Use of the data
+12b Handling of predictors
+12c Model, its building, internal validation
+12d Heterogeneity between clusters
+12e Measures of performance
+12f Model updating
+12g How predictions were made in the evaluation
+13 Class imbalance
+14 Fairness
+15 Output of the model
+16 Training against evaluation data
+17 Ethical approval
+18a Funding
+18b Conflicts of interest
+18c Protocol
+18d Registration
+18e Data sharing
+18f Code sharing
+19 Patient and public involvement
+20a Flow of participants
+20b Their characteristics
+20c Development against evaluation data
+21 Participants and outcomes in each analysis
+22 Specification of the model
+23a Performance with intervals
+23b Heterogeneity of performance
+24 Results of model updating
+25 Interpretation
+26 Limitations
+27a Poor or missing input
+27b User's part and expertise
+27c Next steps"""
 
 # %% ../nbs/142_card.ipynb #ecadf274
 def model_card(
@@ -40,43 +88,89 @@ def model_card(
     """A model card in the items of TRIPOD+AI, filled in as far as data and files can tell.
 
     Source: Collins et al. 2024, BMJ 385:e078378."""
-    t,known = store.table,{}
+    known = {**_card_of_store(store), **_card_of_patients(store, oof)}
+    if oof is not None: known.update(_card_of_study(oof[oof.arch!='selected']))
+    if bundle is not None: known.update(_card_of_bundle(bundle))
+    if len(listify(results)): known.update(_card_of_results(results))
+    rows = [(o, known.get(o.split(' ')[0], 'open: for the authors to fill in')) for o in _tripod.split('\n')]
+    return pd.DataFrame(rows, columns=['item','what'])
+
+def _card_of_store(store):
+    "Items that a store answers"
+    size,res = 'x'.join(map(str, store.size)),{}
+    scans = '; '.join(_scans_in_words(s, v) for s,v in preparation(store).items())
+    res['5a'] = res['6a'] = f"{', '.join(sorted(set(store.table.source)))}; which hospitals these are is open"
+    res['7'] = (f"one box, grid and intensity range per volume, {size} voxels, recipe {store.recipe.name!r}, "
+        f"mgmt_fast {store.version}; as acquired: {scans}")
+    res['8a'] = 'methylation of the MGMT promoter, yes or no; assay and cut-off are open'
+    res['9a'] = res['9b'] = f"voxels of {', '.join(store.sequences)}; no others"
+    res['15'] = 'the probability of a methylated promoter, 0 to 1; research use only'
+    res['26'] = ('the truth of the labels, and what distinguishes these patients from those elsewhere, cannot be seen '
+        'from here; see the baselines for what the acquisition gives away')
+    res['27a'] = ('a series that cannot be read or prepared is refused with its reason, and the patient gets no '
+        'probability')
+    return res
+
+def _scans_in_words(s, v):
+    return f"{s}: {v['plane']}, {' x '.join(f'{o:g}' for o in v['spacing'])} mm, {v['skull']:.0%} with skull"
+
+def _card_of_patients(store, oof):
+    "Items that the patients' numbers answer"
+    t = store.table
     n,k = int(t.label.notna().sum()),int((t.label==1).sum())
     lost = store.report[store.report.level=='error'].patient.nunique()
-    known['5a'] = known['6a'] = f"{', '.join(sorted(set(t.source)))}; which hospitals these are is open"
-    known['7'] = f"one box, grid and intensity range per volume, {'x'.join(map(str,store.size))} voxels, recipe {store.recipe.name!r}, mgmt_fast {store.version}; as acquired: " + '; '.join(f"{s}: {v['plane']}, {' x '.join(f'{o:g}' for o in v['spacing'])} mm, {v['skull']:.0%} with skull" for s,v in preparation(store).items())
-    known['8a'] = 'methylation of the MGMT promoter, yes or no; assay and cut-off are open'
-    known['9a'] = known['9b'] = f"voxels of {', '.join(store.sequences)}; no others"
-    known['10'] = f"{n} patients, {k} methylated: to tell an AUC of .6 from chance takes {patients_needed(.6, share=k/n)}, one of .65 {patients_needed(.65, share=k/n)} (power 80 %)"
-    known['11'] = f"no imputation: a patient without a sequence that a model needs gets no prediction; {lost} patients had series that could not be prepared"
-    known['13'] = f"none resampled or weighted; {k/n:.1%} methylated"
-    known['15'] = 'the probability of a methylated promoter, 0 to 1; research use only'
-    known['20a'] = f"{len(t)} prepared, {n} with a label" + (f", {oof.patient.nunique()} predicted out of fold" if oof is not None else '')
-    known['26'] = 'the truth of the labels, and what distinguishes these patients from those elsewhere, cannot be seen from here; see the baselines for what the acquisition gives away'
-    known['27a'] = 'a series that cannot be read or prepared is refused with its reason, and the patient gets no probability'
-    if oof is not None:
-        real = oof[oof.arch!='selected']
-        known['12a'] = f"{real.fold.nunique()} patient-level folds, stratified by label, {real.repeat.nunique()} repeats, {real.member.nunique()} seeds; the inner validation part of each training set chose epoch, temperature and threshold"
-        known['12c'] = f"{', '.join(uniqueify(real.arch))} on {', '.join(uniqueify(real.sequences))}"
-        known['12e'] = known['23a'] = ('AUC (interval named beside it), accuracy (Wilson), log loss, calibration, '
-            'decision curve: in the tables and figures of the report')
-    if bundle is not None:
-        known['12g'] = known['22'] = f"bundle {bundle.signature[:8]}: {len(bundle.models)} models, mean log-odds{', test-time augmentation' if bundle.tta else ''}, threshold {bundle.threshold:.3f}, all files hashed"
-        known['12f'] = known['24'] = 'none: frozen before the test'
-    if len(listify(results)):
-        x = external_table(results)
-        known['23a'] = '; '.join(f"{r['set']}, pass {r['pass']}: AUC {r.auc:.3f} [{r.auc_lo:.3f}, {r.auc_hi:.3f}] in {r.n} patients" for _,r in x.iterrows())
-        known['16'] = known['20c'] = 'preparation compared by the external test; what was overridden stands in its result'
-    return pd.DataFrame([(item, known.get(item.split(' ')[0], 'open: for the authors to fill in')) for item in re.split(r'[|\n]', _tripod)], columns=['item','what'])
+    need = {auc: patients_needed(auc, share=k/n) for auc in (.6,.65)}
+    seen = '' if oof is None else f', {oof.patient.nunique()} predicted out of fold'
+    return {'10': f"{n} patients, {k} methylated: to tell an AUC of .6 from chance takes {need[.6]}, one of .65 "
+            f"{need[.65]} (power 80 %)",
+        '11': f"no imputation: a patient without a sequence that a model needs gets no prediction; {lost} patients had "
+            "series that could not be prepared",
+        '13': f'none resampled or weighted; {k/n:.1%} methylated',
+        '20a': f'{len(t)} prepared, {n} with a label{seen}'}
+
+def _card_of_study(real):
+    "Items that a cross-validation answers"
+    measures = ('AUC (interval named beside it; folds pooled, and their mean), accuracy (Wilson), log loss, '
+        'calibration, decision curve: in the tables and figures of the report')
+    return {'12a': f"{real.fold.nunique()} patient-level folds, stratified by label, {real.repeat.nunique()} repeats, "
+            f"{real.member.nunique()} seeds; the inner validation part of each training set chose epoch, temperature "
+            "and threshold",
+        '12c': f"{', '.join(uniqueify(real.arch))} on {', '.join(uniqueify(real.sequences))}",
+        '12e': measures, '23a': measures}
+
+def _card_of_bundle(b):
+    "Items that a bundle answers"
+    views = ', test-time augmentation' if b.tta else ''
+    what = (f"bundle {b.signature[:8]}: {len(b.models)} models, mean log-odds{views}, threshold {b.threshold:.3f}, "
+        "all files hashed")
+    none = 'none: frozen before the test'
+    return {'12g':what, '22':what, '12f':none, '24':none}
+
+def _card_of_results(results):
+    "Items that external tests answer"
+    rows = [_result_in_words(r) for _,r in external_table(results).iterrows()]
+    compared = 'preparation compared by the external test; what was overridden stands in its result'
+    plans = [r.get('plan', '') for r in map(_as_result, listify(results))]
+    said = [f"plan {p['hash']}, {', '.join(p['deviates']) or 'fulfilled'}" for p in plans if isinstance(p, dict)]
+    return {'23a':'; '.join(rows), '16':compared, '20c':compared, **({'18d':'; '.join(said)} if said else {})}
+
+def _as_result(r): return r if isinstance(r, dict) else read_result(r)
+
+def _result_in_words(r):
+    "One row of `external_table`"
+    auc = f'AUC {r.auc:.3f} [{r.auc_lo:.3f}, {r.auc_hi:.3f}] ({r.interval}) in {r.n} patients'
+    company = '' if not r.bundles>1 else f', {r.bundles:.0f} bundles have met the cohort, p by Holm {r.p_holm:.3g}'
+    return f"{r['set']}, pass {r['pass']}: {auc}{company}"
 
 # %% ../nbs/142_card.ipynb #7b94596e
 def check_results(
     table:pd.DataFrame, # Of `results_table`, `external_table` or a sweep
-    thresholds=(.5,), # That its accuracies were had with, where the table does not say
+    thresholds=(.5,), # Of its accuracies, where the table does not say
 ) -> pd.DataFrame: # As `check_consistency`'s; no rows where nothing is amiss
     "What cannot be in a table that is about to be printed."
     told = 'set arch sequences recipe n minority runs thresholds threshold accuracy auc loss'.split()
-    return check_consistency(table[[c for c in told if c in table]], threshold=max(thresholds, key=lambda t: abs(t-.5)))
+    farthest = max(thresholds, key=lambda t: abs(t-.5))
+    return check_consistency(table[[c for c in told if c in table]], threshold=farthest)
 
 # %% ../nbs/142_card.ipynb #c216badf
 def _as_cohort(store):
@@ -88,7 +182,105 @@ def _main(oof):
     "The one model that is looked at closely, without having been chosen by its result"
     chosen = oof[oof.arch=='selected']
     if len(chosen): return 'models selected inside',ensemble(chosen, RUN_AXES)
-    return ('mean of all models' if oof.run.nunique()>oof.groupby(list(RUN_AXES)).fold.nunique().iloc[0] else oof.arch.iloc[0]),ensemble(oof)
+    one = oof.run.nunique()==oof.groupby(list(RUN_AXES)).fold.nunique().iloc[0]
+    return (oof.arch.iloc[0] if one else 'mean of all models'),ensemble(oof)
+
+def _before_temperature(oof, main):
+    "The main model's probabilities as the networks gave them"
+    chosen = oof[oof.arch=='selected']
+    t = chosen if len(chosen) else oof
+    z = t.assign(z=log_odds(t.raw)).groupby('patient').z.mean()
+    return expit(z.loc[main.patient].to_numpy())
+
+def _histories(oof, table, dest):
+    "The histories of each model's runs, by architecture and sequences"
+    real,res = table[table.arch!='selected'],{}
+    for _,r in real.iterrows():
+        same = (oof[list(MODEL_AXES)]==r[list(MODEL_AXES)]).all(axis=1)
+        res[r.arch,r.sequences] = [dest/'runs'/o/'history.csv' for o in oof.run[same].unique()]
+    return res
+
+# %% ../nbs/142_card.ipynb #8d95c97b
+def _tables(s):
+    "The tables of a report"
+    external = external_table(s.results) if s.results else None
+    res = dict(results=pd.concat([s.table, external], ignore_index=True) if s.results else s.table,
+        gains=gains(s.oof), baselines=baselines(s.store, s.main, s.clinical, seed=s.seed, progress=False),
+        card=model_card(s.store, s.oof, s.bundle, s.results))
+    if s.clinical is not None: res['subgroups'] = subgroups(s.main, s.clinical)
+    elif s.main.patient.map(id_key).str.startswith('TCGA-').all():
+        res['subgroups'] = subgroups(s.main, s.main[['patient']])
+    return res,external
+
+def _figures(s, tables):
+    "The figures of a report, as axes"
+    y,p,name = s.y,s.p,s.name
+    scores = {'before the temperature':_before_temperature(s.oof, s.main), 'after':p}
+    res = dict(balance=plot_balance(_as_cohort(s.store)), forest=plot_forest(s.table, ['arch','sequences']),
+        roc=plot_roc(y, p, name, seed=s.seed), pr=plot_pr(y, p, name), reliability=plot_reliability(y, p, name),
+        calibration=plot_calibration(y, scores), decision=plot_decision(y, {name:p}),
+        losses=plot_losses(_histories(s.oof, s.table, s.dest)))
+    who = tables.get('subgroups')
+    if who is not None and who.auc.notna().any(): res['subgroups'] = plot_forest(who, ['group','level'])
+    return res
+
+def _write_parts(dest, figures, tables):
+    "Each figure as a picture, each table as a CSV"
+    for k,o in figures.items():
+        with atomic_path(dest/'figures'/f'{k}.png') as tmp:
+            np.ravel(o)[0].figure.savefig(tmp, dpi=110, bbox_inches='tight')
+    for k,o in tables.items():
+        with atomic_path(dest/f'{k}.csv') as tmp: o.to_csv(tmp, index=False)
+
+# %% ../nbs/142_card.ipynb #1c7590a8
+def _patients_part(s, figures):
+    half = expected_ci(.6, len(s.y), s.y.mean())
+    text = (f"{len(s.store)} prepared, {len(s.y)} predicted, {s.y.sum()} methylated. With as many, an AUC of .600 "
+        f"comes with an interval of about {half.lo:.3f} to {half.hi:.3f}.")
+    return [text, figures['balance']]
+
+def _results_part(s, tables, external, figures):
+    text = ("Every patient predicted by models that never saw them; accuracy at thresholds that the inner validation "
+        "part chose. The AUC pools the folds of a run, and its interval covers that; the mean over folds stands beside "
+        "it.")
+    t = tables['results']
+    faults = check_results(t[t.arch!='selected'], [*s.oof.threshold, .5])
+    found = ["No figure of these tables contradicts another."]
+    if len(faults): found = ["What cannot be, or should not, in these tables:", faults]
+    return [text, show_results(s.table), figures['forest'], *_external_part(s, external), *found]
+
+def _external_part(s, external):
+    "The external tests: figures, how many bundles met the cohort, and what each result says first"
+    if external is None or not len(external): return []
+    named = external.assign(sequences=external.sequences+', '+external['set']+', pass '+external['pass'].astype(str))
+    company = external[['set','pass','n','auc','p','bundles','p_holm']].round(4)
+    notes = [_as_result(r)['note'] for r in s.results]
+    return ["External test:", show_results(named, ('loss','accuracy','auc')), company, *notes]
+
+def _gains_part(tables):
+    t = tables['gains']
+    if not len(t): return ["One model per patient: nothing to compare."]
+    return ["Paired intervals of DeLong, p by Holm.", t]
+
+def _groups_part(tables, figures):
+    who = tables.get('subgroups')
+    if who is None: return ["No table of sites, scanners, sex or age was given."]
+    return [who, *([figures['subgroups']] if 'subgroups' in figures else [])]
+
+def _sections(s, tables, external, figures):
+    "The report's sections in order"
+    closer = [figures[k] for k in ('roc','pr','reliability','calibration','decision')]
+    open_ = tables['card'].what.str.startswith('open').sum()
+    return {
+        'Patients': _patients_part(s, figures),
+        'Results': _results_part(s, tables, external, figures),
+        'Baselines': ["What can be had without looking at the tumour. One of the acquisition's that beats chance means "
+            "that the images leak the label.", tables['baselines']],
+        f'Closer: {s.name}': [*closer, calibration(s.y, s.p).reset_index(names='figure')],
+        'What was gained': _gains_part(tables),
+        'For whom it fails': _groups_part(tables, figures),
+        'Training': [figures['losses']],
+        'Model card': [f"{open_} of {len(tables['card'])} items are open.", tables['card']]}
 
 # %% ../nbs/142_card.ipynb #373ff4a6
 def evaluate_report(
@@ -99,39 +291,17 @@ def evaluate_report(
     bundle=None, # The frozen `Bundle`, for the model card
     seed:int=0, # Of permutations and bootstraps
 ) -> Path: # The page
-    "Tables, figures and one self-contained page of a cross-validation. The model looked at closely is the one selected inside, or the mean of all: never the best."
+    """Tables, figures and one self-contained page of a cross-validation.
+
+    The model looked at closely is the one selected inside, or the mean of all: never the best."""
     dest,oof = Path(dest),read_oof(dest)
     name,main = _main(oof)
     y,p = main.label.to_numpy(),main.prob.to_numpy()
-    table = results_table(oof).assign(set='validation')
-    real = table[table.arch!='selected']
-    ext = external_table(results) if len(listify(results)) else None
-    both = pd.concat([table, ext], ignore_index=True) if ext is not None else table
-    faults = check_results(both[both.arch!='selected'], [*oof.threshold, .5])
-    seen = oof[oof.arch=='selected'] if (oof.arch=='selected').any() else oof
-    raw = expit(seen.assign(z=log_odds(seen.raw)).groupby('patient').z.mean().loc[main.patient].to_numpy())
-    tables = dict(results=both, gains=gains(oof), baselines=baselines(store, main, clinical, seed=seed, progress=False), card=model_card(store, oof, bundle, results))
-    figs = dict(balance=plot_balance(_as_cohort(store)), forest=plot_forest(table, ['arch','sequences']), roc=plot_roc(y, p, name, seed=seed), pr=plot_pr(y, p, name), reliability=plot_reliability(y, p, name),
-        calibration=plot_calibration(y, {'before the temperature':raw, 'after':p}), decision=plot_decision(y, {name:p}),
-        losses=plot_losses({(r.arch,r.sequences): [dest/'runs'/o/'history.csv' for o in oof.run[(oof[list(MODEL_AXES)]==pd.Series({c:r[c] for c in MODEL_AXES})).all(axis=1)].unique()] for _,r in real.iterrows()}))
-    who = None
-    if clinical is not None or main.patient.map(id_key).str.startswith('TCGA-').all():
-        who = tables['subgroups'] = subgroups(main, main[['patient']] if clinical is None else clinical)
-        if who.auc.notna().any(): figs['subgroups'] = plot_forest(who, ['group','level'])
-    for k,o in figs.items():
-        with atomic_path(dest/'figures'/f'{k}.png') as tmp: np.ravel(o)[0].figure.savefig(tmp, dpi=110, bbox_inches='tight')
-    for k,o in tables.items():
-        with atomic_path(dest/f'{k}.csv') as tmp: o.to_csv(tmp, index=False)
-    half = (expected_ci(.6, len(y), y.mean())[['lo','hi']])
-    sections = {
-        'Patients': [f"{len(store)} prepared, {len(y)} predicted, {y.sum()} methylated. With as many, an AUC of .600 comes with an interval of about {half.lo:.3f} to {half.hi:.3f}.", figs['balance']],
-        'Results': ["Every patient predicted by models that never saw them; accuracy at thresholds that the inner validation part chose.", show_results(table), figs['forest'],
-            *(["External test:", show_results(ext.assign(sequences=ext.sequences+', '+ext['set']+', pass '+ext['pass'].astype(str)), ('loss','accuracy','auc'))] if ext is not None and len(ext) else []),
-            *(["What cannot be, or should not, in these tables:", faults] if len(faults) else ["No figure of these tables contradicts another."])],
-        'Baselines': ["What could be had without looking at the tumour. One of the acquisition's that beats chance means that the images leak the label.", tables['baselines']],
-        f'Closer: {name}': [figs['roc'], figs['pr'], figs['reliability'], figs['calibration'], figs['decision'], calibration(y, p).reset_index(names='figure')],
-        'What was gained': ["Paired intervals of DeLong, p by Holm." if len(tables['gains']) else "One model a patient: nothing to compare.", *([tables['gains']] if len(tables['gains']) else [])],
-        'For whom it fails': [who, *([figs['subgroups']] if 'subgroups' in figs else [])] if who is not None else ["No table of sites, scanners, sex or age was given."],
-        'Training': [figs['losses']],
-        'Model card': [f"{tables['card'].what.str.startswith('open').sum()} of {len(tables['card'])} items are open.", tables['card']]}
-    return write_report(dest/'report.html', f"MGMT methylation from MRI: cross-validation of {len(real)} model{'s'*(len(real)>1)}", sections)
+    s = NS(store=store, dest=dest, clinical=clinical, results=listify(results), bundle=bundle, seed=seed,
+        oof=oof, name=name, main=main, y=y, p=p, table=results_table(oof).assign(set='validation'))
+    tables,external = _tables(s)
+    figures = _figures(s, tables)
+    _write_parts(dest, figures, tables)
+    n = int((s.table.arch!='selected').sum())
+    title = f"MGMT methylation from MRI: cross-validation of {n} model{'s'*(n>1)}"
+    return write_report(dest/'report.html', title, _sections(s, tables, external, figures))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mgmt_audit', 'mgmt_phantom', 'mgmt_prepare', 'mgmt_train', 'mgmt_predict', 'mgmt_weights', 'mgmt_sweep',
-           'mgmt_evaluate', 'mgmt_external', 'mgmt_leakage', 'mgmt_kaggle', 'mgmt_demo']
+           'mgmt_evaluate', 'mgmt_preregister', 'mgmt_external', 'mgmt_leakage', 'mgmt_kaggle', 'mgmt_demo']
 
 # %% ../nbs/90_cli.ipynb #4eea66c0
 import functools, re, sys, time
@@ -12,13 +12,14 @@ from pathlib import Path
 
 from .core import *
 from fastcore.script import anno_parser
-from .cohort import cohort_report, find_cohort, kaggle_cohort, read_labels
+from .clinical import read_labels
+from .cohort import cohort_report, find_cohort, kaggle_cohort
 from .phantom import make_phantom, phantom_bound, read_side_table
 from .prepare import VolumeStore, prepare
 from .loader import mgmt_dls, show_batch
 from .backbones import mgmt_weights as fetch_weights
 from .learner import mgmt_learner, predict, save_model
-from .metrics import auc_ci
+from .metrics import AUC_METHODS, auc_ci
 from .report import plot_history, plot_roc
 from .audit import audit
 
@@ -255,7 +256,7 @@ import pandas as pd
 from fastcore.script import store_true
 from .evaluate import cross_validate, results_table, show_results
 from .bundle import cv_models, freeze_bundle
-from .external import external_table, external_test
+from .external import METRICS, external_table, external_test, preregister
 from .card import evaluate_report
 
 # %% ../nbs/90_cli.ipynb #7c59a796
@@ -298,6 +299,23 @@ def mgmt_evaluate(
     print(f"{page}: {oof.patient.nunique()} patients out of fold; research use only")
     return int(oof.patient.nunique()<len(store))
 
+# %% ../nbs/90_cli.ipynb #19cffc22
+@_command
+def mgmt_preregister(
+    plan:Path, # File to write
+    bundle:Path, # Folder that `mgmt_evaluate --bundle` wrote
+    cohort:str, # The test cohort in words: where from, which years, who is included
+    hypothesis:str, # What is expected, e.g. 'AUC above .6'
+    metric:str='auc', # The one measure that decides: auc, accuracy, sensitivity, specificity, loss or brier
+    n:int=None, # How many patients are expected, where that is known
+):
+    "Write the plan of an external test, and print the hash to post before labels are opened"
+    said = preregister(plan, bundle, cohort, hypothesis, metric, n)
+    print(f"{plan}: {METRICS[metric]} decides, threshold {said['threshold']:.3f}, bundle {said['bundle'][:8]}")
+    print(f"hash {said['signature']}: post it where its date can be seen, before labels are opened, and keep the file; "
+        "mgmt_external --plan names it in the result")
+    return 0
+
 # %% ../nbs/90_cli.ipynb #7a73ea78
 @_command
 def mgmt_external(
@@ -312,19 +330,26 @@ def mgmt_external(
     id_col:str=None, # Column of the label table that holds the patients; known names are found
     label_col:str=None, # Column of the label table that holds the labels; known names are found
     patient_col:str=None, # Column of the label table that says whose each id is, where a patient has several
+    plan:Path=None, # Plan that `mgmt_preregister` wrote
 ):
     "Test a frozen bundle on patients from elsewhere, once; whatever would be chosen there was chosen before"
     columns = dict(id_col=id_col, label_col=label_col)
     if (Path(root)/'store.json').exists(): cohort = _store(root, labels, **columns)
     else: cohort = _cohort(root, labels=labels, split=split, choices=choices, patient_col=patient_col, **columns)
-    res = external_test(bundle, cohort, dest, leakage, override.split(',') if override else ())
-    for part in ('all','without_suspected'):
+    res = external_test(bundle, cohort, dest, leakage, override.split(',') if override else (), plan=plan)
+    for part in ('all','without_suspected','without_uncertain'):
         if res[part] and 'why' in res[part]: print(f"{part}: {res[part]['why']}")
     table = external_table(res)
-    for _,r in table.iterrows(): print(f"{r['set']}: AUC {r.auc:.3f} [{r.auc_lo:.3f}, {r.auc_hi:.3f}], accuracy {r.accuracy:.1%}, loss {r.loss:.3f}, {r.n} patients")
+    for _,r in table.iterrows(): print(_result_line(r))
     if len(table): _print_findings(table[table['set']=='external'], [res['threshold']])
     print(f"{res['predictions']['file'].removesuffix('.csv')}: {res['note']}; {len(res['cohort']['left_out'])} patients left out; research use only")
     return int(len(res['cohort']['left_out'])>0)
+
+def _result_line(r):
+    "One row of an external test's table"
+    auc = f"AUC {r.auc:.3f} [{r.auc_lo:.3f}, {r.auc_hi:.3f}] ({r.interval})"
+    company = f", p {r.p:.3g}" if not r.bundles>1 else f", p {r.p:.3g}, by Holm over {r.bundles:.0f} bundles {r.p_holm:.3g}"
+    return f"{r['set']}: {auc}, accuracy {r.accuracy:.1%}, loss {r.loss:.3f}, {r.n} patients{company}"
 
 # %% ../nbs/90_cli.ipynb #1eaca9e1
 from .leakage import leakage_audit
@@ -396,7 +421,8 @@ def mgmt_demo(
     y = truth.loc[seen.patient].to_numpy()
     r,bound = auc_ci(y, seen.prob),phantom_bound(dest/'cohort','test')
     _save(plot_roc(y, seen.prob, label='held-out patients'), dest/'roc.png')
-    print(f"held-out AUC   {r.auc:.3f}  95 % interval {r.lo:.3f} to {r.hi:.3f}, {len(y)} patients")
+    interval = f"{r.lo:.3f} to {r.hi:.3f} ({AUC_METHODS[r.name]})"
+    print(f"held-out AUC   {r.auc:.3f}  95 % interval {interval}, {len(y)} patients")
     print(f"sample's bound {bound.bound:.3f}  (AUC of the hidden number that the labels were drawn from)")
     print(f"oracle         {bound.oracle:.3f}  (the planted traits, measured in the images with the tumour's mask)")
     print(f"{dest}: model, predictions.csv, history.csv, batch.png, history.png, roc.png; {time.perf_counter()-start:.0f} s")

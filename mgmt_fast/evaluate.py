@@ -15,9 +15,10 @@ from .core import *
 from fastcore.all import *
 from scipy.special import expit, logit
 from scipy.stats import binomtest, norm
-from sklearn.metrics import log_loss
+from sklearn.metrics import log_loss, roc_auc_score
 from .moves import *
-from .cohort import assign_folds, id_key, patient_key
+from .clinical import id_key, patient_key
+from .folds import assign_folds
 from .prepare import VolumeStore
 from .records import *
 from .runs import key_changes, key_digest, other_runs, run_key, say_other_runs
@@ -177,7 +178,7 @@ def _train(job, path):
     res = predict(m, out, progress=False)[['patient','prob']].rename(columns=dict(prob='raw'))
     views = with_views(m, job.store.spacing, job.recipe)
     res['tta'] = predict(views, out, progress=False).prob if job.tta else np.nan
-    files = {f: file_hash(path/f) for f in ('model.safetensors','model.json')}
+    files = {f: file_hash(path/f) for f in ('model.safetensors','model.json','model.seen.safetensors')}
     return dict(key=job.key, **inside, files=files, predictions=res.to_dict('list'))
 
 def _kept(job, path):
@@ -244,7 +245,7 @@ def cross_validate(
     store:VolumeStore, # Prepared cohort with labels
     dest, # Folder for models, logs and predictions; finished runs with the same inputs are kept and used
     archs=None, # Backbone or backbones; the recipe's if None
-    sequences=None, # Channels of one model (the recipe's if None, or all of the store's), `'each'` for a model per sequence, or a list of tuples for a model each
+    sequences=None, # Channels of one model, `'each'` for a model per sequence, or a list of tuples for a model each
     recipe=None, # Name, file or `Recipe`, or `{label: recipe}` to compare several; the store's if None
     n_folds:int=5, # Folds, stratified by label
     repeats:int=1, # Times that the patients are dealt anew
@@ -259,6 +260,7 @@ def cross_validate(
 ) -> pd.DataFrame: # One row per patient and run, see below; the same in `dest/oof.csv`
     """Predict every patient by models that never saw them, not even to choose an epoch.
 
+    Without `sequences` a model has those of the recipe, or all of the store's.
     Columns: patient, label, arch, sequences, recipe, repeat, fold, member, raw, tta, prob (`raw` at the run's
     temperature), run, temperature, threshold, valid_loss. Folds are dealt once for all models, so that these can be
     compared patient by patient. Raises `ProtocolError` on a store that an external test has met, on fewer than 10
@@ -310,7 +312,7 @@ def _unfinished(dest, path):
 def select_inside(
     oof:pd.DataFrame, # From `cross_validate`
 ) -> pd.DataFrame: # Rows of those models whose loss on the inner validation part was lowest, as `arch='selected'`
-    "Let every run's inner part choose its model: nested cross-validation, at no training beyond that of the candidates."
+    "Let every run's inner part choose its model: nested cross-validation, with no more training than the candidates'."
     oof,at = oof[oof.arch!='selected'],['repeat','fold','member']
     best = oof.loc[oof.groupby(at).valid_loss.idxmin(), [*at,'run']]
     chosen = oof.merge(best, on=[*at,'run'])
@@ -371,8 +373,9 @@ def results_table(
     """Accuracy, AUC and log loss of each model with 95 % intervals, from one prediction per patient and run.
 
     Several runs are averaged. Intervals are those of `mean_auc_ci` for the AUC (`interval` names its method), Wilson's
-    for the accuracy (of as many patients, however many the runs), and normal over patients for the loss. `thresholds`
-    is how many one run was cut at, `threshold` the one farthest from .5."""
+    for the accuracy (of as many patients, however many the runs), and normal over patients for the loss. `auc` pools
+    the folds of a run, and is what the interval covers; `auc_folds` is the mean over folds. `thresholds` is how many
+    one run was cut at, `threshold` the one farthest from .5."""
     given = dict(arch='model', sequences='', recipe='', repeat=0, member=0, threshold=threshold)
     oof = oof.assign(**{k:v for k,v in given.items() if k not in oof})
     groups = oof.groupby(list(MODEL_AXES), sort=False)
@@ -384,7 +387,14 @@ def _figures(t):
     n,auc = len(y),mean_auc_ci(y, P, who)
     shares = dict(runs=len(P), n=n, minority=min(y.mean(), 1-y.mean()))
     named = dict(auc=auc.auc, auc_lo=auc.lo, auc_hi=auc.hi, interval=AUC_METHODS[auc.name])
-    return {**shares, **_accuracy(t, n), **named, **_loss(t, n), **_cuts(t)}
+    return {**shares, **_accuracy(t, n), **named, 'auc_folds':_auc_of_folds(t), **_loss(t, n), **_cuts(t)}
+
+def _auc_of_folds(t):
+    "Mean of the AUCs within each fold and run; NaN where there are no folds, or one lacks a class"
+    if 'fold' not in t: return np.nan
+    folds = [o for _,o in t.groupby([*RUN_AXES,'fold'])]
+    if any(o.label.nunique()<2 for o in folds): return np.nan
+    return float(np.mean([roc_auc_score(o.label.astype(int), o.prob) for o in folds]))
 
 def _accuracy(t, n):
     right = ((t.prob>=t.threshold)==(t.label==1)).mean()
@@ -419,7 +429,8 @@ def _in_words(r, k):
     "A figure with its interval"
     form = '{:.1%}' if k=='accuracy' else '{:.3f}'
     value,lo,hi = (form.format(r[k+end]) for end in ('','_lo','_hi'))
-    return f'{value} [{lo}, {hi}]'
+    folds = f"; folds {r['auc_folds']:.3f}" if k=='auc' and pd.notna(r.get('auc_folds')) else ''
+    return f'{value} [{lo}, {hi}]{folds}'
 
 def _row_names(table):
     "The architectures, with the recipe's label where there are several"
@@ -429,7 +440,9 @@ def _row_names(table):
 
 def _interval_name(table, values):
     named = table.interval.dropna() if 'interval' in table and 'auc' in values else ()
-    return f" (AUC: {' or '.join(uniqueify(named))})" if len(named) else ''
+    if not len(named): return ''
+    folds = '; folds: mean of their own AUCs' if 'auc_folds' in table and table.auc_folds.notna().any() else ''
+    return f" (AUC: all folds pooled, {' or '.join(uniqueify(named))}{folds})"
 
 # %% ../nbs/13_evaluate.ipynb #f00e0b1d
 def _first(t): return t[(t.repeat==t.repeat.min())&(t.member==t.member.min())]

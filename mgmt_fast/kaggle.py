@@ -21,7 +21,8 @@ from . import __version__
 from .moves import moved_from
 from .series import read_volume
 from .skull import has_skull
-from .cohort import id_key, kaggle_cohort, read_labels, tcga_cohort
+from .clinical import id_key, read_labels
+from .cohort import kaggle_cohort, tcga_cohort
 from .phantom import draw_patients, make_phantom, render_patient
 from .prepare import VolumeStore, prepare
 from .backbones import ARCHS

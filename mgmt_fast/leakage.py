@@ -20,7 +20,7 @@ from sklearn.metrics import mutual_info_score
 from . import __version__
 from .core import *
 from .moves import moved_from
-from .cohort import id_key, patient_key, _read_table
+from .clinical import id_key, patient_key, read_table
 from .grids import resize
 from .prepare import VolumeStore
 from .register import *
@@ -90,7 +90,7 @@ def _id_map(ids):
     "Which training id means which test id"
     if ids is None: return {}
     if isinstance(ids, dict): return {id_key(k):id_key(v) for k,v in ids.items()}
-    df = ids if isinstance(ids, pd.DataFrame) else _read_table(ids, dtype=str)
+    df = ids if isinstance(ids, pd.DataFrame) else read_table(ids)
     if df.shape[1]<2: raise LeakageError(_one_column(df))
     two = df.iloc[:,:2].dropna()
     return {id_key(k):id_key(v) for k,v in two.itertuples(index=False)}

@@ -17,7 +17,7 @@ from fastai.torch_core import default_device, to_detach
 from fastcore.all import *
 from fasttransform import Transform
 from plum import dispatch
-from .cohort import assign_folds
+from .folds import assign_folds
 from .prepare import VolumeStore
 from .records import refuse_held_out
 

@@ -13,7 +13,7 @@ from itertools import combinations
 
 import numpy as np, pandas as pd
 from .core import *
-from .cohort import id_key
+from .clinical import id_key
 from .consistency import *
 from fastai.metrics import AccumMetric
 from fastcore.all import *

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ProtocolError', 'json_hash', 'file_hash', 'volume_hashes', 'signed', 'is_signed', 'read_signed', 'utc_now',
-           'user_folder', 'source_hash', 'held_out_file', 'CohortRecord', 'refuse_held_out', 'log_prediction']
+           'user_folder', 'source_hash', 'held_out_file', 'CohortRecord', 'cohort_entries', 'refuse_held_out',
+           'log_prediction']
 
 # %% ../nbs/04_records.ipynb #5e32cc0a
 import hashlib, json, os
@@ -112,19 +113,15 @@ class CohortRecord:
 
     def found(self) -> dict: # Path of a file to its entries
         "The files that know a volume of this cohort"
-        here,mine = held_out_file(self.store),{*self.volumes,*self.sources}
+        here = held_out_file(self.store)
         res = {here: _read_record(here)['entries']} if here.exists() else {}
-        for path in sorted(_user_records().glob('*.json')):
-            d = _read_record(path)
-            if mine & {*d['volumes'],*d['sources']}: res[path] = d['entries']
-        return res
+        return {**res, **_user_entries({*self.volumes,*self.sources})}
 
     def entries(self,
         kind:str, # `'test'`, `'result'` or `'prediction'`
     ) -> list: # Of dictionaries, by date, each once
         "What was written down, in whatever file"
-        known = {json_hash(e): e for es in self.found().values() for e in es if e['kind']==kind}
-        return sorted(known.values(), key=lambda e: e['date'])
+        return _each_once(self.found(), kind)
 
     @property
     def tests(self): return self.entries('test')
@@ -155,17 +152,41 @@ class CohortRecord:
 
 def _user_records(): return user_folder()/'cohorts'
 
+def _user_entries(mine):
+    "Entries of those files in the user's data folder that know one of these volumes or sources"
+    read = {path: _read_record(path) for path in sorted(_user_records().glob('*.json'))}
+    return {path: d['entries'] for path,d in read.items() if mine & {*d['volumes'],*d['sources']}}
+
+def _each_once(found, kind):
+    known = {json_hash(e): e for entries in found.values() for e in entries if e['kind']==kind}
+    return sorted(known.values(), key=lambda e: e['date'])
+
 def _read_record(path):
     "A record; that of version 0.1 counts the passes of each bundle"
     try: d = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, json.JSONDecodeError) as e: raise _unreadable(path, e) from e
     if 'entries' not in d: return dict(volumes=[], sources=[], entries=_entries_of_01(d))
-    if not is_signed(d): raise ProtocolError(f"{path} was changed by hand: what the cohort has met can no longer be trusted. Restore the file")
+    if not is_signed(d): raise _record_changed(path)
     return d
+
+def _record_changed(path):
+    return ProtocolError(f"{path} was changed by hand: what the cohort has met can no longer be trusted. "
+        "Restore the file")
 
 def _entries_of_01(counts):
     "A test for each pass that version 0.1 counted"
     return [{'kind':'test', 'date':'', 'bundle':b, 'pass':i+1} for b,n in counts.items() for i in range(n)]
+
+# %% ../nbs/04_records.ipynb #cb164a20
+def cohort_entries(
+    key:str, # `CohortRecord.key`, as a result names it
+    kind:str, # `'test'`, `'result'` or `'prediction'`
+) -> list: # Of dictionaries; empty where this computer has no such record
+    "What the record in the user's data folder says of a cohort that is not at hand."
+    path = _user_records()/f'{key}.json'
+    if not path.exists(): return []
+    d = _read_record(path)
+    return _each_once(_user_entries({*d['volumes'],*d['sources']}), kind)
 
 # %% ../nbs/04_records.ipynb #f7a6f5dc
 def refuse_held_out(
@@ -177,8 +198,10 @@ def refuse_held_out(
     if said: raise _held_out(store, said)
 
 def _held_out(store, said):
-    return ProtocolError(f"{store.path} holds patients of an external test: nothing may be trained, chosen or calibrated "
-        f"on them. Use another cohort; if that test is given up for good, delete {' and '.join(said)}, and never report it")
+    files = ' and '.join(said)
+    return ProtocolError(f"{store.path} holds patients of an external test: nothing may be trained, chosen or "
+        f"calibrated on them. Use another cohort; if that test is given up for good, delete {files}, "
+        "and never report it")
 
 # %% ../nbs/04_records.ipynb #6c15dc57
 def log_prediction(
@@ -189,4 +212,6 @@ def log_prediction(
     "Enter a prediction into the cohort's record, and say so where that is not possible."
     record = CohortRecord(store)
     if not (always or record.tests): return
-    if not record.enter('prediction', by=by): print(f"this prediction of held-out patients could not be entered into the record of {store.path}")
+    if record.enter('prediction', by=by): return
+    print(f"this prediction of held-out patients could not be entered into the record of {store.path}: "
+        "it is read-only, and so is the user's data folder")

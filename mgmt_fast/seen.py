@@ -15,7 +15,7 @@ from fastcore.all import *
 from safetensors import SafetensorError, safe_open
 from scipy import stats
 from .core import *
-from .cohort import patient_key
+from .clinical import patient_key
 from .prepare import VolumeStore
 from .records import *
 from .register import Structure
@@ -99,8 +99,9 @@ def kept_prints(
     "Fingerprints of a store's volumes, computed once for what the folder holds."
     whole = VolumeStore(store.path)
     key = key_digest([_version, sequence, [volume_key(m, sequence) for m in whole.meta.values()]])
-    places = [store.path/'fingerprints'/f'seen_{sequence}.safetensors', user_folder()/'fingerprints'/f'{key}.safetensors']
-    prints = first(filter(None, (_read_kept(p, key) for p in places)))
+    beside = store.path/'fingerprints'/f'seen_{sequence}.safetensors'
+    places = [beside, user_folder()/'fingerprints'/f'{key}.safetensors']
+    prints = _read_kept(beside, key) or _read_kept(places[1], key)
     if prints is None:
         prints = make_prints(whole, sequence)
         if prints is None: return None
@@ -122,14 +123,15 @@ def _keep(prints, key, places):
     for path in places:
         try: make_folder(path.parent)
         except MGMTError: continue
-        with atomic_path(path) as tmp: st.save_file(prints.tensors(), tmp, dict(key=key, hashes=json.dumps(prints.hashes)))
+        said = dict(key=key, hashes=json.dumps(prints.hashes))
+        with atomic_path(path) as tmp: st.save_file(prints.tensors(), tmp, said)
         return
 
 # %% ../nbs/10_seen.ipynb #ae565c50
 class SeenVolumes:
-    "The volumes that a model was trained on or chosen by: `table` (patient, sequence, hash, source, part), and `prints` by sequence"
+    "The volumes that a model was trained on or chosen by: `table`, one row per volume, and `prints` by sequence"
     def __init__(self,
-        table:pd.DataFrame, # patient, sequence, hash (of the voxels), source (of the files), part (`'train'` or `'valid'`)
+        table:pd.DataFrame, # patient, sequence, hash (of voxels), source (of files), part (`'train'` or `'valid'`)
         prints=None, # Sequence to `Prints`
         store:VolumeStore=None, # Where they are taken from when they are first asked for, if not given
     ): self.table,self._prints,self.store = table,prints,store
@@ -141,7 +143,9 @@ class SeenVolumes:
             made = {s: kept_prints(self.store, s) for s,_ in hashes}
             self._prints = {s: made[s].only(h) for s,h in hashes if made[s] is not None}
         return self._prints
-    def __repr__(self): return f"SeenVolumes of {self.table.patient.nunique()} patients, {', '.join(self.table.sequence.unique())}"
+    def __repr__(self):
+        sequences = ', '.join(self.table.sequence.unique())
+        return f"SeenVolumes of {self.table.patient.nunique()} patients, {sequences}"
 
     @classmethod
     def of(cls,
@@ -234,8 +238,7 @@ def _gathered(seen):
     for s in seen:
         names.update(zip(s.table.hash, s.table.patient))
         for sequence,p in s.prints.items():
-            key = sequence,voxel_hash(p.template.y.numpy())
-            groups.setdefault(key, []).append(p)
+            groups.setdefault((sequence, voxel_hash(p.template.y.numpy())), []).append(p)
     return [(sequence, _union(ps), names) for (sequence,_),ps in groups.items()]
 
 def _union(prints):
@@ -247,19 +250,19 @@ def _meet(sequence, prints, names, store, alarms):
     "Each test volume with the training volume that is most like it"
     if sequence not in store.sequences: return []
     mine = make_prints(store, sequence, prints.template)
-    row_of = {h: i for i,h in enumerate(mine.hashes)}
     scores,null = _best(prints, mine, names)
-    limits = [null.threshold(a/max(1, len(prints)*len(mine))) for a in alarms]
-    rows = []
+    best,pairs,rows = dict(zip(mine.hashes, scores)),max(1, len(prints)*len(mine)),[]
+    limits = [null.threshold(a/pairs) for a in alarms]
     for p,m in store.meta.items():
         if sequence not in m['volumes']: continue
-        i = row_of.get(m['volumes'][sequence]['hash'])
-        if i is None: rows.append((p, sequence, '', np.nan, np.nan, 'not compared')); continue
-        score,near = scores[i]
-        verdict = 'same' if score>=limits[0] else 'uncertain' if score>=limits[1] else 'different'
-        expected = float(null.chance(score))*len(prints)*len(mine)
-        rows.append((p, sequence, names[prints.hashes[near]], score, expected, verdict))
+        found = best.get(m['volumes'][sequence]['hash'])
+        if found is None: rows.append((p, sequence, '', np.nan, np.nan, 'not compared')); continue
+        score,near = found
+        expected = float(null.chance(score))*pairs
+        rows.append((p, sequence, names[prints.hashes[near]], score, expected, _verdict(score, *limits)))
     return rows
+
+def _verdict(score, same, doubt): return 'same' if score>=same else 'uncertain' if score>=doubt else 'different'
 
 def _best(prints, mine, names):
     "For each of `mine` the highest score and whose it is; and the null of training's own pairs"
@@ -269,12 +272,17 @@ def _best(prints, mine, names):
     for i0,j0,m in compare_fingerprints(prints.prints, mine.prints, mean, mirror):
         for j,i in enumerate(m.argmax(0)):
             best[j0+j] = max(best[j0+j], (float(m[i,j]), i0+int(i)))
-    return best,_own_null(prints, mean, mirror, [patient_key(names[h]) for h in prints.hashes])
+    return best,_own_null(prints, mirror, [patient_key(names[h]) for h in prints.hashes])
 
-def _own_null(prints, mean, mirror, who, most=600):
-    "The null of a training set's own pairs of different patients"
-    at = np.sort(rng_for(0, 'seen', 'null').permutation(len(prints))[:most])
-    who,some = np.array(who)[at],prints.prints[at]
-    m = next(compare_fingerprints(some, some, mean, mirror))[2]
-    apart = np.triu(who[:,None]!=who[None], 1)
-    return PrintNull(m[apart], len(set(who)))
+def _own_null(prints, mirror, who, most=600):
+    "The null of training's own pairs: one half of the patients plays the strangers, for whom the mean was not made"
+    order = rng_for(0, 'seen', 'null').permutation(len(prints))[:most]
+    halves,scores = np.array_split(order, 2),[]
+    for mine,theirs in (halves, halves[::-1]):
+        if not len(mine) or not len(theirs): continue
+        a,b = prints.prints[mine],prints.prints[theirs]
+        mean = a.astype(np.float32).mean(0)
+        m = next(compare_fingerprints(a, b, (mean+mean[mirror])/2, mirror))[2]
+        apart = np.array([[who[i]!=who[j] for j in theirs] for i in mine])
+        scores.append(m[apart])
+    return PrintNull(np.concatenate(scores) if scores else [], len({who[i] for i in order}))

@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 from .core import *
 from fastcore.all import *
 from joblib import Parallel, delayed, parallel_config
-from .cohort import assign_folds
+from .folds import assign_folds
 from .prepare import VolumeStore
 from .runs import key_changes, key_digest, other_runs, run_key, say_other_runs
 from .loader import usable_patients

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ DATA = os.environ.get('MGMT_FAST_DATA')
 
 
 def pytest_configure(config):
+    os.environ['MGMT_FAST_HOME'] = tempfile.mkdtemp(prefix='mgmt-fast-home') # for fixtures that serve several tests
     for mark,why in dict(real='needs the real scans that MGMT_FAST_DATA points to', slow='takes minutes',
         cuda='needs a GPU', newest='installs the newest fastai and fastcore into an environment of its own').items():
         config.addinivalue_line('markers', f'{mark}: {why}')
@@ -25,6 +27,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason='no GPU here'))
         if 'slow' in item.keywords and not os.environ.get('MGMT_FAST_SLOW'):
             item.add_marker(pytest.mark.skip(reason='slow: set MGMT_FAST_SLOW=1 to run'))
+
+
+def pytest_unconfigure(config): shutil.rmtree(os.environ['MGMT_FAST_HOME'], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def user_home(tmp_path, monkeypatch):
+    "Each test has a data folder of its own, so that no test cohort is known from another test."
+    monkeypatch.setenv('MGMT_FAST_HOME', str(tmp_path/'user-home'))
+    return tmp_path/'user-home'
 
 
 @pytest.fixture

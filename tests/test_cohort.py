@@ -5,7 +5,10 @@ import numpy as np, pandas as pd, pytest
 from fastcore.test import test_fail as fails
 from hypothesis import given, settings, strategies as st
 
+from mgmt_fast.cases import *
+from mgmt_fast.clinical import *
 from mgmt_fast.cohort import *
+from mgmt_fast.folds import *
 from mgmt_fast.core import SEQUENCES
 
 

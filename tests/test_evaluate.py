@@ -10,7 +10,6 @@ import torch
 from fastai.basics import Learner
 from scipy.special import expit
 
-
 from mgmt_fast.backbones import create_backbone
 from mgmt_fast.baselines import baselines, subgroups
 from mgmt_fast.cohort import kaggle_cohort
@@ -133,16 +132,16 @@ def stop_at(monkeypatch, k):
     monkeypatch.setattr(os, 'replace', replace)
 
 
-@pytest.mark.parametrize('k', range(1, 7))
+@pytest.mark.parametrize('k', range(1, 10))
 def test_a_pass_that_was_stopped_is_finished_as_the_same_pass(study, copy_of, monkeypatch, k):
     d,b,test = copy_of
     with monkeypatch.context() as m:
         stop_at(m, k)
-        if k<=5:
+        if k<=8:
             with pytest.raises(Stopped): external_test(b, test, progress=False)
         else: external_test(b, test, progress=False)
     last = external_test(b, test, progress=False)
-    assert last['pass']==(1 if k<=5 else 2)
+    assert last['pass']==(1 if k<=8 else 2)
     assert read_result(d/'bundle'/last['predictions']['file'].replace('.csv','.json'))==last
     assert external_test(b, test, progress=False)['pass']==last['pass']+1
 

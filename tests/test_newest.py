@@ -19,7 +19,7 @@ make_phantom('scans', n=16, auc=.95, slices=12, size=48, test=0., sequences=('T1
 store = prepare(kaggle_cohort('scans'), 'store', 'T1wCE', size=(12,32,32), progress=False, n_workers=1)
 learn = mgmt_learner(mgmt_dls(store, bs=8, augs=mgmt_augs()), 'resnet10', get_recipe('default', epochs=1), path='run')
 with learn.no_bar(): learn.fit_recipe()
-save_model(learn, 'model')
+save_mgmt(learn, 'model')
 assert predict('model', store, progress=False).prob.between(0,1).all()
 print('fastai', fastai.__version__, 'fastcore', fastcore.__version__)
 """

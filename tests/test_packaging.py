@@ -172,14 +172,6 @@ def test_nothing_users_load_is_unpickled(path):
         if name=='np.load': assert kw.get('allow_pickle','False')=='False'
 
 
-def test_every_public_name_of_every_module_is_in_all():
-    every = set(dir(import_module('mgmt_fast.all')))
-    for p in modules:
-        if p.stem in ('__init__','_modidx','all','cli'): continue
-        lack = set(import_module(f'mgmt_fast.{p.stem}').__all__)-every
-        assert not lack, (p.stem, lack)
-
-
 def test_site_has_one_configuration():
     link = root/'nbs'/'_quarto.yml'
     assert link.is_symlink() and str(link.readlink())=='../_quarto.yml'

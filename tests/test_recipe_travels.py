@@ -112,8 +112,8 @@ UNUSED = {'cutout','equalize_over','other_tfms','published_alarm','prepare_by',
     'pretrained'} # tried below, or of the leakage audit
 
 
-def trained(store, path, recipe, fit=True, **kwargs):
-    learn = mgmt_learner(recipe_dls(store, recipe, n_folds=3, **kwargs), recipe=recipe, path=path)
+def trained(store, path, recipe, fit=True, n_folds=3, **kwargs):
+    learn = mgmt_learner(recipe_dls(store, recipe, n_folds=n_folds, **kwargs), recipe=recipe, path=path)
     if fit:
         with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
     return learn, load_model(save_model(learn, Path(path)/'model')).recipe
@@ -300,10 +300,10 @@ def test_five_doors_give_the_same_logits(cohort, stores, tmp_path, capsys):
     from mgmt_fast.external import external_test
     from mgmt_fast.kaggle import predict_submission
     from mgmt_fast.learner import predict
-    learn,_ = trained(stores['default'], tmp_path/'run', tiny(sequences=('T1wCE',)))
-    held = predict(tmp_path/'run', stores['default'],
-        progress=False).merge(stores['default'].table[['patient','label']], on='patient')
-    freeze_bundle(tmp_path/'run/model', held[['patient','label','prob']], stores['default'], tmp_path/'bundle')
+    learn,_ = trained(stores['default'], tmp_path/'run', tiny(sequences=('T1wCE',)), n_folds=2)
+    held = stores['default'].only(learn.dls.valid.dataset.patients)
+    v = predict(tmp_path/'run', held, progress=False).merge(held.table[['patient','label']], on='patient')
+    freeze_bundle(tmp_path/'run/model', v, stores['default'], tmp_path/'bundle')
     make_phantom(tmp_path/'new', n=12, test=0, auc=.9, seed=7, slices=12, size=32, sequences=('FLAIR','T1wCE'),
         progress=False)
     new = kaggle_cohort(tmp_path/'new')
