@@ -673,7 +673,7 @@ class _Workers:
         self.pool = _pool(self.n)
         return self.pool.submit(*args)
 
-_DIED = 'the process that prepared it died, most likely for want of memory: predict it again with n_workers=1'
+_DIED = 'the process that prepared it died, most likely because memory ran out: predict it again with n_workers=1'
 
 def _outcome(row, job, how):
     "A patient as `_inputs` gives it; one that was under way when a process died is tried again, alone"
