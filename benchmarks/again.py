@@ -1,6 +1,7 @@
 """Seconds that a store takes when it is prepared again with other labels, and what its keys cost the first time.
 usage: python benchmarks/again.py [--patients 585] [--dicom 60] [--slices 150]
-Makes its own scans in a temporary folder: NIfTI files for the first row, folders of DICOM slices for the second (fewer patients, whose time is also scaled to as many)."""
+Makes its own scans in a temporary folder: NIfTI files for the first row, folders of DICOM slices for the second (fewer
+patients, whose time is also scaled to as many)."""
 import argparse, os, shutil, tempfile, time, warnings
 from contextlib import redirect_stdout
 from io import StringIO
@@ -18,7 +19,8 @@ from mgmt_fast.prepare import VolumeStore, prepare, prepare_patient, source_cont
 
 def table(paths):
     "A cohort of `{patient: {sequence: path}}`, half of it methylated"
-    rows = [dict(patient=p, label=i%2, source='made', **{s: str(o) for s,o in of.items()}) for i,(p,of) in enumerate(paths.items())]
+    rows = [dict(patient=p, label=i%2, source='made', **{s: str(o) for s,o in of.items()})
+        for i,(p,of) in enumerate(paths.items())]
     return pd.DataFrame(rows).astype({'patient':'string', 'label':'Int64'})
 
 
@@ -40,7 +42,8 @@ def dicom_cohort(folder, n, slices):
     make_phantom(folder/'one', n=2, test=0, slices=slices, size=64, progress=False)
     one,paths = folder/'one/train/00000',{}
     for i in range(n):
-        for s in SEQUENCES: paths.setdefault(f'{i:05d}', {})[s] = shutil.copytree(one/s, folder/f'{i:05d}'/s, copy_function=os.link)
+        for s in SEQUENCES:
+            paths.setdefault(f'{i:05d}', {})[s] = shutil.copytree(one/s, folder/f'{i:05d}'/s, copy_function=os.link)
     return table(paths)
 
 
@@ -54,11 +57,13 @@ def main(patients, dicom, slices):
     print(machine())
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
-        for kind,make,n in (('NIfTI files', lambda d: nifti_cohort(d, patients), patients), (f'DICOM folders of {slices}', lambda d: dicom_cohort(d, dicom, slices), dicom)):
+        for kind,make,n in (('NIfTI files', lambda d: nifti_cohort(d, patients), patients),
+            (f'DICOM folders of {slices}', lambda d: dicom_cohort(d, dicom, slices), dicom)):
             root = Path(tmp)/kind.split()[0]; root.mkdir()
             cohort = make(root)
             first,store = seconds(prepare, cohort, root/'store', size=(8,16,16), progress=False)
-            again,_ = seconds(prepare, cohort.assign(label=1-cohort.label), root/'store', size=(8,16,16), progress=False)
+            again,_ = seconds(prepare, cohort.assign(label=1-cohort.label), root/'store', size=(8,16,16),
+                progress=False)
             for s in SEQUENCES:
                 for p in cohort[s][:50]:
                     for f in ([p] if os.path.isfile(p) else [e.path for e in os.scandir(p)]): os.utime(f)
@@ -66,7 +71,9 @@ def main(patients, dicom, slices):
             some = [p for s in SEQUENCES for p in cohort[s][:10]]
             keys = sum(seconds(lambda p: (source_state(p), source_content(p)), p)[0] for p in some)
             work = sum(seconds(prepare_patient, r, SEQUENCES, store.recipe)[0] for _,r in cohort[:10].iterrows())
-            rows.append({'scans':f'{n} x 4 {kind}', 'prepared s':first, 'again, other labels s':again, 'the same for 585 s':again*585/n, '50 patients touched s':touched, 'keys, share of preparing %':100*keys/work})
+            rows.append({'scans':f'{n} x 4 {kind}', 'prepared s':first, 'again, other labels s':again,
+                'the same for 585 s':again*585/n, '50 patients touched s':touched,
+                'keys, share of preparing %':100*keys/work})
         key,_ = seconds(plan_key, mgmt_dls(VolumeStore(Path(tmp)/'NIfTI/store'), bs=8))
     print(pd.DataFrame(rows).round(2).to_string(index=False))
     print(f'key of a training of {patients} patients: {1000*key:.0f} ms')
@@ -74,6 +81,8 @@ def main(patients, dicom, slices):
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--patients', type=int, default=585); p.add_argument('--dicom', type=int, default=60); p.add_argument('--slices', type=int, default=150)
+    p.add_argument('--patients', type=int, default=585)
+    p.add_argument('--dicom', type=int, default=60)
+    p.add_argument('--slices', type=int, default=150)
     torch.set_num_threads(1)
     main(**vars(p.parse_args()))

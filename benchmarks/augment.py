@@ -2,11 +2,12 @@
 usage: python benchmarks/augment.py [--reps 9] [--threads 2]
 Peers that are not installed are left out and named. Times are medians over rounds in which every contender takes
 its turn; ratios are of those medians."""
-import argparse, os, subprocess, sys, time, warnings
+import argparse, os, subprocess, sys, warnings
 
 warnings.simplefilter('ignore')
 import numpy as np, torch, torch.nn.functional as F
 from machine import machine
+from rounds import rounds, spans
 from mgmt_fast.augment import *
 from mgmt_fast.core import get_recipe
 
@@ -60,17 +61,6 @@ def affine_3d(x):
     return lambda: t.apply(x, t.draw(len(x)))
 
 
-def rounds(work, reps, sync=lambda: None):
-    "Median, least and greatest seconds of each, taking turns"
-    times = {k: [] for k in work}
-    for f in work.values(): f(); sync()
-    for _ in range(reps):
-        for k,f in work.items():
-            s = time.perf_counter(); f(); sync()
-            times[k].append(time.perf_counter()-s)
-    return {k: (np.median(v),min(v),max(v)) for k,v in times.items()}
-
-
 def table(rows, of=None):
     for k,(m,lo,hi) in rows.items():
         print(f"{k:44s} {m:8.4f} s  ({lo:.4f} to {hi:.4f})" + (f"  x{m/rows[of][0]:.1f}" if of else ''))
@@ -85,10 +75,11 @@ def on_cpu(reps):
         try: work[f'{f.__name__}: flip, affine'+('' if f is kornia else ', contrast')] = f(x)
         except ImportError: print(f'{f.__name__} is not installed: left out')
     print(f'\nOne volume 1x{D}x{H}x{W} float32; the factor is against the first row')
-    rows = rounds(work, reps); table(rows, next(iter(rows)))
+    rows = spans(rounds(work, reps))
+    table(rows, next(iter(rows)))
     print('\n3D affine; the factor is against grid_sample alone, its grid made beforehand')
-    rows = rounds({'grid_sample alone': grid_sample_3d(x), 'RandAffine(in_plane=False), grid and all': affine_3d(x)},
-        max(3,reps//2))
+    pair = {'grid_sample alone': grid_sample_3d(x), 'RandAffine(in_plane=False), grid and all': affine_3d(x)}
+    rows = spans(rounds(pair, max(3,reps//2)))
     table(rows, 'grid_sample alone')
 
 
@@ -128,7 +119,7 @@ def on_gpu(reps):
     try: work['kornia: flip, affine, batch of 8'] = kornia(x)
     except ImportError: print('kornia is not installed: left out')
     print(f'\nOn the GPU, batch 8x1x{D}x{H}x{W} float32, draws and launches included')
-    table(rounds(work, reps, torch.cuda.synchronize))
+    table(spans(rounds(work, reps, sync=torch.cuda.synchronize)))
     for k in ('published','default'):
         f = augmenter(k, x)
         base = torch.cuda.memory_allocated(); torch.cuda.reset_peak_memory_stats()

@@ -1,15 +1,19 @@
 """The leakage audit: what it finds, how fast, beside the thesis' own measure, in one run.
-usage: python benchmarks/leakage.py [--what fingerprints,audit,growth,recall] [--train 585] [--test 262] [--sequences 4] [--recall 24] [--workers 2] [--keep FOLDER]
+usage: python benchmarks/leakage.py [--what fingerprints,audit,growth,recall] [--train 585] [--test 262] [--sequences 4]
+       [--recall 24] [--workers 2] [--keep FOLDER]
 fingerprints  of two made-up stores at 64x256x256
-audit   the other stages on them, through `leakage_audit`, and seconds a pair beside the thesis' cross-correlation and mutual information
+audit   the other stages on them, through `leakage_audit`, and seconds a pair beside the thesis' cross-correlation and
+        mutual information
 growth  all pairs of made-up fingerprints at four sizes, and from them 100,000 x 100,000
 recall  phantoms whose anatomies differ, copies under each change and all together
-The made-up stores hold one array file each, of phantoms whose anatomies differ, which all sequences share: 4 MiB a patient on disk."""
+The made-up stores hold one array file each, of phantoms whose anatomies differ, which all sequences share: 4 MiB a
+patient on disk."""
 import argparse, json, os, resource, shutil, tempfile, time
 from pathlib import Path
 
 import joblib, numpy as np
 from machine import machine
+from rounds import seconds
 from mgmt_fast.cohort import kaggle_cohort
 from mgmt_fast.core import SEQUENCES
 from mgmt_fast.fingerprints import ScanSet, common_brain, compare_fingerprints, kept_fingerprints, small_copies
@@ -31,27 +35,35 @@ def render(p, path, i):
 
 
 def made_up_store(dest, patients, sequences, workers):
-    "Phantoms whose anatomies differ, in the store's format: all sequences of a patient are the same volume, so that the disk holds it once"
+    """Phantoms whose anatomies differ, in the store's format: all sequences of a patient are the same volume, so that
+    the disk holds it once"""
     if (dest/'store.json').exists(): return VolumeStore(dest)
     shutil.rmtree(dest, ignore_errors=True); dest.mkdir(parents=True)
     first = dest/f'{SEQUENCES[0]}.npy'
     np.lib.format.open_memmap(first, mode='w+', dtype=np.uint8, shape=(len(patients),*size)).flush()
-    affines = joblib.Parallel(workers)(joblib.delayed(render)(p, first, i) for i,(_,p) in enumerate(patients.iterrows()))
+    affines = joblib.Parallel(workers)(joblib.delayed(render)(p, first, i)
+        for i,(_,p) in enumerate(patients.iterrows()))
     for s in SEQUENCES[1:sequences]: os.link(first, dest/f'{s}.npy')
-    entry = lambda p,affine: dict(label=None, source='made up', affine=affine, volumes={s: dict(hash=f'{p} {s}') for s in SEQUENCES[:sequences]})
-    (dest/'store.json').write_text(json.dumps(dict(sequences=SEQUENCES[:sequences], version='bench', patients={p: entry(p,o) for p,o in zip(patients.patient,affines)}, report=[], recipe=dict(name='default', choices={'size':size}))))
+    entry = lambda p,affine: dict(label=None, source='made up', affine=affine,
+        volumes={s: dict(hash=f'{p} {s}') for s in SEQUENCES[:sequences]})
+    (dest/'store.json').write_text(json.dumps(dict(
+        sequences=SEQUENCES[:sequences], version='bench',
+        patients={p: entry(p,o) for p,o in zip(patients.patient,affines)}, report=[],
+        recipe=dict(name='default', choices={'size':size}))))
     return VolumeStore(dest)
 
 
 def memory(a):
     own = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
     workers = joblib.Parallel(a.workers)(joblib.delayed(own)() for _ in range(4*a.workers)) if a.workers>1 else []
-    return f'memory at most {own():.2f} GB here'+(f' and {max(workers):.2f} GB in each of {a.workers} workers' if workers else '')
+    return f'memory at most {own():.2f} GB here'+(f' and {max(workers):.2f} GB in each of {a.workers} workers'
+        if workers else '')
 
 
 def stores(a, home):
     patients = draw_patients(a.train+a.test, test=a.test/(a.train+a.test), seed=1)
-    return [made_up_store(home/k, o.reset_index(drop=True), a.sequences, a.workers) for k,o in patients.groupby('split', sort=False)]
+    return [made_up_store(home/k, o.reset_index(drop=True), a.sequences, a.workers)
+        for k,o in patients.groupby('split', sort=False)]
 
 
 def fingerprints(a, home):
@@ -66,20 +78,27 @@ def fingerprints(a, home):
         for o in (train,test): kept_fingerprints(copies[o], brain, folders[o], **work)
     took = time.perf_counter()-s
     (home/'fingerprints.json').write_text(json.dumps(took))
-    print(f'\n{volumes} volumes at {"x".join(map(str,size))}: fingerprints in {took:.0f} s, {volumes/took:.1f} volumes a second; {memory(a)}', flush=True)
+    print(f'\n{volumes} volumes at {"x".join(map(str,size))}: fingerprints in {took:.0f} s, {volumes/took:.1f} volumes '
+        f'a second; {memory(a)}', flush=True)
 
 
 def audit(a, home):
     train,test = stores(a, home)
     pairs,first = a.train*a.test*a.sequences,json.loads((home/'fingerprints.json').read_text())
-    s = time.perf_counter(); df = leakage_audit(train, test, SEQUENCES[:a.sequences], n_workers=a.workers, progress=False); second = time.perf_counter()-s
-    print(f'\n{a.train} x {a.test} patients x {a.sequences} sequences, {pairs} pairs: from fingerprints to the answer {second:.0f} s')
-    print(f"  {len(df)} pairs confirmed, {sum(o['null_pairs'] for o in df.attrs['thresholds'])} of the null, {sum(o['planted'] for o in df.attrs['recall'])} planted copies made and sought; verdicts {df.verdict.value_counts().to_dict()}; {memory(a)}")
+    s = time.perf_counter()
+    df = leakage_audit(train, test, SEQUENCES[:a.sequences], n_workers=a.workers, progress=False)
+    second = time.perf_counter()-s
+    print(f'\n{a.train} x {a.test} patients x {a.sequences} sequences, {pairs} pairs: from fingerprints to the answer '
+        f'{second:.0f} s')
+    print(f"  {len(df)} pairs confirmed, {sum(o['null_pairs'] for o in df.attrs['thresholds'])} of the null, "
+        f"{sum(o['planted'] for o in df.attrs['recall'])} planted copies made and sought; verdicts "
+        f"{df.verdict.value_counts().to_dict()}; {memory(a)}")
     print('  '+df.attrs['summary'].splitlines()[-1])
     x,y = train.read(train.table.patient[0], SEQUENCES[0])[0],test.read(test.table.patient[0], SEQUENCES[0])[0]
-    s = time.perf_counter(); published_similarity(x, y); theirs = time.perf_counter()-s
+    theirs = seconds(lambda: published_similarity(x, y))
     ours = (first+second)/pairs
-    print(f"  a pair: ours {ours*1e6:.0f} us, all stages; the thesis' measure {theirs:.2f} s, {theirs/ours:.0f} times as long: {theirs*pairs/86400:.0f} days for all", flush=True)
+    print(f"  a pair: ours {ours*1e6:.0f} us, all stages; the thesis' measure {theirs:.2f} s, {theirs/ours:.0f} times "
+        f"as long: {theirs*pairs/86400:.0f} days for all", flush=True)
 
 
 def growth(a, home):
@@ -93,17 +112,25 @@ def growth(a, home):
         times.append(time.perf_counter()-s)
         print(f'  {n:6d} x {n:6d}  {times[-1]:7.2f} s, {times[-1]/n/n*1e9:.0f} ns a pair')
     power = np.polyfit(np.log(sizes), np.log(times), 1)[0]
-    print(f'  grows with the number of patients to the power {power:.2f}; 100,000 x 100,000 would take {times[-1]*(1e5/sizes[-1])**2/3600:.1f} h a sequence for the products, {2e5/a.rate/3600:.1f} h for fingerprints at {a.rate:g} volumes a second;')
-    print(f'  on disk {2e5*(48*56*48+2*k)/1e9:.0f} GB a sequence; in memory two sets of fingerprints ({2e5*2*k/1e9:.1f} GB) and blocks of 2048 x 2048')
+    print(f'  grows with the number of patients to the power {power:.2f}; 100,000 x 100,000 would take '
+        f'{times[-1]*(1e5/sizes[-1])**2/3600:.1f} h a sequence for the products, {2e5/a.rate/3600:.1f} h for '
+        f'fingerprints at {a.rate:g} volumes a second;')
+    print(f'  on disk {2e5*(48*56*48+2*k)/1e9:.0f} GB a sequence; in memory two sets of fingerprints '
+        f'({2e5*2*k/1e9:.1f} GB) and blocks of 2048 x 2048')
 
 
 def recall(a, home):
-    if not (home/'phantom').exists(): make_phantom(home/'phantom', n=a.recall, test=0, slices=48, size=96, sequences=('FLAIR',), n_workers=a.workers, progress=False)
+    if not (home/'phantom').exists():
+        make_phantom(home/'phantom', n=a.recall, test=0, slices=48, size=96, sequences=('FLAIR',), n_workers=a.workers,
+            progress=False)
     s = time.perf_counter()
     table = planted_recall(kaggle_cohort(home/'phantom'), 'FLAIR', n_workers=a.workers, progress=False)
-    print(f"\n{a.recall} phantoms, decided as among 150,000 pairs: same from {table.attrs['threshold']:.3f}; {table.attrs['null_pairs']} pairs of the null reach {table.attrs['null_highest']:.3f}; {time.perf_counter()-s:.0f} s")
+    print(f"\n{a.recall} phantoms, decided as among 150,000 pairs: same from {table.attrs['threshold']:.3f}; "
+        f"{table.attrs['null_pairs']} pairs of the null reach {table.attrs['null_highest']:.3f}; "
+        f"{time.perf_counter()-s:.0f} s")
     print(table.round(3).to_string(index=False))
-    for k,o in table.groupby('change', sort=False): print(f'  {k}: {o.found.sum()} of {o.copies.sum()}, {o.found.sum()/o.copies.sum():.1%}')
+    for k,o in table.groupby('change', sort=False):
+        print(f'  {k}: {o.found.sum()} of {o.copies.sum()}, {o.found.sum()/o.copies.sum():.1%}')
     plot_recall(table).figure.savefig(home/'recall.png', dpi=120)
 
 
@@ -111,12 +138,14 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--what', default='fingerprints,audit,growth,recall'); ap.add_argument('--keep')
     ap.add_argument('--rate', type=float, default=20, help='volumes a second, for the estimate of growth')
-    for k,v in dict(train=585, test=262, sequences=4, recall=24, workers=2).items(): ap.add_argument(f'--{k}', type=int, default=v)
+    for k,v in dict(train=585, test=262, sequences=4, recall=24, workers=2).items():
+        ap.add_argument(f'--{k}', type=int, default=v)
     a = ap.parse_args()
     print(machine())
     home = Path(a.keep or tempfile.mkdtemp(prefix='mgmt_leakage_'))
     try:
-        for o in a.what.split(','): dict(fingerprints=fingerprints, audit=audit, growth=growth, recall=recall)[o](a, home)
+        for o in a.what.split(','):
+            dict(fingerprints=fingerprints, audit=audit, growth=growth, recall=recall)[o](a, home)
     finally:
         if not a.keep: shutil.rmtree(home)
 

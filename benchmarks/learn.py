@@ -1,7 +1,9 @@
-"""Does splitting depthwise convolutions hurt learning? EfficientNet-B1, separable and full, on the synthetic cohort (best AUC .95), three seeds.
+"""Does splitting depthwise convolutions hurt learning? EfficientNet-B1, separable and full, on the synthetic cohort
+(best AUC .95), three seeds.
 
 usage: learn.py [FOLDER=temporary] [--patients 240] [--epochs 10] [--arch efficientnet_b1]
-Prints the validation AUC with its interval, the seconds of training, and the seconds until the AUC of both was first reached."""
+Prints the validation AUC with its interval, the seconds of training, and the seconds until the AUC of both was first
+reached."""
 import argparse, tempfile, time
 from pathlib import Path
 
@@ -22,7 +24,9 @@ class Curve(Callback):
     def before_fit(self): self.rows,self.t0 = [],time.perf_counter()
     def before_validate(self): self.seconds = time.perf_counter()-self.t0; self.ps,self.ys = [],[]
     def after_pred(self):
-        if not self.training: self.ps.append(self.pred.detach().float().cpu().flatten()); self.ys.append(self.y.cpu().flatten())
+        if not self.training:
+            self.ps.append(self.pred.detach().float().cpu().flatten())
+            self.ys.append(self.y.cpu().flatten())
     def after_validate(self):
         now = time.perf_counter()
         self.last = torch.cat(self.ys).numpy(),torch.cat(self.ps).sigmoid().numpy()
@@ -32,7 +36,10 @@ class Curve(Callback):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('folder', nargs='?'); p.add_argument('--patients', type=int, default=240); p.add_argument('--epochs', type=int, default=10); p.add_argument('--arch', default='efficientnet_b1')
+    p.add_argument('folder', nargs='?')
+    p.add_argument('--patients', type=int, default=240)
+    p.add_argument('--epochs', type=int, default=10)
+    p.add_argument('--arch', default='efficientnet_b1')
     o = p.parse_args()
     root = Path(o.folder or tempfile.mkdtemp())
     make_phantom(root/'cohort', n=o.patients, test=0., auc=.95, seed=0, slices=24, size=80, progress=False)
@@ -41,10 +48,13 @@ def main():
     for seed in range(3):
         for depth in ('separable','full'):
             curve = Curve()
-            learn = mgmt_learner(mgmt_dls(store, fold=0, bs=8, seed=seed), o.arch, get_recipe('default', lr=1e-3, patience=o.epochs), path=root/f'{depth}{seed}', seed=seed, cbs=curve, model_kwargs=dict(depth=depth))
+            learn = mgmt_learner(mgmt_dls(store, fold=0, bs=8, seed=seed), o.arch,
+                get_recipe('default', lr=1e-3, patience=o.epochs), path=root/f'{depth}{seed}', seed=seed, cbs=curve,
+                model_kwargs=dict(depth=depth))
             with learn.no_bar(): learn.fit(o.epochs)
             ci = auc_ci(*curve.last)
-            rows.append(dict(seed=seed, depth=depth, auc=ci.auc, lo=ci.lo, hi=ci.hi, seconds=curve.rows[-1][0], curve=curve.rows))
+            rows.append(dict(seed=seed, depth=depth, auc=ci.auc, lo=ci.lo, hi=ci.hi, seconds=curve.rows[-1][0],
+                curve=curve.rows))
             print({k:v for k,v in rows[-1].items() if k!='curve'}, flush=True)
         a,b = rows[-2:]
         goal = min(max(auc for _,auc in r['curve']) for r in (a,b))
@@ -53,7 +63,8 @@ def main():
     print(table.round(3).to_string(index=False))
     for s,g in table.groupby('seed'):
         a,b = g.iloc[0],g.iloc[1]
-        print(f"seed {s}: each AUC within the other's interval: {bool(b.lo<=a.auc<=b.hi and a.lo<=b.auc<=a.hi)}; {b.to_goal/a.to_goal:.2f} times sooner at the same AUC when separable")
+        print(f"seed {s}: each AUC within the other's interval: {bool(b.lo<=a.auc<=b.hi and a.lo<=b.auc<=a.hi)}; "
+            f"{b.to_goal/a.to_goal:.2f} times sooner at the same AUC when separable")
 
 
 if __name__=='__main__': main()

@@ -4,7 +4,8 @@ usage: step.py [--size 1x32x128x128] [--archs efficientnet_b1,...] [--who ours t
                [--rounds 3] [--reps 5] [--device cpu|cuda]
 
 CPU: float32, 2 threads. GPU: bf16 autocast, batch 8 unless --size says otherwise, with and without torch.compile.
-Each network runs in a process of its own. Networks take turns, round after round, so that a machine that slows down slows all of them.
+Each network runs in a process of its own. Networks take turns, round after round, so that a machine that slows down
+slows all of them.
 `--norms eval` holds batch norm's statistics still, as the peers' own script does. Memory is what a step needs beyond
 the loaded model (CPU: resident set at its highest; GPU: torch's peak). Peers that are not installed are left out with
 a line that says so."""

@@ -1,20 +1,30 @@
-"""What training costs: (1) `--accumulation`: the overhead of gathering gradients, per batch; (2) `--split`: the share of an epoch that is spent in the model;
-(3) otherwise: seconds to the same validation AUC on synthetic cohorts, ours and its peers, each in a process of its own as its tutorials set it up.
+"""What training costs: (1) `--accumulation`: the overhead of gathering gradients, per batch; (2) `--split`: the share
+of an epoch that is spent in the model;
+(3) otherwise: seconds to the same validation AUC on synthetic cohorts, ours and its peers, each in a process of its own
+as its tutorials set it up.
 
-usage: train.py [FOLDER=temporary] [--accumulation | --split] [--patients 160] [--seeds 3] [--size 32x64x64] [--limit 120] [--who ours,bf16,monai,fastmonai]
+usage: train.py [FOLDER=temporary] [--accumulation | --split] [--patients 160] [--seeds 3] [--size 32x64x64] [--limit
+       120] [--who ours,bf16,monai,fastmonai]
 
-Same patients, split, series (T1wCE) and size. Seconds count from the scans on disk, preparation or caching included, validation not.
-Ours: ResNet18, all kernels split, one cycle of 4 epochs at 5e-3, which were chosen on cohorts of other seeds (3 to 7) than the three that are reported (0 to 2);
+Same patients, split, series (T1wCE) and size. Seconds count from the scans on disk, preparation or caching included,
+validation not.
+Ours: ResNet18, all kernels split, one cycle of 4 epochs at 5e-3, which were chosen on cohorts of other seeds (3 to 7)
+than the three that are reported (0 to 2);
 in float32, as its peers are, and with `precision='bf16'`, which pays where the processor has instructions for it.
-The AUC to reach is the lower of the two best ones. 32 patients validate, so that one cohort says little: hence several, and the median of their ratios.
-MONAI: its 3D classification tutorial (LoadImage, ScaleIntensity, Resize, RandRotate90, DenseNet121 of two outputs, cross-entropy, Adam 1e-4, batches of 2) over a CacheDataset.
-fastMONAI: its classification tutorial (MedDataBlock, TorchIO's ZNormalization and affine augmentation, batches of 4, ranger, one cycle) with the same DenseNet121.
-Peers read NIfTI, written beforehand and not timed; ours reads the DICOM series. Peers that are not installed are left out with a line that says so."""
+The AUC to reach is the lower of the two best ones. 32 patients validate, so that one cohort says little: hence several,
+and the median of their ratios.
+MONAI: its 3D classification tutorial (LoadImage, ScaleIntensity, Resize, RandRotate90, DenseNet121 of two outputs,
+cross-entropy, Adam 1e-4, batches of 2) over a CacheDataset.
+fastMONAI: its classification tutorial (MedDataBlock, TorchIO's ZNormalization and affine augmentation, batches of 4,
+ranger, one cycle) with the same DenseNet121.
+Peers read NIfTI, written beforehand and not timed; ours reads the DICOM series. Peers that are not installed are left
+out with a line that says so."""
 import argparse, importlib.util, json, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from machine import machine
+from rounds import rounds, spans
 
 BEST = .95
 
@@ -33,17 +43,21 @@ class Curve:
 def cohort(root, patients, seed):
     "Scans and a table with NIfTI copies and the split"
     import nibabel as nib
-    from mgmt_fast.cohort import assign_folds, kaggle_cohort
+    from mgmt_fast.cohort import kaggle_cohort
+    from mgmt_fast.folds import assign_folds
     from mgmt_fast.phantom import make_phantom
     from mgmt_fast.series import read_volume
     if not (root/'table.csv').exists():
-        make_phantom(root/'cohort', n=patients, test=0., auc=BEST, seed=seed, slices=24, size=80, sequences=('T1wCE',), progress=False)
+        make_phantom(root/'cohort', n=patients, test=0., auc=BEST, seed=seed, slices=24, size=80, sequences=('T1wCE',),
+            progress=False)
         table = assign_folds(kaggle_cohort(root/'cohort'), seed=0)
         (root/'nifti').mkdir(exist_ok=True)
         for r in table.itertuples():
             v = read_volume(r.T1wCE)
-            nib.save(nib.Nifti1Image(np.asarray(v.as_subclass(torch.Tensor), dtype=np.float32).transpose(2,1,0), v.affine[:,[2,1,0,3]]), root/f'nifti/{r.patient}.nii.gz')
-        table.assign(nifti=[str(root/f'nifti/{p}.nii.gz') for p in table.patient])[['patient','label','fold','nifti']].to_csv(root/'table.csv', index=False)
+            nib.save(nib.Nifti1Image(np.asarray(v.as_subclass(torch.Tensor), dtype=np.float32).transpose(2,1,0),
+                v.affine[:,[2,1,0,3]]), root/f'nifti/{r.patient}.nii.gz')
+        table.assign(nifti=[str(root/f'nifti/{p}.nii.gz') for p in table.patient])[[
+            'patient','label','fold','nifti']].to_csv(root/'table.csv', index=False)
     return pd.read_csv(root/'table.csv', dtype={'patient':str})
 
 
@@ -61,12 +75,16 @@ def ours(root, size, limit, precision='float32'):
     class Watch(Callback):
         def before_validate(self): curve.pause(); self.p,self.y = [],[]
         def after_pred(self):
-            if not self.training: self.p.append(self.pred.detach().float().flatten()); self.y.append(self.learn.y.flatten())
+            if not self.training:
+                self.p.append(self.pred.detach().float().flatten())
+                self.y.append(self.learn.y.flatten())
         def after_validate(self): curve.add(torch.cat(self.y).cpu(), torch.cat(self.p).cpu())
     with tempfile.TemporaryDirectory() as d:
-        recipe = get_recipe('default', size=tuple(size), arch='resnet18', schedule='one_cycle', lr=5e-3, epochs=4, precision=precision)
+        recipe = get_recipe('default', size=tuple(size), arch='resnet18', schedule='one_cycle', lr=5e-3, epochs=4,
+            precision=precision)
         store = prepare(kaggle_cohort(root/'cohort'), Path(d)/'store', 'T1wCE', recipe=recipe, progress=False)
-        learn = mgmt_learner(mgmt_dls(store, bs=8, augs=mgmt_augs(get_recipe('none', flip='w'), seed=0)), recipe=recipe, path=d, cbs=Watch(), model_kwargs=dict(depth='separable_all'))
+        learn = mgmt_learner(mgmt_dls(store, bs=8, augs=mgmt_augs(get_recipe('none', flip='w'), seed=0)), recipe=recipe,
+            path=d, cbs=Watch(), model_kwargs=dict(depth='separable_all'))
         with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
 
 
@@ -80,9 +98,12 @@ def monai(root, size, limit):
     t,curve = pd.read_csv(root/'table.csv', dtype={'patient':str}),Curve()
     D,H,W = size
     base = [LoadImaged('x'), EnsureChannelFirstd('x'), ScaleIntensityd('x'), Resized('x', (W,H,D))]
-    def _data(part, tfms): return CacheDataset([dict(x=r.nifti, y=r.label) for r in part.itertuples()], Compose(tfms), progress=False, num_workers=2)
+    def _data(part, tfms):
+        return CacheDataset([dict(x=r.nifti, y=r.label) for r in part.itertuples()], Compose(tfms), progress=False,
+            num_workers=2)
     torch.manual_seed(0)
-    train = DataLoader(_data(t[t.fold!=0], [*base, RandRotate90d('x', prob=.5)]), batch_size=2, shuffle=True, num_workers=0)
+    train = DataLoader(_data(t[t.fold!=0], [*base, RandRotate90d('x', prob=.5)]), batch_size=2, shuffle=True,
+        num_workers=0)
     valid = DataLoader(_data(t[t.fold==0], base), batch_size=2)
     net = DenseNet121(spatial_dims=3, in_channels=1, out_channels=2)
     opt,loss = torch.optim.Adam(net.parameters(), 1e-4),torch.nn.CrossEntropyLoss()
@@ -97,12 +118,15 @@ def monai(root, size, limit):
 
 def fastmonai(root, size, limit):
     from fastai.callback.core import Callback, CancelFitException
-    from fastMONAI.vision_all import CategoryBlock, ColReader, ColSplitter, CrossEntropyLossFlat, ImageBlock, Learner, MedDataBlock, MedImage, PadOrCrop, RandomAffine, ZNormalization, ranger
+    from fastMONAI.vision_all import CategoryBlock, ColReader, ColSplitter, CrossEntropyLossFlat, ImageBlock, Learner
+    from fastMONAI.vision_all import MedDataBlock, MedImage, PadOrCrop, RandomAffine, ZNormalization, ranger
     from monai.networks.nets import DenseNet121
     t,curve = pd.read_csv(root/'table.csv', dtype={'patient':str}),Curve()
     t['is_valid'] = t.fold==0
     D,H,W = size
-    block = MedDataBlock(blocks=(ImageBlock(cls=MedImage), CategoryBlock), splitter=ColSplitter('is_valid'), get_x=ColReader('nifti'), get_y=ColReader('label'), item_tfms=[ZNormalization(), PadOrCrop([W,H,D]), RandomAffine(scales=0, degrees=5, translation=0)])
+    block = MedDataBlock(blocks=(ImageBlock(cls=MedImage), CategoryBlock), splitter=ColSplitter('is_valid'),
+        get_x=ColReader('nifti'), get_y=ColReader('label'),
+        item_tfms=[ZNormalization(), PadOrCrop([W,H,D]), RandomAffine(scales=0, degrees=5, translation=0)])
     dls = block.dataloaders(t, bs=4, num_workers=0)
     start = time.perf_counter()
     class Watch(Callback):
@@ -112,18 +136,14 @@ def fastmonai(root, size, limit):
         def after_validate(self):
             curve.add(torch.cat(self.y).cpu(), torch.cat(self.p).cpu())
             if time.perf_counter()-start>limit: raise CancelFitException
-    learn = Learner(dls, DenseNet121(spatial_dims=3, in_channels=1, out_channels=2), loss_func=CrossEntropyLossFlat(), opt_func=ranger, cbs=Watch())
+    learn = Learner(dls, DenseNet121(spatial_dims=3, in_channels=1, out_channels=2), loss_func=CrossEntropyLossFlat(),
+        opt_func=ranger, cbs=Watch())
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(10, 1e-3)
 
 
-def seconds(f, reps=5):
-    times = []
-    for _ in range(reps): t = time.perf_counter(); f(); times.append(time.perf_counter()-t)
-    return min(times)
-
-
 def accumulation():
-    "Seconds a batch with and without the callback, steps counted apart: what it does itself, beside a batch of the smallest network here"
+    """Seconds a batch with and without the callback, steps counted apart: what it does itself, beside a batch of the
+    smallest network here"""
     from mgmt_fast.backbones import create_backbone
     from mgmt_fast.callbacks import GradientAccumulation
     from types import SimpleNamespace as NS
@@ -131,10 +151,11 @@ def accumulation():
     x,y = torch.rand(1,1,24,64,64),torch.ones(1,1)
     def batch(): torch.nn.functional.binary_cross_entropy_with_logits(net(x), y).backward()
     batch()
-    step = seconds(batch, 9)
+    step = spans(rounds(dict(step=batch), 9, warm=False))['step'][1]
     from fastai.learner import CancelBatchException
     cb,loss = GradientAccumulation(n_batches=8),torch.ones((), requires_grad=True)*1
-    cb.learn = learn = NS(dl=NS(bs=1), iter=0, n_iter=1000, epoch=0, n_epoch=1, pct_train=0., model=net, yb=(y,), loss_grad=loss)
+    cb.learn = learn = NS(dl=NS(bs=1), iter=0, n_iter=1000, epoch=0, n_epoch=1, pct_train=0., model=net, yb=(y,),
+        loss_grad=loss)
     cb.steps,cb.batches,cb.seen,cb.n_steps = 0,0,0,125
     def events():
         for i in range(7):
@@ -143,8 +164,9 @@ def accumulation():
             try: cb.before_step()
             except CancelBatchException: pass
         cb.batches = cb.seen = 0
-    own = seconds(events, 50)/7
-    print(f"accumulation: {own*1e6:.0f} us of its own in a batch of {step*1e3:.0f} ms (ResNet10, 1x24x64x64): {own/step:.3%}")
+    own = spans(rounds(dict(own=events), 50, warm=False))['own'][1]/7
+    print(f"accumulation: {own*1e6:.0f} us of its own in a batch of {step*1e3:.0f} ms (ResNet10, 1x24x64x64): "
+        f"{own/step:.3%}")
 
 
 def split(root, size):
@@ -156,7 +178,8 @@ def split(root, size):
     from mgmt_fast.learner import mgmt_learner
     from mgmt_fast.loader import mgmt_dls
     from mgmt_fast.prepare import prepare
-    store = prepare(kaggle_cohort(root/'cohort'), root/f"store{'x'.join(map(str,size))}", 'T1wCE', size=size, progress=False)
+    store = prepare(kaggle_cohort(root/'cohort'), root/f"store{'x'.join(map(str,size))}", 'T1wCE', size=size,
+        progress=False)
     class Clock(Callback):
         order,run_valid = -100,False
         def before_train(self): self.begin = self.last = time.perf_counter(); self.data = 0.
@@ -167,16 +190,26 @@ def split(root, size):
         def after_batch(self): self.learn.clock.last = time.perf_counter()
     for arch in ('resnet10','resnet18','efficientnet_b1'):
         with tempfile.TemporaryDirectory() as d:
-            learn = mgmt_learner(mgmt_dls(store, bs=8, augs=mgmt_augs('default', seed=0, spacing=store.spacing)), arch, path=d, cbs=[Clock(), Last()])
+            learn = mgmt_learner(mgmt_dls(store, bs=8, augs=mgmt_augs('default', seed=0, spacing=store.spacing)), arch,
+                path=d, cbs=[Clock(), Last()])
             with learn.no_bar(), learn.no_logging(): learn.fit(1)
             c = learn.clock
-            print(f"split: {arch:16} {c.total:6.1f} s a training epoch of {len(learn.dls.train.dataset)} patients at {'x'.join(map(str,size))}, full augmentation: {1-c.data/c.total:.1%} in the model, {c.data/c.total:.1%} reading and augmenting", flush=True)
+            print(f"split: {arch:16} {c.total:6.1f} s a training epoch of {len(learn.dls.train.dataset)} patients at "
+                f"{'x'.join(map(str,size))}, full augmentation: {1-c.data/c.total:.1%} in the model, "
+                f"{c.data/c.total:.1%} reading and augmenting", flush=True)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('folder', nargs='?'); p.add_argument('--patients', type=int, default=160); p.add_argument('--size', default='32x64x64'); p.add_argument('--seeds', type=int, default=3); p.add_argument('--limit', type=int, default=120)
-    p.add_argument('--who', default='ours,bf16,monai,fastmonai'); p.add_argument('--accumulation', action='store_true'); p.add_argument('--split', action='store_true'); p.add_argument('--one', help=argparse.SUPPRESS)
+    p.add_argument('folder', nargs='?')
+    p.add_argument('--patients', type=int, default=160)
+    p.add_argument('--size', default='32x64x64')
+    p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--limit', type=int, default=120)
+    p.add_argument('--who', default='ours,bf16,monai,fastmonai')
+    p.add_argument('--accumulation', action='store_true')
+    p.add_argument('--split', action='store_true')
+    p.add_argument('--one', help=argparse.SUPPRESS)
     o = p.parse_args()
     warnings.simplefilter('ignore')
     torch.set_num_threads(2)
@@ -191,7 +224,9 @@ def main():
     for mine in ('ours','bf16'):
         for who in ('monai','fastmonai'):
             ratios = [ratio(c[mine], c[who]) for c in runs if {mine,who}<=c.keys()]
-            if ratios: print(f"{who} takes {np.median(ratios):.1f} times as long as {mine} to the same AUC, median of {', '.join(f'{r:.1f}' for r in sorted(ratios))}")
+            if ratios:
+                print(f"{who} takes {np.median(ratios):.1f} times as long as {mine} to the same AUC, median of "
+                    f"{', '.join(f'{r:.1f}' for r in sorted(ratios))}")
 
 
 def race(root, o, seed):
@@ -199,12 +234,16 @@ def race(root, o, seed):
     cohort(root, o.patients, seed)
     curves = {}
     for who in o.who.split(','):
-        if importlib.util.find_spec(dict(monai='monai',fastmonai='fastMONAI').get(who, 'mgmt_fast')) is None: print(f'{who} is not installed: left out'); continue
-        r = subprocess.run([sys.executable, __file__, str(root), '--one', who, '--size', o.size, '--limit', str(o.limit)], capture_output=True, text=True)
+        if importlib.util.find_spec(dict(monai='monai',fastmonai='fastMONAI').get(who, 'mgmt_fast')) is None:
+            print(f'{who} is not installed: left out')
+            continue
+        r = subprocess.run([sys.executable, __file__, str(root), '--one', who, '--size', o.size, '--limit',
+            str(o.limit)], capture_output=True, text=True)
         curve = [json.loads(l[5:]) for l in r.stdout.splitlines() if l.startswith('CURVE')]
         if not curve: print(f"{who} failed: {(r.stderr.strip().splitlines() or ['no message'])[-1][:200]}"); continue
         curves[who] = curve
-        print(f"seed {seed} {who:10} {len(curve)} epochs, {curve[-1][0]:.1f} s, best AUC {max(a for _,a in curve):.3f}: "+', '.join(f'{a:.2f}@{t:.0f}s' for t,a in curve), flush=True)
+        print(f"seed {seed} {who:10} {len(curve)} epochs, {curve[-1][0]:.1f} s, best AUC "
+            f"{max(a for _,a in curve):.3f}: "+', '.join(f'{a:.2f}@{t:.0f}s' for t,a in curve), flush=True)
     return curves
 
 

@@ -21,9 +21,9 @@ from . import __version__
 from .core import *
 from .naming import sequence_of
 from .archive import find_images, shown_name
-from .cohort import CohortError, cohort_report, find_cohort, write_choices
+from .clinical import CohortError
+from .cohort import cohort_report, find_cohort, write_choices
 from .quality import AUDIT_COLUMNS, audit_and_read
-from .prepare import worker_init
 
 # %% ../nbs/17_audit.ipynb #b96c7554
 def _spread(x, n):

@@ -13,7 +13,8 @@ import numpy as np, pandas as pd
 from .core import *
 from fastcore.all import *
 from scipy.special import expit
-from .cohort import id_key, plot_balance
+from .clinical import id_key
+from .folds import plot_balance
 from .prepare import VolumeStore
 from .metrics import *
 from .consistency import *

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from .core import *
 from fastcore.script import anno_parser
-from .cohort import cohort_report, find_cohort, kaggle_cohort, read_labels
+from .clinical import read_labels
+from .cohort import cohort_report, find_cohort, kaggle_cohort
 from .phantom import make_phantom, phantom_bound, read_side_table
 from .prepare import VolumeStore, prepare
 from .loader import mgmt_dls, show_batch

@@ -17,7 +17,8 @@ from scipy.special import expit, logit
 from scipy.stats import binomtest, norm
 from sklearn.metrics import log_loss, roc_auc_score
 from .moves import *
-from .cohort import assign_folds, id_key, patient_key
+from .clinical import id_key, patient_key
+from .folds import assign_folds
 from .prepare import VolumeStore
 from .records import *
 from .runs import key_changes, key_digest, other_runs, run_key, say_other_runs

@@ -14,7 +14,7 @@ from .core import *
 from fastcore.all import *
 from scipy.stats import fisher_exact
 from . import __version__
-from .cohort import id_key, patient_key
+from .clinical import id_key, patient_key
 from .prepare import VolumeStore
 from .records import *
 from .seen import find_seen

@@ -33,8 +33,8 @@ def draw_perturbation(
     kinds=PERTURBATIONS, # Which of `shift`, `turn`, `slices`, `gamma`, `bias`, `noise`, `peel`, `crop`, `flip` to draw
     strength:float=None, # Of each, as a share of the strongest, 0 to 1; anything up to the strongest if None
 ) -> dict: # For `perturb`
-    """Draw how a copy differs: up to 15 mm, 10 degrees, slices of 1 to 5 mm, gamma .7 to 1.4, coils uneven by e^.4, noise
-    of 5 %, a mask tighter by 4 mm, 15 % cut off each end, every second one mirrored."""
+    """Draw how a copy differs: up to 15 mm, 10 degrees, slices of 1 to 5 mm, gamma .7 to 1.4, coils uneven by e^.4,
+    noise of 5 %, a mask tighter by 4 mm, 15 % cut off each end, every second one mirrored."""
     def size(n=()): return rng.random(n) if strength is None else strength*np.ones(n)
     def share(most): return float(most*size())
     def ends(most): return (most*size((3,2))).tolist()
@@ -65,7 +65,7 @@ def perturb(
     crop=((0,0),)*3, # Share cut off both ends of what holds tissue, along D, H, W
     flip:bool=False, # Exchange left and right?
 ) -> Volume: # float32, on a grid of its own
-    "Copy a volume as another scanner, export and preparation might have: one resample, then intensities, then the crop."
+    "Copy a volume as another scanner and preparation might have: one resample, then intensities, then the crop."
     vol = Volume(vol.as_subclass(torch.Tensor).float(), affine=vol.affine)
     new = np.r_[slices or vol.spacing[0], np.maximum(vol.spacing[1:], 1)]
     affine,n = _new_grid(vol, new, shift, turn)
@@ -237,7 +237,9 @@ def keep_rows(
     dtype, # Of the array
     compute, # From numbers of rows to `(row, facts)` for each; `row` may be None
 ) -> tuple: # Array `(n,*shape)`, memory-mapped; for each row a `dict` of facts, None where there is nothing
-    "Compute rows once and keep them; only those whose content changed are computed again. Raises `LeakageError` if there is no space."
+    """Compute rows once and keep them; only those whose content changed are computed again.
+
+    Raises `LeakageError` if there is no space."""
     folder = make_folder(folder)
     arrays,journal = folder/f'{name}.npy',folder/f'{name}.jsonl'
     key = dict(key=key, version=_version, n=len(contents), shape=list(shape))
@@ -305,7 +307,8 @@ def small_copies(
     "Read each volume once and keep its small copy. A volume that cannot be used is a fact of its row."
     contents = [scans.content(i, seq) if scans.has(i, seq) else None for i in range(len(scans.patients))]
     def _compute(todo): return in_parallel(small_copy, ((scans,i,seq) for i in todo), len(todo), n_workers, progress)
-    return SmallCopies(scans, seq, *keep_rows(folder, f'small_{seq}', scans.key, contents, SMALL_SHAPE, np.uint8, _compute))
+    return SmallCopies(scans, seq, *keep_rows(folder, f'small_{seq}', scans.key, contents, SMALL_SHAPE, np.uint8,
+        _compute))
 
 @one_thread()
 def small_copy(

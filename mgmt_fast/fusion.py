@@ -16,7 +16,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastcore.all import *
 from sklearn.linear_model import LogisticRegression
 from . import __version__
-from .cohort import assign_folds
+from .folds import assign_folds
 from .prepare import VolumeStore
 from .metrics import AUC_METHODS, auc_ci
 from .records import ProtocolError, refuse_held_out

@@ -21,7 +21,8 @@ from . import __version__
 from .moves import moved_from
 from .series import read_volume
 from .skull import has_skull
-from .cohort import id_key, kaggle_cohort, read_labels, tcga_cohort
+from .clinical import id_key, read_labels
+from .cohort import kaggle_cohort, tcga_cohort
 from .phantom import draw_patients, make_phantom, render_patient
 from .prepare import VolumeStore, prepare
 from .backbones import ARCHS
@@ -50,7 +51,8 @@ def on_kaggle() -> bool:
 def find_input(
     slug:str, # Of a competition, a data set or a kernel, without its owner
 ) -> Path: # The folder where it is attached, or None
-    """Where a source is attached: at `input/SLUG`, or, as newer images have it, at `input/KIND/SLUG` or `input/KIND/OWNER/SLUG`.
+    """Where a source is attached: at `input/SLUG`, or, as newer images have it, at `input/KIND/SLUG` or
+    `input/KIND/OWNER/SLUG`.
 
     Raises `KaggleError` where there is no input folder at all."""
     if not on_kaggle(): raise KaggleError(_no_kernel(slug))
@@ -59,8 +61,8 @@ def find_input(
             if p.is_dir(): return p
 
 def _no_kernel(slug):
-    return (f"there is no folder {kaggle_root()/'input'}, so this is no Kaggle kernel: run it on Kaggle with its sources "
-        f"attached, or set MGMT_KAGGLE_ROOT to a folder that has input/{slug}")
+    return (f"there is no folder {kaggle_root()/'input'}, so this is no Kaggle kernel: run it on Kaggle with its "
+        f"sources attached, or set MGMT_KAGGLE_ROOT to a folder that has input/{slug}")
 
 # %% ../nbs/15_kaggle.ipynb #2d9cfc2a
 def competition_folder(
@@ -75,8 +77,8 @@ def competition_folder(
 
 def _no_split(root, split):
     there = ', '.join(sorted(o.name for o in root.iterdir())[:6]) or 'nothing'
-    return (f"{root} has no patients in {split}/ (it holds {there}): accept the competition's rules, take the source out of "
-        f"the kernel, and attach the competition {COMPETITION} itself again, not a copy")
+    return (f"{root} has no patients in {split}/ (it holds {there}): accept the competition's rules, take the source "
+        f"out of the kernel, and attach the competition {COMPETITION} itself again, not a copy")
 
 # %% ../nbs/15_kaggle.ipynb #97da9a77
 def working_folder(
@@ -100,8 +102,9 @@ def _sizes(folder):
 
 def _too_full(work, left, need, sizes):
     largest = ', '.join(f'{k} ({v:.2g} GB)' for k,v in sizes.most_common(3)) or 'nothing'
-    return (f"{work} has {left:.2g} GB left and {need:.2g} GB are needed; it holds {largest}: delete what is not needed, "
-        "attach the prepared store as a data set instead of making it here, or take fewer sequences or a smaller size")
+    return (f"{work} has {left:.2g} GB left and {need:.2g} GB are needed; it holds {largest}: delete what is not "
+        "needed, attach the prepared store as a data set instead of making it here, or take fewer sequences or a "
+        "smaller size")
 
 # %% ../nbs/15_kaggle.ipynb #5d47a054
 def store_gb(
@@ -146,8 +149,8 @@ def find_weights(
     return folder
 
 def _other_weights(folder, have, arch):
-    return (f"{folder} has weights of {', '.join(have) or 'nothing'}, not of {arch!r}: train one of these, or where there "
-        f"is internet run `mgmt_weights DEST {arch}` and attach that folder as {DATASETS['weights']}")
+    return (f"{folder} has weights of {', '.join(have) or 'nothing'}, not of {arch!r}: train one of these, or where "
+        f"there is internet run `mgmt_weights DEST {arch}` and attach that folder as {DATASETS['weights']}")
 
 # %% ../nbs/15_kaggle.ipynb #9279c1d3
 def find_store(
@@ -201,7 +204,8 @@ def train_bundles(
     clock:Clock=None, # When to stop; None for never
     **kwargs, # For `cross_validate`: `archs`, `recipe`, `n_folds`, ...
 ) -> pd.DataFrame: # Out-of-fold predictions of the models that are done, as `cross_validate` returns them
-    """Cross-validate and freeze one model after the other, as long as there is time; what an earlier call finished is used.
+    """Cross-validate and freeze one model after the other, as long as there is time; what an earlier call finished is
+    used.
 
     Raises `KaggleError` where a bundle of other models lies in the way."""
     dest,took,oof = Path(dest),0.,None
@@ -234,7 +238,8 @@ def find_bundles(
     dest, # Folder to copy them to, since the ledger of an external test is written beside them
     needed:bool=False, # Is it an error if there are none?
 ) -> dict: # Name to folder, in the order of their names
-    """Frozen models of the train kernel, whose output is attached; copies that are there already are kept, with their ledgers.
+    """Frozen models of the train kernel, whose output is attached; copies that are there already are kept, with their
+    ledgers.
 
     Raises `KaggleError` where they are needed and not there."""
     folder = find_input('mgmt-fast-train') if on_kaggle() else None
@@ -243,8 +248,8 @@ def find_bundles(
     if needed and not res: raise KaggleError(_no_bundles)
     return res
 
-_no_bundles = ("no frozen models are attached: run the kernel mgmt-fast-train to its end, and attach its output to this one "
-    "(Add Input, Notebooks)")
+_no_bundles = ("no frozen models are attached: run the kernel mgmt-fast-train to its end, and attach its output to "
+    "this one (Add Input, Notebooks)")
 
 def _bundles_below(folder):
     "Folders of bundles, up to three levels down"
@@ -300,7 +305,8 @@ def _grid_of(row, seq):
     "Where a patient's volume lies: `shape`, `spacing`, `affine`, None if it cannot be read; and `why` it is refused"
     path,index = row.get(seq),row.get(f'{seq}_index')
     if pd.isna(path): return _refused('missing')
-    if not str(path).endswith(('.nii','.nii.gz')): return _refused('not NIfTI: convert, register and skull-strip it first')
+    if not str(path).endswith(('.nii','.nii.gz')):
+        return _refused('not NIfTI: convert, register and skull-strip it first')
     try: v = read_volume(path, None if pd.isna(index) else int(index))
     except MGMTError as e: return _refused(f'{type(e).__name__}: {e}'.replace(str(path), Path(path).name))
     except Exception as e: return _refused(log_fault(e, 'looking at a series'))
@@ -377,8 +383,8 @@ _no_tcga = (f"PHANTOM: no TCGA scans attached ({DATASETS['tcga']}); synthetic on
     "and no figure below says anything about real patients")
 
 def _no_table(root):
-    return (f"{root} has scans but no table of labels: add the published one (TCGAID,MGMT_value, or Ceccarelli 2016 with "
-        "MGMT.promoter.status) as a CSV beside the patients' folders")
+    return (f"{root} has scans but no table of labels: add the published one (TCGAID,MGMT_value, or Ceccarelli 2016 "
+        f"with MGMT.promoter.status) as a CSV beside the patients' folders")
 
 # %% ../nbs/15_kaggle.ipynb #967a1a5a
 def make_submission(

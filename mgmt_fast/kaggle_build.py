@@ -36,7 +36,8 @@ def check_kernel(
 def _check_metadata(path):
     "Rows `(field, problem, what to do)` of one file"
     try: d = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, json.JSONDecodeError) as e: return [('', f'{path.name} cannot be read ({type(e).__name__})', 'restore it')]
+    except (OSError, json.JSONDecodeError) as e:
+        return [('', f'{path.name} cannot be read ({type(e).__name__})', 'restore it')]
     if not isinstance(d, dict): return [('', f'{path.name} holds no fields', 'restore it')]
     return [*_check_names(d), *_check_kind(d, path.parent), *_check_sources(d), *_check_known(d)]
 
@@ -47,7 +48,8 @@ def _check_names(d):
     user,_,slug = str(d.get('id','')).partition('/')
     title = str(d.get('title',''))
     if not slug: yield 'id', f"{d.get('id')!r} is not USER/SLUG", 'write both'
-    elif user=='INSERT_USERNAME': yield 'id', 'still has the placeholder for the user', '`mgmt_kaggle --user NAME` fills it in'
+    elif user=='INSERT_USERNAME':
+        yield 'id', 'still has the placeholder for the user', '`mgmt_kaggle --user NAME` fills it in'
     if not 5<=len(title)<=50: yield 'title', f'{len(title)} characters', 'use 5 to 50'
     if slug and slug_of(title)!=slug:
         yield 'title', f'becomes {slug_of(title)!r} in addresses, the id says {slug!r}', 'make them agree'
@@ -74,8 +76,8 @@ def _check_sources(d):
             if not re.fullmatch(rf'({_slug}|INSERT_USERNAME)/{_slug}', str(o)):
                 yield k, f'{o!r} is not USER/SLUG', 'slugs have 3 to 50 letters, digits and dashes'
 
-_fields = '''id id_no title code_file language kernel_type is_private enable_gpu enable_tpu enable_internet dataset_sources
-    competition_sources kernel_sources model_sources keywords docker_image machine_shape'''.split()
+_fields = '''id id_no title code_file language kernel_type is_private enable_gpu enable_tpu enable_internet
+    dataset_sources competition_sources kernel_sources model_sources keywords docker_image machine_shape'''.split()
 
 def _check_known(d):
     "Fields that Kaggle does not know"

@@ -20,10 +20,11 @@ from sklearn.metrics import mutual_info_score
 from . import __version__
 from .core import *
 from .moves import moved_from
-from .cohort import id_key, patient_key, _read_table
+from .clinical import id_key, patient_key, read_table
 from .grids import resize
 from .register import *
-from .fingerprints import (PERTURBATIONS, LeakageError, ScanSet, SmallCopies, common_brain, compare_fingerprints,
+from .fingerprints import (PERTURBATIONS, LeakageError, ScanSet, SmallCopies, common_brain,
+    compare_fingerprints,
     draw_perturbation, in_parallel, keep_rows, kept_fingerprints, perturb, small_copies, small_copy, template_points)
 from .confirm import ENOUGH, MeasuredNull, Null, choose_null, confirm_pairs, pair_score, plot_null
 
@@ -88,7 +89,7 @@ def _id_map(ids):
     "Which training id means which test id"
     if ids is None: return {}
     if isinstance(ids, dict): return {id_key(k):id_key(v) for k,v in ids.items()}
-    df = ids if isinstance(ids, pd.DataFrame) else _read_table(ids, dtype=str)
+    df = ids if isinstance(ids, pd.DataFrame) else read_table(ids)
     if df.shape[1]<2: raise LeakageError(_one_column(df))
     two = df.iloc[:,:2].dropna()
     return {id_key(k):id_key(v) for k,v in two.itertuples(index=False)}
@@ -190,8 +191,8 @@ def _top(blocks, allowed, n):
     return best
 
 def _candidates(A, B, P, opt):
-    """Pairs that the fingerprints pass on: their `scores`; `strangers`, pairs of the null chosen alike; planted copies that
-    `passed`; the `limit`"""
+    """Pairs that the fingerprints pass on: their `scores`; `strangers`, pairs of the null chosen alike; planted copies
+    that `passed`; the `limit`"""
     template = common_brain(A, opt.seed)
     mirror = template_points(template)[1]
     def _prints(part, name): return kept_fingerprints(part, template, opt.cache(part.scans), name, **opt.work)
@@ -270,7 +271,7 @@ def _settle_null(f, twins, opt):
     return {at[k] for k in _odd_ones(f.null, np.array(scores), opt.alarms[0])}
 
 def _odd_ones(null, scores, alarms):
-    "Numbers of the scores that look like copies: those far above all others, or above the threshold measured beforehand"
+    "Numbers of the scores that look like copies: far above all others, or above the threshold measured beforehand"
     if not isinstance(null, MeasuredNull): return null.odd
     return np.flatnonzero(scores>=null.threshold(alarms/max(1,len(scores))))
 
@@ -313,7 +314,8 @@ def _verdict(f, a, b, i, j):
     doubtful = r['score']>=f.doubt or why
     verdict = 'same' if _is_same(f, (i,j)) else 'uncertain' if doubtful else 'different'
     who = dict(train=a.patients[i], test=b.patients[j], sequence=f.label)
-    stage = dict(stage='identifiers' if why else 'confirmation', identifiers=why, fingerprint=f.scores.get((i,j), np.nan))
+    stage = dict(stage='identifiers' if why else 'confirmation', identifiers=why,
+        fingerprint=f.scores.get((i,j), np.nan))
     return dict(r, **who, **stage, verdict=verdict, false_alarms=f.null.chance(r['score'])*f.expected, _at=(i,j))
 
 # %% ../nbs/14_leakage.ipynb #1d8749af
@@ -332,8 +334,8 @@ def leakage_audit(
     seed:int=0, # Of the planted copies and the null pairs
     progress:bool=True, # Show progress bars?
 ) -> pd.DataFrame: # One row for every pair that reached confirmation
-    """Find patients of the training set in the test set, by identifiers, fingerprints and registration, and say how much
-    the answer is worth.
+    """Find patients of the training set in the test set, by identifiers, fingerprints and registration, and say how
+    much the answer is worth.
 
     Columns are `train`, `test`, `sequence`, `stage`, `identifiers`, scores, `false_alarms` and `verdict`: `'same'`,
     `'uncertain'` or `'different'`. `.attrs` holds `summary`, `recall`, `thresholds` (and by which null) and `report`.
@@ -362,7 +364,8 @@ def _decide(facts, a, b, opt):
     told = [_say_twin(sides[side], i, j, s) for (side,i,j),s in twins.items()]
     return pd.DataFrame(rows, columns=[*_columns,'matrix','_at']),told
 
-_columns = 'train test sequence stage identifiers fingerprint ncc nmi overlap flipped score false_alarms verdict'.split()
+_columns = '''train test sequence stage identifiers fingerprint ncc nmi overlap flipped score false_alarms
+    verdict'''.split()
 
 # %% ../nbs/14_leakage.ipynb #695ee489
 def _cache(side, dest, tmp):
@@ -379,7 +382,8 @@ def _attrs(df, facts, named, a, b, twins):
     report = [o for f in facts for o in f.report]+twins+_not_compared(df, named, a, b)
     recall = [dict(sequence=f.label, planted=f.planted, passed_fingerprints=f.passed, found=f.found) for f in done]
     thresholds = [dict(sequence=f.label, pairs=f.pairs, confirmed=f.confirmed, null=f.null.source,
-        null_pairs=len(f.null.scores), null_mean=float(np.max(f.null.mean)**2), same=f.same, uncertain=f.doubt) for f in done]
+        null_pairs=len(f.null.scores), null_mean=float(np.max(f.null.mean)**2), same=f.same, uncertain=f.doubt)
+        for f in done]
     columns = ['sequence','planted','passed_fingerprints','found']
     recall,thresholds = pd.DataFrame(recall, columns=columns),pd.DataFrame(thresholds)
     res = dict(recall=recall.to_dict('records'), thresholds=thresholds.to_dict('records'), report=report)
@@ -399,7 +403,8 @@ def _summarise(df, facts, recall):
     "What was compared, what was found, and what would have been found"
     found,n = int(recall.found.sum()),int(recall.planted.sum())
     hit = df[df.verdict!='different']
-    return '\n'.join([*map(_say_compared, facts), *(_say_hits(hit, found, n) if len(hit) else [_say_nothing(found, n)])])
+    return '\n'.join([*map(_say_compared, facts),
+        *(_say_hits(hit, found, n) if len(hit) else [_say_nothing(found, n)])])
 
 def _say_compared(f):
     if f.reason: return f'{f.label}: not compared: {f.reason}'
@@ -454,7 +459,8 @@ def _add_published(df, a, b, pairs, published, progress, dest):
         o = published_similarity(a.volume(i, s)[0].numpy(), b.volume(j, u)[0].numpy())
         alarm = rule([o.xcorr>limit, o.mi>limit])
         rows.append(dict(published_xcorr=o.xcorr, published_mi=o.mi, published_alarm=alarm))
-        if dest is not None: _append(Path(dest)/'published.csv', {**{k:r[k] for k in ('train','test','sequence')}, **rows[-1]})
+        if dest is not None:
+            _append(Path(dest)/'published.csv', {**{k:r[k] for k in ('train','test','sequence')}, **rows[-1]})
     columns = ['published_xcorr','published_mi','published_alarm']
     return df.assign(**pd.DataFrame(rows, columns=columns, index=df.index))
 
@@ -499,7 +505,8 @@ def planted_recall(
     jobs = ((side,i,sequence,A.rows[(i+1)%n],draws,seed) for i in range(n))
     scores = np.array(list(in_parallel(_copies, jobs, n, **work)))
     df = pd.DataFrame([_recall_row(*d, scores[:,k], limit) for k,d in enumerate(draws)])
-    df.attrs = dict(threshold=limit, null=null.source, null_pairs=len(null.scores), null_highest=float(null.scores.max()))
+    df.attrs = dict(threshold=limit, null=null.source, null_pairs=len(null.scores),
+        null_highest=float(null.scores.max()))
     return df
 
 def _all_usable(side, sequence, work):

@@ -13,7 +13,7 @@ from itertools import combinations
 
 import numpy as np, pandas as pd
 from .core import *
-from .cohort import id_key
+from .clinical import id_key
 from .consistency import *
 from fastai.metrics import AccumMetric
 from fastcore.all import *
@@ -30,19 +30,29 @@ def _names(o):
 def _paired(y, p, clustered):
     "`p` in the order of `y`'s patients, where both name them; each once, and the same ones"
     if not (isinstance(y, pd.Series) and isinstance(p, pd.Series)): return p
-    twice = [o.index[o.index.duplicated()] for o in (y,p) if o.index.name=='patient' and not clustered]
-    if sum(map(len,twice)): raise MGMTError(f"a patient counts once; patient {next(o[0] for o in twice if len(o))} is there several times: average the scans' scores, or say `cluster=y.index` where that is offered")
-    if y.index.equals(p.index) or not (_names(y) or _names(p)) or any(isinstance(o.index, pd.RangeIndex) for o in (y,p)): return p
+    for o in (y,p):
+        twice = o.index[o.index.duplicated()]
+        if o.index.name=='patient' and len(twice) and not clustered: raise MGMTError(_counted_twice(twice[0]))
+    numbered = any(isinstance(o.index, pd.RangeIndex) for o in (y,p))
+    if y.index.equals(p.index) or numbered or not (_names(y) or _names(p)): return p
     a,b = (o.index.map(id_key) for o in (y,p))
     if a.equals(b): return p
     if set(a)!=set(b) or a.has_duplicates: raise MGMTError(_unmatched(a, b))
     return p.iloc[b.get_indexer(a)]
 
+def _counted_twice(patient):
+    return (f"a patient counts once; patient {patient} is there several times: average the scans' scores, "
+        "or say `cluster=y.index` where that is offered")
+
 def _unmatched(a, b):
     "Why labels and scores of these patients cannot be paired"
-    if set(a)==set(b): return "labels and scores hold the same patients in different orders, some of them several times: bring both into one order"
-    alone = [f"{len(o)} {what} only, e.g. {o[0]}" for o,what in ((a.difference(b),'in the labels'), (b.difference(a),'in the scores')) if len(o)]
-    return f"labels and scores name different patients ({'; '.join(alone)}): were they made from the same cohort?"
+    if set(a)==set(b): return _unordered
+    alone = [(a.difference(b), 'in the labels'), (b.difference(a), 'in the scores')]
+    said = '; '.join(f'{len(o)} {what} only, e.g. {o[0]}' for o,what in alone if len(o))
+    return f"labels and scores name different patients ({said}): were they made from the same cohort?"
+
+_unordered = ("labels and scores hold the same patients in different orders, some of them several times: "
+    "bring both into one order")
 
 # %% ../nbs/10_metrics.ipynb #8349de25
 def check_scores(
@@ -51,26 +61,49 @@ def check_scores(
     least:int=10, # Fewest patients that allow a figure
     clustered:bool=False, # May a patient occur several times?
 ) -> tuple: # `y` as bool, `p` as float64
-    "Bring labels and scores to arrays, paired by patient where both name them, or say by an `MGMTError` why no metric can be had from them."
+    """Bring labels and scores to arrays, paired by patient where both name them.
+
+    Raises `MGMTError` where they allow no metric, and says why."""
     y,p = as_numbers(y, 'labels'),as_numbers(_paired(y, p, clustered), 'scores')
-    if len(y)!=len(p): raise MGMTError(f"labels and scores must pair up; received {len(y)} labels and {len(p)} scores")
-    if len(odd:=y[(y!=0)&(y!=1)]): raise MGMTError(f"labels must be 0 or 1; received {sorted(set(odd.tolist()),key=str)[:3]}: leave out patients without a label")
-    if not np.isfinite(p).all(): raise MGMTError(f"scores must be finite; {np.sum(~np.isfinite(p))} of {len(p)} are not: did training diverge?")
-    if len(y)<least: raise MGMTError(f"{len(y)} patients are too few to say anything; at least {least} are needed: report them one by one")
-    if y.min()==y.max(): raise MGMTError(f"a metric needs both classes; all {len(y)} labels are {y[0]:g}")
-    if min(y.sum(),(1-y).sum())<2: raise MGMTError(f"an interval needs two patients of each class; received {y.sum():.0f} methylated and {(1-y).sum():.0f} unmethylated")
-    if p.min()==p.max(): raise MGMTError(f"a prediction must tell patients apart; all {len(p)} scores are {p[0]:g}: did the model learn anything, or saturate?")
+    why = _no_metric(y, p, least)
+    if why: raise MGMTError(why)
     return y==1, p
+
+def _no_metric(y, p, least):
+    "Why labels and scores allow no metric; None if they do"
+    if len(y)!=len(p): return f"labels and scores must pair up; received {len(y)} labels and {len(p)} scores"
+    odd = sorted(set(y[(y!=0)&(y!=1)].tolist()), key=str)
+    if odd: return f"labels must be 0 or 1; received {odd[:3]}: leave out patients without a label"
+    bad = np.sum(~np.isfinite(p))
+    if bad: return f"scores must be finite; {bad} of {len(p)} are not: did training diverge?"
+    if len(y)<least: return _too_few_patients(len(y), least)
+    if y.min()==y.max(): return f"a metric needs both classes; all {len(y)} labels are {y[0]:g}"
+    ones,zeros = y.sum(),(1-y).sum()
+    if min(ones,zeros)<2: return _too_few(f'{ones:.0f} methylated and {zeros:.0f} unmethylated')
+    if p.min()==p.max(): return _all_alike(p)
+
+def _too_few_patients(n, least):
+    return f"{n} patients are too few to say anything; at least {least} are needed: report them one by one"
+
+def _too_few(seen): return f"an interval needs two patients of each class; received {seen}"
+
+def _all_alike(p):
+    same = f"all {len(p)} scores are {p[0]:g}"
+    return f"a prediction must tell patients apart; {same}: did the model learn anything, or saturate?"
 
 # %% ../nbs/10_metrics.ipynb #2363d1fb
 def check_probs(
     y, # Labels, (n,), 0 or 1
     p, # Probabilities of methylation, (n,), 0 to 1
 ) -> tuple: # `y` as bool, `p` as float64
-    "As `check_scores`, for figures that take the scores at their word."
+    "As `check_scores`, for figures that take the scores at their word. Raises `MGMTError` outside of 0 to 1 too."
     y,p = check_scores(y, p)
-    if p.min()<0 or p.max()>1: raise MGMTError(f"probabilities must lie in [0,1]; received {p.min():.4g} to {p.max():.4g}: logits? `torch.sigmoid` turns them into probabilities")
+    if p.min()<0 or p.max()>1: raise MGMTError(_no_probabilities(p))
     return y, p
+
+def _no_probabilities(p):
+    seen = f"probabilities must lie in [0,1]; received {p.min():.4g} to {p.max():.4g}"
+    return f"{seen}: logits? `torch.sigmoid` turns them into probabilities"
 
 # %% ../nbs/10_metrics.ipynb #68948316
 def delong_parts(
@@ -79,7 +112,8 @@ def delong_parts(
 ) -> tuple: # AUC; per positive the share of negatives below it; per negative the share of positives above it
     """AUC and the structural components that its variance is made of; ties count half.
 
-    Source: DeLong et al. 1988, Biometrics 44:837; in one sort after Sun and Xu 2014, IEEE Signal Process. Lett. 21:1389."""
+    Source: DeLong et al. 1988, Biometrics 44:837; in one sort after Sun and Xu 2014, IEEE Signal Process. Lett.
+    21:1389."""
     u,at = np.unique(p, return_inverse=True)
     pos,neg = (np.bincount(at[o], minlength=len(u)) for o in (y,~y))
     v10 = ((neg.cumsum()-neg/2)/neg.sum())[at[y]]
@@ -87,33 +121,6 @@ def delong_parts(
     return v10.mean(), v10, v01
 
 # %% ../nbs/10_metrics.ipynb #c181a0d4
-def _by_patient(y, ps, cluster):
-    "What each patient's scans add to the AUCs of several models, and how many patients have scans of each class"
-    c = np.arange(len(y)) if cluster is None else pd.factorize(np.asarray(cluster).ravel())[0]
-    if len(c)!=len(y) or c.min()<0: raise MGMTError(_unpaired(y, c))
-    aucs,v10,v01 = map(np.stack, zip(*(delong_parts(y,p) for p in ps)))
-    few = [np.count_nonzero(np.bincount(c[o])) for o in (y,~y)]
-    if min(few)<2: raise MGMTError(_too_few(few))
-    def sums(v, o): return np.stack([np.bincount(c[o], r, c.max()+1) for r in v-aucs[:,None]])/o.sum()
-    informed = [_informed(v.mean(0), c[o]) for v,o in ((v10,y),(v01,~y))]
-    return NS(aucs=aucs, pos=sums(v10,y), neg=sums(v01,~y), few=few, informed=informed, single=len(y)==c.max()+1)
-
-def _unpaired(y, c): return f"every scan needs its patient; received {len(y)} scans and {np.sum(c>=0)} patients' names"
-
-def _too_few(few):
-    seen = f"scans of {few[0]} methylated and {few[1]} unmethylated patients"
-    return f"an interval needs two patients of each class; received {seen}"
-
-def _informed(v, c):
-    "Patients with a part in the rarer kind of pair: the wrong ones of a good model, the right ones of a bad one"
-    return min(np.count_nonzero(np.bincount(c[o])) for o in (v<1,v>0))
-
-def _variances(d):
-    "The covariance's parts, each (k,k): of the methylated, of the unmethylated, of patients with scans of both"
-    i,j,k = (o/(o-1) for o in (*d.few,d.pos.shape[1]))
-    cross = k*d.pos@d.neg.T
-    return i*d.pos@d.pos.T, j*d.neg@d.neg.T, cross+cross.T
-
 def delong_cov(
     y:np.ndarray, # bool, (n,)
     *ps:np.ndarray, # Scores of k models on the same scans, each (n,)
@@ -126,6 +133,30 @@ def delong_cov(
     d = _by_patient(y, ps, cluster)
     return d.aucs, sum(_variances(d))
 
+def _by_patient(y, ps, cluster):
+    "What each patient's scans add to the AUCs of several models, and how many patients have scans of each class"
+    c = np.arange(len(y)) if cluster is None else pd.factorize(np.asarray(cluster).ravel())[0]
+    if len(c)!=len(y) or c.min()<0: raise MGMTError(_unpaired(y, c))
+    aucs,v10,v01 = map(np.stack, zip(*(delong_parts(y,p) for p in ps)))
+    few = [np.count_nonzero(np.bincount(c[o])) for o in (y,~y)]
+    if min(few)<2: raise MGMTError(_too_few(f'scans of {few[0]} methylated and {few[1]} unmethylated patients'))
+    n = c.max()+1
+    def _sums(v, o): return np.stack([np.bincount(c[o], r, n) for r in v-aucs[:,None]])/o.sum()
+    informed = [_informed(v.mean(0), c[o]) for v,o in ((v10,y),(v01,~y))]
+    return NS(aucs=aucs, pos=_sums(v10,y), neg=_sums(v01,~y), few=few, informed=informed, single=len(y)==n)
+
+def _unpaired(y, c): return f"every scan needs its patient; received {len(y)} scans and {np.sum(c>=0)} patients' names"
+
+def _informed(v, c):
+    "Patients with a part in the rarer kind of pair: the wrong ones of a good model, the right ones of a bad one"
+    return min(np.count_nonzero(np.bincount(c[o])) for o in (v<1,v>0))
+
+def _variances(d):
+    "The covariance's parts, each (k,k): of the methylated, of the unmethylated, of patients with scans of both"
+    i,j,k = (o/(o-1) for o in (*d.few,d.pos.shape[1]))
+    cross = k*d.pos@d.neg.T
+    return i*d.pos@d.pos.T, j*d.neg@d.neg.T, cross+cross.T
+
 # %% ../nbs/10_metrics.ipynb #b4eb10eb
 def _bootstrap(y, p, level, n_boot, seed):
     "Percentiles of the AUC over resamples within each class; what is drawn is how often each score occurs"
@@ -136,7 +167,8 @@ def _bootstrap(y, p, level, n_boot, seed):
     for i in range(0, n_boot, size):
         k = min(size,n_boot-i)
         a,b = rng.multinomial(m, pos, k),rng.multinomial(n, neg, k)
-        aucs.append(((b.cumsum(1)-b/2)*a).sum(1)/(m*n))
+        below = b.cumsum(1)-b/2
+        aucs.append((below*a).sum(1)/(m*n))
     return np.quantile(np.concatenate(aucs), [(1-level)/2,(1+level)/2])
 
 # %% ../nbs/10_metrics.ipynb #a0c1d001
@@ -243,21 +275,33 @@ def delong_test(
     cluster=None, # Patient of each scan, (n,), where a patient has several; paired only
     level:float=.95, # Coverage of the difference's interval
 ) -> pd.Series: # auc1, auc2, z, p (two-sided), delta = auc1-auc2 and its interval lo, hi
-    """Compare two AUCs, on the same patients or on different ones. `z` is that of pROC, which takes `p` from a t distribution where patients differ; here it is the normal one.
+    """Compare two AUCs, on the same patients or on different ones.
 
-    Source: DeLong et al. 1988, Biometrics 44:837. Raises `MGMTError` as `auc_ci`, and if the AUCs differ while neither has any spread."""
+    `z` is that of pROC, which takes `p` from a t distribution where patients differ; here it is the normal one.
+    Source: DeLong et al. 1988, Biometrics 44:837. Raises `MGMTError` as `auc_ci`, and if the AUCs differ while neither
+    has any spread."""
+    if y2 is not None and cluster is not None: raise MGMTError(_clusters_apart)
     clustered = cluster is not None
     y_,p1 = check_scores(y, p1, clustered=clustered)
     if y2 is None: (a,b),v = delong_cov(y_, p1, check_scores(y, p2, clustered=clustered)[1], cluster=cluster)
-    elif clustered: raise MGMTError("clusters are for models that saw the same patients: leave out `y2` or `cluster`")
-    else:
-        ((a,),((va,),)),((b,),((vb,),)) = delong_cov(y_, p1),delong_cov(*check_scores(y2, p2))
-        v = np.diag([va,vb])
+    else: (a,b),v = _apart(delong_cov(y_, p1), delong_cov(*check_scores(y2, p2)))
     delta,se = a-b,np.sqrt(max(0, v[0,0]+v[1,1]-v[0,1]-v[1,0]))
-    if se<1e-9 and abs(delta)>1e-9: raise MGMTError(f"AUCs {a:.3f} and {b:.3f} have no spread to compare them by: these patients are ranked without a fault, more are needed")
+    if se<1e-9 and abs(delta)>1e-9: raise MGMTError(_no_spread(a, b))
     z = delta/se if se>=1e-9 else 0.
     half = norm.ppf(.5+level/2)*se
     return pd.Series(dict(auc1=a, auc2=b, z=z, p=2*norm.sf(abs(z)), delta=delta, lo=delta-half, hi=delta+half))
+
+_clusters_apart = "clusters are for models that saw the same patients: leave out `y2` or `cluster`"
+
+def _apart(one, two):
+    "AUCs of two models that saw different patients, and their covariance"
+    (a,),((va,),) = one
+    (b,),((vb,),) = two
+    return (a,b),np.diag([va,vb])
+
+def _no_spread(a, b):
+    return (f"AUCs {a:.3f} and {b:.3f} have no spread to compare them by: these patients are ranked without a fault, "
+        "more are needed")
 
 # %% ../nbs/10_metrics.ipynb #79a6172c
 def permutation_test(
@@ -270,18 +314,23 @@ def permutation_test(
 ) -> pd.Series: # auc, delta (from .5 or from the second model's AUC), p
     """Test an AUC against chance, or against another model's, by permutation.
 
-    Source: Bandos et al. 2005, Stat. Med. 24:2873 for two models, whose ranks are exchanged. Raises `MGMTError` as `auc_ci`."""
+    Source: Bandos et al. 2005, Stat. Med. 24:2873 for two models, whose ranks are exchanged.
+    Raises `MGMTError` as `auc_ci`."""
     y_,p = check_scores(y, p)
-    opts = dict(alternative=alternative, n_resamples=n_perm, vectorized=True, batch=max(1,2**21//len(p)), rng=rng_for(seed,'permutation_test'))
+    batch,rng = max(1,2**21//len(p)),rng_for(seed,'permutation_test')
+    opts = dict(alternative=alternative, n_resamples=n_perm, vectorized=True, batch=batch, rng=rng)
     m,n = y_.sum(),(~y_).sum()
-    def auc(pos, axis=-1): return (pos.sum(axis)-m*(m+1)/2)/(m*n)
-    if p2 is None:
-        ranks = rankdata(p)
-        r = stats.permutation_test((ranks[y_],ranks[~y_]), lambda a,b,axis: auc(a,axis)-.5, **opts)
+    def _auc(pos, axis=-1): return (pos.sum(axis)-m*(m+1)/2)/(m*n)
+    def _above_chance(a, b, axis): return _auc(a, axis)-.5
+    def _difference(a, b, axis):
+        first,second = (rankdata(o, axis=-1)[...,y_] for o in (a,b))
+        return _auc(first)-_auc(second)
+    ranks = rankdata(p)
+    if p2 is None: r = stats.permutation_test((ranks[y_],ranks[~y_]), _above_chance, **opts)
     else:
-        def delta(a, b, axis): return auc(rankdata(a,axis=-1)[...,y_])-auc(rankdata(b,axis=-1)[...,y_])
-        r = stats.permutation_test((rankdata(p),rankdata(check_scores(y,p2)[1])), delta, permutation_type='samples', **opts)
-    return pd.Series(dict(auc=auc(rankdata(p)[y_]), delta=r.statistic, p=r.pvalue))
+        both = ranks,rankdata(check_scores(y,p2)[1])
+        r = stats.permutation_test(both, _difference, permutation_type='samples', **opts)
+    return pd.Series(dict(auc=_auc(ranks[y_]), delta=r.statistic, p=r.pvalue))
 
 # %% ../nbs/10_metrics.ipynb #0a873a69
 def holm(
@@ -295,47 +344,61 @@ def holm(
 @delegates(delong_test, but=['y2'])
 def compare_models(
     y, # Labels, (n,), 0 or 1
-    probs, # Scores on the same patients, one column a model, (n,k)
+    probs, # Scores on the same patients, one column per model, (n,k)
     **kwargs, # For `delong_test`
-) -> pd.DataFrame: # One row a pair: model1, model2, those of `delong_test`, p_holm
-    "Compare every model with every other, and correct for having done so."
+) -> pd.DataFrame: # One row per pair: model1, model2, those of `delong_test`, p_holm
+    "Compare every model with every other, and correct for having done so. Raises `MGMTError` on fewer than two models."
     probs = pd.DataFrame(probs)
     if probs.shape[1]<2: raise MGMTError(f"a comparison takes two models; received {list(probs.columns)}")
-    rows = [dict(model1=a, model2=b, **delong_test(y, probs[a], probs[b], **kwargs)) for a,b in combinations(probs.columns, 2)]
-    return pd.DataFrame(rows).assign(p_holm=lambda t: holm(t.p))
+    rows = []
+    for a,b in combinations(probs.columns, 2):
+        rows.append(dict(model1=a, model2=b, **delong_test(y, probs[a], probs[b], **kwargs)))
+    table = pd.DataFrame(rows)
+    return table.assign(p_holm=holm(table.p))
 
 # %% ../nbs/10_metrics.ipynb #8e1a3404
-def AUC():
-    "fastai metric: AUC of the whole validation set from its logits; NaN while it holds one class only, or the model says the same of all"
-    def auc(y, p): return float(delong_parts(y, p)[0]) if y.any() and not y.all() and p.min()<p.max() else float('nan')
-    return AccumMetric(lambda p,y: auc(np.asarray(y)==1, np.asarray(p, dtype=float)), name='auc', flatten=True, to_np=True)
+def AUC() -> AccumMetric: # For `metrics=`
+    """fastai metric: AUC of the whole validation set from its logits.
+
+    It is NaN while the set holds one class only, or the model says the same of all."""
+    def _auc(p, y):
+        y,p = np.asarray(y)==1,np.asarray(p, dtype=float)
+        if y.all() or not y.any() or not p.min()<p.max(): return float('nan')
+        return float(delong_parts(y, p)[0])
+    return AccumMetric(_auc, name='auc', flatten=True, to_np=True)
 
 # %% ../nbs/10_metrics.ipynb #33e694ce
-def Brier():
-    "fastai metric: mean squared error of the probabilities of the whole validation set, from its logits; 0.25 is what 'one in two' for everybody gives"
-    res = AccumMetric(lambda p,y: float(np.mean((expit(np.asarray(p, dtype=float))-y)**2)), name='brier', flatten=True, to_np=True)
+def Brier() -> AccumMetric: # For `metrics=`
+    """fastai metric: mean squared error of the probabilities of the whole validation set, from its logits.
+
+    Telling everybody "one in two" gives 0.25."""
+    def _brier(p, y): return float(np.mean((expit(np.asarray(p, dtype=float))-y)**2))
+    res = AccumMetric(_brier, name='brier', flatten=True, to_np=True)
     res.lower_is_better = True
     return res
 
 # %% ../nbs/10_metrics.ipynb #20dccf99
 def _rates(tp, fp, fn, tn):
     "Name: (numerator, denominator) of what a two-by-two table says"
-    d = np.sqrt(1.*(tp+fp)*(tp+fn)*(tn+fp)*(tn+fn))
-    return dict(accuracy=(tp+tn,tp+fp+fn+tn), sensitivity=(tp,tp+fn), specificity=(tn,tn+fp), ppv=(tp,tp+fp), npv=(tn,tn+fn), f1=(2*tp,2*tp+fp+fn), mcc=(1.*tp*tn-1.*fp*fn,d))
+    product = 1.*(tp+fp)*(tp+fn)*(tn+fp)*(tn+fn)
+    return dict(accuracy=(tp+tn,tp+fp+fn+tn), sensitivity=(tp,tp+fn), specificity=(tn,tn+fp), ppv=(tp,tp+fp),
+        npv=(tn,tn+fn), f1=(2*tp,2*tp+fp+fn), mcc=(1.*tp*tn-1.*fp*fn,np.sqrt(product)))
 
 # %% ../nbs/10_metrics.ipynb #fb35963b
 def classification_ci(
     y, # Labels, (n,), 0 or 1
     p, # Probabilities of methylation, (n,), 0 to 1
-    threshold:float=.5, # Probability from which on a patient is called methylated; fixed beforehand, never on these patients
+    threshold:float=.5, # Methylated from this probability on; fixed beforehand, never on these patients
     method:str='wilson', # `'wilson'` for shares (F1 and MCC are none, and are bootstrapped), or `'bootstrap'` for all
     level:float=.95, # Coverage of the intervals
     n_boot:int=2000, # Resamples
     seed:int=0, # Of the resamples
-) -> pd.DataFrame: # Rows accuracy, sensitivity, specificity, ppv, npv, f1, mcc; columns value, lo, hi, n (patients that the figure is a share of)
-    """What a decision at a fixed threshold is worth. A figure that nobody is there to give (the PPV where nobody is called methylated) is NaN.
+) -> pd.DataFrame: # Rows accuracy, sensitivity, specificity, ppv, npv, f1, mcc; columns value, lo, hi, n
+    """What a decision at a fixed threshold is worth; `n` is the number of patients that a figure is a share of.
 
-    Source: Wilson 1927, J. Am. Stat. Assoc. 22:209. Raises `MGMTError` as `auc_ci`, and on probabilities or a threshold outside of [0,1]."""
+    A figure without such patients (the PPV where nobody is called methylated) is NaN.
+    Source: Wilson 1927, J. Am. Stat. Assoc. 22:209.
+    Raises `MGMTError` as `auc_ci`, and on probabilities or a threshold outside of [0,1]."""
     y,p = check_probs(y, p)
     if not 0<=threshold<=1: raise MGMTError(f"a threshold is a probability; received {threshold}")
     if method not in ('wilson','bootstrap'): raise unknown_name('method', method, ('wilson','bootstrap'))
@@ -344,19 +407,24 @@ def classification_ci(
     drawn = _rates(*rng_for(seed,'classification_ci').multinomial(n, np.divide(counts,n), n_boot).T)
     rows = {}
     for k,(a,b) in _rates(*counts).items():
-        if not b: lo = hi = np.nan
-        elif method=='wilson' and k not in ('f1','mcc'): lo,hi = stats.binomtest(a, b).proportion_ci(level, 'wilson')
-        else:
-            num,den = (o[drawn[k][1]>0] for o in drawn[k])
-            lo,hi = np.quantile(num/den, [(1-level)/2,(1+level)/2])
-        rows[k] = dict(value=a/b if b else np.nan, lo=lo, hi=hi, n=n if k in ('f1','mcc') else b)
+        share = k not in ('f1','mcc')
+        lo,hi = _rate_ci(a, b, drawn[k], level, exact=share and method=='wilson')
+        rows[k] = dict(value=a/b if b else np.nan, lo=lo, hi=hi, n=b if share else n)
     return pd.DataFrame(rows).T.astype(dict(n=int))
+
+def _rate_ci(a, b, drawn, level, exact):
+    "Interval of the rate `a/b`: Wilson's, or percentiles of what was drawn"
+    if not b: return np.nan,np.nan
+    if exact: return tuple(stats.binomtest(a, b).proportion_ci(level, 'wilson'))
+    num,den = (o[drawn[1]>0] for o in drawn)
+    return np.quantile(num/den, [(1-level)/2,(1+level)/2])
 
 # %% ../nbs/10_metrics.ipynb #22ce5a48
 def _bins(p, n_bins, strategy):
     "Edges, and the bin of each probability"
     if strategy not in ('quantile','uniform'): raise unknown_name('strategy', strategy, ('quantile','uniform'))
-    edges = np.unique(np.quantile(p, np.linspace(0,1,n_bins+1))) if strategy=='quantile' else np.linspace(0,1,n_bins+1)
+    edges = np.linspace(0, 1, n_bins+1)
+    if strategy=='quantile': edges = np.unique(np.quantile(p, edges))
     return edges, np.searchsorted(edges[1:-1], p, side='right')
 
 # %% ../nbs/10_metrics.ipynb #3b0c2242
@@ -366,11 +434,13 @@ def reliability(
     n_bins:int=10, # Bins, at most
     strategy:str='quantile', # Bins of equal numbers of patients, or `'uniform'`, of equal width
     level:float=.95, # Coverage of the intervals
-) -> pd.DataFrame: # One row a bin that holds patients: left, right, n, prob (mean), rate (observed share), lo, hi (Wilson's)
+) -> pd.DataFrame: # One row per bin with patients: left, right, n, prob (mean), rate (observed), lo, hi (Wilson's)
     "The reliability diagram's data: what was said against what was. Raises `MGMTError` as `classification_ci`."
     y,p = check_probs(y, p)
     edges,at = _bins(p, n_bins, strategy)
-    t = pd.DataFrame(dict(left=edges[at], right=edges[at+1], y=y, p=p)).groupby(['left','right'], as_index=False).agg(n=('y','size'), prob=('p','mean'), k=('y','sum'), rate=('y','mean'))
+    placed = pd.DataFrame(dict(left=edges[at], right=edges[at+1], y=y, p=p))
+    bins = placed.groupby(['left','right'], as_index=False)
+    t = bins.agg(n=('y','size'), prob=('p','mean'), k=('y','sum'), rate=('y','mean'))
     ci = [stats.binomtest(int(k), int(n)).proportion_ci(level, 'wilson') for k,n in zip(t.k, t.n)]
     return t.drop(columns='k').assign(lo=[o.low for o in ci], hi=[o.high for o in ci])
 
@@ -381,13 +451,13 @@ def _logit(p):
 
 def _logistic(X, y, offset=0.):
     "Coefficients of a logistic regression without penalty, and their standard errors"
-    def loss(b): return (np.logaddexp(0, offset+X@b)-y*(offset+X@b)).sum()
-    def grad(b): return X.T@(expit(offset+X@b)-y)
-    def hess(b):
+    def _loss(b): return (np.logaddexp(0, offset+X@b)-y*(offset+X@b)).sum()
+    def _grad(b): return X.T@(expit(offset+X@b)-y)
+    def _hess(b):
         q = expit(offset+X@b)
         return (X.T*(q*(1-q)))@X
-    b = minimize(loss, np.zeros(X.shape[1]), jac=grad, hess=hess, method='trust-exact', options=dict(gtol=1e-8)).x
-    return b, np.sqrt(np.diag(np.linalg.inv(hess(b))))
+    b = minimize(_loss, np.zeros(X.shape[1]), jac=_grad, hess=_hess, method='trust-exact', options=dict(gtol=1e-8)).x
+    return b, np.sqrt(np.diag(np.linalg.inv(_hess(b))))
 
 def _ece(gap, at): return np.abs(np.bincount(at, gap)).sum()/len(at)
 
@@ -400,50 +470,74 @@ def calibration(
     level:float=.95, # Coverage of the intervals
     n_sim:int=1000, # Sets of labels drawn from the probabilities
     seed:int=0, # Of those
-) -> pd.DataFrame: # Rows brier, log_loss, intercept, slope, ece; columns value, lo, hi, calibrated (the mean of perfect models with these probabilities), p (that such a model looks at least as bad), prevalence (the value of telling everybody the share of methylated patients)
-    """Are the probabilities true? Intercept 0 and slope 1 are ideal: an intercept above 0 says that methylation is underestimated, a slope below 1 that the model is too sure.
-    The ECE is biased upwards, so it has no interval: compare it with `calibrated`. A slope where the classes do not overlap is infinite, and NaN here.
+) -> pd.DataFrame: # Rows brier, log_loss, intercept, slope, ece; columns value, lo, hi, calibrated, p, prevalence
+    """Are the probabilities true? Intercept 0 and slope 1 are ideal: an intercept above 0 says that methylation is
+    underestimated, a slope below 1 that the model is too sure.
 
-    Source: Cox 1958, Biometrika 45:562, and Van Calster et al. 2019, BMC Med. 17:230 (intercept at slope 1, and slope); Broecker and Smith 2007, Weather Forecast. 22:651 (labels drawn from the probabilities). Raises `MGMTError` as `classification_ci`."""
+    `calibrated` is the mean of perfect models with these probabilities, `p` the chance that such a model looks at least
+    as bad, `prevalence` the value of telling everybody the share of methylated patients. The ECE is biased upwards, so
+    it has no interval: compare it with `calibrated`. A slope where the classes do not overlap is infinite, and NaN
+    here.
+
+    Source: Cox 1958, Biometrika 45:562, and Van Calster et al. 2019, BMC Med. 17:230 (intercept at slope 1, and slope);
+    Broecker and Smith 2007, Weather Forecast. 22:651 (labels drawn from the probabilities).
+    Raises `MGMTError` as `classification_ci`."""
     y,p = check_probs(y, p)
     x,z,n,rate = _logit(p),norm.ppf(.5+level/2),len(y),y.mean()
     q,at = expit(x),_bins(p, n_bins, strategy)[1]
-    def scores(y): return np.array([np.mean((p-y)**2), -np.mean(np.where(y, np.log(q), np.log1p(-q))), _ece(p-y, at)])
-    seen,rng = scores(y),rng_for(seed,'calibration')
-    drawn = np.stack([scores(rng.random(n)<q) for _ in range(n_sim)])
-    calibrated,ps = drawn.mean(0),(1+(drawn>=seen).sum(0))/(1+n_sim)
-    def mean_ci(v, m): return m-z*v.std(ddof=1)/np.sqrt(n), m+z*v.std(ddof=1)/np.sqrt(n)
-    def wald(b, se, ideal): return b, b-z*se, b+z*se, ideal, 2*norm.sf(abs(b-ideal)/se)
-    one,apart = np.ones((n,1)),max(x[y].min()-x[~y].max(), x[~y].min()-x[y].max())>=0
-    (a,),(sa,) = _logistic(one, y, x)
-    b,sb = (np.nan,np.nan) if apart else (o[1] for o in _logistic(np.c_[one,x], y))
-    rows = dict(brier=(seen[0], *mean_ci((p-y)**2, seen[0]), calibrated[0], ps[0], rate*(1-rate)),
-        log_loss=(seen[1], *mean_ci(np.where(y, -np.log(q), -np.log1p(-q)), seen[1]), calibrated[1], ps[1], stats.entropy([rate,1-rate])),
-        intercept=(*wald(a, sa, 0.), 0.), slope=(*wald(b, sb, 1.), np.nan), ece=(seen[2], np.nan, np.nan, calibrated[2], ps[2], 0.))
+    def _each(y): return (p-y)**2,-np.where(y, np.log(q), np.log1p(-q))
+    def _scores(y): return np.array([*(o.mean() for o in _each(y)), _ece(p-y, at)])
+    def _mean_ci(v): return v.mean()-z*v.std(ddof=1)/np.sqrt(n),v.mean()+z*v.std(ddof=1)/np.sqrt(n)
+    def _wald(b, se, ideal): return b,b-z*se,b+z*se,ideal,2*norm.sf(abs(b-ideal)/se)
+    seen,rng = _scores(y),rng_for(seed,'calibration')
+    drawn = np.stack([_scores(rng.random(n)<q) for _ in range(n_sim)])
+    perfect,chance = drawn.mean(0),(1+(drawn>=seen).sum(0))/(1+n_sim)
+    squares,losses = (_mean_ci(o) for o in _each(y))
+    a,b = _recalibration(x, y)
+    rows = dict(brier=(seen[0], *squares, perfect[0], chance[0], rate*(1-rate)),
+        log_loss=(seen[1], *losses, perfect[1], chance[1], stats.entropy([rate,1-rate])),
+        intercept=(*_wald(*a, 0.), 0.), slope=(*_wald(*b, 1.), np.nan),
+        ece=(seen[2], np.nan, np.nan, perfect[2], chance[2], 0.))
     return pd.DataFrame(rows, index=['value','lo','hi','calibrated','p','prevalence']).T
+
+def _recalibration(x, y):
+    "Intercept at slope 1, and slope, each with its standard error; NaN for a slope where the classes do not overlap"
+    one = np.ones((len(x),1))
+    (a,),(se_a,) = _logistic(one, y, x)
+    if max(x[y].min()-x[~y].max(), x[~y].min()-x[y].max())>=0: return (a,se_a),(np.nan,np.nan)
+    (_,b),(_,se_b) = _logistic(np.c_[one,x], y)
+    return (a,se_a),(b,se_b)
 
 # %% ../nbs/10_metrics.ipynb #d9f73672
 @dataclass(frozen=True)
 class Temperature:
-    "Divides logits by `t`; cannot be changed once fitted, and `asdict` and `Temperature(**d)` bring it through JSON"
+    """Divides logits by `t`. It cannot be changed once fitted; `asdict` and `Temperature(**d)` bring it through JSON.
+
+    Raises `MGMTError` on a temperature that is not positive and finite."""
     t:float # Above 1: the model was too sure
     n:int # Patients it was fitted on
     def __post_init__(self):
         if not 0<self.t<np.inf: raise MGMTError(f"a temperature is positive and finite; received {self.t}")
-    def __call__(self, p): return expit(_logit(np.asarray(p, dtype=float))/self.t)
+    def __call__(self,
+        p, # Probabilities, 0 to 1
+    ) -> np.ndarray: # Probabilities
+        "Probabilities after the logits were divided"
+        return expit(_logit(np.asarray(p, dtype=float))/self.t)
 
 # %% ../nbs/10_metrics.ipynb #f9468df2
 def fit_temperature(
     y, # Labels of validation patients, (n,), 0 or 1: never of those that the model is judged by
     p, # Their probabilities, (n,), 0 to 1
 ) -> Temperature: # Call it with other patients' probabilities
-    """The temperature, from 0.01 to 100, that gives validation patients the lowest log loss. A model that ranks no better than chance gets the upper bound: nearly one in two for everybody.
+    """The temperature, from 0.01 to 100, that gives validation patients the lowest log loss.
 
+    A model that ranks no better than chance gets the upper bound: nearly one in two for everybody.
     Source: Guo et al. 2017, ICML, arXiv:1706.04599. Raises `MGMTError` as `classification_ci`."""
     y,p = check_probs(y, p)
     x = np.where(y, 1, -1)*_logit(p)
-    t = minimize_scalar(lambda s: np.logaddexp(0, -x*np.exp(-s)).mean(), bounds=np.log([.01,100]), method='bounded', options=dict(xatol=1e-8)).x
-    return Temperature(float(np.exp(t)), len(y))
+    def _log_loss(s): return np.logaddexp(0, -x*np.exp(-s)).mean()
+    found = minimize_scalar(_log_loss, bounds=np.log([.01,100]), method='bounded', options=dict(xatol=1e-8))
+    return Temperature(float(np.exp(found.x)), len(y))
 
 # %% ../nbs/10_metrics.ipynb #a86b5829
 def decision_curve(
@@ -451,16 +545,19 @@ def decision_curve(
     p, # Probabilities of methylation, (n,), 0 to 1
     thresholds=None, # Probabilities from which on one would act, inside (0,1); None: .01 to .99
     level:float=.95, # Coverage of the intervals
-) -> pd.DataFrame: # One row a threshold: threshold, net_benefit (in patients treated rightly, per patient), lo, hi, treat_all, treat_none
-    """Net benefit of acting on the probabilities.
+) -> pd.DataFrame: # One row per threshold: threshold, net_benefit, lo, hi, treat_all, treat_none
+    """Net benefit of acting on the probabilities, in patients treated rightly, per patient.
 
     Source: Vickers and Elkin 2006, Med. Decis. Making 26:565. Raises `MGMTError` as `classification_ci`."""
     y,p = check_probs(y, p)
     t = np.linspace(.01,.99,99) if thresholds is None else as_numbers(thresholds, 'thresholds')
-    if not ((t>0)&(t<1)).all(): raise MGMTError(f"thresholds lie inside (0,1); received {t.min():g} to {t.max():g}")
-    w,n,z = t/(1-t),len(y),norm.ppf(.5+level/2)
-    tp,fp = (1-np.searchsorted(np.sort(p[o]), t)/o.sum() for o in (y,~y))
-    tp,fp = tp*y.mean(),fp*(~y).mean()
+    if not ((t>0)&(t<1)).all(): raise MGMTError(_no_thresholds(t))
+    w,n,z,rate = t/(1-t),len(y),norm.ppf(.5+level/2),y.mean()
+    above = [1-np.searchsorted(np.sort(p[o]), t)/o.sum() for o in (y,~y)]
+    tp,fp = above[0]*rate,above[1]*(1-rate)
     nb = tp-w*fp
     half = z*np.sqrt((tp+w**2*fp-nb**2)/n)
-    return pd.DataFrame(dict(threshold=t, net_benefit=nb, lo=nb-half, hi=nb+half, treat_all=y.mean()-w*(~y).mean(), treat_none=0.))
+    rows = dict(threshold=t, net_benefit=nb, lo=nb-half, hi=nb+half, treat_all=rate-w*(1-rate), treat_none=0.)
+    return pd.DataFrame(rows)
+
+def _no_thresholds(t): return f"thresholds lie inside (0,1); received {t.min():g} to {t.max():g}"

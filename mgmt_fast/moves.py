@@ -11,6 +11,7 @@ from importlib import import_module
 
 # %% ../nbs/00_moves.ipynb #65bdad3e
 MOVES = dict(
+    cohort=dict(scan_patient='cases', describe_cohort='folds', plot_balance='folds', assign_folds='folds'),
     series=dict(has_skull='skull', audit_series='quality'),
     inflate=dict(fold='operators.as_images', unfold='operators.as_volumes', pad_depth='operators',
         InflatedConv3d='operators', SeparableConv3d='operators', BatchNormAct3d='operators',

@@ -19,7 +19,7 @@ from fastcore.all import *
 from scipy import ndimage
 from . import __version__
 from .core import *
-from .cohort import match_labels, read_labels
+from .clinical import match_labels, read_labels
 from .grids import *
 from .series import read_sequence, SeriesError
 from .skull import has_skull

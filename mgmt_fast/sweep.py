@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 from .core import *
 from fastcore.all import *
 from joblib import Parallel, delayed, parallel_config
-from .cohort import assign_folds
+from .folds import assign_folds
 from .prepare import VolumeStore
 from .runs import key_changes, key_digest, other_runs, run_key, say_other_runs
 from .loader import usable_patients
@@ -26,8 +26,8 @@ def sweep_table(
     sequences, # Inputs; several channels of one joined by `+`, e.g. `['T1wCE','FLAIR+T2w']`
     folds=range(5), # Folds that validate
     **choices, # More choices of a recipe, each a list of values
-) -> pd.DataFrame: # arch, sequences, fold, and a column a choice
-    "Every combination, a row a run."
+) -> pd.DataFrame: # arch, sequences, fold, and one column per choice
+    "Every combination, one row per run."
     cols = dict(arch=archs, sequences=sequences, fold=folds, **choices)
     return pd.DataFrame(itertools.product(*cols.values()), columns=list(cols))
 
@@ -41,10 +41,14 @@ def _fit(dls, path, recipe, seed):
     with learn.no_bar(), learn.no_logging(): learn.fit_recipe(resume=True)
     return learn
 
-def _best(learn): return dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[learn.save_best.best_epoch]))
+def _best(learn):
+    "What was logged of the best epoch"
+    rec = learn.recorder
+    return dict(zip(rec.metric_names[1:], rec.values[learn.save_best.best_epoch]))
 
-def _run(row, store, dest, recipe, n_folds, seed):
-    "One run: its row with what came out, from its folder if that was of the same patients, labels and choices; and why others there were not"
+def _run_row(row, store, dest, recipe, n_folds, seed):
+    """One run: its row with what came out, from its folder if that was of the same patients, labels and choices; and
+    why others there were not. A row that fails is a row."""
     try:
         choices = {k:v for k,v in row.items() if k not in ('sequences','fold')}
         recipe,store = get_recipe(recipe, **choices),VolumeStore(store)
@@ -54,24 +58,29 @@ def _run(row, store, dest, recipe, n_folds, seed):
         path = Path(dest)/f'{prefix}-{key_digest(key)[:8]}'
         if (path/'run.json').exists(): return json.loads((path/'run.json').read_text(encoding='utf-8'))['row'],[]
         return _train(row, dls, path, recipe, seed, key),other_runs(dest, prefix, key)
-    except Exception as e: return {**row, 'error':f'{type(e).__name__}: {e}'},[] # a row that fails is a row
+    except Exception as e: return {**row, 'error':f'{type(e).__name__}: {e}'},[]
 
 def _train(row, dls, path, recipe, seed, key):
     "Train a run, and keep its row in its folder"
     start = time.perf_counter()
     learn = _fit(dls, path, recipe, seed)
-    valid,best,epoch = dls.valid.dataset,_best(learn),learn.save_best.best_epoch # predicting empties the recorder
+    epoch,best = learn.save_best.best_epoch,_best(learn) # predicting empties the recorder
     with learn.no_bar(): p,y = (o.numpy().ravel() for o in learn.get_preds())
-    with atomic_path(path/'valid.csv') as tmp: pd.DataFrame(dict(patient=valid.patients, label=y.astype(int), prob=p)).to_csv(tmp, index=False)
+    valid = pd.DataFrame(dict(patient=dls.valid.dataset.patients, label=y.astype(int), prob=p))
+    with atomic_path(path/'valid.csv') as tmp: valid.to_csv(tmp, index=False)
     save_model(learn, path/'model')
-    try: ci = auc_ci(y, p)
-    except MGMTError: ci = pd.Series(dict(lo=None, hi=None), name='') # too few patients for an interval
-    res = {**row, 'epoch':epoch, 'valid_loss':best['valid_loss'], 'auc':best['auc'], 'lo':ci['lo'], 'hi':ci['hi'],
-        'interval':AUC_METHODS.get(ci.name, ''), 'n_train':len(dls.train.dataset), 'n_valid':len(valid),
-        'seconds':round(time.perf_counter()-start,1), 'folder':path.name, 'error':''}
+    seconds = round(time.perf_counter()-start, 1)
+    res = {**row, 'epoch':epoch, 'valid_loss':best['valid_loss'], 'auc':best['auc'], **_interval(y, p),
+        'n_train':len(dls.train.dataset), 'n_valid':len(valid), 'seconds':seconds, 'folder':path.name, 'error':''}
     write_json(path/'run.json', dict(row=res, key=key))
     for f in ('checkpoint.safetensors','best.safetensors'): (path/f).unlink(missing_ok=True)
     return res
+
+def _interval(y, p):
+    "The AUC's interval and its method; none for too few patients"
+    try: ci = auc_ci(y, p)
+    except MGMTError: return dict(lo=None, hi=None, interval='')
+    return dict(lo=ci.lo, hi=ci.hi, interval=AUC_METHODS[ci.name])
 
 # %% ../nbs/16_sweep.ipynb #16000008
 def sweep(
@@ -82,60 +91,77 @@ def sweep(
     n_folds:int=5, # Folds, stratified by label
     seed:int=0, # Of folds, order and initial weights
     n_jobs:int=1, # Runs at once; -1: as many as there are cores or workers
-    backend:str=None, # joblib's: `'loky'` processes if None; `'dask'` or `'ray'` over the cluster that this process is connected to
-    progress:bool=True, # Show a progress bar
-) -> pd.DataFrame: # The table with epoch, valid_loss, auc, its interval (none below 10 patients) and the interval's method, n_train, n_valid, seconds, folder, error; as in `sweep.csv`
-    """Train every row of a table. A run that fails, for whatever reason, has its error in its row, and is tried again next time; the others go on.
+    backend:str=None, # joblib's: `'loky'` processes if None; `'dask'` or `'ray'` over the connected cluster
+    progress:bool=True, # Show a progress bar?
+) -> pd.DataFrame: # The table with what came out of each run, as in `sweep.csv`
+    """Train every row of a table. A run that fails, for whatever reason, has its error in its row, and is tried again
+    next time; the others go on.
 
-    A row that is in `dest` already is taken from there if it was of the same patients, labels, volumes and choices; what no longer fits is named and trained anew.
-
-    `auc` is that of the epoch that was chosen on the same patients, so it is no estimate for others. Raises `MGMTError` on a table without runs or with unknown columns."""
+    The new columns are epoch, valid_loss, auc, its interval (none below 10 patients) and the interval's method,
+    n_train, n_valid, seconds, folder and error. `auc` is that of the epoch that was chosen on the same patients, so it
+    is no estimate for others. A row that is in `dest` already is taken from there if it was of the same patients,
+    labels, volumes and choices; what no longer fits is named and trained anew.
+    Raises `MGMTError` on a table without runs or with unknown columns."""
     refuse_held_out(VolumeStore(store))
-    need = ['arch','sequences','fold']
-    if not len(table) or any(c not in table for c in need): raise MGMTError(f"a sweep's table has a row a run and columns {', '.join(need)}; received {len(table)} rows, columns {', '.join(table.columns)}")
-    for c in table:
-        if c not in need and c not in choice_names(): raise unknown_name('choice of a recipe', c, choice_names())
+    _check_table(table)
     rows = [_given(r) for r in table.to_dict('records')]
     recipe = get_recipe(VolumeStore(store).recipe if recipe is None else recipe)
     dest,done,others = make_folder(dest),[None]*len(rows),[]
     save_recipe(recipe, dest/'recipe.yaml')
-    def _write():
-        res = pd.DataFrame([o or {**r,'error':'not run yet'} for o,r in zip(done,rows)])
-        res = res[[*(c for c in table if c in res), *(c for c in _results if c in res)]]
-        with atomic_path(dest/'sweep.csv') as tmp: res.to_csv(tmp, index=False)
-        return res
-    def _job(i, r): return i,*_run(r, str(store), str(dest), recipe, n_folds, seed)
+    def _job(i, r): return i,*_run_row(r, str(store), str(dest), recipe, n_folds, seed)
     with parallel_config(backend=backend) if backend else parallel_config():
         jobs = Parallel(n_jobs=n_jobs, return_as='generator_unordered')(delayed(_job)(i,r) for i,r in enumerate(rows))
         for i,res,other in track(jobs, len(rows), progress):
             done[i] = res
             others += other
-            _write()
+            _write_sweep(table, rows, done, dest)
     say_other_runs(dest, others)
-    return _write()
+    return _write_sweep(table, rows, done, dest)
 
 _results = 'epoch valid_loss auc lo hi interval n_train n_valid seconds folder error'.split()
+_needed = ['arch','sequences','fold']
+
+def _check_table(table):
+    "Refuse a table without runs, or with columns that no recipe has"
+    if not len(table) or not {*_needed}<={*table}: raise MGMTError(_no_runs(table))
+    for c in table:
+        if c not in _needed and c not in choice_names(): raise unknown_name('choice of a recipe', c, choice_names())
+
+def _no_runs(table):
+    need,have = ', '.join(_needed),', '.join(table.columns)
+    return f"a sweep's table has one row per run and columns {need}; received {len(table)} rows, columns {have}"
 
 def _given(row):
     "A table's row in plain values, without its empty cells"
     row = {k: v.item() if isinstance(v,np.generic) else v for k,v in row.items()}
     return {k:v for k,v in row.items() if not (isinstance(v,float) and np.isnan(v))}
 
+def _write_sweep(table, rows, done, dest):
+    "Write what is known so far: the table's own columns, then those of the results"
+    res = pd.DataFrame([o or {**r,'error':'not run yet'} for o,r in zip(done,rows)])
+    columns = [*(c for c in table if c in res), *(c for c in _results if c in res)]
+    with atomic_path(dest/'sweep.csv') as tmp: res[columns].to_csv(tmp, index=False)
+    return res[columns]
+
 # %% ../nbs/16_sweep.ipynb #1600000e
+def _whole(lo, hi): return isinstance(lo,int) and isinstance(hi,int)
+
 def _suggest(trial, space):
-    def _one(k, v):
-        if isinstance(v, list): return trial.suggest_categorical(k, v)
-        lo,hi,*log = v
-        f = trial.suggest_int if isinstance(lo,int) and isinstance(hi,int) else trial.suggest_float
-        return f(k, lo, hi, log=log==['log'])
-    return {k: _one(k,v) for k,v in space.items()}
+    "A value of each choice, as the sampler proposes"
+    return {k: _propose(trial, k, v) for k,v in space.items()}
+
+def _propose(trial, name, v):
+    if isinstance(v, list): return trial.suggest_categorical(name, v)
+    lo,hi,*log = v
+    f = trial.suggest_int if _whole(lo, hi) else trial.suggest_float
+    return f(name, lo, hi, log=log==['log'])
 
 def _distribution(v):
     "optuna's form of a list of values, or of (low, high) or (low, high, 'log')"
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
     if isinstance(v, list): return CategoricalDistribution(v)
     lo,hi,*log = v
-    kind = IntDistribution if isinstance(lo,int) and isinstance(hi,int) else FloatDistribution
+    kind = IntDistribution if _whole(lo, hi) else FloatDistribution
     return kind(lo, hi, log=log==['log'])
 
 def _check_space(space):
@@ -152,37 +178,55 @@ def _fitting(study, space):
         try: yield create_trial(params=t.params, distributions=dist, value=t.value, user_attrs=t.user_attrs)
         except ValueError: continue # a value that is no longer on offer
 
+# %% ../nbs/16_sweep.ipynb #51fa7165
 def _study(dest, seed, space, key):
-    "The study of this very search; trials of the same key with other values on offer count too, those of another key are named"
+    "The study of this very search; trials of the same key with other values on offer count too, others are named"
     try: import optuna
     except ImportError as e: raise MGMTError("a search needs optuna: pip install 'mgmt_fast[search]'") from e
-    from optuna.storages.journal import JournalFileBackend, JournalStorage
-    from optuna.trial import TrialState
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
-        storage = JournalStorage(JournalFileBackend(str(dest/'trials.log')))
-    name,known = f"search {key_digest([key, {k: list(v) if isinstance(v,tuple) else ['one of',*v] for k,v in space.items()}])}",optuna.get_all_study_names(storage)
+    storage,name = _storage(dest, optuna),f'search {key_digest([key, _space_key(space)])}'
+    known = optuna.get_all_study_names(storage)
     study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True, direction='minimize')
-    study.sampler = optuna.samplers.TPESampler(seed=int(rng_for(seed,'search',len(study.trials)).integers(2**31)))
+    draw = rng_for(seed, 'search', len(study.trials)).integers(2**31)
+    study.sampler = optuna.samplers.TPESampler(seed=int(draw))
     if name not in known:
         study.set_user_attr('key', key)
-        _take_over(study, [optuna.load_study(study_name=o, storage=storage) for o in known], space, key)
+        for o in known: _take_over(study, optuna.load_study(study_name=o, storage=storage), space, key)
+    _enqueue_stopped(study, space)
+    return study
+
+def _storage(dest, optuna):
+    "A journal of trials that many processes may write to"
+    from optuna.storages.journal import JournalFileBackend, JournalStorage
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
+        return JournalStorage(JournalFileBackend(str(dest/'trials.log')))
+
+def _space_key(space): return {k: list(v) if isinstance(v,tuple) else ['one of',*v] for k,v in space.items()}
+
+def _take_over(study, old, space, key):
+    "Use the trials of an earlier search of the same key"
+    why = key_changes(old.user_attrs.get('key'), key)
+    if why: print(f"{len(old.trials)} trials of an earlier search are not used: {'; '.join(why)}")
+    else: study.add_trials(list(_fitting(old, space)))
+
+def _enqueue_stopped(study, space):
+    "Try again what was under way when a search was stopped"
+    from optuna.trial import TrialState
     for t in study.trials:
         if t.state!=TrialState.RUNNING: continue
         study.tell(t.number, state=TrialState.FAIL)
         if t.params.keys()==space.keys(): study.enqueue_trial(t.params)
-    return study
 
-def _take_over(study, olds, space, key):
-    for old in olds:
-        why = key_changes(old.user_attrs.get('key'), key)
-        if why: print(f"{len(old.trials)} trials of an earlier search are not used: {'; '.join(why)}")
-        else: study.add_trials(list(_fitting(old, space)))
-
-def _trials(study, space):
-    rows = [dict(trial=t.number, state=t.state.name.lower(), **{k:t.params.get(k) for k in space}, **{k:t.user_attrs.get(k) for k in ('valid_loss','auc','error')}) for t in study.trials]
-    return pd.DataFrame(rows)
+def _write_trials(study, space, dest):
+    "The table of all trials so far"
+    rows = []
+    for t in study.trials:
+        measured = {k:t.user_attrs.get(k) for k in ('valid_loss','auc','error')}
+        rows.append(dict(trial=t.number, state=t.state.name.lower(), **{k:t.params.get(k) for k in space}, **measured))
+    table = pd.DataFrame(rows)
+    with atomic_path(dest/'trials.csv') as tmp: table.to_csv(tmp, index=False)
+    return table
 
 # %% ../nbs/16_sweep.ipynb #1600000f
 def search(
@@ -199,7 +243,8 @@ def search(
 ) -> pd.DataFrame: # trial, state, the choices, and the mean validation loss and AUC over `inner`; as in `trials.csv`
     """Search choices of a recipe by the validation loss within the training folds of one outer fold.
 
-    Raises `MGMTError` on an unknown choice, or without optuna."""
+    Raises `MGMTError` on an unknown choice, or without optuna.
+    Source: Bergstra et al. 2011, NeurIPS, for the sampler (tree-structured Parzen estimator, by optuna)."""
     _check_space(space)
     store = VolumeStore(store)
     refuse_held_out(store)
@@ -208,21 +253,28 @@ def search(
     table,_ = usable_patients(store, sequences.split('+'))
     train = table.patient[(assign_folds(table, n=n_folds, seed=seed).fold!=fold).to_numpy()]
     fixed = Recipe(recipe.name, {k:v for k,v in recipe.changed.items() if k not in space}, recipe.settled)
-    key = run_key(store, dict(train=train), sequences.split('+'), fixed, seed=seed, inner=list(inner), n_folds=n_folds, weights=weights_key(recipe.pretrained, recipe.arch))
+    key = run_key(store, dict(train=train), sequences.split('+'), fixed, seed=seed, inner=list(inner), n_folds=n_folds,
+        weights=weights_key(recipe.pretrained, recipe.arch))
     study = _study(dest, seed, space, key)
-    def _write():
-        res = _trials(study, space)
-        with atomic_path(dest/'trials.csv') as tmp: res.to_csv(tmp, index=False)
-        return res
+    def _judge(r, i, path):
+        dls = _loaders(store, r, sequences, i, n_folds, seed, train)
+        return _best(_fit(dls, path/str(i), r, seed))
     def _objective(trial):
         r = get_recipe(recipe, **_suggest(trial, space))
         path = dest/key_digest([key, r.to_json()])[:12]
-        try: runs = [_best(_fit(_loaders(store, r, sequences, i, n_folds, seed, train), path/str(i), r, seed)) for i in inner]
-        except Exception as e: trial.set_user_attr('error', f'{type(e).__name__}: {e}'); raise
-        for k in ('valid_loss','auc'): trial.set_user_attr(k, float(np.mean([o[k] for o in runs])))
-        for f in path.glob('*/*.safetensors'): f.unlink()
-        return trial.user_attrs['valid_loss']
+        return _mean_loss(trial, path, lambda: [_judge(r, i, path) for i in inner])
     from optuna.trial import TrialState
     left = n_trials-len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
-    if left>0: study.optimize(_objective, n_trials=left, catch=(Exception,), callbacks=[lambda *_: _write()])
-    return _write()
+    def _note(*_): _write_trials(study, space, dest)
+    if left>0: study.optimize(_objective, n_trials=left, catch=(Exception,), callbacks=[_note])
+    return _write_trials(study, space, dest)
+
+def _mean_loss(trial, path, runs):
+    "The mean validation loss of a trial's runs, kept with the trial beside the AUC, or its error"
+    try: done = runs()
+    except Exception as e:
+        trial.set_user_attr('error', f'{type(e).__name__}: {e}')
+        raise
+    for k in ('valid_loss','auc'): trial.set_user_attr(k, float(np.mean([o[k] for o in done])))
+    for f in path.glob('*/*.safetensors'): f.unlink()
+    return trial.user_attrs['valid_loss']

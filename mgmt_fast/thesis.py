@@ -97,16 +97,17 @@ def say_results(
 def _say_models(t):
     "How many were tested on whom, and how wide the intervals are"
     width = t.auc_hi-t.auc_lo
-    return (f"{len(t)} model{'s were' if len(t)>1 else ' was'} tested on {int(t.n.min())} patients, {t.minority.mean():.0%} of "
-        f"them of the rarer class; the AUCs lie between {t.auc.min():.3f} and {t.auc.max():.3f}, and their intervals are "
-        f"{width.min():.2f} to {width.max():.2f} wide.")
+    return (f"{len(t)} model{'s were' if len(t)>1 else ' was'} tested on {int(t.n.min())} patients, "
+        f"{t.minority.mean():.0%} of them of the rarer class; the AUCs lie between {t.auc.min():.3f} and "
+        f"{t.auc.max():.3f}, and their intervals are {width.min():.2f} to {width.max():.2f} wide.")
 
 def _say_chance(t):
     "Which can be told from chance, and which are worse than chance"
     better,worse = t[(t.p<.05)&(t.auc>.5)],t[(t.p<.05)&(t.auc<.5)]
     after,names = "can be told from chance after Holm's correction",', '.join(better.sequences)
     said = [f"{len(better)} of them {after}: {names}." if len(better) else f"None of them {after}."]
-    if len(worse): said.append(f"{len(worse)} ranked patients worse than chance, which asks for an explanation, not for "
+    if len(worse):
+        said.append(f"{len(worse)} ranked patients worse than chance, which asks for an explanation, not for "
         f"turning the score around: {', '.join(worse.sequences)}.")
     return said
 
@@ -121,8 +122,8 @@ def _say_best(t):
     "That the best of several flatters"
     if len(t)==1: return []
     best = t.loc[t.auc.idxmax()]
-    return [f"The highest, {best.sequences} with {best.auc:.3f} [{best.auc_lo:.3f}, {best.auc_hi:.3f}], is the best of {len(t)} "
-        "and flatters for that reason alone; it must not be called the model's performance."]
+    return [f"The highest, {best.sequences} with {best.auc:.3f} [{best.auc_lo:.3f}, {best.auc_hi:.3f}], is the best of "
+        f"{len(t)} and flatters for that reason alone; it must not be called the model's performance."]
 
 def _say_thesis(t):
     "Whether the thesis' highest figure lies inside the intervals"
@@ -141,8 +142,8 @@ def _say_recall(found, planted):
     return f"The audit found {found} of {planted} copies that had been hidden to try it{end}"
 
 def _say_overridden(kinds):
-    return (f"The scans were prepared otherwise than those of training ({', '.join(kinds)}), which was accepted here and can "
-        "move a result in either direction.")
+    return (f"The scans were prepared otherwise than those of training ({', '.join(kinds)}), which was accepted here "
+        f"and can move a result in either direction.")
 
 def _say_findings(findings):
     if not len(findings): return 'No figure of the table contradicts another.'

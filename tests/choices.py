@@ -1,9 +1,12 @@
 "Other values of a recipe's choices, for tests that go through all of them."
 from mgmt_fast.core import MGMTError, check_choice, get_recipe
 
-CANDIDATES = ['other', True, False, None, 1, 2, 3, .25, .75, 7., (1,2,3), (.25,.75), (.5,), ('T1wCE',), 'T1wCE', 'flat', 'steps', 'slice', 'patient',
-    'position', 'filename', 'middle', 'spread', 'replace', 'keep', 'none', 'zeros', 'stretch', 'border', 'reflection', 'gaussian', 'brain', 'code',
-    'focal', 'balanced', 'ema', 'swa', 'bf16', 'frozen', 'group', 'siamese', '2d', 'adapter', 'all', 'batchnorm', 'w', 'h', 'published', 'plain', 'sum']
+CANDIDATES = ['other', True, False, None, 1, 2, 3, .25, .75, 7., (1,2,3), (.25,.75), (.5,), ('T1wCE',), 'T1wCE', 'flat',
+    'steps', 'slice', 'patient',
+    'position', 'filename', 'middle', 'spread', 'replace', 'keep', 'none', 'zeros', 'stretch', 'border', 'reflection',
+    'gaussian', 'brain', 'code',
+    'focal', 'balanced', 'ema', 'swa', 'bf16', 'frozen', 'group', 'siamese', '2d', 'adapter', 'all', 'batchnorm', 'w',
+    'h', 'published', 'plain', 'sum']
 
 
 def other_value(choice, value):

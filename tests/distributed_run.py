@@ -22,7 +22,8 @@ class Net(nn.Sequential):
     arch = 'net'
     def __init__(self, norm):
         torch.manual_seed(0)
-        super().__init__(nn.AvgPool3d(2), nn.Conv3d(1,4,3,bias=not norm), nn.BatchNorm3d(4) if norm else nn.Identity(), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4,1))
+        super().__init__(nn.AvgPool3d(2), nn.Conv3d(1,4,3,bias=not norm), nn.BatchNorm3d(4) if norm else nn.Identity(),
+            nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4,1))
     def forward(self, x): return super().forward(x.as_subclass(torch.Tensor))
 
 
@@ -46,15 +47,19 @@ class Stop(Callback):
 def train(store, dest, bs, acc=1, norm=0, stop=None):
     "Three epochs of `bs` patients a batch and `acc` batches a step, or as many as `stop` says"
     dls = mgmt_dls(VolumeStore(store), 'T1wCE', fold=1, bs=bs, augs=mgmt_augs(seed=1))
-    cbs = [HistoryLogger(), SaveBest(), StopOnNaN(), Traffic()] + ([GradientAccumulation(n_batches=acc)] if acc>1 else [])
-    learn = MGMTLearner(dls, set_norms(Net(norm), 'sync'), loss_func=BCEWithLogitsLossFlat(), opt_func=FusedAdam, lr=.01, wd=.1, path=Path(dest), metrics=[AUC()], cbs=cbs)
+    cbs = [HistoryLogger(), SaveBest(), StopOnNaN(),
+        Traffic()] + ([GradientAccumulation(n_batches=acc)] if acc>1 else [])
+    learn = MGMTLearner(dls, set_norms(Net(norm), 'sync'), loss_func=BCEWithLogitsLossFlat(), opt_func=FusedAdam,
+        lr=.01, wd=.1, path=Path(dest), metrics=[AUC()], cbs=cbs)
     learn.recipe,learn.seed = get_recipe('default', epochs=3, lr=.01, schedule='one_cycle'),0
     learn.path.mkdir(exist_ok=True)
     try:
         with learn.added_cbs(Stop(stop)), learn.no_bar(), learn.no_logging(): learn.fit_recipe(resume=True)
     except KeyboardInterrupt: return
     params = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
-    write_json(learn.path/f'rank{rank_distrib()}.json', dict(params=params.tolist(), values=[list(v) for v in learn.recorder.values], best=learn.save_best.best_epoch, traffic=learn.traffic.n, steps=int(learn.opt.state[next(learn.model.parameters())]['step'])))
+    write_json(learn.path/f'rank{rank_distrib()}.json',
+        dict(params=params.tolist(), values=[list(v) for v in learn.recorder.values], best=learn.save_best.best_epoch,
+        traffic=learn.traffic.n, steps=int(learn.opt.state[next(learn.model.parameters())]['step'])))
 
 
 if __name__=='__main__':

@@ -9,7 +9,10 @@ from hypothesis import given, settings, strategies as st
 from series_writer import affine_of, write_series
 
 from mgmt_fast.archive import find_images, place_images, split_id
+from mgmt_fast.cases import *
+from mgmt_fast.clinical import *
 from mgmt_fast.cohort import *
+from mgmt_fast.folds import assign_folds
 from mgmt_fast.core import SEQUENCES
 
 AXIAL = affine_of(np.eye(3), (20,6,5), (-30,-40,12))

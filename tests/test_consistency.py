@@ -12,10 +12,12 @@ from mgmt_fast.metrics import auc_ci, auc_se
 
 def measure(y, p, at):
     call = p>=at
-    return dict(accuracy=np.mean(call==y), sensitivity=call[y].mean(), specificity=(~call[~y]).mean(), auc=roc_auc_score(y,p), loss=log_loss(y,p), minority=min(y.mean(),1-y.mean()), n=len(y))
+    return dict(accuracy=np.mean(call==y), sensitivity=call[y].mean(), specificity=(~call[~y]).mean(),
+        auc=roc_auc_score(y,p), loss=log_loss(y,p), minority=min(y.mean(),1-y.mean()), n=len(y))
 
 
-studies = st.lists(st.tuples(st.booleans(), st.integers(1,19)), min_size=2, max_size=40).filter(lambda o: len({a for a,_ in o})==2)
+studies = st.lists(st.tuples(st.booleans(), st.integers(1,19)), min_size=2,
+    max_size=40).filter(lambda o: len({a for a,_ in o})==2)
 
 
 @settings(max_examples=80, deadline=None)
@@ -24,7 +26,8 @@ def test_what_was_measured_is_never_called_impossible(rows, at, digits):
     "Whatever the scores, the threshold and the rounding; known balance or not"
     y,p = (np.array(o) for o in zip(*rows))
     r = pd.DataFrame([measure(y, p/20, at/20)]).round(digits)
-    for t in (r,r.drop(columns='minority'),r.drop(columns=['minority','n'])): assert 'impossible' not in set(check_consistency(t, threshold=at/20).verdict)
+    for t in (r,r.drop(columns='minority'),r.drop(columns=['minority','n'])):
+        assert 'impossible' not in set(check_consistency(t, threshold=at/20).verdict)
 
 
 @pytest.mark.parametrize('m,n,hit', [(20,80,15),(30,70,0),(50,50,50),(1,9,1)])
@@ -40,8 +43,11 @@ def test_auc_bound_by_accuracy_is_reached_and_one_step_below_is_caught(m, n, hit
         assert check_consistency(t.assign(accuracy=1-t.accuracy, auc=1-t.auc+.08)).verdict.tolist()==['impossible']
 
 
-@pytest.mark.parametrize('row,check', [(dict(auc=.9,sensitivity=.1,specificity=.2),'auc and sensitivity'), (dict(auc=.5,sensitivity=.8,specificity=.8),'auc and sensitivity'), (dict(accuracy=.9,sensitivity=.8,specificity=.7),'accuracy and sensitivity'),
-    (dict(accuracy=.75,sensitivity=.9,specificity=.5,minority=.1),'accuracy and sensitivity'), (dict(accuracy=.6,loss=.2),'loss and accuracy'), (dict(accuracy=1.,loss=.8,n=50),'loss and accuracy'),
+@pytest.mark.parametrize('row,check', [(dict(auc=.9,sensitivity=.1,specificity=.2),'auc and sensitivity'),
+    (dict(auc=.5,sensitivity=.8,specificity=.8),'auc and sensitivity'),
+    (dict(accuracy=.9,sensitivity=.8,specificity=.7),'accuracy and sensitivity'),
+    (dict(accuracy=.75,sensitivity=.9,specificity=.5,minority=.1),'accuracy and sensitivity'),
+    (dict(accuracy=.6,loss=.2),'loss and accuracy'), (dict(accuracy=1.,loss=.8,n=50),'loss and accuracy'),
     (dict(auc=1.2),'range'), (dict(loss=-.1),'range'), (dict(accuracy=.99,auc=.6,n=20),'auc and accuracy')])
 def test_impossible_rows(row, check):
     found = check_consistency([row])
@@ -49,8 +55,10 @@ def test_impossible_rows(row, check):
 
 
 def test_unknown_balance_gives_conditions():
-    found = check_consistency(pd.DataFrame([dict(accuracy=.95,auc=.7),dict(accuracy=.8,sensitivity=.9,specificity=.6),dict(accuracy=1.,loss=.8)]))
-    assert set(found.verdict)=={'condition'} and '18.64%' in found.finding[0] and '66.67%' in found.finding[1] and 'patients' in found.finding[2]
+    found = check_consistency(pd.DataFrame([dict(accuracy=.95,auc=.7),dict(accuracy=.8,sensitivity=.9,specificity=.6),
+        dict(accuracy=1.,loss=.8)]))
+    assert set(found.verdict)=={'condition'} and '18.64%' in found.finding[0]
+    assert '66.67%' in found.finding[1] and 'patients' in found.finding[2]
     known = check_consistency([dict(accuracy=.95,auc=.7)], minority=.15)
     assert not len(known) and check_consistency([dict(accuracy=.95,auc=.7)], minority=.3).verdict.item()=='impossible'
 
@@ -58,7 +66,8 @@ def test_unknown_balance_gives_conditions():
 def test_bounds_survive_averages():
     "Accuracy, AUC and loss averaged over models on the same patients"
     rng = rng_for(0,'averages'); y = np.arange(60)<20
-    rows = [pd.DataFrame([measure(y, rng.random(60), rng.random()) for _ in range(5)])[['accuracy','auc','minority','n']].mean() for _ in range(100)]
+    rows = [pd.DataFrame([measure(y, rng.random(60), rng.random()) for _ in range(5)])[
+        ['accuracy','auc','minority','n']].mean() for _ in range(100)]
     assert 'impossible' not in set(check_consistency(pd.DataFrame(rows)).verdict)
 
 
@@ -90,9 +99,12 @@ def test_folds_with_a_threshold_each_are_never_called_impossible(rows, at):
 
 
 def test_equal_rows_and_external_above_validation():
-    rows = [dict(model='a',set='validation',auc=.61,accuracy=.6,n=117),dict(model='b',set='validation',auc=.6,accuracy=.55,n=117),dict(model='b',set='TCGA',auc=.64,accuracy=.52,n=262)]
+    rows = [dict(model='a',set='validation',auc=.61,accuracy=.6,n=117),
+        dict(model='b',set='validation',auc=.6,accuracy=.55,n=117),
+        dict(model='b',set='TCGA',auc=.64,accuracy=.52,n=262)]
     assert not len(check_consistency(rows))
-    found = check_consistency(rows+[dict(model='c',set='validation',auc=.61,accuracy=.6,n=117),dict(model='a',set='TCGA',auc=.8,accuracy=.5,n=262)])
+    found = check_consistency(rows+[dict(model='c',set='validation',auc=.61,accuracy=.6,n=117),
+        dict(model='a',set='TCGA',auc=.8,accuracy=.5,n=262)])
     assert found.check.tolist()==['equal rows','external above validation'] and set(found.verdict)=={'suspect'}
     assert found['where'][0]=='a, validation = c, validation'
 
@@ -102,11 +114,13 @@ def test_shapes_of_tables():
     wide = tall.pivot(index='model', columns='sequence', values=['accuracy','auc'])
     for t in (tall, wide, wide.swaplevel(axis=1), tall.set_index(['model','sequence']), tall.rename(columns=str.upper)):
         found = check_consistency(t)
-        assert len(found)==1 and found.verdict.item()=='condition' and 'a' in found['where'].item() and 'FLAIR' in found['where'].item(), t
+        assert len(found)==1 and found.verdict.item()=='condition' and 'a' in found[
+            'where'].item() and 'FLAIR' in found['where'].item(), t
     assert check_consistency(tall.assign(set='test'), minority=dict(test=.4)).verdict.item()=='impossible'
 
 
-@pytest.mark.parametrize('table,minority', [(dict(model=['a']),None),([],None),(dict(auc=[.5]),.7),(dict(auc=[.5]),0),(dict(auc=['high']),None)])
+@pytest.mark.parametrize('table,minority', [(dict(model=['a']),None),([],None),(dict(auc=[.5]),.7),(dict(auc=[.5]),0),
+    (dict(auc=['high']),None)])
 def test_bad_tables_are_refused(table, minority):
     with pytest.raises(MGMTError): check_consistency(table, minority)
 
@@ -119,7 +133,8 @@ def test_standard_error_of_chance_is_exact():
 
 
 def test_planning():
-    assert patients_needed(.6)>patients_needed(.65)>patients_needed(.8) and patients_needed(.65,share=.2)>patients_needed(.65)
+    assert patients_needed(.6)>patients_needed(.65)>patients_needed(.8)
+    assert patients_needed(.65,share=.2)>patients_needed(.65)
     n,rng = patients_needed(.7),rng_for(0,'planning')
     def found():
         y = rng.random(n)<.5

@@ -22,7 +22,8 @@ def test_the_lock_has_exact_versions_and_no_places():
 def test_the_lock_covers_the_requirements():
     cfg = ConfigParser(delimiters=['='])
     cfg.read(ROOT/'settings.ini', encoding='utf-8')
-    for o in map(Requirement, cfg['DEFAULT']['requirements'].split()): assert plain(o.name) in LOCK and o.specifier.contains(LOCK[plain(o.name)]), o
+    for o in map(Requirement, cfg['DEFAULT']['requirements'].split()):
+        assert plain(o.name) in LOCK and o.specifier.contains(LOCK[plain(o.name)]), o
 
 
 def test_the_lock_is_closed():
@@ -32,7 +33,9 @@ def test_the_lock_is_closed():
         except PackageNotFoundError: continue
         if d.version.split('+')[0]!=v: continue
         for o in map(Requirement, d.requires or []):
-            if o.marker is None or o.marker.evaluate({'extra':''}): assert plain(o.name) in LOCK and o.specifier.contains(LOCK[plain(o.name)], prereleases=True), (name, str(o))
+            if o.marker is None or o.marker.evaluate({'extra':''}):
+                assert plain(o.name) in LOCK and o.specifier.contains(LOCK[plain(o.name)], prereleases=True), (name,
+                    str(o))
 
 
 def test_dockerfile_copies_what_there_is_and_installs_the_lock():

@@ -25,17 +25,22 @@ SCRIPT = Path(__file__).parent/'distributed_run.py'
 
 @pytest.fixture(scope='module')
 def store(tmp_path_factory):
-    "26 patients: beside fold 1 there are 21 to train on, so that with batches of 4 or 8 the last has an odd number, or one."
+    """26 patients: beside fold 1 there are 21 to train on, so that with batches of 4 or 8 the last has an odd number,
+    or one."""
     d = tmp_path_factory.mktemp('distributed')
-    make_phantom(d/'scans', n=26, test=0, auc=.95, seed=2, slices=8, size=32, sequences=('FLAIR','T1wCE'), progress=False)
+    make_phantom(d/'scans', n=26, test=0, auc=.95, seed=2, slices=8, size=32, sequences=('FLAIR','T1wCE'),
+        progress=False)
     return prepare(kaggle_cohort(d/'scans'), d/'store', 'FLAIR,T1wCE', size=(8,16,16), n_workers=1, progress=False)
 
 
 def launch(*cmd, n=2):
     "Processes as a launcher starts them, and what they said."
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    env = dict(WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=port, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS=1)
-    jobs = [subprocess.Popen([str(o) for o in cmd], env={**os.environ, **{k:str(v) for k,v in env.items()}, 'RANK':str(r), 'LOCAL_RANK':str(r)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(n)]
+    env = dict(WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=port, ACCELERATE_USE_CPU='true',
+        OMP_NUM_THREADS=1)
+    jobs = [subprocess.Popen([str(o) for o in cmd],
+        env={**os.environ, **{k:str(v) for k,v in env.items()}, 'RANK':str(r), 'LOCAL_RANK':str(r)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(n)]
     outs = [j.communicate()[0] for j in jobs]
     assert all(j.returncode==0 for j in jobs), '\n'.join(outs)
     return outs
@@ -44,7 +49,8 @@ def launch(*cmd, n=2):
 def result(dest, rank=0): return json.loads((dest/f'rank{rank}.json').read_text())
 
 
-CASES = {'no batch norm, last of 5': dict(bs=8), 'accumulated, last of 1': dict(bs=4, acc=2), 'batch norm in step, last of 1': dict(bs=4, norm=1)}
+CASES = {'no batch norm, last of 5': dict(bs=8), 'accumulated, last of 1': dict(bs=4, acc=2),
+    'batch norm in step, last of 1': dict(bs=4, norm=1)}
 
 
 @pytest.fixture(scope='module')
@@ -60,7 +66,8 @@ def two(store, tmp_path_factory):
 
 @pytest.mark.parametrize('case', CASES)
 def test_two_processes_are_one(two, store, tmp_path, case):
-    "Parameters after three epochs, the log, the AUC and the best epoch; both processes agree to the bit, and gradients travel once a step."
+    """Parameters after three epochs, the log, the AUC and the best epoch; both processes agree to the bit, and
+    gradients travel once a step."""
     train(store.path, tmp_path, **CASES[case])
     a,b,c = result(tmp_path),result(two/case),result(two/case, 1)
     p,q = np.array(a['params']),np.array(b['params'])
@@ -77,17 +84,21 @@ def test_two_processes_resume(two):
 
 
 def test_the_command_on_two_processes(store, tmp_path):
-    "As `accelerate launch` starts it: one of the two speaks and writes, and what it writes is what one process alone would, batch norm included."
-    args = '--sequences','T1wCE','--arch','resnet18','--epochs','2','--bs','7','--lr','1e-5' # so slow that rounding does not grow
+    """As `accelerate launch` starts it: one of the two speaks and writes, and what it writes is what one process alone
+    would, batch norm included."""
+    # so slow that rounding does not grow
+    args = '--sequences','T1wCE','--arch','resnet18','--epochs','2','--bs','7','--lr','1e-5'
     outs = launch(BIN/'mgmt_train', store.path, tmp_path/'run', *args)
     assert sum('not an estimate' in o for o in outs)==1
     assert {'model.safetensors','model.json','history.csv'}<={f.name for f in (tmp_path/'run').iterdir()}
     subprocess.run([BIN/'mgmt_train', store.path, tmp_path/'alone', *args], check=True, capture_output=True)
-    a,b = (pd.read_csv(tmp_path/d/'history.csv')[['train_loss','valid_loss']] for d in ('alone','run')) # two predictions that are nearly equal may change places in the AUC
+    a,b = (pd.read_csv(tmp_path/d/'history.csv')[['train_loss','valid_loss']]
+        for d in ('alone','run')) # two predictions that are nearly equal may change places in the AUC
     np.testing.assert_allclose(a, b, rtol=1e-3)
 
 
-RUNS = ['--archs', 'resnet10,resnet18', '--sequences', 'T1wCE,FLAIR+T1wCE', '--folds', '0,1', '--n_folds', '3', '--epochs', '1']
+RUNS = ['--archs', 'resnet10,resnet18', '--sequences', 'T1wCE,FLAIR+T1wCE', '--folds', '0,1', '--n_folds', '3',
+    '--epochs', '1']
 
 
 def test_a_sweep_that_was_killed_runs_what_is_missing(store, tmp_path):
@@ -105,7 +116,8 @@ def test_a_sweep_that_was_killed_runs_what_is_missing(store, tmp_path):
     assert all(f.stat().st_mtime_ns==t for f,t in before.items())
     t = pd.read_csv(tmp_path/'sweep/sweep.csv')
     assert len(t)==8 and t.auc.notna().all() and not t.duplicated(['arch','sequences','fold']).any()
-    valid = pd.concat([pd.read_csv(f, dtype={'patient':str}) for f in (tmp_path/'sweep').glob('resnet10-T1wCE-*/valid.csv')])
+    valid = pd.concat([pd.read_csv(f, dtype={'patient':str})
+        for f in (tmp_path/'sweep').glob('resnet10-T1wCE-*/valid.csv')])
     assert valid.patient.is_unique
 
 
@@ -113,6 +125,8 @@ def test_a_dask_cluster_gives_the_bits_of_one_process(store, tmp_path):
     distributed = pytest.importorskip('distributed')
     runs,recipe = sweep_table(['resnet10'], ['T1wCE'], (0,1)),get_recipe('default', epochs=1)
     here = sweep(runs, store.path, tmp_path/'here', recipe, n_folds=3, progress=False)
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster, distributed.Client(cluster):
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True,
+        dashboard_address=None) as cluster, distributed.Client(cluster):
         there = sweep(runs, store.path, tmp_path/'there', recipe, n_folds=3, n_jobs=-1, backend='dask', progress=False)
-    assert there.auc.tolist()==here.auc.tolist() and there.valid_loss.tolist()==pytest.approx(here.valid_loss.tolist(), rel=1e-5)
+    assert there.auc.tolist()==here.auc.tolist()
+    assert there.valid_loss.tolist()==pytest.approx(here.valid_loss.tolist(), rel=1e-5)

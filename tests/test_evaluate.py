@@ -32,8 +32,11 @@ def fake_oof(strength=1., n=60, archs=('a',), sequences=('FLAIR','T1wCE'), repea
             for r in range(repeats):
                 for m in range(members):
                     z,fold = strength*(2*y-1)+rng.normal(size=n),np.arange(n)//2%3
-                    rows.append(pd.DataFrame(dict(patient=[f'{i:03d}' for i in range(n)], label=y, arch=arch, sequences=s, recipe='default', repeat=r, fold=fold, member=m, raw=expit(z), tta=np.nan, prob=expit(z),
-                        run=[f'{arch}{s}{r}{m}{f}' for f in fold], temperature=1., threshold=.5, valid_loss=.5+rng.random())))
+                    rows.append(pd.DataFrame(dict(patient=[f'{i:03d}' for i in range(n)], label=y, arch=arch,
+                        sequences=s, recipe='default', repeat=r, fold=fold, member=m, raw=expit(z), tta=np.nan,
+                        prob=expit(z),
+                        run=[f'{arch}{s}{r}{m}{f}' for f in fold], temperature=1., threshold=.5,
+                        valid_loss=.5+rng.random())))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -69,26 +72,32 @@ def test_selection_inside_takes_the_lowest_inner_loss_of_each_run():
 
 
 @pytest.mark.parametrize('spoil,says', [
-    (lambda t: pd.concat([t,t[:1]]), 'do folds share patients'), (lambda t: t.assign(label=1), 'both classes'), (lambda t: t.assign(prob=.4), 'tell patients apart'),
-    (lambda t: t.assign(prob=2.*t.prob), r'\[0,1\]'), (lambda t: t.assign(prob=t.prob.where(t.prob<.9)), 'missing|finite'), (lambda t: t[:8], 'too few')])
+    (lambda t: pd.concat([t,t[:1]]), 'do folds share patients'), (lambda t: t.assign(label=1), 'both classes'),
+    (lambda t: t.assign(prob=.4), 'tell patients apart'),
+    (lambda t: t.assign(prob=2.*t.prob), r'\[0,1\]'),
+    (lambda t: t.assign(prob=t.prob.where(t.prob<.9)), 'missing|finite'), (lambda t: t[:8], 'too few')])
 def test_no_number_of_a_bad_table(spoil, says):
     with pytest.raises(MGMTError, match=says): results_table(spoil(fake_oof(sequences=['FLAIR'])))
 
 
 def phantom_store(dest, n, slices=12, first=0, seed=0, **kwargs):
     "A store of phantoms whose patients are numbered from `first`"
-    make_phantom(dest/'scans', n=n, test=0., auc=.9, slices=slices, size=32, sequences='T1wCE', seed=seed, n_workers=0, progress=False, **kwargs)
+    make_phantom(dest/'scans', n=n, test=0., auc=.9, slices=slices, size=32, sequences='T1wCE', seed=seed, n_workers=0,
+        progress=False, **kwargs)
     c = kaggle_cohort(dest/'scans')
-    return prepare(c.assign(patient=[f'{first+int(p):05d}' for p in c.patient]), dest/'store', 'T1wCE', size=(8,24,24), n_workers=1, progress=False)
+    return prepare(c.assign(patient=[f'{first+int(p):05d}' for p in c.patient]), dest/'store', 'T1wCE', size=(8,24,24),
+        n_workers=1, progress=False)
 
 
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
-    "Stores for training and test, and an untrained model in a bundle: what a bundle refuses has nothing to do with how good it is"
+    """Stores for training and test, and an untrained model in a bundle: what a bundle refuses has nothing to do with
+    how good it is"""
     d = tmp_path_factory.mktemp('study')
     train,test = phantom_store(d/'train', 30),phantom_store(d/'test', 24, first=900, seed=1)
     torch.manual_seed(0)
-    model = MGMTModel(create_backbone('timm/resnet10t', anisotropic=3), get_recipe('default', arch='timm/resnet10t', size=(8,24,24)), ('T1wCE',))
+    model = MGMTModel(create_backbone('timm/resnet10t', anisotropic=3),
+        get_recipe('default', arch='timm/resnet10t', size=(8,24,24)), ('T1wCE',))
     save_model(model, d/'model')
     v = train.table[['patient','label']].assign(prob=rng_for(0,'v').random(30))
     freeze_bundle(d/'model', v, train, d/'bundle')
@@ -132,7 +141,8 @@ def test_a_pass_that_was_stopped_is_finished_as_the_same_pass(study, copy_of, mo
             with pytest.raises(Stopped): external_test(b, test, progress=False)
         else: external_test(b, test, progress=False)
     last = external_test(b, test, progress=False)
-    assert last['pass']==(1 if k<=8 else 2) and read_result(d/'bundle'/last['predictions']['file'].replace('.csv','.json'))==last
+    assert last['pass']==(1 if k<=8 else 2)
+    assert read_result(d/'bundle'/last['predictions']['file'].replace('.csv','.json'))==last
     assert external_test(b, test, progress=False)['pass']==last['pass']+1
 
 
@@ -145,7 +155,8 @@ def test_a_line_that_a_stop_cut_off_is_no_line_of_the_ledger(copy_of):
 
 
 def test_too_few_patients_are_refused_before_anything_is_trained(study, tmp_path):
-    with pytest.raises(ProtocolError, match='24 training patients with inner=5 leave [45] .* at least 10 are needed: 50 training patients'):
+    with pytest.raises(ProtocolError, match='24 training patients with inner=5 leave [45] .* at least 10 are needed: '
+        '50 training patients'):
         cross_validate(VolumeStore(study/'train/store'), tmp_path/'cv', progress=False)
     assert not (tmp_path/'cv').exists()
 
@@ -154,7 +165,8 @@ def test_a_part_of_the_cohort_under_other_names_is_met_again(copy_of):
     d,b,test = copy_of
     external_test(b, test, progress=False)
     c = kaggle_cohort(d/'test/scans')[:16]
-    other = prepare(c.assign(patient=[f'other-{i}' for i in range(16)]), d/'renamed', 'T1wCE', size=(8,24,24), n_workers=1, progress=False)
+    other = prepare(c.assign(patient=[f'other-{i}' for i in range(16)]), d/'renamed', 'T1wCE', size=(8,24,24),
+        n_workers=1, progress=False)
     assert external_test(b, other, progress=False)['pass']==2
 
 
@@ -162,7 +174,8 @@ def test_a_label_without_scans_tests_nobody(copy_of):
     "A label table may cover the training patients too"
     d,b,test = copy_of
     c = kaggle_cohort(d/'test/scans')
-    c = pd.concat([c.assign(patient=[f'{900+int(p):05d}' for p in c.patient]), c[:1].assign(T1wCE=None)], ignore_index=True)
+    c = pd.concat([c.assign(patient=[f'{900+int(p):05d}' for p in c.patient]), c[:1].assign(T1wCE=None)],
+        ignore_index=True)
     other = prepare(c, d/'more', 'T1wCE', size=(8,24,24), n_workers=1, progress=False)
     r = external_test(b, other, progress=False)
     assert r['all']['n']==24 and [o['patient'] for o in r['cohort']['left_out']]==['00000']
@@ -170,7 +183,8 @@ def test_a_label_without_scans_tests_nobody(copy_of):
 
 def test_with_and_without_suspected_overlaps(copy_of):
     d,b,test = copy_of
-    report = pd.DataFrame(dict(train=['00000']*3, test=['00900','00901','00902'], sequence='T1wCE', verdict=['same','uncertain','different']))
+    report = pd.DataFrame(dict(train=['00000']*3, test=['00900','00901','00902'], sequence='T1wCE',
+        verdict=['same','uncertain','different']))
     r = external_test(b, test, leakage=report, progress=False)
     assert r['leakage']['set_aside']==['00900','00901'] and r['all']['n']==24 and r['without_suspected']['n']==22
     r = external_test(b, test, leakage=test.table.patient[:18].tolist(), progress=False)
@@ -197,7 +211,8 @@ def test_a_cohort_that_was_tested_cannot_be_trained_on(copy_of):
     d,b,test = copy_of
     external_test(b, test, progress=False)
     with pytest.raises(ProtocolError, match='external test'): cross_validate(test, d/'cv')
-    with pytest.raises(ProtocolError, match='external test'): freeze_bundle(d/'model', test.table.assign(prob=np.linspace(.1,.9,len(test))), test, d/'b2')
+    with pytest.raises(ProtocolError, match='external test'):
+        freeze_bundle(d/'model', test.table.assign(prob=np.linspace(.1,.9,len(test))), test, d/'b2')
 
 
 @pytest.mark.parametrize('file', ['bundle.json','model-0.safetensors','model-0.json'])
@@ -231,7 +246,8 @@ def test_patients_of_training_are_not_tested(copy_of, tmp_path):
     d,b,_ = copy_of
     with pytest.raises(ProtocolError, match='in training and test'): external_test(b, VolumeStore(d/'train/store'))
     c = kaggle_cohort(d/'train/scans')[:12]
-    twins = prepare(c.assign(patient=[f'twin-{i}' for i in range(12)]), tmp_path/'twins', 'T1wCE', size=(8,24,24), n_workers=1, progress=False)
+    twins = prepare(c.assign(patient=[f'twin-{i}' for i in range(12)]), tmp_path/'twins', 'T1wCE', size=(8,24,24),
+        n_workers=1, progress=False)
     with pytest.raises(ProtocolError, match='equal to the voxel'): external_test(b, twins)
 
 
@@ -242,7 +258,8 @@ def test_another_preparation_is_refused_unless_it_is_named(copy_of, tmp_path):
     with pytest.raises(MGMTError, match='spacing'): external_test(b, thick, override='spcing')
     r = external_test(b, thick, override=('space','spacing'), progress=False)
     assert {o['what'] for o in r['overridden']}=={'space','spacing'}
-    other = prepare(kaggle_cohort(d/'test/scans').assign(patient=lambda t: 'x'+t.patient), tmp_path/'size', 'T1wCE', size=(8,16,16), n_workers=1, progress=False)
+    other = prepare(kaggle_cohort(d/'test/scans').assign(patient=lambda t: 'x'+t.patient), tmp_path/'size', 'T1wCE',
+        size=(8,16,16), n_workers=1, progress=False)
     with pytest.raises(MGMTError, match='prepared otherwise'): external_test(b, other)
 
 
@@ -258,7 +275,8 @@ def test_labels_decide_who_is_scored(copy_of):
 def test_folds_are_kept_and_used_again(tmp_path, monkeypatch):
     "An interruption costs the run that was under way; other inputs cost all that depends on them."
     store = phantom_store(tmp_path, 48)
-    kw = dict(recipe=get_recipe('default', arch='timm/mobilenetv2_035', anisotropic=2, epochs=1), n_folds=2, inner=2, progress=False)
+    kw = dict(recipe=get_recipe('default', arch='timm/mobilenetv2_035', anisotropic=2, epochs=1), n_folds=2, inner=2,
+        progress=False)
     fits,fit = [],Learner.fit
     def counted(self, *args, **kwargs):
         if len(fits)==1 and not resumed: raise KeyboardInterrupt
@@ -279,7 +297,8 @@ def test_folds_are_kept_and_used_again(tmp_path, monkeypatch):
         assert j['valid_patients']==12 and set(j['predictions']['patient'])==set(t.patient)
     run = tmp_path/'cv/runs'/oof.run[0]/'model.safetensors'
     run.write_bytes(run.read_bytes()[:-1]+b'?')
-    pd.testing.assert_frame_equal(oof, cross_validate(store, tmp_path/'cv', **kw)) # the damaged run is trained again, to the bit
+    pd.testing.assert_frame_equal(oof, cross_validate(
+        store, tmp_path/'cv', **kw)) # the damaged run is trained again, to the bit
     assert len(fits)==3
 
 
@@ -300,15 +319,19 @@ def test_cross_validation_refuses_what_gives_no_number(study, tmp_path):
 def test_a_slice_count_that_follows_the_label_is_caught(tmp_path):
     parts = []
     for slices,label in ((10,0),(13,1)):
-        make_phantom(tmp_path/str(label), n=40, auc=.5, test=0., slices=slices, size=32, sequences='T1wCE', seed=1, n_workers=0, progress=False)
+        make_phantom(tmp_path/str(label), n=40, auc=.5, test=0., slices=slices, size=32, sequences='T1wCE', seed=1,
+            n_workers=0, progress=False)
         c = kaggle_cohort(tmp_path/str(label))
         parts.append(c[c.label==label])
-    b = baselines(prepare(pd.concat(parts), tmp_path/'store', 'T1wCE', size=(8,16,16), n_workers=1, progress=False), progress=False).set_index('baseline')
-    assert b.lo['slice count']>.5 and b.p_holm['slice count']<.05 and 'the label shows in the acquisition' in b.note['slice count']
+    b = baselines(prepare(pd.concat(parts), tmp_path/'store', 'T1wCE', size=(8,16,16), n_workers=1, progress=False),
+        progress=False).set_index('baseline')
+    assert b.lo['slice count']>.5 and b.p_holm['slice count']<.05
+    assert 'the label shows in the acquisition' in b.note['slice count']
 
 
 def test_sites_are_read_from_tcga_barcodes():
     n = 60
-    p = pd.DataFrame(dict(patient=[f'TCGA-{o:02d}-{i:04d}' for i,o in enumerate([2,6]*30)], label=np.arange(n)//2%2, prob=rng_for(0,'tcga').random(n)))
+    p = pd.DataFrame(dict(patient=[f'TCGA-{o:02d}-{i:04d}' for i,o in enumerate([2,6]*30)], label=np.arange(n)//2%2,
+        prob=rng_for(0,'tcga').random(n)))
     s = subgroups(p, p)
     assert s.level.tolist()==['02','06'] and s.auc.notna().all() and (s.note=='').all()

@@ -23,7 +23,8 @@ RECIPE = get_recipe('default', size=(8,32,32), arch=ARCH)
 def network(sequences, seed, **kwargs):
     torch.manual_seed(seed)
     kwargs = kwargs if kwargs.get('network')=='2d' else dict(anisotropic=2, **kwargs)
-    return MGMTModel(create_network(arch=ARCH, in_chans=len(sequences), **kwargs).eval(), RECIPE, sequences, prepared=SEQS)
+    return MGMTModel(create_network(arch=ARCH, in_chans=len(sequences), **kwargs).eval(), RECIPE, sequences,
+        prepared=SEQS)
 
 
 @pytest.fixture(scope='module')
@@ -33,12 +34,14 @@ def parts(): return {s: network((s,), i) for i,s in enumerate(SEQS)}
 @pytest.fixture(scope='module')
 def cohort(tmp_path_factory):
     root = tmp_path_factory.mktemp('phantom')/'cohort'
-    make_phantom(root, n=12, test=0, slices=8, size=32, sequences=SEQS, missing={'00001':['FLAIR'],'00004':['T1wCE']}, progress=False)
+    make_phantom(root, n=12, test=0, slices=8, size=32, sequences=SEQS, missing={'00001':['FLAIR'],'00004':['T1wCE']},
+        progress=False)
     return kaggle_cohort(root)
 
 
 @pytest.fixture(scope='module')
-def store(cohort, tmp_path_factory): return prepare(cohort, tmp_path_factory.mktemp('store')/'s', SEQS, recipe=RECIPE, n_workers=1, progress=False)
+def store(cohort, tmp_path_factory):
+    return prepare(cohort, tmp_path_factory.mktemp('store')/'s', SEQS, recipe=RECIPE, n_workers=1, progress=False)
 
 
 def logits(p): return np.log(p.prob/(1-p.prob)).to_numpy()
@@ -47,7 +50,8 @@ def logits(p): return np.log(p.prob/(1-p.prob)).to_numpy()
 def made_up(n=200, seed=0):
     rng = rng_for(seed, 'made up')
     y = rng.integers(0, 2, n)
-    return pd.DataFrame(dict(patient=[f'{i:04d}' for i in range(n)], label=y, FLAIR=y+rng.standard_normal(n), T1wCE=y+rng.standard_normal(n), age=60-5*y+8*rng.standard_normal(n)))
+    return pd.DataFrame(dict(patient=[f'{i:04d}' for i in range(n)], label=y, FLAIR=y+rng.standard_normal(n),
+        T1wCE=y+rng.standard_normal(n), age=60-5*y+8*rng.standard_normal(n)))
 
 
 def test_the_mean_is_that_of_what_there_is(parts, store):
@@ -58,7 +62,8 @@ def test_the_mean_is_that_of_what_there_is(parts, store):
 
 def test_from_scans_as_from_a_store(parts, cohort, store):
     f = fuse(parts, made_up())
-    assert predict(f, cohort, n_workers=1, progress=False).prob.tolist()==predict(f, store, progress=False).prob.tolist()
+    assert predict(f, cohort, n_workers=1, progress=False).prob.tolist()==predict(f, store,
+        progress=False).prob.tolist()
 
 
 def test_regressions_are_those_of_the_saved_json(parts, store, tmp_path):
@@ -67,25 +72,30 @@ def test_regressions_are_those_of_the_saved_json(parts, store, tmp_path):
     assert {o.suffix for o in tmp_path.iterdir()}=={'.json','.safetensors'} and len(d['weights'])==3
     a,b = (logits(predict(m, store, progress=False)) for m in parts.values())
     w,k = d['weights'],np.isnan(a)*1+np.isnan(b)*2
-    want = np.select([k==0,k==1,k==2], [w['FLAIR,T1wCE'][0]+w['FLAIR,T1wCE'][1]*a+w['FLAIR,T1wCE'][2]*b, w['T1wCE'][0]+w['T1wCE'][1]*b, w['FLAIR'][0]+w['FLAIR'][1]*a])
+    want = np.select([k==0,k==1,k==2], [w['FLAIR,T1wCE'][0]+w['FLAIR,T1wCE'][1]*a+w['FLAIR,T1wCE'][2]*b,
+        w['T1wCE'][0]+w['T1wCE'][1]*b, w['FLAIR'][0]+w['FLAIR'][1]*a])
     np.testing.assert_allclose(logits(predict(tmp_path/'f', store, progress=False)), want, atol=1e-4)
 
 
 @pytest.mark.parametrize('kind', ['fusion of fusions','hybrid','siamese','2d','adapter1x1'])
 def test_every_kind_is_loaded_as_saved(kind, parts, store, tmp_path):
-    m = {'fusion of fusions': lambda: fuse(dict(a=fuse(parts), b=parts['FLAIR'])), 'hybrid': lambda: fuse(dict(FLAIR=parts['FLAIR']), made_up(), ['age']),
-        'siamese': lambda: network(SEQS, 3, network='siamese'), '2d': lambda: network(SEQS, 5, network='2d', slices=8), 'adapter1x1': lambda: network(SEQS, 4, stem='adapter1x1')}[kind]()
+    m = {'fusion of fusions': lambda: fuse(dict(a=fuse(parts), b=parts['FLAIR'])),
+        'hybrid': lambda: fuse(dict(FLAIR=parts['FLAIR']), made_up(), ['age']),
+        'siamese': lambda: network(SEQS, 3, network='siamese'), '2d': lambda: network(SEQS, 5, network='2d', slices=8),
+        'adapter1x1': lambda: network(SEQS, 4, stem='adapter1x1')}[kind]()
     if kind=='siamese': m.model.head.prototypes.copy_(torch.randn(2,32))
     save_model(m, tmp_path/'m')
     ages = pd.DataFrame(dict(patient=store.table.patient, age=range(50,62)))
     a,b = (predict(o, store, progress=False, features=ages) for o in (m, load_model(tmp_path/'m.json')))
     assert a.prob.equals(b.prob) and a.note.equals(b.note) and a.prob.nunique()>8
-    if kind=='hybrid': assert (predict(m, store, progress=False, features=ages.assign(age='F')).prob.dropna()!=a.prob.dropna()).all()
+    if kind=='hybrid':
+        assert (predict(m, store, progress=False, features=ages.assign(age='F')).prob.dropna()!=a.prob.dropna()).all()
 
 
 def test_weights_are_found_and_more_inputs_do_not_hurt():
     oof = made_up(2000)
-    one,two,three = (auc_ci(oof.label, fused_oof(oof, p, f).logit).auc for p,f in ((['FLAIR'],()),(['FLAIR','T1wCE'],()),(['FLAIR','T1wCE'],['age'])))
+    one,two,three = (auc_ci(oof.label, fused_oof(oof, p, f).logit).auc
+        for p,f in ((['FLAIR'],()),(['FLAIR','T1wCE'],()),(['FLAIR','T1wCE'],['age'])))
     assert one<two<three
     noise = oof.assign(T1wCE=rng_for(1,'noise').standard_normal(2000))
     assert abs(auc_ci(oof.label, fused_oof(noise, ['FLAIR','T1wCE']).logit).auc-one)<.01
@@ -103,12 +113,16 @@ def test_a_null_stays_a_null():
 
 def test_every_patient_is_out_of_fold_once(store, tmp_path, capsys):
     t,m = out_of_fold(store, get_recipe(RECIPE, epochs=1), 'FLAIR', tmp_path, n_folds=2, progress=False)
-    assert t.patient.tolist()==[p for p in store.table.patient if p!='00001'] and set(t.fold)=={0,1} and t.logit.notna().all()
+    assert t.patient.tolist()==[p for p in store.table.patient if p!='00001'] and set(t.fold)=={0,1}
+    assert t.logit.notna().all()
     assert list(m.parts)==['fold0','fold1'] and m.parts['fold0'].prepared==SEQS
-    for k,g in t.groupby('fold'): np.testing.assert_allclose(g.logit, logits(predict(m.parts[f'fold{k}'], store, progress=False))[store.table.patient.isin(g.patient)], atol=1e-4)
+    for k,g in t.groupby('fold'):
+        np.testing.assert_allclose(g.logit, logits(predict(m.parts[f'fold{k}'], store, progress=False))[
+            store.table.patient.isin(g.patient)], atol=1e-4)
 
 
-@pytest.mark.parametrize('change,what', [(lambda d: d.drop(columns='FLAIR'),'lacks FLAIR'), (lambda d: d[d.label==0],'five patients of each class'), (lambda d: d.assign(FLAIR=np.nan),'five patients'),
+@pytest.mark.parametrize('change,what', [(lambda d: d.drop(columns='FLAIR'),'lacks FLAIR'),
+    (lambda d: d[d.label==0],'five patients of each class'), (lambda d: d.assign(FLAIR=np.nan),'five patients'),
     (lambda d: d.assign(age='old'),"received 'old'"), (lambda d: d.drop(columns='label'),'lacks label')])
 def test_tables_that_cannot_be_fitted_on(change, what, parts):
     with pytest.raises(MGMTError, match=what): fuse(parts, change(made_up()), ['age'])
@@ -118,7 +132,8 @@ def test_bad_models(parts, store, tmp_path):
     with pytest.raises(MGMTError, match='one model at least'): fuse({})
     with pytest.raises(MGMTError, match='named by letters'): fuse({'../x': parts['FLAIR']})
     with pytest.raises(MGMTError, match='features need weights'): fuse(parts, features=['age'])
-    with pytest.raises(MGMTError, match='8 of them at most'): fuse(parts, made_up().assign(**{f'x{i}':0 for i in range(8)}), [f'x{i}' for i in range(8)])
+    with pytest.raises(MGMTError, match='8 of them at most'):
+        fuse(parts, made_up().assign(**{f'x{i}':0 for i in range(8)}), [f'x{i}' for i in range(8)])
     save_model(fuse(parts), tmp_path/'f')
     (tmp_path/'f-FLAIR.safetensors').unlink()
     with pytest.raises(MGMTError, match='f-FLAIR.safetensors is missing'): load_model(tmp_path/'f')

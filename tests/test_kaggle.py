@@ -37,7 +37,8 @@ def sim(tmp_path, monkeypatch):
 def run(tmp, *args, code=0, cwd=None):
     "The command, as its installed script calls it"
     (tmp/'mgmt_kaggle').write_text('from mgmt_fast.cli import mgmt_kaggle\nimport sys\nsys.exit(mgmt_kaggle())\n')
-    r = subprocess.run([sys.executable, tmp/'mgmt_kaggle', *map(str,args)], capture_output=True, text=True, cwd=cwd, env={**os.environ, 'PYTHONPATH':str(ROOT)})
+    r = subprocess.run([sys.executable, tmp/'mgmt_kaggle', *map(str,args)], capture_output=True, text=True, cwd=cwd,
+        env={**os.environ, 'PYTHONPATH':str(ROOT)})
     assert r.returncode==code and 'Traceback' not in r.stderr, r.stdout+r.stderr
     return r.stdout+r.stderr
 
@@ -58,10 +59,14 @@ def test_the_four_kernels_are_what_kaggle_accepts():
 
 
 @pytest.mark.parametrize('change,field', [
-    (dict(id='me/other-slug'), 'title'), (dict(id='noslash'), 'id'), (dict(title='abc', id='me/abc'), 'title'), (dict(title='x'*51, id='me/'+'x'*51), 'title'),
-    (dict(kernel_type='script'), 'kernel_type'), (dict(language='r'), 'language'), (dict(code_file='absent.ipynb'), 'code_file'), (dict(enable_internet=True), 'enable_internet'),
-    (dict(enable_internet='false'), 'enable_internet'), (dict(enable_gpu=False), 'enable_gpu'), (dict(is_private=False), 'is_private'), (dict(competition_sources=[]), 'competition_sources'),
-    (dict(dataset_sources=['wheels']), 'dataset_sources'), (dict(kernel_sources=['me/a_b']), 'kernel_sources'), (dict(gpu=True), 'gpu')], ids=str)
+    (dict(id='me/other-slug'), 'title'), (dict(id='noslash'), 'id'), (dict(title='abc', id='me/abc'), 'title'),
+    (dict(title='x'*51, id='me/'+'x'*51), 'title'),
+    (dict(kernel_type='script'), 'kernel_type'), (dict(language='r'), 'language'),
+    (dict(code_file='absent.ipynb'), 'code_file'), (dict(enable_internet=True), 'enable_internet'),
+    (dict(enable_internet='false'), 'enable_internet'), (dict(enable_gpu=False), 'enable_gpu'),
+    (dict(is_private=False), 'is_private'), (dict(competition_sources=[]), 'competition_sources'),
+    (dict(dataset_sources=['wheels']), 'dataset_sources'), (dict(kernel_sources=['me/a_b']), 'kernel_sources'),
+    (dict(gpu=True), 'gpu')], ids=str)
 def test_metadata_that_kaggle_would_refuse(tmp_path, change, field):
     shutil.copytree(ROOT/'kaggle/train', tmp_path/'train')
     path = tmp_path/'train/kernel-metadata.json'
@@ -83,7 +88,8 @@ def test_the_command_builds_checks_and_says_what_to_type(clone, tmp_path):
     (tmp_path/'w').mkdir(); (tmp_path/'w/resnet18.safetensors').write_bytes(b'x')
     out = run(tmp_path, 'some-body', '--dest', tmp_path/'up', '--weights', tmp_path/'w', '--lacking', 'none', cwd=clone)
     commands = [o.strip() for o in out.splitlines() if o.strip().startswith('kaggle ')]
-    assert [o.split()[1:3] for o in commands]==[['datasets','create']]*2+[['kernels','push']]*4+[['competitions','submit']]
+    assert [o.split()[1:3] for o in commands]==[['datasets','create']]*2+[['kernels','push']]*4+[[
+        'competitions','submit']]
     assert [o.rsplit('/',1)[1] for o in commands[2:6]]==['eda','train','tcga-eval','submit']
     assert len(list((tmp_path/'up/wheels').glob('mgmt_fast-*.whl')))==1
     for d,slug in ((tmp_path/'up/wheels','mgmt-fast-wheels'),(tmp_path/'w','mgmt-fast-weights')):
@@ -101,15 +107,19 @@ def test_the_command_refuses_in_one_line(clone, tmp_path):
 
 
 @pytest.mark.parametrize('kw,say', [
-    (dict(source='nowhere'), 'no clone of the library'), (dict(kernels='nowhere'), 'no kernels found'), (dict(source='absent.whl'), 'no wheel at'),
+    (dict(source='nowhere'), 'no clone of the library'), (dict(kernels='nowhere'), 'no kernels found'),
+    (dict(source='absent.whl'), 'no wheel at'),
     (dict(tcga='nowhere'), 'holds nothing that could become'), (dict(wights='w'), "did you mean 'weights'")], ids=str)
 def test_what_cannot_be_built(tmp_path, kw, say):
     (tmp_path/'mgmt_fast-0-py3-none-any.whl').touch()
-    fails(lambda: build_kaggle(tmp_path/'up', 'some-body', **{**dict(kernels=ROOT/'kaggle', source=tmp_path/'mgmt_fast-0-py3-none-any.whl', lacking=()), **kw}), contains=say)
+    fails(lambda: build_kaggle(tmp_path/'up', 'some-body',
+        **{**dict(kernels=ROOT/'kaggle', source=tmp_path/'mgmt_fast-0-py3-none-any.whl', lacking=()), **kw}),
+        contains=say)
 
 
 def test_sources_are_found_in_every_layout(sim):
-    fails(lambda: kaggle.find_input('x') if os.environ.update(MGMT_KAGGLE_ROOT=str(sim/'nowhere')) is None else 0, contains='no Kaggle kernel')
+    fails(lambda: kaggle.find_input('x') if os.environ.update(MGMT_KAGGLE_ROOT=str(sim/'nowhere')) is None else 0,
+        contains='no Kaggle kernel')
     os.environ['MGMT_KAGGLE_ROOT'] = str(sim)
     assert find_input('slug') is None
     for i,at in enumerate(('a','datasets/b','datasets/owner/c')):
@@ -149,7 +159,8 @@ def test_weights_of_another_architecture(sim):
     fails(lambda: find_weights('resnet18'), contains="weights of densenet121, not of 'resnet18'")
     from safetensors.torch import save_file
     import timm
-    save_file({k:v.contiguous() for k,v in timm.create_model('resnet34').state_dict().items()}, d/'resnet18.safetensors')
+    save_file({k:v.contiguous() for k,v in timm.create_model('resnet34').state_dict().items()},
+        d/'resnet18.safetensors')
     assert find_weights('resnet18')==d
     fails(lambda: create_backbone('resnet18', pretrained=d), exc=MGMTError)
 
@@ -160,13 +171,16 @@ def test_a_stopped_session_goes_on(sim):
     os.chmod(old/'a', 0o444); os.chmod(old, 0o555)
     (sim/'working/.train.part').mkdir(); (sim/'working/.train.part/half').touch()
     assert carry_on('mgmt-fast-train', 'train', 'absent')==['train']
-    assert sorted(p.name for p in (sim/'working/train').rglob('*'))==['a','cv'] and os.stat(sim/'working/train/cv/a').st_mode & 0o200
+    assert sorted(p.name for p in (sim/'working/train').rglob('*'))==['a','cv']
+    assert os.stat(sim/'working/train/cv/a').st_mode & 0o200
     (sim/'working/train/cv/a').write_text('2')
-    assert carry_on('mgmt-fast-train', 'train')==[] and (sim/'working/train/cv/a').read_text()=='2', 'what is newer stays'
+    assert carry_on('mgmt-fast-train', 'train')==[] and (
+        sim/'working/train/cv/a').read_text()=='2', 'what is newer stays'
     os.chmod(old, 0o755)
 
 
-def test_models_that_are_needed(sim): fails(lambda: find_bundles(sim/'working/b', needed=True), contains='attach its output')
+def test_models_that_are_needed(sim):
+    fails(lambda: find_bundles(sim/'working/b', needed=True), contains='attach its output')
 
 
 def test_tcga_input_is_the_thesis_layout_or_refused(tmp_path, sim):
@@ -183,7 +197,8 @@ def test_tcga_input_is_the_thesis_layout_or_refused(tmp_path, sim):
     fit,refused = refuse_unprepared(tcga_cohort(d, d/'labels.csv'), progress=False)
     assert fit.patient.tolist()==['TCGA-00-0004']
     why = refused.groupby('patient').why.agg(' '.join)
-    for p,say in (('0000','different grids'),('0001','another space'),('0002','missing'),('0003','T1w'),('0005','has its skull')):
+    for p,say in (('0000','different grids'),('0001','another space'),('0002','missing'),('0003','T1w'),
+        ('0005','has its skull')):
         assert say in f"{why['TCGA-00-'+p]} {' '.join(refused.sequence[refused.patient=='TCGA-00-'+p])}"
     assert not refused.why.str.contains(str(tmp_path)).any()
 
@@ -214,10 +229,12 @@ def test_the_thesis_figures_are_those_it_printed():
 
 
 def test_the_paragraph_follows_the_figures():
-    def table(*rows): return pd.DataFrame(rows, columns=['sequences','auc','auc_lo','auc_hi']).assign(arch='x', n=262, minority=.45)
+    def table(*rows):
+        return pd.DataFrame(rows, columns=['sequences','auc','auc_lo','auc_hi']).assign(arch='x', n=262, minority=.45)
     chance,good,odd = ('FLAIR',.52,.45,.59),('T1wCE',.66,.59,.73),('T2w',.35,.28,.42)
     said = say_results(table(chance, good, odd), [.6,.0001,.0001], [], aside=['p1'], overridden=['space'])
-    assert '1 of them can be told from chance' in said and 'T1wCE' in said and '1 ranked patients worse than chance' in said
+    assert '1 of them can be told from chance' in said and 'T1wCE' in said
+    assert '1 ranked patients worse than chance' in said
     assert '1 patients were suspected' in said and '(space)' in said and 'is the best of 3 and flatters' in said
     said = say_results(table(chance), [.6], [1,2])
     assert 'None of them' in said and 'No leakage audit' in said and 'flatters' not in said and '2 figures' in said

@@ -1,4 +1,5 @@
-"The four kernels run to their end in a simulated /kaggle: sources that nobody may change, an empty working folder, no internet."
+"""The four kernels run to their end in a simulated /kaggle: sources that nobody may change, an empty working folder,
+no internet."""
 import json
 import os
 import shutil
@@ -18,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = """import socket
 _connect = socket.socket.connect
 def connect(self, address):
-    if self.family!=socket.AF_UNIX and address[0] not in ('127.0.0.1','::1','localhost'): raise OSError(101, 'Network is unreachable')
+    here = self.family==socket.AF_UNIX or address[0] in ('127.0.0.1','::1','localhost')
+    if not here: raise OSError(101, 'Network is unreachable')
     return _connect(self, address)
 socket.socket.connect = connect
 """
@@ -31,21 +33,25 @@ def execute(kernel, cwd, kaggle, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', os.pathsep.join(map(str, (cwd/'offline', ROOT))))
     monkeypatch.setenv('MGMT_KAGGLE_ROOT', str(kaggle))
     nb = nbformat.read(ROOT/'kaggle'/kernel/f'{kernel}.ipynb', as_version=4)
-    nb.cells.append(nbformat.v4.new_code_cell('import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'))
+    memory = 'import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'
+    nb.cells.append(nbformat.v4.new_code_cell(memory))
     NotebookClient(nb, timeout=900, kernel_name='python3', resources={'metadata': {'path': str(cwd)}}).execute()
     said = [''.join(o.get('text','')) for c in nb.cells for o in c.get('outputs', [])]
     assert int(said[-1])<4*2**20, 'kilobytes'
     return ''.join(said)
 
 
-def state(root): return {str(p.relative_to(root)): (p.stat().st_size, p.stat().st_mtime_ns) for p in root.rglob('*') if p.is_file() and 'fingerprints' not in p.parts}
+def state(root):
+    return {str(p.relative_to(root)): (p.stat().st_size, p.stat().st_mtime_ns) for p in root.rglob('*') if p.is_file()
+        and 'fingerprints' not in p.parts}
 
 
 @pytest.fixture(scope='module')
 def kaggle(tmp_path_factory):
     "A phantom as the competition and another as TCGA, attached"
     root = tmp_path_factory.mktemp('kaggle')
-    make_phantom(root/'input/competitions'/COMPETITION, n=44, auc=.95, test=1/11, slices=12, size=48, missing={'00003':'FLAIR'}, progress=False)
+    make_phantom(root/'input/competitions'/COMPETITION, n=44, auc=.95, test=1/11, slices=12, size=48,
+        missing={'00003':'FLAIR'}, progress=False)
     bad = root/'input/competitions'/COMPETITION/'test/00041'
     for f in bad.glob('*/*.dcm'): f.write_bytes(b'\0'*100)
     make_tcga_phantom(root/'input/datasets/somebody/mgmt-fast-tcga', n=17, slices=12, size=48, skulls=1)
@@ -83,7 +89,8 @@ def test_train(trained, kaggle):
     assert t.set_index('sequences').n.to_dict()=={'FLAIR':39,'T1w':40,'T1wCE':40,'T2w':40,'FLAIR+T1w+T1wCE+T2w':39}
     for p in (out/'train/cv/runs').iterdir(): # what the kernel asked for is what its models say
         r = load_model(p).recipe
-        assert (r.size, r.arch, r.bs, r.epochs, r.lr, r.rotation, r.shuffle)==((8,32,32), 'efficientnet_b0', 5, 3, 1e-3, 10., True)
+        assert (r.size, r.arch, r.bs, r.epochs, r.lr, r.rotation, r.shuffle)==((8,32,32), 'efficientnet_b0', 5, 3, 1e-3,
+            10., True)
 
 
 def test_tcga_eval(trained, kaggle, tmp_path, monkeypatch):
@@ -93,16 +100,20 @@ def test_tcga_eval(trained, kaggle, tmp_path, monkeypatch):
     assert len(results)==5 and {r['pass'] for r in results}=={1} and {r['all']['n'] for r in results}=={16}
     t = pd.read_csv(kaggle/'working/external.csv').set_index('sequences')
     single = t.loc[['FLAIR','T1w','T1wCE','T2w']]
-    assert t.auc['mean of single sequences']==pytest.approx(single.auc.mean()) and t.loss['mean of single sequences']==pytest.approx(single.loss.mean())
+    assert t.auc['mean of single sequences']==pytest.approx(single.auc.mean())
+    assert t.loss['mean of single sequences']==pytest.approx(single.loss.mean())
     for r in results: assert r['all']['auc'][0]==pytest.approx(t.auc[r['model']['sequences']], abs=1e-5)
 
 
 def test_submit(trained, kaggle, tmp_path, monkeypatch):
     said = session('submit', kaggle, tmp_path, monkeypatch)
-    sub,want = (pd.read_csv(p, dtype={'BraTS21ID':str}) for p in (kaggle/'working/submission.csv', kaggle/'input/competitions'/COMPETITION/'sample_submission.csv'))
-    assert list(sub)==list(want) and sub.BraTS21ID.tolist()==want.BraTS21ID.tolist() and sub.MGMT_value.between(0,1).all()
+    sub,want = (pd.read_csv(p, dtype={'BraTS21ID':str})
+        for p in (kaggle/'working/submission.csv', kaggle/'input/competitions'/COMPETITION/'sample_submission.csv'))
+    assert list(sub)==list(want) and sub.BraTS21ID.tolist()==want.BraTS21ID.tolist()
+    assert sub.MGMT_value.between(0,1).all()
     log = pd.read_csv(kaggle/'working/submission_log.csv', dtype=str)
-    assert log.patient.tolist()==['00041'] and sub.MGMT_value[sub.BraTS21ID=='00041'].item()==.5 and '1 with the prevalence' in said
+    assert log.patient.tolist()==['00041'] and sub.MGMT_value[sub.BraTS21ID=='00041'].item()==.5
+    assert '1 with the prevalence' in said
 
 
 @pytest.mark.real
@@ -118,7 +129,8 @@ def test_submit_for_the_competitions_own_list(trained, kaggle, data, tmp_path, m
     shutil.copytree(kaggle/'input/mgmt-fast-train', root/'input/mgmt-fast-train')
     session('submit', root, tmp_path, monkeypatch)
     sub = pd.read_csv(root/'working/submission.csv', dtype={'BraTS21ID':str})
-    assert list(sub)==['BraTS21ID','MGMT_value'] and sub.BraTS21ID.tolist()==ids.tolist() and len(sub)==87 and sub.MGMT_value.nunique()>80
+    assert list(sub)==['BraTS21ID','MGMT_value'] and sub.BraTS21ID.tolist()==ids.tolist()
+    assert len(sub)==87 and sub.MGMT_value.nunique()>80
 
 
 def test_submit_elsewhere(tmp_path, monkeypatch):

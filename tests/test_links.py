@@ -11,7 +11,9 @@ PAGES = {re.sub(r'^\d+_', '', p.stem) for p in NBS}
 TEXTS = [ROOT/o for o in ('README.md','CONTRIBUTING.md','CHANGELOG.md')]
 
 
-def prose(nb): return '\n'.join(''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown')
+def prose(nb):
+    return '\n'.join(''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells']
+        if c['cell_type']=='markdown')
 
 
 @pytest.mark.parametrize('nb', NBS+sorted((ROOT/'kaggle').glob('*/*.ipynb')), ids=lambda p: p.stem)

@@ -16,10 +16,13 @@ from mgmt_fast.core import MGMTError, rng_for
 from mgmt_fast.metrics import *
 
 PROC = json.loads((Path(__file__).parent/'proc.json').read_text())['sets']
-REPORTS = dict(auc_ci=auc_ci, boot=lambda y,p: auc_ci(y,p,'bootstrap'), newcombe=lambda y,p: auc_ci(y,p,'newcombe'), permutation=permutation_test,
-    delong_first=lambda y,p: delong_test(y,p,np.random.random(len(p))), delong_second=lambda y,p: delong_test(y,np.random.random(len(y)),p),
+REPORTS = dict(auc_ci=auc_ci, boot=lambda y,p: auc_ci(y,p,'bootstrap'), newcombe=lambda y,p: auc_ci(y,p,'newcombe'),
+    permutation=permutation_test,
+    delong_first=lambda y,p: delong_test(y,p,np.random.random(len(p))),
+    delong_second=lambda y,p: delong_test(y,np.random.random(len(y)),p),
     compare=lambda y,p: compare_models(y,dict(a=p,b=np.random.random(len(p)))))
-PROBS = dict(classification=classification_ci, reliability=reliability, calibration=calibration, temperature=fit_temperature, decision=decision_curve)
+PROBS = dict(classification=classification_ci, reliability=reliability, calibration=calibration,
+    temperature=fit_temperature, decision=decision_curve)
 
 
 def study(n=117, auc=.7, seed=0, share=.5):
@@ -35,7 +38,8 @@ def test_delong_is_that_of_proc(name):
     for i,k in enumerate('ab'):
         assert len(set(d[k]))<len(d[k]), 'the fixture is there for its ties'
         r,r90 = auc_ci(d['y'],d[k],'delong'),auc_ci(d['y'],d[k],'delong',level=.9)
-        np.testing.assert_allclose([aucs[i],cov[i,i],r.auc,r.lo,r.hi,r90.lo,r90.hi], [f[k]['auc'],f[k]['var'],f[k]['auc'],*f[k]['ci'],*f[k]['ci90']], atol=1e-9)
+        np.testing.assert_allclose([aucs[i],cov[i,i],r.auc,r.lo,r.hi,r90.lo,r90.hi],
+            [f[k]['auc'],f[k]['var'],f[k]['auc'],*f[k]['ci'],*f[k]['ci90']], atol=1e-9)
     np.testing.assert_allclose(cov[0,1], f['cov'], atol=1e-9)
     r = delong_test(d['y'], d['a'], d['b'])
     np.testing.assert_allclose([r.z,r.p,r.lo,r.hi], [f['paired']['z'],f['paired']['p'],*f['paired']['ci']], atol=1e-9)
@@ -60,14 +64,17 @@ def test_clusters():
     y,p = study()
     q = study(seed=1)[1]
     who = np.repeat(np.arange(117), 3)
-    for a,b in ((auc_ci(np.repeat(y,3),np.repeat(p,3),cluster=who), auc_ci(y,p)), (delong_test(np.repeat(y,3),np.repeat(p,3),np.repeat(q,3),cluster=who), delong_test(y,p,q))): np.testing.assert_allclose(a, b)
+    for a,b in ((auc_ci(np.repeat(y,3),np.repeat(p,3),cluster=who), auc_ci(y,p)),
+        (delong_test(np.repeat(y,3),np.repeat(p,3),np.repeat(q,3),cluster=who), delong_test(y,p,q))):
+        np.testing.assert_allclose(a, b)
     assert np.ptp(auc_ci(np.repeat(y,3),np.repeat(p,3))[['lo','hi']])<.7*np.ptp(auc_ci(y,p)[['lo','hi']])
     mixed,at = rng_for(0,'mix').integers(0, 40, 117),rng_for(0,'order').permutation(117)
     np.testing.assert_allclose(auc_ci(y,p,cluster=mixed), auc_ci(y[at],p[at],cluster=[f'p{o}' for o in mixed[at]]))
 
 
 def test_clusters_cover():
-    "Patients with one to four scans that share their luck: the interval that knows it holds what it promises, the other does not"
+    """Patients with one to four scans that share their luck: the interval that knows it holds what it promises, the
+    other does not"""
     held = []
     for i in range(600):
         rng = rng_for(i,'clusters')
@@ -147,7 +154,8 @@ def test_few_patients_of_a_class_get_a_bound_that_holds():
 def test_bootstrap_is_a_resampling_within_classes():
     y,p = study(40)
     p,rng = p.round(1),rng_for(0,'naive')
-    naive = [delong_parts(np.r_[np.ones(y.sum(),bool),np.zeros((~y).sum(),bool)], np.r_[rng.choice(p[y],y.sum()),rng.choice(p[~y],(~y).sum())])[0] for _ in range(4000)]
+    naive = [delong_parts(np.r_[np.ones(y.sum(),bool),np.zeros((~y).sum(),bool)],
+        np.r_[rng.choice(p[y],y.sum()),rng.choice(p[~y],(~y).sum())])[0] for _ in range(4000)]
     r = auc_ci(y, p, 'bootstrap', n_boot=8000)
     np.testing.assert_allclose([r.lo,r.hi], np.quantile(naive,[.025,.975]), atol=.015)
     assert auc_ci(y,p,'bootstrap',seed=3).equals(auc_ci(y,p,'bootstrap',seed=3))
@@ -167,7 +175,8 @@ def test_permutation_agrees_with_delong_and_is_antisymmetric():
     y,p = study(200)
     q = expit(logit(p)*.5+rng_for(1,'q').normal(size=200))
     r,back,want = permutation_test(y,p,q),permutation_test(y,q,p),delong_test(y,p,q)
-    assert abs(r.p-want.p)<.03 and np.isclose(r.delta,want.delta) and np.isclose(back.delta,-r.delta) and abs(back.p-r.p)<.02
+    assert abs(r.p-want.p)<.03 and np.isclose(r.delta,want.delta)
+    assert np.isclose(back.delta,-r.delta) and abs(back.p-r.p)<.02
     assert permutation_test(y,p,np.exp(p)).p==1
 
 
@@ -175,7 +184,8 @@ def test_holm():
     np.testing.assert_allclose(holm([.01,.04,.03]), [.03,.06,.06])
     y,p = study()
     t = compare_models(y, pd.DataFrame({k: study(seed=k)[1] for k in range(4)}))
-    assert len(t)==6 and (t.p_holm>=t.p).all() and {'model1','model2','auc1','auc2','z','p','delta','lo','hi','p_holm'}<=set(t)
+    assert len(t)==6 and (t.p_holm>=t.p).all()
+    assert {'model1','model2','auc1','auc2','z','p','delta','lo','hi','p_holm'}<=set(t)
 
 
 def test_wilson_and_bootstrap_agree_where_both_hold():
@@ -183,13 +193,15 @@ def test_wilson_and_bootstrap_agree_where_both_hold():
     w,b = classification_ci(y,p),classification_ci(y,p,method='bootstrap')
     np.testing.assert_allclose(w, b, atol=.006)
     assert ((w.lo<=w.value)&(w.value<=w.hi)).all() and classification_ci(y,p).equals(w)
-    np.testing.assert_allclose(w.lo.accuracy, sm.stats.proportion_confint(w.value.accuracy*2000, 2000, method='wilson')[0])
+    np.testing.assert_allclose(w.lo.accuracy, sm.stats.proportion_confint(w.value.accuracy*2000, 2000, method='wilson')[
+        0])
 
 
 def test_the_other_class_turns_the_table_round():
     y,p = study()
     a,b = classification_ci(y,p,.4).value,classification_ci(~y,1-p,.6-1e-12).value
-    for k,j in dict(accuracy='accuracy', sensitivity='specificity', ppv='npv', mcc='mcc').items(): np.testing.assert_allclose([a[k],a[j]], [b[j],b[k]])
+    for k,j in dict(accuracy='accuracy', sensitivity='specificity', ppv='npv', mcc='mcc').items():
+        np.testing.assert_allclose([a[k],a[j]], [b[j],b[k]])
 
 
 def test_calibration_is_that_of_statsmodels():
@@ -197,8 +209,10 @@ def test_calibration_is_that_of_statsmodels():
     t,x = calibration(y,p),logit(p)
     joint = sm.GLM(y.astype(float), sm.add_constant(x), family=sm.families.Binomial()).fit()
     large = sm.GLM(y.astype(float), np.ones(300), family=sm.families.Binomial(), offset=x).fit()
-    np.testing.assert_allclose(t.loc['slope',['value','lo','hi']].astype(float), [joint.params[1],*joint.conf_int()[1]], atol=1e-5)
-    np.testing.assert_allclose(t.loc['intercept',['value','lo','hi']].astype(float), [large.params[0],*large.conf_int()[0]], atol=1e-5)
+    np.testing.assert_allclose(t.loc['slope',['value','lo','hi']].astype(float), [joint.params[1],*joint.conf_int()[1]],
+        atol=1e-5)
+    np.testing.assert_allclose(t.loc['intercept',['value','lo','hi']].astype(float),
+        [large.params[0],*large.conf_int()[0]], atol=1e-5)
 
 
 def test_calibration_of_perfect_models_raises_no_alarm():
@@ -222,12 +236,14 @@ def test_temperature():
     y,p = study(4000)
     for t in (.5,3.): assert np.isclose(fit_temperature(y, expit(logit(p)*t)).t, t*fit_temperature(y,p).t, rtol=1e-3)
     t = fit_temperature(y, p)
-    assert calibration(y,t(p),n_sim=10).value.log_loss<=calibration(y,p,n_sim=10).value.log_loss+1e-12 and Temperature(**json.loads(json.dumps(asdict(t))))==t
+    assert calibration(y,t(p),n_sim=10).value.log_loss<=calibration(y,p,n_sim=10).value.log_loss+1e-12
+    assert Temperature(**json.loads(json.dumps(asdict(t))))==t
     with pytest.raises(FrozenInstanceError): t.t = 1.
     with pytest.raises(MGMTError, match='positive'): Temperature(0., 1)
 
 
-@pytest.mark.parametrize('name', sorted((REPORTS|PROBS).keys()-{'compare'})) # whose table names the patients once for all
+@pytest.mark.parametrize('name', sorted((REPORTS|PROBS).keys()-{
+    'compare'})) # whose table names the patients once for all
 def test_what_names_its_patients_is_paired_by_name(name):
     "Whatever the order, and whatever zeros the ids have lost."
     y,p = study(40)
@@ -240,12 +256,16 @@ def test_what_names_its_patients_is_paired_by_name(name):
     want = f(y.to_numpy(), p.to_numpy())
     for other in (p[::-1], lost.sample(frac=1, random_state=1), p.sample(frac=1, random_state=2)):
         got = f(y, other)
-        for a,b in zip(*(list(o.items()) if isinstance(o, pd.Series) else [(0, np.asarray(o, dtype=object).tolist())] for o in (want, got))): assert str(a)==str(b)
+        for a,b in zip(*(list(o.items()) if isinstance(o, pd.Series) else [(0, np.asarray(o, dtype=object).tolist())]
+            for o in (want, got))):
+            assert str(a)==str(b)
 
 
 @pytest.mark.parametrize('name', REPORTS|PROBS)
-@pytest.mark.parametrize('case,match', dict(few='too few', one='both classes', nearly='two patients of each class', constant='tell patients apart', nan='finite', infinite='finite', unmatched='pair up',
-    unlabelled='without a label', two='labels must be 0 or 1', text='must be numbers', another='different patients', twice='several times').items())
+@pytest.mark.parametrize('case,match', dict(few='too few', one='both classes', nearly='two patients of each class',
+    constant='tell patients apart', nan='finite', infinite='finite', unmatched='pair up',
+    unlabelled='without a label', two='labels must be 0 or 1', text='must be numbers', another='different patients',
+    twice='several times').items())
 def test_no_figure_from_bad_input(name, case, match):
     y,p = study(40); y = y.astype(float)
     if case=='few': y,p = y[:9],p[:9]
@@ -258,7 +278,8 @@ def test_no_figure_from_bad_input(name, case, match):
     if case=='unlabelled': y[3] = np.nan
     if case=='two': y[3] = 2
     if case=='text': p = np.array(['high']*40)
-    if case in ('another','twice'): y,p = (pd.Series(o, index=pd.Index([f'{i:05d}' for i in range(40)], name='patient')) for o in (y,p))
+    if case in ('another','twice'):
+        y,p = (pd.Series(o, index=pd.Index([f'{i:05d}' for i in range(40)], name='patient')) for o in (y,p))
     if case=='another': p = p.rename({'00007':'00077'})
     if case=='twice': y,p = (o.rename({'00003':'00002'}) for o in (y,p))
     with pytest.raises(MGMTError, match=match): (REPORTS|PROBS)[name](y, p)
@@ -270,9 +291,12 @@ def test_scores_are_not_probabilities(name):
     with pytest.raises(MGMTError, match=r'must lie in \[0,1\]'): PROBS[name](y, logit(p))
 
 
-@pytest.mark.parametrize('call', [lambda y,p: auc_ci(y,p,'wald'), lambda y,p: auc_ci(y,p,'bootstrap',cluster=y), lambda y,p: auc_ci(y,p,cluster=y[1:]), lambda y,p: auc_ci(y,p,cluster=y),
-    lambda y,p: delong_test(y,p,1-p,y2=y,cluster=y), lambda y,p: classification_ci(y,p,threshold=1.5), lambda y,p: classification_ci(y,p,method='exact'), lambda y,p: reliability(y,p,strategy='equal'),
-    lambda y,p: decision_curve(y,p,[0.]), lambda y,p: compare_models(y,dict(a=p)), lambda y,p: delong_test(y,y*1.,1.-y)])
+@pytest.mark.parametrize('call', [lambda y,p: auc_ci(y,p,'wald'), lambda y,p: auc_ci(y,p,'bootstrap',cluster=y),
+    lambda y,p: auc_ci(y,p,cluster=y[1:]), lambda y,p: auc_ci(y,p,cluster=y),
+    lambda y,p: delong_test(y,p,1-p,y2=y,cluster=y), lambda y,p: classification_ci(y,p,threshold=1.5),
+    lambda y,p: classification_ci(y,p,method='exact'), lambda y,p: reliability(y,p,strategy='equal'),
+    lambda y,p: decision_curve(y,p,[0.]), lambda y,p: compare_models(y,dict(a=p)),
+    lambda y,p: delong_test(y,y*1.,1.-y)])
 def test_bad_choices_are_refused(call):
     with pytest.raises(MGMTError): call(*study())
 

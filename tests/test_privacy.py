@@ -13,9 +13,12 @@ from mgmt_fast.quality import audit_series
 from mgmt_fast.series import list_series, read_volume
 
 uid = '1.2.826.0.1.3680043.10.54.8675309'
-secrets = dict(PatientName='Quillfeather^Zebedee', PatientID='PID-5551212', PatientBirthDate='19530219', PatientAddress='7 Larkspur Mews', OtherPatientIDs='OPID-777001', PatientTelephoneNumbers='0123-424242',
-    PatientMotherBirthName='Thistlewood', InstitutionName='Saint Wombat Hospital', ReferringPhysicianName='Drax^Hugo', OperatorsName='Ponsonby^Kay', AccessionNumber='ACC-909090', StudyID='STU-31337',
-    PatientComments='wears a monocle', StudyDescription='head of Quillfeather', SeriesDescription='ask Ponsonby', ProtocolName='Wombat brain', StudyDate='20191127', SeriesDate='20191128', AcquisitionDate='20191129',
+secrets = dict(PatientName='Quillfeather^Zebedee', PatientID='PID-5551212', PatientBirthDate='19530219',
+    PatientAddress='7 Larkspur Mews', OtherPatientIDs='OPID-777001', PatientTelephoneNumbers='0123-424242',
+    PatientMotherBirthName='Thistlewood', InstitutionName='Saint Wombat Hospital', ReferringPhysicianName='Drax^Hugo',
+    OperatorsName='Ponsonby^Kay', AccessionNumber='ACC-909090', StudyID='STU-31337',
+    PatientComments='wears a monocle', StudyDescription='head of Quillfeather', SeriesDescription='ask Ponsonby',
+    ProtocolName='Wombat brain', StudyDate='20191127', SeriesDate='20191128', AcquisitionDate='20191129',
     DeviceSerialNumber='DSN-4711', StationName='WOMBATMR3', ImageComments='monocle on', ContrastBolusAgent='Gadowombat')
 needles = [p for v in secrets.values() for p in (v.split('^') if '^' in v else [v])] + [uid,'Zebbie']
 
@@ -31,14 +34,18 @@ def series(folder, d=10, **changes):
     paths = []
     for i,a in enumerate(ellipsoid(d)):
         meta = FileMetaDataset()
-        meta.MediaStorageSOPClassUID,meta.MediaStorageSOPInstanceUID,meta.TransferSyntaxUID = MRImageStorage,f'{uid}.{i+1}',ExplicitVRLittleEndian
+        meta.MediaStorageSOPClassUID,meta.MediaStorageSOPInstanceUID = MRImageStorage,f'{uid}.{i+1}'
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
         ds = FileDataset(None, {}, file_meta=meta, preamble=b'\0'*128)
         for k,v in secrets.items(): setattr(ds, k, v)
-        ds.SOPClassUID,ds.SOPInstanceUID,ds.StudyInstanceUID,ds.SeriesInstanceUID,ds.FrameOfReferenceUID = MRImageStorage,f'{uid}.{i+1}',f'{uid}.0',f'{uid}.7',f'{uid}.8'
+        ds.SOPClassUID,ds.SOPInstanceUID = MRImageStorage,f'{uid}.{i+1}'
+        ds.StudyInstanceUID,ds.SeriesInstanceUID,ds.FrameOfReferenceUID = f'{uid}.0',f'{uid}.7',f'{uid}.8'
         ds.Modality,ds.InstanceNumber,ds.SeriesNumber = 'MR',i+1,3
         ds.Rows,ds.Columns = a.shape
-        ds.BitsAllocated,ds.BitsStored,ds.HighBit,ds.PixelRepresentation,ds.SamplesPerPixel,ds.PhotometricInterpretation = 16,16,15,0,1,'MONOCHROME2'
-        ds.PixelSpacing,ds.SliceThickness,ds.ImageOrientationPatient,ds.ImagePositionPatient = [4,4],12,[1,0,0,0,1,0],[-96,-96,12*i]
+        ds.BitsAllocated,ds.BitsStored,ds.HighBit = 16,16,15
+        ds.PixelRepresentation,ds.SamplesPerPixel,ds.PhotometricInterpretation = 0,1,'MONOCHROME2'
+        ds.PixelSpacing,ds.SliceThickness,ds.ImageOrientationPatient,ds.ImagePositionPatient = [4,4],12,[1,0,0,0,1,
+            0],[-96,-96,12*i]
         ds.private_block(0x11, 'WOMBAT', create=True).add_new(1, 'LO', 'Zebbie')
         ds.PixelData = a.tobytes()
         for k,v in changes.items(): setattr(ds, k, v)
@@ -92,7 +99,8 @@ def cohort(tmp_path_factory):
     for i,damage in enumerate(damages.values()):
         for s in ('FLAIR','T1w'): paths = series(root/'train'/f'{i:05d}'/s)
         damage(paths)
-    pd.DataFrame({'BraTS21ID':[f'{i:05d}' for i in range(len(damages))], 'MGMT_value':[i%2 for i in range(len(damages))]}).to_csv(root/'train_labels.csv', index=False)
+    pd.DataFrame({'BraTS21ID':[f'{i:05d}' for i in range(len(damages))],
+        'MGMT_value':[i%2 for i in range(len(damages))]}).to_csv(root/'train_labels.csv', index=False)
     return kaggle_cohort(root)
 
 
@@ -106,17 +114,21 @@ def test_errors_and_audits_name_nobody(cohort, i, capfd, caplog):
     for f in (read_volume, list_series, audit_series):
         try: said.append(str(pd.DataFrame(f(path)).to_dict() if f is not read_volume else f(path)))
         except MGMTError as e:
-            while e is not None: said.append(str(e)); e = e.__cause__ or (None if e.__suppress_context__ else e.__context__)
+            while e is not None:
+                said.append(str(e))
+                e = e.__cause__ or (None if e.__suppress_context__ else e.__context__)
     assert not leaks('\n'.join([*said, *capfd.readouterr(), caplog.text])), said
 
 
 def test_nothing_of_a_header_reaches_a_store(cohort, tmp_path, capfd, caplog):
-    with caplog.at_level(logging.DEBUG): store = prepare(cohort, tmp_path/'store', sequences=('FLAIR','T1w'), size=(8,32,32), n_workers=1)
+    with caplog.at_level(logging.DEBUG):
+        store = prepare(cohort, tmp_path/'store', sequences=('FLAIR','T1w'), size=(8,32,32), n_workers=1)
     assert store.table.FLAIR.all() and (store.report.level=='error').sum()>=10
     files = [p for p in (tmp_path/'store').rglob('*') if p.is_file()]
     assert {p.suffix for p in files}=={'.npy','.json'}
     for p in files: assert not leaks(p.read_bytes()), p.name
-    assert not leaks('\n'.join([*capfd.readouterr(), caplog.text, store.report.to_csv(), repr(store), store.table.to_csv()]))
+    assert not leaks('\n'.join([*capfd.readouterr(), caplog.text, store.report.to_csv(), repr(store),
+        store.table.to_csv()]))
 
 
 def test_a_store_does_not_tell_where_the_scans_lay(cohort, tmp_path):

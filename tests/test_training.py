@@ -1,4 +1,5 @@
-"The laws of training: accumulation is the large batch, a kill costs nothing but time, and what is wrong with the input is said."
+"""The laws of training: accumulation is the large batch, a kill costs nothing but time, and what is wrong with the
+input is said."""
 import json
 import os
 import signal
@@ -45,15 +46,18 @@ class Tiny(nn.Sequential):
     arch = 'tiny'
     def __init__(self, dropout=0.):
         torch.manual_seed(0)
-        super().__init__(nn.AvgPool3d(2), nn.Conv3d(1,4,3), nn.ReLU(), nn.Dropout(dropout), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4,1))
+        super().__init__(nn.AvgPool3d(2), nn.Conv3d(1,4,3), nn.ReLU(), nn.Dropout(dropout), nn.AdaptiveAvgPool3d(1),
+            nn.Flatten(), nn.Linear(4,1))
     def forward(self, x): return super().forward(x.as_subclass(torch.Tensor))
 
 
 def learner(store, path, bs=8, cbs=(), augs=True, dropout=0., epochs=3, **changes):
     dls = mgmt_dls(store, bs=bs, augs=mgmt_augs(seed=1) if augs else None)
-    learn = MGMTLearner(dls, Tiny(dropout), loss_func=BCEWithLogitsLossFlat(), opt_func=FusedAdam, lr=.01, wd=.1, path=Path(path), metrics=[AUC()],
+    learn = MGMTLearner(dls, Tiny(dropout), loss_func=BCEWithLogitsLossFlat(), opt_func=FusedAdam, lr=.01, wd=.1,
+        path=Path(path), metrics=[AUC()],
         cbs=[HistoryLogger(), SaveBest(), StopOnNaN(), *cbs])
-    learn.recipe,learn.seed = get_recipe('default', epochs=epochs, lr=.01, arch='tiny', **{'schedule':'one_cycle', **changes}),0
+    learn.recipe,learn.seed = get_recipe('default', epochs=epochs, lr=.01, arch='tiny',
+        **{'schedule':'one_cycle', **changes}),0
     return learn
 
 
@@ -62,19 +66,24 @@ def fit(learn, resume=False):
     return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
 
 
-def same(a, b): return all(torch.equal(x,y) for x,y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+def same(a, b):
+    return all(torch.equal(x,y) for x,y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
 
 
 @pytest.mark.parametrize('schedule', ['flat','one_cycle'])
-@pytest.mark.parametrize('bs,how', [(1,dict(n_batches=8)), (2,dict(n_batches=4)), (4,dict(n_batches=2)), (1,dict(n_samples=8)), (4,dict(n_samples=5))], ids=str)
+@pytest.mark.parametrize('bs,how', [(1,dict(n_batches=8)), (2,dict(n_batches=4)), (4,dict(n_batches=2)),
+    (1,dict(n_samples=8)), (4,dict(n_samples=5))], ids=str)
 def test_accumulation_is_the_large_batch(store, tmp_path, bs, how, schedule):
-    "19 training patients: the last step has 3. Schedule, decay, clipping, augmentation, log and best weights agree too."
+    """19 training patients: the last step has 3. Schedule, decay, clipping, augmentation, log and best weights agree
+    too."""
     cbs = lambda: [GradientClip(.1), ReduceLROnPlateau(patience=1, factor=2.), EarlyStoppingCallback(patience=9)]
-    whole,parts = learner(store, tmp_path/'a', cbs=cbs(), schedule=schedule),learner(store, tmp_path/'b', bs=bs, cbs=[*cbs(), GradientAccumulation(**how)], schedule=schedule)
+    whole,parts = learner(store, tmp_path/'a', cbs=cbs(), schedule=schedule),learner(store, tmp_path/'b', bs=bs,
+        cbs=[*cbs(), GradientAccumulation(**how)], schedule=schedule)
     a,b = fit(whole),fit(parts)
     assert (a-b).norm()<1e-6*a.norm()
     assert whole.save_best.best_epoch==parts.save_best.best_epoch
-    for v,w in zip(whole.recorder.values, parts.recorder.values): assert list(v[:2])==pytest.approx(list(w[:2]), rel=1e-5)
+    for v,w in zip(whole.recorder.values, parts.recorder.values):
+        assert list(v[:2])==pytest.approx(list(w[:2]), rel=1e-5)
 
 
 class Steps(Callback):
@@ -86,8 +95,10 @@ class Steps(Callback):
 
 @pytest.mark.parametrize('mode', ['bf16','fp16'])
 def test_accumulation_in_mixed_precision(store, tmp_path, mode):
-    "The scaled and unscaled gradients of the group are those of the large batch within the type's rounding; the scale moves once a step."
-    runs = [learner(store, tmp_path/str(bs), bs=bs, epochs=1, augs=False, cbs=[Precision(mode), Steps(), *acc]) for bs,acc in ((8,[]),(1,[GradientAccumulation(n_batches=8)]))]
+    """The scaled and unscaled gradients of the group are those of the large batch within the type's rounding; the
+    scale moves once a step."""
+    runs = [learner(store, tmp_path/str(bs), bs=bs, epochs=1, augs=False, cbs=[Precision(mode), Steps(), *acc])
+        for bs,acc in ((8,[]),(1,[GradientAccumulation(n_batches=8)]))]
     for r in runs: fit(r)
     a,b = (r.steps.seen for r in runs)
     assert len(a)==len(b)==3
@@ -99,7 +110,8 @@ def test_an_overflow_drops_its_group_and_no_other(store, tmp_path):
         order = 5
         def after_loss(self):
             if self.training and self.train_iter==3: self.learn.loss_grad = self.loss_grad*float('inf')
-    learn = learner(store, tmp_path, bs=1, epochs=1, augs=False, cbs=[Precision('fp16'), GradientAccumulation(n_batches=8), Steps(), Overflow()])
+    learn = learner(store, tmp_path, bs=1, epochs=1, augs=False,
+        cbs=[Precision('fp16'), GradientAccumulation(n_batches=8), Steps(), Overflow()])
     fit(learn)
     assert len(learn.steps.seen)==2
     assert all(torch.isfinite(p).all() for p in learn.model.parameters())
@@ -111,7 +123,8 @@ def test_nothing_crosses_a_fit(store, tmp_path):
         run_valid = False
         def after_batch(self):
             if self.iter==2: raise KeyboardInterrupt
-    learn,clean = (learner(store, tmp_path/n, bs=1, augs=False, epochs=1, cbs=[GradientAccumulation(n_batches=8)]) for n in 'ab')
+    learn,clean = (learner(store, tmp_path/n, bs=1, augs=False, epochs=1, cbs=[GradientAccumulation(n_batches=8)])
+        for n in 'ab')
     learn.create_opt()
     state = learn.dls.train.rng.getstate()
     with pytest.raises(KeyboardInterrupt), learn.added_cbs(Stop()): fit(learn)
@@ -145,11 +158,14 @@ class Kill(Callback):
 @pytest.mark.parametrize('event', ['before_epoch','after_loss','before_validate','after_epoch'])
 @pytest.mark.parametrize('kind', ['plain','all at once'])
 def test_a_stopped_training_ends_where_the_undisturbed_one_does(store, tmp_path, kind, event):
-    "To the bit: weights, log, losses, best epoch; with dropout, augmentation, accumulation, falling rate, averaged weights and a loss scale."
+    """To the bit: weights, log, losses, best epoch; with dropout, augmentation, accumulation, falling rate, averaged
+    weights and a loss scale."""
     def make(path, cbs=()):
-        more = [] if kind=='plain' else [GradientAccumulation(n_batches=3), AverageWeights('ema', .9), Precision('fp16'), ReduceLROnPlateau(patience=1), EarlyStoppingCallback(patience=2)]
+        more = [] if kind=='plain' else [GradientAccumulation(n_batches=3), AverageWeights('ema', .9),
+            Precision('fp16'), ReduceLROnPlateau(patience=1), EarlyStoppingCallback(patience=2)]
         torch.manual_seed(5)
-        return learner(store, tmp_path/path, bs=4, dropout=.3, epochs=4, schedule='one_cycle' if kind=='plain' else 'flat', cbs=[*more,*cbs])
+        return learner(store, tmp_path/path, bs=4, dropout=.3, epochs=4,
+            schedule='one_cycle' if kind=='plain' else 'flat', cbs=[*more,*cbs])
     straight = make('a')
     fit(straight, resume=True)
     killed = make('b', [Kill(2,event)])
@@ -158,7 +174,9 @@ def test_a_stopped_training_ends_where_the_undisturbed_one_does(store, tmp_path,
     again = make('b')
     fit(again, resume=True)
     assert same(straight, again)
-    assert again.recorder.values==straight.recorder.values and again.recorder.losses==straight.recorder.losses and again.recorder.lrs==straight.recorder.lrs
+    assert again.recorder.values==straight.recorder.values
+    assert again.recorder.losses==straight.recorder.losses
+    assert again.recorder.lrs==straight.recorder.lrs
     assert again.save_best.best_epoch==straight.save_best.best_epoch
     drop = lambda p: pd.read_csv(tmp_path/p/'history.csv').drop(columns='time')
     pd.testing.assert_frame_equal(drop('a'), drop('b'))
@@ -167,7 +185,8 @@ def test_a_stopped_training_ends_where_the_undisturbed_one_does(store, tmp_path,
 
 
 def test_prototypes_are_those_of_the_averaged_weights(store, tmp_path):
-    learn = mgmt_learner(mgmt_dls(store, bs=4), 'resnet10', get_recipe('default', network='siamese', average='ema', epochs=2, lr=1e-3), path=tmp_path)
+    learn = mgmt_learner(mgmt_dls(store, bs=4), 'resnet10',
+        get_recipe('default', network='siamese', average='ema', epochs=2, lr=1e-3), path=tmp_path)
     fit(learn)
     kept = learn.model.head.prototypes.clone()
     learn.model.eval()
@@ -178,19 +197,22 @@ def test_prototypes_are_those_of_the_averaged_weights(store, tmp_path):
 def test_a_checkpoint_of_another_training_is_refused(store, tmp_path):
     fit(learner(store, tmp_path, epochs=1), resume=True)
     for change,word in ((dict(schedule='flat'),"'schedule'"), (dict(bs=4),"'bs'")):
-        with pytest.raises(TrainingError, match=word): fit(learner(store, tmp_path, **{'epochs':1, **change}), resume=True)
+        with pytest.raises(TrainingError, match=word):
+            fit(learner(store, tmp_path, **{'epochs':1, **change}), resume=True)
     js = store.path/'store.json'
     old = js.read_text()
     js.write_text(old.replace('"hash": "', '"hash": "0', 1))
     try:
-        with pytest.raises(TrainingError, match='store has changed'): fit(learner(VolumeStore(store.path), tmp_path, epochs=1), resume=True)
+        with pytest.raises(TrainingError, match='store has changed'):
+            fit(learner(VolumeStore(store.path), tmp_path, epochs=1), resume=True)
     finally: js.write_text(old)
     (tmp_path/'checkpoint.safetensors').write_bytes(b'cut off')
     with pytest.raises(TrainingError, match='damaged'): fit(learner(store, tmp_path, epochs=1), resume=True)
 
 
 def test_a_limit_of_epochs_can_be_raised(store, tmp_path, capsys):
-    "Under a flat rate it is the training that had the higher limit from the start; a lower one than what is done is refused."
+    """Under a flat rate it is the training that had the higher limit from the start; a lower one than what is done is
+    refused."""
     straight = learner(store, tmp_path/'a', epochs=3, schedule='flat'); fit(straight, resume=True)
     fit(learner(store, tmp_path/'b', epochs=2, schedule='flat'), resume=True)
     raised = learner(store, tmp_path/'b', epochs=3, schedule='flat'); fit(raised, resume=True)
@@ -216,31 +238,40 @@ def test_a_fit_begins_from_a_clean_state_whatever_was_interrupted(store, tmp_pat
         def after_batch(self):
             if self.iter==2: raise KeyboardInterrupt
     def run(d, interrupt):
-        learn = mgmt_learner(mgmt_dls(store, bs=4), 'resnet10', get_recipe('default', epochs=2, lr=1e-3, average='ema'), path=tmp_path/d)
+        learn = mgmt_learner(mgmt_dls(store, bs=4), 'resnet10', get_recipe('default', epochs=2, lr=1e-3, average='ema'),
+            path=tmp_path/d)
         if interrupt:
             before = {k:v.clone() for k,v in learn.model.state_dict().items()}
             state = learn.dls.train.rng.getstate()
-            with pytest.raises(KeyboardInterrupt), learn.added_cbs(Stop()), learn.no_bar(): learn.lr_find(num_it=20, show_plot=False)
+            with pytest.raises(KeyboardInterrupt), learn.added_cbs(Stop()), learn.no_bar():
+                learn.lr_find(num_it=20, show_plot=False)
             with pytest.raises(KeyboardInterrupt), learn.added_cbs(Stop()), learn.no_bar(): learn.get_preds(ds_idx=0)
-            assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items()), 'the weights are as before the search'
+            kept = [torch.equal(v, before[k]) for k,v in learn.model.state_dict().items()]
+            assert all(kept), 'the weights are as before the search'
             learn.dls.train.rng.setstate(state)
         fit(learn)
         return learn
     a,b = run('a', False),run('b', True)
     assert same(a, b)
-    assert len(pd.read_csv(tmp_path/'b/history.csv'))==2 and (tmp_path/'b/best.safetensors').exists() and b.save_best.best_epoch==a.save_best.best_epoch
+    assert len(pd.read_csv(tmp_path/'b/history.csv'))==2
+    assert (tmp_path/'b/best.safetensors').exists()
+    assert b.save_best.best_epoch==a.save_best.best_epoch
 
 
 def test_freezing_means_what_fastai_users_expect(store, tmp_path):
-    def make(**changes): return mgmt_learner(mgmt_dls(store, bs=8), 'resnet10', get_recipe('default', epochs=1, **changes), path=tmp_path)
+    def make(**changes):
+        return mgmt_learner(mgmt_dls(store, bs=8), 'resnet10', get_recipe('default', epochs=1, **changes),
+            path=tmp_path)
     def moved(learn, f):
         w = {n: p.clone() for n,p in learn.model.named_parameters()}
         with learn.no_bar(), learn.no_logging(): f()
         return {n for n,p in learn.model.named_parameters() if not torch.equal(p, w[n])}
     learn = make()
-    assert [len(o) for o in (learn.splitter(learn.model))]==[sum(1 for n,_ in learn.model.named_parameters() if not n.startswith('head')), 2]
+    assert [len(o) for o in (learn.splitter(learn.model))]==[sum(
+        1 for n,_ in learn.model.named_parameters() if not n.startswith('head')), 2]
     learn.freeze()
-    assert all(n.startswith('head') or 'bn' in n or 'norm' in n or 'downsample.1' in n for n in moved(learn, lambda: learn.fit(1, 1e-2)))
+    assert all(n.startswith('head') or 'bn' in n or 'norm' in n or 'downsample.1' in n
+        for n in moved(learn, lambda: learn.fit(1, 1e-2)))
     assert 'by hand' in as_model(learn).recipe.freeze
     learn.unfreeze()
     assert len(moved(learn, lambda: learn.fit(1, 1e-2)))>.9*len(list(learn.model.parameters()))
@@ -258,7 +289,9 @@ def test_a_loss_that_is_not_finite_names_the_patients_and_keeps_good_weights(sto
     class Spoil(Callback):
         order = 1
         def after_pred(self):
-            if self.training and self.epoch==epoch and self.iter==1: self.learn.pred = self.pred*float('nan'); self.who = self.dl.batch_patients(1)
+            if self.training and self.epoch==epoch and self.iter==1:
+                self.learn.pred = self.pred*float('nan')
+                self.who = self.dl.batch_patients(1)
     learn = learner(store, tmp_path, cbs=[Spoil()])
     with pytest.raises(TrainingError, match='nan') as e: fit(learn)
     assert len(learn.spoil.who)==8 and all(p in str(e.value) for p in learn.spoil.who)
@@ -271,7 +304,8 @@ def test_a_loss_that_is_not_finite_names_the_patients_and_keeps_good_weights(sto
 def test_out_of_memory_says_what_to_change(store, tmp_path):
     class Full(Callback):
         def after_pred(self): raise torch.OutOfMemoryError('CUDA out of memory')
-    with pytest.raises(TrainingError, match='8x1x8x16x16.*accumulate=2.*checkpoint=True'): fit(learner(store, tmp_path, cbs=[Full()]))
+    with pytest.raises(TrainingError, match='8x1x8x16x16.*accumulate=2.*checkpoint=True'):
+        fit(learner(store, tmp_path, cbs=[Full()]))
 
 
 def test_one_class_or_nobody_to_train_on(store, tmp_path):
@@ -281,10 +315,12 @@ def test_one_class_or_nobody_to_train_on(store, tmp_path):
     with pytest.raises(TrainingError, match='both classes'): mgmt_learner(dls, 'resnet10', path=tmp_path)
     data.labels,data.patients = data.labels[:0],[]
     with pytest.raises(TrainingError, match='empty'): mgmt_learner(dls, 'resnet10', path=tmp_path)
-    with pytest.raises(MGMTError, match='each fold needs'): mgmt_dls(store, patients=store.table.patient[store.table.label==1])
+    with pytest.raises(MGMTError, match='each fold needs'):
+        mgmt_dls(store, patients=store.table.patient[store.table.label==1])
 
 
-@pytest.mark.parametrize('how', [dict(n_batches=0), dict(n_samples=-1), dict(n_batches=1.5), dict(), dict(n_batches=2,n_samples=2)], ids=str)
+@pytest.mark.parametrize('how', [dict(n_batches=0), dict(n_samples=-1), dict(n_batches=1.5), dict(),
+    dict(n_batches=2,n_samples=2)], ids=str)
 def test_accumulation_refuses_nonsense(how):
     with pytest.raises(MGMTError): GradientAccumulation(**how)
 
@@ -293,7 +329,9 @@ def test_accumulation_refuses_nonsense(how):
 def test_norms_train_save_and_load(store, tmp_path, kind):
     "Frozen statistics do not move; group norm knows no batch, so a patient's logit is its own in training too."
     dls = mgmt_dls(store, bs=8)
-    learn = mgmt_learner(dls, 'resnet10', get_recipe('default', norms=kind, epochs=1, lr=1e-3, accumulate=2, progressive=(.5,), mixup=.2, class_weights='balanced', loss='focal'), path=tmp_path)
+    learn = mgmt_learner(dls, 'resnet10', get_recipe(
+        'default', norms=kind, epochs=1, lr=1e-3, accumulate=2, progressive=(.5,), mixup=.2, class_weights='balanced',
+        loss='focal'), path=tmp_path)
     stats = {k:v.clone() for k,v in learn.model.state_dict().items() if 'running' in k}
     with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
     assert all(torch.equal(v, learn.model.state_dict()[k]) for k,v in stats.items())
