@@ -2,7 +2,7 @@
 usage: python benchmarks/leakage.py [--what fingerprints,audit,growth,recall] [--train 585] [--test 262] [--sequences 4]
        [--recall 24] [--workers 2] [--keep FOLDER]
 fingerprints  of two made-up stores at 64x256x256
-audit   the other stages on them, through `leakage_audit`, and seconds a pair beside the thesis' cross-correlation and
+audit   the other stages on them, through `leakage_audit`, and seconds per pair beside the thesis' cross-correlation and
         mutual information
 growth  all pairs of made-up fingerprints at four sizes, and from them 100,000 x 100,000
 recall  phantoms whose anatomies differ, copies under each change and all together
@@ -113,8 +113,8 @@ def growth(a, home):
         print(f'  {n:6d} x {n:6d}  {times[-1]:7.2f} s, {times[-1]/n/n*1e9:.0f} ns a pair')
     power = np.polyfit(np.log(sizes), np.log(times), 1)[0]
     print(f'  grows with the number of patients to the power {power:.2f}; 100,000 x 100,000 would take '
-        f'{times[-1]*(1e5/sizes[-1])**2/3600:.1f} h a sequence for the products, {2e5/a.rate/3600:.1f} h for '
-        f'fingerprints at {a.rate:g} volumes a second;')
+        f'{times[-1]*(1e5/sizes[-1])**2/3600:.1f} h per sequence for the products, {2e5/a.rate/3600:.1f} h for '
+        f'fingerprints at {a.rate:g} volumes per second;')
     print(f'  on disk {2e5*(48*56*48+2*k)/1e9:.0f} GB a sequence; in memory two sets of fingerprints '
         f'({2e5*2*k/1e9:.1f} GB) and blocks of 2048 x 2048')
 
@@ -137,7 +137,7 @@ def recall(a, home):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--what', default='fingerprints,audit,growth,recall'); ap.add_argument('--keep')
-    ap.add_argument('--rate', type=float, default=20, help='volumes a second, for the estimate of growth')
+    ap.add_argument('--rate', type=float, default=20, help='volumes per second, for the estimate of growth')
     for k,v in dict(train=585, test=262, sequences=4, recall=24, workers=2).items():
         ap.add_argument(f'--{k}', type=int, default=v)
     a = ap.parse_args()

@@ -60,7 +60,7 @@ def alarms(reps, workers):
 def speed(n=10**6, reps=5):
     y,a,b = study(.6, n, .5, rng_for(3,'speed'), models=2)
     work = {"scikit-learn's AUC, no interval": lambda: roc_auc_score(y,a), 'auc_ci': lambda: auc_ci(y,a),
-        'auc_ci, ten scans a patient': lambda: auc_ci(y,a,cluster=np.arange(n)//10),
+        'auc_ci, ten scans per patient': lambda: auc_ci(y,a,cluster=np.arange(n)//10),
         'delong_test': lambda: delong_test(y,a,b)}
     t = pd.Series({k: m for k,(m,*_) in spans(rounds(work, reps, warm=False)).items()})
     print(f'\n{n} predictions, median of {reps}')

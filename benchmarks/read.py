@@ -20,7 +20,7 @@ from mgmt_fast.series import read_volume
 
 
 def write_series(dest, slices, size, patient, sequence):
-    "An egg with texture and noise in the competition's layout, air exactly 0, one uncompressed file a slice"
+    "An egg with texture and noise in the competition's layout, air exactly 0, one uncompressed file per slice"
     dest.mkdir(parents=True)
     rng = np.random.default_rng([int(patient), SEQUENCES.index(sequence)])
     z,y,x = np.linspace(-1,1,slices),*np.ogrid[-1:1:size*1j,-1:1:size*1j]

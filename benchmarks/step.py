@@ -132,7 +132,7 @@ def main():
 
 
 def show(arch, runs, B):
-    "One line a network: medians over all steps and rounds, and beside ours"
+    "One line per network: medians over all steps and rounds, and beside ours"
     med = {w:(statistics.median(sum((r['times'] for r in rs), [])),statistics.median(r['mib'] for r in rs)) for w,
         rs in runs.items()}
     for w,(s,mib) in med.items():

@@ -20,7 +20,7 @@ from .fingerprints import SmallCopies, in_parallel
 
 # %% ../nbs/12_confirm.ipynb #54b02f47
 def pair_score(
-    r, # From `register_rigid`
+    r:NS, # From `register_rigid`
 ) -> float: # 0 to 1
     "How alike two registered brains are."
     alike = np.sqrt(max(r.ncc, 0)*max(r.nmi, 0))
@@ -28,7 +28,7 @@ def pair_score(
 
 # %% ../nbs/12_confirm.ipynb #b7852aa0
 def confirm_pairs(
-    jobs, # `(key, small copies, i, small copies, j)`: register row `j` of the second onto row `i` of the first
+    jobs:list, # `(key, small copies, i, small copies, j)`: register row `j` of the second onto row `i` of the first
     n_workers:int=None, # Processes; one per core if None, 0 for this one
     progress:bool=True, # Show a progress bar?
     most:int=16, # Pairs of one fixed brain that go together
@@ -65,7 +65,7 @@ class Null:
     prior = (.38,.06,8) # mean and standard deviation of the square root of the score, and how many pairs they are worth
     source = "this set's own pairs" # Where it was measured
     def __init__(self,
-        scores, # (n,) in [0,1]
+        scores:list|np.ndarray, # (n,) in [0,1]
     ):
         scores = np.asarray(scores, float)
         u = np.sqrt(np.maximum(scores, 0))
@@ -83,7 +83,7 @@ class Null:
         self.sd = np.sqrt(squares/self.df*(1+1/(n0+n)))
 
     def chance(self,
-        score, # 0 to 1
+        score:float|np.ndarray, # 0 to 1
     ): # Probability of such a score or a higher one
         "How rare a score is"
         return stats.t.sf((np.sqrt(np.maximum(score, 0))-self.mean)/self.sd, self.df)
@@ -110,7 +110,7 @@ class MeasuredNull(Null):
     "The null measured beforehand, for sets whose own pairs are too few. Raises `MGMTError` on unknown sequences."
     def __init__(self,
         *sequences:str, # Of the pairs to judge
-        scores=(), # (n,) those of the set's own pairs, which are kept to be shown
+        scores:list|np.ndarray=(), # (n,) those of the set's own pairs, which are kept to be shown
     ):
         t = _null_table()
         t = t[t.sequence.isin(check_sequences(set(sequences)))]
@@ -119,7 +119,7 @@ class MeasuredNull(Null):
         self.source = f"{t.pairs.sum()} pairs of other brains, measured beforehand"
 
     def chance(self,
-        score, # 0 to 1
+        score:float|np.ndarray, # 0 to 1
     ): # Probability of such a score or a higher one, in the worst of the measured sets
         "How rare a score is"
         u = np.sqrt(np.maximum(score, 0))
@@ -141,7 +141,7 @@ def _null_table():
 ENOUGH = 30 # own pairs, from which on a set's own null is used
 
 def choose_null(
-    scores, # (n,) of the set's own pairs that differ
+    scores:list|np.ndarray, # (n,) of the set's own pairs that differ
     *sequences:str, # Of the pairs to judge
 ) -> Null: # The set's own, or a `MeasuredNull`
     "The set's own null where it has `ENOUGH` pairs, else the one measured beforehand."
@@ -153,8 +153,8 @@ def plot_null(
     null:Null, # Scores of pairs known to differ
     same:float, # Threshold
     doubt:float, # Threshold
-    hits=(), # Scores of planted copies
-    ax=None, # Axes to draw on; new ones if none
+    hits:list|np.ndarray=(), # Scores of planted copies
+    ax:plt.Axes=None, # Axes to draw on; new ones if none
     title:str='', # Of the axes
 ): # The axes
     "Draw the null distribution, the thresholds, and where planted copies lie."

@@ -9,6 +9,7 @@ __all__ = ['PERTURBATIONS', 'draw_perturbation', 'perturb', 'LeakageError', 'vox
 
 # %% ../nbs/05_fingerprints.ipynb #74352eff
 import hashlib, json, os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -30,7 +31,7 @@ PERTURBATIONS = tuple(_strengths)
 
 def draw_perturbation(
     rng:np.random.Generator, # Where the draw comes from
-    kinds=PERTURBATIONS, # Which of `shift`, `turn`, `slices`, `gamma`, `bias`, `noise`, `peel`, `crop`, `flip` to draw
+    kinds:list|tuple=PERTURBATIONS, # Which of them to draw
     strength:float=None, # Of each, as a share of the strongest, 0 to 1; anything up to the strongest if None
 ) -> dict: # For `perturb`
     """Draw how a copy differs: up to 15 mm, 10 degrees, slices of 1 to 5 mm, gamma .7 to 1.4, coils uneven by e^.4,
@@ -55,14 +56,14 @@ def draw_perturbation(
 def perturb(
     vol:Volume, # (D,H,W)
     rng:np.random.Generator, # For the noise
-    shift=(0,0,0), # mm along R, A, S
-    turn=(0,0,0), # Degrees, a rotation vector
+    shift:tuple|list=(0,0,0), # mm along R, A, S
+    turn:tuple|list=(0,0,0), # Degrees, a rotation vector
     slices:float=None, # mm from slice to slice of the copy, as they are if None; its pixels have 1 mm at least
     gamma:float=1., # Of intensities over their range
-    bias=(0,0,0), # Logarithm of the coils' gain at the far end of D, H, W; its inverse at the near end
+    bias:tuple|list=(0,0,0), # Logarithm of the coils' gain at the far end of D, H, W; its inverse at the near end
     noise:float=0., # Rician, standard deviation as a share of the 99.5th percentile
     peel:float=0., # mm of tissue lost all around, as another mask of the brain might
-    crop=((0,0),)*3, # Share cut off both ends of what holds tissue, along D, H, W
+    crop:tuple|list=((0,0),)*3, # Share cut off both ends of what holds tissue, along D, H, W
     flip:bool=False, # Exchange left and right?
 ) -> Volume: # float32, on a grid of its own
     "Copy a volume as another scanner and preparation might have: one resample, then intensities, then the crop."
@@ -142,7 +143,7 @@ def _digest(*parts):
 class ScanSet:
     "A set of scans: its `patients`, and volumes with hashes that tell equal ones"
     def __init__(self,
-        data, # `VolumeStore`, or a cohort's table of paths
+        data:pd.DataFrame|VolumeStore, # `VolumeStore`, or a cohort's table of paths
         name:str, # What errors and reports call the set
     ):
         self.data,self.name,self.store = data,name,isinstance(data, VolumeStore)
@@ -209,8 +210,8 @@ def _more_than_once(name, who):
 
 # %% ../nbs/05_fingerprints.ipynb #3486b288
 def in_parallel(
-    f, # Function of a job's items
-    jobs, # Tuples
+    f:Callable, # Function of a job's items
+    jobs:Iterable, # Tuples
     total:int, # How many jobs there are
     n_workers:int=None, # Processes; one per core if None, 0 for this one
     progress:bool=True, # Show a progress bar?
@@ -229,13 +230,13 @@ def _each(f, jobs): return [f(*o) for o in jobs]
 
 # %% ../nbs/05_fingerprints.ipynb #e00f9340
 def keep_rows(
-    folder, # Where the array and its journal lie
+    folder:str|Path, # Where the array and its journal lie
     name:str, # Of both files
-    key, # What all rows depend on; what JSON holds
-    contents, # For each row, what it is made of (a string); None where there is nothing
+    key:dict|list|str, # What all rows depend on; what JSON holds
+    contents:list, # For each row, what it is made of (a string); None where there is nothing
     shape:tuple, # Of one row
-    dtype, # Of the array
-    compute, # From numbers of rows to `(row, facts)` for each; `row` may be None
+    dtype:np.dtype|type, # Of the array
+    compute:Callable, # From numbers of rows to `(row, facts)` for each; `row` may be None
 ) -> tuple: # Array `(n,*shape)`, memory-mapped; for each row a `dict` of facts, None where there is nothing
     """Compute rows once and keep them; only those whose content changed are computed again.
 
@@ -289,7 +290,7 @@ class SmallCopies:
     def __init__(self,
         scans:ScanSet, # Whose volumes they are of
         seq:str, # Which sequence
-        rows, # (n,48,56,48) uint8, one row per patient
+        rows:np.ndarray, # (n,48,56,48) uint8, one row per patient
         facts:list, # `voxels`, `uids` of each; or `error`; None where the sequence is missing
     ):
         store_attr()
@@ -300,7 +301,7 @@ class SmallCopies:
 def small_copies(
     scans:ScanSet, # Whose volumes to read
     seq:str, # Which sequence
-    folder, # Where the copies are kept
+    folder:str|Path, # Where the copies are kept
     n_workers:int=None, # Processes; one per core if None, 0 for this one
     progress:bool=True, # Show a progress bar?
 ) -> SmallCopies: # One row per patient
@@ -352,7 +353,7 @@ def _on_template(template, small):
 # %% ../nbs/05_fingerprints.ipynb #60b9e213
 @one_thread()
 def average_brain(
-    smalls, # (n,48,56,48) uint8, small copies
+    smalls:list|np.ndarray, # (n,48,56,48) uint8, small copies
     rounds:int=3, # Of alignment on the average so far
 ) -> Structure: # Symmetric
     "The average local contrast of some brains, the template of all poses."
@@ -388,7 +389,7 @@ def template_points(
 # %% ../nbs/05_fingerprints.ipynb #c4125657
 @one_thread()
 def fingerprint(
-    small, # (48,56,48) uint8, from `low_resolution`
+    small:np.ndarray|Volume, # (48,56,48) uint8, from `low_resolution`
     template:Structure, # From `average_brain`
 ) -> np.ndarray: # (K,) float16 local contrast at points of the template; 0 where the brain has none
     "What of a brain can be compared by a product."
@@ -399,8 +400,8 @@ def fingerprint(
 
 # %% ../nbs/05_fingerprints.ipynb #4640d575
 def compare_fingerprints(
-    a, # (n,K)
-    b, # (m,K)
+    a:np.ndarray, # (n,K)
+    b:np.ndarray, # (m,K)
     mean:np.ndarray, # (K,), of the training set
     mirror:np.ndarray, # (K,), numbers of the points' mirror images
     block:int=2048, # Fingerprints of each side at a time
@@ -432,7 +433,7 @@ def _correlate(x, mx, y, my):
 def kept_fingerprints(
     copies:SmallCopies, # Of a set
     template:Structure, # From `average_brain`
-    folder, # Where the fingerprints are kept
+    folder:str|Path, # Where the fingerprints are kept
     name:str='prints', # Of their files
     n_workers:int=None, # Processes; one per core if None, 0 for this one
     progress:bool=True, # Show a progress bar?

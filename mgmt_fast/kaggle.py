@@ -109,8 +109,8 @@ def _too_full(work, left, need, sizes):
 # %% ../nbs/15_kaggle.ipynb #5d47a054
 def store_gb(
     n:int, # Patients
-    sequences=SEQUENCES, # Which
-    size=(64,256,256), # (D,H,W) voxels
+    sequences:list|tuple=SEQUENCES, # Which
+    size:tuple=(64,256,256), # (D,H,W) voxels
 ) -> float: # GB
     "GB that a store takes: one byte per voxel."
     return n*len(check_sequences(sequences))*np.prod(size)/1e9
@@ -154,7 +154,7 @@ def _other_weights(folder, have, arch):
 
 # %% ../nbs/15_kaggle.ipynb #9279c1d3
 def find_store(
-    otherwise, # Folder to prepare in, where none is attached
+    otherwise:str|Path, # Folder to prepare in, where none is attached
 ) -> Path: # Folder of a finished store, or `otherwise`
     "A prepared store among the sources: a data set of it, or an earlier session's output."
     for slug in (DATASETS['store'],'mgmt-fast-train') if on_kaggle() else ():
@@ -199,8 +199,8 @@ class Clock:
 # %% ../nbs/15_kaggle.ipynb #ab79e5bd
 def train_bundles(
     store:VolumeStore, # Prepared cohort with labels
-    dest, # Folder: `cv/` for the runs, `bundles/NAME` for what is frozen
-    cells, # Channels of each model, one tuple of sequences per model
+    dest:str|Path, # Folder: `cv/` for the runs, `bundles/NAME` for what is frozen
+    cells:list|tuple, # Channels of each model, one tuple of sequences per model
     clock:Clock=None, # When to stop; None for never
     **kwargs, # For `cross_validate`: `archs`, `recipe`, `n_folds`, ...
 ) -> pd.DataFrame: # Out-of-fold predictions of the models that are done, as `cross_validate` returns them
@@ -235,7 +235,7 @@ def _other_bundle(dest):
 
 # %% ../nbs/15_kaggle.ipynb #167237b5
 def find_bundles(
-    dest, # Folder to copy them to, since the ledger of an external test is written beside them
+    dest:str|Path, # Folder to copy them to, since the ledger of an external test is written beside them
     needed:bool=False, # Is it an error if there are none?
 ) -> dict: # Name to folder, in the order of their names
     """Frozen models of the train kernel, whose output is attached; copies that are there already are kept, with their
@@ -265,8 +265,8 @@ def _copy_bundle(source, dest):
 
 # %% ../nbs/15_kaggle.ipynb #051090c9
 def phantom_bundles(
-    work, # Folder for the phantom, its store and the models
-    cells=(('FLAIR',),('T1wCE',),('FLAIR','T1wCE')), # Channels of each model
+    work:str|Path, # Folder for the phantom, its store and the models
+    cells:list|tuple=(('FLAIR',),('T1wCE',),('FLAIR','T1wCE')), # Channels of each model
     **phantom, # Settings of `make_phantom`
 ) -> dict: # Name to folder, as `find_bundles` returns it
     """Small models of a phantom, for where the train kernel's output is not attached.
@@ -284,7 +284,7 @@ def phantom_bundles(
 # %% ../nbs/15_kaggle.ipynb #dab47d2e
 def refuse_unprepared(
     cohort:pd.DataFrame, # From `tcga_cohort`
-    sequences=SEQUENCES, # Which each patient must have
+    sequences:list|tuple=SEQUENCES, # Which each patient must have
     progress:bool=True, # Show a progress bar?
 ) -> tuple: # The patients who can be tested, as a cohort; DataFrame (patient, sequence, why) of what was refused
     "Tell patients whose scans are skull-stripped NIfTI on one grid in one space from those whose are not."
@@ -333,7 +333,7 @@ def _other_space(grid, common, n):
 
 # %% ../nbs/15_kaggle.ipynb #bbbf14b6
 def make_tcga_phantom(
-    dest, # Folder to make
+    dest:str|Path, # Folder to make
     n:int=16, # Patients
     auc:float=.9, # Best attainable AUC
     seed:int=1, # Another than the training cohort's
@@ -365,7 +365,7 @@ def _save_nifti(v, path):
 # %% ../nbs/15_kaggle.ipynb #69707d12
 def find_tcga(
     phantom:dict, # Settings of `make_tcga_phantom`, for where none is attached
-    work='working', # Folder for it
+    work:str|Path='working', # Folder for it
 ) -> NS: # `root`: folder of scans; `labels`: path of their table; `real`: are they patients?
     "The external test's scans and labels. Raises `KaggleError` where they are attached without a table of labels."
     root = find_input(DATASETS['tcga']) if on_kaggle() else None
@@ -389,7 +389,7 @@ def _no_table(root):
 # %% ../nbs/15_kaggle.ipynb #967a1a5a
 def make_submission(
     preds:pd.DataFrame, # patient, prob (missing where there is none), note
-    sample, # Path of `sample_submission.csv`
+    sample:str|Path, # Path of `sample_submission.csv`
     prevalence:float, # Share of methylated patients in training, for those without a prediction
 ) -> tuple: # The submission; DataFrame (patient, why) of those who got the prevalence
     """Bring predictions to the ids, order and columns of the sample.
@@ -416,8 +416,8 @@ def _no_prevalence(value):
 # %% ../nbs/15_kaggle.ipynb #7ab26095
 def predict_submission(
     cohort:pd.DataFrame, # The test patients
-    bundles, # Folders of bundles; their log-odds are averaged over those that a patient's sequences allow
-    dest, # Folder for their store; an unfinished one is finished
+    bundles:list, # Folders of bundles; their log-odds are averaged over those that a patient's sequences allow
+    dest:str|Path, # Folder for their store; an unfinished one is finished
     progress:bool=True, # Show progress bars?
 ) -> pd.DataFrame: # patient, prob, note: as `predict` returns it, one row per patient
     "Probability of each patient by all frozen models that can be asked; preparation's reasons where none can."

@@ -24,7 +24,7 @@ def slug_of(
 
 # %% ../nbs/15_kaggle_build.ipynb #5652cd81
 def check_kernel(
-    folder, # With `kernel-metadata.json`
+    folder:str|Path, # With `kernel-metadata.json`
 ) -> pd.DataFrame: # kernel, field, problem, what_to_do; no rows if all is well
     """What Kaggle would object to in a kernel, or silently do otherwise.
 
@@ -86,10 +86,10 @@ def _check_known(d):
 
 # %% ../nbs/15_kaggle_build.ipynb #94bebf06
 def fill_kernel(
-    folder, # Of the kernel
-    dest, # Folder to write the copy to
+    folder:str|Path, # Of the kernel
+    dest:str|Path, # Folder to write the copy to
     user:str, # Kaggle user name
-    have, # Slugs of the data sets that exist
+    have:list, # Slugs of the data sets that exist
 ) -> dict: # What the copy's metadata say
     """Copy a kernel with the user's name filled in, and without the data sets that do not exist.
 
@@ -113,9 +113,9 @@ def _no_user(user):
 LACKING = ('timm-3d', 'pydicom', 'python-gdcm', 'pylibjpeg', 'pylibjpeg-openjpeg')
 
 def build_wheels(
-    dest, # Folder to write to
-    source='.', # A clone of the library, or a wheel of it
-    lacking=LACKING, # What else to fetch
+    dest:str|Path, # Folder to write to
+    source:str|Path='.', # A clone of the library, or a wheel of it
+    lacking:list|tuple=LACKING, # What else to fetch
     python:str='3.11', # Kaggle's version
 ) -> list: # Names of the wheels
     """Build the library's wheel and download those that Kaggle's image lacks.
@@ -156,7 +156,7 @@ def _pip_failed(command, stderr):
 
 # %% ../nbs/15_kaggle_build.ipynb #2aa8aaa7
 def describe_dataset(
-    folder, # Of the data set's files
+    folder:str|Path, # Of the data set's files
     title:str, # Becomes its slug
     user:str, # Kaggle user name
     about:str, # One sentence
@@ -174,11 +174,11 @@ def _no_dataset(folder, title):
 
 # %% ../nbs/15_kaggle_build.ipynb #3978ef4e
 def build_kaggle(
-    dest, # Folder to fill: `wheels/`, and one folder per kernel
+    dest:str|Path, # Folder to fill: `wheels/`, and one folder per kernel
     user:str, # Kaggle user name
-    kernels='kaggle', # Folder of the kernels
-    source='.', # A clone of the library, or a wheel of it
-    lacking=LACKING, # What else to fetch for the wheels
+    kernels:str|Path='kaggle', # Folder of the kernels
+    source:str|Path='.', # A clone of the library, or a wheel of it
+    lacking:list|tuple=LACKING, # What else to fetch for the wheels
     python:str='3.11', # Kaggle's version
     **folders, # `weights`, `store`, `tcga`: folders that become data sets where they lie
 ) -> list: # The `kaggle` commands that send it all, in order

@@ -22,10 +22,11 @@ from .core import *
 from .moves import moved_from
 from .clinical import id_key, patient_key, read_table
 from .grids import resize
+from .prepare import VolumeStore
 from .register import *
-from .fingerprints import (PERTURBATIONS, LeakageError, ScanSet, SmallCopies, common_brain,
-    compare_fingerprints,
-    draw_perturbation, in_parallel, keep_rows, kept_fingerprints, perturb, small_copies, small_copy, template_points)
+from .fingerprints import PERTURBATIONS, draw_perturbation, in_parallel, perturb
+from .fingerprints import LeakageError, ScanSet, SmallCopies, keep_rows, small_copies, small_copy
+from .fingerprints import common_brain, compare_fingerprints, kept_fingerprints, template_points
 from .confirm import ENOUGH, MeasuredNull, Null, choose_null, confirm_pairs, pair_score, plot_null
 
 # %% ../nbs/14_leakage.ipynb #047f419d
@@ -320,16 +321,16 @@ def _verdict(f, a, b, i, j):
 
 # %% ../nbs/14_leakage.ipynb #1d8749af
 def leakage_audit(
-    train, # `VolumeStore`, or a cohort's table of paths
-    test, # The same, or the other kind
-    sequences=None, # Which, joined by commas or a list; those that both have if None; `('T1w','T1wCE')` compares two
-    ids=None, # Which ids mean one patient: `{train id: test id}`, or a table (or its path) of two columns
-    dest=None, # Folder for the tables, the sheet and the histogram; nothing is written if None
+    train:pd.DataFrame|VolumeStore, # `VolumeStore`, or a cohort's table of paths
+    test:pd.DataFrame|VolumeStore, # The same, or the other kind
+    sequences:str|list=None, # Those that both have if None; a pair `('T1w','T1wCE')` in the list compares two
+    ids:dict|pd.DataFrame|str|Path=None, # Which ids mean one patient: `{train id: test id}`, or two columns
+    dest:str|Path=None, # Folder for the tables, the sheet and the histogram; nothing is written if None
     alarms:tuple=(.01,.1), # Expected false alarms per sequence at which a pair is `'same'`, and `'uncertain'`
     small:int=2000, # Up to so many pairs per sequence, every pair is confirmed
     candidates:int=50, # Else: unrelated pairs per sequence that the fingerprints are expected to pass on
     planted:int=16, # Copies to make of training patients and hide among the test set
-    published=False, # Add the thesis' own measure, some seconds per pair? True (as `'text'`), or its alarm, see below
+    published:bool|str=False, # Add the thesis' own measure, seconds per pair? True (`'text'`), or its alarm, see below
     n_workers:int=None, # Processes; one per core if None, 0 for this one
     seed:int=0, # Of the planted copies and the null pairs
     progress:bool=True, # Show progress bars?
@@ -483,10 +484,10 @@ def _copies(side, i, seq, other, draws, seed):
 
 # %% ../nbs/14_leakage.ipynb #1282cd3f
 def planted_recall(
-    cohort, # `VolumeStore`, or a cohort's table of paths
+    cohort:pd.DataFrame|VolumeStore, # `VolumeStore`, or a cohort's table of paths
     sequence:str, # One that all its patients have
-    strengths=(.5,1.), # Shares of the strongest change
-    kinds=PERTURBATIONS, # Changes, one at a time; then all together
+    strengths:list|tuple=(.5,1.), # Shares of the strongest change
+    kinds:list|tuple=PERTURBATIONS, # Changes, one at a time; then all together
     pairs:int=150_000, # Pairs among which an audit would have to decide
     alarms:float=.01, # Expected false alarms among them
     n_workers:int=None, # Processes; one per core if None, 0 for this one
@@ -536,7 +537,7 @@ def _no_recall(sequence, bad, n):
 # %% ../nbs/14_leakage.ipynb #d1b48e16
 def plot_recall(
     table:pd.DataFrame, # From `planted_recall`
-    ax=None, # Axes to draw on; new ones if none
+    ax:plt.Axes=None, # Axes to draw on; new ones if none
 ): # The axes
     "Draw the share of copies found, the lowest score of a copy, and the highest of another brain, for each change."
     if ax is None: ax = plt.subplots(figsize=(6.5,3.2), layout='constrained')[1]

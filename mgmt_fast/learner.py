@@ -97,7 +97,7 @@ choice('learner', 'mixup', "alpha of mixup's Beta distribution; 0: no mixup", Al
 
 # %% ../nbs/11_learner.ipynb #efbe00ad
 def body_and_head(
-    model, # With `.body` and `.head`, as `create_network` makes it
+    model:torch.nn.Module, # With `.body` and `.head`, as `create_network` makes it
 ) -> list: # Two lists of parameters
     """Parameter groups as fastai's `freeze`, `unfreeze` and slices of rates expect them.
 
@@ -122,9 +122,9 @@ class MGMTLearner(Learner):
 
     def fit(self,
         n_epoch:int, # Passes over the training patients
-        lr=None, # Learning rate, or one per parameter group; that of the learner if None
+        lr:float|slice=None, # Learning rate, or one per parameter group; that of the learner if None
         wd:float=None, # Weight decay; that of the learner if None
-        cbs=None, # More callbacks, for this training
+        cbs:list=None, # More callbacks, for this training
         **kwargs, # For fastai's `fit`
     ):
         "As fastai's. Raises `TrainingError` where a loss is not finite or the memory too small."
@@ -185,7 +185,7 @@ def _too_large(learn):
 
 # %% ../nbs/11_learner.ipynb #11c00002
 def weights_key(
-    pretrained, # As in a recipe: False, True, or the path of a file or a folder of `mgmt_weights`
+    pretrained:bool|str|Path, # As in a recipe: False, True, or the path of a file or a folder of `mgmt_weights`
     arch:str, # Which file of a folder
 ) -> str: # '' for none; the digest of a file's content
     "The 2D weights that a training starts from, by what they are and not by where they lie."
@@ -201,7 +201,7 @@ def weights_key(
 # %% ../nbs/11_learner.ipynb #29293f53
 def plan_key(
     dls:StoreDataLoaders, # From `mgmt_dls` or `recipe_dls`
-    recipe=None, # As for `mgmt_learner`
+    recipe:str|Path|Recipe=None, # As for `mgmt_learner`
     seed:int=0, # Of the initial weights
 ) -> dict: # As `run_key`
     "What makes a training what it is, before it has begun."
@@ -215,7 +215,7 @@ def _parts(dls): return dict(train=dls.train.dataset.patients, valid=dls.valid.d
 
 # %% ../nbs/11_learner.ipynb #774ff98e
 def training_key(
-    learn, # From `mgmt_learner`
+    learn:Learner, # From `mgmt_learner`
 ) -> dict: # As `run_key`
     "What makes a training what it is, read from the learner."
     return plan_key(learn.dls, recipe_that_ran(learn, plan=True), getattr(learn,'seed',None))
@@ -401,7 +401,7 @@ READ_BACK = { # choice: where it is read, and how
 
 # %% ../nbs/11_learner.ipynb #4d882ea7
 def recipe_that_ran(
-    learn, # From `mgmt_learner`
+    learn:Learner, # From `mgmt_learner`
     plan:bool=False, # As it is going to run, without the trainings that were started by hand before?
 ) -> Recipe: # What the store, the loaders, the model and the callbacks are set to
     "The recipe of a training, read from the objects that carried it out."
@@ -415,10 +415,10 @@ def recipe_that_ran(
 def mgmt_learner(
     dls:DataLoaders, # From `mgmt_dls` or `recipe_dls`
     arch:str=None, # Backbone's name; the recipe's if None
-    recipe=None, # Name, file or `Recipe`; that of the loaders if None
-    path='.', # Folder of the log and of the best weights
+    recipe:str|Path|Recipe=None, # Name, file or `Recipe`; that of the loaders if None
+    path:str|Path='.', # Folder of the log and of the best weights
     seed:int=0, # Of the initial weights
-    cbs=None, # More callbacks
+    cbs:list=None, # More callbacks
     model_kwargs:dict=None, # For `create_network`, beyond what the recipe decides
     **kwargs, # For fastai's `Learner`
 ) -> MGMTLearner: # Train it with `learn.fit_recipe()`, or any of fastai's own; `learn.recipe` is the plan
@@ -448,10 +448,10 @@ def _with_faults(r):
 @delegates(mgmt_dls, but=['bs','augs','shuffle','drop_last'])
 def recipe_dls(
     store:VolumeStore, # Prepared cohort with labels
-    recipe=None, # Name, file or `Recipe`; that of the store if None
-    sequences=None, # Channels, in order; the recipe's if None
+    recipe:str|Path|Recipe=None, # Name, file or `Recipe`; that of the store if None
+    sequences:str|list|tuple=None, # Channels, in order; the recipe's if None
     seed:int=0, # Of folds, order and augmentation
-    augs=None, # Batch transforms for training; the recipe's if None
+    augs:list=None, # Batch transforms for training; the recipe's if None
     **kwargs # For `mgmt_dls`
 ) -> StoreDataLoaders: # As `mgmt_dls`
     """Loaders as a recipe has them: its batch size, its augmentation, its order.
@@ -476,10 +476,10 @@ class MGMTModel:
     def __init__(self,
         model:torch.nn.Module, # From `create_network`
         recipe:Recipe, # As it ran
-        sequences, # Channels, in order
+        sequences:list|tuple, # Channels, in order
         version:str=__version__, # Of the library that trained it
         trained:dict=None, # How: patients, epochs, seeds, weights, key
-        prepared=None, # Sequences that shared a box when they were prepared; its channels if None
+        prepared:list|tuple=None, # Sequences that shared a box when they were prepared; its channels if None
         preparation_number:int=PREPARATION, # Of the store
         seen:SeenVolumes=None, # Which volumes it has seen; None where that was not written down
     ):
@@ -507,7 +507,7 @@ class MGMTModel:
     @torch.no_grad()
     def logit(self,
         volumes:dict, # `{key: {sequence: uint8 (D,H,W)}}`, as `needs` asks for
-        row, # The patient's row
+        row:dict|pd.Series, # The patient's row
     ) -> tuple: # Logit, NaN where a sequence is missing; and a note
         "Predict one patient"
         lack = [s for s in self.sequences if s not in volumes[self.key]]
@@ -517,7 +517,7 @@ class MGMTModel:
         return self.model.eval()(x.as_subclass(torch.Tensor).float()).item(),''
 
     def write(self,
-        path, # Without suffix
+        path:str|Path, # Without suffix
     ):
         "Write tensors and JSON, and what the model has seen"
         if self.seen is None: _seen_file(path).unlink(missing_ok=True)
@@ -530,7 +530,7 @@ class MGMTModel:
 
     @classmethod
     def read(cls,
-        path, # Without suffix
+        path:str|Path, # Without suffix
         d:dict, # What `path.json` says
     ):
         "Read what `write` wrote. Raises `MGMTError` on tensors that are missing or do not fit."
@@ -594,7 +594,7 @@ def as_model(
 # %% ../nbs/11_learner.ipynb #7865ee9c
 def save_model(
     model, # `Learner`, `MGMTModel`, or another kind of model
-    path, # Without suffix: `path.safetensors`, `path.json` and, of a training, `path.seen.safetensors` are written
+    path:str|Path, # Without suffix: writes `path.safetensors`, `path.json` and, of a training, `path.seen.safetensors`
 ) -> Path: # `path`
     "Write a trained model as tensors and JSON, each whole or not at all."
     as_model(model).write(Path(path))
@@ -602,7 +602,7 @@ def save_model(
 
 # %% ../nbs/11_learner.ipynb #bc76bbdf
 def load_model(
-    path, # As given to `save_model`, with or without a suffix; or the folder of a run or of a bundle
+    path:str|Path, # As given to `save_model`, with or without a suffix; or the folder of a run or of a bundle
 ): # `MGMTModel`, or the kind of model that the JSON names; on the CPU, in evaluation mode
     """Read a saved model.
 
@@ -673,7 +673,7 @@ class _Workers:
         self.pool = _pool(self.n)
         return self.pool.submit(*args)
 
-_DIED = 'the process that prepared it died, most likely for want of memory: predict it again with n_workers=1'
+_DIED = 'the process that prepared it died, most likely because memory ran out: predict it again with n_workers=1'
 
 def _outcome(row, job, how):
     "A patient as `_inputs` gives it; one that was under way when a process died is tried again, alone"
@@ -696,7 +696,7 @@ def _prepared(row, needs, sequences):
 # %% ../nbs/11_learner.ipynb #58e77630
 def predict_unlogged(
     m, # `MGMTModel` or another kind of model
-    cohort, # As for `predict`
+    cohort:pd.DataFrame|VolumeStore, # As for `predict`
     n_workers:int=None, # Processes that prepare scans; one per core if None
     progress:bool=True, # Show a progress bar?
     features:pd.DataFrame=None, # As for `predict`
@@ -723,7 +723,7 @@ def _one_logit(m, volumes, row):
 # %% ../nbs/11_learner.ipynb #4ec15cad
 def predict(
     model, # `Learner`, `MGMTModel`, another kind of model, or a path: of a model, of a run's folder, of a bundle
-    cohort, # Cohort table of scans, or a `VolumeStore` prepared as the model's training was
+    cohort:pd.DataFrame|VolumeStore, # Cohort table of scans, or a `VolumeStore` prepared as the model's training was
     n_workers:int=None, # Processes that prepare scans; one per core if None
     progress:bool=True, # Show a progress bar?
     features:pd.DataFrame=None, # `patient` and what a model needs beside images, where the cohort has no such columns

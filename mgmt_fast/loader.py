@@ -37,8 +37,8 @@ class StoreDataset:
     "Samples `(TensorMR (C,D,H,W) uint8, label)` of some patients; the label is a float 0 or 1, NaN where unknown"
     def __init__(self,
         store:VolumeStore, # Where the volumes are
-        patients, # Names, in the order of the samples
-        sequences=None, # Channels, in order; all of the store's if None
+        patients:list|pd.Series, # Names, in the order of the samples
+        sequences:str|list|tuple=None, # Channels, in order; all of the store's if None
     ):
         self.store,self.patients = store,list(patients)
         self.sequences = store.sequences if sequences is None else check_sequences(sequences)
@@ -109,7 +109,7 @@ class StoreDL(TfmdDL):
 # %% ../nbs/05_loader.ipynb #92a0f532
 def usable_patients(
     store:VolumeStore, # A store with labels
-    sequences, # Channels a sample needs
+    sequences:str|list|tuple, # Channels a sample needs
 ) -> tuple: # DataFrame (patient, label) of those who can be trained on; DataFrame (patient, why) of the others
     """Tell the patients who have a label and every sequence from those who do not.
 
@@ -127,7 +127,7 @@ def _not_prepared(absent, store):
 
 # %% ../nbs/05_loader.ipynb #86fb7554
 def augmentation(
-    tfms, # Batch transforms of training
+    tfms:list, # Batch transforms of training
 ) -> dict: # Choices of `augment`, all those that nothing carries out as recipe `'none'` has them, and `other_tfms`
     "What batch transforms augment, read from themselves."
     names = [k for k in choice_names('augment') if not k.startswith('tta_')]
@@ -148,18 +148,18 @@ class StoreDataLoaders(DataLoaders):
 # %% ../nbs/05_loader.ipynb #57cd5756
 def mgmt_dls(
     store:VolumeStore, # Prepared cohort with labels
-    sequences=None, # Channels, in order; all of the store's if None
+    sequences:str|list|tuple=None, # Channels, in order; all of the store's if None
     fold:int=0, # Fold that validates, 0 to `n_folds-1`
     bs:int=8, # Patients per batch
     n_folds:int=5, # Folds, stratified by label
     seed:int=0, # Of the folds and of the order of training
-    augs=None, # Batch transforms for training, e.g. those of `mgmt_augs`
+    augs:list=None, # Batch transforms for training, e.g. those of `mgmt_augs`
     num_workers:int=0, # Reading processes; a read is a copy from the page cache, so none is right on most machines
-    device=None, # fastai's default if None
-    patients=None, # Only these; all of the store's if None
+    device:str|torch.device=None, # fastai's default if None
+    patients:list|pd.Series=None, # Only these; all of the store's if None
     shuffle:bool=True, # A new order of the training patients in every epoch?
     drop_last:bool=False, # Leave an epoch's last, incomplete batch out?
-    recipe=None, # Recipe that later stages follow where these loaders settle nothing; the store's if None
+    recipe:str|Path|Recipe=None, # Followed by later stages where these loaders settle nothing; the store's if None
 ) -> StoreDataLoaders: # With `.recipe`, `.sequences`, `.store`, `.left_out` and `.folds`
     """fastai `DataLoaders` over a store; no patient is dropped unseen.
 
@@ -199,7 +199,17 @@ LABELS = ('unmethylated', 'methylated')
 
 # %% ../nbs/05_loader.ipynb #32a1fd48
 @dispatch
-def show_batch(x:TensorMR, y, samples, ctxs=None, max_n=4, n=8, cols=8, sequences=None, **kwargs):
+def show_batch(
+    x:TensorMR, # (B,C,D,H,W)
+    y, # (B,) labels, NaN where unknown
+    samples, # What fastai makes of a batch; not used
+    ctxs=None, # Axes (B,C); new ones if None
+    max_n=4, # Patients, at most
+    n=8, # Slices of each
+    cols=8, # Slices in a row
+    sequences=None, # Names of the channels
+    **kwargs # For `Volume.show`
+):
     "Montages of a batch `(B,C,D,H,W)`, one row per patient, one column per sequence; returns the axes"
     B,C = min(len(x),max_n),x.shape[1]
     if ctxs is None: ctxs = _montage_axes(B, C, n, cols)

@@ -17,6 +17,7 @@ from .clinical import id_key
 from .consistency import *
 from fastai.metrics import AccumMetric
 from fastcore.all import *
+from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.optimize import brentq, minimize, minimize_scalar
 from scipy.special import expit, logit, rel_entr
@@ -56,8 +57,8 @@ _unordered = ("labels and scores hold the same patients in different orders, som
 
 # %% ../nbs/10_metrics.ipynb #8349de25
 def check_scores(
-    y, # Labels, (n,), 0 or 1
-    p, # Scores, (n,), any increasing scale
+    y:ArrayLike, # Labels, (n,), 0 or 1
+    p:ArrayLike, # Scores, (n,), any increasing scale
     least:int=10, # Fewest patients that allow a figure
     clustered:bool=False, # May a patient occur several times?
 ) -> tuple: # `y` as bool, `p` as float64
@@ -93,8 +94,8 @@ def _all_alike(p):
 
 # %% ../nbs/10_metrics.ipynb #2363d1fb
 def check_probs(
-    y, # Labels, (n,), 0 or 1
-    p, # Probabilities of methylation, (n,), 0 to 1
+    y:ArrayLike, # Labels, (n,), 0 or 1
+    p:ArrayLike, # Probabilities of methylation, (n,), 0 to 1
 ) -> tuple: # `y` as bool, `p` as float64
     "As `check_scores`, for figures that take the scores at their word. Raises `MGMTError` outside of 0 to 1 too."
     y,p = check_scores(y, p)
@@ -124,7 +125,7 @@ def delong_parts(
 def delong_cov(
     y:np.ndarray, # bool, (n,)
     *ps:np.ndarray, # Scores of k models on the same scans, each (n,)
-    cluster=None, # Patient of each scan, (n,), where a patient has several; None: every scan is a patient
+    cluster:ArrayLike=None, # Patient of each scan, (n,), where a patient has several; None: every scan is a patient
 ) -> tuple: # AUCs, (k,); their covariance, (k,k)
     """AUCs of models on the same patients with their covariance.
 
@@ -223,8 +224,8 @@ def _needs_single(few):
 
 def auc_interval(
     y:np.ndarray, # bool, (n,)
-    P, # Scores of k runs on the same scans, (k,n): the AUC is the mean of theirs
-    cluster=None, # Patient of each scan, (n,), where a patient has several
+    P:np.ndarray|list, # Scores of k runs on the same scans, (k,n): the AUC is the mean of theirs
+    cluster:ArrayLike=None, # Patient of each scan, (n,), where a patient has several
     method:str=None, # `'mee'`, `'delong'` or `'bound'`; None: `'mee'` from 5 patients of each class, `'bound'` below
     level:float=.95, # Coverage of the interval
 ) -> pd.Series: # auc, lo, hi; its name is the method's
@@ -244,11 +245,11 @@ def auc_interval(
 
 # %% ../nbs/10_metrics.ipynb #0db58b87
 def auc_ci(
-    y, # Labels, (n,), 0 or 1
-    p, # Scores, (n,), any increasing scale
+    y:ArrayLike, # Labels, (n,), 0 or 1
+    p:ArrayLike, # Scores, (n,), any increasing scale
     method:str=None, # One of `AUC_METHODS`; None: `'mee'` from 5 patients of each class, `'bound'` below
     level:float=.95, # Coverage of the interval
-    cluster=None, # Patient of each scan, (n,), where a patient has several; with `'mee'` or `'delong'`
+    cluster:ArrayLike=None, # Patient of each scan, (n,), where a patient has several; with `'mee'` or `'delong'`
     n_boot:int=2000, # Resamples, with `'bootstrap'`, which draws within each class
     seed:int=0, # Of the resamples
 ) -> pd.Series: # auc, lo, hi; all between 0 and 1; its name is the method's
@@ -268,11 +269,11 @@ def auc_ci(
 
 # %% ../nbs/10_metrics.ipynb #7d15b3f6
 def delong_test(
-    y, # Labels, (n,), 0 or 1
-    p1, # Scores of one model, (n,)
-    p2, # Scores of another on the same patients, (n,); with `y2` on others, (n2,)
-    y2=None, # Labels of `p2`'s own patients, (n2,); None: both models saw the same
-    cluster=None, # Patient of each scan, (n,), where a patient has several; paired only
+    y:ArrayLike, # Labels, (n,), 0 or 1
+    p1:ArrayLike, # Scores of one model, (n,)
+    p2:ArrayLike, # Scores of another on the same patients, (n,); with `y2` on others, (n2,)
+    y2:ArrayLike=None, # Labels of `p2`'s own patients, (n2,); None: both models saw the same
+    cluster:ArrayLike=None, # Patient of each scan, (n,), where a patient has several; paired only
     level:float=.95, # Coverage of the difference's interval
 ) -> pd.Series: # auc1, auc2, z, p (two-sided), delta = auc1-auc2 and its interval lo, hi
     """Compare two AUCs, on the same patients or on different ones.
@@ -305,9 +306,9 @@ def _no_spread(a, b):
 
 # %% ../nbs/10_metrics.ipynb #79a6172c
 def permutation_test(
-    y, # Labels, (n,), 0 or 1
-    p, # Scores, (n,)
-    p2=None, # Scores of a second model on the same patients, to compare with; None: compare with chance
+    y:ArrayLike, # Labels, (n,), 0 or 1
+    p:ArrayLike, # Scores, (n,)
+    p2:ArrayLike=None, # Scores of a second model on the same patients, to compare with; None: compare with chance
     alternative:str='two-sided', # Or `'greater'`: better than chance, better than the second model
     n_perm:int=9999, # Permutations; all there are where that is fewer
     seed:int=0, # Of the permutations
@@ -334,7 +335,7 @@ def permutation_test(
 
 # %% ../nbs/10_metrics.ipynb #0a873a69
 def holm(
-    p, # p-values of all comparisons that were made, (k,)
+    p:ArrayLike, # p-values of all comparisons that were made, (k,)
 ) -> np.ndarray: # (k,) adjusted
     "p-values of several comparisons, raised so that the chance of even one false alarm stays at the level."
     from statsmodels.stats.multitest import multipletests # here, for it takes long to import
@@ -343,8 +344,8 @@ def holm(
 # %% ../nbs/10_metrics.ipynb #6d6586bc
 @delegates(delong_test, but=['y2'])
 def compare_models(
-    y, # Labels, (n,), 0 or 1
-    probs, # Scores on the same patients, one column per model, (n,k)
+    y:ArrayLike, # Labels, (n,), 0 or 1
+    probs:pd.DataFrame|np.ndarray|dict, # Scores on the same patients, one column per model, (n,k)
     **kwargs, # For `delong_test`
 ) -> pd.DataFrame: # One row per pair: model1, model2, those of `delong_test`, p_holm
     "Compare every model with every other, and correct for having done so. Raises `MGMTError` on fewer than two models."
@@ -386,8 +387,8 @@ def _rates(tp, fp, fn, tn):
 
 # %% ../nbs/10_metrics.ipynb #fb35963b
 def classification_ci(
-    y, # Labels, (n,), 0 or 1
-    p, # Probabilities of methylation, (n,), 0 to 1
+    y:ArrayLike, # Labels, (n,), 0 or 1
+    p:ArrayLike, # Probabilities of methylation, (n,), 0 to 1
     threshold:float=.5, # Methylated from this probability on; fixed beforehand, never on these patients
     method:str='wilson', # `'wilson'` for shares (F1 and MCC are none, and are bootstrapped), or `'bootstrap'` for all
     level:float=.95, # Coverage of the intervals
@@ -429,8 +430,8 @@ def _bins(p, n_bins, strategy):
 
 # %% ../nbs/10_metrics.ipynb #3b0c2242
 def reliability(
-    y, # Labels, (n,), 0 or 1
-    p, # Probabilities of methylation, (n,), 0 to 1
+    y:ArrayLike, # Labels, (n,), 0 or 1
+    p:ArrayLike, # Probabilities of methylation, (n,), 0 to 1
     n_bins:int=10, # Bins, at most
     strategy:str='quantile', # Bins of equal numbers of patients, or `'uniform'`, of equal width
     level:float=.95, # Coverage of the intervals
@@ -463,8 +464,8 @@ def _ece(gap, at): return np.abs(np.bincount(at, gap)).sum()/len(at)
 
 # %% ../nbs/10_metrics.ipynb #ba189d50
 def calibration(
-    y, # Labels, (n,), 0 or 1
-    p, # Probabilities of methylation, (n,), 0 to 1
+    y:ArrayLike, # Labels, (n,), 0 or 1
+    p:ArrayLike, # Probabilities of methylation, (n,), 0 to 1
     n_bins:int=10, # Of the ECE, see `reliability`
     strategy:str='quantile', # Of the ECE's bins, see `reliability`
     level:float=.95, # Coverage of the intervals
@@ -526,8 +527,8 @@ class Temperature:
 
 # %% ../nbs/10_metrics.ipynb #f9468df2
 def fit_temperature(
-    y, # Labels of validation patients, (n,), 0 or 1: never of those that the model is judged by
-    p, # Their probabilities, (n,), 0 to 1
+    y:ArrayLike, # Labels of validation patients, (n,), 0 or 1: never of those that the model is judged by
+    p:ArrayLike, # Their probabilities, (n,), 0 to 1
 ) -> Temperature: # Call it with other patients' probabilities
     """The temperature, from 0.01 to 100, that gives validation patients the lowest log loss.
 
@@ -541,9 +542,9 @@ def fit_temperature(
 
 # %% ../nbs/10_metrics.ipynb #a86b5829
 def decision_curve(
-    y, # Labels, (n,), 0 or 1
-    p, # Probabilities of methylation, (n,), 0 to 1
-    thresholds=None, # Probabilities from which on one would act, inside (0,1); None: .01 to .99
+    y:ArrayLike, # Labels, (n,), 0 or 1
+    p:ArrayLike, # Probabilities of methylation, (n,), 0 to 1
+    thresholds:ArrayLike=None, # Probabilities from which on one would act, inside (0,1); None: .01 to .99
     level:float=.95, # Coverage of the intervals
 ) -> pd.DataFrame: # One row per threshold: threshold, net_benefit, lo, hi, treat_all, treat_none
     """Net benefit of acting on the probabilities, in patients treated rightly, per patient.

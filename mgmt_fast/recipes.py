@@ -46,7 +46,7 @@ def _committed(r, choice, value):
 
 # %% ../nbs/10_recipes.ipynb #8eab5735
 def faults(
-    recipe='published', # Name or `Recipe`
+    recipe:str|Path|Recipe='published', # Name or `Recipe`
 ) -> pd.DataFrame: # One row per switch: fault, choice, thesis, `as there`, here, default, on
     """What the thesis did wrong in preparation and training, and whether a recipe does it.
 
@@ -59,7 +59,7 @@ def faults(
 
 # %% ../nbs/10_recipes.ipynb #2127bd71
 def compare_recipes(
-    *recipes, # Names or `Recipe`s; default, published and winner if none
+    *recipes:str|Path|Recipe, # Names or `Recipe`s; default, published and winner if none
     differ:bool=False, # Only choices in which they differ?
 ) -> pd.DataFrame: # One row per choice, one column per recipe
     "Recipes side by side."

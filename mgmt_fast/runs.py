@@ -19,14 +19,14 @@ from .prepare import VolumeStore, source_state
 
 # %% ../nbs/04_runs.ipynb #6d7103ef
 def key_digest(
-    key, # What JSON holds
+    key:dict|list, # What JSON holds
 ) -> str: # 16 hexadecimal digits
     "A short name for a key."
     return hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 # %% ../nbs/04_runs.ipynb #c102da83
 def volume_key(
-    patient, # A store's entry (`store.meta[patient]`), or a row of a cohort
+    patient:dict|pd.Series, # A store's entry (`store.meta[patient]`), or a row of a cohort
     sequence:str, # Which of the patient's volumes
 ) -> list|dict: # What JSON holds; None where there is no such volume, or no file of it
     "What changes when a volume does: in a store the hash of the voxels and the affine, in a cohort the files' state."
@@ -38,7 +38,7 @@ def volume_key(
 def run_key(
     store:VolumeStore, # Where the volumes and labels are
     parts:dict, # Part to patients, e.g. `dict(train=..., valid=...)`
-    sequences, # Channels, in order
+    sequences:list|tuple, # Channels, in order
     recipe:Recipe, # As it runs
     **more, # What else the result depends on: `seed`, `weights`, ...; what JSON holds
 ) -> dict: # What JSON holds
@@ -66,7 +66,7 @@ def _steering(recipe):
 def key_changes(
     then:dict, # `run_key` of a kept result
     now:dict, # That of the result that is wanted
-    but=(), # Choices of the recipe that may differ
+    but:list|tuple=(), # Choices of the recipe that may differ
 ) -> list: # In words; empty if the result is the one that is wanted
     "How the run that gave a kept result differs from the one that is wanted."
     if not isinstance(then, dict) or 'patients' not in then: return [_no_key]
@@ -98,7 +98,7 @@ def _counted(what, who):
 
 # %% ../nbs/04_runs.ipynb #2f08f77e
 def other_runs(
-    folder, # Where runs are kept, each in a folder of its own
+    folder:str|Path, # Where runs are kept, each in a folder of its own
     prefix:str, # What their folders are called, up to the digest of their key
     key:dict, # `run_key` of the one that is wanted
 ) -> list: # In words, how each of the others differs from the one that is wanted
@@ -114,8 +114,8 @@ def _kept_key(path):
 
 # %% ../nbs/04_runs.ipynb #fdfa5ed2
 def say_other_runs(
-    dest, # Folder, as it shall be called
-    why, # From `other_runs`, of one run or several
+    dest:str|Path, # Folder, as it shall be called
+    why:list, # From `other_runs`, of one run or several
 ):
     "One line for each reason."
     for reason,n in Counter(why).items():

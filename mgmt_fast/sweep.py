@@ -22,9 +22,9 @@ from .learner import mgmt_learner, plan_key, recipe_dls, save_model, weights_key
 
 # %% ../nbs/16_sweep.ipynb #16000006
 def sweep_table(
-    archs, # Names of backbones
-    sequences, # Inputs; several channels of one joined by `+`, e.g. `['T1wCE','FLAIR+T2w']`
-    folds=range(5), # Folds that validate
+    archs:list, # Names of backbones
+    sequences:list, # Inputs; several channels of one joined by `+`, e.g. `['T1wCE','FLAIR+T2w']`
+    folds:list|range=range(5), # Folds that validate
     **choices, # More choices of a recipe, each a list of values
 ) -> pd.DataFrame: # arch, sequences, fold, and one column per choice
     "Every combination, one row per run."
@@ -85,9 +85,9 @@ def _interval(y, p):
 # %% ../nbs/16_sweep.ipynb #16000008
 def sweep(
     table:pd.DataFrame, # Runs, see `sweep_table`
-    store, # Folder of a store, as the workers see it
-    dest, # Folder for the runs and `sweep.csv`, as the workers see it
-    recipe=None, # Name, file or `Recipe`, that of the store if None; the table's columns override it
+    store:str|Path, # Folder of a store, as the workers see it
+    dest:str|Path, # Folder for the runs and `sweep.csv`, as the workers see it
+    recipe:str|Path|Recipe=None, # Name, file or `Recipe`, that of the store if None; the table's columns override it
     n_folds:int=5, # Folds, stratified by label
     seed:int=0, # Of folds, order and initial weights
     n_jobs:int=1, # Runs at once; -1: as many as there are cores or workers
@@ -231,13 +231,13 @@ def _write_trials(study, space, dest):
 # %% ../nbs/16_sweep.ipynb #1600000f
 def search(
     space:dict, # Choice of the recipe to a list of values, or to (low, high), or (low, high, 'log')
-    store, # Folder of a store
-    dest, # Folder for the trials and `trials.csv`
+    store:str|Path, # Folder of a store
+    dest:str|Path, # Folder for the trials and `trials.csv`
     n_trials:int=20, # Trials in the table at the end, those of earlier runs included
-    recipe=None, # Name, file or `Recipe` to start from; that of the store if None
+    recipe:str|Path|Recipe=None, # Name, file or `Recipe` to start from; that of the store if None
     sequences:str='T1wCE', # Channels, joined by `+`
     fold:int=0, # Outer fold, whose patients no trial sees
-    inner=(0,), # Inner folds that judge, of `n_folds`; more of them cost as much more and judge better
+    inner:list|tuple=(0,), # Inner folds that judge, of `n_folds`; more of them cost as much more and judge better
     n_folds:int=5, # Outer and inner folds
     seed:int=0, # Of folds, proposals and trainings
 ) -> pd.DataFrame: # trial, state, the choices, and the mean validation loss and AUC over `inner`; as in `trials.csv`

@@ -6,7 +6,7 @@
 __all__ = ['thesis_results', 'plot_thesis', 'beside_thesis', 'say_results']
 
 # %% ../nbs/15_thesis.ipynb #3a95174f
-import matplotlib.pyplot as plt, pandas as pd
+import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastcore.all import *
 from .core import *
 from .consistency import patients_needed
@@ -47,7 +47,7 @@ def thesis_results(
 
 # %% ../nbs/15_thesis.ipynb #9d271427
 def plot_thesis(
-    ax=None, # Axes to draw on; new ones if none
+    ax:plt.Axes=None, # Axes to draw on; new ones if none
 ): # The axes
     "Draw the thesis' AUCs: of validation by sequence, and of the test, one colour per architecture."
     if ax is None: ax = plt.subplots(figsize=(6,3), layout='constrained')[1]
@@ -79,11 +79,11 @@ def _said(measure, value): return f'{value:.1%}' if measure=='accuracy' else f'{
 # %% ../nbs/15_thesis.ipynb #0645c26a
 def say_results(
     table:pd.DataFrame, # From `results_table`, of an external test
-    p, # p against chance of each row, as `external_test` gives it
+    p:np.ndarray|pd.Series|list, # p against chance of each row, as `external_test` gives it
     findings:pd.DataFrame, # From `check_consistency`
-    aside=None, # Patients whom a leakage audit sets aside; None where there was no audit
+    aside:list=None, # Patients whom a leakage audit sets aside; None where there was no audit
     recall:tuple=None, # How many planted copies that audit found, of how many
-    overridden=(), # Kinds of difference in preparation that were accepted
+    overridden:list|tuple=(), # Kinds of difference in preparation that were accepted
     real:bool=True, # Are they patients?
 ) -> str: # A paragraph
     "What an external test says, in sentences that follow from its figures."

@@ -45,7 +45,7 @@ class Stop(Callback):
 
 
 def train(store, dest, bs, acc=1, norm=0, stop=None):
-    "Three epochs of `bs` patients a batch and `acc` batches a step, or as many as `stop` says"
+    "Three epochs of `bs` patients per batch and `acc` batches per step, or as many as `stop` says"
     dls = mgmt_dls(VolumeStore(store), 'T1wCE', fold=1, bs=bs, augs=mgmt_augs(seed=1))
     cbs = [HistoryLogger(), SaveBest(), StopOnNaN(),
         Traffic()] + ([GradientAccumulation(n_batches=acc)] if acc>1 else [])

@@ -67,7 +67,7 @@ def two(store, tmp_path_factory):
 @pytest.mark.parametrize('case', CASES)
 def test_two_processes_are_one(two, store, tmp_path, case):
     """Parameters after three epochs, the log, the AUC and the best epoch; both processes agree to the bit, and
-    gradients travel once a step."""
+    gradients travel once per step."""
     train(store.path, tmp_path, **CASES[case])
     a,b,c = result(tmp_path),result(two/case),result(two/case, 1)
     p,q = np.array(a['params']),np.array(b['params'])

@@ -96,7 +96,7 @@ class Steps(Callback):
 @pytest.mark.parametrize('mode', ['bf16','fp16'])
 def test_accumulation_in_mixed_precision(store, tmp_path, mode):
     """The scaled and unscaled gradients of the group are those of the large batch within the type's rounding; the
-    scale moves once a step."""
+    scale moves once per step."""
     runs = [learner(store, tmp_path/str(bs), bs=bs, epochs=1, augs=False, cbs=[Precision(mode), Steps(), *acc])
         for bs,acc in ((8,[]),(1,[GradientAccumulation(n_batches=8)]))]
     for r in runs: fit(r)
@@ -224,7 +224,7 @@ def test_a_limit_of_epochs_can_be_raised(store, tmp_path, capsys):
 
 @pytest.mark.parametrize('n', [2,3])
 def test_summed_gradients_are_resumed_with_what_was_carried_over(store, tmp_path, n):
-    "Five batches an epoch, so that groups of two and three cross into the next one."
+    "Five batches per epoch, so that groups of two and three cross into the next one."
     make = lambda d, cbs=(): learner(store, tmp_path/d, bs=4, cbs=[SummedGradients(n), *cbs], schedule='flat', epochs=3)
     straight = make('a'); fit(straight, resume=True)
     with pytest.raises(KeyboardInterrupt): fit(make('b', [Kill(1,'after_loss')]), resume=True)
