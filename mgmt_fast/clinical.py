@@ -256,7 +256,7 @@ def read_clinical(
     "Read what is known of patients beside the label. Raises `CohortError` on a missing file or column of ids."
     df = read_table(table)
     ids = df.pop(id_column(df.columns, id_col)).astype('string').str.strip()
-    return pd.DataFrame({'patient':ids}).join(_numbers(df))
+    return pd.DataFrame({'patient':ids}).join(_as_numeric(df))
 
 # %% ../nbs/02_clinical.ipynb #19d34ce1
 def entry_of(
