@@ -1,4 +1,4 @@
-"Write requirements.lock: the exact versions, in this environment, of what settings.ini requires and all that this needs in turn."
+"Write requirements.lock: the versions, in this environment, of what settings.ini requires, and what that requires."
 import re
 from configparser import ConfigParser
 from importlib.metadata import distribution, version
@@ -18,4 +18,5 @@ while todo:
     for o in map(Requirement, distribution(r.name).requires or []):
         if o.marker is None or any(o.marker.evaluate({'extra': e}) for e in ('',*r.extras)): todo.append(o)
 lines = sorted({f"{name}=={v.split('+')[0]}" for (name,_),v in done.items()})
-(root/'requirements.lock').write_text('# Written by .ci/lock.py, on Linux with Python 3.11; the container installs these.\n' + '\n'.join(lines) + '\n', encoding='utf-8')
+head = '# Written by .ci/lock.py, on Linux with Python 3.11; the container installs these.'
+(root/'requirements.lock').write_text('\n'.join([head,*lines])+'\n', encoding='utf-8')

@@ -22,4 +22,5 @@ md = md.replace('](images/', '](nbs/images/')
 notebooks = {re.sub(r'^\d+_', '', p.stem): p.name for p in (root/'nbs').glob('*.ipynb')}
 md = re.sub(r'\]\((\w+)\.html\)', lambda m: f'](nbs/{notebooks[m[1]]})', md)
 md = re.sub(r'[ \t]+$', '', md, flags=re.M).replace('```python\n\n```\n', '')
-(root/'README.md').write_text('<!-- generated from nbs/index.ipynb; edit that -->\n\n' + re.sub(r'\n{3,}', '\n\n', md).strip() + '\n', encoding='utf-8')
+md = re.sub(r'\n{3,}', '\n\n', md).strip()
+(root/'README.md').write_text(f'<!-- generated from nbs/index.ipynb; edit that -->\n\n{md}\n', encoding='utf-8')

@@ -43,10 +43,11 @@ from .moves import MOVES, moved_from
 # %% ../nbs/99_all.ipynb #2123936e
 _not_ours = ('import_module','warnings','MOVES','moved_from')
 __all__ = [k for k in globals() if not k.startswith('_') and k not in _not_ours]
-_rooms = '''core naming dicom nifti series skull quality archive clinical cases cohort folds phantom grids slicewise prepare audit
-    runs records register fingerprints loader augment operators convert inflate backbones networks consistency metrics
-    callbacks recipes seen learner report baselines confirm leakage evaluate bundle external card fusion sweep kaggle
-    kaggle_build thesis'''.split()
+_rooms = '''
+    core naming dicom nifti series skull quality archive clinical cases cohort folds phantom grids slicewise
+    prepare audit runs records register fingerprints loader augment operators convert inflate backbones networks
+    consistency metrics callbacks recipes seen learner report baselines confirm leakage evaluate bundle external
+    card fusion sweep kaggle kaggle_build thesis'''.split()
 
 def __getattr__(name):
     "A name of version 0.1 that a workflow rarely needs"

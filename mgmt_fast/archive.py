@@ -29,15 +29,18 @@ class _Image(NamedTuple):
 
 _NOTHING = set('''.txt .csv .tsv .json .xml .html .htm .pdf .md .png .jpg .jpeg .bmp .gif .tif .tiff .zip .gz .tar .7z
     .rar .npy .npz .bval .bvec .mat .py .ipynb .db .ini .inf .exe .dll .lnk .log .doc .docx .xls .xlsx .yaml .yml
-    .css .js .jar     .mp4 .avi .img .raw .zraw .sh .bat .ds_store'''.split())
+    .css .js .jar .mp4 .avi .img .raw .zraw .sh .bat .ds_store'''.split())
 _SLICES = ('.dcm','.dicom','.ima','.dcm.gz')
 _ARCHIVES = ('.zip','.tar','.tar.gz','.tgz','.7z','.rar')
 _OTHERS = ('.nrrd','.nhdr','.mha','.mhd')
 
-def _is_image(name):
+def _kind_of(name):
+    "`'nifti'`, `'other'`, or `None` for a name that does not say that it is an image"
     low = name.lower()
-    return 'nifti' if low.endswith(('.nii','.nii.gz','.hdr')) else 'other' if low.endswith(_OTHERS) else None
+    if low.endswith(('.nii','.nii.gz','.hdr')): return 'nifti'
+    return 'other' if low.endswith(_OTHERS) else None
 
+# %% ../nbs/02_archive.ipynb #92454ed2
 def _looks_dicom(path):
     "Does a file without a telling name start as DICOM does? A pipe or a dead link does not"
     try:
@@ -51,10 +54,9 @@ def _is_slice(e):
     low = e.name.lower()
     if low.split('.')[0]=='dicomdir': return False
     if low.endswith(_SLICES): return True
-    suffix = os.path.splitext(low)[1]
-    return suffix not in _NOTHING and not _is_image(low) and _looks_dicom(e.path)
+    return os.path.splitext(low)[1] not in _NOTHING and not _kind_of(low) and _looks_dicom(e.path)
 
-def _entries(folder):
+def _folder_entries(folder):
     "What a folder holds, without what systems leave there"
     junk = ('__macosx','lost+found','$recycle.bin','system volume information')
     with os.scandir(folder) as it: found = [e for e in it if not e.name.startswith('.') and e.name.lower() not in junk]
@@ -67,8 +69,8 @@ def _is_dir(e):
 def _dead(e): return e.is_symlink() and not os.path.exists(e.path)
 
 # %% ../nbs/02_archive.ipynb #c1324345
-def _slices(folder, entries):
-    "The images that the slices in a folder make: the folder, or every file, if each is named after another sequence"
+def _slice_files(entries):
+    "Entries that are slices; once one was recognised by its bytes, others with its ending are taken for slices too"
     files,known = [],None
     for e in entries:
         if _is_dir(e): continue
@@ -76,42 +78,49 @@ def _slices(folder, entries):
             if not _is_slice(e): continue
             known = e.name.lower()
         files.append(e)
-    if not files: return []
-    told = {sequence_of(re.sub(r'\.(dcm|dicom|ima)$', '', e.name, flags=re.I)) for e in files}
-    if len(told)==len(files) and None not in told: return files
-    return [None]
+    return files
 
-def _walk(folder, parts, above, res, odd):
+def _slices(folder, parts, entries):
+    "The images that the slices in a folder make: the folder, or every file, if each is named after another sequence"
+    files = _slice_files(entries)
+    told = {sequence_of(re.sub(r'\.(dcm|dicom|ima)$', '', e.name, flags=re.I)) for e in files}
+    if not files: return []
+    if len(told)<len(files) or None in told: return [_Image(parts, str(folder), 'slices')]
+    return [_Image((*parts,e.name), e.path, 'slices') for e in files]
+
+def _look_at(e, parts, res, odd):
+    "One entry of a folder: an image, or something that must be reported"
+    parts,kind = (*parts,e.name),_kind_of(e.name)
+    if kind and not _is_dir(e):
+        if _dead(e): odd.append((parts, 'a link that leads nowhere', 'restore what it points to'))
+        elif stat.S_ISREG(os.stat(e.path).st_mode): res.append(_Image(parts, e.path, kind))
+    elif e.name.lower().endswith(_ARCHIVES): odd.append((parts, 'a packed archive', 'unpack it, if it holds scans'))
+    elif _dead(e) and not e.name.lower().endswith(_SLICES):
+        odd.append((parts, 'a link that leads nowhere', 'restore what it points to'))
+
+def _search_folder(folder, parts, above, res, odd):
+    "Add what lies in a folder, and below it, to images `res` and to `odd`; `above` holds the folders on the way"
     real = os.path.realpath(folder)
     if real in above: return
-    try: entries = _entries(folder)
+    try: entries = _folder_entries(folder)
     except OSError as e:
         odd.append((parts, f'the folder cannot be read ({e.strerror})', 'check its permissions'))
         return
     before = len(res)
+    for e in entries: _look_at(e, parts, res, odd)
+    res += _slices(folder, parts, entries)
     for e in entries:
-        kind = _is_image(e.name)
-        if kind and not _is_dir(e):
-            if _dead(e): odd.append(((*parts,e.name), 'a link that leads nowhere', 'restore what it points to'))
-            elif stat.S_ISREG(os.stat(e.path).st_mode): res.append(_Image((*parts,e.name), e.path, kind))
-        elif e.name.lower().endswith(_ARCHIVES):
-            odd.append(((*parts,e.name), 'a packed archive', 'unpack it, if it holds scans'))
-        elif _dead(e) and not e.name.lower().endswith(_SLICES):
-            odd.append(((*parts,e.name), 'a link that leads nowhere', 'restore what it points to'))
-    for e in _slices(folder, entries):
-        res.append(_Image(parts, str(folder), 'slices') if e is None else _Image((*parts,e.name), e.path, 'slices'))
-    for e in entries:
-        if _is_dir(e): _walk(e.path, (*parts,e.name), {*above,real}, res, odd)
+        if _is_dir(e): _search_folder(e.path, (*parts,e.name), {*above,real}, res, odd)
     if len(res)==before and not any(o[0][:len(parts)]==parts for o in odd):
         odd.append((parts, 'its folder holds no DICOM or NIfTI file', 'restore the files'))
 
 # %% ../nbs/02_archive.ipynb #6c575f56
 def find_images(
-    root, # Folder
+    root:str|Path, # Folder
 ) -> tuple: # Images (`.parts` below `root`, `.path`, `.kind`), and what else must be told: `(parts, what, what to do)`
     "Every image below a folder: NIfTI files, folders of slices, and files of other formats that hold volumes."
     res,odd = [],[]
-    _walk(str(root), (), set(), res, odd)
+    _search_folder(str(root), (), set(), res, odd)
     return res,odd
 
 # %% ../nbs/02_archive.ipynb #af186668
@@ -140,7 +149,7 @@ def shown_name(
 
 # %% ../nbs/02_archive.ipynb #3b75cdd8
 def split_id(
-    id, # As a folder or a table writes it
+    id:str, # As a folder or a table writes it
 ) -> tuple: # Patient, and session or None
     "Take the visit off an id, where a published collection writes ids so; any other id is a patient's."
     found = _known(str(id).strip())
@@ -151,12 +160,15 @@ _SESSION = re.compile(r'''(ses|session|visit|v|tp|timepoint|time|week|wk|month|m
     |follow[-_ ]?up|fu|pre-?op|post-?op|intra-?op
     |preoperative|postoperative)[-_ ]?\d{0,6}([-_ ]\w{0,4})?|\d{2}-\d{2}-\d{4}\b.*
     |(19|20)\d{2}[-_.]?[01]\d[-_.]?[0-3]\d([-_. ].*)?|\d+(\.\d+){5,}''', re.I|re.X)
-
 _MEDIA = re.compile(r'p(a|at|t)\d{3,8}', re.I) # a patient's folder on a DICOM medium
 
 def _is_session(name): return _SESSION.fullmatch(name) is not None
 def _has_digit(name): return re.search(r'\d', name) is not None
-def _told(image, at): return first(s for o in reversed(image.parts[at:]) if (s := sequence_of(o)))
+
+# %% ../nbs/02_archive.ipynb #e9003365
+def _sequence_in(image, at):
+    "The sequence that the nearest name below level `at` tells"
+    return first(s for o in reversed(image.parts[at:]) if (s := sequence_of(o)))
 
 def _inner(images, at):
     "Folders one below level `at` that are no sequences themselves, with their images"
@@ -164,40 +176,46 @@ def _inner(images, at):
     return groupby(inner, lambda i: i.parts[at+1])
 
 def _conflict(images, at):
-    told = Counter(filter(None, (_told(i, at+1) for i in images)))
+    "Does a sequence come twice below level `at`?"
+    told = Counter(filter(None, (_sequence_in(i, at+1) for i in images)))
     return any(n>1 for n in told.values())
 
-def _by_header(inner):
+def _ids_in(images):
+    "PatientIDs of the first two folders of slices"
+    return {series_header(i.path).get('PatientID') for i in images[:2] if i.kind=='slices'}-{None}
+
+def _says_patient_id(inner):
     "`'patients'` or `'sessions'`, if PatientID says which the folders `inner` are"
-    ids = [{series_header(i.path).get('PatientID') for i in images[:2] if i.kind=='slices'}-{None}
-        for images in inner.values()]
+    ids = [_ids_in(images) for images in inner.values()]
     if not all(len(o)==1 for o in ids): return None
     n = len({first(o) for o in ids})
     return 'sessions' if n==1 else 'patients' if n==len(ids) else None
 
-def _level(images, at, known, shared=()):
+# %% ../nbs/02_archive.ipynb #666a767b
+def _patient_level(images, at, known, shared=()):
     "Level of the patients' folders for `images`, which share all names up to `at`"
     name,inner = images[0].parts[at],_inner(images, at)
-    if not inner: return {i.parts: at for i in images}
-    digits = [_has_digit(o) and not _is_session(o) and o not in shared for o in inner]
-    deeper = lambda: merge({i.parts: at for i in images}, *(_level(o, at+1, known, shared) for o in inner.values()))
+    here = {i.parts: at for i in images}
+    if not inner or not _deeper(name, inner, images, at, known, shared): return here
+    return merge(here, *(_patient_level(o, at+1, known, shared) for o in inner.values()))
+
+def _deeper(name, inner, images, at, known, shared):
+    "Are the folders `inner`, and not `name` above them, the patients?"
+    all_digits = all(_has_digit(o) and not _is_session(o) and o not in shared for o in inner)
     if not _has_digit(name) and not known(name):
-        plain = [o for o in inner if not _is_session(o)]
-        if len(plain)==len(inner) and (all(digits) or _conflict(images, at)): return deeper()
-        return {i.parts: at for i in images}
-    if not all(digits) or not _conflict(images, at) or len(inner)<2: return {i.parts: at for i in images}
-    if any(map(known, inner)) != known(name): says = 'patients' if not known(name) else 'sessions'
-    else: says = _by_header(inner)
+        return not any(map(_is_session, inner)) and (all_digits or _conflict(images, at))
+    if not all_digits or not _conflict(images, at) or len(inner)<2: return False
+    if any(map(known, inner)) != known(name): return not known(name)
+    says = _says_patient_id(inner)
     if says is None: raise ArchiveError(_tie(name, list(inner)))
-    return deeper() if says=='patients' else {i.parts: at for i in images}
+    return says=='patients'
 
 def _tie(name, inner):
-    return (f"two layouts explain the folders equally: {name!r} is a patient with {len(inner)} sessions"
-        f" ({', '.join(inner[:3])}), or"
+    some = ', '.join(inner[:3])
+    return (f"two layouts explain the folders equally: {name!r} is a patient with {len(inner)} sessions ({some}), or"
         f" {name!r} is a group of {len(inner)} patients. No label table and no header decides. Say which:"
-        f" nifti_cohort(root,"
-        f" '{{patient}}/*/{{sequence}}*') or nifti_cohort(root, '*/{{patient}}/{{sequence}}*'), or name the folders"
-        f" of sessions ses-1, ses-2")
+        " nifti_cohort(root, '{patient}/*/{sequence}*') or nifti_cohort(root, '*/{patient}/{sequence}*'), or name the"
+        " folders of sessions ses-1, ses-2")
 
 # %% ../nbs/02_archive.ipynb #772e3c1e
 class Placed(NamedTuple):
@@ -212,14 +230,21 @@ class Placed(NamedTuple):
 def _without(prefix, name):
     return name[len(prefix):].lstrip('_-. ') if name.lower().startswith(prefix.lower()) else name
 
-def _place(image, root_name, levels):
-    "Whose an image is: by the name of a collection, or by the level of its folder; `None` if nobody's"
-    session,names,parts = None,[],image.parts
+def _owner(parts, root_name, levels):
+    "Level, layout, patient, session and further names of an image at `parts`; `None` if it is nobody's"
     found = [(i,k) for i,o in enumerate(parts) if (k := _known(o))]
-    if found: at,(layout,patient,session,rest) = found[0]; names = [rest] if rest and at==len(parts)-1 else []
-    elif k := _known(root_name): at,(layout,patient,session,_) = -1,k
-    elif (at := levels.get(parts)) is None: return None
-    else: layout,patient = 'folder',root_name if at<0 else parts[at]
+    if found:
+        at,(layout,patient,session,rest) = found[0]
+        return at,layout,patient,session,[rest] if rest and at==len(parts)-1 else []
+    if k := _known(root_name): return -1,*k[:3],[]
+    at = levels.get(parts)
+    return None if at is None else (at, 'folder', root_name if at<0 else parts[at], None, [])
+
+def _placed(image, root_name, levels):
+    "Whose an image is: by the name of a collection, or by the level of its folder; `None` if nobody's"
+    parts = image.parts
+    if (owner := _owner(parts, root_name, levels)) is None: return None
+    at,layout,patient,session,names = owner
     for i,o in enumerate(parts[at+1:], at+2):
         k = _known(o)
         if k and k[1].lower()==patient.lower(): session,o = session or k[2],k[3]
@@ -229,51 +254,70 @@ def _place(image, root_name, levels):
         elif o: names.append(o)
     return Placed(shown_name(patient), session and shown_name(session), layout, tuple(reversed(names)), image)
 
+# %% ../nbs/02_archive.ipynb #862ce263
+def _outer_name(o):
+    "The name just below the patient, if it is no sequence"
+    return o.names[-1] if len(o.names)>1 and name_testimony(o.names[-1]).can==SEQUENCES else None
+
+def _are_exams(outer, told):
+    "Are folders `outer` exams: does a sequence come twice among images, and once in each folder?"
+    twice = {s for s,n in Counter(filter(None, told)).items() if n>1}
+    once = all(n==1 for n in Counter((u,s) for u,s in zip(outer,told) if s in twice).values())
+    return twice and once and all(map(_has_digit, filter(None,outer))) and len(set(outer))>1
+
 def _sub_sessions(placed):
     "Unnamed folders of exams below a patient become sessions where one exam could not hold all that is told"
     res = []
-    for (patient,session),group in groupby(placed, lambda o: (o.patient,o.session)).items():
-        outer = [o.names[-1] if len(o.names)>1 and name_testimony(o.names[-1]).can==SEQUENCES else None for o in group]
+    for (_,session),group in groupby(placed, lambda o: (o.patient,o.session)).items():
+        outer = [_outer_name(o) for o in group]
         told = [first(s for n in o.names if (s := sequence_of(n))) for o in group]
-        twice = [s for s,n in Counter(filter(None, told)).items() if n>1]
-        apart = all(n==1 for n in Counter(z for z in zip(outer,told)
-            if z[1] in twice).values()) and all(map(_has_digit, filter(None,outer)))
-        if session is None and twice and apart and len(set(outer))>1 and group[0].layout=='folder':
+        if session is None and group[0].layout=='folder' and _are_exams(outer, told):
             group = [o._replace(session=u, names=o.names[:-1]) if u else o for o,u in zip(group,outer)]
         res += group
     return res
 
 # %% ../nbs/02_archive.ipynb #50cae175
-def place_images(
-    root, # Folder, as given to `find_images`
-    images, # From `find_images`
-    patients=None, # Names of folders below `root` that are known to be the patients; told from the layout if None
-    known=lambda name: False, # Is this the id of a patient in a label table?
-) -> tuple: # `Placed` of each image that has a patient; the images that have none
-    "Say of each image whose it is. Raises `ArchiveError` where two layouts explain the same folders."
-    name = Path(root).resolve().name
-    strange = [i for i in images if not _derived(i) and not any(map(_known, i.parts)) and not _known(name)]
-    if patients is not None: levels = {i.parts: 0 for i in images if i.parts and i.parts[0] in patients}
-    else: levels = _levels(strange, name, known)
-    placed = [(None if _derived(i) else _place(i, name, levels), i) for i in images]
-    return _sub_sessions([p for p,_ in placed if p]), [i for p,i in placed if not p]
-
-def _derived(image): return any(o.lower() in ('derivatives','sourcedata') for o in image.parts[:-1]) # of BIDS: copies
+def _derived(image):
+    "Is it one of the copies that BIDS keeps apart?"
+    return any(o.lower() in ('derivatives','sourcedata') for o in image.parts[:-1])
 
 def _several(image):
     "Does a folder of slices hold several series, as that of a patient may and that of a series does not?"
     return image.kind=='slices' and len(series_header(image.path).get('series', ()))>1
 
-def _levels(images, root_name, known):
+def _on_medium(images):
+    "Levels of the patients' folders of a DICOM medium; `None` unless every image lies in one"
+    levels = {i.parts: k for i in images for k,o in enumerate(i.parts[:-1]) if _MEDIA.fullmatch(o)}
+    return levels if levels and len(levels)==len(images) else None
+
+def _is_patient(root_name, tops, images):
+    "Is the root one patient: are the folders in it sequences or sessions?"
+    if any(_sequence_in(i, 0) and sequence_of(i.parts[0]) for i in images): return True
+    if not _has_digit(root_name) or any(map(_has_digit, tops)): return False
+    return all(map(_is_session, tops)) or not _conflict(images, -1)
+
+def _patient_levels(images, root_name, known):
+    "Level of the patient's folder for each image; -1 where it is the root"
     inside = [i for i in images if i.parts]
     tops = groupby(inside, lambda i: i.parts[0])
-    bare = any(_told(i, 0) and sequence_of(i.parts[0]) for i in inside)
-    one = _has_digit(root_name) and not any(map(_has_digit, tops)) and (all(map(_is_session, tops))
-        or not _conflict(inside, -1))
-    media = {i.parts: k for i in inside for k,o in enumerate(i.parts[:-1]) if _MEDIA.fullmatch(o)}
-    if media and len(media)==len(inside): return media
-    if bare or one: return {i.parts: -1 for i in inside}
+    if levels := _on_medium(inside): return levels
+    if _is_patient(root_name, tops, inside): return {i.parts: -1 for i in inside}
     seen = Counter(o for images in tops.values() for o in _inner(images, 0))
     shared = {o for o,n in seen.items() if n>1}
-    return merge(*(_level(o, 0, known, shared) for k,o in tops.items() if len(o[0].parts)>1 or _known(k)
-        or _several(o[0])))
+    groups = [o for k,o in tops.items() if len(o[0].parts)>1 or _known(k) or _several(o[0])]
+    return merge(*(_patient_level(o, 0, known, shared) for o in groups))
+
+# %% ../nbs/02_archive.ipynb #03436434
+def place_images(
+    root:str|Path, # Folder, as given to `find_images`
+    images:list, # From `find_images`
+    patients:list=None, # Names of folders below `root` that are known to be patients; None: judged by the layout
+    known:callable=lambda name: False, # Is this the id of a patient in a label table?
+) -> tuple: # `Placed` of each image that has a patient; the images that have none
+    "Say of each image whose it is. Raises `ArchiveError` where two layouts explain the same folders."
+    name = Path(root).resolve().name
+    strange = [i for i in images if not _derived(i) and not any(map(_known, i.parts)) and not _known(name)]
+    if patients is not None: levels = {i.parts: 0 for i in images if i.parts and i.parts[0] in patients}
+    else: levels = _patient_levels(strange, name, known)
+    placed = [(None if _derived(i) else _placed(i, name, levels), i) for i in images]
+    return _sub_sessions([p for p,_ in placed if p]), [i for p,i in placed if not p]

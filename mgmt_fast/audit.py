@@ -26,7 +26,7 @@ from .cohort import cohort_report, find_cohort, write_choices
 from .quality import AUDIT_COLUMNS, audit_and_read
 
 # %% ../nbs/17_audit.ipynb #b96c7554
-def _spread(x, n):
+def _evenly(x, n):
     "Indices of `n` slices, evenly spread over those that hold something"
     filled = np.flatnonzero((x!=x[:,:1,:1]).any((1,2)))
     if not len(filled): return [len(x)//2]*n
@@ -46,7 +46,7 @@ def thumbnail(
 ) -> np.ndarray: # (height, width) uint8, the slices side by side with their true aspect
     "A small upright picture of a volume: its least value is black, its 99.5th percentile white."
     x,step = vol.numpy(),vol.affine[:3,:3]
-    x,h,w = _upright(x[_spread(x, n)].astype(np.float32), step[:,1], step[:,2])
+    x,h,w = _upright(x[_evenly(x, n)].astype(np.float32), step[:,1], step[:,2])
     lo,hi = x.min(),max(np.percentile(x, 99.5), x.min()+1e-6)
     x = ((x-lo)/(hi-lo)*255).clip(0,255).astype(np.uint8)
     aspect = x.shape[2]*np.linalg.norm(w)/(x.shape[1]*np.linalg.norm(h))
@@ -118,31 +118,31 @@ def _job_key(job):
     said = repr((__version__,*job,state))
     return hashlib.blake2b(said.encode('utf-8','surrogateescape'), digest_size=16).hexdigest()
 
-def _packed(a):
+def _picture_text(a):
     "A picture as text"
     if a is None: return None
     Image.fromarray(a).save(f:=io.BytesIO(), 'PNG')
     return base64.b64encode(f.getvalue()).decode()
 
-def _unpacked(text):
+def _picture_of(text):
     return None if text is None else np.array(Image.open(io.BytesIO(base64.b64decode(text))))
 
 def _line_of(key, seen):
-    return json.dumps([key,*seen[:3],_packed(seen.picture),seen.box], default=lambda o: o.item())+'\n'
+    return json.dumps([key,*seen[:3],_picture_text(seen.picture),seen.box], default=lambda o: o.item())+'\n'
 
-def _left(journal):
+def _left_by_run(journal):
     "What a stopped run wrote, by key; its last line may be cut off"
     res = {}
     for o in journal.read_text(encoding='utf-8').split('\n')[:-1] if journal.exists() else []:
         try: key,row,grid,digest,picture,box = json.loads(o)
         except ValueError: continue
-        res[key] = _Seen(row, grid, digest, _unpacked(picture), box)
+        res[key] = _Seen(row, grid, digest, _picture_of(picture), box)
     return res
 
 def _resumed(jobs, n_workers, progress, journal=None):
     "Results of `_one` in the jobs' order; those that a stopped run left in `journal` are taken from there"
     if journal is None: return list(_results(jobs, n_workers, progress))
-    keys,done = [*map(_job_key, jobs)],_left(journal)
+    keys,done = [*map(_job_key, jobs)],_left_by_run(journal)
     todo = [i for i,k in enumerate(keys) if k not in done]
     with open(journal, 'a', encoding='utf-8') as f:
         for seen,i in zip(_results([jobs[i] for i in todo], n_workers, progress), todo):
@@ -151,7 +151,7 @@ def _resumed(jobs, n_workers, progress, journal=None):
     return [done[k] for k in keys]
 
 # %% ../nbs/17_audit.ipynb #7c8dec3a
-def _overlap(a, b):
+def _box_overlap(a, b):
     "Share of the smaller box that lies in the other"
     (a0,a1),(b0,b1) = np.array(a),np.array(b)
     both = np.prod(np.maximum(0, np.minimum(a1,b1)-np.maximum(a0,b0)))
@@ -162,7 +162,7 @@ def _sizes_differ(a, b):
     p,q = (np.ptp(np.array(o), axis=0) for o in (a,b))
     return int((np.minimum(p,q)<.4*np.maximum(p,q)).sum())>=2
 
-def _apart(a, b): return _overlap(a, b)<.3
+def _apart(a, b): return _box_overlap(a, b)<.3
 
 def _most_different(boxes, differ):
     "Boxes (by position) that differ from more than half of the others, and most of all"
@@ -179,7 +179,7 @@ def _odd_heads(boxes):
     return res
 
 # %% ../nbs/17_audit.ipynb #5ad985e3
-def _append(texts, i, what): texts[i] = f'{texts[i]} | {what}' if texts[i] else what
+def _append_text(texts, i, what): texts[i] = f'{texts[i]} | {what}' if texts[i] else what
 
 def _called(r): return r.patient if pd.isna(r.sequence) else f'{r.patient} {r.sequence}'
 
@@ -198,21 +198,21 @@ def _compare_patient(df, rows, seen, bad, note):
     for i,rank in zip(rows, _ranks([seen[i].grid for i in rows])):
         if rank is None: continue
         df.iat[i,at] = chr(65+min(rank,25))
-        if patient and rank: _append(note, i, "on another grid than the patient's other series")
+        if patient and rank: _append_text(note, i, "on another grid than the patient's other series")
     boxes = {i: seen[i].box for i in rows if seen[i].box and patient and pd.notna(df.sequence.iat[i])}
-    for i,what in _odd_heads(boxes): _append(bad, i, what)
+    for i,what in _odd_heads(boxes): _append_text(bad, i, what)
 
 def _compare_all(df, seen, bad):
     "Add findings on skulls among brains, and on scans that come twice"
     skull = df.skull.dropna().astype(bool)
     if 0<skull.sum()<=len(skull)/2:
         why = f'not skull-stripped, as {(~skull).sum()} others are'
-        for i in np.flatnonzero(df.skull.eq(True)): _append(bad, i, why)
+        for i in np.flatnonzero(df.skull.eq(True)): _append_text(bad, i, why)
     for rows in _rows_of([o.digest for o in seen]).values():
         if len(rows)<2: continue
-        for i in rows: _append(bad, i, f"same voxels as {', '.join(_called(df.iloc[j]) for j in rows if j!=i)}")
+        for i in rows: _append_text(bad, i, f"same voxels as {', '.join(_called(df.iloc[j]) for j in rows if j!=i)}")
 
-def _compare(df, seen):
+def _compare_series(df, seen):
     "Add to the table what only shows beside the other series"
     bad,note = df.findings.tolist(),df.notes.tolist()
     df['grid'] = None
@@ -241,7 +241,7 @@ def _audited(jobs, n_workers, progress, journal=None):
     rows = [dict(patient=p, sequence=s, **o.row) for (p,s,*_),o in zip(jobs,seen)]
     df = pd.DataFrame(rows, columns=['patient','sequence',*AUDIT_COLUMNS]).astype(dict.fromkeys(_COUNTS, 'Int64'))
     columns = ['patient','sequence',*AUDIT_COLUMNS[:-2],'grid','findings','notes']
-    return _compare(df, seen)[columns], [o.picture for o in seen]
+    return _compare_series(df, seen)[columns], [o.picture for o in seen]
 
 # %% ../nbs/17_audit.ipynb #06b8f2c1
 def audit_cohort(
@@ -260,13 +260,13 @@ _STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em;color:#222} table
 padding:.4em .8em;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}
 .bad{color:#b00020} .note,.facts{color:#666;font-size:12px} img{display:block;background:#000;height:72px}"""
 
-def _img(a):
+def _img_tag(a):
     "A picture inside the page"
     if a is None: return ''
     Image.fromarray(a).save(f:=io.BytesIO(), 'JPEG', quality=80)
     return f'<img alt="slices" src="data:image/jpeg;base64,{base64.b64encode(f.getvalue()).decode()}">'
 
-def _facts_of(r):
+def _facts_line(r):
     "One line on a series: extent, plane, coding, intensities"
     if not r.readable: return r.error or ''
     size = f"{r.slices} x {r['rows']} x {r.columns}, {r.step:.2f} x {r.row_mm:.2f} x {r.col_mm:.2f} mm"
@@ -284,21 +284,21 @@ def _by_severity(table):
     rank = table.severity.map({'error':0,'warning':1}).fillna(2)
     return np.argsort(rank.to_numpy(), kind='stable')
 
-def _counted(table):
+def _counts_line(table):
     return f"{len(table)} series, {int(table.readable.sum())} readable, {(table.findings!='').sum()} with findings"
 
 def _escape(o): return html.escape(str(o))
 
-def _lines(o): return _escape(o).replace(' | ', '<br>')
+def _html_lines(o): return _escape(o).replace(' | ', '<br>')
 
 def _kind_rows(table):
     rows = ''.join(f'<tr><td>{n}</td><td>{_escape(k)}</td></tr>' for k,n in _kinds(table.findings))
     return rows or '<tr><td>nothing found</td></tr>'
 
 def _series_html(r, picture):
-    name = f'{_escape(_called(r))}<div class="facts">{_escape(_facts_of(r))}</div>'
-    said = f'<div class="bad">{_lines(r.findings)}</div><div class="note">{_lines(r.notes)}</div>'
-    return f'<tr><td>{name}</td><td>{_img(picture)}</td><td>{said}</td></tr>'
+    name = f'{_escape(_called(r))}<div class="facts">{_escape(_facts_line(r))}</div>'
+    said = f'<div class="bad">{_html_lines(r.findings)}</div><div class="note">{_html_lines(r.notes)}</div>'
+    return f'<tr><td>{name}</td><td>{_img_tag(picture)}</td><td>{said}</td></tr>'
 
 # %% ../nbs/17_audit.ipynb #bdc02f3c
 def write_sheet(
@@ -310,8 +310,8 @@ def write_sheet(
     "Write a self-contained page: what was found how often, and every series with its picture, findings first."
     rows = ''.join(_series_html(table.iloc[i], pictures[i]) for i in _by_severity(table))
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_escape(title)}</title>'
-    about = (f"{_escape(_counted(table))}. mgmt_fast {__version__}. Identifiers found in headers are named by kind; "
-        "their values are not kept.")
+    about = (f"{_escape(_counts_line(table))}. mgmt_fast {__version__}. Identifiers found in headers are named by "
+        "kind; their values are not kept.")
     page = f"""{head}<style>{_STYLE}</style><h1>{_escape(title)}</h1>
 <p>{about}</p><table>{_kind_rows(table)}</table><h2>Series</h2><table>{rows}</table></html>"""
     with atomic_path(path) as tmp: tmp.write_text(page, encoding='utf-8')
@@ -399,7 +399,7 @@ def _plan(root, choices, how):
 
 def _say_audited(plan, root, dest, table):
     left = f'; {plan.n_others} images below it were left out: other sessions, maps, segmentations'
-    print(f"{plan.said}{root}: {_counted(table)}" + (left if plan.n_others else ''))
+    print(f"{plan.said}{root}: {_counts_line(table)}" + (left if plan.n_others else ''))
     for k,n in _kinds(table.findings): print(f'{n:6d} x {k}')
     print(f"table: {dest/'audit.csv'}; pictures: {dest/'audit.html'}")
 

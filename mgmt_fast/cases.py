@@ -51,14 +51,14 @@ def _date(o):
     m = re.match(r'((?:19|20)\d{2})[-_.]?(\d{2})[-_.]?(\d{2})', s)
     return ''.join(m.groups()) if m else ''
 
-def _study(o): return o.header.get('StudyInstanceUID') or ''
+def _study_of(o): return o.header.get('StudyInstanceUID') or ''
 
 def _split_exams(images):
     "Images of one session, taken apart where their dates differ, or without dates their studies"
     dates = {_date(o) for o in images}-{''}
-    studies = {_study(o) for o in images}-{''}
+    studies = {_study_of(o) for o in images}-{''}
     if len(dates)>1: return groupby(images, _date)
-    if not dates and 1<len(studies)<len(images): return groupby(images, _study)
+    if not dates and 1<len(studies)<len(images): return groupby(images, _study_of)
     return {'':images}
 
 def _by_exam(images):
@@ -72,7 +72,7 @@ def _by_exam(images):
     return res
 
 # %% ../nbs/02_cases.ipynb #69cf119d
-def _natural(s):
+def _session_order(s):
     "Sorts names as people do: 2 before 10"
     return [int(o) if o.isdigit() else o for o in re.split(r'(\d+)', (s or '').lower())]
 
@@ -81,7 +81,7 @@ def _rank(session, images):
     complete = len({o.verdict.sequence for o in images}-{None})
     date = min(filter(None, map(_date, images)), default='')
     after = bool(re.search(r'post|follow|fu', session or '', re.I))
-    return -complete, date or '9', after, _natural(session)
+    return -complete, date or '9', after, _session_order(session)
 
 def _choose_exam(images):
     "The session to take, its images, and a problem that names the others"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .core import *
 from fastcore.script import anno_parser
-from .clinical import read_labels
+from .clinical import read_clinical, read_labels, read_table
 from .cohort import cohort_report, find_cohort, kaggle_cohort
 from .phantom import make_phantom, phantom_bound, read_side_table
 from .prepare import VolumeStore, prepare
@@ -81,7 +81,8 @@ def mgmt_audit(
     patient_col:str=None, # Column of the label table that says whose each id is, where a patient has several
 ):
     "Say what is wrong with a cohort's series, in a table and a sheet of pictures; exit code 1 if anything was found"
-    return int(audit(root, dest, labels=labels, n_workers=n_workers, choices=choices, id_col=id_col, label_col=label_col, patient_col=patient_col))
+    columns = dict(id_col=id_col, label_col=label_col, patient_col=patient_col)
+    return int(audit(root, dest, labels=labels, n_workers=n_workers, choices=choices, **columns))
 
 # %% ../nbs/90_cli.ipynb #61a6ab36
 @_command
@@ -109,12 +110,12 @@ def mgmt_prepare(
     size:str=None, # Voxels DxHxW; the recipe's if not given (64x256x256)
     recipe:str='default', # Recipe, by name or as a YAML file
     n_workers:int=None, # Processes; one per core if not given
-    choices:Path=None, # Table that says which image is meant where there are several, as `mgmt_audit --choices` writes it
+    choices:Path=None, # Table that says which image is meant, as `mgmt_audit --choices` writes it
     id_col:str=None, # Column of the label table that holds the patients; known names are found
     label_col:str=None, # Column of the label table that holds the labels; known names are found
     patient_col:str=None, # Column of the label table that says whose each id is, where a patient has several
 ):
-    "Crop, resample and normalise a cohort once, into a store; run again to finish after a stop, or after labels or scans changed"
+    "Crop, resample and normalise a cohort into a store; run again after a stop, or after labels or scans changed"
     cohort = _cohort(root, labels=labels, choices=choices, id_col=id_col, label_col=label_col, patient_col=patient_col)
     store = prepare(cohort, dest, sequences, size=size, recipe=recipe, n_workers=n_workers)
     print(f'{dest}: {store}')
@@ -137,13 +138,21 @@ def mgmt_train(
     id_col:str=None, # Column of the label table that holds the patients; known names are found
     label_col:str=None, # Column of the label table that holds the labels; known names are found
 ):
-    "Train one model on a store; writes model.safetensors, model.json, history.csv and figures. Run again to finish after a stop; with `accelerate launch` before it, on several processes"
+    """Train one model on a store; writes model.safetensors, model.json, history.csv and figures.
+
+    Run it again to finish after a stop; with `accelerate launch` before it, it trains on several processes."""
     store = _store(store, labels, id_col, label_col)
-    learn = _train(store, dest, _recipe(store, recipe, arch=arch, epochs=epochs, lr=lr, bs=bs), sequences, fold=fold, seed=seed)
+    recipe = _recipe(store, recipe, arch=arch, epochs=epochs, lr=lr, bs=bs)
+    learn = _train(store, dest, recipe, sequences, fold=fold, seed=seed)
     if rank_distrib(): return 0
-    v = learn.recorder.values[learn.save_best.best_epoch]
-    print(f'{dest}/model: weights of epoch {learn.save_best.best_epoch}, validation loss {v[1]:.4f}, AUC {v[2]:.3f} on {len(learn.dls.valid.dataset)} patients (chosen on them: not an estimate of the AUC on others)')
+    print(f'{dest}/model: {_best_epoch(learn)}')
     return int(len(learn.dls.left_out)>0)
+
+def _best_epoch(learn):
+    best = learn.save_best.best_epoch
+    _,loss,auc,*_ = learn.recorder.values[best]
+    return (f"weights of epoch {best}, validation loss {loss:.4f}, AUC {auc:.3f} on {len(learn.dls.valid.dataset)}"
+        " patients (chosen on them: not an estimate of the AUC on others)")
 
 # %% ../nbs/90_cli.ipynb #cfc7e07e
 from fastai.torch_core import num_distrib, rank_distrib
@@ -183,7 +192,7 @@ def mgmt_predict(
     out:Path='predictions.csv', # Table to write: patient, prob, note
     split:str=None, # `train` or `test`, of a competition folder
     n_workers:int=None, # Processes that prepare scans; one per core if not given
-    choices:Path=None, # Table that says which image is meant where there are several, as `mgmt_audit --choices` writes it
+    choices:Path=None, # Table that says which image is meant, as `mgmt_audit --choices` writes it
 ):
     "Probability of a methylated MGMT promoter for each patient of a folder"
     preds = predict(model, _cohort(root, split=split, choices=choices), n_workers=n_workers)
@@ -235,15 +244,17 @@ def mgmt_sweep(
     label_col:str=None, # Column of the label table that holds the labels; known names are found
     scheduler:str=None, # Address of a dask scheduler, e.g. tcp://host:8786, to run on its workers
 ):
-    "Train a table of runs, a row each into sweep.csv; run again to finish after a stop"
+    "Train a table of runs, one row each in sweep.csv; run again to finish after a stop"
     keep_freed_memory()
     store = _store(store, labels, id_col, label_col)
     recipe = _recipe(store, recipe, epochs=epochs, lr=lr, bs=bs)
-    runs = pd.read_csv(table) if table else sweep_table(archs.split(','), sequences.split(','), [int(f) for f in folds.split(',')])
+    if table: runs = pd.read_csv(table)
+    else: runs = sweep_table(archs.split(','), sequences.split(','), [int(f) for f in folds.split(',')])
+    where = dict(n_jobs=n_jobs)
     if scheduler:
         from dask.distributed import Client
-        client,n_jobs = Client(scheduler),-1
-    res = sweep(runs, store, dest, recipe, n_folds=n_folds, seed=seed, n_jobs=n_jobs, backend='dask' if scheduler else None)
+        client,where = Client(scheduler),dict(n_jobs=-1, backend='dask')
+    res = sweep(runs, store, dest, recipe, n_folds=n_folds, seed=seed, **where)
     print(res.drop(columns='folder', errors='ignore').to_string(index=False, max_colwidth=60))
     if 'auc' in res: _print_findings(res.dropna(subset='auc').rename(columns=dict(valid_loss='loss')))
     print('auc: of the epoch that was chosen on the same patients, so no estimate for others; mgmt_evaluate gives one')
@@ -265,9 +276,9 @@ def mgmt_evaluate(
     store:Path, # Folder that `mgmt_prepare` wrote
     dest:Path='evaluation', # Folder for models, predictions, tables, figures and report.html
     archs:str=None, # Backbones, joined by commas; the recipe's if not given
-    sequences:str='each', # `each`: a model per sequence; `all`: one model of all; or the channels of one, joined by commas
+    sequences:str='each', # `each`: one model per sequence; `all`: one model of all; or one model's channels, by commas
     folds:int=5, # Folds, stratified by label
-    repeats:int=1, # Times that the patients are dealt anew
+    repeats:int=1, # How many times the patients are divided into folds
     seeds:int=1, # Models per fold
     seed:int=0, # Of everything
     inner:int=5, # One part in `inner` of the training patients chooses epoch, temperature and threshold
@@ -280,7 +291,8 @@ def mgmt_evaluate(
     labels:Path=None, # Label table, in place of what the store knows
     id_col:str=None, # Column of the label table that holds the patients; known names are found
     label_col:str=None, # Column of the label table that holds the labels; known names are found
-    clinical:Path=None, # Table with patient and any of site, scanner, sex, age
+    clinical:Path=None, # Table with a column of patients and any of site, scanner, sex, age
+    clinical_id_col:str=None, # Its column that holds the patients; known names are found
     bundle:Path=None, # Folder for all models, frozen for `mgmt_external`
 ):
     "Cross-validate, and write what can be said of it: tables, figures and one page; run again to finish after a stop"
@@ -288,14 +300,18 @@ def mgmt_evaluate(
     dest,store = Path(dest),_store(store, labels, id_col, label_col)
     recipe = _recipe(store, recipe, epochs=epochs, lr=lr, bs=bs)
     save_recipe(recipe, dest/'recipe.yaml')
-    oof = cross_validate(store, dest, archs and archs.split(','), store.sequences if sequences=='all' else sequences, recipe, folds, repeats, seeds, seed, inner=inner, nested=nested, tta=tta)
+    channels = store.sequences if sequences=='all' else sequences
+    oof = cross_validate(store, dest, archs and archs.split(','), channels, recipe, folds, repeats, seeds, seed,
+        inner=inner, nested=nested, tta=tta)
     table = results_table(oof)
     print(show_results(table).to_string())
     _print_findings(table[table.arch!='selected'], [*oof.threshold,.5])
-    page = evaluate_report(store, dest, None if clinical is None else pd.read_csv(clinical, dtype=dict(patient=str)), seed=seed)
+    known = None if clinical is None else read_clinical(clinical, clinical_id_col)
+    page = evaluate_report(store, dest, known, seed=seed)
     if bundle is not None:
         real = oof[oof.arch!='selected']
-        print(freeze_bundle(**cv_models(dest, *(real[k].unique().tolist() for k in ('arch','sequences','recipe'))), store=store, dest=bundle, tta=recipe if tta else None))
+        models = cv_models(dest, *(real[k].unique().tolist() for k in ('arch','sequences','recipe')))
+        print(freeze_bundle(**models, store=store, dest=bundle, tta=recipe if tta else None))
     print(f"{page}: {oof.patient.nunique()} patients out of fold; research use only")
     return int(oof.patient.nunique()<len(store))
 
@@ -326,7 +342,7 @@ def mgmt_external(
     split:str=None, # `train` or `test`, of a competition folder
     leakage:Path=None, # Table of a leakage audit: test, verdict
     override:str=None, # Differences of preparation to accept, joined by commas: space, spacing, skull
-    choices:Path=None, # Table that says which image is meant where there are several, as `mgmt_audit --choices` writes it
+    choices:Path=None, # Table that says which image is meant, as `mgmt_audit --choices` writes it
     id_col:str=None, # Column of the label table that holds the patients; known names are found
     label_col:str=None, # Column of the label table that holds the labels; known names are found
     patient_col:str=None, # Column of the label table that says whose each id is, where a patient has several
@@ -342,14 +358,15 @@ def mgmt_external(
     table = external_table(res)
     for _,r in table.iterrows(): print(_result_line(r))
     if len(table): _print_findings(table[table['set']=='external'], [res['threshold']])
-    print(f"{res['predictions']['file'].removesuffix('.csv')}: {res['note']}; {len(res['cohort']['left_out'])} patients left out; research use only")
-    return int(len(res['cohort']['left_out'])>0)
+    name,left_out = res['predictions']['file'].removesuffix('.csv'),len(res['cohort']['left_out'])
+    print(f"{name}: {res['note']}; {left_out} patients left out; research use only")
+    return int(left_out>0)
 
 def _result_line(r):
     "One row of an external test's table"
     auc = f"AUC {r.auc:.3f} [{r.auc_lo:.3f}, {r.auc_hi:.3f}] ({r.interval})"
-    company = f", p {r.p:.3g}" if not r.bundles>1 else f", p {r.p:.3g}, by Holm over {r.bundles:.0f} bundles {r.p_holm:.3g}"
-    return f"{r['set']}: {auc}, accuracy {r.accuracy:.1%}, loss {r.loss:.3f}, {r.n} patients{company}"
+    company = f", by Holm over {r.bundles:.0f} bundles {r.p_holm:.3g}" if r.bundles>1 else ''
+    return f"{r['set']}: {auc}, accuracy {r.accuracy:.1%}, loss {r.loss:.3f}, {r.n} patients, p {r.p:.3g}{company}"
 
 # %% ../nbs/90_cli.ipynb #1eaca9e1
 from .leakage import leakage_audit
@@ -358,19 +375,34 @@ def _images(path):
     "A store, or the cohort of a folder of scans"
     return VolumeStore(path) if (path/'store.json').exists() else _cohort(path, labels=False)
 
+def _two_columns(path, train_col, test_col):
+    "The two columns of ids of a table; the first two where none are named"
+    if path is None or not (train_col or test_col): return path
+    table = read_table(path)
+    missing = [k for k in (train_col,test_col) if k not in table]
+    if missing: raise MGMTError(_name_both(missing, table.columns))
+    return table[[train_col,test_col]]
+
+def _name_both(missing, columns):
+    return (f"the table of ids has no column {', '.join(map(repr, missing))}: name both, --train-col and --test-col;"
+        f" it has {', '.join(columns)}")
+
 @_command
 def mgmt_leakage(
     train:Path, # Store, or folder of scans, of the training set
     test:Path, # Store, or folder of scans, of the test set
     dest:Path='leakage', # Folder for the tables, the sheet of suspects and the list of patients to set aside
     sequences:str=None, # Sequences, joined by commas; all that both have if not given
-    ids:Path=None, # Table of two columns, where it is known which ids mean one patient
+    ids:Path=None, # Table that says which id of the training set and which of the test set are one patient
+    train_col:str=None, # Its column of the training set's ids; the first if not given
+    test_col:str=None, # Its column of the test set's ids; the second if not given
     planted:int=16, # Copies to hide among the test set, which tell what the audit misses
-    published:bool=False, # Add the thesis' own measure, some seconds a pair
+    published:bool=False, # Add the thesis' own measure, some seconds per pair
     n_workers:int=None, # Processes; one per core if not given
 ):
     "Say whether any test patient is in the training set, and how sure that is; exit code 1 if one may be"
-    table = leakage_audit(_images(train), _images(test), sequences, ids, dest, planted=planted, published=published, n_workers=n_workers)
+    table = leakage_audit(_images(train), _images(test), sequences, _two_columns(ids, train_col, test_col), dest,
+        planted=planted, published=published, n_workers=n_workers)
     for r in table.attrs['report'][:20]: print(f"  {r['side']} {r['patient']} {r['sequence']}: {r['what']}")
     print(table.attrs['summary'])
     print(f'{dest}: leakage.csv, leakage.html, set_aside.csv, report.csv, leakage.json')
@@ -379,10 +411,13 @@ def mgmt_leakage(
 # %% ../nbs/90_cli.ipynb #66829b58
 from .kaggle_build import LACKING, build_kaggle
 
+_SEND = ('With the kaggle tool installed and its token in place, send them in this order (data sets: `version -m TEXT`'
+    ' instead of `create` from the second time on; a kernel only after those it takes output from have finished):')
+
 @_command
 def mgmt_kaggle(
     user:str, # Your Kaggle user name; nothing is sent, and no credentials are needed
-    dest:Path='kaggle-upload', # Folder to fill: the wheels, and a folder a kernel
+    dest:Path='kaggle-upload', # Folder to fill: the wheels, and one folder per kernel
     kernels:Path='kaggle', # Folder of the kernels, in a clone
     source:Path='.', # The clone whose wheel is built, or a wheel of mgmt_fast
     weights:Path=None, # Folder that `mgmt_weights` wrote, to become a data set where it lies
@@ -391,10 +426,10 @@ def mgmt_kaggle(
     python:str='3.11', # Python version of Kaggle's image, for which wheels are downloaded
     lacking:str=','.join(LACKING), # What Kaggle's image lacks, joined by commas; 'none' for nothing
 ):
-    "Build the data sets for running without internet, fill in and check the kernels, and print the commands that send them"
+    "Build the data sets for running without internet, check the kernels, and print the commands that send them"
     extra = () if lacking=='none' else [o.strip() for o in lacking.split(',')]
     commands = build_kaggle(dest, user, kernels, source, extra, python, weights=weights, store=store, tcga=tcga)
-    print(f'{dest}: wheels and kernels, checked. With the kaggle tool installed and its token in place, send them in this order (data sets: `version -m TEXT` instead of `create` from the second time on; a kernel only after those it takes output from have finished):')
+    print(f'{dest}: wheels and kernels, checked. {_SEND}')
     for o in commands: print(f'  {o}')
     return 0
 
@@ -411,19 +446,23 @@ def mgmt_demo(
     start,dest,sequences = time.perf_counter(),Path(dest)/f'auc{auc:g}-seed{seed}',('FLAIR','T1wCE')
     make_phantom(dest/'cohort', n=n, auc=auc, seed=seed, test=1/4, slices=24, size=80, sequences=sequences)
     mirrored = get_recipe('none', flip='w').room('augment')
-    recipe = get_recipe('default', size=(32,48,48), arch='resnet18', schedule='one_cycle', lr=2e-3, epochs=epochs, patience=epochs, **mirrored)
+    recipe = get_recipe('default', size=(32,48,48), arch='resnet18', schedule='one_cycle', lr=2e-3, epochs=epochs,
+        patience=epochs, **mirrored)
     store = prepare(kaggle_cohort(dest/'cohort'), dest/'store', sequences, recipe=recipe)
     _train(store, dest, recipe, seed=seed)
     preds = predict(dest/'model', kaggle_cohort(dest/'cohort','test'))
     with atomic_path(dest/'predictions.csv') as tmp: preds.to_csv(tmp, index=False)
-    truth = read_side_table(dest/'cohort').set_index('patient').label
-    seen = preds[preds.prob.notna()]
-    y = truth.loc[seen.patient].to_numpy()
-    r,bound = auc_ci(y, seen.prob),phantom_bound(dest/'cohort','test')
-    _save(plot_roc(y, seen.prob, label='held-out patients'), dest/'roc.png')
+    _say_demo(dest, preds[preds.prob.notna()])
+    print(f"{dest}: model, predictions.csv, history.csv, batch.png, history.png, roc.png;"
+        f" {time.perf_counter()-start:.0f} s")
+    return int(preds.prob.isna().any() or _say_report(store.report, 'preparation'))
+
+def _say_demo(dest, preds):
+    "The model's AUC on held-out phantoms beside the best attainable, printed and drawn"
+    y = read_side_table(dest/'cohort').set_index('patient').label.loc[preds.patient].to_numpy()
+    r,bound = auc_ci(y, preds.prob),phantom_bound(dest/'cohort','test')
+    _save(plot_roc(y, preds.prob, label='held-out patients'), dest/'roc.png')
     interval = f"{r.lo:.3f} to {r.hi:.3f} ({AUC_METHODS[r.name]})"
     print(f"held-out AUC   {r.auc:.3f}  95 % interval {interval}, {len(y)} patients")
     print(f"sample's bound {bound.bound:.3f}  (AUC of the hidden number that the labels were drawn from)")
     print(f"oracle         {bound.oracle:.3f}  (the planted traits, measured in the images with the tumour's mask)")
-    print(f"{dest}: model, predictions.csv, history.csv, batch.png, history.png, roc.png; {time.perf_counter()-start:.0f} s")
-    return int(len(seen)<len(preds) or _say_report(store.report, 'preparation'))

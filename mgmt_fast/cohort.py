@@ -55,7 +55,7 @@ def _usable(paths, row, patient, report):
     report += [(patient, k, 'the label table marks it as unusable: left out', 'nothing') for k in bad]
     return {k:v for k,v in paths.items() if k not in bad}
 
-def _together(report, df):
+def _missing_together(report, df):
     "The report with one row for a sequence that no patient has"
     never = [s for s in SEQUENCES if len(df)>1 and df[s].isna().all()]
     rows = [o for o in report if not (o[1] in never and o[2]=='missing')]
@@ -133,22 +133,22 @@ def _assemble(scans, table, source, report=(), keep=False, pad=0):
     rows = _scanned(scans, labels, source, keep, report)
     others = _not_scanned(scans, labels, source, pad, report)
     df = _typed(rows+others if keep else rows)
-    df = add_to_report(df, _together(report, df))
+    df = add_to_report(df, _missing_together(report, df))
     df.attrs['images'] = [o for scan in scans.values() for o in getattr(scan, 'table', ())]
     _say_cohort(df, labels)
     return df
 
 # %% ../nbs/02_cohort.ipynb #88621f47
-def _entries(folder):
+def _visible_entries(folder):
     with os.scandir(folder) as it: return sorted((e for e in it if not e.name.startswith('.')), key=lambda e: e.name)
 
-def _subfolders(folder): return [Path(folder)/e.name for e in _entries(folder) if e.is_dir()]
+def _subfolders(folder): return [Path(folder)/e.name for e in _visible_entries(folder) if e.is_dir()]
 
 def _folder(root):
     "`root` as a path, known to be a folder with something in it"
     root = Path(root)
     if not root.is_dir(): raise CohortError(f"no folder at {root}: is the path right, and the archive unpacked?")
-    if not _entries(root): raise CohortError(f"the folder {root} is empty: was the archive unpacked elsewhere?")
+    if not _visible_entries(root): raise CohortError(f"the folder {root} is empty: was the archive unpacked elsewhere?")
     return root
 
 # %% ../nbs/02_cohort.ipynb #75b16be8
@@ -158,7 +158,7 @@ def _under(placed, who, several):
     session = ' '.join(filter(None, (placed.session, placed.patient))) if several else placed.session
     return placed._replace(patient=who, session=session)
 
-def _joined(found, people):
+def _under_people(found, people):
     "Images under the patient whom a label table names for their id; where a patient has several, each is a session"
     whose,ids = [entry_of(people, o.placed.patient, o.placed.session) for o in found],{}
     for o,who in zip(found, whose): ids.setdefault(who, set()).add(o.placed.patient)
@@ -209,7 +209,7 @@ def _find_named(root, patients, table):
     try: placed,left = place_images(root, images, patients, known)
     except ArchiveError as e: raise CohortError(f'{root}: {e}') from None
     people = people_of(table)
-    found = _joined([f for o in placed for f in name_image(o)], people)
+    found = _under_people([f for o in placed for f in name_image(o)], people)
     return NS(found=found if patients is not None else _merged(found, set(people.values())), left=left,
         images=images, odd=odd)
 
@@ -249,7 +249,7 @@ def _folder_cohort(root, labels, source, looked_for, layout=None, **kwargs):
     choices,table = kwargs.pop('choices', None),_label_table(labels, **kwargs)
     s = _scan(root, table=table, choices=choices)
     fits = layout is None or any(o.source==layout for o in s.scans.values())
-    if not fits or not any(o.paths for o in s.scans.values()): raise CohortError(_no_scans(root, s, looked_for))
+    if not fits or not any(o.paths for o in s.scans.values()): raise CohortError(_no_scans_in(root, s, looked_for))
     return _assemble(s.scans, table, source, s.report)
 
 def _why_none(s):
@@ -262,7 +262,7 @@ def _why_none(s):
     return ['files, but no folders: if they are the slices of one series, give the folder above, and name this'
         ' one after its sequence']
 
-def _no_scans(root, s, looked_for):
+def _no_scans_in(root, s, looked_for):
     return (f"{root} holds no scans that can be told apart ({'; '.join(_why_none(s)[:3])}). Looked for {looked_for}."
         " Any other layout: nifti_cohort(root, pattern='{patient}/{sequence}.nii.gz')")
 
@@ -302,7 +302,7 @@ def _check_choice(patient, seq, paths):
             f" {', '.join(SEQUENCES)}")
     if seq in paths: raise CohortError(f"the table of choices uses two images of {patient} as {seq}: leave one")
 
-def _given(r, k):
+def _cell(r, k):
     "A cell of a row; `None` where it is missing or blank"
     v = r.get(k)
     return None if pd.isna(v) or not str(v).strip() else v
@@ -318,7 +318,7 @@ def _one_choice(patient, used, at, report):
         _check_choice(patient, seq, paths)
         paths[seq] = o.placed.image.path
         sessions.add(r.get('session') if pd.notna(r.get('session')) else None)
-        if _given(r, 'index') is not None: index[seq] = int(float(r['index']))
+        if _cell(r, 'index') is not None: index[seq] = int(float(r['index']))
     if len(sessions)>1:
         problems.append(('', 'the choices mix sessions: none is taken', 'choose images of one session'))
         paths = {}
@@ -334,7 +334,7 @@ def _no_labels(root):
     return (f"{root} has no train_labels.csv: pass labels=path if it is elsewhere, labels=False to go on without"
         f" labels, or split='test'")
 
-def _no_patients(root, split):
+def _no_patients_in(root, split):
     return f"{root} has no patients: looked for {split}/PATIENT/{{{','.join(SEQUENCES)}}} and for a label table"
 
 def _check_split(split):
@@ -366,7 +366,7 @@ def kaggle_cohort(
     scans = _scan(root/split, patients, table, choices, base=root).scans if patients else {}
     if split=='test' and (root/'sample_submission.csv').is_file():
         for o in set(read_ids(root/'sample_submission.csv')) - set(scans): scans[o] = _submitted()
-    if not scans and table is None: raise CohortError(_no_patients(root, split))
+    if not scans and table is None: raise CohortError(_no_patients_in(root, split))
     return _assemble(scans, table, f'kaggle/{split}', keep=True, pad=5)
 
 # %% ../nbs/02_cohort.ipynb #f432805b
@@ -531,7 +531,7 @@ def nifti_cohort(
     if not found: raise _no_match(root, pattern, names)
     people = people_of(table)
     whose = {k: people.get(id_key(k), k) for k in found}
-    by = groupby(_joined(sum(found.values(), []), people), lambda o: o.placed.patient)
+    by = groupby(_under_people(sum(found.values(), []), people), lambda o: o.placed.patient)
     scans = {p: choose_images(by.get(p, []), [], expect) for p in uniqueify(whose.values())}
     for k,v in problems.items(): scans[whose[k]].problems += v
     return _assemble(scans, table, source, report=_unknown_names(names))

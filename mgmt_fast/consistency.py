@@ -37,7 +37,8 @@ def expected_ci(
 ) -> pd.Series: # auc, lo, hi
     """The interval of an AUC from the numbers of patients alone.
 
-    It holds the true AUCs that give `auc` with reasonable probability. Source: Newcombe 2006, method 5. Raises `MGMTError` on arguments out of range."""
+    It holds the true AUCs that give `auc` with reasonable probability. Source: Newcombe 2006, method 5.
+    Raises `MGMTError` on arguments out of range."""
     if not (0<=auc<=1 and 0<share<1 and n*min(share,1-share)>=2): raise _no_interval(auc, n, share)
     def far(t): return abs(auc-t)-norm.ppf(.5+level/2)*auc_se(t, n*share, n*(1-share))
     tiny = 1e-9 # at 0 and 1 an AUC has no spread, so a root lies there too, which is none of the interval's
@@ -98,7 +99,7 @@ def loss_bounds(
 
 # %% ../nbs/10_consistency.ipynb #79b8056f
 def as_numbers(
-    x, # Anything array-like
+    x:np.ndarray|pd.Series|list, # What should hold numbers
     what:str, # What it is, for the error
 ) -> np.ndarray: # float64, one axis
     "Bring a column to floats. Raises `MGMTError` if it holds none."
@@ -166,9 +167,9 @@ def _auc_and_sensitivity(r):
     hs,hc,averaged = _half_unit(s),_half_unit(c),r.runs>1
     lo = auc_bounds(max(0,s-hs), max(0,c-hc), averaged)[0]
     hi = auc_bounds(min(1,s+hs), min(1,c+hc), averaged)[1]
-    if auc+u<lo or auc-u>hi: yield 'auc and sensitivity','impossible',_left(s, c, lo, hi, auc)
+    if auc+u<lo or auc-u>hi: yield 'auc and sensitivity','impossible',_left_for_auc(s, c, lo, hi, auc)
 
-def _left(s, c, lo, hi, auc):
+def _left_for_auc(s, c, lo, hi, auc):
     limits = f"{lo:.4f} to {hi:.4f} for the AUC, whatever the scores"
     return f"sensitivity {s:g} and specificity {c:g} leave {limits}; it says {auc:g}"
 
@@ -243,9 +244,9 @@ def _equal_rows(t):
     "Rows that agree in all of at least two figures"
     with_two = t[t[list(_figures)].notna().sum(axis=1)>=2]
     for k,g in with_two.groupby(list(_figures), dropna=False, sort=False):
-        if len(g)>1: yield ' = '.join(g['where']),'equal rows','suspect',_all_equal(k)
+        if len(g)>1: yield ' = '.join(g['where']),'equal rows','suspect',_equal_figures(k)
 
-def _all_equal(values):
+def _equal_figures(values):
     figures = ', '.join(f'{o} {v:g}' for o,v in zip(_figures, values) if not np.isnan(v))
     return f"{figures} are equal to the last digit: one result entered twice?"
 
@@ -264,9 +265,10 @@ def _external_above(t, names, gap):
         v = best.loc[r[key]]
         luck = norm.ppf(.975)*np.sqrt(_variance(r)+_variance(v))
         far = gap if np.isnan(luck) else luck
-        if r.auc-v.auc>far: yield r['where'],'external above validation','suspect',_above(r.auc, v.auc, far, luck)
+        if r.auc-v.auc<=far: continue
+        yield r['where'],'external above validation','suspect',_above_validation(r.auc, v.auc, far, luck)
 
-def _above(auc, valid, far, luck):
+def _above_validation(auc, valid, far, luck):
     why = 'without the numbers of patients, the gap allowed is' if np.isnan(luck) else 'luck explains'
     gap = f"AUC {auc:g} on other patients, {valid:g} at best on validation; {why} {far:.3f}"
     return f"{gap}: chosen on the test set, patients shared, or a shortcut?"

@@ -33,7 +33,7 @@ class MGMTError(ValueError):
 def unknown_name(
     kind:str, # What the name should be, e.g. `'recipe'`
     name:str, # The name received
-    known, # Names that exist
+    known:list|dict|tuple, # Names that exist
 ) -> MGMTError: # Ready to be raised
     "An error for a name that does not exist, with the near matches."
     known = [str(o) for o in known]
@@ -95,7 +95,7 @@ def _three_slices(idx):
 class Volume(TensorBase):
     "A `(D,H,W)` tensor with its place in the patient; what breaks the geometry returns a plain tensor"
     def __new__(cls,
-        x, # (D,H,W) tensor or array of any type
+        x:torch.Tensor|np.ndarray, # (D,H,W), of any type
         affine:np.ndarray=None, # (4,4), from voxel `(d,h,w,1)` to RAS+ mm; that of `x`, or else no turn and 1 mm
         **kwargs, # For the tensor
     ):
@@ -180,7 +180,7 @@ def montage(
 @patch
 def show(
     self:Volume,
-    ctx=None, # Axes to draw on; a new figure if none
+    ctx:plt.Axes=None, # Axes to draw on; a new figure if none
     n:int=12, # Slices to show
     cols:int=6, # Slices per row
     title:str=None, # Title of the axes
@@ -265,7 +265,7 @@ def _umask():
 # %% ../nbs/00_core.ipynb #5da7f2b4
 def write_json(
     path:str|Path, # Where to write
-    obj, # Anything JSON can hold
+    obj:object, # Anything JSON can hold
 ):
     "Write JSON atomically, with stable formatting so that equal content gives equal bytes."
     text = json.dumps(obj, indent=1, sort_keys=True, ensure_ascii=False)+'\n'
@@ -328,7 +328,7 @@ def _set_header(f, start, shape, dtype):
 
 # %% ../nbs/00_core.ipynb #5e20e6b1
 def track(
-    items, # Any iterable
+    items:object, # Any iterable
     total:int=None, # How many, where `len` does not say
     progress:bool=True, # Show the bar? It is gone when the work is done
 ): # The items
@@ -373,7 +373,7 @@ class Allowed:
     "The values that a choice takes: `text` says which they are, `take` brings one to the type that is kept or raises"
     def __init__(self,
         text:str, # Completes the sentence "it must be ..."
-        take, # Function of a value: the value to keep; raises `ValueError` or `TypeError` on what is not allowed
+        take:callable, # From a value to the one that is kept; raises `ValueError` or `TypeError` on what is not allowed
         names:tuple=(), # The values, where they are few
     ): self.text,self.take,self.names = text,take,names
     def __call__(self, v): return self.take(v)
@@ -485,7 +485,7 @@ def choice(
 # %% ../nbs/00_core.ipynb #8d714f53
 def check_choice(
     name:str, # Of a registered choice
-    value, # What it is to be
+    value:object, # What it is to be
 ): # The value to keep, e.g. a tuple for a list
     "A value that a choice takes. Raises `MGMTError` on an unknown choice, a wrong type or a value out of range."
     if name not in _choices: raise unknown_name('choice of a recipe', name, _choices)

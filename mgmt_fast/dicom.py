@@ -105,7 +105,7 @@ _LONG  = b'OB OD OF OL OV OW SQ SV UC UN UR UT UV'.split()
 _TYPES = {**dict.fromkeys(_SHORT, 8), **dict.fromkeys(_LONG, 12)}
 _TAGS  = {int(_KNOWN[k][0]): k for k in _NAMES}
 
-def _walk(file):
+def _walk_elements(file):
     """Raw elements of `_NAMES` in a plain file, its transfer syntax, its pixels' place and length in bytes.
 
     `None` if the file is not plain. One function, since a call for each element would cost a third of the time."""
@@ -143,7 +143,7 @@ _ABSENT = dict.fromkeys(_NAMES[:-2])
 def _plain_frame(path):
     "The one frame of a file that a short walk understands, as `file_frames` gives it; else `None`"
     with open(path, 'rb', buffering=0) as f:
-        if not (found:=_walk(f)): return None
+        if not (found:=_walk_elements(f)): return None
         raw,syntax,at,n = found
         try: h = {**_ABSENT, **{k: _parse(k, v, True) if v else None for k,v in raw.items()}}
         except SeriesError: return None
@@ -178,7 +178,7 @@ def _bad_header(path, e):
 # %% ../nbs/01_dicom.ipynb #4e49b0a1
 def file_frames(
     path:Path, # File
-    look=None, # Has `tags` to read too, and is called with the pydicom data set that holds them
+    look:callable=None, # Has `tags` to read too, and is called with the pydicom data set that holds them
 ) -> list|None: # A dict for each frame: DICOM keywords to tuples or text, `path`, `at`, `size`; `None`: no DICOM file
     "The frames that the header of a file describes. Raises `SeriesError` on a damaged header."
     if look is None and (h:=_plain_frame(path)): return [h]
@@ -229,7 +229,7 @@ def _is_index(p):
     if p.suffix[1:] and not p.suffix[1:].isdigit() or not is_file(p): return False
     with open(p, 'rb') as f: return b'1.2.840.10008.1.3.10\0' in f.read(512)
 
-def _is_text(p):
+def _is_text_file(p):
     if not is_file(p): return True
     with open(p, 'rb') as f: head = f.read(256)
     return len(head)>0 and not any(o<9 or 13<o<32 for o in head)
@@ -280,14 +280,14 @@ def _check_others(others, frames):
         if end not in suffixes: continue
         if not is_file(p):
             raise SeriesError(f"{what} named like a slice and is no file (a pipe or a device): move it away")
-        if end=='' and _is_text(p): continue
+        if end=='' and _is_text_file(p): continue
         raise SeriesError(f"{what} named like a slice but is no DICOM file ({p.stat().st_size} bytes): cut short or "
             "overwritten? Copy it again, or move it away if it does not belong to the series")
 
 # %% ../nbs/01_dicom.ipynb #8a04ef3a
 def folder_frames(
     path:Path, # Folder, or one file; sub-folders are not entered
-    look=None, # As in `file_frames`
+    look:callable=None, # As in `file_frames`
 ) -> list: # Frames of all images, in the order of the files' names
     "The frames of all DICOM images in a folder. Raises `SeriesError` on a file that may be a lost slice."
     try: files = _files(path)
@@ -312,7 +312,7 @@ def shared_value(
     first_ = stack[0]
     for f in stack:
         if f[k] is None: raise _missing(f, k, why)
-        if f[k]!=first_[k] and not _close(f[k], first_[k]): raise _differs(f, first_, k)
+        if f[k]!=first_[k] and not _close(f[k], first_[k]): raise _value_differs(f, first_, k)
     return first_[k]
 
 def _close(v, w): return len(v)==len(w) and all(abs(a-b)<=1e-4*abs(b) for a,b in zip(v,w))
@@ -320,7 +320,7 @@ def _close(v, w): return len(v)==len(w) and all(abs(a-b)<=1e-4*abs(b) for a,b in
 def _missing(f, k, why):
     return SeriesError(f"{k} is missing in file {f['path'].name!r}: {why}; export the original series again")
 
-def _differs(f, g, k):
+def _value_differs(f, g, k):
     both = f"{g[k]} in file {g['path'].name!r} and {f[k]} in {f['path'].name!r}"
     return SeriesError(f"{k} differs among the slices, {both}: mixed sizes; two series in one folder? Separate them")
 
@@ -460,7 +460,7 @@ def _no_answer(status):
     return f"pixel data cannot be decoded: the decoder {why}, so a compressed stream is damaged; copy the series again"
 
 # %% ../nbs/01_dicom.ipynb #04ad0599
-def _check_grey(f):
+def _check_one_channel(f):
     kind = f['PhotometricInterpretation'] or 'MONOCHROME2'
     if (f['SamplesPerPixel'] or (1,))[0]==1 and kind.startswith('MONOCHROME'): return
     raise SeriesError(f"file {f['path'].name!r} holds colours: a screenshot (secondary capture), not a scan; move it "
@@ -496,7 +496,7 @@ def _no_mr_image(shape, alloc):
     what = f"{shape[0]} rows and {shape[1]} columns of {alloc} bits are no MR image"
     return SeriesError(f"{what}: a damaged header, or another kind of object; export the series again")
 
-def _fill(out, stack, at, dtype, scale):
+def _fill_slices(out, stack, at, dtype, scale):
     "Read the slices `at` of a stack, all from one file, into `out` (D,H,W); without `scale` as they are stored"
     f,little,shape = stack[at[0]],stack[0]['little'],out.shape[1:]
     coded = None if f['native'] else _decode(f['path'], (f['frames'],*shape), dtype)
@@ -513,7 +513,7 @@ def read_pixels(
     stack:list, # Frames of one shape and type, in the order wanted
 ) -> np.ndarray: # (D,H,W) intensities: integers, float32 where values were rescaled
     "Intensities of the slices of a stack. Raises `SeriesError` where a slice cannot be read correctly."
-    for f in stack: _check_grey(f)
+    for f in stack: _check_one_channel(f)
     _check_no_table(stack)
     shape,dtype = _pixel_type(stack)
     for f in stack: _check_size(f, shape, dtype)
@@ -523,7 +523,7 @@ def read_pixels(
     out = (np.empty if native else _shared_array)((len(stack),*shape), dtype if scale is None else np.float32)
     files = groupby(range(len(stack)), lambda i: stack[i]['path'])
     def work():
-        for at in files.values(): _fill(out, stack, at, dtype, scale)
+        for at in files.values(): _fill_slices(out, stack, at, dtype, scale)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         if native: work()

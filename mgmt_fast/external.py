@@ -225,8 +225,10 @@ def _note(nth, aside, source, differ, overlap, company, plan):
 def _on_the_list(aside, source, differ):
     if not aside or source['kind']!='list made by hand': return ''
     a,b = differ['those_set_aside'],differ['the_others']
-    return (f"a list made by hand sets {len(aside)} patients aside: {a['errors']} of {a['n']} of them were "
-        f"misclassified, {b['errors']} of {b['n']} of the others")
+    return (f"a list made by hand sets {_patients(len(aside))} aside, of whom {a['errors']} of {a['n']} were "
+        f"misclassified; of the others, {b['errors']} of {b['n']}")
+
+def _patients(n): return '1 patient' if n==1 else f'{n} patients'
 
 def _on_the_pass(nth):
     if nth==1: return 'first pass'
@@ -238,14 +240,14 @@ def _on_the_company(company):
     if k>1:
         so = '' if company['p'] is None else f", so p is {company['p_holm']:.3g} by Holm, not {company['p']:.3g}"
         res.append(f'{k} bundles have met this cohort: the best of {k} flatters{so}')
-    if looks: res.append(f'it was predicted {looks} times outside of a test')
+    if looks: res.append(f"it was predicted {'once' if looks==1 else f'{looks} times'} outside of a test")
     return '; '.join(res)
 
 def _on_the_overlap(overlap):
     res = []
     same,doubt = len(overlap['same']),len(overlap['uncertain'])
-    if same: res.append(f'{same} patients left out as brains that the models were trained on')
-    if doubt: res.append(f'{doubt} patients may be known from training: see the figures without them')
+    if same: res.append(f'{_patients(same)} left out as brains that the models were trained on')
+    if doubt: res.append(f'{_patients(doubt)} may be known from training: see the figures without them')
     return '; '.join(filter(None, [*res, overlap['note']]))
 
 def _on_the_plan(plan):
@@ -326,8 +328,8 @@ def external_test(
     `record` (how many bundles met this cohort, p by Holm, and where that is written down), `overlap`, `leakage`,
     `plan`, and hashes. Every pass is entered in the bundle's ledger and the cohort's record before its numbers are
     known, so a second look says that it is the second. One that is stopped before its result was written is finished
-    by the next call, as the same pass. Raises `ProtocolError` on changed files, on patients known from training, on another
-    preparation, and on data that give no number."""
+    by the next call, as the same pass. Raises `ProtocolError` on changed files, on patients known from training, on
+    another preparation, and on data that give no number."""
     if fitting: raise _for_testing(fitting)
     b = Bundle(bundle.path if isinstance(bundle, Bundle) else bundle)
     dest = Path(dest or b.path)

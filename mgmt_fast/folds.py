@@ -6,6 +6,8 @@
 __all__ = ['describe_cohort', 'plot_balance', 'assign_folds']
 
 # %% ../nbs/02_folds.ipynb #ab27c3ed
+from pathlib import Path
+
 import pandas as pd
 import matplotlib.pyplot as plt
 from fastcore.all import *
@@ -59,7 +61,7 @@ def _given_folds(cohort, key, folds):
 
 def _torn(patient, n): return f"the given split puts scans of {patient} into {n} folds: a patient belongs to one"
 
-def _too_few(n, counts):
+def _too_few_for_folds(n, counts):
     return (f"n={n} folds: n must be at least 2 and each fold needs a patient of each class, but there are {counts[1]} "
         f"methylated and {counts[0]} unmethylated: choose a smaller n, or find more labels")
 
@@ -68,7 +70,7 @@ def assign_folds(
     cohort:pd.DataFrame, # Any cohort with labels
     n:int=5, # Number of folds; each class needs at least as many patients
     seed:int=0, # For the shuffle before the split
-    folds=None, # A published split to repeat instead: a table with ids and a column `fold`, path or DataFrame
+    folds:str|Path|pd.DataFrame=None, # A published split to repeat instead: a table with ids and a column `fold`
 ) -> pd.DataFrame: # The cohort with a column `fold`, 0 to `n-1` (Int64), missing for patients without a label
     """Split patients into stratified folds, all scans of a patient in one.
 
@@ -77,7 +79,7 @@ def assign_folds(
     if folds is not None: return _given_folds(cohort, key, folds)
     y = cohort.label.groupby(key).max().dropna().astype(int)
     counts = y.value_counts().reindex([0,1], fill_value=0)
-    if n<2 or counts.min()<n: raise CohortError(_too_few(n, counts))
+    if n<2 or counts.min()<n: raise CohortError(_too_few_for_folds(n, counts))
     parts,of = StratifiedKFold(n, shuffle=True, random_state=seed).split(y, y),{}
     for i,(_,valid) in enumerate(parts): of.update(dict.fromkeys(y.index[valid], i))
     res = cohort.assign(fold=key.map(of).astype('Int64'))

@@ -35,7 +35,8 @@ def resize(
             torch.mul(slices[used[0]], float(w[used[0]]), out=row)
             for i in used[1:]: row.add_(slices[i], alpha=float(w[i]))
         flat = slab[:size[0]-at]
-        out[at:at+16] = flat if flat.shape[1:]==size[1:] else F.interpolate(flat[None], size=size[1:], mode='bilinear', antialias=True)[0]
+        if flat.shape[1:]==size[1:]: out[at:at+16] = flat
+        else: out[at:at+16] = F.interpolate(flat[None], size=size[1:], mode='bilinear', antialias=True)[0]
     return out
 
 # %% ../nbs/031_grids.ipynb #a1d00007
@@ -44,7 +45,7 @@ CANONICAL = np.array([[0,0,-1],[0,-1,0],[1,0,0]]) # columns: D foot to head, H f
 def match_axes(
     axes:np.ndarray, # (3,3), columns: directions of the axes of an array, of any length
     onto:np.ndarray, # (3,3), columns: directions that are wanted
-) -> tuple: # For each wanted direction the number of the axis nearest to it, each taken once; and signs, -1 where it is reversed
+) -> tuple: # For each wanted direction the axis nearest to it, each taken once; and signs, -1 where it is reversed
     "Which axis of an array lies along which direction."
     cosines = (onto/np.linalg.norm(onto, axis=0)).T @ (axes/np.linalg.norm(axes, axis=0))
     def agreement(order): return sum(abs(cosines[k,i]) for k,i in enumerate(order))

@@ -56,7 +56,7 @@ _SUFFIX = re.compile(r'(?:ce|c|cw|gd|gad\w*|post\w*|km|contrast\w*|c\+|\+c|\+gd|
 _OTHER = set('''adc dwi dti dw trace tracew fa colfa colorfa exp perf perfusion dsc dce dyn dynamic asl pasl pcasl cbf
     cbv mtt ttp tmax relcbf rcbv swi swan swip mip mips minip pha phase tof mra mrv angio angiography venogram carotids
     xstar star medic hemo haemo mt mtc nm stir sub subtraction subtr subtract subtracted resta seg segm mask label
-    labels     pred map maps roi loc localizer localiser scout aascout survey plane cal calibration fgre ssfse trufi ssfp
+    labels pred map maps roi loc localizer localiser scout aascout survey plane cal calibration fgre ssfse trufi ssfp
     reformat
     reformatted mpvr curved bold rest resting fmri rsfmri epi svs csi mrs spectroscopy fieldmap shim ciss fiesta t1rho
     spine lumbar thoracic cervical cspine tspine lspine columna moco inv1 inv2 t1map t2map screen
@@ -145,7 +145,7 @@ def sequence_of(
 _NOT_PLAIN = ('FLAIR','T1wCE','T2w')
 _NO_AGENT = ('no','none','n','0','')
 
-def _number(h, k):
+def _header_number(h, k):
     v = h.get(k)
     v = v[0] if isinstance(v, (tuple,list)) and len(v) else v
     return None if v in (None,'',()) else float(v)
@@ -154,10 +154,10 @@ def _agent(h): return str(h.get('ContrastBolusAgent') or '').strip().lower() not
 
 # %% ../nbs/01_naming.ipynb #82e226a9
 def times_allow(
-    header, # Mapping with `RepetitionTime`, `EchoTime`, `InversionTime` (ms, number or tuple) and `ContrastBolusAgent`
+    header:dict, # With `RepetitionTime`, `EchoTime`, `InversionTime` (ms, number or tuple) and `ContrastBolusAgent`
 ) -> tuple: # Sequences of `SEQUENCES` that the times allow; empty where they do not decide
     "Which sequences a scan with these times can be."
-    tr,te,ti = (_number(header, k) for k in ('RepetitionTime','EchoTime','InversionTime'))
+    tr,te,ti = (_header_number(header, k) for k in ('RepetitionTime','EchoTime','InversionTime'))
     if te is None or tr is None: return ()
     ti = ti or None
     if te<=30 and (tr<=1200 or (ti or 0)>=300 and ti<1500): return ('T1wCE',) if _agent(header) else ('T1w','T1wCE')
@@ -192,15 +192,15 @@ def _something_else(h):
     how = str(h.get('ScanningSequence') or '').upper().replace("'", ' ')
     how = set(re.split(r'[^A-Z]+', how))
     if 'EP' in how: return 'an echo-planar scan'
-    if 'GR' in how and not how&{'IR','SE'} and (_number(h,'EchoTime') or 0)>=12:
+    if 'GR' in how and not how&{'IR','SE'} and (_header_number(h,'EchoTime') or 0)>=12:
         return 'a gradient echo with a long echo time (T2*)'
     if str(h.get('AngioFlag') or '').strip().upper()=='Y': return 'an angiography'
-    if how&{'IR'} and 80<=(_number(h,'InversionTime') or 0)<=300 and (_number(h,'EchoTime') or 0)>=30:
+    if how&{'IR'} and 80<=(_header_number(h,'InversionTime') or 0)<=300 and (_header_number(h,'EchoTime') or 0)>=30:
         return 'a STIR, by its inversion time'
 
 # %% ../nbs/01_naming.ipynb #4f9e19fa
 def header_testimony(
-    header, # Mapping of DICOM keywords to values, as far as there are any; empty for NIfTI
+    header:dict, # DICOM keywords to values, as far as there are any; empty for NIfTI
 ) -> Testimony: # All sequences where the header is silent
     "What a header says of a series: modality, kind of image, times, contrast agent. Its texts are never repeated."
     if odd := _something_else(header): return Testimony((), None, odd)
@@ -217,7 +217,7 @@ class Verdict(NamedTuple):
     why:str = '' # What was seen, or why there is no sequence
 
 # %% ../nbs/01_naming.ipynb #da5e3fce
-def _together(names):
+def _names_together(names):
     "The testimony of several names of one series, the nearest first"
     res = Testimony()
     for t in map(name_testimony, names):
@@ -232,10 +232,10 @@ def _together(names):
 # %% ../nbs/01_naming.ipynb #93b14249
 def name_series(
     *names:str, # What the series is called: file, folder, series description; blanks are passed over
-    header=None, # Mapping of DICOM keywords to values; none for NIfTI
+    header:dict=None, # DICOM keywords to values; none for NIfTI
 ) -> Verdict: # `why` repeats no name and no text of the header
     "Weigh what name and header say. Where they contradict each other, or neither speaks, there is no sequence."
-    name,head = _together([o for o in names if o]),header_testimony(header or {})
+    name,head = _names_together([o for o in names if o]),header_testimony(header or {})
     if name.can==('T1w',) and head.can==_NOT_PLAIN: head = Testimony() # an agent is often entered before it is given
     for t in (name,head):
         if not t.can: return Verdict(None, None, t.why)

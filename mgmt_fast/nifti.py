@@ -58,12 +58,12 @@ def _loaded(path):
         img.header.get_dim_info()
         return img,img.affine,img.shape,img.get_data_dtype()
     except SeriesError: raise
-    except Exception as e: raise _unreadable(e) from None
+    except Exception as e: raise _no_nifti(e) from None
 
 def _no_side():
     return SeriesError('an ANALYZE file does not say which side is left: convert the original series to NIfTI')
 
-def _unreadable(e):
+def _no_nifti(e):
     return SeriesError(f"this is no readable NIfTI file ({type(e).__name__}): damaged, cut short, or another format "
         "under this name")
 
@@ -79,7 +79,7 @@ def _check_affine(affine):
     raise SeriesError(f"the affine is singular or not finite ({affine[:3].tolist()}), so nobody knows where the voxels "
         "lie: a damaged header; convert the series again")
 
-def _check_grey(dtype):
+def _check_real(dtype):
     if dtype.kind in 'iuf': return
     raise SeriesError(f"voxels of type {dtype} are no grey levels: colours or complex numbers; convert to one real "
         "number per voxel")
@@ -94,7 +94,7 @@ def open_nifti(
     while len(shape)>3 and shape[-1]==1: shape = shape[:-1]
     _check_shape(shape, given)
     _check_affine(affine)
-    _check_grey(dtype)
+    _check_real(dtype)
     return img,shape
 
 # %% ../nbs/01_nifti.ipynb #46f15d72

@@ -41,12 +41,12 @@ class _Audit:
         return ' | '.join(uniqueify([*grave,*self.bad]))
 
 # %% ../nbs/02_quality.ipynb #b48985f5
-def _first(frame, k): return first(frame[k] or ())
+def _first_of(frame, k): return first(frame[k] or ())
 
 def _audit_geometry(stack):
     "What the places of the slices of `stack` say"
     a,f = _Audit(),stack[0]
-    a.facts.update(slices=len(stack), rows=_first(f, 'Rows'), columns=_first(f, 'Columns'))
+    a.facts.update(slices=len(stack), rows=_first_of(f, 'Rows'), columns=_first_of(f, 'Columns'))
     normal = slice_normal(stack) if len(stack)>=3 else None
     if normal is None: return a
     normal = normal/np.linalg.norm(normal)
@@ -57,7 +57,7 @@ def _audit_geometry(stack):
         a.facts.update(duplicates=len(gaps))
         return a
     _audit_steps(a, gaps, ipp[-1]-ipp[0], normal)
-    _audit_tags(a, _first(f, 'SpacingBetweenSlices'), _first(f, 'SliceThickness'))
+    _audit_tags(a, _first_of(f, 'SpacingBetweenSlices'), _first_of(f, 'SliceThickness'))
     return a
 
 def _audit_steps(a, gaps, along, normal):
@@ -243,7 +243,7 @@ def _contradiction(f, header, can, sequence):
     if sequence not in says.can: return f'called {sequence}, but {says.why}'
 
 def _other_times(f, can, sequence):
-    tr,te,ti = (_first(f, k) or 0 for k in ('RepetitionTime','EchoTime','InversionTime'))
+    tr,te,ti = (_first_of(f, k) or 0 for k in ('RepetitionTime','EchoTime','InversionTime'))
     return f"called {sequence}, but its times (TR {tr:g}, TE {te:g}, TI {ti:g} ms) are those of {' or '.join(can)}"
 
 # %% ../nbs/02_quality.ipynb #6e249e37

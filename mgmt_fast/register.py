@@ -45,7 +45,7 @@ def _solid(mask, constant):
 
 # %% ../nbs/04_register.ipynb #381fbd12
 @lru_cache(maxsize=None)
-def _gauss(n, sigma):
+def _gauss_matrix(n, sigma):
     i = torch.arange(n, dtype=torch.float32)
     w = torch.exp(-(i[:,None]-i)**2/(2*sigma*sigma))
     return w/w[n//2].sum()
@@ -56,7 +56,7 @@ def smooth(
     sigma:float, # Of the Gaussian, voxels
 ) -> torch.Tensor: # (D,H,W); what lies outside counts as 0
     "Gaussian smoothing as three matrix products, which is the fastest way at this size."
-    d,h,w = (_gauss(n, sigma) for n in x.shape)
+    d,h,w = (_gauss_matrix(n, sigma) for n in x.shape)
     return (d @ (h @ (x @ w)).flatten(1)).reshape(x.shape)
 
 # %% ../nbs/04_register.ipynb #812d240b
@@ -239,7 +239,7 @@ def normalised_mutual_information(
     return 2*(ha+hb-h(joint))/(ha+hb)
 
 # %% ../nbs/04_register.ipynb #3aea1f7d
-def _level(a, b, q):
+def _level_gain(a, b, q):
     "Logarithms of intensities `a` and `b` at `q`; the second without its smooth gain over a power of the first"
     a,b = a.clamp(min=8).log(),b.clamp(min=8).log()
     q = q/q.abs().max()
@@ -284,7 +284,7 @@ def _nmi(fixed, moving, turn, shift):
     x,w = sample_field(torch.stack([moving.x,moving.w])[None], fine.q@turn.T+shift)
     both = w>.5
     if both.sum()<=256: return 0.
-    return normalised_mutual_information(*_level(fixed.x[fine.at][both], x[both], fine.q[both]))
+    return normalised_mutual_information(*_level_gain(fixed.x[fine.at][both], x[both], fine.q[both]))
 
 # %% ../nbs/04_register.ipynb #3a0b8e66
 @patch(as_prop=True)

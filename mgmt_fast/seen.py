@@ -36,7 +36,8 @@ class Prints:
         hashes, # Of some volumes
     ): # `Prints` of those that are here
         "Some of the fingerprints"
-        at = [i for i,h in enumerate(self.hashes) if h in set(hashes)]
+        wanted = set(hashes)
+        at = [i for i,h in enumerate(self.hashes) if h in wanted]
         return Prints([self.hashes[i] for i in at], self.prints[at], self.template)
 
     def tensors(self) -> dict: # For safetensors: `prints`, `y` and `w`

@@ -43,7 +43,7 @@ def _no_place(f, k):
     return SeriesError(f"{k} is missing in file {f['path'].name!r}, so nobody knows where its pixels lie: a secondary "
         "capture or an incomplete export? Export the original series")
 
-def _too_few(n):
+def _too_few_slices(n):
     return SeriesError(f"a volume needs 3 slices or more, so that their step is known and can be checked; received "
         f"{n}: one file of a series (give its folder), a scout, or an incomplete copy?")
 
@@ -93,7 +93,7 @@ def place_slices(
 
     Source: DICOM PS3.3 C.7.6.2. Raises `SeriesError` on slices that form no regular stack."""
     for f in stack: _check_placed(f)
-    if len(stack)<3: raise _too_few(len(stack))
+    if len(stack)<3: raise _too_few_slices(len(stack))
     row,col = _orientation(stack)
     dh,dw = _pixel_size(stack)
     normal,ipp = np.cross(row,col),np.array([f['ImagePositionPatient'] for f in stack])
@@ -137,7 +137,7 @@ def _place_numbers(stack, normal):
     place[idx] = np.r_[0, np.cumsum(np.diff(pos[idx])>1e-2)]
     return place
 
-def _by_header(stack, place):
+def _split_by_header(stack, place):
     "Stacks by the first header value that takes repeats apart into stacks of the same places; `None` if none does"
     for k in _APART:
         parts = groupby(range(len(stack)), lambda i: stack[i][k])
@@ -145,7 +145,7 @@ def _by_header(stack, place):
         values = sorted(parts, key=lambda v: (v is not None, v))
         return [[stack[i] for i in parts[v]] for v in values]
 
-def _by_number(stack, place):
+def _split_by_number(stack, place):
     "Time points by `InstanceNumber`, if every place repeats equally often and no image comes twice"
     n = np.bincount(place)
     if n.min()<n.max() or len({(f['SOPInstanceUID'],f['frame']) for f in stack})<len(stack): return [stack]
@@ -158,17 +158,17 @@ def _take_apart(stack):
     if normal is None: return [stack]
     place = _place_numbers(stack, normal)
     if np.bincount(place).max()==1: return [stack]
-    parts = _by_header(stack, place)
-    if parts is None: return _by_number(stack, place)
+    parts = _split_by_header(stack, place)
+    if parts is None: return _split_by_number(stack, place)
     return [o for part in parts for o in _take_apart(part)]
 
 # %% ../nbs/01_series.ipynb #4c2d190a
-def _matrix(f): return f['Rows'],f['Columns']
+def _matrix_of(f): return f['Rows'],f['Columns']
 
-def _by_matrix(stack):
+def _split_by_matrix(stack):
     "The slices, and apart from them up to two images of another matrix that fill no place among them, as a scout has"
-    if len(set(map(_matrix, stack)))==1: return [stack]
-    parts = sorted(groupby(stack, _matrix).values(), key=len, reverse=True)
+    if len(set(map(_matrix_of, stack)))==1: return [stack]
+    parts = sorted(groupby(stack, _matrix_of).values(), key=len, reverse=True)
     few = len(stack)-len(parts[0])<3
     return parts if few and _forms_volume(parts[0]) and not _forms_volume(stack) else [stack]
 
@@ -194,13 +194,13 @@ def make_stacks(
     "Which frames form a volume together."
     res = []
     for group in sorted(_by_orientation(frames), key=_began):
-        for part in _by_matrix(group): res += _take_apart(part)
+        for part in _split_by_matrix(group): res += _take_apart(part)
     return res
 
 # %% ../nbs/01_series.ipynb #018bde64
 def find_stacks(
-    path, # A folder of DICOM slices, or a DICOM or NIfTI file
-    look=None, # What else to ask of each header, as in `file_frames`
+    path:str|Path, # A folder of DICOM slices, or a DICOM or NIfTI file
+    look:callable=None, # What else to ask of each header, as in `file_frames`
 ) -> Path|list: # The path of the one NIfTI file there, or the stacks of `make_stacks`
     "What can be read at a path. Raises `SeriesError` if there is nothing, or images of several patients."
     path = Path(path)
@@ -303,7 +303,7 @@ def _long_echo(found):
 def _is_foreign(f, slice_):
     "Is an image surely no slice of the volume: a screenshot, in colour, of another matrix or plane, as a scout is?"
     if 'Secondary Capture' in uid_name(f['SOPClassUID']) or (f['SamplesPerPixel'] or (1,))[0]>1: return True
-    if None not in _matrix(f) and _matrix(f)!=_matrix(slice_): return True
+    if None not in _matrix_of(f) and _matrix_of(f)!=_matrix_of(slice_): return True
     a,b = (o['ImageOrientationPatient'] for o in (f,slice_))
     return bool(a and b) and max(abs(p-q) for p,q in zip(a,b))>.1
 
@@ -392,7 +392,7 @@ _WITNESS = """Modality ImageType RepetitionTime EchoTime InversionTime ContrastB
     SeriesDescription ProtocolName StudyInstanceUID StudyDate PatientID""".split()
 _NO_SLICES = ('.txt','.csv','.json','.xml','.png','.jpg','.db','.pdf','.html')
 
-class _Witness:
+class _HeaderWitness:
     "Values of a header as text, for weighing; they are never reported"
     tags = [Tag(tag_for_keyword(k)) for k in _WITNESS]
     def __call__(self, ds): return {k: _as_text(ds, t) for k,t in zip(_WITNESS, self.tags)}
@@ -413,7 +413,7 @@ def _three_files(path):
 
 def _witnessed(p):
     "Frames of file `p` with what their headers testify; none if it is no image or cannot be read"
-    try: frames = file_frames(p, _Witness()) if is_file(p) else None
+    try: frames = file_frames(p, _HeaderWitness()) if is_file(p) else None
     except (SeriesError,OSError): return []
     return frames if frames and is_image(frames[0]) else []
 

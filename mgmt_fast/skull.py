@@ -42,7 +42,7 @@ def _profiles(vol, x, start):
     at = points@inv[:3,:3].T+inv[:3,3]
     return ndimage.map_coordinates(x, at.transpose(2,0,1), order=1, cval=np.nan)
 
-def _within(p, inward, lo, hi):
+def _below_surface(p, inward, lo, hi):
     "Profiles `p` where they are `lo` to `hi` steps below the surface, NaN elsewhere"
     return np.where((inward>=lo)&(inward<=hi), p, np.nan)
 
@@ -59,7 +59,7 @@ def _dark_band(vol, x, air, bright):
     inward = end[:,None]-np.arange(p.shape[1])
     ok = (inward>=17).any(1)&~(np.isnan(p)&(inward>=-2)&(inward<=40)).any(1)
     if ok.sum()<=50: return 0.
-    rim,band,core = (_within(p[ok], inward[ok], *o) for o in ((-2,4),(2,16),(17,40)))
+    rim,band,core = (_below_surface(p[ok], inward[ok], *o) for o in ((-2,4),(2,16),(17,40)))
     return np.mean(np.nanmin(band,1)<.4*np.minimum(np.nanmax(rim,1), np.nanmedian(core,1)))
 
 # %% ../nbs/01_skull.ipynb #48abe961

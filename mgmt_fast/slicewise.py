@@ -48,7 +48,7 @@ _choice('fill_seed', _seed, Allowed.whole(0), 0, 0, 0)
 _choice('transpose', 'exchange H and W', _yes_or_no, False, True, True)
 
 # %% ../nbs/03_slicewise.ipynb #d83d7d70
-def _natural(f):
+def _name_order(f):
     "Sorts names as people do: 2 before 10"
     parts = re.split(r'(\d+)', f['path'].name)
     return [int(o) if o.isdigit() else o for o in parts],f['frame']
@@ -87,7 +87,7 @@ def _stack(path, order, voi_lut, index, sequence):
         vol = read_sequence(row, sequence) if sequence else read_volume(path, index)
         return np.asarray(vol, dtype=np.float32),getattr(vol, 'notes', [])
     check_modality(found[0])
-    if order=='filename': stack = sorted(found[0], key=_natural)
+    if order=='filename': stack = sorted(found[0], key=_name_order)
     else: stack = [found[0][i] for i in place_slices(found[0])[0]]
     x = read_pixels(stack)
     if voi_lut: x = np.stack([_window(a, f['path']) for a,f in zip(x, stack)])
@@ -139,15 +139,15 @@ def _resized(x, size):
     x = torch.from_numpy(np.ascontiguousarray(x)).float()[:,None]
     return F.interpolate(x, size=size, mode='bilinear')[:,0].round().byte().numpy()
 
-def _cropped(x, boxes, by, size):
+def _crop_slices(x, boxes, by, size):
     "Slices, cropped together or each to its own box, and resized"
     if by=='none': return _resized(x, size)
-    if by=='slice': return np.concatenate([_cut(a, box, size) for a,box in zip(x, boxes)])
+    if by=='slice': return np.concatenate([_cut_slice(a, box, size) for a,box in zip(x, boxes)])
     b = boxes[boxes[:,1]>0]
     r0,r1,c0,c1 = b[:,0].min(),b[:,1].max(),b[:,2].min(),b[:,3].max()
     return _resized(x[:,r0:r1,c0:c1], size)
 
-def _cut(a, box, size):
+def _cut_slice(a, box, size):
     "One slice (1,h,w), cut to its box; black where there is none"
     r0,r1,c0,c1 = box
     return _resized(a[None,r0:r1,c0:c1], size) if r1 else np.zeros((1,*size), np.uint8)
@@ -186,7 +186,7 @@ def slicewise(
     area = (boxes[:,1]-boxes[:,0])*(boxes[:,3]-boxes[:,2])
     at = _picked(area, D, r, rng)
     size = (W,H) if r.transpose else (H,W)
-    x = _cropped(_bytes(x[at], r.range_by, r.clip), boxes[at], r.crop_by, size)
+    x = _crop_slices(_bytes(x[at], r.range_by, r.clip), boxes[at], r.crop_by, size)
     if len(x)<D: x = _filled(x, D, r.short_series, sequence, rng)
     return x.swapaxes(1,2).copy() if r.transpose else x
 

@@ -159,3 +159,10 @@ def test_columns_of_a_hospitals_table_are_named_and_options_take_hyphens(work, t
     assert '21 labels changed' in out
     assert 'no column' in run('mgmt_evaluate', work/'store', *columns[:2], '--id-col', 'Nadie', code=2)
     assert 'add --labels' in run('mgmt_evaluate', work/'store', '--id-col', 'Historia', code=2)
+
+
+def test_tables_beside_the_labels_have_columns_of_any_name(work, tmp_path):
+    ids = pd.DataFrame(dict(note=['x'], ours=['00001'], theirs=['B7']))
+    ids.to_csv(tmp_path/'ids.csv', index=False)
+    out = run('mgmt_leakage', work/'store', work/'store', '--ids', tmp_path/'ids.csv', '--train-col', 'ours', code=2)
+    assert 'name both' in out and 'note, ours, theirs' in out

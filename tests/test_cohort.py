@@ -81,11 +81,11 @@ def test_folder_problems_become_rows(comp):
 
 def test_unreadable_folder_is_one_row_and_the_rest_is_read(comp, monkeypatch):
     import mgmt_fast.archive as mod
-    entries = mod._entries
-    def _entries(folder):
+    entries = mod._folder_entries
+    def _folder_entries(folder):
         if str(folder).endswith('00002'): raise PermissionError(13, 'Permission denied')
         return entries(folder)
-    monkeypatch.setattr(mod, '_entries', _entries)
+    monkeypatch.setattr(mod, '_folder_entries', _folder_entries)
     df = kaggle_cohort(comp)
     assert df.FLAIR.notna().tolist()==[True,False,True]
     assert ('00002','','the folder cannot be read (Permission denied)') in problems(df)

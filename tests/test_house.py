@@ -1,4 +1,8 @@
-"The numbers of `benchmarks/house.py`, on a package small enough to count by hand."
+"""The house: one room imports no secrets of another, lines fit, public parameters say what they take.
+
+And the numbers of `benchmarks/house.py`, on a package small enough to count by hand."""
+import ast
+import json
 import sys
 from pathlib import Path
 
@@ -6,7 +10,99 @@ import pytest
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root/'benchmarks'))
-from house import house
+from house import borrowed, house
+
+WIDTH = 120
+ROOMS = sorted(p for p in (root/'mgmt_fast').glob('[a-z]*.py') if p.stem!='all')
+NOTEBOOKS = sorted((root/'nbs').glob('*.ipynb'))
+SCRIPTS = sorted(p for folder in ('tests','benchmarks','kaggle') for p in (root/folder).rglob('*.py'))
+
+# Rooms and scripts that are not in this form yet: they are expected to fail, and leave these lists when they are done
+BORROWS = set()
+WIDE_ROOMS = set('cli external fusion grids'.split())
+WIDE_NOTEBOOKS = set('''
+    031_grids 04_prepare 10_seen 13_evaluate 140_bundle 141_external 142_card 15_fusion 90_cli
+    commands index'''.split())
+WIDE_SCRIPTS = set()
+UNTYPED = set('''
+    augment backbones bundle callbacks card confirm evaluate external fingerprints fusion kaggle kaggle_build
+    leakage learner loader metrics operators phantom prepare recipes records runs seen sweep thesis'''.split())
+
+
+def names(paths): return [str(p.relative_to(root)) for p in paths]
+
+
+def held(failed, listed, name):
+    "A room keeps the rule, or is on the list of those that do not yet"
+    if failed and name in listed: pytest.xfail(f'{len(failed)} places, the first: {failed[0]}')
+    assert not failed
+
+
+@pytest.mark.parametrize('path', ROOMS, ids=names(ROOMS))
+def test_rooms_borrow_no_private_names(path):
+    held(borrowed(ast.parse(path.read_text(encoding='utf-8')), 'mgmt_fast'), BORROWS, path.stem)
+
+
+def too_wide(lines): return [f'{i}: {o[:60]} ...' for i,o in enumerate(lines, 1) if len(o)>WIDTH]
+
+
+def written(path):
+    "Lines of a module that somebody wrote: nbdev writes `__all__` with its own width"
+    text = path.read_text(encoding='utf-8')
+    own = next((o for o in ast.parse(text).body if isinstance(o, ast.Assign) and o.targets[0].id=='__all__'), None)
+    lines = text.splitlines()
+    return lines if own is None else lines[:own.lineno-1]+lines[own.end_lineno:]
+
+
+@pytest.mark.parametrize('path', ROOMS, ids=names(ROOMS))
+def test_lines_of_rooms_fit(path): held(too_wide(written(path)), WIDE_ROOMS, path.stem)
+
+
+@pytest.mark.parametrize('path', SCRIPTS, ids=names(SCRIPTS))
+def test_lines_of_scripts_fit(path):
+    held(too_wide(path.read_text(encoding='utf-8').splitlines()), WIDE_SCRIPTS, str(path.relative_to(root)))
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_lines_of_code_cells_fit(path):
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    lines = [o for c in cells if c['cell_type']=='code' for o in ''.join(c['source']).splitlines()]
+    held(too_wide(lines), WIDE_NOTEBOOKS, path.stem)
+
+
+def public_functions(tree):
+    "Public functions, and public methods and `__init__` of public classes"
+    for o in tree.body:
+        if isinstance(o, ast.FunctionDef) and not o.name.startswith('_'): yield o.name,o
+        if not isinstance(o, ast.ClassDef) or o.name.startswith('_'): continue
+        for m in o.body:
+            named = isinstance(m, ast.FunctionDef) and (m.name=='__init__' or not m.name.startswith('_'))
+            if named: yield f'{o.name}.{m.name}',m
+
+
+def lacking(text):
+    "Public parameters without a comment on their line, or without a type; `*args` and `**kwargs` need no type"
+    lines,res = text.splitlines(),[]
+    for name,f in public_functions(ast.parse(text)):
+        a = f.args
+        rest = [o for o in (a.vararg,a.kwarg) if o]
+        for p in (*a.posonlyargs, *a.args, *a.kwonlyargs, *rest):
+            if p.arg in ('self','cls'): continue
+            if '# ' not in lines[p.end_lineno-1]: res.append(f'{name}({p.arg}): no comment')
+            if p.annotation is None and p not in rest: res.append(f'{name}({p.arg}): no type')
+    return res
+
+
+@pytest.mark.parametrize('path', ROOMS, ids=names(ROOMS))
+def test_public_parameters_have_a_comment_and_a_type(path):
+    held(lacking(path.read_text(encoding='utf-8')), UNTYPED, path.stem)
+
+
+def test_what_lacks_a_comment_or_a_type_is_seen():
+    text = 'class A:\n    def __init__(self,\n        x:int, # Good\n        y, # Bad\n    ): pass\ndef _f(z): pass\n'
+    assert lacking(text)==['A.__init__(y): no type']
+    assert lacking('def f(x:int): pass')==['f(x): no comment']
+
 
 ROOM = '''from .other import _hidden, shown
 _a,b = 1,2

@@ -168,7 +168,7 @@ def test_who_sets_the_misclassified_aside_is_told_so_first(study):
     t = pd.read_csv(b.path/preds['predictions']['file'], dtype=dict(patient=str)).merge(test.table[['patient','label']])
     wrong = t.patient[(t.prob>=b.threshold)!=(t.label==1)].tolist()[:12]
     r = run(b, test, leakage=wrong)
-    assert r['note'].startswith(f'a list made by hand sets {len(wrong)} patients aside: {len(wrong)} of {len(wrong)}')
+    assert r['note'].startswith(f'a list made by hand sets {len(wrong)} patients aside, of whom {len(wrong)} of')
     assert r['leakage']['source']==dict(kind='list made by hand') and r['leakage']['p_errors']<.05
     assert r['all']['n']==24 and r['without_suspected']['n']==24-len(wrong)
 
@@ -278,7 +278,7 @@ def test_predictions_of_test_patients_are_entered(study):
     predict(load_model(d/'model0'), test, progress=False)
     assert len(CohortRecord(test).predictions)==1, 'a model may predict strangers; a bundle is made for a test'
     r = run(b, test)
-    assert 'it was predicted 1 times outside of a test' in r['note']
+    assert 'it was predicted once outside of a test' in r['note']
     predict(load_model(d/'model0'), test, progress=False)
     r = run(b, test)
     assert r['record']['predictions']==dict(by_models=1, by_bundles=1)

@@ -8,7 +8,7 @@ import pytest
 
 from mgmt_fast.core import MGMTError, get_recipe
 from mgmt_fast.evaluate import cross_validate, read_oof
-from mgmt_fast.external import external_test, read_result
+from mgmt_fast.external import external_table, external_test, read_result
 from mgmt_fast.learner import load_model, mgmt_learner, predict, recipe_dls
 from mgmt_fast.prepare import VolumeStore, prepare
 from mgmt_fast.sweep import search, sweep, sweep_table
@@ -77,6 +77,8 @@ def test_a_bundle_its_ledger_and_results_go_on(old):
     again = external_test(old/'bundle', VolumeStore(old/'new'), old/'external', progress=False)
     assert (first['pass'],again['pass'])==(1,2), 'the ledger of version 0.1 counts'
     assert abs(again['all']['auc'][0]-first['all']['auc'][0])<1e-6
+    assert 'overlap could not be excluded' in again['note'] and again['record']['bundles']==1
+    assert external_table([first, again]).bundles.isna().tolist()==[True,False]
     with pytest.raises(MGMTError, match='external test'):
         cross_validate(VolumeStore(old/'new'), old/'cv2', progress=False)
 
