@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREPARATION', 'PrepareError', 'foreground', 'common_box', 'to_bytes', 'prepare_patient', 'source_state',
-           'source_content', 'same_source', 'VolumeStore', 'prepare', 'check_size']
+           'source_content', 'same_source', 'VolumeStore', 'as_store', 'prepare', 'check_size']
 
 # %% ../nbs/04_prepare.ipynb #bc9d9c92
 import copy, hashlib, itertools, json, multiprocessing, os, zlib
@@ -513,6 +513,13 @@ def join(
     self._take(new, self._notes)
     if keep: write_json(self.path/'patients.json', dict(patients=new, notes=self._notes))
     return self
+
+# %% ../nbs/04_prepare.ipynb #f44e0901
+def as_store(
+    store, # `VolumeStore`, or the folder of one
+) -> VolumeStore: # The same, with the labels that were joined to it
+    "A store, whichever way it is named."
+    return store if isinstance(store, VolumeStore) else VolumeStore(store)
 
 # %% ../nbs/04_prepare.ipynb #a762f3ab
 def _write_patient(row, i, dest, sequences, recipe):

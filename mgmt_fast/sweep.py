@@ -13,7 +13,7 @@ from .core import *
 from fastcore.all import *
 from joblib import Parallel, delayed, parallel_config
 from .folds import assign_folds
-from .prepare import VolumeStore
+from .prepare import VolumeStore, as_store
 from .runs import key_changes, key_digest, other_runs, run_key, say_other_runs
 from .loader import usable_patients
 from .records import refuse_held_out
@@ -51,7 +51,7 @@ def _run_row(row, store, dest, recipe, n_folds, seed):
     why others there were not. A row that fails is a row."""
     try:
         choices = {k:v for k,v in row.items() if k not in ('sequences','fold')}
-        recipe,store = get_recipe(recipe, **choices),VolumeStore(store)
+        recipe = get_recipe(recipe, **choices)
         dls = _loaders(store, recipe, row['sequences'], int(row['fold']), n_folds, seed)
         key = plan_key(dls, recipe, seed)
         prefix = f"{recipe.arch.replace('/','_')}-{row['sequences']}-fold{row['fold']}"
@@ -85,7 +85,7 @@ def _interval_of(y, p):
 # %% ../nbs/16_sweep.ipynb #16000008
 def sweep(
     table:pd.DataFrame, # Runs, see `sweep_table`
-    store:str|Path, # Folder of a store, as the workers see it
+    store:VolumeStore|str|Path, # A store, or its folder, as the workers see it
     dest:str|Path, # Folder for the runs and `sweep.csv`, as the workers see it
     recipe:str|Path|Recipe=None, # Name, file or `Recipe`, that of the store if None; the table's columns override it
     n_folds:int=5, # Folds, stratified by label
@@ -102,13 +102,14 @@ def sweep(
     is no estimate for others. A row that is in `dest` already is taken from there if it was of the same patients,
     labels, volumes and choices; what no longer fits is named and trained anew.
     Raises `MGMTError` on a table without runs or with unknown columns."""
-    refuse_held_out(VolumeStore(store))
+    store = as_store(store)
+    refuse_held_out(store)
     _check_table(table)
     rows = [_plain_row(r) for r in table.to_dict('records')]
-    recipe = get_recipe(VolumeStore(store).recipe if recipe is None else recipe)
+    recipe = get_recipe(store.recipe if recipe is None else recipe)
     dest,done,others = make_folder(dest),[None]*len(rows),[]
     save_recipe(recipe, dest/'recipe.yaml')
-    def _job(i, r): return i,*_run_row(r, str(store), str(dest), recipe, n_folds, seed)
+    def _job(i, r): return i,*_run_row(r, store, str(dest), recipe, n_folds, seed)
     with parallel_config(backend=backend) if backend else parallel_config():
         jobs = Parallel(n_jobs=n_jobs, return_as='generator_unordered')(delayed(_job)(i,r) for i,r in enumerate(rows))
         for i,res,other in track(jobs, len(rows), progress):
@@ -246,7 +247,7 @@ def search(
     Raises `MGMTError` on an unknown choice, or without optuna.
     Source: Bergstra et al. 2011, NeurIPS, for the sampler (tree-structured Parzen estimator, by optuna)."""
     _check_space(space)
-    store = VolumeStore(store)
+    store = as_store(store)
     refuse_held_out(store)
     dest = make_folder(dest)
     recipe = follow_recipe(store.recipe, recipe)
