@@ -559,7 +559,7 @@ class Checkpoint(Callback):
         d |= self._optimiser(state) | self._recorded(state)
         state.add('model', get_model(self.model).state_dict())
         d['cbs'] = {cb.name: state.add(f'cbs.{cb.name}', _cb_state(cb)) for cb in self.learn.cbs}
-        tensors = {k:_packed(v) for k,v in state.tensors.items()}
+        tensors = {k:_on_cpu(v) for k,v in state.tensors.items()}
         said = json.dumps(d, default=lambda o: o.item())
         with atomic_path(self.path/self.fname) as tmp: st.save_file(tensors, str(tmp), metadata=dict(state=said))
 
@@ -608,7 +608,7 @@ class Checkpoint(Callback):
         bar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
         if bar: bar.update(0) # its clock starts at the first epoch, which is not run again
 
-def _packed(v): return v.detach().clone(memory_format=torch.contiguous_format).cpu()
+def _on_cpu(v): return v.detach().clone(memory_format=torch.contiguous_format).cpu()
 
 def _laid_out(state, p):
     "A parameter's state, its tensors in memory as the parameter is"

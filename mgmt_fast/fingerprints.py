@@ -78,7 +78,7 @@ def perturb(
     if noise: y = np.where(tissue, _rician(y, noise, rng), y)
     if peel: y *= ndimage.distance_transform_edt(ndimage.binary_fill_holes(tissue), new)>peel
     y = Volume(torch.from_numpy((y*high+air).astype(np.float32)), affine=affine)
-    if np.any(crop) and tissue.any(): y = _cropped(y, tissue, crop)
+    if np.any(crop) and tissue.any(): y = _cut_ends(y, tissue, crop)
     side = int(np.abs(affine[0,:3]).argmax())
     return Volume(y.flip(side), affine=y.affine) if flip else y
 
@@ -112,7 +112,7 @@ def _rician(y, noise, rng):
     real,imaginary = (noise*rng.standard_normal(y.shape, dtype=np.float32) for _ in range(2))
     return np.hypot(y+real, imaginary)
 
-def _cropped(y, tissue, crop):
+def _cut_ends(y, tissue, crop):
     "Cut a share of what holds tissue off both ends of each axis"
     full = np.argwhere(tissue)
     lo,hi = full.min(0),full.max(0)+1
@@ -148,13 +148,13 @@ class ScanSet:
     ):
         self.data,self.name,self.store = data,name,isinstance(data, VolumeStore)
         table = data.table if self.store else data
-        if not isinstance(table, pd.DataFrame) or 'patient' not in table: raise LeakageError(_no_table(name, data))
-        if not len(table): raise LeakageError(_no_patients(name))
+        if not isinstance(table, pd.DataFrame) or 'patient' not in table: raise LeakageError(_no_set(name, data))
+        if not len(table): raise LeakageError(_empty_set(name))
         self.table = table.reset_index(drop=True)
         self.patients = table.patient.astype(str).tolist()
         self.key = _digest(*(p.encode() for p in self.patients))
         twice = self.table.patient[self.table.patient.astype(str).duplicated()]
-        if len(twice): raise LeakageError(_more_than_once(name, sorted(set(twice.astype(str)))))
+        if len(twice): raise LeakageError(_twice_in_set(name, sorted(set(twice.astype(str)))))
 
     def has(self,
         i:int, # Which patient
@@ -199,13 +199,13 @@ def _read_hashed(row, seq):
             if f[k]: uids.add(_digest(k.encode(), str(f[k]).encode()))
     return vol,sorted(uids)
 
-def _no_table(name, data):
+def _no_set(name, data):
     return f"{name} must be a VolumeStore or a cohort with a column `patient`; received {type(data).__name__}"
 
-def _no_patients(name):
+def _empty_set(name):
     return f"{name} has no patients: nothing to compare; a wrong folder, or everything filtered out?"
 
-def _more_than_once(name, who):
+def _twice_in_set(name, who):
     return f"{name} holds {', '.join(who[:3])} more than once: give each scan a name of its own"
 
 # %% ../nbs/05_fingerprints.ipynb #3486b288
@@ -244,7 +244,7 @@ def keep_rows(
     folder = make_folder(folder)
     arrays,journal = folder/f'{name}.npy',folder/f'{name}.jsonl'
     key = dict(key=key, version=_version, n=len(contents), shape=list(shape))
-    facts = _facts_of(journal, key, contents)
+    facts = _kept_facts(journal, key, contents)
     if not reserve_array(arrays, (len(contents),*shape), dtype, LeakageError): facts = {}
     with atomic_path(journal) as tmp: tmp.write_text(_as_lines([key,*facts.values()]), encoding='utf-8')
     todo = [i for i,c in enumerate(contents) if c is not None and i not in facts]
@@ -263,7 +263,7 @@ def _read_lines(path):
         except json.JSONDecodeError: break
     return res
 
-def _facts_of(journal, key, contents):
+def _kept_facts(journal, key, contents):
     "Facts of the rows that an earlier run left and whose content is the same"
     first,*lines = _read_lines(journal) or [None]
     if first!=key: return {}
@@ -324,7 +324,7 @@ def small_copy(
     except MGMTError as e: return None,dict(error=f'{type(e).__name__}: {e}')
 
 # %% ../nbs/05_fingerprints.ipynb #0751b6c9
-def _template(y, w):
+def _symmetric(y, w):
     "A symmetric `Structure` of summed local contrast and weights"
     t = Structure.__new__(Structure)
     y,w = (y+y.flip(2))/2,(w+w.flip(2))/2
@@ -358,8 +358,8 @@ def average_brain(
 ) -> Structure: # Symmetric
     "The average local contrast of some brains, the template of all poses."
     parts = [Structure(o) for o in smalls]
-    t = _template(sum(s.y*s.w for s in parts), sum(s.w for s in parts))
-    for _ in range(rounds): t = _template(*sum(_on_template(t, o) for o in smalls))
+    t = _symmetric(sum(s.y*s.w for s in parts), sum(s.w for s in parts))
+    for _ in range(rounds): t = _symmetric(*sum(_on_template(t, o) for o in smalls))
     return t
 
 # %% ../nbs/05_fingerprints.ipynb #5dfee549

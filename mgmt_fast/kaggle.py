@@ -304,16 +304,16 @@ _unlike_grids = 'its sequences lie on different grids: register them to one spac
 def _grid_of(row, seq):
     "Where a patient's volume lies: `shape`, `spacing`, `affine`, None if it cannot be read; and `why` it is refused"
     path,index = row.get(seq),row.get(f'{seq}_index')
-    if pd.isna(path): return _refused('missing')
+    if pd.isna(path): return _unfit('missing')
     if not str(path).endswith(('.nii','.nii.gz')):
-        return _refused('not NIfTI: convert, register and skull-strip it first')
+        return _unfit('not NIfTI: convert, register and skull-strip it first')
     try: v = read_volume(path, None if pd.isna(index) else int(index))
-    except MGMTError as e: return _refused(f'{type(e).__name__}: {e}'.replace(str(path), Path(path).name))
-    except Exception as e: return _refused(log_fault(e, 'looking at a series'))
+    except MGMTError as e: return _unfit(f'{type(e).__name__}: {e}'.replace(str(path), Path(path).name))
+    except Exception as e: return _unfit(log_fault(e, 'looking at a series'))
     why = 'has its skull: strip it' if has_skull(v) else ''
     return NS(shape=tuple(v.shape), spacing=tuple(v.spacing.round(2)), affine=v.affine, why=why)
 
-def _refused(why): return NS(shape=None, spacing=None, affine=None, why=why)
+def _unfit(why): return NS(shape=None, spacing=None, affine=None, why=why)
 
 def _one_grid(placed):
     "Do a patient's volumes lie on one grid?"
@@ -370,19 +370,19 @@ def find_tcga(
     "The external test's scans and labels. Raises `KaggleError` where they are attached without a table of labels."
     root = find_input(DATASETS['tcga']) if on_kaggle() else None
     if root is None:
-        print(_no_tcga)
+        print(_tcga_stand_in)
         root = make_tcga_phantom(Path(work)/'tcga', **phantom)
         return NS(root=root, labels=root/'labels.csv', real=False)
     for p in sorted([*root.glob('*.csv'),*root.glob('*.tsv')]):
         try: read_labels(p)
         except MGMTError: continue
         return NS(root=root, labels=p, real=not (root/'phantom.json').exists())
-    raise KaggleError(_no_table(root))
+    raise KaggleError(_no_label_table(root))
 
-_no_tcga = (f"PHANTOM: no TCGA scans attached ({DATASETS['tcga']}); synthetic ones stand in, "
+_tcga_stand_in = (f"PHANTOM: no TCGA scans attached ({DATASETS['tcga']}); synthetic ones stand in, "
     "and no figure below says anything about real patients")
 
-def _no_table(root):
+def _no_label_table(root):
     return (f"{root} has scans but no table of labels: add the published one (TCGAID,MGMT_value, or Ceccarelli 2016 "
         f"with MGMT.promoter.status) as a CSV beside the patients' folders")
 
@@ -423,7 +423,7 @@ def predict_submission(
     "Probability of each patient by all frozen models that can be asked; preparation's reasons where none can."
     bs = [Bundle(b) for b in bundles]
     seqs = uniqueify(s for b in bs for s in b.sequences)
-    if not any(s in cohort and cohort[s].notna().any() for s in seqs): return _no_scans(cohort)
+    if not any(s in cohort and cohort[s].notna().any() for s in seqs): return _nobody_scanned(cohort)
     stores = _stores_for(bs, cohort, Path(dest), progress)
     zs = np.stack([log_odds(b.predict(o, progress=progress).prob) for b,o in zip(bs, stores)])
     n = np.isfinite(zs).sum(0)
@@ -432,7 +432,7 @@ def predict_submission(
     why = (report.sequence+': '+report.what).groupby(report.patient).agg('; '.join)
     return pd.DataFrame(dict(patient=table.patient, prob=expit(z), note=table.patient.map(why).fillna('')))
 
-def _no_scans(cohort): return pd.DataFrame(dict(patient=cohort.patient, prob=np.nan, note='no scans'))
+def _nobody_scanned(cohort): return pd.DataFrame(dict(patient=cohort.patient, prob=np.nan, note='no scans'))
 
 def _stores_for(bundles, cohort, dest, progress):
     "A store for each bundle; bundles that need the same preparation share one"

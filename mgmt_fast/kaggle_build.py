@@ -194,12 +194,12 @@ def build_kaggle(
     have = [DATASETS[k] for k in folders]
     ids = {p: fill_kernel(p, dest/p.name, user, have)['id'] for p in paths}
     build_wheels(dest/'wheels', source, lacking, python)
-    for k,p in folders.items(): describe_dataset(p, DATASETS[k].replace('-',' '), user, _about[k])
+    for k,p in folders.items(): describe_dataset(p, DATASETS[k].replace('-',' '), user, _terms[k])
     return [*(f'kaggle datasets create --dir-mode zip -p {p}' for p in folders.values()),
         *(f'kaggle kernels push -p {dest/p.name}' for p in paths),
         *(_submit(i) for p,i in ids.items() if p.name=='submit')]
 
-_about = dict(wheels='Wheels of mgmt_fast and of what Kaggle lacks for it; each keeps its own licence.',
+_terms = dict(wheels='Wheels of mgmt_fast and of what Kaggle lacks for it; each keeps its own licence.',
     weights='2D ImageNet weights of timm, for inflation to 3D; each file names its licence.',
     store='Scans of the competition, prepared by mgmt_fast; the rules of the competition apply.',
     tcga='TCGA-GBM scans, skull-stripped in one space, and a table of MGMT labels; the terms of TCIA apply.')

@@ -206,10 +206,10 @@ def _candidates(A, B, P, opt):
     top = _top(_blocks(va, va), lambda i,j: _different(A.scans, A.ok[i], A.ok[j]), max(50, alike))
     limit = top[min(alike, len(top)-1)][0] if top else -1.
     own = {i: next(_blocks(va[[A.place[i]]], vp[[k]]))[2].item() for i,k in P.place.items()}
-    return NS(scores=_above(_blocks(va, vb), limit, A.ok, B.ok), limit=limit, expected=opt.candidates,
+    return NS(scores=_above_limit(_blocks(va, vb), limit, A.ok, B.ok), limit=limit, expected=opt.candidates,
         strangers=[(A,A.ok[i],A.ok[j]) for _,i,j in top], passed=[i for i in P.ok if own[i]>limit])
 
-def _above(blocks, limit, rows, columns):
+def _above_limit(blocks, limit, rows, columns):
     "Scores above the limit, by the numbers of their patients"
     res = {}
     for i0,j0,m in blocks:
@@ -222,10 +222,10 @@ def _every_pair(A, B, P, opt):
     return NS(scores=scores, limit=np.nan, expected=len(scores), strangers=_null_pairs(A, B, opt.seed), passed=P.ok)
 
 # %% ../nbs/14_leakage.ipynb #c5966ebc
-def _compare(a, b, s, u, named, opt):
+def _compare_sequence(a, b, s, u, named, opt):
     "Scores of one sequence of the training set against one of the test set: of pairs, of the null, of planted copies"
     A,B = (small_copies(o, seq, opt.cache(o), **opt.work) for o,seq in ((a,s),(b,u)))
-    f = NS(label=_label(s, u), seqs=(s,u), parts=(A,B), report=_unusable(A)+_unusable(B), reason='')
+    f = NS(label=_pair_label(s, u), seqs=(s,u), parts=(A,B), report=_unusable(A)+_unusable(B), reason='')
     for o in (B,A):
         if not o.ok: f.reason = f'no volume of {o.scans.name} could be used'
     if f.reason: return f
@@ -238,7 +238,7 @@ def _compare(a, b, s, u, named, opt):
     f.done = confirm_pairs(_jobs(f, A, B, P), **opt.work)
     return f
 
-def _label(s, u): return s if s==u else f'{s}~{u}'
+def _pair_label(s, u): return s if s==u else f'{s}~{u}'
 
 def _jobs(f, A, B, P):
     "What is registered: pairs of both sets, planted copies on their originals, pairs of the null"
@@ -308,9 +308,9 @@ def _verdicts(f, a, b):
     "Rows of one sequence, and what its planted copies told"
     f.hits = [f.done['planted',i]['score'] for i in f.passed]
     f.found,f.confirmed = sum(o>=f.same for o in f.hits),len(f.chosen)
-    return [_verdict(f, a, b, *o) for o in f.chosen]
+    return [_judged(f, a, b, *o) for o in f.chosen]
 
-def _verdict(f, a, b, i, j):
+def _judged(f, a, b, i, j):
     r,why = f.done['pair',i,j],f.known.get((i,j), '')
     doubtful = r['score']>=f.doubt or why
     verdict = 'same' if _is_same(f, (i,j)) else 'uncertain' if doubtful else 'different'
@@ -350,7 +350,7 @@ def leakage_audit(
     with tempfile.TemporaryDirectory() as tmp:
         opt = NS(alarms=alarms, small=small, candidates=candidates, planted=planted, seed=seed,
             work=dict(n_workers=n_workers, progress=progress), cache=lambda scans: _cache(scans, dest, tmp))
-        facts = [_compare(a, b, s, u, named, opt) for s,u in pairs]
+        facts = [_compare_sequence(a, b, s, u, named, opt) for s,u in pairs]
         df,twins = _decide(facts, a, b, opt)
         if published: df = _add_published(df, a, b, pairs, published, progress, dest)
         df.attrs = _attrs(df, facts, named, a, b, twins)
@@ -363,9 +363,9 @@ def _decide(facts, a, b, opt):
     twins = _settle_nulls(done, sides, opt)
     rows = [r for f in done for r in _verdicts(f, a, b)]
     told = [_say_twin(sides[side], i, j, s) for (side,i,j),s in twins.items()]
-    return pd.DataFrame(rows, columns=[*_columns,'matrix','_at']),told
+    return pd.DataFrame(rows, columns=[*_audit_columns,'matrix','_at']),told
 
-_columns = '''train test sequence stage identifiers fingerprint ncc nmi overlap flipped score false_alarms
+_audit_columns = '''train test sequence stage identifiers fingerprint ncc nmi overlap flipped score false_alarms
     verdict'''.split()
 
 # %% ../nbs/14_leakage.ipynb #695ee489
@@ -454,18 +454,18 @@ def set_aside(
 def _add_published(df, a, b, pairs, published, progress, dest):
     "Three columns of the thesis' measure; each pair is appended to `dest/published.csv` as soon as it is done"
     limit,rule = _alarms[published]
-    of,rows = {_label(*o):o for o in pairs},[]
+    of,rows = {_pair_label(*o):o for o in pairs},[]
     for r in track(df.to_dict('records'), progress=progress):
         (s,u),(i,j) = of[r['sequence']],r['_at']
         o = published_similarity(a.volume(i, s)[0].numpy(), b.volume(j, u)[0].numpy())
         alarm = rule([o.xcorr>limit, o.mi>limit])
         rows.append(dict(published_xcorr=o.xcorr, published_mi=o.mi, published_alarm=alarm))
         if dest is not None:
-            _append(Path(dest)/'published.csv', {**{k:r[k] for k in ('train','test','sequence')}, **rows[-1]})
+            _append_row(Path(dest)/'published.csv', {**{k:r[k] for k in ('train','test','sequence')}, **rows[-1]})
     columns = ['published_xcorr','published_mi','published_alarm']
     return df.assign(**pd.DataFrame(rows, columns=columns, index=df.index))
 
-def _append(path, row):
+def _append_row(path, row):
     make_folder(path.parent)
     pd.DataFrame([row]).to_csv(path, mode='a', header=not path.exists(), index=False)
 
@@ -500,7 +500,7 @@ def planted_recall(
     highest `other` score. Raises `LeakageError` if a volume cannot be used."""
     side,work = ScanSet(cohort, 'cohort'),dict(n_workers=n_workers, progress=progress)
     A = _all_usable(side, sequence, work)
-    null = _own_null(A, seed, work)
+    null = _null_within(A, seed, work)
     limit,n = null.threshold(alarms/pairs),len(A.rows)
     draws = [(tuple(k),s) for k in (*((k,) for k in kinds), kinds) for s in strengths]
     jobs = ((side,i,sequence,A.rows[(i+1)%n],draws,seed) for i in range(n))
@@ -518,7 +518,7 @@ def _all_usable(side, sequence, work):
     if bad or n<3: raise LeakageError(_no_recall(sequence, bad, n))
     return SmallCopies(side, sequence, [o for o,_ in smalls], [f for _,f in smalls])
 
-def _own_null(A, seed, work):
+def _null_within(A, seed, work):
     "The null of pairs within one set"
     jobs = [((i,j), A, i, A, j) for _,i,j in _null_pairs(A, A, seed)]
     done = confirm_pairs(jobs, **work)

@@ -209,9 +209,9 @@ def plan_key(
     augmentation = [t.seed for t in dls.train.augs if hasattr(t,'seed')]
     seeds = dict(order=dls.seed, weights=seed, augmentation=augmentation)
     weights = weights_key(r.values().get('pretrained', False), r.arch)
-    return run_key(dls.store, _parts(dls), dls.sequences, r, seeds=seeds, weights=weights)
+    return run_key(dls.store, _who(dls), dls.sequences, r, seeds=seeds, weights=weights)
 
-def _parts(dls): return dict(train=dls.train.dataset.patients, valid=dls.valid.dataset.patients)
+def _who(dls): return dict(train=dls.train.dataset.patients, valid=dls.valid.dataset.patients)
 
 # %% ../nbs/11_learner.ipynb #774ff98e
 def training_key(
@@ -262,7 +262,7 @@ def _engine(r):
     if r.mixup: cbs.append(MixUp(r.mixup))
     return cbs
 
-def _loss(r, dls, model):
+def _loss_of(r, dls, model):
     "The loss that the recipe asks for; fastai's own does not flatten with a weight"
     if r.network=='siamese': return PairLoss(model.head)
     y = dls.train.dataset.labels if r.class_weights else None
@@ -433,7 +433,7 @@ def mgmt_learner(
     model = _make_model(r, dls, seed, **rest)
     settings = dict(opt_func=FusedAdam, lr=r.lr, wd=r.wd, splitter=body_and_head)
     metrics = [AUC(), partialler(accuracy_multi, thresh=.5, sigmoid=True)]
-    learn = MGMTLearner(dls, model, loss_func=_loss(r, dls, model), path=make_folder(path), cbs=_watchers(r)+L(cbs),
+    learn = MGMTLearner(dls, model, loss_func=_loss_of(r, dls, model), path=make_folder(path), cbs=_watchers(r)+L(cbs),
         metrics=metrics, **{**settings, **kwargs})
     learn.recipe,learn.seed,learn.n_train = r,seed,sum(p.requires_grad for p in model.parameters())
     learn.recipe = recipe_that_ran(learn)
@@ -536,11 +536,11 @@ class MGMTModel:
         "Read what `write` wrote. Raises `MGMTError` on tensors that are missing or do not fit."
         recipe = Recipe.from_json(d['recipe'])
         model = set_norms(create_network(**d['config']), recipe.values().get('norms','batch'))
-        _load_tensors(model, Path(f'{path}.safetensors'), path)
+        _fill(model, Path(f'{path}.safetensors'), path)
         return cls(model.eval(), recipe, check_sequences(d['sequences']), d['version'], d['trained'], d.get('prepared'),
             d.get('preparation', 1), _read_seen(path))
 
-def _load_tensors(model, file, path):
+def _fill(model, file, path):
     "Fill a network with a file's tensors, all of them and no others"
     if not file.exists(): raise MGMTError(_no_model(path, file))
     try: missing,extra = st.load_model(model, str(file), strict=False)
@@ -583,7 +583,7 @@ def as_model(
     "Bring whatever stands for a trained model to a `MGMTModel` or one of `model_kinds`."
     if isinstance(model, tuple(model_kinds.values())): return model
     if not isinstance(model, Learner): return load_model(model)
-    store,parts,key = model.dls.store,_parts(model.dls),training_key(model)
+    store,parts,key = model.dls.store,_who(model.dls),training_key(model)
     trained = dict(train_patients=len(parts['train']), valid_patients=len(parts['valid']),
         epochs=len(getattr(model.recorder,'values',())), seeds=key['seeds'], weights=key['weights'],
         key=key_digest(key))
@@ -632,14 +632,14 @@ def check_preparation(
         if tuple(store.sequences)!=tuple(prepared): differ['sequences'] = prepared,store.sequences
         numbers = model.preparation_number,store.preparation_number
         if numbers[0]!=numbers[1]: differ['preparation number'] = numbers
-        if differ: raise MGMTError(_prepared_otherwise(differ))
+        if differ: raise MGMTError(_other_preparation(differ))
 
-def _prepared_otherwise(differ):
+def _other_preparation(differ):
     return (f"the store was prepared otherwise than this model's training (choice: model, store): {differ}; "
         "prepare it with the model's recipe and all of its sequences, since those share one box")
 
 # %% ../nbs/11_learner.ipynb #452d079b
-def _inputs(m, cohort, n_workers):
+def _ready_patients(m, cohort, n_workers):
     "(patient, row, volumes for `logit`, note) of each patient, in order"
     if isinstance(cohort, VolumeStore): yield from _from_store(m, cohort)
     else: yield from _from_scans(m, cohort, max(1, min(n_workers or os.cpu_count(), len(cohort))))
@@ -659,27 +659,27 @@ def _from_scans(m, cohort, n):
             if len(ahead)>2*n: yield _outcome(*ahead.popleft(), how)
         while ahead: yield _outcome(*ahead.popleft(), how)
 
-def _pool(n):
+def _worker_pool(n):
     context = multiprocessing.get_context('fork' if os.name=='posix' else 'spawn')
     return ProcessPoolExecutor(n, mp_context=context, initializer=worker_init)
 
 class _Workers:
     "Processes that are replaced when one of them dies"
-    def __init__(self, n): self.n,self.pool = n,_pool(n)
+    def __init__(self, n): self.n,self.pool = n,_worker_pool(n)
     def close(self): self.pool.shutdown(cancel_futures=True)
     def submit(self, *args):
         try: return self.pool.submit(*args)
         except BrokenProcessPool: self.close()
-        self.pool = _pool(self.n)
+        self.pool = _worker_pool(self.n)
         return self.pool.submit(*args)
 
 _DIED = 'the process that prepared it died, most likely because memory ran out: predict it again with n_workers=1'
 
 def _outcome(row, job, how):
-    "A patient as `_inputs` gives it; one that was under way when a process died is tried again, alone"
+    "A patient as `_ready_patients` gives it; one that was under way when a process died is tried again, alone"
     try: res = job.result()
     except BrokenProcessPool:
-        with _pool(1) as alone:
+        with _worker_pool(1) as alone:
             try: res = alone.submit(_prepared, row, *how).result()
             except BrokenProcessPool: res = {k:{} for k in how[0]},_DIED
     return str(row['patient']),row,*res
@@ -702,14 +702,14 @@ def predict_unlogged(
     features:pd.DataFrame=None, # As for `predict`
 ) -> pd.DataFrame: # patient, prob, note
     "As `predict`, but without an entry in a held-out cohort's record: the external test makes its own."
-    more,rows = _by_patient(features),[]
-    for patient,row,volumes,note in track(_inputs(m, cohort, n_workers), len(cohort), progress):
+    more,rows = _features_of(features),[]
+    for patient,row,volumes,note in track(_ready_patients(m, cohort, n_workers), len(cohort), progress):
         logit,lack = _one_logit(m, volumes, {**row, **more.get(id_key(patient), {})})
         prob = torch.sigmoid(torch.tensor(logit, dtype=torch.float64)).item()
         rows.append((patient, prob, '; '.join(filter(None, (note,lack)))))
     return pd.DataFrame(rows, columns=['patient','prob','note']).astype({'patient':'string'})
 
-def _by_patient(features):
+def _features_of(features):
     "What a table knows of each patient, by `id_key`"
     if features is None: return {}
     return features.set_index(features.patient.map(id_key)).drop(columns='patient').to_dict('index')

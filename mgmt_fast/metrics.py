@@ -131,10 +131,10 @@ def delong_cov(
 
     Source: DeLong et al. 1988, Biometrics 44:837; Obuchowski 1997, Biometrics 53:567 for clusters.
     Raises `MGMTError` on clusters that do not pair up or are too few."""
-    d = _by_patient(y, ps, cluster)
+    d = _components(y, ps, cluster)
     return d.aucs, sum(_variances(d))
 
-def _by_patient(y, ps, cluster):
+def _components(y, ps, cluster):
     "What each patient's scans add to the AUCs of several models, and how many patients have scans of each class"
     c = np.arange(len(y)) if cluster is None else pd.factorize(np.asarray(cluster).ravel())[0]
     if len(c)!=len(y) or c.min()<0: raise MGMTError(_unpaired(y, c))
@@ -234,7 +234,7 @@ def auc_interval(
     Source: Mee 1990, J. Am. Stat. Assoc. 85:793, with DeLong's variance (see `delong_cov`), shrunk towards Newcombe's
     (see `auc_se`); see `hoeffding_ci`.
     Raises `MGMTError` as `delong_cov`, and where a method needs more patients."""
-    d = _by_patient(y, np.asarray(P, dtype=float), cluster)
+    d = _components(y, np.asarray(P, dtype=float), cluster)
     auc,method = d.aucs.mean(),_settle(method, d)
     *parts,cross = (v.mean() for v in _variances(d))
     half = norm.ppf(.5+level/2)*np.sqrt(max(0, sum(parts)+cross))
@@ -261,7 +261,7 @@ def auc_ci(
     y,p = check_scores(y, p, clustered=cluster is not None)
     if method not in ('bootstrap','newcombe'): return auc_interval(y, [p], cluster, method, level)
     if cluster is not None: raise MGMTError(f"method {method!r} takes one scan of each patient; 'mee' knows clusters")
-    d = _by_patient(y, [p], None)
+    d = _components(y, [p], None)
     method,auc = _settle(method, d),d.aucs[0]
     if method=='bootstrap': lo,hi = _bootstrap(y, p, level, n_boot, seed)
     else: lo,hi = expected_ci(auc, len(y), y.mean(), level)[['lo','hi']]
@@ -285,7 +285,7 @@ def delong_test(
     clustered = cluster is not None
     y_,p1 = check_scores(y, p1, clustered=clustered)
     if y2 is None: (a,b),v = delong_cov(y_, p1, check_scores(y, p2, clustered=clustered)[1], cluster=cluster)
-    else: (a,b),v = _apart(delong_cov(y_, p1), delong_cov(*check_scores(y2, p2)))
+    else: (a,b),v = _unpaired_models(delong_cov(y_, p1), delong_cov(*check_scores(y2, p2)))
     delta,se = a-b,np.sqrt(max(0, v[0,0]+v[1,1]-v[0,1]-v[1,0]))
     if se<1e-9 and abs(delta)>1e-9: raise MGMTError(_no_spread(a, b))
     z = delta/se if se>=1e-9 else 0.
@@ -294,7 +294,7 @@ def delong_test(
 
 _clusters_apart = "clusters are for models that saw the same patients: leave out `y2` or `cluster`"
 
-def _apart(one, two):
+def _unpaired_models(one, two):
     "AUCs of two models that saw different patients, and their covariance"
     (a,),((va,),) = one
     (b,),((vb,),) = two

@@ -90,9 +90,9 @@ def _patients_differ(then, now):
         found[what] = [p for p in both if then[p][i]!=now[p][i]]
     found['without'] = [p for p in then if p not in now]
     found['with'] = [p for p in now if p not in then]
-    return [_counted(k, v) for k,v in found.items() if v]
+    return [_say_who(k, v) for k,v in found.items() if v]
 
-def _counted(what, who):
+def _say_who(what, who):
     some = ', '.join(who[:3])
     return f"{what} {len(who)} patient{'s' if len(who)>1 else ''} ({some}{', ...' if len(who)>3 else ''})"
 

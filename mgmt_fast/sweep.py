@@ -35,13 +35,13 @@ def sweep_table(
 def _loaders(store, recipe, sequences, fold, n_folds, seed, patients=None):
     return recipe_dls(store, recipe, sequences.split('+'), seed, fold=fold, n_folds=n_folds, patients=patients)
 
-def _fit(dls, path, recipe, seed):
+def _trained(dls, path, recipe, seed):
     "A trained learner with its best weights"
     learn = mgmt_learner(dls, recipe=recipe, path=path, seed=seed)
     with learn.no_bar(), learn.no_logging(): learn.fit_recipe(resume=True)
     return learn
 
-def _best(learn):
+def _best_epoch(learn):
     "What was logged of the best epoch"
     rec = learn.recorder
     return dict(zip(rec.metric_names[1:], rec.values[learn.save_best.best_epoch]))
@@ -57,26 +57,26 @@ def _run_row(row, store, dest, recipe, n_folds, seed):
         prefix = f"{recipe.arch.replace('/','_')}-{row['sequences']}-fold{row['fold']}"
         path = Path(dest)/f'{prefix}-{key_digest(key)[:8]}'
         if (path/'run.json').exists(): return json.loads((path/'run.json').read_text(encoding='utf-8'))['row'],[]
-        return _train(row, dls, path, recipe, seed, key),other_runs(dest, prefix, key)
+        return _train_row(row, dls, path, recipe, seed, key),other_runs(dest, prefix, key)
     except Exception as e: return {**row, 'error':f'{type(e).__name__}: {e}'},[]
 
-def _train(row, dls, path, recipe, seed, key):
+def _train_row(row, dls, path, recipe, seed, key):
     "Train a run, and keep its row in its folder"
     start = time.perf_counter()
-    learn = _fit(dls, path, recipe, seed)
-    epoch,best = learn.save_best.best_epoch,_best(learn) # predicting empties the recorder
+    learn = _trained(dls, path, recipe, seed)
+    epoch,best = learn.save_best.best_epoch,_best_epoch(learn) # predicting empties the recorder
     with learn.no_bar(): p,y = (o.numpy().ravel() for o in learn.get_preds())
     valid = pd.DataFrame(dict(patient=dls.valid.dataset.patients, label=y.astype(int), prob=p))
     with atomic_path(path/'valid.csv') as tmp: valid.to_csv(tmp, index=False)
     save_model(learn, path/'model')
     seconds = round(time.perf_counter()-start, 1)
-    res = {**row, 'epoch':epoch, 'valid_loss':best['valid_loss'], 'auc':best['auc'], **_interval(y, p),
+    res = {**row, 'epoch':epoch, 'valid_loss':best['valid_loss'], 'auc':best['auc'], **_interval_of(y, p),
         'n_train':len(dls.train.dataset), 'n_valid':len(valid), 'seconds':seconds, 'folder':path.name, 'error':''}
     write_json(path/'run.json', dict(row=res, key=key))
     for f in ('checkpoint.safetensors','best.safetensors'): (path/f).unlink(missing_ok=True)
     return res
 
-def _interval(y, p):
+def _interval_of(y, p):
     "The AUC's interval and its method; none for too few patients"
     try: ci = auc_ci(y, p)
     except MGMTError: return dict(lo=None, hi=None, interval='')
@@ -105,7 +105,7 @@ def sweep(
     store = as_store(store)
     refuse_held_out(store)
     _check_table(table)
-    rows = [_given(r) for r in table.to_dict('records')]
+    rows = [_plain_row(r) for r in table.to_dict('records')]
     recipe = get_recipe(store.recipe if recipe is None else recipe)
     dest,done,others = make_folder(dest),[None]*len(rows),[]
     save_recipe(recipe, dest/'recipe.yaml')
@@ -132,7 +132,7 @@ def _no_runs(table):
     need,have = ', '.join(_needed),', '.join(table.columns)
     return f"a sweep's table has one row per run and columns {need}; received {len(table)} rows, columns {have}"
 
-def _given(row):
+def _plain_row(row):
     "A table's row in plain values, without its empty cells"
     row = {k: v.item() if isinstance(v,np.generic) else v for k,v in row.items()}
     return {k:v for k,v in row.items() if not (isinstance(v,float) and np.isnan(v))}
@@ -259,7 +259,7 @@ def search(
     study = _study(dest, seed, space, key)
     def _judge(r, i, path):
         dls = _loaders(store, r, sequences, i, n_folds, seed, train)
-        return _best(_fit(dls, path/str(i), r, seed))
+        return _best_epoch(_trained(dls, path/str(i), r, seed))
     def _objective(trial):
         r = get_recipe(recipe, **_suggest(trial, space))
         path = dest/key_digest([key, r.to_json()])[:12]

@@ -14,7 +14,7 @@ from .metrics import holm
 from .evaluate import show_results
 
 # %% ../nbs/15_thesis.ipynb #81293eb5
-_validation = """EfficientNet-B3 FLAIR .560894 .5955
+_reported = """EfficientNet-B3 FLAIR .560894 .5955
 EfficientNet-B3 T1wCE .547999 .57846
 EfficientNet-B3 T1w .477925 .5651
 EfficientNet-B3 T2w .560894 .5955
@@ -41,7 +41,7 @@ def thesis_results(
 ) -> pd.DataFrame: # arch, sequences, accuracy and auc; of the test, loss too, and sequences `'average'`
     "The figures of the work that this library implements, without intervals, since none were given."
     if part not in _measures: raise unknown_name('part of the results', part, _measures)
-    rows = [o.split() for o in (_validation if part=='validation' else _test).splitlines()]
+    rows = [o.split() for o in (_reported if part=='validation' else _test).splitlines()]
     table = pd.DataFrame(rows, columns=['arch','sequences',*_measures[part]])
     return table.astype({k:float for k in _measures[part]})
 
@@ -90,7 +90,7 @@ def say_results(
     t = table.reset_index(drop=True).assign(p=holm(p) if len(table)>1 else list(p))
     out = [] if real else ['These are phantoms: the figures show that the kernel works, and nothing about patients.']
     out += [_say_models(t), *_say_chance(t), _say_power(t), *_say_best(t), _say_thesis(t), _say_aside(aside)]
-    if aside is not None and recall is not None: out.append(_say_recall(*recall))
+    if aside is not None and recall is not None: out.append(_say_found(*recall))
     if len(overridden): out.append(_say_overridden(overridden))
     return ' '.join([*out, _say_findings(findings)])
 
@@ -137,7 +137,7 @@ def _say_aside(aside):
     beside = ', and the figures without them stand beside.' if len(aside) else '.'
     return f"{len(aside)} patients were suspected to be in the training set too{beside}"
 
-def _say_recall(found, planted):
+def _say_found(found, planted):
     end = '.' if found>.9*planted else ', so what it did not find proves little.'
     return f"The audit found {found} of {planted} copies that had been hidden to try it{end}"
 
