@@ -21,7 +21,7 @@ SCRIPTS = sorted(p for folder in ('tests','benchmarks','kaggle') for p in (root/
 BORROWS = set()
 WIDE_ROOMS = set('fusion'.split())
 WIDE_NOTEBOOKS = set('''
-    031_grids 04_prepare 10_seen 13_evaluate 140_bundle 141_external 142_card 15_fusion commands index'''.split())
+    22_grids 24_prepare 54_seen 64_evaluate 65_bundle 66_external 67_card 68_fusion commands index'''.split())
 WIDE_SCRIPTS = set()
 UNTYPED = set('''
     augment backbones bundle callbacks card evaluate external fusion learner loader operators phantom prepare

@@ -1,11 +1,48 @@
-"Workflows that GitHub can read."
+"The site: one order of pages everywhere, and workflows that GitHub can read."
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT/'nbs'
+ROOMS = [p.name for p in sorted(NBS.glob('*.ipynb')) if p.name[0].isdigit()]
+
+
+def listed(contents):
+    "Files of a sidebar, from top to bottom"
+    for o in contents:
+        if isinstance(o, str): yield o
+        elif 'contents' in o: yield from listed(o['contents'])
+        else: yield o['href']
+
+
+def sidebar(): return list(listed(yaml.safe_load((NBS/'sidebar.yml').read_text())['website']['sidebar']['contents']))
+
+
+def test_numbers_sidebar_and_readme_have_one_order():
+    numbers = [p.partition('_')[0] for p in ROOMS]
+    assert len(set(numbers))==len(numbers), 'each room has a number of its own'
+    assert [o for o in sidebar() if o[0].isdigit()]==ROOMS
+    index = '\n'.join(''.join(c['source']) for c in json.loads((NBS/'index.ipynb').read_text())['cells'])
+    table = re.findall(r'^\| \[\w+\]\((\w+)\.html\) \|', index, re.M)
+    assert table==[re.sub(r'^\d+_|\.ipynb$', '', o) for o in ROOMS if '_all' not in o]
+
+
+def test_the_sidebar_names_every_page_once():
+    pages = sorted(p.name for p in NBS.glob('*.ipynb'))
+    assert sorted(sidebar())==pages
+
+
+def test_imports_follow_the_numbers():
+    place = {re.sub(r'^\d+_|\.ipynb$', '', o): i for i,o in enumerate(ROOMS)}
+    for name,i in place.items():
+        text = (ROOT/f'mgmt_fast/{name}.py').read_text()
+        for used in re.findall(r'^ *from \.(\w+) import', text, re.M): assert place[used]<i, f'{name} imports {used}'
 
 
 @pytest.mark.parametrize('path', sorted((ROOT/'.github/workflows').glob('*.yaml')), ids=lambda p: p.name)
