@@ -28,8 +28,8 @@ METRICS = dict(auc='AUC', accuracy='accuracy', sensitivity='sensitivity', specif
     brier='Brier score') # what a plan can name as its measure
 
 def preregister(
-    path, # File to write
-    bundle, # `Bundle`, or its folder
+    path:str|Path, # File to write
+    bundle:Bundle|str|Path, # `Bundle`, or its folder
     cohort:str, # The test cohort in words: where from, which years, who is included
     hypothesis:str, # What is expected, e.g. `'AUC above .6'`
     metric:str='auc', # The one measure that decides, one of `METRICS`
@@ -313,13 +313,13 @@ def _groups(scored, threshold, aside, uncertain):
 
 # %% ../nbs/66_external.ipynb #156a0cf2
 def external_test(
-    bundle, # `Bundle`, or its folder
-    cohort, # `VolumeStore` prepared by the bundle's recipe, or a table of scans with labels, which is prepared here
-    dest=None, # Folder for the result; the bundle's if None
-    leakage=None, # Report of a leakage audit (table or CSV), or the patients to set aside (list, or CSV: patient)
-    override=(), # Differences of preparation to accept: some of `'space'`, `'spacing'`, `'skull'`
+    bundle:Bundle|str|Path, # `Bundle`, or its folder
+    cohort:VolumeStore|pd.DataFrame, # Prepared by the bundle's recipe; or scans with labels, prepared here
+    dest:str|Path=None, # Folder for the result; the bundle's if None
+    leakage:pd.DataFrame|str|Path|list=None, # Report of an audit (table or CSV), or whom to set aside (list or CSV)
+    override:str|list|tuple=(), # Differences of preparation to accept: some of `'space'`, `'spacing'`, `'skull'`
     progress:bool=True, # Show a progress bar
-    plan=None, # File that `preregister` wrote
+    plan:str|Path=None, # File that `preregister` wrote
     **fitting, # Nothing: whatever would fit, choose or recalibrate is refused
 ) -> dict: # What is written to `external-COHORT-PASS.json`, see below
     """Test a frozen bundle on patients from elsewhere, and sign the result.
@@ -394,7 +394,7 @@ def _cohort(store, record, left_out):
 
 # %% ../nbs/66_external.ipynb #29d4ef86
 def read_result(
-    path, # Of a result that `external_test` wrote
+    path:str|Path, # Of a result that `external_test` wrote
 ) -> dict: # The result
     "A result that is as it was written. Raises `ProtocolError` if signature or record say that it was changed."
     d = read_signed(path)
@@ -417,7 +417,7 @@ def _signed_again(path):
 
 # %% ../nbs/66_external.ipynb #00c0bd44
 def external_table(
-    results, # Results of `external_test`: dicts or paths, one or several
+    results:dict|str|Path|list, # Results of `external_test`: dicts or paths, one or several
 ) -> pd.DataFrame: # As `results_table`, with set, pass, p, bundles and p_holm; no row where there is no number
     """Results of external tests as rows of a table.
 

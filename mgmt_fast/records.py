@@ -23,7 +23,7 @@ class ProtocolError(MGMTError):
 
 # %% ../nbs/27_records.ipynb #57ec1f88
 def json_hash(
-    obj, # What JSON holds; the order of a dictionary's keys does not matter
+    obj:dict|list|tuple|str|float|None, # What JSON holds; the order of a dictionary's keys does not matter
 ) -> str: # 32 hexadecimal digits
     "The hash of an object's content."
     text = json.dumps(obj, sort_keys=True, default=str)
@@ -31,7 +31,7 @@ def json_hash(
 
 # %% ../nbs/27_records.ipynb #c8b5194a
 def file_hash(
-    path, # A file
+    path:str|Path, # A file
 ) -> str: # 32 hexadecimal digits
     "The hash of a file's bytes."
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
@@ -53,7 +53,7 @@ def signed(
 
 # %% ../nbs/27_records.ipynb #709d32e7
 def is_signed(
-    record, # As it was read
+    record:dict|list|str|float|None, # As it was read
 ) -> bool:
     "Is the signature that of the content?"
     if not isinstance(record, dict): return False
@@ -62,7 +62,7 @@ def is_signed(
 
 # %% ../nbs/27_records.ipynb #3baa369f
 def read_signed(
-    path, # Of a JSON that `signed` signed
+    path:str|Path, # Of a JSON that `signed` signed
 ) -> dict: # The record
     "Read a signed record. Raises `ProtocolError` if a byte of its content changed."
     try: d = json.loads(Path(path).read_text(encoding='utf-8'))
