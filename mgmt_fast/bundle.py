@@ -96,10 +96,11 @@ class Ledger:
         **entry, # What JSON holds
     ) -> dict: # The line
         "Write a line, whole or not at all"
-        before = self.lines()
-        line = signed({**entry, 'previous':before[-1]['signature'] if before else self.first})
-        text = ''.join(json.dumps(o)+'\n' for o in [*before,line])
-        with atomic_path(self.path) as tmp: tmp.write_text(text, encoding='utf-8')
+        with locked(self.path):
+            before = self.lines()
+            line = signed({**entry, 'previous':before[-1]['signature'] if before else self.first})
+            text = ''.join(json.dumps(o)+'\n' for o in [*before,line])
+            with atomic_path(self.path) as tmp: tmp.write_text(text, encoding='utf-8')
         return line
 
     def unfinished(self,

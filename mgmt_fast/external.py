@@ -292,13 +292,15 @@ def _entries_missing(b, store, known, met):
     return ProtocolError(f"{store.path} was tested {known} times with this bundle, but its ledger knows of {met}: "
         f"entries are missing. Restore {b.ledger.path}")
 
-def _begin(b, this, record):
+def _begin(b, store, record):
     "Write down the intent, in the ledger and in the cohort's record, before any number is known to the outside"
-    number = {'pass':this.nth}
-    entry = this.again or b.ledger.enter(date=utc_now(), result=this.name, volumes=record.volumes, begun=True, **number)
-    where = record.enter('test', date=entry['date'], bundle=b.signature, **number)
+    with locked(b.ledger.path): # a pass has its number to itself
+        this = _this_pass(b, store, record)
+        about = dict(result=this.name, volumes=record.volumes, begun=True)
+        entry = this.again or b.ledger.enter(date=utc_now(), **about, **{'pass':this.nth})
+        where = record.enter('test', date=entry['date'], bundle=b.signature, **{'pass':this.nth})
     if not where: raise _no_record(record.store.path)
-    return entry,where
+    return this,entry,where
 
 def _no_record(path):
     return ProtocolError(f"the test can be recorded neither beside {path} nor in {user_folder()}: both are read-only. "
@@ -329,22 +331,29 @@ def external_test(
     `plan`, and hashes. Every pass is entered in the bundle's ledger and the cohort's record before its numbers are
     known, so a second look says that it is the second. One that is stopped before its result was written is finished
     by the next call, as the same pass. Raises `ProtocolError` on changed files, on patients known from training, on
-    another preparation, and on data that give no number."""
+    another preparation, and on data that give no number, and `MGMTError` while another process tests this very bundle
+    on this very cohort."""
     if fitting: raise _for_testing(fitting)
     b = Bundle(bundle.path if isinstance(bundle, Bundle) else bundle)
     dest = Path(dest or b.path)
     store = _store_of(b, cohort, dest, progress)
     plan = None if plan is None else _read_plan(plan)
-    differ = _check_alike(b, store, listify(override))
-    seen,record = b.seen(),CohortRecord(store)
+    differ,record = _check_alike(b, store, listify(override)),CohortRecord(store)
+    with locked(b.path/f'external-{record.key}', timeout=0.):
+        return _test(b, store, dest, record, leakage, differ, plan, progress)
+
+def _test(b, store, dest, record, leakage, differ, plan, progress):
+    "Predict, write down that the test has begun, and write and sign its result"
+    seen = b.seen()
     _check_ids(b, store)
     _check_content(b, store, seen)
     aside,source = (None,None) if leakage is None else _aside(leakage, store.table.patient)
-    this,overlap = _this_pass(b, store, record),_overlap(b, store, seen)
+    _this_pass(b, store, record) # refuses before anything is predicted
+    overlap = _overlap(b, store, seen)
     preds = predict_unlogged(b, store, progress=progress)
     scored,left_out = _scored(preds, store, overlap['same'])
     check_predictions(scored)
-    entry,where = _begin(b, this, record)
+    this,entry,where = _begin(b, store, record)
     file = dest/f'{this.name}.csv'
     with atomic_path(file) as tmp: preds.to_csv(tmp, index=False)
     groups = _groups(scored, b.threshold, aside, overlap['uncertain'])
