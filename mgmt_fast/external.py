@@ -217,10 +217,14 @@ def _first_result(record, bundle):
 _signature_means = ('the signature is a hash without a key: it shows damage and careless changes, not a result that '
     'was made up and signed anew')
 
-def _note(nth, aside, source, differ, overlap, company, plan):
+def _note(bundle, nth, aside, source, differ, overlap, company, plan):
     "What a reader must know first, in sentences"
     return '; '.join(filter(None, [_on_the_list(aside, source, differ), _on_the_pass(nth), _on_the_company(company),
-        _on_the_overlap(overlap), _on_the_plan(plan), _signature_means]))
+        _on_the_overlap(overlap), _on_the_threshold(bundle.validation), _on_the_plan(plan), _signature_means]))
+
+def _on_the_threshold(validation):
+    known = validation.get('trained_on')
+    return threshold_warning(known, validation['n']) if known else ''
 
 def _on_the_list(aside, source, differ):
     if not aside or source['kind']!='list made by hand': return ''
@@ -360,7 +364,7 @@ def _test(b, store, dest, record, leakage, differ, plan, progress):
     company = dict(_company(record, b, groups['all'].get('p_permutation')), where=where, key=record.key)
     fulfilled = _fulfilled(plan, b, groups['all'], this.nth, record)
     apart = None if aside is None else _how_they_differ(scored, aside, b.threshold)
-    note = _note(this.nth, aside, source, apart, overlap, company, fulfilled)
+    note = _note(b, this.nth, aside, source, apart, overlap, company, fulfilled)
     about = dict(date=entry['date'], version=__version__, bundle=b.signature, model=_model_names(b))
     frozen = dict(models=[m['files'] for m in b.models], threshold=b.threshold, ledger=entry['signature'])
     given = 'no report was given' if aside is None else dict(set_aside=aside, source=source, **apart)
