@@ -26,7 +26,7 @@ check: .venv/installed
 
 # Readers see the saved outputs, so run everything in place, then clean.
 nbs: .venv/installed
-	env -u MPLBACKEND $(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS) kaggle/*/*.ipynb
+	env -u MPLBACKEND MGMT_FAST_HOME=$$(mktemp -d) $(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS) kaggle/*/*.ipynb
 	$(GENERATE)
 
 .venv/installed: settings.ini setup.py

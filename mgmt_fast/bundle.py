@@ -25,7 +25,7 @@ from .evaluate import *
 # %% ../nbs/65_bundle.ipynb #a899ff5d
 def preparation(
     store:VolumeStore, # Prepared cohort
-    sequences=None, # Which to look at; all of the store's if None
+    sequences:str|list|tuple=None, # Which to look at; all of the store's if None
 ) -> dict: # By sequence: `skull`, `spacing`, `space` and `plane`, see below
     """How the scans of a cohort had been prepared before they came here, which must not differ in training and test.
 
@@ -73,7 +73,7 @@ def preparation_differs(
 class Ledger:
     "The passes of one bundle, in `ledger.jsonl` beside it"
     def __init__(self,
-        path, # Of the bundle
+        path:str|Path, # Of the bundle
         first:str, # The bundle's signature, with which the chain begins
     ): self.path,self.first = Path(path)/'ledger.jsonl',first
 
@@ -92,12 +92,15 @@ class Ledger:
         "The passes that were begun"
         return [e for e in self.lines() if 'done' not in e]
 
-    def enter(self, **entry):
-        "Write a line, whole or not at all; returns it"
-        before = self.lines()
-        line = signed({**entry, 'previous':before[-1]['signature'] if before else self.first})
-        text = ''.join(json.dumps(o)+'\n' for o in [*before,line])
-        with atomic_path(self.path) as tmp: tmp.write_text(text, encoding='utf-8')
+    def enter(self,
+        **entry, # What JSON holds
+    ) -> dict: # The line
+        "Write a line, whole or not at all"
+        with locked(self.path):
+            before = self.lines()
+            line = signed({**entry, 'previous':before[-1]['signature'] if before else self.first})
+            text = ''.join(json.dumps(o)+'\n' for o in [*before,line])
+            with atomic_path(self.path) as tmp: tmp.write_text(text, encoding='utf-8')
         return line
 
     def unfinished(self,
@@ -122,7 +125,7 @@ def _by_hand(i, path):
 class Bundle:
     "Models that are frozen for an external test: every file has the hash that was written down, and nothing can be set"
     def __init__(self,
-        path, # Folder that `freeze_bundle` wrote
+        path:str|Path, # Folder that `freeze_bundle` wrote
     ):
         path = Path(path)
         if not (path/'bundle.json').exists(): raise _no_bundle(path)
@@ -161,20 +164,25 @@ class Bundle:
         files = [self.path/f"{m['name']}.seen.safetensors" for m in self.models]
         return [SeenVolumes.read(f) for f in files if f.exists()]
 
-    def logit(self, volumes, row):
-        "The mean of the models' log-odds, each at its temperature, and a note; from `{key: {sequence: uint8 (D,H,W)}}`"
+    def logit(self,
+        volumes:dict, # `{key: {sequence: uint8 (D,H,W)}}`, as `needs` asks for
+        row:dict|pd.Series, # The patient's row
+    ) -> tuple: # Logit, NaN where a sequence is missing; and a note
+        "The mean of the models' log-odds, each at its temperature"
         found = [m.logit(volumes, row) for m in self.networks()]
         z = [z/o['temperature'] for (z,_),o in zip(found, self.models)]
         return float(np.mean(z)),'; '.join(uniqueify(note for _,note in found if note))
 
-    def note_prediction(self, store):
+    def note_prediction(self,
+        store:VolumeStore, # Whose patients are predicted
+    ):
         "Who is a stranger may become a test patient, so a prediction of strangers is always entered"
         own = set(self.volumes) & set(volume_hashes(store))
         log_prediction(store, f'bundle {self.signature}', always=not own)
 
     def prepare(self,
         cohort:pd.DataFrame, # Scans of other patients
-        dest, # Folder of the store
+        dest:str|Path, # Folder of the store
         **kwargs, # For `prepare`: `n_workers`, `progress`
     ) -> VolumeStore:
         "Prepare scans as those of training were: by the same recipe, with all sequences that shared their box."
@@ -192,7 +200,11 @@ class Bundle:
         A prediction of patients whom the models were not trained on is entered into the record of their store."""
         return predict(self, store, progress=progress)
 
-    def write(self, path): raise ProtocolError("a bundle is frozen and is not saved again: copy its folder as a whole")
+    def write(self,
+        path:str|Path, # Where one would save it
+    ):
+        "Refused: raises `ProtocolError`"
+        raise ProtocolError("a bundle is frozen and is not saved again: copy its folder as a whole")
 
 model_kinds['bundle'] = Bundle
 
@@ -269,12 +281,12 @@ def _not_theirs(patient, given, prob):
 
 # %% ../nbs/65_bundle.ipynb #a3385d0e
 def freeze_bundle(
-    models, # Paths of saved models, one or several: an ensemble, whose log-odds are averaged
+    models:str|Path|list, # Paths of saved models, one or several: an ensemble, whose log-odds are averaged
     validation:pd.DataFrame, # patient, label, prob: predictions for patients whom their model did not train on
     store:VolumeStore, # Where the models' training and validation patients are
-    dest, # Folder to write
-    temperatures=1., # What each model's log-odds are divided by, one or one per model; found on validation patients
-    tta=None, # Recipe whose views are averaged at test time; none if None
+    dest:str|Path, # Folder to write
+    temperatures:float|list=1., # What log-odds are divided by, one or one per model; found on validation patients
+    tta:str|Path|Recipe=None, # Recipe whose views are averaged at test time; none if None
 ) -> Bundle: # Read back from `dest`
     """Settle all that an external test must not touch, and hash it. The threshold is chosen on `validation`.
 
@@ -339,10 +351,10 @@ def _validation(v, checked):
 
 # %% ../nbs/65_bundle.ipynb #e815f701
 def cv_models(
-    dest, # Folder of `cross_validate`
-    arch=None, # Which; needed where there are several
-    sequences=None, # Which, as in `oof.sequences`; a list for an ensemble over sequences
-    recipe=None, # Which, where there are several
+    dest:str|Path, # Folder of `cross_validate`
+    arch:str|list=None, # Which; needed where there are several
+    sequences:str|list=None, # Which, as in `oof.sequences`; a list for an ensemble over sequences
+    recipe:str|list=None, # Which, where there are several
 ) -> dict: # `models`, `temperatures` and `validation`, for `freeze_bundle(**cv_models(...), store=..., dest=...)`
     "The models of a cross-validation, all folds and seeds, and the out-of-fold predictions that give the threshold."
     t = read_oof(dest)

@@ -82,8 +82,8 @@ _tripod = """1 Title
 def model_card(
     store:VolumeStore, # What was trained on
     oof:pd.DataFrame=None, # From `cross_validate`
-    bundle=None, # The frozen `Bundle`, where there is one
-    results=(), # Of `external_test`: dicts or paths
+    bundle:Bundle=None, # The frozen one, where there is one
+    results:dict|str|Path|list|tuple=(), # Of `external_test`: dicts or paths
 ) -> pd.DataFrame: # item (of TRIPOD+AI), what; `'open: ...'` where only the authors know
     """A model card in the items of TRIPOD+AI, filled in as far as data and files can tell.
 
@@ -165,7 +165,7 @@ def _result_in_words(r):
 # %% ../nbs/67_card.ipynb #7b94596e
 def check_results(
     table:pd.DataFrame, # Of `results_table`, `external_table` or a sweep
-    thresholds=(.5,), # Of its accuracies, where the table does not say
+    thresholds:list|tuple|np.ndarray=(.5,), # Of its accuracies, where the table does not say
 ) -> pd.DataFrame: # As `check_consistency`'s; no rows where nothing is amiss
     "What cannot be in a table that is about to be printed."
     told = 'set arch sequences recipe n minority runs thresholds threshold accuracy auc loss'.split()
@@ -285,10 +285,10 @@ def _sections(s, tables, external, figures):
 # %% ../nbs/67_card.ipynb #373ff4a6
 def evaluate_report(
     store:VolumeStore, # What `cross_validate` was given
-    dest, # Its folder; tables, `figures/` and `report.html` are written there
+    dest:str|Path, # Its folder; tables, `figures/` and `report.html` are written there
     clinical:pd.DataFrame=None, # patient, and any of site, scanner, sex, age (years)
-    results=(), # Of `external_test`, to stand beside: dicts or paths
-    bundle=None, # The frozen `Bundle`, for the model card
+    results:dict|str|Path|list|tuple=(), # Of `external_test`, to stand beside: dicts or paths
+    bundle:Bundle=None, # The frozen one, for the model card
     seed:int=0, # Of permutations and bootstraps
 ) -> Path: # The page
     """Tables, figures and one self-contained page of a cross-validation.

@@ -74,7 +74,7 @@ def _check_labelled(t):
 
 # %% ../nbs/64_evaluate.ipynb #da9beec7
 def log_odds(
-    p, # Probabilities
+    p:float|np.ndarray|pd.Series|list, # Probabilities
 ) -> np.ndarray: # Their logits, finite: probabilities are kept 1e-7 away from 0 and 1
     "The scale on which models are averaged, and divided by a temperature."
     return logit(np.clip(np.asarray(p, dtype=float), 1e-7, 1-1e-7))
@@ -89,7 +89,7 @@ class _Views(torch.nn.Module):
 
 def with_views(
     m:MGMTModel, # A trained model
-    spacing, # mm along D, H and W of the store
+    spacing:tuple|list|None, # mm along D, H and W of the store
     recipe:Recipe, # Whose views
 ) -> MGMTModel:
     "A model that answers with the mean over its views."
@@ -98,8 +98,8 @@ def with_views(
 
 # %% ../nbs/64_evaluate.ipynb #1811223f
 def choose_threshold(
-    y, # Labels, (n,), 0 or 1
-    p, # Probabilities, (n,)
+    y:np.ndarray|pd.Series|list, # Labels, (n,), 0 or 1
+    p:np.ndarray|pd.Series|list, # Probabilities, (n,)
 ) -> float: # The lowest probability that is called methylated
     """The threshold with the most sensitivity + specificity, halfway between two patients.
 
@@ -243,19 +243,19 @@ def _too_few_inside(n_train, inner, n):
 # %% ../nbs/64_evaluate.ipynb #c29553d3
 def cross_validate(
     store:VolumeStore, # Prepared cohort with labels
-    dest, # Folder for models, logs and predictions; finished runs with the same inputs are kept and used
-    archs=None, # Backbone or backbones; the recipe's if None
-    sequences=None, # Channels of one model, `'each'` for a model per sequence, or a list of tuples for a model each
-    recipe=None, # Name, file or `Recipe`, or `{label: recipe}` to compare several; the store's if None
+    dest:str|Path, # Folder for models, logs and predictions; finished runs with the same inputs are kept and used
+    archs:str|list=None, # Backbone or backbones; the recipe's if None
+    sequences:str|list|tuple=None, # Channels of one model, `'each'`: a model per sequence, or a list of tuples
+    recipe:str|Path|Recipe|list|dict=None, # One, or several, as a list or `{label: recipe}`; the store's if None
     n_folds:int=5, # Folds, stratified by label
     repeats:int=1, # Times that the patients are dealt anew
     seeds:int=1, # Models per fold, each with its own initial weights and inner split
     seed:int=0, # Of everything
-    folds=None, # A published split to repeat instead: a table with ids and a column `fold`
+    folds:pd.DataFrame=None, # A published split to repeat instead: ids and a column `fold`
     inner:int=5, # One part in `inner` of the training patients chooses epoch, temperature and threshold
     nested:bool=False, # Let the inner part choose among the models too, and add the chosen ones as `arch='selected'`
     tta:bool=False, # Predict under test-time augmentation as well
-    augment=None, # Recipe of the augmentation; `recipe` if None
+    augment:str|Path|Recipe=None, # Recipe of the augmentation; `recipe` if None
     progress:bool=True, # Show a progress bar
 ) -> pd.DataFrame: # One row per patient and run, see below; the same in `dest/oof.csv`
     """Predict every patient by models that never saw them, not even to choose an epoch.
@@ -297,7 +297,7 @@ def _too_few_to_validate(n):
 
 # %% ../nbs/64_evaluate.ipynb #6f554220
 def read_oof(
-    dest, # Folder of `cross_validate`
+    dest:str|Path, # Folder of `cross_validate`
 ) -> pd.DataFrame: # As `cross_validate` returned it
     "Out-of-fold predictions of an earlier cross-validation."
     path = Path(dest)/'oof.csv'
@@ -324,7 +324,7 @@ RUN_AXES = ('repeat','member') # what tells one run of a model from another
 
 def ensemble(
     oof:pd.DataFrame, # From `cross_validate`
-    over=None, # What is averaged over: some of `'member'`, `'repeat'`, `'sequences'`, `'recipe'`, `'arch'`; all if None
+    over:str|list|tuple=None, # Some of `'member'`, `'repeat'`, `'sequences'`, `'recipe'`, `'arch'`; all if None
 ) -> pd.DataFrame: # patient, label, what was not averaged over, prob, n_models
     "Average the log-odds of models that did not see the patient."
     axes = [*MODEL_AXES,*RUN_AXES]
@@ -357,9 +357,9 @@ def _not_in_each_run(patient):
 
 # %% ../nbs/64_evaluate.ipynb #de432ed1
 def mean_auc_ci(
-    y, # Labels, (n,), 0 or 1
-    P, # Scores of several runs on the same patients, (runs, n)
-    cluster=None, # Patient of each scan, where one has several, (n,)
+    y:np.ndarray|pd.Series|list, # Labels, (n,), 0 or 1
+    P:np.ndarray|list, # Scores of several runs on the same patients, (runs, n)
+    cluster:np.ndarray|pd.Series|list=None, # Patient of each scan, where one has several, (n,)
     level:float=.95, # Coverage of the interval
 ) -> pd.Series: # auc (mean over the runs), lo, hi
     "Mean AUC of several runs with the default interval of `auc_interval`; of one run, the same as `auc_ci`."
@@ -415,7 +415,7 @@ def _cuts(t):
 # %% ../nbs/64_evaluate.ipynb #84333c19
 def show_results(
     table:pd.DataFrame, # From `results_table`
-    values=('accuracy','auc'), # What to show of each model, some of `'loss'`, `'accuracy'`, `'auc'`
+    values:str|list|tuple=('accuracy','auc'), # What to show of each model, some of `'loss'`, `'accuracy'`, `'auc'`
 ) -> pd.DataFrame: # Rows: architectures; columns: sequences; cells: text with intervals
     "The table as papers print it: architecture by sequence."
     values = listify(values)

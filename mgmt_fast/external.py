@@ -28,8 +28,8 @@ METRICS = dict(auc='AUC', accuracy='accuracy', sensitivity='sensitivity', specif
     brier='Brier score') # what a plan can name as its measure
 
 def preregister(
-    path, # File to write
-    bundle, # `Bundle`, or its folder
+    path:str|Path, # File to write
+    bundle:Bundle|str|Path, # `Bundle`, or its folder
     cohort:str, # The test cohort in words: where from, which years, who is included
     hypothesis:str, # What is expected, e.g. `'AUC above .6'`
     metric:str='auc', # The one measure that decides, one of `METRICS`
@@ -303,13 +303,15 @@ def _entries_missing(b, store, known, met):
     return ProtocolError(f"{store.path} was tested {known} times with this bundle, but its ledger knows of {met}: "
         f"entries are missing. Restore {b.ledger.path}")
 
-def _begin(b, this, record):
+def _begin(b, store, record):
     "Write down the intent, in the ledger and in the cohort's record, before any number is known to the outside"
-    number = {'pass':this.nth}
-    entry = this.again or b.ledger.enter(date=utc_now(), result=this.name, volumes=record.volumes, begun=True, **number)
-    where = record.enter('test', date=entry['date'], bundle=b.signature, **number)
+    with locked(b.ledger.path): # a pass has its number to itself
+        this = _this_pass(b, store, record)
+        about = dict(result=this.name, volumes=record.volumes, begun=True)
+        entry = this.again or b.ledger.enter(date=utc_now(), **about, **{'pass':this.nth})
+        where = record.enter('test', date=entry['date'], bundle=b.signature, **{'pass':this.nth})
     if not where: raise _no_record(record.store.path)
-    return entry,where
+    return this,entry,where
 
 def _no_record(path):
     return ProtocolError(f"the test can be recorded neither beside {path} nor in {user_folder()}: both are read-only. "
@@ -324,13 +326,13 @@ def _groups(scored, threshold, aside, uncertain):
 
 # %% ../nbs/66_external.ipynb #156a0cf2
 def external_test(
-    bundle, # `Bundle`, or its folder
-    cohort, # `VolumeStore` prepared by the bundle's recipe, or a table of scans with labels, which is prepared here
-    dest=None, # Folder for the result; the bundle's if None
-    leakage=None, # Report of a leakage audit (table or CSV), or the patients to set aside (list, or CSV: patient)
-    override=(), # Differences of preparation to accept: some of `'space'`, `'spacing'`, `'skull'`
+    bundle:Bundle|str|Path, # `Bundle`, or its folder
+    cohort:VolumeStore|pd.DataFrame, # Prepared by the bundle's recipe; or scans with labels, prepared here
+    dest:str|Path=None, # Folder for the result; the bundle's if None
+    leakage:pd.DataFrame|str|Path|list=None, # Report of an audit (table or CSV), or whom to set aside (list or CSV)
+    override:str|list|tuple=(), # Differences of preparation to accept: some of `'space'`, `'spacing'`, `'skull'`
     progress:bool=True, # Show a progress bar
-    plan=None, # File that `preregister` wrote
+    plan:str|Path=None, # File that `preregister` wrote
     **fitting, # Nothing: whatever would fit, choose or recalibrate is refused
 ) -> dict: # What is written to `external-COHORT-PASS.json`, see below
     """Test a frozen bundle on patients from elsewhere, and sign the result.
@@ -340,22 +342,29 @@ def external_test(
     `plan`, and hashes. Every pass is entered in the bundle's ledger and the cohort's record before its numbers are
     known, so a second look says that it is the second. One that is stopped before its result was written is finished
     by the next call, as the same pass. Raises `ProtocolError` on changed files, on patients known from training, on
-    another preparation, and on data that give no number."""
+    another preparation, and on data that give no number, and `MGMTError` while another process tests this very bundle
+    on this very cohort."""
     if fitting: raise _for_testing(fitting)
     b = Bundle(bundle.path if isinstance(bundle, Bundle) else bundle)
     dest = Path(dest or b.path)
     store = _store_of(b, cohort, dest, progress)
     plan = None if plan is None else _read_plan(plan)
-    differ = _check_alike(b, store, listify(override))
-    seen,record = b.seen(),CohortRecord(store)
+    differ,record = _check_alike(b, store, listify(override)),CohortRecord(store)
+    with locked(b.path/f'external-{record.key}', timeout=0.):
+        return _test(b, store, dest, record, leakage, differ, plan, progress)
+
+def _test(b, store, dest, record, leakage, differ, plan, progress):
+    "Predict, write down that the test has begun, and write and sign its result"
+    seen = b.seen()
     _check_ids(b, store)
     _check_content(b, store, seen)
     aside,source = (None,None) if leakage is None else _aside(leakage, store.table.patient)
-    this,overlap = _this_pass(b, store, record),_overlap(b, store, seen)
+    _this_pass(b, store, record) # refuses before anything is predicted
+    overlap = _overlap(b, store, seen)
     preds = predict_unlogged(b, store, progress=progress)
     scored,left_out = _scored(preds, store, overlap['same'])
     check_predictions(scored)
-    entry,where = _begin(b, this, record)
+    this,entry,where = _begin(b, store, record)
     file = dest/f'{this.name}.csv'
     with atomic_path(file) as tmp: preds.to_csv(tmp, index=False)
     groups = _groups(scored, b.threshold, aside, overlap['uncertain'])
@@ -405,7 +414,7 @@ def _cohort(store, record, left_out):
 
 # %% ../nbs/66_external.ipynb #29d4ef86
 def read_result(
-    path, # Of a result that `external_test` wrote
+    path:str|Path, # Of a result that `external_test` wrote
 ) -> dict: # The result
     "A result that is as it was written. Raises `ProtocolError` if signature or record say that it was changed."
     d = read_signed(path)
@@ -428,7 +437,7 @@ def _signed_again(path):
 
 # %% ../nbs/66_external.ipynb #00c0bd44
 def external_table(
-    results, # Results of `external_test`: dicts or paths, one or several
+    results:dict|str|Path|list, # Results of `external_test`: dicts or paths, one or several
 ) -> pd.DataFrame: # As `results_table`, with set, pass, p, bundles and p_holm; no row where there is no number
     """Results of external tests as rows of a table.
 

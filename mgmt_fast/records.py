@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['ProtocolError', 'json_hash', 'file_hash', 'volume_hashes', 'signed', 'is_signed', 'read_signed', 'utc_now',
-           'user_folder', 'source_hash', 'held_out_file', 'CohortRecord', 'cohort_entries', 'refuse_held_out',
+           'user_folder', 'locked', 'source_hash', 'held_out_file', 'CohortRecord', 'cohort_entries', 'refuse_held_out',
            'log_prediction']
 
 # %% ../nbs/27_records.ipynb #5e32cc0a
 import hashlib, json, os
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
 from fastcore.all import *
 from fastcore.xdg import xdg_data_home
+from filelock import FileLock
 from .core import *
 from .prepare import VolumeStore
 
@@ -23,7 +25,7 @@ class ProtocolError(MGMTError):
 
 # %% ../nbs/27_records.ipynb #57ec1f88
 def json_hash(
-    obj, # What JSON holds; the order of a dictionary's keys does not matter
+    obj:dict|list|tuple|str|float|None, # What JSON holds; the order of a dictionary's keys does not matter
 ) -> str: # 32 hexadecimal digits
     "The hash of an object's content."
     text = json.dumps(obj, sort_keys=True, default=str)
@@ -31,7 +33,7 @@ def json_hash(
 
 # %% ../nbs/27_records.ipynb #c8b5194a
 def file_hash(
-    path, # A file
+    path:str|Path, # A file
 ) -> str: # 32 hexadecimal digits
     "The hash of a file's bytes."
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
@@ -53,7 +55,7 @@ def signed(
 
 # %% ../nbs/27_records.ipynb #709d32e7
 def is_signed(
-    record, # As it was read
+    record:dict|list|str|float|None, # As it was read
 ) -> bool:
     "Is the signature that of the content?"
     if not isinstance(record, dict): return False
@@ -62,7 +64,7 @@ def is_signed(
 
 # %% ../nbs/27_records.ipynb #3baa369f
 def read_signed(
-    path, # Of a JSON that `signed` signed
+    path:str|Path, # Of a JSON that `signed` signed
 ) -> dict: # The record
     "Read a signed record. Raises `ProtocolError` if a byte of its content changed."
     try: d = json.loads(Path(path).read_text(encoding='utf-8'))
@@ -83,6 +85,27 @@ def user_folder() -> Path: # `MGMT_FAST_HOME` where that is set, else `mgmt_fast
     "Where records are kept that outlive a store."
     given = os.environ.get('MGMT_FAST_HOME')
     return Path(given) if given else xdg_data_home()/'mgmt_fast'
+
+# %% ../nbs/27_records.ipynb #efc3eab4
+@contextmanager
+def locked(
+    path:str|Path, # A record that is read, changed and written again
+    timeout:float=60., # How long to wait for whoever else changes it, seconds
+):
+    """Let nobody else change a record meanwhile: `path.lock` is held, by one thread of one process.
+
+    Who holds it may lock it again. The system frees it when a process ends, however that ends. Raises `MGMTError` if it
+    is not free in time."""
+    lock = FileLock(f'{path}.lock', is_singleton=True)
+    try: lock.acquire(timeout=timeout)
+    except OSError as e: raise _not_locked(path, e) from e
+    try: yield
+    finally: lock.release()
+
+def _not_locked(path, e):
+    why = 'another process holds its lock' if isinstance(e, TimeoutError) else e.strerror
+    return MGMTError(f"{path} cannot be changed now ({why}): wait until other tests of this cohort have ended, and try "
+        "again")
 
 # %% ../nbs/27_records.ipynb #89d79ea1
 def source_hash(
@@ -152,10 +175,11 @@ class CohortRecord:
         "Write into one of the files; `False` where the place is read-only"
         try: make_folder(path.parent)
         except MGMTError: return False
-        d = _read_record(path) if path.exists() else dict(entries=[])
-        if entry in d['entries']: return True
-        kept = dict(volumes=self.volumes, sources=self.sources, entries=[*d['entries'], entry])
-        write_json(path, signed(kept))
+        with locked(path):
+            d = _read_record(path) if path.exists() else dict(entries=[])
+            if entry in d['entries']: return True
+            kept = dict(volumes=self.volumes, sources=self.sources, entries=[*d['entries'], entry])
+            write_json(path, signed(kept))
         return True
 
 def _user_records(): return user_folder()/'cohorts'

@@ -33,7 +33,7 @@ class Prints:
     def __len__(self): return len(self.hashes)
 
     def only(self,
-        hashes, # Of some volumes
+        hashes:list|pd.Series, # Of some volumes
     ): # `Prints` of those that are here
         "Some of the fingerprints"
         wanted = set(hashes)
@@ -133,7 +133,7 @@ class SeenVolumes:
     "The volumes that a model was trained on or chosen by: `table`, one row per volume, and `prints` by sequence"
     def __init__(self,
         table:pd.DataFrame, # patient, sequence, hash (of voxels), source (of files), part (`'train'` or `'valid'`)
-        prints=None, # Sequence to `Prints`
+        prints:dict=None, # Sequence to `Prints`
         store:VolumeStore=None, # Where they are taken from when they are first asked for, if not given
     ): self.table,self._prints,self.store = table,prints,store
 
@@ -152,7 +152,7 @@ class SeenVolumes:
     def of(cls,
         store:VolumeStore, # Where a model was trained
         parts:dict, # Part to patients
-        sequences, # What the model was given
+        sequences:list|tuple, # What the model was given
     ):
         "What a training has seen; fingerprints are taken when it is written"
         rows = []
@@ -161,7 +161,7 @@ class SeenVolumes:
         return cls(pd.DataFrame(rows, columns=_columns), store=store)
 
     def write(self,
-        path, # A `.safetensors` file
+        path:str|Path, # A `.safetensors` file
     ):
         "Write table and fingerprints, whole or not at all"
         said = dict(table=self.table.to_dict('list'), hashes={s: p.hashes for s,p in self.prints.items()})
@@ -170,7 +170,7 @@ class SeenVolumes:
 
     @classmethod
     def read(cls,
-        path, # A file that `write` wrote
+        path:str|Path, # A file that `write` wrote
     ):
         "Read it back. Raises `MGMTError` if it cannot be read"
         try:
@@ -198,7 +198,7 @@ class PrintNull:
     "Scores of pairs of different brains, and how rare a score is among them"
     prior = (.05,.15,8) # mean and standard deviation of Fisher's z, and how many brains they are worth
     def __init__(self,
-        scores, # (n,) of pairs of different patients
+        scores:np.ndarray|list, # (n,) of pairs of different patients
         brains:int, # How many brains the pairs are made of
     ):
         z = _typical(_fisher(scores))
@@ -208,8 +208,18 @@ class PrintNull:
         self.df,self.mean = n0+brains-1,(n0*m0+n*mean)/(n0+n)
         ss = (n0-1)*s0**2 + ((z-mean)**2).sum() + n0*n/(n0+n)*(mean-m0)**2
         self.sd = np.sqrt(ss/(n0+n-1))
-    def chance(self, score): return stats.t.sf((_fisher(score)-self.mean)/self.sd, self.df)
-    def threshold(self, chance): return float(np.tanh(self.mean+self.sd*stats.t.isf(chance, self.df)))
+
+    def chance(self,
+        score:float|np.ndarray, # Of a pair
+    ) -> float|np.ndarray: # Probability of as high a score in a pair of different brains
+        "How rare a score is among different brains"
+        return stats.t.sf((_fisher(score)-self.mean)/self.sd, self.df)
+
+    def threshold(self,
+        chance:float, # As `chance` gives it
+    ) -> float: # The score that is so rare
+        "The inverse of `chance`"
+        return float(np.tanh(self.mean+self.sd*stats.t.isf(chance, self.df)))
 
 def _fisher(score): return np.arctanh(np.clip(np.asarray(score, float), -.999, .999))
 
@@ -221,7 +231,7 @@ def _typical(z):
 
 # %% ../nbs/54_seen.ipynb #5cd57d13
 def find_seen(
-    seen, # `SeenVolumes`, one per model
+    seen:list, # `SeenVolumes`, one per model
     store:VolumeStore, # The test cohort
     alarms:tuple=(.01,.1), # Expected false alarms per sequence at which a pair is `'same'`, and `'uncertain'`
 ) -> pd.DataFrame: # One row per test volume: patient, sequence, train (the nearest), score, false_alarms, verdict

@@ -78,7 +78,7 @@ def _said(measure, value): return f'{value:.1%}' if measure=='accuracy' else f'{
 
 # %% ../nbs/82_thesis.ipynb #0645c26a
 def say_results(
-    table:pd.DataFrame, # From `results_table`, of an external test
+    table:pd.DataFrame, # From `external_table`, or from `results_table` of an external test
     p:np.ndarray|pd.Series|list, # p against chance of each row, as `external_test` gives it
     findings:pd.DataFrame, # From `check_consistency`
     aside:list=None, # Patients whom a leakage audit sets aside; None where there was no audit
@@ -87,12 +87,18 @@ def say_results(
     real:bool=True, # Are they patients?
 ) -> str: # A paragraph
     "What an external test says, in sentences that follow from its figures."
-    t = table.reset_index(drop=True).assign(p=holm(p) if len(table)>1 else list(p))
+    t = table.reset_index(drop=True).assign(p=_corrected(p, table))
     out = [] if real else ['These are phantoms: the figures show that the kernel works, and nothing about patients.']
-    out += [_say_models(t), *_say_chance(t), _say_power(t), *_say_best(t), _say_thesis(t), _say_aside(aside)]
+    out += [_say_models(t), *_say_chance(t), *_say_company(t), _say_power(t)]
+    out += [*_say_best(t), _say_thesis(t), _say_aside(aside)]
     if aside is not None and recall is not None: out.append(_say_found(*recall))
     if len(overridden): out.append(_say_overridden(overridden))
     return ' '.join([*out, _say_findings(findings)])
+
+def _corrected(p, table):
+    "p by Holm over the rows, or over all bundles that met the cohort where that is more"
+    rows = holm(p) if len(table)>1 else np.array(p, float)
+    return np.fmax(rows, table.p_holm.to_numpy(float)) if 'p_holm' in table else rows
 
 def _say_models(t):
     "How many were tested on whom, and how wide the intervals are"
@@ -110,6 +116,14 @@ def _say_chance(t):
         said.append(f"{len(worse)} ranked patients worse than chance, which asks for an explanation, not for "
         f"turning the score around: {', '.join(worse.sequences)}.")
     return said
+
+def _say_company(t):
+    "How many bundles have met the cohort, and p by Holm over all of them, where the table says so"
+    if 'bundles' not in t or not t.bundles.max()>1: return []
+    known = t[t.bundles>1]
+    ps = ', '.join(f'{s} {p:.3g}' for s,p in zip(known.sequences, known.p_holm))
+    met = f'{known.bundles.max():.0f} bundles have met this cohort, these included'
+    return [f'{met}; p by Holm over all of them: {ps}.']
 
 def _say_power(t):
     "What so many patients could have shown"

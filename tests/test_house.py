@@ -19,13 +19,10 @@ SCRIPTS = sorted(p for folder in ('tests','benchmarks','kaggle') for p in (root/
 
 # Rooms and scripts that are not in this form yet: they are expected to fail, and leave these lists when they are done
 BORROWS = set()
-WIDE_ROOMS = set('fusion'.split())
-WIDE_NOTEBOOKS = set('''
-    22_grids 24_prepare 54_seen 64_evaluate 65_bundle 66_external 67_card 68_fusion commands index'''.split())
+WIDE_ROOMS = set()
+WIDE_NOTEBOOKS = set('22_grids 24_prepare commands index'.split())
 WIDE_SCRIPTS = set()
-UNTYPED = set('''
-    augment backbones bundle callbacks card evaluate external fusion learner loader operators phantom prepare
-    records seen'''.split())
+UNTYPED = set('augment backbones callbacks learner loader operators phantom prepare'.split())
 
 
 def names(paths): return [str(p.relative_to(root)) for p in paths]

@@ -98,6 +98,7 @@ def test_tcga_eval(trained, kaggle, tmp_path, monkeypatch):
     assert '16 patients are tested, 1 are refused' in said and 'These are phantoms' in said and 'planted copies' in said
     results = [read_result(p) for p in (kaggle/'working/external').glob('*/external-*.json')]
     assert len(results)==5 and {r['pass'] for r in results}=={1} and {r['all']['n'] for r in results}=={16}
+    assert '5 bundles have met this cohort' in said
     t = pd.read_csv(kaggle/'working/external.csv').set_index('sequences')
     single = t.loc[['FLAIR','T1w','T1wCE','T2w']]
     assert t.auc['mean of single sequences']==pytest.approx(single.auc.mean())

@@ -1,6 +1,8 @@
 "What someone who wants a high number may try: each attempt is refused, counted or set aside."
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -8,12 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
-from mgmt_fast import external
+from mgmt_fast import external, records
 from mgmt_fast.backbones import create_backbone
 from mgmt_fast.bundle import Bundle, freeze_bundle
 from mgmt_fast.cli import mgmt_external, mgmt_preregister
 from mgmt_fast.cohort import kaggle_cohort
-from mgmt_fast.core import get_recipe, rng_for, write_json
+from mgmt_fast.core import MGMTError, get_recipe, rng_for, write_json
 from mgmt_fast.evaluate import cross_validate
 from mgmt_fast.external import external_table, external_test, preregister, read_result
 from mgmt_fast.fusion import fuse, out_of_fold
@@ -21,7 +23,7 @@ from mgmt_fast.learner import MGMTModel, load_model, predict, recipe_dls, save_m
 from mgmt_fast.loader import mgmt_dls
 from mgmt_fast.phantom import make_phantom
 from mgmt_fast.prepare import VolumeStore, prepare
-from mgmt_fast.records import CohortRecord, ProtocolError, held_out_file, signed
+from mgmt_fast.records import CohortRecord, ProtocolError, held_out_file, locked, signed
 from mgmt_fast.seen import PrintNull, SeenVolumes, find_seen
 from mgmt_fast.sweep import search, sweep, sweep_table
 
@@ -103,6 +105,26 @@ def test_the_best_of_several_bundles_counts_as_such(study):
     t = external_table(results)
     assert (t.bundles==3).all(), 'the first result is read today, when three have met the cohort'
     assert (t.p_holm>=t.p).all() and t.p_holm.min()==pytest.approx(min(1, 3*t.p.min()))
+
+
+def test_tests_at_the_same_moment_lose_no_entry(study, user_home, monkeypatch):
+    "Writing takes long enough here that each test would write over what the other has just entered."
+    d,train,test,b = study
+    def slowly(path, content):
+        time.sleep(.3)
+        write_json(path, content)
+    both = b,frozen(d, train, 1)
+    monkeypatch.setattr(records, 'write_json', slowly)
+    with ThreadPoolExecutor(2) as pool: results = list(pool.map(lambda o: run(o, test), both))
+    assert sorted(r['record']['bundles'] for r in results)[-1]==2, 'the later one knows of the earlier one'
+    for path in (held_out_file(test), next((user_home/'cohorts').glob('*.json'))):
+        entries = json.loads(path.read_text())['entries']
+        for kind in ('test','result'):
+            assert {e['bundle'] for e in entries if e['kind']==kind}=={o.signature for o in both}
+    with locked(b.path/f'external-{CohortRecord(test).key}'), ThreadPoolExecutor(1) as pool:
+        again = pool.submit(run, b, test)
+        with pytest.raises(MGMTError, match='wait until other tests of this cohort have ended'): again.result()
+    assert run(b, test)['pass']==2
 
 
 def test_a_copy_of_the_cohort_is_the_same_cohort(study):
