@@ -8,6 +8,7 @@ __all__ = ['RandAug', 'RandAffine', 'RandLighting', 'RandBiasField', 'RandNoise'
 
 # %% ../nbs/36_augment.ipynb #e0ec77c8
 import inspect, itertools, math
+from typing import Any
 
 from .core import *
 import numpy as np, pandas as pd, torch
@@ -194,7 +195,7 @@ class RandAug(ItemTransform):
         return out
 
     def encodes(self,
-        b, # A batch (B,C,D,H,W), alone or followed by labels; without a type, on which fastai would dispatch
+        b:Any, # A batch (B,C,D,H,W), alone or followed by labels; any type, because fastai dispatches on it
     ): # Augmented; labels as they are
         x,rest = (b[0],b[1:]) if isinstance(b,(list,tuple)) else (b,None)
         _check_batch(x)
@@ -207,6 +208,12 @@ class RandAug(ItemTransform):
         k:int, # Which draw
     ) -> dict: # Parameter -> value, of one patient
         return self.sample(rng_for(self.seed, 'augment', type(self).__name__, k))
+
+    def sample(self,
+        rng:np.random.Generator, # Of this draw alone
+    ) -> dict: # Parameter -> value; those left out are neutral
+        "One patient's parameters: each subclass has its own"
+        raise NotImplementedError
 
     def acts(self,
         r:dict, # One patient's parameters
@@ -233,6 +240,16 @@ class RandAug(ItemTransform):
             s = o if src is out else src[k]
             if fits[i]: self.together(s, o, [r], mm[k])
             else: self.run(s, o, r, mm[i])
+
+    def together(self,
+        src:torch.Tensor, # (B,C,D,H,W), not changed unless it is `out`
+        out:torch.Tensor, # (B,C,D,H,W), to be filled
+        rows:list, # Parameters of each patient, all of which fit
+        mm:np.ndarray, # (B,3) spacing
+    ):
+        "Several patients at once: a subclass has it if any rows fit"
+        raise NotImplementedError
+
     def run(self,
         src:torch.Tensor, # (C,D,H,W), not changed unless it is `out`
         out:torch.Tensor, # (C,D,H,W), to be filled
@@ -242,6 +259,14 @@ class RandAug(ItemTransform):
         "One patient: a copy, and the change in place that `change_` of a subclass makes"
         if src is not out: out.copy_(src)
         if self.acts(r): self.change_(out, r, mm)
+
+    def change_(self,
+        x:torch.Tensor, # (C,D,H,W), changed in place
+        r:dict, # This patient's parameters
+        mm:np.ndarray, # (3,) spacing
+    ):
+        "One patient's change: a subclass has it unless it has a `run` of its own"
+        raise NotImplementedError
 
     def _spacing(self, x, spacing):
         s = next((o for o in (spacing, getattr(x,'spacing',None), self.spacing) if o is not None), None)
@@ -383,12 +408,24 @@ class RandAffine(RandAug):
         ms,bs = zip(*(self.matrix(r, src.shape[2:], m) for r,m in zip(rows,mm)))
         _resample_batch(src, out, [m[1:,1:] for m in ms], [b[1:] for b in bs], self.outside)
 
-    def matrix(self, r, shape, mm): return _matrix(r, shape, mm if self.use_spacing else np.ones(3), self.in_plane)
-    def across(self, r):
-        "Does the row move anything from slice to slice?"
+    def matrix(self,
+        r:dict, # One patient's parameters
+        shape:tuple, # (D,H,W) voxels
+        mm:np.ndarray, # (3,) spacing
+    ) -> tuple: # (3,3) and (3,): output voxel to input voxel
+        return _matrix(r, shape, mm if self.use_spacing else np.ones(3), self.in_plane)
+
+    def across(self,
+        r:dict, # One patient's parameters
+    ) -> bool: # Does it move anything from slice to slice?
         whole = not self.in_plane and not r['zoom']==r['crop']==1
         return bool(r['turn_h'] or r['turn_w'] or r['shift_d'] or r['frac_d'] or whole)
-    def only_flips(self, r): return all(r[c]==v for c,v in self.neutral.items() if 'flip' not in c)
+
+    def only_flips(self,
+        r:dict, # One patient's parameters
+    ) -> bool: # Is mirroring all it does?
+        return all(r[c]==v for c,v in self.neutral.items() if 'flip' not in c)
+
     def fits(self, r): return not (r['flip_d'] or self.across(r) or self.only_flips(r))
 
     def run(self, src, out, r, mm):
@@ -486,7 +523,12 @@ class RandBiasField(RandAug):
         hit,u,s = rng.random()<self.p,rng.random(),_bits(rng)
         return dict(bias=self.bias*u if hit else 0., bias_seed=s)
 
-    def field(self, r, shape, like):
+    def field(self,
+        r:dict, # One patient's parameters
+        shape:tuple, # (D,H,W) voxels
+        like:torch.Tensor, # Has the device and the dtype that the field shall have
+    ) -> torch.Tensor: # (D,H,W), factors
+        "Cosines of random weights, up to `waves` half waves along the three axes together"
         k = int(self.waves)+1
         weights = np.random.default_rng(int(r['bias_seed'] or 0)).standard_normal((k,k,k))
         i = np.indices(weights.shape).sum(0)
@@ -653,8 +695,12 @@ class RandEqualize(RandAug):
 
     def change_(self, x, r, mm): self.flatten_(x.view(-1,x[0,0].numel()), x.shape[1])
 
-    def flatten_(self, x, depth, slices=None):
-        "Flatten the histograms of `x` (N,H*W), or of some rows; counts are whole numbers, so grouping changes nothing"
+    def flatten_(self,
+        x:torch.Tensor, # (N,H*W) slices, changed in place
+        depth:int, # Slices of a volume
+        slices:torch.Tensor=None, # Which rows of `x` to change, whole volumes; all if None
+    ):
+        "Flatten histograms; counts are whole numbers, so grouping changes nothing"
         n = len(x) if slices is None else len(slices)
         lanes = 1 if x.device.type=='cpu' else 32 # tables per row: threads that count air would queue for one
         slabs = _slabs(n, x.shape[1], x.device, temps=8)

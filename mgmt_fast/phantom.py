@@ -326,7 +326,7 @@ def render_patient(
     sequences:str|tuple=SEQUENCES, # Which to render
     skull:bool=False, # Keep skull, face and scalp?
     noise:float=.025, # Noise in each channel, as a share of the white matter's signal
-    **kwargs
+    **kwargs # For `draw_series`
 ) -> dict: # sequence -> `(image, mask)`, int32 and uint8 `Volume`s on the series' own grid
     "Render the series of one patient, and masks as in BraTS 2023: 1 necrosis, 2 oedema, 3 enhancing rim."
     scans = {o: draw_series(p, o, seed, **kwargs) for o in check_sequences(sequences)}
@@ -531,7 +531,7 @@ def make_phantom(
     shuffle:bool=False, # Number files and instances in another order than they lie?
     n_workers:int=None, # Processes; one per core if None, 0 to make all in this one
     progress:bool=True, # Show a progress bar?
-    **kwargs
+    **kwargs # For `render_patient`
 ) -> pd.DataFrame: # The side table: what `draw_patients` drew and `measure_traits` measured
     """Write a synthetic glioblastoma cohort in the competition's layout, whose best attainable AUC is known.
 
