@@ -217,10 +217,20 @@ def _first_result(record, bundle):
 _signature_means = ('the signature is a hash without a key: it shows damage and careless changes, not a result that '
     'was made up and signed anew')
 
-def _note(nth, aside, source, differ, overlap, company, plan):
+def _note(bundle, this, aside, source, differ, overlap, company, plan):
     "What a reader must know first, in sentences"
-    return '; '.join(filter(None, [_on_the_list(aside, source, differ), _on_the_pass(nth), _on_the_company(company),
-        _on_the_overlap(overlap), _on_the_plan(plan), _signature_means]))
+    return '; '.join(filter(None, [_on_the_list(aside, source, differ), _on_the_pass(this.nth),
+        _on_other_copies(this.elsewhere), _on_the_company(company), _on_the_overlap(overlap),
+        _on_the_threshold(bundle.validation), _on_the_plan(plan), _signature_means]))
+
+def _on_other_copies(n):
+    if not n: return ''
+    return (f"copies of this bundle and cohort met {'once' if n==1 else f'{n} times'} on this computer, which neither "
+        "the ledger nor the file beside the store says: this is no untouched test set")
+
+def _on_the_threshold(validation):
+    known = validation.get('trained_on')
+    return threshold_warning(known, validation['n']) if known else ''
 
 def _on_the_list(aside, source, differ):
     if not aside or source['kind']!='list made by hand': return ''
@@ -283,10 +293,11 @@ def _this_pass(b, store, record):
     volumes = set(record.volumes)
     met = [e for e in b.ledger.passes() if volumes & set(e['volumes'])]
     again = b.ledger.unfinished(met, volumes)
-    known = [e['pass'] for e in record.tests if e['bundle']==b.signature]
+    known = [e['pass'] for e in record.beside('test') if e['bundle']==b.signature]
     if max(known, default=0)>len(met): raise _entries_missing(b, store, max(known), len(met))
     nth = len(met) if again else len(met)+1
-    return NS(again=again, nth=nth, name=f'external-{json_hash(sorted(volumes))[:8]}-{nth}')
+    elsewhere = max(0, sum(e['bundle']==b.signature for e in record.tests)-len(met))
+    return NS(again=again, nth=nth, elsewhere=elsewhere, name=f'external-{json_hash(sorted(volumes))[:8]}-{nth}')
 
 def _entries_missing(b, store, known, met):
     return ProtocolError(f"{store.path} was tested {known} times with this bundle, but its ledger knows of {met}: "
@@ -351,7 +362,7 @@ def external_test(
     company = dict(_company(record, b, groups['all'].get('p_permutation')), where=where, key=record.key)
     fulfilled = _fulfilled(plan, b, groups['all'], this.nth, record)
     apart = None if aside is None else _how_they_differ(scored, aside, b.threshold)
-    note = _note(this.nth, aside, source, apart, overlap, company, fulfilled)
+    note = _note(b, this, aside, source, apart, overlap, company, fulfilled)
     about = dict(date=entry['date'], version=__version__, bundle=b.signature, model=_model_names(b))
     frozen = dict(models=[m['files'] for m in b.models], threshold=b.threshold, ledger=entry['signature'])
     given = 'no report was given' if aside is None else dict(set_aside=aside, source=source, **apart)

@@ -206,7 +206,7 @@ def test_a_copied_bundle_without_its_ledger(study):
     shutil.copytree(b.path, d/'copy', ignore=shutil.ignore_patterns('ledger.jsonl'))
     with pytest.raises(ProtocolError, match='entries are missing'): run(d/'copy', test)
     again = prepared(scans(d/'test', 24, 900, 1), d/'again')
-    with pytest.raises(ProtocolError, match='entries are missing'): run(d/'copy', again)
+    assert 'copies of this bundle and cohort met once on this computer' in run(d/'copy', again)['note']
 
 
 def sign_again(path, **changed):
@@ -267,9 +267,19 @@ def test_validation_that_contradicts_the_store(study):
     held_back = v[v.patient.isin(t.patient[:12])]
     freeze = partial(freeze_bundle, d/'model0', store=train, dest=d/'new')
     for bad,says in ((held_back.assign(label=1-held_back.label), 'labels of 12 validation patients are not those'),
-            (held_back.assign(prob=1-held_back.prob), 'these models give'), (v[12:], 'trained on by each')):
+            (held_back.assign(prob=1-held_back.prob), 'these models give')):
         with pytest.raises(ProtocolError, match=says): freeze(validation=bad)
-    assert freeze(validation=held_back).validation['checked']==12
+    about = freeze(validation=held_back).validation
+    assert (about['checked'],about['trained_on'])==(12,0)
+
+
+def test_a_threshold_chosen_on_training_patients_is_said(study, capsys):
+    d,train,test,_ = study
+    v = predict(d/'model0', train, progress=False).merge(train.table[['patient','label']], on='patient')
+    b = freeze_bundle(d/'model0', v, train, d/'on-training')
+    said = f'the models were trained on {len(v)-12}'
+    assert b.validation['trained_on']==len(v)-12 and said in capsys.readouterr().out
+    assert said in run(b, test)['note']
 
 
 def test_predictions_of_test_patients_are_entered(study):
