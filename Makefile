@@ -17,12 +17,13 @@ test: check
 	$(BIN)/nbdev_test $(DATA_FLAG) --n_workers 2 && rm -rf $$tmp/* && \
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -o tmp_path_retention_policy=failed tests
 
-# What is generated must be what is committed.
+# What is generated must be what is committed, and no line is wider than 120 characters.
 check: .venv/installed
 	@before=$$(git status --porcelain; git diff | cksum); \
 	$(GENERATE) || exit 1; \
 	after=$$(git status --porcelain; git diff | cksum); \
 	[ "$$before" = "$$after" ] || { echo "generated files were out of date; commit what changed:"; git status --short; exit 1; }
+	$(BIN)/python -m pytest -q tests/test_house.py -k fit
 
 # Readers see the saved outputs, so run everything in place, then clean.
 nbs: .venv/installed

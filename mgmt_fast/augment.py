@@ -8,6 +8,7 @@ __all__ = ['RandAug', 'RandAffine', 'RandLighting', 'RandBiasField', 'RandNoise'
 
 # %% ../nbs/36_augment.ipynb #e0ec77c8
 import inspect, itertools, math
+from typing import Any
 
 from .core import *
 import numpy as np, pandas as pd, torch
@@ -92,8 +93,8 @@ same_choices('augment', 'winner', like='none')
 # %% ../nbs/36_augment.ipynb #1bbf3ce0
 def _within(name, value, lo, hi, unit):
     "`value` as a number between two limits"
-    number = isinstance(value, (int,float,np.number)) and not isinstance(value, bool)
-    if number and lo<=value<=hi: return float(value)
+    number = isinstance(value, (int,float,np.number))
+    if number and not isinstance(value, bool) and lo<=value<=hi: return float(value)
     raise MGMTError(f"{name} must be a number from {lo:g} to {hi:g} {unit}; received {value!r}")
 
 def _one_of(name, value, known):
@@ -104,7 +105,8 @@ def _check_spacing(spacing, name='spacing'):
     "mm along D, H and W, as an array (3,) or (B,3)"
     s = spacing.detach().cpu() if isinstance(spacing, torch.Tensor) else spacing
     s = np.asarray(s, dtype=np.float64)
-    if s.shape[-1:]==(3,) and s.ndim<=2 and (np.isfinite(s)&(s>0)).all(): return s
+    fits = s.shape[-1:]==(3,) and s.ndim<=2
+    if fits and (np.isfinite(s)&(s>0)).all(): return s
     raise MGMTError(f"{name} must be (3,) or (B,3) positive mm along D, H and W; received {s.tolist()}")
 
 def _check_batch(x):
@@ -153,8 +155,10 @@ class RandAug(ItemTransform):
         start:int=None, # First draw, to repeat it; without it the next that was not drawn yet
     ) -> pd.DataFrame: # One row per patient; the index says which draw, columns are named magnitudes
         "Draw parameters; what leaves a volume alone shows as a neutral value."
-        draws = self._next(n if isinstance(n,(int,np.integer)) else len(n), start)
-        return pd.DataFrame([self.row(k) for k in draws], index=pd.Index(draws,name='draw'))
+        if not isinstance(n, (int,np.integer)): n = len(n)
+        draws = self._next(n, start)
+        rows = [self.row(k) for k in draws]
+        return pd.DataFrame(rows, index=pd.Index(draws, name='draw'))
 
     def _next(self, n, start=None):
         if start is None:
@@ -194,7 +198,7 @@ class RandAug(ItemTransform):
         return out
 
     def encodes(self,
-        b, # A batch (B,C,D,H,W), alone or followed by labels; without a type, on which fastai would dispatch
+        b:Any, # A batch (B,C,D,H,W), alone or followed by labels; any type, because fastai dispatches on it
     ): # Augmented; labels as they are
         x,rest = (b[0],b[1:]) if isinstance(b,(list,tuple)) else (b,None)
         _check_batch(x)
@@ -207,6 +211,12 @@ class RandAug(ItemTransform):
         k:int, # Which draw
     ) -> dict: # Parameter -> value, of one patient
         return self.sample(rng_for(self.seed, 'augment', type(self).__name__, k))
+
+    def sample(self,
+        rng:np.random.Generator, # Of this draw alone
+    ) -> dict: # Parameter -> value; those left out are neutral
+        "One patient's parameters: each subclass has its own"
+        raise NotImplementedError
 
     def acts(self,
         r:dict, # One patient's parameters
@@ -233,6 +243,16 @@ class RandAug(ItemTransform):
             s = o if src is out else src[k]
             if fits[i]: self.together(s, o, [r], mm[k])
             else: self.run(s, o, r, mm[i])
+
+    def together(self,
+        src:torch.Tensor, # (B,C,D,H,W), not changed unless it is `out`
+        out:torch.Tensor, # (B,C,D,H,W), to be filled
+        rows:list, # Parameters of each patient, all of which fit
+        mm:np.ndarray, # (B,3) spacing
+    ):
+        "Several patients at once: a subclass has it if any rows fit"
+        raise NotImplementedError
+
     def run(self,
         src:torch.Tensor, # (C,D,H,W), not changed unless it is `out`
         out:torch.Tensor, # (C,D,H,W), to be filled
@@ -243,14 +263,26 @@ class RandAug(ItemTransform):
         if src is not out: out.copy_(src)
         if self.acts(r): self.change_(out, r, mm)
 
+    def change_(self,
+        x:torch.Tensor, # (C,D,H,W), changed in place
+        r:dict, # This patient's parameters
+        mm:np.ndarray, # (3,) spacing
+    ):
+        "One patient's change: a subclass has it unless it has a `run` of its own"
+        raise NotImplementedError
+
     def _spacing(self, x, spacing):
-        s = next((o for o in (spacing, getattr(x,'spacing',None), self.spacing) if o is not None), None)
-        s = _usual_extent/np.array(x.shape[2:]) if s is None else _check_spacing(s)
+        known = spacing,getattr(x,'spacing',None),self.spacing
+        s = next((o for o in known if o is not None), None)
+        if s is None: s = _usual_extent/np.array(x.shape[2:])
+        else: s = _check_spacing(s)
         if s.ndim==2 and len(s)!=len(x): raise _not_one_per_patient('spacing (B,3)', s, x)
         return np.broadcast_to(s, (len(x),3))
     def __repr__(self):
-        args = [k for k in inspect.signature(type(self).__init__).parameters if k not in ('self','seed','spacing')]
-        return f"{type(self).__name__}({', '.join(f'{k}={getattr(self,k)!r}' for k in args)})"
+        names = inspect.signature(type(self).__init__).parameters
+        args = [k for k in names if k not in ('self','seed','spacing')]
+        said = ', '.join(f'{k}={getattr(self,k)!r}' for k in args)
+        return f"{type(self).__name__}({said})"
     @property
     def name(self): return repr(self)
 
@@ -271,34 +303,43 @@ def _matrix(r, shape, mm, in_plane):
     "Output voxel to input voxel, (3,3) and (3,), for a row of `RandAffine`"
     axes,n = 'dhw',np.array(shape)
     both = np.array([0 if in_plane else 1,1,1])
-    size = np.where(both, r['zoom'], 1)*[-1 if r[f'flip_{a}'] else 1 for a in axes]
+    mirror = [-1 if r[f'flip_{a}'] else 1 for a in axes]
+    size = np.where(both, r['zoom'], 1)*mirror
     keep = np.where(both, r['crop'], 1)
     shift = np.array([r[f'shift_{a}']+r[f'frac_{a}']*k*s for a,k,s in zip(axes,n,mm)])
-    place = np.array([r[f'crop_{a}'] for a in axes])*(1-keep)/2*n*mm
+    place = np.array([r[f'crop_{a}'] for a in axes])
+    place = place*(1-keep)/2*n*mm
     turn = _turn(0,r['turn_d'])@_turn(1,r['turn_h'])@_turn(2,r['turn_w'])
     back = np.diag(1/size)@turn.T
     m = back*keep*mm/mm[:,None]
     centre = (n-1)/2
-    return m, centre-m@centre+(back@place-shift/size)/mm
+    moved = (back@place-shift/size)/mm
+    return m, centre-m@centre+moved
 
 # %% ../nbs/36_augment.ipynb #c4c666e7
 def _grid(m, b, sizes, axes, like):
     "Normalised coordinates `(*axes, k)`, last axis first as `grid_sample` wants, of `m@(voxel along axes)+b`"
-    k = len(sizes)
-    grid = torch.empty(*map(len,axes), k, dtype=like.dtype, device=like.device)
-    where = dict(dtype=like.dtype, device=like.device)
-    axes = [torch.arange(a.start, a.stop, **where).view(-1,*[1]*(k-1-i)) for i,a in enumerate(axes)]
+    k,where = len(sizes),dict(dtype=like.dtype, device=like.device)
+    grid = torch.empty(*map(len,axes), k, **where)
+    def along(i, a): return torch.arange(a.start, a.stop, **where).view(-1,*[1]*(k-1-i))
+    *axes,last = [along(i, a) for i,a in enumerate(axes)]
     for i,n in enumerate(sizes):
-        part = sum((a*float(2*m[i,j]/n) for j,a in enumerate(axes[:-1])), float((2*b[i]+1)/n-1))
-        torch.add(part, axes[-1]*float(2*m[i,-1]/n), out=grid[...,k-1-i])
+        part = float((2*b[i]+1)/n-1)
+        for j,a in enumerate(axes): part = part+a*float(2*m[i,j]/n)
+        torch.add(part, last*float(2*m[i,-1]/n), out=grid[...,k-1-i])
     return grid
 
 def _slabs(n, voxels, device, temps=1):
     "Ranges over n slices of some voxels each: small compared with the volume; within a CPU's cache, few on a GPU"
-    k = max(1, 2**21//temps//voxels if device.type=='cpu' else max(2**22//temps//voxels, n//2//temps))
-    return [range(i,min(i+k,n)) for i in range(0,n,k)]
+    if device.type=='cpu': k = 2**21//temps//voxels
+    else: k = max(2**22//temps//voxels, n//2//temps)
+    k = max(1, k)
+    return [range(i, min(i+k,n)) for i in range(0, n, k)]
 
-def _groups(n, device, gpu=8): return math.gcd(n, torch.get_num_threads() if device.type=='cpu' else gpu)
+def _groups(n, device, gpu=8):
+    "Parts of equal size to compute side by side"
+    wanted = torch.get_num_threads() if device.type=='cpu' else gpu
+    return math.gcd(n, wanted)
 
 def _sample(x, grid, outside): return F.grid_sample(x, grid, padding_mode=outside, align_corners=False)
 
@@ -315,10 +356,13 @@ def _resample_batch(src, out, ms, bs, outside):
     "`_resample2d` of all patients at once, matrices (B,2,2) and (B,2): on a GPU, launches cost more than arithmetic"
     B,C,D,H,W = src.shape
     n = np.array([H,W])
-    c = np.concatenate([2*np.stack(ms)/n[:,None], ((2*np.stack(bs)+1)/n-1)[...,None]], 2)
+    m = 2*np.stack(ms)/n[:,None]
+    b = (2*np.stack(bs)+1)/n-1
+    c = np.concatenate([m, b[...,None]], 2)
     c = torch.from_numpy(c).to(src.device, src.dtype, non_blocking=True)[...,None,None]
     h,w = (torch.arange(k, dtype=src.dtype, device=src.device) for k in (H,W))
-    grid = torch.stack([c[:,i,0]*h[:,None]+c[:,i,2]+c[:,i,1]*w for i in (1,0)], -1)
+    def at(i): return c[:,i,0]*h[:,None]+c[:,i,2]+c[:,i,1]*w
+    grid = torch.stack([at(1), at(0)], -1)
     parts = zip(src.reshape(B,-1,H,W).chunk(4,1), out.view(B,-1,H,W).chunk(4,1))
     for s,o in parts: o.copy_(_sample(s, grid, outside))
 
@@ -372,23 +416,44 @@ class RandAffine(RandAug):
         u,hits,place = rng.uniform(-1,1,9),rng.random(3)<.5,rng.uniform(-1,1,3)
         r = {f'flip_{a}': int(h) for a,h in zip('dhw',hits) if a in self.flip}
         turns,on = ('d','hw') if self.in_plane else ('dhw','dhw')
-        if self.rotation: r |= {f'turn_{a}': self.rotation*u['dhw'.index(a)] for a in turns}
-        if self.shift: r |= {f'shift_{a}': self.shift*u[3+'dhw'.index(a)] for a in on}
-        r |= {f'frac_{a}': f*v for a,f,v in zip('hw',self.shift_fraction,u[6:8]) if f}
+        turn,shift,place = (dict(zip('dhw', o)) for o in (u[:3],u[3:6],place))
+        if self.rotation: r |= {f'turn_{a}': self.rotation*turn[a] for a in turns}
+        if self.shift: r |= {f'shift_{a}': self.shift*shift[a] for a in on}
+        for a,f,v in zip('hw', self.shift_fraction, u[6:8]):
+            if f: r[f'frac_{a}'] = f*v
         if self.zoom: r['zoom'] = 1+self.zoom*u[8]
-        if self.crop_resize<1: r |= {'crop': self.crop_resize, **{f'crop_{a}': place['dhw'.index(a)] for a in on}}
+        if self.crop_resize<1: r |= dict(crop=self.crop_resize, **{f'crop_{a}': place[a] for a in on})
         return r
 
     def together(self, src, out, rows, mm):
-        ms,bs = zip(*(self.matrix(r, src.shape[2:], m) for r,m in zip(rows,mm)))
-        _resample_batch(src, out, [m[1:,1:] for m in ms], [b[1:] for b in bs], self.outside)
+        ms,bs = [],[]
+        for r,spacing in zip(rows, mm):
+            m,b = self.matrix(r, src.shape[2:], spacing)
+            ms.append(m[1:,1:])
+            bs.append(b[1:])
+        _resample_batch(src, out, ms, bs, self.outside)
 
-    def matrix(self, r, shape, mm): return _matrix(r, shape, mm if self.use_spacing else np.ones(3), self.in_plane)
-    def across(self, r):
-        "Does the row move anything from slice to slice?"
-        whole = not self.in_plane and not r['zoom']==r['crop']==1
-        return bool(r['turn_h'] or r['turn_w'] or r['shift_d'] or r['frac_d'] or whole)
-    def only_flips(self, r): return all(r[c]==v for c,v in self.neutral.items() if 'flip' not in c)
+    def matrix(self,
+        r:dict, # One patient's parameters
+        shape:tuple, # (D,H,W) voxels
+        mm:np.ndarray, # (3,) spacing
+    ) -> tuple: # (3,3) and (3,): output voxel to input voxel
+        if not self.use_spacing: mm = np.ones(3)
+        return _matrix(r, shape, mm, self.in_plane)
+
+    def across(self,
+        r:dict, # One patient's parameters
+    ) -> bool: # Does it move anything from slice to slice?
+        resized = not r['zoom']==r['crop']==1
+        moves = (r[o] for o in ('turn_h','turn_w','shift_d','frac_d'))
+        return any(moves) or not self.in_plane and resized
+
+    def only_flips(self,
+        r:dict, # One patient's parameters
+    ) -> bool: # Is mirroring all it does?
+        others = [c for c in self.neutral if 'flip' not in c]
+        return all(r[c]==self.neutral[c] for c in others)
+
     def fits(self, r): return not (r['flip_d'] or self.across(r) or self.only_flips(r))
 
     def run(self, src, out, r, mm):
@@ -416,7 +481,8 @@ def _means(x, over):
     if over=='slice': return (s/x[0,0].numel()).to(x.dtype).view(-1,1,1)
     flat = x.view(-1,*x.shape[2:])
     slabs = _slabs(len(flat), flat[0].numel(), x.device)
-    n = torch.cat([flat[i.start:i.stop].sign().sum((-2,-1)) for i in slabs]).view_as(s).double()
+    brain = [flat[i.start:i.stop].sign().sum((-2,-1)) for i in slabs]
+    n = torch.cat(brain).view_as(s).double()
     m = s.sum(1,keepdim=True)/n.sum(1,keepdim=True).clamp_min(1)
     return m.expand_as(s).reshape(-1,1,1).to(x.dtype)
 
@@ -441,16 +507,19 @@ class RandLighting(RandAug):
         _one_of('over', over, ('brain','slice'))
 
     def sample(self, rng):
-        hit,u = rng.random()<self.p,rng.uniform(-1,1,3)
-        r = dict(contrast=1+self.contrast*u[0], brightness=1+self.brightness*u[1], gamma=math.exp(self.gamma*u[2]))
-        return r if hit else dict(self.neutral)
+        hit = rng.random()<self.p
+        c,b,g = rng.uniform(-1,1,3)
+        if not hit: return dict(self.neutral)
+        return dict(contrast=1+self.contrast*c, brightness=1+self.brightness*b, gamma=math.exp(self.gamma*g))
 
     def fits(self, r): return self.acts(r)
     def together(self, src, out, rows, mm):
         if src is not out: out.copy_(src)
         B,C,D = out.shape[:3]
-        k = np.array([(r['contrast']*r['brightness'],(1-r['contrast'])*r['brightness'],r['gamma']) for r in rows])
-        scale,mean,gamma = torch.from_numpy(k).to(out.device, out.dtype, non_blocking=True).T.reshape(3,B,1,1,1,1)
+        c,b,gamma = (np.array([r[o] for r in rows]) for o in ('contrast','brightness','gamma'))
+        k = np.stack([c*b, (1-c)*b, gamma], 1)
+        k = torch.from_numpy(k).to(out.device, out.dtype, non_blocking=True)
+        scale,mean,gamma = k.T.reshape(3,B,1,1,1,1)
         brain = out.sign() if self.over=='brain' else None
         mean = mean*torch.stack([_means(o, self.over) for o in out]).view(B,C,D,1,1)
         out.mul_(scale).add_(mean).clamp_(0 if brain is None else _least, 1).pow_(gamma)
@@ -458,12 +527,14 @@ class RandLighting(RandAug):
 
     def change_(self, x, r, mm):
         c,b = r['contrast'],r['brightness']
-        add = x.new_zeros(()).expand(x.shape[0]*x.shape[1],1,1) if c==1 else _means(x, self.over)*((1-c)*b)
+        if c==1: add = x.new_zeros(()).expand(x.shape[0]*x.shape[1],1,1)
+        else: add = _means(x, self.over)*((1-c)*b)
+        least = _least if self.over=='brain' else 0
         x = x.view(-1,*x.shape[2:])
         for s in _slabs(len(x), x[0].numel(), x.device):
             y = x[s.start:s.stop]
             brain = y.sign() if self.over=='brain' else None
-            torch.add(add[s.start:s.stop], y, alpha=c*b, out=y).clamp_(0 if brain is None else _least, 1)
+            torch.add(add[s.start:s.stop], y, alpha=c*b, out=y).clamp_(least, 1)
             if r['gamma']!=1: y.pow_(r['gamma'])
             if brain is not None: y.mul_(brain)
 
@@ -483,19 +554,29 @@ class RandBiasField(RandAug):
         super().__init__(seed, spacing)
 
     def sample(self, rng):
-        hit,u,s = rng.random()<self.p,rng.random(),_bits(rng)
+        hit = rng.random()<self.p
+        u,s = rng.random(),_bits(rng)
         return dict(bias=self.bias*u if hit else 0., bias_seed=s)
 
-    def field(self, r, shape, like):
+    def field(self,
+        r:dict, # One patient's parameters
+        shape:tuple, # (D,H,W) voxels
+        like:torch.Tensor, # Has the device and the dtype that the field shall have
+    ) -> torch.Tensor: # (D,H,W), factors
+        "Cosines of random weights, up to `waves` half waves along the three axes together"
         k = int(self.waves)+1
         weights = np.random.default_rng(int(r['bias_seed'] or 0)).standard_normal((k,k,k))
         i = np.indices(weights.shape).sum(0)
-        f = torch.from_numpy(np.where((i>0)&(i<k), weights, 0)).to(like.device, like.dtype, non_blocking=True)
+        weights = np.where((i>0)&(i<k), weights, 0)
+        f = torch.from_numpy(weights).to(like.device, like.dtype, non_blocking=True)
+        halves = torch.arange(k, device=like.device)
         for n in shape:
-            wave = torch.arange(k, device=like.device)*((torch.arange(n, device=like.device)[:,None]+.5)*(math.pi/n))
-            f = torch.tensordot(f, wave.cos().to(like.dtype), ([0],[1]))
+            at = (torch.arange(n, device=like.device)[:,None]+.5)*(math.pi/n)
+            waves = (halves*at).cos().to(like.dtype)
+            f = torch.tensordot(f, waves, ([0],[1]))
         lo,hi = f.aminmax()
-        return f.mul_(r['bias']/torch.maximum(hi,-lo).clamp_min(1e-6)).exp_()
+        most = torch.maximum(hi, -lo).clamp_min(1e-6)
+        return f.mul_(r['bias']/most).exp_()
 
     def change_(self, x, r, mm): x.mul_(self.field(r, x.shape[1:], x)).clamp_(max=1)
 
@@ -516,7 +597,8 @@ class RandNoise(RandAug):
         _one_of('kind', kind, ('rician','gaussian'))
 
     def sample(self, rng):
-        hit,u,s = rng.random()<self.p,rng.random(),_bits(rng)
+        hit = rng.random()<self.p
+        u,s = rng.random(),_bits(rng)
         return dict(noise=self.noise*u if hit else 0., noise_seed=s)
 
     def change_(self, x, r, mm):
@@ -536,7 +618,9 @@ def _weigh_(x, weigh, slab):
     for s in _slabs(x.shape[slab], x.numel()//x.shape[slab], x.device, temps=4):
         part = x.narrow(slab, s.start, len(s))
         brain = part.sign()
-        part.copy_(weigh(part).div_(weigh(brain).clamp_min_(1e-6)).clamp_(_least,1).mul_(brain))
+        weight = weigh(brain).clamp_min_(1e-6)
+        mean = weigh(part).div_(weight)
+        part.copy_(mean.clamp_(_least,1).mul_(brain))
 
 def _gauss(x, sigma, dim):
     "Gaussian of sigma voxels along an axis, air outside"
@@ -551,7 +635,9 @@ def _thick(n, t, phase):
     "(n,n): average into slices of t voxels, then interpolate back"
     edge = np.arange(-1+phase, n/t+1)*t
     voxel = np.arange(n)
-    a = np.clip(np.minimum(edge[1:,None],voxel+1)-np.maximum(edge[:-1,None],voxel), 0, None)
+    ends = np.minimum(edge[1:,None], voxel+1)
+    starts = np.maximum(edge[:-1,None], voxel)
+    a = np.clip(ends-starts, 0, None)
     a = a[a.sum(1)>0]
     a /= a.sum(1,keepdims=True)
     mid = a@(voxel+.5)
@@ -601,8 +687,10 @@ class RandThickSlices(RandAug):
     def change_(self, x, r, mm):
         t = r['thick']/mm[0]
         if t<=1 or x.shape[1]<2: return
-        a = torch.from_numpy(_thick(x.shape[1], t, r['thick_start'] or 0.)).to(x.device, x.dtype, non_blocking=True)
-        _weigh_(x, lambda o: (a@o.reshape(*o.shape[:2],-1)).view(o.shape), slab=2)
+        a = torch.from_numpy(_thick(x.shape[1], t, r['thick_start'] or 0.))
+        a = a.to(x.device, x.dtype, non_blocking=True)
+        def thicken(o): return (a@o.reshape(*o.shape[:2],-1)).view(o.shape)
+        _weigh_(x, thicken, slab=2)
 
 # %% ../nbs/36_augment.ipynb #526a0d97
 def _flatten_slices(n):
@@ -653,8 +741,12 @@ class RandEqualize(RandAug):
 
     def change_(self, x, r, mm): self.flatten_(x.view(-1,x[0,0].numel()), x.shape[1])
 
-    def flatten_(self, x, depth, slices=None):
-        "Flatten the histograms of `x` (N,H*W), or of some rows; counts are whole numbers, so grouping changes nothing"
+    def flatten_(self,
+        x:torch.Tensor, # (N,H*W) slices, changed in place
+        depth:int, # Slices of a volume
+        slices:torch.Tensor=None, # Which rows of `x` to change, whole volumes; all if None
+    ):
+        "Flatten histograms; counts are whole numbers, so grouping changes nothing"
         n = len(x) if slices is None else len(slices)
         lanes = 1 if x.device.type=='cpu' else 32 # tables per row: threads that count air would queue for one
         slabs = _slabs(n, x.shape[1], x.device, temps=8)
@@ -688,13 +780,17 @@ class RandCutOut(RandAug):
         super().__init__(seed, spacing)
 
     def sample(self, rng):
-        hit,at = rng.random()<self.p,rng.random(3)
-        return dict(cutout=self.cutout if hit else 0., **{f'cutout_{a}': v for a,v in zip('dhw',at)})
+        hit = rng.random()<self.p
+        place = {f'cutout_{a}': v for a,v in zip('dhw', rng.random(3))}
+        return dict(cutout=self.cutout if hit else 0., **place)
 
     def change_(self, x, r, mm):
-        size = [max(1,round(n*r['cutout'])) for n in x.shape[1:]]
-        at = [round((n-k)*(r[f'cutout_{a}'] or 0.)) for n,k,a in zip(x.shape[1:],size,'dhw')]
-        x[(slice(None),*(slice(i,i+k) for i,k in zip(at,size)))] = 0
+        box = [slice(None)]
+        for a,n in zip('dhw', x.shape[1:]):
+            size = max(1, round(n*r['cutout']))
+            start = round((n-size)*(r[f'cutout_{a}'] or 0.))
+            box.append(slice(start, start+size))
+        x[tuple(box)] = 0
 
 # %% ../nbs/36_augment.ipynb #eb3087df
 class ComposeAugs(RandAug):
@@ -765,7 +861,8 @@ def choices(
     "What this transform does, as choices of a recipe."
     if hasattr(self, 'parts'): return {k:v for p in self.parts for k,v in p.choices().items()}
     name = _as_choices.get(type(self).__name__, {})
-    own = [k for k in inspect.signature(type(self).__init__).parameters if k not in ('self','seed','spacing','waves')]
+    given = inspect.signature(type(self).__init__).parameters
+    own = [k for k in given if k not in ('self','seed','spacing','waves')]
     return {name.get(k,k): getattr(self,k) for k in own}
 
 # %% ../nbs/36_augment.ipynb #1b6e5739
@@ -790,5 +887,7 @@ def tta(
 ) -> torch.Tensor: # Mean logits (B,...)
     "Average a model's logits over a few mirrored and shifted views of each patient, without gradients."
     views,t = tta_views(recipe),RandAffine()
+    def view(i): return t.apply(x, views.iloc[[i]*len(x)], spacing)
     with torch.no_grad():
-        return sum(model(t.apply(x, views.iloc[[i]*len(x)], spacing)) for i in range(len(views)))/len(views)
+        logits = (model(view(i)) for i in range(len(views)))
+        return sum(logits)/len(views)

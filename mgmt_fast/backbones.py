@@ -9,6 +9,7 @@ __all__ = ['ARCHS', 'timm_name', 'Standardize', 'Body', 'Head', 'Backbone', 'rea
 # %% ../nbs/43_backbones.ipynb #71c590ef
 import copy, functools, math, pickle, socket, urllib.parse, urllib.request, warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import huggingface_hub, pandas as pd, safetensors, safetensors.torch as st, timm, torch
@@ -452,7 +453,7 @@ def _load_monai(model, state):
 
 # %% ../nbs/43_backbones.ipynb #ce9e3023
 def create_backbone(
-    arch='efficientnet_b1', # Name from `list_backbones`, `'timm/NAME'`, `'timm_3d/NAME'`; or a function that makes one
+    arch:str|Callable='efficientnet_b1', # From `list_backbones`, `'timm/NAME'`, `'timm_3d/NAME'`; or what makes one
     in_chans:int=1, # Channels C of the input: sequences given to the network together
     pretrained:bool|str|Path=False, # `True`: 2D ImageNet weights from the hub; or a file, or a folder of `mgmt_weights`
     depth:str='separable', # Split depthwise convolutions (`'separable'`), all (`'separable_all'`) or none (`'full'`)

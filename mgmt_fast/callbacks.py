@@ -138,7 +138,7 @@ class FusedAdam(Optimizer):
 
     @torch.no_grad()
     def step(self,
-        closure=None, # None: fastai's optimisers take none
+        closure:None=None, # None: fastai's optimisers take none
     ):
         "Change all parameters that have a gradient"
         if closure is not None: raise NotImplementedError("fastai's optimisers take no closure")
@@ -181,19 +181,27 @@ _no_bfloat16 = "this GPU does not compute in bfloat16: use precision='fp16'"
 # %% ../nbs/52_callbacks.ipynb #9c00000e
 class GroupNormAct(nn.GroupNorm):
     "Group norm, then the activation that the batch norm in its place had"
-    def __init__(self, bn):
+    def __init__(self,
+        bn:nn.Module, # Batch norm, with or without `drop` and `act`, as timm's have them
+    ):
         groups = max(g for g in range(1,33) if bn.num_features%g==0)
         super().__init__(groups, bn.num_features, bn.eps)
         self.drop,self.act = getattr(bn,'drop',nn.Identity()),getattr(bn,'act',nn.Identity())
         with torch.no_grad():
             self.weight.copy_(bn.weight)
             self.bias.copy_(bn.bias)
-    def forward(self, x): return self.act(self.drop(super().forward(x)))
+
+    def forward(self,
+        x:torch.Tensor, # (B,C,...)
+    ) -> torch.Tensor: # Of the same shape
+        return self.act(self.drop(super().forward(x)))
 
 class SyncNorm:
     "Mixed into a batch norm: in training its statistics are those of all processes with a part in the batch"
     counts = True
-    def forward(self, x):
+    def forward(self,
+        x:torch.Tensor, # (B,C,...), this process' part of the batch
+    ) -> torch.Tensor: # Of the same shape
         if not (self.training and _n_processes()>1): return super().forward(x)
         dtype,x = x.dtype,x.float()
         shape = [1,-1]+[1]*(x.ndim-2)

@@ -26,7 +26,9 @@ def auc_se(
 
     Source: Hanley and McNeil 1982; made symmetric in the classes by Newcombe 2006, method 5."""
     k = (m+n)/2-1
-    return np.sqrt(auc*(1-auc)*(1+k*(1-auc)/(2-auc)+k*auc/(1+auc))/(m*n))
+    low,high = k*(1-auc)/(2-auc),k*auc/(1+auc)
+    pairs = 1+low+high
+    return np.sqrt(auc*(1-auc)*pairs/(m*n))
 
 # %% ../nbs/50_consistency.ipynb #f5bd4420
 def expected_ci(
@@ -39,8 +41,10 @@ def expected_ci(
 
     It holds the true AUCs that give `auc` with reasonable probability. Source: Newcombe 2006, method 5.
     Raises `MGMTError` on arguments out of range."""
-    if not (0<=auc<=1 and 0<share<1 and n*min(share,1-share)>=2): raise _no_interval(auc, n, share)
-    def far(t): return abs(auc-t)-norm.ppf(.5+level/2)*auc_se(t, n*share, n*(1-share))
+    possible = 0<=auc<=1 and 0<share<1
+    if not (possible and n*min(share,1-share)>=2): raise _no_interval(auc, n, share)
+    z,ones,zeros = norm.ppf(.5+level/2),n*share,n*(1-share)
+    def far(t): return abs(auc-t)-z*auc_se(t, ones, zeros)
     tiny = 1e-9 # at 0 and 1 an AUC has no spread, so a root lies there too, which is none of the interval's
     lo = brentq(far, 0, min(auc,1-tiny)) if auc>0 else 0.
     hi = brentq(far, max(auc,tiny), 1) if auc<1 else 1.
@@ -62,9 +66,13 @@ def patients_needed(
     Source: Hanley and McNeil 1982, with `auc_se`. Raises `MGMTError` on arguments out of range."""
     if not (.5<auc<1 and 0<power<1 and 0<alpha<1 and 0<share<1): raise _no_power(auc, power, alpha, share)
     def se(t, n): return auc_se(t, n*share, n*(1-share))
-    def short(n): return norm.isf(alpha/2)*se(.5, n) + norm.ppf(power)*se(auc, n) - (auc-.5)
+    def short(n):
+        needed = norm.isf(alpha/2)*se(.5, n) + norm.ppf(power)*se(auc, n)
+        return needed-(auc-.5)
     n = 2/min(share,1-share)
-    return int(np.ceil(n if short(n)<=0 else brentq(short, n, 10/(share*(1-share)*(auc-.5)**2))))
+    if short(n)<=0: return int(np.ceil(n))
+    many = 10/(share*(1-share)*(auc-.5)**2)
+    return int(np.ceil(brentq(short, n, many)))
 
 def _no_power(auc, power, alpha, share):
     received = f"auc={auc}, power={power}, alpha={alpha}, share={share}"
@@ -77,8 +85,10 @@ def auc_bounds(
     averaged:bool=False, # Are they, and the AUC, averages over several models on the same patients?
 ) -> tuple: # Lowest and highest AUC that any scores can have
     "What sensitivity and specificity at one threshold leave for the AUC."
-    if averaged: return max(0, sensitivity+specificity-1), min(1, sensitivity+specificity)
-    return sensitivity*specificity, 1-(1-sensitivity)*(1-specificity)
+    total = sensitivity+specificity
+    if averaged: return max(0, total-1),min(1, total)
+    misses,alarms = 1-sensitivity,1-specificity
+    return sensitivity*specificity, 1-misses*alarms
 
 # %% ../nbs/50_consistency.ipynb #5d1312f9
 def auc_bounds_at(
@@ -86,7 +96,9 @@ def auc_bounds_at(
     minority:float, # Share of the smaller class, in (0,.5]
 ) -> tuple: # Lowest and highest AUC that any scores can have
     "What an accuracy leaves for the AUC."
-    return max(0, 1-(1-accuracy)/minority), min(1, accuracy/minority)
+    lo = 1-(1-accuracy)/minority
+    hi = accuracy/minority
+    return max(0, lo),min(1, hi)
 
 # %% ../nbs/50_consistency.ipynb #d9b831de
 def loss_bounds(
@@ -95,7 +107,8 @@ def loss_bounds(
 ) -> tuple: # Lowest and highest log loss, in nats, that any probabilities can have
     "What an accuracy leaves for the log loss."
     cost = -np.log([threshold,1-threshold])
-    return (1-accuracy)*cost.min(), cost.max() if accuracy>=1 else np.inf
+    most = cost.max() if accuracy>=1 else np.inf
+    return (1-accuracy)*cost.min(), most
 
 # %% ../nbs/50_consistency.ipynb #79b8056f
 def as_numbers(
@@ -124,11 +137,13 @@ def _one_per_row(t):
     "The table with one row per result; a level of columns that names figures stays, other levels become rows"
     if t.columns.nlevels>1:
         levels = [{str(o).lower() for o in level} for level in t.columns.levels]
-        inner = next((i for i,names in enumerate(levels) if names&set(_figures)), None)
-        if inner is not None: t = t.stack([i for i in range(len(levels)) if i!=inner])
+        named = [i for i,names in enumerate(levels) if names&set(_figures)]
+        others = [i for i in range(len(levels)) if i not in named[:1]]
+        if named: t = t.stack(others)
     if not isinstance(t.index, pd.RangeIndex): t = t.reset_index()
-    lower = {c: str(c).lower() for c in t}
-    return t.rename(columns={c: {'log_loss':'loss','log loss':'loss'}.get(o,o) for c,o in lower.items()})
+    loss = {'log_loss':'loss', 'log loss':'loss'}
+    def figure(c): return loss.get(str(c).lower(), str(c).lower())
+    return t.rename(columns={c: figure(c) for c in t})
 
 def _as_shares(t):
     "Figures as numbers, per cent as shares"
@@ -144,8 +159,10 @@ def _tidy(table, minority, threshold):
     t = _as_shares(_one_per_row(pd.DataFrame(table)))
     rest = [o for o in t if o not in (*_figures,*_about,'interval')]
     names = [o for o in rest if not pd.api.types.is_numeric_dtype(t[o])]
-    t['where'] = t[names].astype(str).agg(', '.join, axis=1) if names else [f'row {i}' for i in range(len(t))]
-    if minority is not None: t['minority'] = t['set'].map(minority) if isinstance(minority, dict) else minority
+    if names: t['where'] = t[names].astype(str).agg(', '.join, axis=1)
+    else: t['where'] = [f'row {i}' for i in range(len(t))]
+    if isinstance(minority, dict): t['minority'] = t['set'].map(minority)
+    elif minority is not None: t['minority'] = minority
     t = t.reindex(columns=uniqueify([*names,'where',*_figures,*_about]))
     t = t.fillna(dict(runs=1, thresholds=1, threshold=threshold))
     bad = t.minority[(t.minority<=0)|(t.minority>.5)]
@@ -159,14 +176,15 @@ def _no_minority(share):
 def _ranges(r):
     "Figures that do not exist"
     for o in _figures:
-        if r[o]<0 or o!='loss' and r[o]>1: yield 'range','impossible',f"{o} {r[o]:g}: no such figure exists"
+        above = o!='loss' and r[o]>1
+        if r[o]<0 or above: yield 'range','impossible',f"{o} {r[o]:g}: no such figure exists"
 
 def _auc_and_sensitivity(r):
     "One threshold's sensitivity and specificity against the AUC"
-    s,c,auc,u = r.sensitivity,r.specificity,r.auc,_half_unit(r.auc)
-    hs,hc,averaged = _half_unit(s),_half_unit(c),r.runs>1
-    lo = auc_bounds(max(0,s-hs), max(0,c-hc), averaged)[0]
-    hi = auc_bounds(min(1,s+hs), min(1,c+hc), averaged)[1]
+    s,c,auc,averaged = r.sensitivity,r.specificity,r.auc,r.runs>1
+    hs,hc,u = _half_unit(s),_half_unit(c),_half_unit(auc)
+    lo,_ = auc_bounds(max(0,s-hs), max(0,c-hc), averaged)
+    _,hi = auc_bounds(min(1,s+hs), min(1,c+hc), averaged)
     if auc+u<lo or auc-u>hi: yield 'auc and sensitivity','impossible',_left_for_auc(s, c, lo, hi, auc)
 
 def _left_for_auc(s, c, lo, hi, auc):
@@ -178,7 +196,9 @@ def _auc_and_accuracy(r):
     "One threshold's accuracy against the AUC"
     a,auc,share,n = r.accuracy,r.auc,r.minority,r.n
     ha,hu = _half_unit(a),_half_unit(auc)
-    limit = np.nanmin([.5, (1-a+ha)/max(1-auc-hu,1e-12), (a+ha)/max(auc-hu,1e-12)])
+    by_errors = (1-a+ha)/max(1-auc-hu,1e-12)
+    by_hits = (a+ha)/max(auc-hu,1e-12)
+    limit = np.nanmin([.5, by_errors, by_hits])
     need = f"accuracy {a:g} with AUC {auc:g} needs a minority share of at most {limit:.2%}, whatever the scores"
     few = f"{need}; {n:.0f} patients of both classes have at least {1/n:.2%}"
     what = 'auc and accuracy'
@@ -190,31 +210,39 @@ def _accuracy_and_sensitivity(r):
     "The accuracy as a mean of sensitivity and specificity, however the patients were called"
     a,s,c,share = r.accuracy,r.sensitivity,r.specificity,r.minority
     tol = _half_unit(a)+max(_half_unit(s), _half_unit(c))
-    gap = min(abs(o*s+(1-o)*c-a) for o in (share,1-share))
-    what = 'accuracy and sensitivity'
-    if a<min(s,c)-tol or a>max(s,c)+tol: yield what,'impossible',_outside(a, s, c)
-    elif gap>tol+_half_unit(share)*abs(s-c): yield what,'impossible',_no_mean(a, s, c, share)
-    elif np.isnan(share) and abs(s-c)>10*tol: yield what,'condition',_needed_share(a, s, c)
+    gap = min(abs(o-a) for o in _mean_rates(s, c, share))
+    apart,what = abs(s-c),'accuracy and sensitivity'
+    below,above = a<min(s,c)-tol,a>max(s,c)+tol
+    if below or above: yield what,'impossible',_outside(a, s, c)
+    elif gap>tol+_half_unit(share)*apart: yield what,'impossible',_no_mean(a, s, c, share)
+    elif np.isnan(share) and apart>10*tol: yield what,'condition',_needed_share(a, s, c)
+
+def _mean_rates(s, c, share):
+    "The accuracies that the two rates make if the minority is the methylated, or the unmethylated"
+    return share*s+(1-share)*c,(1-share)*s+share*c
 
 def _outside(a, s, c): return f"an accuracy lies between sensitivity and specificity, {s:g} and {c:g}; it says {a:g}"
 
 def _no_mean(a, s, c, share):
-    either = f"{share*s+(1-share)*c:.4f} or {(1-share)*s+share*c:.4f}"
-    made = f"sensitivity {s:g} and specificity {c:g} make an accuracy of {either}"
+    one,other = _mean_rates(s, c, share)
+    made = f"sensitivity {s:g} and specificity {c:g} make an accuracy of {one:.4f} or {other:.4f}"
     return f"{made} at a minority share of {share:.2%}; it says {a:g}"
 
 def _needed_share(a, s, c):
-    need = f"needs a methylated share of {(a-c)/(s-c):.2%}"
+    share = (a-c)/(s-c)
+    need = f"needs a methylated share of {share:.2%}"
     return f"accuracy {a:g} with sensitivity {s:g} and specificity {c:g} {need}"
 
 # %% ../nbs/50_consistency.ipynb #99e24ce9
 def _loss_and_accuracy(r):
     "The log loss against the errors, at the threshold farthest from .5"
-    a,loss,n,ha,hl = r.accuracy,r.loss,r.n,_half_unit(r.accuracy),_half_unit(r.loss)
-    low,high = loss_bounds(min(1,a+ha), r.threshold)[0],loss_bounds(1., r.threshold)[1]
-    much,what = loss-hl>high,'loss and accuracy'
+    a,loss,n,what = r.accuracy,r.loss,r.n,'loss and accuracy'
+    ha,hl = _half_unit(a),_half_unit(loss)
+    low,_ = loss_bounds(min(1,a+ha), r.threshold)
+    _,high = loss_bounds(1., r.threshold)
+    much,no_error = loss-hl>high,n*(1-a+ha)<1
     if loss+hl<low: yield what,'impossible',_too_low(1-a, low, loss)
-    if much and n*(1-a+ha)<1: yield what,'impossible',_too_high(high, loss)
+    if much and no_error: yield what,'impossible',_too_high(high, loss)
     elif much and np.isnan(n) and a==1: yield what,'condition',_hidden_error(loss, ha)
 
 def _too_low(errors, low, loss):
@@ -242,17 +270,20 @@ def _row_findings(r):
 # %% ../nbs/50_consistency.ipynb #31f8cba2
 def _equal_rows(t):
     "Rows that agree in all of at least two figures"
-    with_two = t[t[list(_figures)].notna().sum(axis=1)>=2]
-    for k,g in with_two.groupby(list(_figures), dropna=False, sort=False):
+    figures = list(_figures)
+    stated = t[figures].notna().sum(axis=1)
+    for k,g in t[stated>=2].groupby(figures, dropna=False, sort=False):
         if len(g)>1: yield ' = '.join(g['where']),'equal rows','suspect',_equal_figures(k)
 
 def _equal_figures(values):
-    figures = ', '.join(f'{o} {v:g}' for o,v in zip(_figures, values) if not np.isnan(v))
+    stated = [(o,v) for o,v in zip(_figures, values) if not np.isnan(v)]
+    figures = ', '.join(f'{o} {v:g}' for o,v in stated)
     return f"{figures} are equal to the last digit: one result entered twice?"
 
 def _variance(r):
     "Of the AUC of a row; even classes where the balance is not stated, NaN without the number of patients"
-    m,n = (r.n*s for s in np.nan_to_num([r.minority,1-r.minority], nan=.5))
+    shares = np.nan_to_num([r.minority,1-r.minority], nan=.5)
+    m,n = r.n*shares
     return auc_se(np.clip(r.auc,.01,.99), m, n)**2
 
 def _external_above(t, names, gap):
@@ -260,7 +291,8 @@ def _external_above(t, names, gap):
     key = next((o for o in names if o!='set'), None)
     if 'set' not in t or key is None: return
     known = t['set'].str.lower().str.startswith('valid')
-    best = t[known & t.auc.notna()].sort_values('auc').drop_duplicates(key, keep='last').set_index(key)
+    ranked = t[known & t.auc.notna()].sort_values('auc')
+    best = ranked.drop_duplicates(key, keep='last').set_index(key)
     for _,r in t[~known & t[key].isin(best.index)].iterrows():
         v = best.loc[r[key]]
         luck = norm.ppf(.975)*np.sqrt(_variance(r)+_variance(v))

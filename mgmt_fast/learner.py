@@ -112,11 +112,18 @@ def body_and_head(
 class MGMTLearner(Learner):
     "fastai's `Learner`, which begins each training from a clean state and keeps account of how it was trained"
     first_epoch,failure,_plan = 0,None,None
-    def __init__(self, *args, **kwargs):
+    def __init__(self,
+        *args, # Of fastai's `Learner`
+        **kwargs, # Of fastai's `Learner`
+    ):
         super().__init__(*args, **kwargs)
         self.fits = [] # one row per training that was started: epochs, lr, schedule
 
-    def validate(self, *args, **kwargs):
+    def validate(self,
+        *args, # Of fastai's `validate`
+        **kwargs, # Of fastai's `validate`
+    ) -> list: # Loss and metrics
+        "As fastai's, without an entry into the history or the best epoch's choice"
         watching = [c for c in self.cbs if isinstance(c, (TrackerCallback,HistoryLogger))]
         with self.removed_cbs(watching): return super().validate(*args, **kwargs)
 
@@ -136,7 +143,10 @@ class MGMTLearner(Learner):
         except torch.OutOfMemoryError as e: raise TrainingError(_too_large(self)) from e
         if self.failure: raise self.failure
 
-    def lr_find(self, *args, **kwargs):
+    def lr_find(self,
+        *args, # Of fastai's `lr_find`
+        **kwargs, # Of fastai's `lr_find`
+    ) -> tuple: # The suggestions, named
         "As fastai's; weights and optimiser are as before even if it is interrupted"
         weights = {k:v.detach().clone() for k,v in self.model.state_dict().items()}
         opt = self.opt and copy.deepcopy(self.opt.state_dict())
@@ -578,7 +588,7 @@ def _kind(name):
 
 # %% ../nbs/55_learner.ipynb #f0d7bb8e
 def as_model(
-    model, # `Learner`, `MGMTModel`, another kind of model, or a path: of a model, of a run's folder, of a bundle
+    model:Learner|MGMTModel|str|Path, # Or one of `model_kinds`; a path of a model, a run's folder or a bundle
 ): # Ready to predict
     "Bring whatever stands for a trained model to a `MGMTModel` or one of `model_kinds`."
     if isinstance(model, tuple(model_kinds.values())): return model
@@ -593,7 +603,7 @@ def as_model(
 
 # %% ../nbs/55_learner.ipynb #7865ee9c
 def save_model(
-    model, # `Learner`, `MGMTModel`, or another kind of model
+    model:Learner|MGMTModel, # Or another of `model_kinds`
     path:str|Path, # Without suffix: writes `path.safetensors`, `path.json` and, of a training, `path.seen.safetensors`
 ) -> Path: # `path`
     "Write a trained model as tensors and JSON, each whole or not at all."
@@ -623,7 +633,7 @@ save_mgmt,load_mgmt = save_model,load_model
 
 # %% ../nbs/55_learner.ipynb #7952e1d8
 def check_preparation(
-    model, # `MGMTModel` or another kind
+    model:MGMTModel, # Or another of `model_kinds`
     store:VolumeStore, # From which it shall predict
 ):
     "Raise `MGMTError` unless a store's voxels are those that the model's own preparation of the same scans would give."
@@ -695,7 +705,7 @@ def _prepared(row, needs, sequences):
 
 # %% ../nbs/55_learner.ipynb #58e77630
 def predict_unlogged(
-    m, # `MGMTModel` or another kind of model
+    m:MGMTModel, # Or another of `model_kinds`
     cohort:pd.DataFrame|VolumeStore, # As for `predict`
     n_workers:int=None, # Processes that prepare scans; one per core if None
     progress:bool=True, # Show a progress bar?
@@ -722,7 +732,7 @@ def _one_logit(m, volumes, row):
 
 # %% ../nbs/55_learner.ipynb #4ec15cad
 def predict(
-    model, # `Learner`, `MGMTModel`, another kind of model, or a path: of a model, of a run's folder, of a bundle
+    model:Learner|MGMTModel|str|Path, # Or one of `model_kinds`; a path of a model, a run's folder or a bundle
     cohort:pd.DataFrame|VolumeStore, # Cohort table of scans, or a `VolumeStore` prepared as the model's training was
     n_workers:int=None, # Processes that prepare scans; one per core if None
     progress:bool=True, # Show a progress bar?

@@ -8,6 +8,7 @@ __all__ = ['LABELS', 'StoreDataset', 'ToUnit', 'StoreDL', 'usable_patients', 'au
 
 # %% ../nbs/35_loader.ipynb #75bf8a36
 import random
+from typing import Any
 
 import numpy as np, pandas as pd, torch
 import matplotlib.pyplot as plt
@@ -54,7 +55,10 @@ class StoreDataset:
 class ToUnit(Transform):
     "Bytes to float32 in [0,1], on whatever device the batch is"
     order = 1
-    def encodes(self, x:TensorMR): return x.float().div_(255) if x.dtype==torch.uint8 else x
+    def encodes(self,
+        x:TensorMR, # (B,C,D,H,W); floats stay as they are
+    ):
+        return x.float().div_(255) if x.dtype==torch.uint8 else x
 
 # %% ../nbs/35_loader.ipynb #5d1c0a12
 class StoreDL(TfmdDL):
@@ -85,12 +89,19 @@ class StoreDL(TfmdDL):
         "Who is in a batch"
         return [self.dataset.patients[j] for j in self.idxs[i*self.bs:(i+1)*self.bs]]
 
-    def create_batches(self, samps):
+    def create_batches(self,
+        samps:list, # Of the whole epoch: which samples, in order
+    ): # Yields this process' part of each batch
         for b in chunked(samps, self.bs, self.drop_last):
             own = b[len(b)*self.rank//self.world : len(b)*(self.rank+1)//self.world]
             yield self.do_batch([self.do_item(j) for j in own or b[:1]])
 
-    def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, gather=False)
+    def to_detach(self,
+        b:tuple|torch.Tensor, # Batch, or anything of tensors
+        cpu:bool=True, # Bring it to the CPU?
+        gather:bool=True, # Is not done: each process has its own patients
+    ) -> tuple|torch.Tensor: # The same without gradients
+        return to_detach(b, cpu, gather=False)
 
     @property
     def augs(self): return [t for t in self.after_batch.fs if hasattr(t,'drawn')]
@@ -201,16 +212,18 @@ LABELS = ('unmethylated', 'methylated')
 @dispatch
 def show_batch(
     x:TensorMR, # (B,C,D,H,W)
-    y, # (B,) labels, NaN where unknown
-    samples, # What fastai makes of a batch; not used
-    ctxs=None, # Axes (B,C); new ones if None
-    max_n=4, # Patients, at most
-    n=8, # Slices of each
-    cols=8, # Slices in a row
-    sequences=None, # Names of the channels
+    y:Any, # (B,) labels, NaN where unknown
+    samples:Any, # What fastai makes of a batch; not used
+    ctxs:Any=None, # Axes (B,C); new ones if None
+    max_n:Any=4, # Patients, at most
+    n:Any=8, # Slices of each
+    cols:Any=8, # Slices in a row
+    sequences:Any=None, # Names of the channels
     **kwargs # For `Volume.show`
 ):
-    "Montages of a batch `(B,C,D,H,W)`, one row per patient, one column per sequence; returns the axes"
+    """Montages of a batch `(B,C,D,H,W)`, one row per patient, one column per sequence; returns the axes.
+
+    Only the type of `x` decides that a batch is shown in this way."""
     B,C = min(len(x),max_n),x.shape[1]
     if ctxs is None: ctxs = _montage_axes(B, C, n, cols)
     for b in range(B):

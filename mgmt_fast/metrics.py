@@ -26,7 +26,8 @@ from scipy.stats import norm, rankdata
 # %% ../nbs/51_metrics.ipynb #f1a3fddb
 def _names(o):
     "Does a table's index name patients? A running number does not"
-    return isinstance(o, pd.Series) and (o.index.name=='patient' or not pd.api.types.is_numeric_dtype(o.index))
+    if not isinstance(o, pd.Series): return False
+    return o.index.name=='patient' or not pd.api.types.is_numeric_dtype(o.index)
 
 def _paired(y, p, clustered):
     "`p` in the order of `y`'s patients, where both name them; each once, and the same ones"
@@ -73,7 +74,8 @@ def check_scores(
 def _no_metric(y, p, least):
     "Why labels and scores allow no metric; None if they do"
     if len(y)!=len(p): return f"labels and scores must pair up; received {len(y)} labels and {len(p)} scores"
-    odd = sorted(set(y[(y!=0)&(y!=1)].tolist()), key=str)
+    others = y[(y!=0)&(y!=1)]
+    odd = sorted(set(others.tolist()), key=str)
     if odd: return f"labels must be 0 or 1; received {odd[:3]}: leave out patients without a label"
     bad = np.sum(~np.isfinite(p))
     if bad: return f"scores must be finite; {bad} of {len(p)} are not: did training diverge?"
@@ -117,8 +119,9 @@ def delong_parts(
     21:1389."""
     u,at = np.unique(p, return_inverse=True)
     pos,neg = (np.bincount(at[o], minlength=len(u)) for o in (y,~y))
-    v10 = ((neg.cumsum()-neg/2)/neg.sum())[at[y]]
-    v01 = 1-((pos.cumsum()-pos/2)/pos.sum())[at[~y]]
+    below = (neg.cumsum()-neg/2)/neg.sum()
+    above = 1-(pos.cumsum()-pos/2)/pos.sum()
+    v10,v01 = below[at[y]],above[at[~y]]
     return v10.mean(), v10, v01
 
 # %% ../nbs/51_metrics.ipynb #c181a0d4
@@ -136,41 +139,64 @@ def delong_cov(
 
 def _components(y, ps, cluster):
     "What each patient's scans add to the AUCs of several models, and how many patients have scans of each class"
-    c = np.arange(len(y)) if cluster is None else pd.factorize(np.asarray(cluster).ravel())[0]
+    c = np.arange(len(y)) if cluster is None else _numbered(cluster)
     if len(c)!=len(y) or c.min()<0: raise MGMTError(_unpaired(y, c))
     aucs,v10,v01 = map(np.stack, zip(*(delong_parts(y,p) for p in ps)))
-    few = [np.count_nonzero(np.bincount(c[o])) for o in (y,~y)]
+    few = [_patients(c[o]) for o in (y,~y)]
     if min(few)<2: raise MGMTError(_too_few(f'scans of {few[0]} methylated and {few[1]} unmethylated patients'))
     n = c.max()+1
-    def _sums(v, o): return np.stack([np.bincount(c[o], r, n) for r in v-aucs[:,None]])/o.sum()
+    def _sums(v, o):
+        away = v-aucs[:,None]
+        sums = [np.bincount(c[o], r, n) for r in away]
+        return np.stack(sums)/o.sum()
     informed = [_informed(v.mean(0), c[o]) for v,o in ((v10,y),(v01,~y))]
     return NS(aucs=aucs, pos=_sums(v10,y), neg=_sums(v01,~y), few=few, informed=informed, single=len(y)==n)
+
+def _numbered(cluster):
+    "Patients as numbers from 0; -1 where a name is missing"
+    names = np.asarray(cluster).ravel()
+    return pd.factorize(names)[0]
+
+def _patients(c):
+    "How many different ones there are among those numbered"
+    return np.count_nonzero(np.bincount(c))
 
 def _unpaired(y, c): return f"every scan needs its patient; received {len(y)} scans and {np.sum(c>=0)} patients' names"
 
 def _informed(v, c):
     "Patients with a part in the rarer kind of pair: the wrong ones of a good model, the right ones of a bad one"
-    return min(np.count_nonzero(np.bincount(c[o])) for o in (v<1,v>0))
+    return min(_patients(c[o]) for o in (v<1,v>0))
 
 def _variances(d):
     "The covariance's parts, each (k,k): of the methylated, of the unmethylated, of patients with scans of both"
-    i,j,k = (o/(o-1) for o in (*d.few,d.pos.shape[1]))
+    patients = d.pos.shape[1]
+    i,j,k = (o/(o-1) for o in (*d.few,patients))
+    ones = i*d.pos@d.pos.T
+    zeros = j*d.neg@d.neg.T
     cross = k*d.pos@d.neg.T
-    return i*d.pos@d.pos.T, j*d.neg@d.neg.T, cross+cross.T
+    return ones,zeros,cross+cross.T
 
 # %% ../nbs/51_metrics.ipynb #b4eb10eb
+def _tails(level):
+    "The shares of a distribution that lie below the two ends of its interval"
+    return [(1-level)/2,(1+level)/2]
+
 def _bootstrap(y, p, level, n_boot, seed):
     "Percentiles of the AUC over resamples within each class; what is drawn is how often each score occurs"
     u,at = np.unique(p, return_inverse=True)
     m,n = y.sum(),(~y).sum()
-    pos,neg = np.bincount(at[y], minlength=len(u))/m,np.bincount(at[~y], minlength=len(u))/n
-    rng,size,aucs = rng_for(seed,'auc_ci'),max(1,2**21//len(u)),[]
+    pos = np.bincount(at[y], minlength=len(u))/m
+    neg = np.bincount(at[~y], minlength=len(u))/n
+    rng,aucs = rng_for(seed,'auc_ci'),[]
+    size = max(1,2**21//len(u))
     for i in range(0, n_boot, size):
         k = min(size,n_boot-i)
-        a,b = rng.multinomial(m, pos, k),rng.multinomial(n, neg, k)
+        a = rng.multinomial(m, pos, k)
+        b = rng.multinomial(n, neg, k)
         below = b.cumsum(1)-b/2
-        aucs.append((below*a).sum(1)/(m*n))
-    return np.quantile(np.concatenate(aucs), [(1-level)/2,(1+level)/2])
+        right = (below*a).sum(1)
+        aucs.append(right/(m*n))
+    return np.quantile(np.concatenate(aucs), _tails(level))
 
 # %% ../nbs/51_metrics.ipynb #a0c1d001
 AUC_METHODS = dict(mee="Mee's, shrunk", delong="DeLong's", newcombe="Newcombe's", bootstrap="bootstrap's percentiles",
@@ -179,15 +205,22 @@ AUC_METHODS = dict(mee="Mee's, shrunk", delong="DeLong's", newcombe="Newcombe's"
 def _wilson(auc, spread, level):
     "The true AUCs that `auc` is within `z` standard errors of, where their variance is `spread` times AUC(1-AUC)"
     z2 = norm.ppf(.5+level/2)**2*spread
-    centre,half = auc+z2/2,np.sqrt(z2*(auc*(1-auc)+z2/4))
-    return np.maximum(0, (centre-half)/(1+z2)), np.minimum(1, (centre+half)/(1+z2))
+    centre = auc+z2/2
+    half = np.sqrt(z2*(auc*(1-auc)+z2/4))
+    lo = (centre-half)/(1+z2)
+    hi = (centre+half)/(1+z2)
+    return np.maximum(0, lo),np.minimum(1, hi)
 
 def _spread(auc, parts, few, informed, cross=0., patients=4):
     "DeLong's variance as a share of AUC(1-AUC), the part of each class shrunk as if `patients` more had been seen"
     at = auc*(1-auc)
-    at,usual = at+(at==0),((1-auc)/(2-auc)+auc/(1+auc))/2
-    shrunk = [(k*m*v/at+patients*usual)/(k+patients)/m for v,m,k in zip(parts,few,informed)]
-    return np.maximum(sum(shrunk)+cross/at, 1/np.prod(few, axis=0))
+    at = at+(at==0)
+    usual = ((1-auc)/(2-auc)+auc/(1+auc))/2
+    def shrunk(v, m, k):
+        seen = k*m*v/at
+        return (seen+patients*usual)/(k+patients)/m
+    whole = sum(map(shrunk, parts, few, informed))+cross/at
+    return np.maximum(whole, 1/np.prod(few, axis=0))
 
 # %% ../nbs/51_metrics.ipynb #a0c1d003
 def hoeffding_ci(
@@ -199,8 +232,10 @@ def hoeffding_ci(
     It holds however the scores are distributed.
 
     Source: Hoeffding 1963, J. Am. Stat. Assoc. 58:13, theorem 1 and section 5."""
-    def far(t): return m*(rel_entr(auc,t)+rel_entr(1-auc,1-t))-np.log(2/(1-level))
-    tiny = 1e-12
+    limit,tiny = np.log(2/(1-level)),1e-12
+    def far(t):
+        apart = rel_entr(auc,t)+rel_entr(1-auc,1-t)
+        return m*apart-limit
     lo = brentq(far, tiny, auc) if auc>tiny and far(tiny)>0 else 0.
     hi = brentq(far, auc, 1-tiny) if auc<1-tiny and far(1-tiny)>0 else 1.
     return pd.Series(dict(auc=auc, lo=lo, hi=hi), name='bound')
@@ -236,11 +271,15 @@ def auc_interval(
     Raises `MGMTError` as `delong_cov`, and where a method needs more patients."""
     d = _components(y, np.asarray(P, dtype=float), cluster)
     auc,method = d.aucs.mean(),_settle(method, d)
-    *parts,cross = (v.mean() for v in _variances(d))
-    half = norm.ppf(.5+level/2)*np.sqrt(max(0, sum(parts)+cross))
     if method=='bound': return hoeffding_ci(auc, min(d.few), level)
-    if method=='mee': lo,hi = _wilson(auc, _spread(auc, parts, d.few, d.informed, cross), level)
-    else: lo,hi = max(0,auc-half),min(1,auc+half)
+    *parts,cross = (v.mean() for v in _variances(d))
+    if method=='mee':
+        spread = _spread(auc, parts, d.few, d.informed, cross)
+        lo,hi = _wilson(auc, spread, level)
+    else:
+        se = np.sqrt(max(0, sum(parts)+cross))
+        half = norm.ppf(.5+level/2)*se
+        lo,hi = max(0,auc-half),min(1,auc+half)
     return pd.Series(dict(auc=auc, lo=lo, hi=hi), name=method)
 
 # %% ../nbs/51_metrics.ipynb #0db58b87
@@ -284,13 +323,17 @@ def delong_test(
     if y2 is not None and cluster is not None: raise MGMTError(_clusters_apart)
     clustered = cluster is not None
     y_,p1 = check_scores(y, p1, clustered=clustered)
-    if y2 is None: (a,b),v = delong_cov(y_, p1, check_scores(y, p2, clustered=clustered)[1], cluster=cluster)
+    if y2 is None:
+        _,p2 = check_scores(y, p2, clustered=clustered)
+        (a,b),v = delong_cov(y_, p1, p2, cluster=cluster)
     else: (a,b),v = _unpaired_models(delong_cov(y_, p1), delong_cov(*check_scores(y2, p2)))
-    delta,se = a-b,np.sqrt(max(0, v[0,0]+v[1,1]-v[0,1]-v[1,0]))
+    delta = a-b
+    se = np.sqrt(max(0, v[0,0]+v[1,1]-v[0,1]-v[1,0]))
     if se<1e-9 and abs(delta)>1e-9: raise MGMTError(_no_spread(a, b))
     z = delta/se if se>=1e-9 else 0.
     half = norm.ppf(.5+level/2)*se
-    return pd.Series(dict(auc1=a, auc2=b, z=z, p=2*norm.sf(abs(z)), delta=delta, lo=delta-half, hi=delta+half))
+    interval = dict(lo=delta-half, hi=delta+half)
+    return pd.Series(dict(auc1=a, auc2=b, z=z, p=2*norm.sf(abs(z)), delta=delta, **interval))
 
 _clusters_apart = "clusters are for models that saw the same patients: leave out `y2` or `cluster`"
 
@@ -321,7 +364,9 @@ def permutation_test(
     batch,rng = max(1,2**21//len(p)),rng_for(seed,'permutation_test')
     opts = dict(alternative=alternative, n_resamples=n_perm, vectorized=True, batch=batch, rng=rng)
     m,n = y_.sum(),(~y_).sum()
-    def _auc(pos, axis=-1): return (pos.sum(axis)-m*(m+1)/2)/(m*n)
+    def _auc(pos, axis=-1):
+        below = pos.sum(axis)-m*(m+1)/2
+        return below/(m*n)
     def _above_chance(a, b, axis): return _auc(a, axis)-.5
     def _difference(a, b, axis):
         first,second = (rankdata(o, axis=-1)[...,y_] for o in (a,b))
@@ -373,7 +418,9 @@ def Brier() -> AccumMetric: # For `metrics=`
     """fastai metric: mean squared error of the probabilities of the whole validation set, from its logits.
 
     Telling everybody "one in two" gives 0.25."""
-    def _brier(p, y): return float(np.mean((expit(np.asarray(p, dtype=float))-y)**2))
+    def _brier(p, y):
+        error = expit(np.asarray(p, dtype=float))-y
+        return float(np.mean(error**2))
     res = AccumMetric(_brier, name='brier', flatten=True, to_np=True)
     res.lower_is_better = True
     return res
@@ -381,9 +428,14 @@ def Brier() -> AccumMetric: # For `metrics=`
 # %% ../nbs/51_metrics.ipynb #20dccf99
 def _rates(tp, fp, fn, tn):
     "Name: (numerator, denominator) of what a two-by-two table says"
-    product = 1.*(tp+fp)*(tp+fn)*(tn+fp)*(tn+fn)
-    return dict(accuracy=(tp+tn,tp+fp+fn+tn), sensitivity=(tp,tp+fn), specificity=(tn,tn+fp), ppv=(tp,tp+fp),
-        npv=(tn,tn+fn), f1=(2*tp,2*tp+fp+fn), mcc=(1.*tp*tn-1.*fp*fn,np.sqrt(product)))
+    called,others = tp+fp,tn+fn
+    ones,zeros = tp+fn,tn+fp
+    right,wrong = tp+tn,fp+fn
+    by_class = dict(sensitivity=(tp,ones), specificity=(tn,zeros))
+    by_call = dict(ppv=(tp,called), npv=(tn,others))
+    f1 = 2*tp,2*tp+wrong
+    mcc = 1.*tp*tn-1.*fp*fn,np.sqrt(1.*called*ones*zeros*others)
+    return dict(accuracy=(right,right+wrong), **by_class, **by_call, f1=f1, mcc=mcc)
 
 # %% ../nbs/51_metrics.ipynb #fb35963b
 def classification_ci(
@@ -403,9 +455,10 @@ def classification_ci(
     y,p = check_probs(y, p)
     if not 0<=threshold<=1: raise MGMTError(f"a threshold is a probability; received {threshold}")
     if method not in ('wilson','bootstrap'): raise unknown_name('method', method, ('wilson','bootstrap'))
-    call,n = p>=threshold,len(y)
-    counts = [int(np.sum(a&b)) for a,b in ((call,y),(call,~y),(~call,y),(~call,~y))]
-    drawn = _rates(*rng_for(seed,'classification_ci').multinomial(n, np.divide(counts,n), n_boot).T)
+    counts,n = _confusion(y, p>=threshold),len(y)
+    rng = rng_for(seed,'classification_ci')
+    resamples = rng.multinomial(n, np.divide(counts,n), n_boot)
+    drawn = _rates(*resamples.T)
     rows = {}
     for k,(a,b) in _rates(*counts).items():
         share = k not in ('f1','mcc')
@@ -413,12 +466,22 @@ def classification_ci(
         rows[k] = dict(value=a/b if b else np.nan, lo=lo, hi=hi, n=b if share else n)
     return pd.DataFrame(rows).T.astype(dict(n=int))
 
+def _confusion(y, call):
+    "Numbers of patients: tp, fp, fn, tn"
+    cells = call&y,call&~y,~call&y,~call&~y
+    return [int(np.sum(o)) for o in cells]
+
+def _share_ci(k, n, level):
+    "Wilson's interval of the share `k/n`"
+    lo,hi = stats.binomtest(int(k), int(n)).proportion_ci(level, 'wilson')
+    return lo,hi
+
 def _rate_ci(a, b, drawn, level, exact):
     "Interval of the rate `a/b`: Wilson's, or percentiles of what was drawn"
     if not b: return np.nan,np.nan
-    if exact: return tuple(stats.binomtest(a, b).proportion_ci(level, 'wilson'))
+    if exact: return _share_ci(a, b, level)
     num,den = (o[drawn[1]>0] for o in drawn)
-    return np.quantile(num/den, [(1-level)/2,(1+level)/2])
+    return np.quantile(num/den, _tails(level))
 
 # %% ../nbs/51_metrics.ipynb #22ce5a48
 def _bins(p, n_bins, strategy):
@@ -442,25 +505,35 @@ def reliability(
     placed = pd.DataFrame(dict(left=edges[at], right=edges[at+1], y=y, p=p))
     bins = placed.groupby(['left','right'], as_index=False)
     t = bins.agg(n=('y','size'), prob=('p','mean'), k=('y','sum'), rate=('y','mean'))
-    ci = [stats.binomtest(int(k), int(n)).proportion_ci(level, 'wilson') for k,n in zip(t.k, t.n)]
-    return t.drop(columns='k').assign(lo=[o.low for o in ci], hi=[o.high for o in ci])
+    lo,hi = zip(*(_share_ci(k, n, level) for k,n in zip(t.k, t.n)))
+    return t.drop(columns='k').assign(lo=lo, hi=hi)
 
 # %% ../nbs/51_metrics.ipynb #5182844b
 def _logit(p):
     "Logits; probabilities that float32 cannot tell from 0 or 1 are taken for the nearest that it can"
-    return logit(np.clip(p, 2.**-24, 1-2.**-24))
+    least = 2.**-24
+    return logit(np.clip(p, least, 1-least))
 
 def _logistic(X, y, offset=0.):
     "Coefficients of a logistic regression without penalty, and their standard errors"
-    def _loss(b): return (np.logaddexp(0, offset+X@b)-y*(offset+X@b)).sum()
-    def _grad(b): return X.T@(expit(offset+X@b)-y)
+    def _loss(b):
+        x = offset+X@b
+        return (np.logaddexp(0, x)-y*x).sum()
+    def _grad(b):
+        q = expit(offset+X@b)
+        return X.T@(q-y)
     def _hess(b):
         q = expit(offset+X@b)
         return (X.T*(q*(1-q)))@X
-    b = minimize(_loss, np.zeros(X.shape[1]), jac=_grad, hess=_hess, method='trust-exact', options=dict(gtol=1e-8)).x
-    return b, np.sqrt(np.diag(np.linalg.inv(_hess(b))))
+    how = dict(method='trust-exact', options=dict(gtol=1e-8))
+    b = minimize(_loss, np.zeros(X.shape[1]), jac=_grad, hess=_hess, **how).x
+    variances = np.diag(np.linalg.inv(_hess(b)))
+    return b, np.sqrt(variances)
 
-def _ece(gap, at): return np.abs(np.bincount(at, gap)).sum()/len(at)
+def _ece(gap, at):
+    "Expected calibration error, from each patient's gap between what was said and what was, and its bin"
+    sums = np.bincount(at, gap)
+    return np.abs(sums).sum()/len(at)
 
 # %% ../nbs/51_metrics.ipynb #ba189d50
 def calibration(
@@ -484,15 +557,27 @@ def calibration(
     Broecker and Smith 2007, Weather Forecast. 22:651 (labels drawn from the probabilities).
     Raises `MGMTError` as `classification_ci`."""
     y,p = check_probs(y, p)
-    x,z,n,rate = _logit(p),norm.ppf(.5+level/2),len(y),y.mean()
-    q,at = expit(x),_bins(p, n_bins, strategy)[1]
-    def _each(y): return (p-y)**2,-np.where(y, np.log(q), np.log1p(-q))
-    def _scores(y): return np.array([*(o.mean() for o in _each(y)), _ece(p-y, at)])
-    def _mean_ci(v): return v.mean()-z*v.std(ddof=1)/np.sqrt(n),v.mean()+z*v.std(ddof=1)/np.sqrt(n)
-    def _wald(b, se, ideal): return b,b-z*se,b+z*se,ideal,2*norm.sf(abs(b-ideal)/se)
+    z,n,rate = norm.ppf(.5+level/2),len(y),y.mean()
+    x = _logit(p)
+    q = expit(x)
+    _,at = _bins(p, n_bins, strategy)
+    def _each(y):
+        losses = -np.where(y, np.log(q), np.log1p(-q))
+        return (p-y)**2,losses
+    def _scores(y):
+        means = [o.mean() for o in _each(y)]
+        return np.array([*means, _ece(p-y, at)])
+    def _mean_ci(v):
+        half = z*v.std(ddof=1)/np.sqrt(n)
+        return v.mean()-half,v.mean()+half
+    def _wald(b, se, ideal):
+        away = abs(b-ideal)/se
+        return b,b-z*se,b+z*se,ideal,2*norm.sf(away)
     seen,rng = _scores(y),rng_for(seed,'calibration')
     drawn = np.stack([_scores(rng.random(n)<q) for _ in range(n_sim)])
-    perfect,chance = drawn.mean(0),(1+(drawn>=seen).sum(0))/(1+n_sim)
+    perfect = drawn.mean(0)
+    as_bad = (drawn>=seen).sum(0)
+    chance = (1+as_bad)/(1+n_sim)
     squares,losses = (_mean_ci(o) for o in _each(y))
     a,b = _recalibration(x, y)
     rows = dict(brier=(seen[0], *squares, perfect[0], chance[0], rate*(1-rate)),
@@ -505,7 +590,8 @@ def _recalibration(x, y):
     "Intercept at slope 1, and slope, each with its standard error; NaN for a slope where the classes do not overlap"
     one = np.ones((len(x),1))
     (a,),(se_a,) = _logistic(one, y, x)
-    if max(x[y].min()-x[~y].max(), x[~y].min()-x[y].max())>=0: return (a,se_a),(np.nan,np.nan)
+    apart = max(x[y].min()-x[~y].max(), x[~y].min()-x[y].max())
+    if apart>=0: return (a,se_a),(np.nan,np.nan)
     (_,b),(_,se_b) = _logistic(np.c_[one,x], y)
     return (a,se_a),(b,se_b)
 
@@ -520,10 +606,11 @@ class Temperature:
     def __post_init__(self):
         if not 0<self.t<np.inf: raise MGMTError(f"a temperature is positive and finite; received {self.t}")
     def __call__(self,
-        p, # Probabilities, 0 to 1
+        p:ArrayLike, # Probabilities, 0 to 1
     ) -> np.ndarray: # Probabilities
         "Probabilities after the logits were divided"
-        return expit(_logit(np.asarray(p, dtype=float))/self.t)
+        x = _logit(np.asarray(p, dtype=float))
+        return expit(x/self.t)
 
 # %% ../nbs/51_metrics.ipynb #f9468df2
 def fit_temperature(
@@ -537,7 +624,8 @@ def fit_temperature(
     y,p = check_probs(y, p)
     x = np.where(y, 1, -1)*_logit(p)
     def _log_loss(s): return np.logaddexp(0, -x*np.exp(-s)).mean()
-    found = minimize_scalar(_log_loss, bounds=np.log([.01,100]), method='bounded', options=dict(xatol=1e-8))
+    how = dict(method='bounded', options=dict(xatol=1e-8))
+    found = minimize_scalar(_log_loss, bounds=np.log([.01,100]), **how)
     return Temperature(float(np.exp(found.x)), len(y))
 
 # %% ../nbs/51_metrics.ipynb #a86b5829
@@ -553,12 +641,15 @@ def decision_curve(
     y,p = check_probs(y, p)
     t = np.linspace(.01,.99,99) if thresholds is None else as_numbers(thresholds, 'thresholds')
     if not ((t>0)&(t<1)).all(): raise MGMTError(_no_thresholds(t))
-    w,n,z,rate = t/(1-t),len(y),norm.ppf(.5+level/2),y.mean()
-    above = [1-np.searchsorted(np.sort(p[o]), t)/o.sum() for o in (y,~y)]
-    tp,fp = above[0]*rate,above[1]*(1-rate)
+    w,rate = t/(1-t),y.mean()
+    def _share_above(o):
+        below = np.searchsorted(np.sort(p[o]), t)
+        return 1-below/o.sum()
+    tp,fp = _share_above(y)*rate,_share_above(~y)*(1-rate)
     nb = tp-w*fp
-    half = z*np.sqrt((tp+w**2*fp-nb**2)/n)
-    rows = dict(threshold=t, net_benefit=nb, lo=nb-half, hi=nb+half, treat_all=rate-w*(1-rate), treat_none=0.)
-    return pd.DataFrame(rows)
+    variance = (tp+w**2*fp-nb**2)/len(y)
+    half = norm.ppf(.5+level/2)*np.sqrt(variance)
+    curve = dict(threshold=t, net_benefit=nb, lo=nb-half, hi=nb+half)
+    return pd.DataFrame(dict(curve, treat_all=rate-w*(1-rate), treat_none=0.))
 
 def _no_thresholds(t): return f"thresholds lie inside (0,1); received {t.min():g} to {t.max():g}"

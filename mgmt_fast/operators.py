@@ -9,6 +9,7 @@ __all__ = ['as_images', 'as_volumes', 'ChannelsInside', 'channels_inside', 'pad_
 
 # %% ../nbs/40_operators.ipynb #d19e72ed
 import ctypes, math, sys
+from typing import Any
 
 import torch, torch.nn.functional as F
 from torch import nn
@@ -46,14 +47,16 @@ def _inside(x):
 class ChannelsInside(torch.autograd.Function):
     "Bring a tensor's memory, and its gradient's, to channels innermost: `ChannelsInside.apply(x)`"
     @staticmethod
-    def forward(ctx,
+    def forward(
+        ctx:Any, # autograd's; nothing is kept in it
         x:torch.Tensor, # (B,C,H,W) or (B,C,D,H,W)
     ) -> torch.Tensor: # The same values
         return _inside(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx,
+    def backward(
+        ctx:Any, # autograd's
         g:torch.Tensor, # Gradient, shape as `x`
     ) -> torch.Tensor: # The same values
         return _inside(g)

@@ -47,15 +47,19 @@ def _unevenness(latent): return .20*np.exp(_rates[1]*latent)   # sd of log FLAIR
 def _draw_patient(patient, split, label, distance, seed):
     rng = rng_for(seed, 'phantom', patient, 'traits')
     latent = rng.standard_normal() + distance*(label-.5)
-    place = rng.uniform([14,-46,-4],[40,46,44])*[rng.choice([-1,1]),1,1]
-    x,y,z = place*min(1, .6/np.linalg.norm(place/[66,84,56])) # not farther out than 60 % of the way to the surface
+    place = rng.uniform([14,-46,-4],[40,46,44])
+    place = place*[rng.choice([-1,1]),1,1]
+    way = np.linalg.norm(place/[66,84,56]) # from the centre to the surface, 0 to 1
+    x,y,z = place*min(1, .6/way)
     traits = dict(latent=latent, gadolinium=_gadolinium(latent), unevenness=_unevenness(latent))
     sizes = dict(radius=(13,25), rim=(3.5,6), oedema=(9,20), ventricles=(.8,1.35))
     sizes = {k: rng.uniform(*o) for k,o in sizes.items()}
     return dict(patient=patient, split=split, label=label, **traits, x=x, y=y, z=z, **sizes)
 
 # %% ../nbs/21_phantom.ipynb #a00b3ea3
-def _labels(n, prevalence, rng): return rng.permutation(np.arange(n)<int(n*prevalence+.5)).astype(int)
+def _labels(n, prevalence, rng):
+    ones = int(n*prevalence+.5)
+    return rng.permutation(np.arange(n)<ones).astype(int)
 
 # %% ../nbs/21_phantom.ipynb #f2e713c0
 def draw_patients(
@@ -71,10 +75,11 @@ def draw_patients(
     `x`, `y`, `z` (RAS mm), its `radius`, `rim` and `oedema` (mm); `ventricles` (relative width).
     Raises `MGMTError` on settings that no cohort can have."""
     if n<1 or not 0<=test<1 or not 0<=prevalence<=1: raise _bad_cohort(n, test, prevalence)
-    distance,n_test,parts = class_distance(auc),int(n*test+.5),[]
+    distance,n_test,rows = class_distance(auc),int(n*test+.5),[]
     for split,k in (('train',n-n_test),('test',n_test)):
-        parts += [(split,y) for y in _labels(k, prevalence, rng_for(seed, 'phantom', split))]
-    return pd.DataFrame([_draw_patient(f'{i:05d}', split, int(y), distance, seed) for i,(split,y) in enumerate(parts)])
+        labels = _labels(k, prevalence, rng_for(seed, 'phantom', split))
+        for y in labels: rows.append(_draw_patient(f'{len(rows):05d}', split, int(y), distance, seed))
+    return pd.DataFrame(rows)
 
 def _bad_cohort(n, test, prevalence):
     rule = "n must be at least 1, test lie in [0, 1) and prevalence in [0, 1]"
@@ -120,8 +125,10 @@ def _bspline(t):
 def _noise(rng, axes, pitch):
     mats = []
     for a,e in zip(axes, _extent):
-        w = _bspline((a[:,None]+e)/pitch - np.arange(-1,int(2*e/pitch)+3))
-        mats.append((w/np.linalg.norm(w, axis=1, keepdims=True)).astype(np.float32))
+        knots = np.arange(-1, int(2*e/pitch)+3)
+        w = _bspline((a[:,None]+e)/pitch-knots)
+        w = w/np.linalg.norm(w, axis=1, keepdims=True)
+        mats.append(w.astype(np.float32))
     lattice = rng.standard_normal([m.shape[1] for m in mats], dtype=np.float32)
     return np.tensordot(mats[0], mats[1] @ (lattice @ mats[2].T), 1)
 
@@ -129,15 +136,19 @@ def _noise(rng, axes, pitch):
 def _edge(depth, soft=1.): return np.clip(depth/(2*soft)+.5, 0, 1)
 
 def _ellipsoid(g, centre, semi):
-    r = np.sqrt(sum(((o-c)/s)**2 for o,c,s in zip(g, centre, semi)))
+    squares = (((o-c)/s)**2 for o,c,s in zip(g, centre, semi))
+    r = np.sqrt(sum(squares))
     return (1-r)*min(float(np.min(s)) for s in semi)
 
 def _capsules(g, nodes):
     depths = []
     for a,b in zip(np.float32(nodes), np.float32(nodes[1:])):
         way = b[:3]-a[:3]
-        t = np.clip(sum((o-c)*d for o,c,d in zip(g,a,way))/(way@way), 0, 1)
-        depths.append(a[3]+t*(b[3]-a[3]) - np.sqrt(sum((o-c-t*d)**2 for o,c,d in zip(g,a,way))))
+        along = sum((o-c)*d for o,c,d in zip(g, a, way))
+        t = np.clip(along/(way@way), 0, 1)
+        squares = ((o-c-t*d)**2 for o,c,d in zip(g, a, way))
+        radius = a[3]+t*(b[3]-a[3])
+        depths.append(radius-np.sqrt(sum(squares)))
     return reduce(np.maximum, depths)
 
 # %% ../nbs/21_phantom.ipynb #fb33194d
@@ -146,17 +157,25 @@ def _coordinates(p, axes, rng):
     zyx = np.meshgrid(*axes, indexing='ij', sparse=True)
     size = 1+.03*rng.standard_normal(3, dtype=np.float32)
     away = [o-np.float32(c) for o,c in zip(zyx[::-1], (p.x,p.y,p.z))]
-    push = .3*np.exp(-sum(o**2 for o in away)/np.float32(2.6*p.radius**2))
-    return [s*(o-push*d)+2.5*_noise(rng, axes, 40) for s,o,d in zip(size, zyx[::-1], away)],away
+    squared = sum(o**2 for o in away)
+    push = .3*np.exp(-squared/np.float32(2.6*p.radius**2))
+    g = []
+    for s,o,d in zip(size, zyx[::-1], away):
+        unpushed = s*(o-push*d)
+        g.append(unpushed+2.5*_noise(rng, axes, 40))
+    return g,away
 
 # %% ../nbs/21_phantom.ipynb #89bcbef7
 def _brain(g):
     "Depth below the brain's surface, and where it is cerebrum"
     x,y,z = g
     half = (np.abs(x),y,z)
-    cerebrum = _ellipsoid(half, (0,0,4), (67,84,np.where(z>4,np.float32(58),np.float32(46))))
-    cerebrum = np.minimum(cerebrum, .8*(z+26)+18*np.square(_edge(half[0]-20, 14)))
-    cerebellum,stem = _ellipsoid(half, (17,-48,-40), (33,30,23)),[(0,-12,-10,16),(0,-20,-42,12),(0,-24,-80,9)]
+    height = np.where(z>4, np.float32(58), np.float32(46))
+    cerebrum = _ellipsoid(half, (0,0,4), (67,84,height))
+    floor = .8*(z+26)+18*np.square(_edge(half[0]-20, 14))
+    cerebrum = np.minimum(cerebrum, floor)
+    cerebellum = _ellipsoid(half, (17,-48,-40), (33,30,23))
+    stem = [(0,-12,-10,16),(0,-20,-42,12),(0,-24,-80,9)]
     rest = np.maximum(cerebellum, _capsules(g, stem))
     return np.maximum(cerebrum, rest),cerebrum>=rest
 
@@ -165,11 +184,15 @@ def _distance_to_csf(g, depth, cerebrum, axes, rng):
     "mm to the nearest fissure, sulcus or surface"
     x,y,z = g
     wide = np.abs(x)
-    fissure = wide+60*np.maximum(0, 1-np.hypot((y+2)/44, (z-4)/25))
-    sylvian = np.abs(z-.55*y+4+3*_noise(rng, axes, 12))+.7*np.maximum(0, 40-wide)+.8*np.maximum(0, np.abs(y-8)-24)
-    sulci = 4.8*np.abs(_noise(rng, axes, 6))+1.2*np.maximum(0, depth-14)
-    folia = .6+1.6*np.abs(_noise(rng, axes, 3.2))+.8*np.maximum(0, depth-12)
-    return np.minimum(depth, np.where(cerebrum, np.minimum(np.minimum(fissure, sylvian), sulci), folia))
+    def beyond(a, limit): return np.maximum(0, a-limit)
+    callosum = np.maximum(0, 1-np.hypot((y+2)/44, (z-4)/25))
+    fissure = wide+60*callosum
+    slope = z-.55*y+4+3*_noise(rng, axes, 12)
+    sylvian = np.abs(slope)+.7*np.maximum(0, 40-wide)+.8*beyond(np.abs(y-8), 24)
+    sulci = 4.8*np.abs(_noise(rng, axes, 6))+1.2*beyond(depth, 14)
+    folia = .6+1.6*np.abs(_noise(rng, axes, 3.2))+.8*beyond(depth, 12)
+    folded = reduce(np.minimum, (fissure, sylvian, sulci))
+    return np.minimum(depth, np.where(cerebrum, folded, folia))
 
 # %% ../nbs/21_phantom.ipynb #2d92b63e
 def _deep(g, width):
@@ -177,28 +200,42 @@ def _deep(g, width):
     half = (np.abs(g[0]),*g[1:])
     horns = ((8,32,3,4.5),(10,12,13,6.5),(13,-16,16,6),(23,-36,6,7),(26,-58,3,2.5))
     lateral = _capsules(half, [(x,y,z,r*width) for x,y,z,r in horns])
-    third,fourth = _ellipsoid(g, (0,-8,-1), (2.6*width,15,9)),_ellipsoid(g, (0,-40,-34), (7,5,9))
+    third = _ellipsoid(g, (0,-8,-1), (2.6*width,15,9))
+    fourth = _ellipsoid(g, (0,-40,-34), (7,5,9))
     ventricles = reduce(np.maximum, (lateral, third, fourth))
-    nuclei = [_ellipsoid(half, c, s) for c,s in (((11,-14,3),(8,15,9)),((24,4,0),(7,16,10)),((13,22,6),(6,9,9)))]
+    thalamus = _ellipsoid(half, (11,-14,3), (8,15,9))
+    lentiform = _ellipsoid(half, (24,4,0), (7,16,10))
+    caudate = _ellipsoid(half, (13,22,6), (6,9,9))
+    nuclei = thalamus,lentiform,caudate
     return ventricles,reduce(np.maximum, nuclei)
 
 # %% ../nbs/21_phantom.ipynb #e312a218
 def _tumour(p, away, depth, near, axes, rng):
     "Depths inside the whole tumour, its core and its oedema"
-    turn = Rotation.random(rng=rng).as_matrix()*rng.uniform(.8,1.25,3)[:,None]
+    turn = Rotation.random(rng=rng).as_matrix()
+    turn = turn*rng.uniform(.8,1.25,3)[:,None]
     turn = (turn/np.cbrt(np.linalg.det(turn))).astype(np.float32)
-    r = np.sqrt(sum(sum(c*o for c,o in zip(row,away))**2 for row in turn))
-    whole = np.minimum(np.float32(p.radius)-r+np.float32(.16*p.radius)*_noise(rng, axes, .6*p.radius), depth-1)
+    turned = [sum(c*o for c,o in zip(row, away)) for row in turn]
+    r = np.sqrt(sum(o**2 for o in turned))
+    radius,uneven = np.float32(p.radius),np.float32(.16*p.radius)
+    whole = radius-r+uneven*_noise(rng, axes, .6*p.radius)
+    whole = np.minimum(whole, depth-1)
     core = whole-np.float32(p.rim)*(1+.22*_noise(rng, axes, 7))
-    return whole,core,whole+np.float32(p.oedema)*(1+.35*_noise(rng, axes, 13))*(.35+.65*_edge(near-3.5, 3))
+    width = np.float32(p.oedema)*(1+.35*_noise(rng, axes, 13))
+    spared = .35+.65*_edge(near-3.5, 3) # it follows the white matter
+    return whole,core,whole+width*spared
 
 # %% ../nbs/21_phantom.ipynb #717bb810
 def _shell(g, depth):
     "Depths inside head, skull bone and eyes"
     half = (np.abs(g[0]),*g[1:])
-    skull,neck = _ellipsoid(half, (0,0,2), (77,95,70)),_capsules(g, [(0,-22,-45,56),(0,-28,-130,54)])
-    parts = [depth+13, skull, neck, _ellipsoid(half, (0,42,-52), (58,54,48))]
-    return reduce(np.maximum, parts),3.2-np.abs(depth+5.2),_ellipsoid(half, (30,74,-38), (12,12,12))
+    skull = _ellipsoid(half, (0,0,2), (77,95,70))
+    neck = _capsules(g, [(0,-22,-45,56),(0,-28,-130,54)])
+    face = _ellipsoid(half, (0,42,-52), (58,54,48))
+    head = reduce(np.maximum, (depth+13, skull, neck, face))
+    bone = 3.2-np.abs(depth+5.2)
+    eyes = _ellipsoid(half, (30,74,-38), (12,12,12))
+    return head,bone,eyes
 
 # %% ../nbs/21_phantom.ipynb #200fcd6b
 def _anatomy(p, seed, skull=False, mm=1.5):
@@ -236,8 +273,9 @@ def _anatomy(p, seed, skull=False, mm=1.5):
 
 def _tumour_label(shares):
     "1 necrosis, 3 enhancing rim, 2 oedema, 0 elsewhere: what fills more than half of a voxel"
-    necrosis,core = shares['necrosis'],shares['rim']+shares['necrosis']
-    return np.select([necrosis>.5, core>.5, shares['oedema']>.5], [1,3,2], 0).astype(np.uint8)
+    necrosis,rim,oedema = (shares[o] for o in ('necrosis','rim','oedema'))
+    fills = [necrosis>.5, rim+necrosis>.5, oedema>.5]
+    return np.select(fills, [1,3,2], 0).astype(np.uint8)
 
 # %% ../nbs/21_phantom.ipynb #9926db8c
 _relaxation = dict( # T1 ms, T2 ms, proton density; typical of 1.5 T
@@ -250,16 +288,21 @@ _relaxivity = 4.5 # of gadolinium, 1/(s mM)
 def _signal(tissue, tr, te, ti, gadolinium=0):
     t1,t2,pd = _relaxation[tissue]
     t1 = 1/(1/t1+_relaxivity*gadolinium/1000)
-    return pd*np.exp(-te/t2)*(1-np.exp(-tr/t1) if ti is None else np.abs(1-2*np.exp(-ti/t1)+np.exp(-tr/t1)))
+    if ti is None: recovered = 1-np.exp(-tr/t1)
+    else: recovered = np.abs(1-2*np.exp(-ti/t1)+np.exp(-tr/t1))
+    return pd*np.exp(-te/t2)*recovered
 
 # %% ../nbs/21_phantom.ipynb #bdfdd635
 def _ideal(p, seq, shares, axes, rng):
     "What a perfect scanner would see: signal, texture and the coil's uneven sensitivity, on the head's grid"
     gd = dict(rim=p.gadolinium, vessel=.9, necrosis=.03) if seq=='T1wCE' else {}
-    x = sum(np.float32(_signal(t, *_protocol[seq], gadolinium=gd.get(t,0)))*o for t,o in shares.items())
+    def signal(tissue): return np.float32(_signal(tissue, *_protocol[seq], gadolinium=gd.get(tissue,0)))
+    x = sum(signal(t)*o for t,o in shares.items())
     sd = p.unevenness if seq=='FLAIR' else .1
-    log = shares['oedema']*(np.float32(sd)*_noise(rng, axes, 5)-np.float32(sd**2/2))
-    return x*np.exp(log + np.float32(.025)*_noise(rng, axes, 3) + np.float32(.06)*_noise(rng, axes, 80))
+    def noise(size, pitch): return np.float32(size)*_noise(rng, axes, pitch)
+    uneven = noise(sd, 5)-np.float32(sd**2/2)
+    log = shares['oedema']*uneven
+    return x*np.exp(log+noise(.025, 3)+noise(.06, 80))
 
 # %% ../nbs/21_phantom.ipynb #e51f7bf2
 _planes = dict( # directions of D, H, W in RAS, and mm that the slices cover
@@ -279,18 +322,23 @@ def series_affine(
     if plane not in _planes: raise unknown_name('plane', plane, _planes)
     dirs,cover = _planes[plane]
     affine = np.eye(4)
-    affine[:3,:3] = (np.eye(3) if turn is None else turn) @ np.array(dirs).T*[cover/slices, fov/size, fov/size]
-    affine[:3,3] = -affine[:3,:3] @ ((np.array([slices,size,size])-1)/2)
+    if turn is None: turn = np.eye(3)
+    spacing = [cover/slices, fov/size, fov/size]
+    middle = (np.array([slices,size,size])-1)/2
+    affine[:3,:3] = turn@np.array(dirs).T*spacing
+    affine[:3,3] = -affine[:3,:3]@middle
     return affine
 
 # %% ../nbs/21_phantom.ipynb #dfbba013
 def _sample(x, axes, affine, shape, moved, order=1):
     "Values of a (Z,Y,X) field at a series' voxels; `moved` is where the head went meanwhile, mm"
-    to_index = np.fliplr(np.eye(3))/np.float64(axes[0][1]-axes[0][0])
+    mm = np.float64(axes[0][1]-axes[0][0])
+    to_index = np.fliplr(np.eye(3))/mm
     m = to_index @ affine[:3,:3]
     spans = (np.abs(m).max(1)/2).astype(int)*2+1
     if order: x = ndimage.uniform_filter(x, spans)
-    offset = to_index @ (affine[:3,3]-moved-[a[0] for a in axes[::-1]])
+    first = [a[0] for a in axes[::-1]]
+    offset = to_index @ (affine[:3,3]-moved-first)
     return ndimage.affine_transform(x, m, offset, shape, order=order)
 
 # %% ../nbs/21_phantom.ipynb #fe9d77a0
@@ -307,12 +355,15 @@ def draw_series(
 ) -> NS: # `affine`, `shape` (D,H,W), `moved` (3,) mm
     "Draw how one series was scanned."
     rng = rng_for(seed, 'phantom', p.patient, seq, 'scan')
-    def pick(o): return o if np.isscalar(o) else rng.integers(o[0], o[1], endpoint=True)
+    def pick(o):
+        if np.isscalar(o): return o
+        return rng.integers(o[0], o[1], endpoint=True)
     plane = planes if isinstance(planes,str) else planes[rng.integers(len(planes))]
     d,n,mm = int(pick(slices)),int(pick(size)),float(pick(fov))
     if d<2 or n<8 or mm<=0: raise _too_small(slices, size, fov)
     turn = Rotation.from_euler('xyz', rng.uniform(-tilt,tilt,3), degrees=True).as_matrix()
-    return NS(affine=series_affine(plane, d, n, mm, turn), shape=(d,n,n), moved=rng.uniform(-shift,shift,3))
+    affine = series_affine(plane, d, n, mm, turn)
+    return NS(affine=affine, shape=(d,n,n), moved=rng.uniform(-shift,shift,3))
 
 def _too_small(slices, size, fov):
     rule = "a series needs at least 2 slices of 8x8 and a positive field of view"
@@ -326,12 +377,13 @@ def render_patient(
     sequences:str|tuple=SEQUENCES, # Which to render
     skull:bool=False, # Keep skull, face and scalp?
     noise:float=.025, # Noise in each channel, as a share of the white matter's signal
-    **kwargs
+    **kwargs # For `draw_series`
 ) -> dict: # sequence -> `(image, mask)`, int32 and uint8 `Volume`s on the series' own grid
     "Render the series of one patient, and masks as in BraTS 2023: 1 necrosis, 2 oedema, 3 enhancing rim."
     scans = {o: draw_series(p, o, seed, **kwargs) for o in check_sequences(sequences)}
     finest = min(np.linalg.norm(o.affine[:3,1:3], axis=0).min() for o in scans.values())
-    shares,label,brain,axes = _anatomy(p, seed, skull, float(np.clip(.9*finest, 1, 2.4)))
+    mm = float(np.clip(.9*finest, 1, 2.4))
+    shares,label,brain,axes = _anatomy(p, seed, skull, mm)
     res,masks = {},{}
     for seq,scan in scans.items():
         rng = rng_for(seed, 'phantom', p.patient, seq)
@@ -340,16 +392,20 @@ def render_patient(
         if key not in masks: masks[key] = [_sample(o, axes, **vars(scan), order=0) for o in (label,brain)]
         mask,inside = masks[key]
         white = _signal('white', *_protocol[seq])
-        n = rng.standard_normal((2,*scan.shape), dtype=np.float32)*np.float32(noise*white)
-        x = np.hypot(x+n[0], n[1])*np.float32(rng.uniform(300,600)/white)
+        n = rng.standard_normal((2,*scan.shape), dtype=np.float32)
+        n = n*np.float32(noise*white)
+        gain = np.float32(rng.uniform(300,600)/white)
+        x = np.hypot(x+n[0], n[1])*gain
         if not skull: x *= inside
-        res[seq] = [Volume(torch.from_numpy(o), scan.affine) for o in (x.round().astype(np.int32), mask)]
+        both = x.round().astype(np.int32),mask
+        res[seq] = [Volume(torch.from_numpy(o), scan.affine) for o in both]
     return res
 
 # %% ../nbs/21_phantom.ipynb #e4ce323a
 def _widest(mask):
     "The slice with most of the enhancing rim"
-    return int((np.asarray(mask)==3).sum((1,2)).argmax())
+    rim = (np.asarray(mask)==3).sum((1,2))
+    return int(rim.argmax())
 
 # %% ../nbs/21_phantom.ipynb #b38804fc
 def show_phantom(
@@ -363,7 +419,8 @@ def show_phantom(
     if axs is None: axs = plt.subplots(1, n, figsize=(2.3*n,2.5), layout='constrained', squeeze=False)[1][0]
     for ax,(seq,(v,m)) in zip(axs, images.items()):
         d,x = _widest(m),np.asarray(v)
-        ax.imshow(x[d], cmap='gray', vmin=0, vmax=np.quantile(x[x>0], .998), aspect=v.spacing[1]/v.spacing[2])
+        high,(_,h,w) = np.quantile(x[x>0], .998),v.spacing
+        ax.imshow(x[d], cmap='gray', vmin=0, vmax=high, aspect=h/w)
         if outline: ax.contour(np.asarray(m)[d]>0, levels=[.5], colors='gold', linewidths=.7)
         ax.set_title(f'{seq} {title}', fontsize=8); ax.set_axis_off()
     return axs
@@ -372,16 +429,21 @@ def show_phantom(
 def _rim_gadolinium(x, mask):
     "mM of gadolinium that explain the rim's brightness in T1wCE relative to the rest of the brain"
     (tr,te,_),(t1,t2,pd) = _protocol['T1wCE'],_relaxation['rim']
-    ratio = np.quantile(x[mask==3], .8)/np.median(x[(mask==0)&(x>0)])
-    brain = (_signal('white',tr,te,None)+_signal('grey',tr,te,None))/2
-    recovered = np.clip(ratio*brain/(pd*np.exp(-te/t2)), 0, .999)
-    return max(-np.log(1-recovered)/tr-1/t1, 1e-6)*1000/_relaxivity
+    rest = x[(mask==0)&(x>0)]
+    ratio = np.quantile(x[mask==3], .8)/np.median(rest)
+    white,grey = (_signal(o, tr, te, None) for o in ('white','grey'))
+    brain = (white+grey)/2
+    at_rest = pd*np.exp(-te/t2)
+    recovered = np.clip(ratio*brain/at_rest, 0, .999)
+    faster = -np.log(1-recovered)/tr-1/t1
+    return max(faster, 1e-6)*1000/_relaxivity
 
 def _oedema_unevenness(x, mask, spacing):
     "sd of log FLAIR signal in the oedema, away from its border where voxels are small enough to have an inside"
     inside = (mask==2)&(x>0)
     if max(spacing[1:])<2.5: inside = ndimage.binary_erosion(inside, np.ones((1,3,3)))
-    return np.log(x[inside]).std() if inside.sum()>9 else np.nan
+    if inside.sum()<=9: return np.nan
+    return np.log(x[inside]).std()
 
 # %% ../nbs/21_phantom.ipynb #53568841
 def measure_traits(
@@ -418,7 +480,8 @@ def _header(v, seq, patient, uid):
     ds.RepetitionTime,ds.EchoTime,ds.EchoTrainLength,ds.MagneticFieldStrength = tr,te,1,1.5
     if ti: ds.InversionTime = ti
     if seq=='T1wCE': ds.ContrastBolusAgent = 'gadolinium'
-    (step,high,wide),dirs = v.spacing,(v.affine[:3,:3]/v.spacing).T*[-1,-1,1]+0. # +0. turns -0 to 0
+    step,high,wide = v.spacing
+    dirs = (v.affine[:3,:3]/v.spacing).T*[-1,-1,1]+0. # +0. turns -0 to 0
     ds.ImageOrientationPatient = [*map(num, dirs[2]),*map(num, dirs[1])]
     ds.PixelSpacing,ds.SliceThickness,ds.SpacingBetweenSlices = [num(high),num(wide)],num(step),num(step)
     ds.Rows,ds.Columns,ds.SamplesPerPixel,ds.PhotometricInterpretation = *v.shape[1:],1,'MONOCHROME2'
@@ -443,7 +506,8 @@ def write_series(
     dest.mkdir(parents=True, exist_ok=True)
     for i,n in enumerate(range(1,len(x)+1) if numbers is None else numbers):
         ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = uid(seq, i)
-        ds.InstanceNumber,ds.ImagePositionPatient = int(n),[f'{o:.8g}' for o in v.world([i,0,0])*[-1,-1,1]]
+        at = v.world([i,0,0])*[-1,-1,1]
+        ds.InstanceNumber,ds.ImagePositionPatient = int(n),[f'{o:.8g}' for o in at]
         ds.PixelData = x[i].astype('<u2').tobytes()
         ds.save_as(dest/f'Image-{n}.dcm', enforce_file_format=True)
 
@@ -455,7 +519,8 @@ def _not_16_bits(x):
 def _make_patient(p, dest, seed, key, sequences, shuffle, missing, blank, **kwargs):
     "Render, measure and write one patient"
     lacks,empty = missing.get(p.patient, ()),blank.get(p.patient, ())
-    with threadpool_limits(1): images = render_patient(p, seed, [o for o in sequences if o not in lacks], **kwargs)
+    there = [o for o in sequences if o not in lacks]
+    with threadpool_limits(1): images = render_patient(p, seed, there, **kwargs)
     for seq in empty: images[seq][0].zero_()
     try:
         with tempfile.TemporaryDirectory(dir=dest, prefix='.patient-') as td:
@@ -477,8 +542,9 @@ def _lacking(which, table, sequences, seed, what):
     "Which of the sequences each patient lacks, given by patient already or as the share of patients that lack one"
     if isinstance(which, dict): return _lacking_by_name(which, table, sequences, what)
     if not 0<=which<=(len(sequences)>1): raise _bad_share(which, what)
-    rng = rng_for(seed, 'phantom', what)
-    hit,one = rng.random(len(table))<which,rng.integers(len(sequences), size=len(table))
+    rng,n = rng_for(seed, 'phantom', what),len(table)
+    hit = rng.random(n)<which
+    one = rng.integers(len(sequences), size=n)
     return {p: (sequences[i],) for p,h,i in zip(table.patient, hit, one) if h}
 
 def _lacking_by_name(which, table, sequences, what):
@@ -531,17 +597,20 @@ def make_phantom(
     shuffle:bool=False, # Number files and instances in another order than they lie?
     n_workers:int=None, # Processes; one per core if None, 0 to make all in this one
     progress:bool=True, # Show a progress bar?
-    **kwargs
+    **kwargs # For `render_patient`
 ) -> pd.DataFrame: # The side table: what `draw_patients` drew and `measure_traits` measured
     """Write a synthetic glioblastoma cohort in the competition's layout, whose best attainable AUC is known.
 
     `train/` and `test/` hold `PATIENT/SEQUENCE/Image-N.dcm`, `train_labels.csv` the labels of the first,
     `sample_submission.csv` the ids of the second; `phantom.csv`, next to them, all that a model must not see.
     Raises `MGMTError` on impossible settings, on a folder with other content, and where writing fails."""
-    dest,table,sequences = Path(dest),draw_patients(n, auc, seed, test, prevalence),check_sequences(sequences)
-    missing,blank = (_lacking(o, table, sequences, seed, k) for k,o in (('missing',missing),('blank',blank)))
+    table = draw_patients(n, auc, seed, test, prevalence)
+    dest,sequences = Path(dest),check_sequences(sequences)
+    missing = _lacking(missing, table, sequences, seed, 'missing')
+    blank = _lacking(blank, table, sequences, seed, 'blank')
     for p,o in blank.items(): blank[p] = tuple(s for s in o if s not in missing.get(p, ()))
-    draw_series(table.iloc[0], sequences[0], seed, **{k:v for k,v in kwargs.items() if k not in ('skull','noise')})
+    scan = {k:v for k,v in kwargs.items() if k not in ('skull','noise')}
+    draw_series(table.iloc[0], sequences[0], seed, **scan)
     how = dict(seed=seed, sequences=sequences, shuffle=shuffle, missing=missing, blank=blank, **kwargs)
     settings = dict(n=n, auc=auc, test=test, prevalence=prevalence, version=__version__, **how)
     settings = json.loads(json.dumps(settings))

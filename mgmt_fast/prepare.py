@@ -178,9 +178,9 @@ def _almost_constant(clip, v):
 
 # %% ../nbs/24_prepare.ipynb #1417ea2a
 def prepare_patient(
-    row, # A row of a cohort: `patient`, a path per sequence, and perhaps `T2w_index` and the like
-    sequences=SEQUENCES, # Which to prepare, in order; the first readable one gives the axes
-    recipe='default', # Name or `Recipe`
+    row:pd.Series|dict, # A row of a cohort: `patient`, a path per sequence, and perhaps `T2w_index` and the like
+    sequences:str|list|tuple=SEQUENCES, # Which to prepare, in order; the first readable one gives the axes
+    recipe:str|Path|Recipe='default', # Name, file or `Recipe`
 ) -> NS: # `.arrays`: sequence to uint8 (D,H,W); `.meta`: sequence to facts; `.affine`; `.report`: problems and notes
     "Read, box, resample and normalise one patient. What fails is a row of the report, never an exception."
     r,sequences = get_recipe(recipe),check_sequences(sequences)
@@ -294,8 +294,8 @@ def _digest(o): return hashlib.blake2b(json.dumps(o, ensure_ascii=True).encode()
 
 # %% ../nbs/24_prepare.ipynb #5db9d7fc
 def source_state(
-    path, # File, or folder of slices; missing for none
-    index=None, # Which of several volumes there is meant
+    path:str|Path, # File, or folder of slices; missing for none
+    index:int=None, # Which of several volumes there is meant
 ) -> dict: # Digests of the files' `names` (with their sizes) and `times`; None if there is no file
     "What a series' files are, as far as can be told without reading them."
     if path is None or pd.isna(path): return None
@@ -307,7 +307,7 @@ def source_state(
 
 # %% ../nbs/24_prepare.ipynb #007fdf08
 def source_content(
-    path, # File, or folder of slices
+    path:str|Path, # File, or folder of slices
 ) -> str: # Digest of the checksum (CRC-32) of each file
     "What a series' files hold."
     sums = []
@@ -317,7 +317,7 @@ def source_content(
 
 # %% ../nbs/24_prepare.ipynb #68252a85
 def same_source(
-    path, # File, or folder of slices, as it is now
+    path:str|Path, # File, or folder of slices, as it is now
     now:dict, # Its `source_state`; with its `content` where that was read already
     then:dict, # What was written when it was prepared: `names`, `times` and `content`
 ) -> bool:
@@ -353,8 +353,8 @@ def _read_facts(path):
 class VolumeStore:
     "Prepared volumes of a cohort: `store.read(patient)` is uint8 `(C,D,H,W)`. Read by memory map, from many processes."
     def __init__(self,
-        path, # Folder that `prepare` wrote
-        labels=None, # Label table (path or DataFrame) to join in place of what was known when the store was prepared
+        path:str|Path, # Folder that `prepare` wrote
+        labels:str|Path|pd.DataFrame=None, # Label table to join in place of what was known when prepared
     ):
         self.path = Path(path)
         if not (self.path/'store.json').exists(): raise PrepareError(_no_store(self.path))
@@ -409,7 +409,7 @@ def _joined(meta, facts, sequences):
 def read(
     self:VolumeStore,
     patient:str, # As in `store.table.patient`
-    sequences=None, # Which, in which order; all of the store's if None
+    sequences:str|list|tuple=None, # Which, in which order; all of the store's if None
 ) -> np.ndarray: # uint8 (C,D,H,W), a copy
     "One patient's volumes as channels. Raises `PrepareError` if the patient or one of the sequences is not there."
     if patient not in self.meta:
@@ -457,7 +457,7 @@ def verify(
 @patch
 def only(
     self:VolumeStore,
-    patients, # Some of `store.table.patient`
+    patients:list|pd.Series, # Some of `store.table.patient`
 ) -> VolumeStore: # A view; the folder holds what it held
     "The store as if it held these patients only."
     part,keep = copy.copy(self),set(patients)
@@ -493,7 +493,7 @@ def _say_problems(table, problems, most=10):
 @patch
 def join(
     self:VolumeStore,
-    table, # Path, or DataFrame with `patient` and any of `label`, `source`, `session`, `age`, `sex`, `site`, `scanner`
+    table:str|Path|pd.DataFrame, # `patient` and any of `label`, `source`, `session`, `age`, `sex`, `site`, `scanner`
     keep:bool=False, # Write it beside the pixels, for whoever opens the store later?
     id_col:str=None, # Column of the ids, where the table is a file; known names are found
     label_col:str=None, # Column of the labels, likewise
@@ -516,7 +516,7 @@ def join(
 
 # %% ../nbs/24_prepare.ipynb #f44e0901
 def as_store(
-    store, # `VolumeStore`, or the folder of one
+    store:VolumeStore|str|Path, # A store, or the folder of one
 ) -> VolumeStore: # The same, with the labels that were joined to it
     "A store, whichever way it is named."
     return store if isinstance(store, VolumeStore) else VolumeStore(store)
@@ -569,10 +569,10 @@ def _other_recipe(dest, differ):
 # %% ../nbs/24_prepare.ipynb #1c328951
 def prepare(
     cohort:pd.DataFrame, # `patient`, `label`, one path column per sequence
-    dest, # Folder of the store; an unfinished store is finished, and a finished one is brought up to date
-    sequences=SEQUENCES, # Which to prepare, in order
+    dest:str|Path, # Folder of the store; an unfinished store is finished, and a finished one is brought up to date
+    sequences:str|list|tuple=SEQUENCES, # Which to prepare, in order
     size:tuple=None, # (D,H,W) voxels; the recipe's if None
-    recipe='default', # Name or `Recipe`
+    recipe:str|Path|Recipe='default', # Name, file or `Recipe`
     n_workers:int=None, # Processes; one per core if None
     progress:bool=True, # Show a progress bar
 ) -> VolumeStore: # Its `.report` lists what was skipped and why
@@ -595,7 +595,7 @@ def prepare(
 
 # %% ../nbs/24_prepare.ipynb #5218918a
 def check_size(
-    size, # (D,H,W), or text such as `'64x256x256'` or `'64,256,256'`
+    size:tuple|list|str, # (D,H,W), or text such as `'64x256x256'` or `'64,256,256'`
 ) -> tuple: # Three ints
     "Bring a size to a tuple of three positive whole numbers, or raise `MGMTError`."
     try: res = tuple(int(o) for o in (size.replace('x',',').split(',') if isinstance(size,str) else size))

@@ -26,28 +26,34 @@ SMALL_CENTRE = (torch.tensor(SMALL_SHAPE, dtype=torch.float32)-1)/2 # Poses turn
 # %% ../nbs/28_register.ipynb #ccff1827
 def _air(a):
     "The value of air in `a`, and whether it is one value and not noise; a tight crop may show little of it"
-    faces = np.r_[a[:,[0,-1]].ravel(), a[:,:,[0,-1]].ravel()]
+    high,wide = a[:,[0,-1]],a[:,:,[0,-1]]
+    faces = np.r_[high.ravel(), wide.ravel()]
     for x,share in ((faces,.5),(a.ravel(),.1)):
         values,counts = np.unique(x, return_counts=True)
         if counts.max()>share*len(x): return float(values[counts.argmax()]),True
     return float(np.percentile(faces, 10)),False
 
 def _tissue(a, air, constant, high):
-    return abs(a-air)>.01*abs(high-air) if constant else a>air+.15*(high-air)
+    "Where `a` holds more than air, which is one value or noise"
+    if constant: return abs(a-air)>.01*abs(high-air)
+    return a>air+.15*(high-air)
 
 def _solid(mask, constant):
     "Fill what is dark inside: ventricles of a FLAIR, and in a head as scanned all that its outer surface holds"
     if constant: return mask | (smooth(torch.from_numpy(mask).float(), 1.5)>.6).numpy()
     parts,n = ndimage.label(ndimage.binary_opening(mask))
     if not n: return mask
-    head = np.pad(parts==1+np.bincount(parts.ravel())[1:].argmax(), 3)
-    return ndimage.binary_fill_holes(ndimage.binary_closing(head, iterations=3))[3:-3,3:-3,3:-3]
+    largest = 1+np.bincount(parts.ravel())[1:].argmax()
+    head = np.pad(parts==largest, 3)
+    closed = ndimage.binary_closing(head, iterations=3)
+    return ndimage.binary_fill_holes(closed)[3:-3,3:-3,3:-3]
 
 # %% ../nbs/28_register.ipynb #381fbd12
 @lru_cache(maxsize=None)
 def _gauss_matrix(n, sigma):
     i = torch.arange(n, dtype=torch.float32)
-    w = torch.exp(-(i[:,None]-i)**2/(2*sigma*sigma))
+    away = i[:,None]-i
+    w = torch.exp(-away**2/(2*sigma*sigma))
     return w/w[n//2].sum()
 
 # %% ../nbs/28_register.ipynb #87815329
@@ -57,7 +63,8 @@ def smooth(
 ) -> torch.Tensor: # (D,H,W); what lies outside counts as 0
     "Gaussian smoothing as three matrix products, which is the fastest way at this size."
     d,h,w = (_gauss_matrix(n, sigma) for n in x.shape)
-    return (d @ (h @ (x @ w)).flatten(1)).reshape(x.shape)
+    plane = h @ (x @ w)
+    return (d @ plane.flatten(1)).reshape(x.shape)
 
 # %% ../nbs/28_register.ipynb #812d240b
 @one_thread()
@@ -70,20 +77,28 @@ def low_resolution(
     a = np.nan_to_num(np.asarray(vol[some], dtype=np.float32))
     if a.min()==a.max(): raise _blank(f"all looked-at voxels equal {a.min():g}")
     (air,constant),high = _air(a),np.percentile(a, 99.5)
-    at = np.argwhere(_tissue(a, air, constant, high))*stride@vol.affine[:3,:3].T + vol.affine[:3,3]
+    voxels = np.argwhere(_tissue(a, air, constant, high))*stride
+    at = voxels@vol.affine[:3,:3].T + vol.affine[:3,3]
     if len(at)<64: raise _blank(f"only {len(at)} of {a.size} looked-at voxels hold tissue")
-    top = np.percentile(at[:,2], 99.5)
-    lo,hi = np.percentile(at[at[:,2]>top-150], [1,99], axis=0)
-    affine = np.eye(4)
-    affine[:3,:3] = CANONICAL*SMALL_MM
-    affine[:3,3] = [*(lo+hi)[:2]/2, top-80] - affine[:3,:3]@SMALL_CENTRE.numpy()
+    affine = _small_affine(at)
     x = np.nan_to_num(np.asarray(resample(vol, affine, SMALL_SHAPE)))
     mask = _solid(_tissue(x, air, constant, high), constant)
     if not mask.any(): raise _scattered()
     hi = np.percentile(x[mask], 99.8)
     lo = np.percentile(x[mask], 0) if constant else air
-    x = ((x-lo)*(254/max(hi-lo, 1e-9))).clip(0,254)+1
-    return Volume(torch.from_numpy(np.where(mask, x, 0).astype(np.uint8)), affine=affine)
+    scale = 254/max(hi-lo, 1e-9)
+    x = ((x-lo)*scale).clip(0,254)+1
+    small = np.where(mask, x, 0).astype(np.uint8)
+    return Volume(torch.from_numpy(small), affine=affine)
+
+def _small_affine(at):
+    "Where a small copy lies: 80 mm below the top of the tissue at `at` (N,3), midway between its sides"
+    top = np.percentile(at[:,2], 99.5)
+    lo,hi = np.percentile(at[at[:,2]>top-150], [1,99], axis=0)
+    affine = np.eye(4)
+    affine[:3,:3] = CANONICAL*SMALL_MM
+    affine[:3,3] = [*(lo+hi)[:2]/2, top-80] - affine[:3,:3]@SMALL_CENTRE.numpy()
+    return affine
 
 def _blank(what): return MGMTError(f"{what}: an empty or blank series? Leave it out of the audit")
 
@@ -104,14 +119,16 @@ class Structure:
         n = smooth(m, 1.5).clamp(min=1e-3)
         d = (x-smooth(x*m, 1.5)/n)*m
         sd = (smooth(d*d, 1.5)/n).sqrt()
+        least = .1*sd[m>0].median()
         self.w = (smooth(m, 2.)>.9).float()
-        self.y = (d/(sd+.1*sd[m>0].median()+1e-6)).clamp(-3,3)*(m>0)
+        self.y = (d/(sd+least+1e-6)).clamp(-3,3)*(m>0)
         self.size = float(self.w.sum())
 
     @cached_property
     def coarse(self):
         "Every second voxel of the smoothed contrast"
-        y = smooth(self.y*self.w, 1.2)/smooth(self.w, 1.2).clamp(min=.1)
+        total,weight = smooth(self.y*self.w, 1.2),smooth(self.w, 1.2)
+        y = total/weight.clamp(min=.1)
         return _Scale(y*self.w, self.w, 2)
     @cached_property
     def fine(self): return _Scale(self.y, self.w, 1)
@@ -121,7 +138,8 @@ class Structure:
     def turned(self):
         "Spectra of the 27 turned copies"
         copies = self._halved[None].expand(len(_turns),-1,-1,-1,-1)
-        return _spectrum(F.grid_sample(copies, _turned_grids(), align_corners=False)[:,0])
+        turned = F.grid_sample(copies, _turned_grids(), align_corners=False)
+        return _spectrum(turned[:,0])
     @property
     def _halved(self): return F.avg_pool3d((self.y*self.w)[None], 2)
 
@@ -140,8 +158,10 @@ class _Scale:
     def f(self): return self.field[0,0][self.at]
     @cached_property
     def basis(self):
-        g = torch.stack(torch.gradient(self.field[0,0]), -1)[self.at]
-        return torch.cat([torch.ones(len(g),1), self.f[:,None], torch.linalg.cross(self.q,g), g], 1)
+        slopes = torch.gradient(self.field[0,0])
+        g = torch.stack(slopes, -1)[self.at]
+        constant,turn = torch.ones(len(g),1),torch.linalg.cross(self.q,g)
+        return torch.cat([constant, self.f[:,None], turn, g], 1)
 
 # %% ../nbs/28_register.ipynb #15d7da04
 def sample_field(
@@ -149,7 +169,8 @@ def sample_field(
     p:torch.Tensor, # (N,3) voxels from the centre, need not be whole
 ) -> torch.Tensor: # (C,N), 0 outside
     "Values of a field at some places, linear between voxels."
-    grid = p.flip(1)*(2/torch.tensor(SMALL_SHAPE[::-1]))
+    per_voxel = 2/torch.tensor(SMALL_SHAPE[::-1])
+    grid = p.flip(1)*per_voxel
     return F.grid_sample(field, grid[None,None,None], align_corners=False)[0,:,0,0]
 
 # %% ../nbs/28_register.ipynb #a8ccaa39
@@ -157,13 +178,18 @@ _angles = list(itertools.product((-12,0,12), repeat=3)) # degrees
 _turns = torch.tensor(Rotation.from_euler('xyz', _angles, degrees=True).as_matrix(), dtype=torch.float32)
 _period = 32 # voxels of 8 mm, so that shifts of 4 cm do not wrap around
 
-def _spectrum(x): return torch.fft.rfftn(x, s=(_period,)*3, dim=(-3,-2,-1))
+_fft = dict(s=(_period,)*3, dim=(-3,-2,-1))
+
+def _spectrum(x): return torch.fft.rfftn(x, **_fft)
 
 @lru_cache(maxsize=None)
 def _turned_grids():
     half = [n//2 for n in SMALL_SHAPE]
-    q = torch.stack(torch.meshgrid(*(torch.arange(n)-(n-1)/2 for n in half), indexing='ij'), -1)
-    return torch.stack([(q@r.T).flip(-1)*(2/torch.tensor(half[::-1])) for r in _turns])
+    axes = [torch.arange(n)-(n-1)/2 for n in half]
+    q = torch.stack(torch.meshgrid(*axes, indexing='ij'), -1)
+    per_voxel = 2/torch.tensor(half[::-1])
+    grids = [(q@r.T).flip(-1)*per_voxel for r in _turns]
+    return torch.stack(grids)
 
 # %% ../nbs/28_register.ipynb #49baaf31
 def find_starts(
@@ -173,11 +199,14 @@ def find_starts(
 ) -> list: # `(correlation, turn, shift)` of the best, best first
     "The poses from which to start: the best shift for each of 27 turns."
     product = fixed.turned.conj()*moving.spectrum
-    value,at = torch.fft.irfftn(product, s=(_period,)*3, dim=(-3,-2,-1)).flatten(1).max(1)
+    correlation = torch.fft.irfftn(product, **_fft)
+    value,at = correlation.flatten(1).max(1)
     res = []
     for i in value.topk(k).indices.tolist():
-        shift = torch.tensor(np.array(np.unravel_index(int(at[i]), (_period,)*3)), dtype=torch.float32)
-        res.append((float(value[i]), _turns[i].T, 2*(shift-_period*(shift>_period/2))))
+        place = np.unravel_index(int(at[i]), _fft['s'])
+        shift = torch.tensor(np.array(place), dtype=torch.float32)
+        shift -= _period*(shift>_period/2)
+        res.append((float(value[i]), _turns[i].T, 2*shift))
     return res
 
 # %% ../nbs/28_register.ipynb #512913fd
@@ -193,7 +222,8 @@ def refine_pose(
         m,w = sample_field(moving.field, fixed.q@turn.T+shift)
         if w.sum()<100: break
         step = _step(fixed.basis, m, w)
-        turn = turn@torch.from_numpy(Rotation.from_rotvec(step[:3].double().numpy()).as_matrix()).float().T
+        more = Rotation.from_rotvec(step[:3].double().numpy()).as_matrix()
+        turn = turn@torch.from_numpy(more).float().T
         shift = shift-turn@step[3:]
         if step[:3].norm()<5e-4 and step[3:].norm()<.01: break
     return turn,shift
@@ -219,8 +249,9 @@ def pose_agreement(
     m,w = sample_field(moving.field, fixed.q@turn.T+shift)
     n = w.sum()
     if n<50: return 0.,0.
-    m,f = m-(w*m).sum()/n, fixed.f-(w*fixed.f).sum()/n
-    ncc = (w*m*f).sum()/((w*m*m).sum()*(w*f*f).sum()).clamp(min=1e-12).sqrt()
+    m,f = (o-(w*o).sum()/n for o in (m,fixed.f))
+    product = (w*m*m).sum()*(w*f*f).sum()
+    ncc = (w*m*f).sum()/product.clamp(min=1e-12).sqrt()
     return float(ncc),float(n/min(fixed.n, moving.n))
 
 # %% ../nbs/28_register.ipynb #0340e946
@@ -232,20 +263,25 @@ def normalised_mutual_information(
     """Mutual information over the mean of the entropies.
 
     Source: the symmetric uncertainty of Press et al., *Numerical Recipes*, 14.7; bins by rank are ours."""
-    def rank(x): return x.argsort(stable=True).argsort(stable=True)*bins//len(x)
+    def bin_of(x):
+        rank = x.argsort(stable=True).argsort(stable=True)
+        return rank*bins//len(x)
     def h(p): return float(-torch.special.xlogy(p, p).sum())
-    joint = torch.bincount(rank(a)*bins+rank(b), minlength=bins*bins).double().reshape(bins,bins)/len(a)
-    ha,hb = h(joint.sum(1)),h(joint.sum(0))
-    return 2*(ha+hb-h(joint))/(ha+hb)
+    counts = torch.bincount(bin_of(a)*bins+bin_of(b), minlength=bins*bins)
+    joint = counts.double().reshape(bins,bins)/len(a)
+    single = h(joint.sum(1))+h(joint.sum(0))
+    return 2*(single-h(joint))/single
 
 # %% ../nbs/28_register.ipynb #3aea1f7d
 def _level_gain(a, b, q):
     "Logarithms of intensities `a` and `b` at `q`; the second without its smooth gain over a power of the first"
     a,b = a.clamp(min=8).log(),b.clamp(min=8).log()
     q = q/q.abs().max()
-    basis = torch.cat([a[:,None], torch.ones(len(q),1), q, q*q, q*q.roll(1,1)], 1).double()
-    k = torch.linalg.lstsq(basis, b.double()[:,None]).solution[1:]
-    return a,b-(basis[:,1:]@k)[:,0].float()
+    one,squares,products = torch.ones(len(q),1),q*q,q*q.roll(1,1)
+    basis = torch.cat([a[:,None], one, q, squares, products], 1).double()
+    fit = torch.linalg.lstsq(basis, b.double()[:,None]).solution
+    gain = basis[:,1:]@fit[1:]
+    return a,b-gain[:,0].float()
 
 # %% ../nbs/28_register.ipynb #2e45a44d
 @one_thread()
@@ -259,13 +295,17 @@ def register_rigid(
 
     `matrix` takes voxels of the small copy of `fixed` to those of `moving`. Raises `MGMTError` if a volume is blank.
     Source: the enhanced correlation coefficient of Evangelidis and Psarakis 2008, with weights; starts by FFT."""
-    fixed,moving = (o if isinstance(o, Structure) else Structure(low_resolution(o)) for o in (fixed,moving))
-    m,pose = _best_start(fixed, [moving,moving.mirrored] if flips else [moving], starts)
+    fixed,moving = map(_structure, (fixed,moving))
+    movings = [moving,moving.mirrored] if flips else [moving]
+    m,pose = _best_start(fixed, movings, starts)
     pose = refine_pose(fixed.coarse, m.coarse, *pose, 8)
     turn,shift = refine_pose(fixed.fine, m.fine, *pose, 6)
     ncc,overlap = pose_agreement(fixed.fine, m.fine, turn, shift)
     nmi,flipped = _nmi(fixed, m, turn, shift),m is not moving
-    return NS(ncc=ncc, nmi=nmi, overlap=overlap, flipped=flipped, matrix=_index_matrix(turn, shift, flipped))
+    matrix = _index_matrix(turn, shift, flipped)
+    return NS(ncc=ncc, nmi=nmi, overlap=overlap, flipped=flipped, matrix=matrix)
+
+def _structure(o): return o if isinstance(o, Structure) else Structure(low_resolution(o))
 
 def _best_start(fixed, movings, starts):
     "The brain, as it is or mirrored, and its pose that agree best after some steps at the coarse scale"
@@ -281,10 +321,13 @@ def _best_start(fixed, movings, starts):
 def _nmi(fixed, moving, turn, shift):
     "Mutual information of the intensities where both hold brain; 0 if that is hardly anywhere"
     fine = fixed.fine
-    x,w = sample_field(torch.stack([moving.x,moving.w])[None], fine.q@turn.T+shift)
+    field = torch.stack([moving.x,moving.w])[None]
+    x,w = sample_field(field, fine.q@turn.T+shift)
     both = w>.5
     if both.sum()<=256: return 0.
-    return normalised_mutual_information(*_level_gain(fixed.x[fine.at][both], x[both], fine.q[both]))
+    here = fixed.x[fine.at]
+    levelled = _level_gain(here[both], x[both], fine.q[both])
+    return normalised_mutual_information(*levelled)
 
 # %% ../nbs/28_register.ipynb #3a0b8e66
 @patch(as_prop=True)

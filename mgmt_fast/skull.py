@@ -17,61 +17,74 @@ def air_value(
     x:np.ndarray, # Intensities
 ) -> tuple: # The value, and how many voxels hold it
     "The most common value that is no brighter than the mean."
-    values,n = np.unique(x[x<=max(x.mean(), x.min())], return_counts=True)
+    dark = x[x<=max(x.mean(), x.min())]
+    values,n = np.unique(dark, return_counts=True)
     return values[n.argmax()],n.max()
 
 # %% ../nbs/14_skull.ipynb #481c1d60
 def _rays(n=400):
     "Directions evenly spread over the upper half of the sphere, (n,3)"
-    z = 1-(np.arange(n)+.5)/n
-    a = np.arange(n)*np.pi*(3-5**.5)
-    return np.c_[np.sqrt(1-z*z)*np.cos(a), np.sqrt(1-z*z)*np.sin(a), z]
+    i = np.arange(n)
+    z = 1-(i+.5)/n
+    r = np.sqrt(1-z*z)
+    golden = i*np.pi*(3-5**.5)
+    return np.c_[r*np.cos(golden), r*np.sin(golden), z]
 
 # %% ../nbs/14_skull.ipynb #791b31a4
 def _start(at):
     "Where rays start, from the places `at` (N,3) of what is bright: 65 mm below the top, in the middle"
-    top = np.percentile(at[:,2], 99.5)
-    level = at[(at[:,2]<top-40)&(at[:,2]>top-90)]
+    height = at[:,2]
+    top = np.percentile(height, 99.5)
+    level = at[(height<top-40)&(height>top-90)]
     lo,hi = np.percentile(level if len(level) else at, [2,98], axis=0)
     return np.r_[(lo+hi)[:2]/2, top-65]
 
 def _profiles(vol, x, start):
     "Intensities along the rays from `start`, every 1.5 mm up to 140 mm, (400,n); NaN outside the volume"
-    points = start + np.arange(0,140,1.5)[:,None]*_rays()[:,None]
+    steps = np.arange(0,140,1.5)[:,None]
+    points = start+steps*_rays()[:,None]
     inv = np.linalg.inv(vol.affine)
     at = points@inv[:3,:3].T+inv[:3,3]
     return ndimage.map_coordinates(x, at.transpose(2,0,1), order=1, cval=np.nan)
 
 def _below_surface(p, inward, lo, hi):
     "Profiles `p` where they are `lo` to `hi` steps below the surface, NaN elsewhere"
-    return np.where((inward>=lo)&(inward<=hi), p, np.nan)
+    inside = (inward>=lo)&(inward<=hi)
+    return np.where(inside, p, np.nan)
 
 # %% ../nbs/14_skull.ipynb #a314443e
 def _dark_band(vol, x, air, bright):
     "Share of the rays that meet a dark band 2 to 24 mm below the surface, between a bright rim and a bright core"
-    at = vol[::2,::2,::2].world(np.argwhere(x[::2,::2,::2]>bright))
+    few = (slice(None,None,2),)*3
+    at = vol[few].world(np.argwhere(x[few]>bright))
     if not len(at): return 0.
     p = _profiles(vol, x, _start(at))-air
-    lit = p>bright-air
-    end = p.shape[1]-1-lit[:,::-1].argmax(1)
-    ok = (lit.sum(1)>=10)&(end+2<p.shape[1])
+    lit,n = p>bright-air,p.shape[1]
+    end = n-1-lit[:,::-1].argmax(1)
+    ok = (lit.sum(1)>=10)&(end+2<n)
     p,end = p[ok],end[ok]
-    inward = end[:,None]-np.arange(p.shape[1])
-    ok = (inward>=17).any(1)&~(np.isnan(p)&(inward>=-2)&(inward<=40)).any(1)
+    inward = end[:,None]-np.arange(n)
+    deep = (inward>=17).any(1)
+    unseen = np.isnan(p)&(inward>=-2)&(inward<=40)
+    ok = deep&~unseen.any(1)
     if ok.sum()<=50: return 0.
     rim,band,core = (_below_surface(p[ok], inward[ok], *o) for o in ((-2,4),(2,16),(17,40)))
-    return np.mean(np.nanmin(band,1)<.4*np.minimum(np.nanmax(rim,1), np.nanmedian(core,1)))
+    beside = np.minimum(np.nanmax(rim,1), np.nanmedian(core,1))
+    return np.mean(np.nanmin(band,1)<.4*beside)
 
 # %% ../nbs/14_skull.ipynb #48abe961
 def has_skull(
     vol:Volume, # (D,H,W) head or brain, any plane
 ) -> bool|None: # `False` if skull-stripped, `None` if it cannot be known: one value, or a map of labels
     "Is this a head as scanned, and not a brain that was skull-stripped?"
-    vol = vol[tuple(slice(None, None, max(1, int(2/s))) for s in vol.spacing)]
+    steps = [max(1, int(2/s)) for s in vol.spacing]
+    vol = vol[tuple(slice(None, None, s) for s in steps)]
     x = vol.numpy().astype(np.float32)
     some = x[:,::2,::2]
     air,n = air_value(some)
     if not (x>air).any() or len(np.unique(some[::2]))<16: return None
-    bright = air+.2*(np.percentile(some[some>air], 95)-air)
-    noise = 1-n/(np.abs(some-air)<=bright-air).sum()
+    high = np.percentile(some[some>air], 95)
+    bright = air+.2*(high-air)
+    dark = np.abs(some-air)<=bright-air
+    noise = 1-n/dark.sum()
     return bool(noise>.3 or _dark_band(vol, x, air, bright)>.12)
