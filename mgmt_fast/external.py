@@ -220,13 +220,17 @@ _signature_means = ('the signature is a hash without a key: it shows damage and 
 def _note(bundle, this, aside, source, differ, overlap, company, plan):
     "What a reader must know first, in sentences"
     return '; '.join(filter(None, [_on_the_list(aside, source, differ), _on_the_pass(this.nth),
-        _on_other_copies(this.elsewhere), _on_the_company(company), _on_the_overlap(overlap),
+        _on_other_copies(*this.elsewhere), _on_the_company(company), _on_the_overlap(overlap),
         _on_the_threshold(bundle.validation), _on_the_plan(plan), _signature_means]))
 
-def _on_other_copies(n):
-    if not n: return ''
-    return (f"copies of this bundle and cohort met {'once' if n==1 else f'{n} times'} on this computer, which neither "
-        "the ledger nor the file beside the store says: this is no untouched test set")
+def _on_other_copies(own, others):
+    res = []
+    if own:
+        often = 'once' if own==1 else f'{own} times'
+        res.append(f"copies of this bundle and cohort met {often} on this computer, which neither the ledger nor the "
+            "file beside the store says: this is no untouched test set")
+    if others: res.append(f'copies of this cohort were tested on this computer with {others} more, not counted here')
+    return '; '.join(res)
 
 def _on_the_threshold(validation):
     known = validation.get('trained_on')
@@ -293,11 +297,18 @@ def _this_pass(b, store, record):
     volumes = set(record.volumes)
     met = [e for e in b.ledger.passes() if volumes & set(e['volumes'])]
     again = b.ledger.unfinished(met, volumes)
-    known = [e['pass'] for e in record.beside('test') if e['bundle']==b.signature]
+    known = [e['pass'] for e in record.tests if e['bundle']==b.signature]
     if max(known, default=0)>len(met): raise _entries_missing(b, store, max(known), len(met))
     nth = len(met) if again else len(met)+1
-    elsewhere = max(0, sum(e['bundle']==b.signature for e in record.tests)-len(met))
+    elsewhere = _met_elsewhere(b, record, met)
     return NS(again=again, nth=nth, elsewhere=elsewhere, name=f'external-{json_hash(sorted(volumes))[:8]}-{nth}')
+
+def _met_elsewhere(b, record, met):
+    "How often this bundle, and how many others, met copies of the cohort that this record knows nothing of"
+    counted = {e['bundle'] for e in record.tests}
+    tests = [e for entries in record.elsewhere().values() for e in entries if e['kind']=='test']
+    own = sum(e['bundle']==b.signature for e in tests)-len(met)
+    return max(0, own),len({e['bundle'] for e in tests}-counted-{b.signature})
 
 def _entries_missing(b, store, known, met):
     return ProtocolError(f"{store.path} was tested {known} times with this bundle, but its ledger knows of {met}: "
@@ -349,7 +360,8 @@ def external_test(
     dest = Path(dest or b.path)
     store = _store_of(b, cohort, dest, progress)
     plan = None if plan is None else _read_plan(plan)
-    differ,record = _check_alike(b, store, listify(override)),CohortRecord(store)
+    differ = _check_alike(b, store, listify(override))
+    record = CohortRecord(store, passing=not isinstance(cohort, VolumeStore))
     with locked(b.path/f'external-{record.key}', timeout=0.):
         return _test(b, store, dest, record, leakage, differ, plan, progress)
 
@@ -442,32 +454,31 @@ def external_table(
     """Results of external tests as rows of a table.
 
     `set` is `'external'`, `'external, without suspected'` or `'external, without uncertain'`. `bundles` is how many met
-    the cohort, as far as the record on this computer knows today, and `p_holm` is p corrected for as many."""
-    rows = []
-    for r in listify(results):
-        r = r if isinstance(r, dict) else read_result(r)
+    the cohort, as far as these results say, and `p_holm` is p corrected for as many."""
+    rows,results = [],[r if isinstance(r, dict) else read_result(r) for r in listify(results)]
+    for r in results:
         for part,name in _parts.items():
-            if r.get(part) and 'why' not in r[part]: rows.append(_row(r, r[part], name))
+            if r.get(part) and 'why' not in r[part]: rows.append(_row(r, r[part], name, results))
     return pd.DataFrame(rows)
 
 _parts = dict(all='external', without_suspected='external, without suspected',
     without_uncertain='external, without uncertain')
 
-def _row(r, x, name):
+def _row(r, x, name, results):
     "One group of patients of a result"
     figures = {k+end: v for k in ('accuracy','auc','loss') for end,v in zip(('','_lo','_hi'), x[k])}
     share = min(x['methylated'], x['n']-x['methylated'])/x['n']
-    company = _company_today(r, x['p_permutation'])
+    company = _company_today(r, x['p_permutation'], results)
     about = dict(r['model'], set=name, n=x['n'], minority=share, interval=x.get('interval', "DeLong's"))
     return {**about, 'pass':r['pass'], **figures, **company}
 
-def _company_today(r, p):
-    "How many bundles are known to have met the cohort by now, and p by Holm over them"
+def _company_today(r, p, results):
+    "How many bundles met the cohort, by this result and the others that are given, and p by Holm over them"
     if 'record' not in r: return dict(p=p, bundles=np.nan, p_holm=np.nan) # of version 0.1
-    tests,results = (cohort_entries(r['record']['key'], k) for k in ('test','result'))
-    others = {e['bundle']: 1. for e in tests if e['bundle']!=r['bundle']}
-    for e in reversed(results):
-        if e['bundle'] in others and e['p'] is not None: others[e['bundle']] = e['p']
-    then = [1. if o['p'] is None else o['p'] for o in r['record']['others']]
-    ps = max([list(others.values()), then], key=len)
+    others = {o['bundle'][:8]: o['p'] for o in r['record']['others']}
+    for o in results:
+        if _same_cohort(o, r) and o['bundle']!=r['bundle']: others[o['bundle'][:8]] = o['all'].get('p_permutation')
+    ps = [1. if o is None else o for o in others.values()]
     return dict(p=p, bundles=1+len(ps), p_holm=float(holm([p, *ps])[0]))
+
+def _same_cohort(a, b): return a.get('record', {}).get('key')==b['record']['key']

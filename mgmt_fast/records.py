@@ -128,31 +128,32 @@ class CohortRecord:
     "What the volumes of a store have met: `tests`, `results` and `predictions`, wherever that was written down"
     def __init__(self,
         store:VolumeStore, # Prepared cohort
+        passing:bool=False, # Was the store made for one test only, from scans that stay elsewhere?
     ):
-        self.store,self.volumes = store,volume_hashes(store)
+        self.store,self.passing,self.volumes = store,passing,volume_hashes(store)
         sources = [source_hash(m, s) for m in store.meta.values() for s in m['volumes']]
         self.sources = sorted(set(sources)-{''})
         self.key = json_hash(self.volumes)[:16]
 
     def found(self) -> dict: # Path of a file to its entries
-        "The files that know a volume of this cohort"
+        "The files whose entries count: that beside the store, and all others where that cannot be relied on"
         here = held_out_file(self.store)
         res = {here: _read_record(here)['entries']} if here.exists() else {}
-        return {**res, **_user_entries({*self.volumes,*self.sources})}
+        return {**res, **self.elsewhere()} if self.passing or not self.can_write() else res
+
+    def elsewhere(self) -> dict: # Path of a file to its entries
+        "What the user's data folder knows of these volumes, or of the files they were prepared from"
+        return _user_entries({*self.volumes,*self.sources})
+
+    def can_write(self) -> bool: # Beside the store
+        "Can the record lie beside the store?"
+        return os.access(self.store.path, os.W_OK)
 
     def entries(self,
         kind:str, # `'test'`, `'result'` or `'prediction'`
     ) -> list: # Of dictionaries, by date, each once
         "What was written down, in whatever file"
         return _each_once(self.found(), kind)
-
-    def beside(self,
-        kind:str, # As in `entries`
-    ) -> list: # Of dictionaries, by date, each once
-        "What the file beside the store says; where nothing can be written there, what is known at all"
-        if not os.access(self.store.path, os.W_OK): return self.entries(kind)
-        here = held_out_file(self.store)
-        return _each_once({here: _read_record(here)['entries']} if here.exists() else {}, kind)
 
     @property
     def tests(self): return self.entries('test')

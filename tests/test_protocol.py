@@ -127,14 +127,14 @@ def test_tests_at_the_same_moment_lose_no_entry(study, user_home, monkeypatch):
     assert run(b, test)['pass']==2
 
 
-def test_a_copy_of_the_cohort_is_the_same_cohort(study):
-    "Another folder, other names, another preparation: the record knows the volumes, or the files they are from."
+def test_copies_of_the_cohort_are_known(study):
+    "Another folder, other names, another preparation: the volumes are known, or the files they are from."
     d,train,test,b = study
     run(b, test)
     c = scans(d/'test', 24, 700, 1)
-    again = prepared(c, d/'again')
-    assert run(frozen(d, train, 1), again)['record']['bundles']==2
-    with pytest.raises(ProtocolError, match='external test'): mgmt_dls(prepared(c, d/'small', (8,16,16)))
+    other = frozen(d, train, 1)
+    assert 'copies of this cohort were tested on this computer with 1 more' in run(other, prepared(c, d/'again'))['note']
+    assert run(other, c, dest=d/'from-scans')['record']['bundles']==2, 'a store that is made for a test relies on all'
 
 
 def test_trained_on_test_patients_and_frozen_with_another_store(study):
@@ -275,6 +275,7 @@ def test_a_store_that_is_read_only_has_its_record_in_the_data_folder(study, monk
     d,_,test,b = study
     enter = CohortRecord._enter
     def read_only(self, path, entry): return path!=held_out_file(self.store) and enter(self, path, entry)
+    monkeypatch.setattr(CohortRecord, 'can_write', lambda self: False)
     monkeypatch.setattr(CohortRecord, '_enter', read_only)
     r = run(b, test)
     assert r['record']['where']==[f"cohorts/{r['record']['key']}.json in the user's data folder"]
