@@ -225,8 +225,9 @@ def cohort_entries(
 def refuse_held_out(
     store:VolumeStore, # What would be trained, chosen or calibrated on
 ):
-    "Raise `ProtocolError` if volumes of the store are those of an external test."
-    found = CohortRecord(store).found()
+    "Raise `ProtocolError` if volumes of the store are those of an external test, in this folder or a copy of it."
+    record = CohortRecord(store)
+    found = {**record.found(), **record.elsewhere()}
     said = [str(path) for path,entries in found.items() if any(e['kind']=='test' for e in entries)]
     if said: raise _held_out(store, said)
 
