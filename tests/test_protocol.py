@@ -133,7 +133,8 @@ def test_copies_of_the_cohort_are_known(study):
     run(b, test)
     c = scans(d/'test', 24, 700, 1)
     other = frozen(d, train, 1)
-    assert 'copies of this cohort were tested on this computer with 1 more' in run(other, prepared(c, d/'again'))['note']
+    note = run(other, prepared(c, d/'again'))['note']
+    assert 'copies of this cohort were tested on this computer with 1 more' in note
     assert run(other, c, dest=d/'from-scans')['record']['bundles']==2, 'a store that is made for a test relies on all'
     with pytest.raises(ProtocolError, match='external test'): mgmt_dls(prepared(c, d/'small', (8,16,16)))
 
