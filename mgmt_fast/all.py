@@ -8,9 +8,11 @@ __all__ = []
 # %% ../nbs/99_all.ipynb #32caf482
 from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 import warnings
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+import mgmt_fast
 from .core import SEQUENCES, MGMTError, Recipe, Volume, get_recipe, read_recipe, save_recipe
 from .series import read_volume
 from .quality import audit_series
@@ -41,22 +43,21 @@ from .sweep import search, sweep, sweep_table
 from .moves import MOVES, moved_from
 
 # %% ../nbs/99_all.ipynb #2123936e
-_not_ours = ('import_module','warnings','MOVES','moved_from')
+_not_ours = ('import_module','iter_modules','mgmt_fast','warnings','MOVES','moved_from')
 __all__ = [k for k in globals() if not k.startswith('_') and k not in _not_ours]
-_rooms = '''
-    core naming dicom nifti series skull quality archive clinical cases cohort folds phantom grids slicewise
-    prepare audit runs records register fingerprints loader augment operators convert inflate backbones networks
-    consistency metrics callbacks recipes seen learner report baselines confirm leakage evaluate bundle external
-    card fusion sweep kaggle kaggle_build thesis'''.split()
 
 def __getattr__(name):
     "A name of version 0.1 that a workflow rarely needs"
     if name.startswith('_'): raise AttributeError(f"module 'mgmt_fast.all' has no attribute {name!r}")
     if name in MOVES['all']: return moved_from('all')(name)
-    for room in _rooms:
+    for room in _rooms():
         module = import_module(f'mgmt_fast.{room}')
         if name in module.__all__:
             warnings.warn(f"use `from mgmt_fast.{room} import {name}`; mgmt_fast.all gives it until the next version",
                 DeprecationWarning, stacklevel=2)
             return getattr(module, name)
     raise AttributeError(f"module 'mgmt_fast.all' has no attribute {name!r}")
+
+def _rooms():
+    "Modules whose names version 0.1 brought here: all but the commands"
+    return [o.name for o in iter_modules(mgmt_fast.__path__) if o.name not in ('_modidx','all','cli')]

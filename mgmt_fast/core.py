@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['SEQUENCES', 'MGMTError', 'unknown_name', 'check_sequences', 'Volume', 'montage', 'TensorMR', 'rng_for',
-           'seed_everything', 'make_folder', 'atomic_path', 'write_json', 'reserve_array', 'array_start', 'track',
-           'worker_init', 'one_thread', 'fault_log', 'log_fault', 'Allowed', 'choice', 'check_choice', 'same_choices',
-           'choice_names', 'Recipe', 'get_recipe', 'save_recipe', 'read_recipe', 'follow_recipe']
+           'seed_everything', 'make_folder', 'atomic_path', 'write_json', 'read_json_lines', 'json_digest',
+           'reserve_array', 'array_start', 'track', 'worker_init', 'one_thread', 'fault_log', 'log_fault', 'Allowed',
+           'choice', 'check_choice', 'same_choices', 'choice_names', 'Recipe', 'get_recipe', 'save_recipe',
+           'read_recipe', 'follow_recipe']
 
 # %% ../nbs/00_core.ipynb #3cf4ead2
-import difflib, io, json, math, numbers, os, re, signal, tempfile, traceback, warnings, zlib
+import difflib, hashlib, io, json, math, numbers, os, re, signal, tempfile, traceback, warnings, zlib
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -270,6 +272,27 @@ def write_json(
     "Write JSON atomically, with stable formatting so that equal content gives equal bytes."
     text = json.dumps(obj, indent=1, sort_keys=True, ensure_ascii=False)+'\n'
     with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
+
+# %% ../nbs/00_core.ipynb #eec4be1f
+def read_json_lines(
+    path:str|Path, # A journal; it need not be there
+) -> list: # What its lines hold, up to the first that is cut off
+    "The entries that an earlier run left."
+    path,res = Path(path),[]
+    for line in path.read_text(encoding='utf-8').split('\n')[:-1] if path.exists() else []:
+        try: res.append(json.loads(line))
+        except json.JSONDecodeError: break
+    return res
+
+# %% ../nbs/00_core.ipynb #2dd329d5
+def json_digest(
+    obj:object, # What JSON holds; the order of a dictionary's keys does not matter
+    size:int=16, # Bytes of the digest
+    default:Callable=None, # For what JSON does not hold, as in `json.dumps`
+) -> str: # 2*`size` hexadecimal digits
+    "The hash of an object's content (BLAKE2b)."
+    text = json.dumps(obj, sort_keys=True, default=default)
+    return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
 
 # %% ../nbs/00_core.ipynb #3136b388
 def reserve_array(

@@ -200,16 +200,17 @@ def _nobody_left(n):
 def _company(record, b, p):
     "The other bundles that met the cohort, and p by Holm over all"
     others = uniqueify(e['bundle'] for e in record.tests if e['bundle']!=b.signature)
-    rows = [_first_result(record, o) for o in others]
+    results,predictions = record.results,record.predictions # each reads the files
+    rows = [_first_result(results, o) for o in others]
     ps = [1. if r['p'] is None else r['p'] for r in rows]
     p_holm = None if p is None else round(float(holm([p, *ps])[0]), 6)
-    own = [e for e in record.predictions if not e['by'].startswith('bundle ')]
-    looks = dict(by_models=len(own), by_bundles=len(record.predictions)-len(own))
+    own = [e for e in predictions if not e['by'].startswith('bundle ')]
+    looks = dict(by_models=len(own), by_bundles=len(predictions)-len(own))
     return dict(bundles=1+len(others), others=rows, p=p, p_holm=p_holm, predictions=looks)
 
-def _first_result(record, bundle):
+def _first_result(results, bundle):
     "The first result of another bundle, as far as it is known"
-    found = [e for e in record.results if e['bundle']==bundle]
+    found = [e for e in results if e['bundle']==bundle]
     known = found[0] if found else {}
     return dict(bundle=bundle[:8], auc=known.get('auc'), p=known.get('p'))
 
@@ -297,15 +298,16 @@ def _this_pass(b, store, record):
     volumes = set(record.volumes)
     met = [e for e in b.ledger.passes() if volumes & set(e['volumes'])]
     again = b.ledger.unfinished(met, volumes)
-    known = [e['pass'] for e in record.tests if e['bundle']==b.signature]
-    if max(known, default=0)>len(met): raise _entries_missing(b, store, max(known), len(met))
+    known = record.tests
+    last = max((e['pass'] for e in known if e['bundle']==b.signature), default=0)
+    if last>len(met): raise _entries_missing(b, store, last, len(met))
     nth = len(met) if again else len(met)+1
-    elsewhere = _met_elsewhere(b, record, met)
+    elsewhere = _met_elsewhere(b, record, known, met)
     return NS(again=again, nth=nth, elsewhere=elsewhere, name=f'external-{json_hash(sorted(volumes))[:8]}-{nth}')
 
-def _met_elsewhere(b, record, met):
+def _met_elsewhere(b, record, known, met):
     "How often this bundle, and how many others, met copies of the cohort that this record knows nothing of"
-    counted = {e['bundle'] for e in record.tests}
+    counted = {e['bundle'] for e in known}
     tests = [e for entries in record.elsewhere().values() for e in entries if e['kind']=='test']
     own = sum(e['bundle']==b.signature for e in tests)-len(met)
     return max(0, own),len({e['bundle'] for e in tests}-counted-{b.signature})

@@ -255,17 +255,10 @@ _version = 3 # of the small copies and fingerprints
 
 def _as_lines(entries): return ''.join(json.dumps(o)+'\n' for o in entries)
 
-def _read_lines(path):
-    "Entries that an earlier run left; the last line may be cut off"
-    res = []
-    for o in path.read_text(encoding='utf-8').split('\n')[:-1] if path.exists() else []:
-        try: res.append(json.loads(o))
-        except json.JSONDecodeError: break
-    return res
 
 def _kept_facts(journal, key, contents):
     "Facts of the rows that an earlier run left and whose content is the same"
-    first,*lines = _read_lines(journal) or [None]
+    first,*lines = read_json_lines(journal) or [None]
     if first!=key: return {}
     return {o['i']:o for o in lines if o['content']==contents[o['i']]}
 
@@ -326,12 +319,9 @@ def small_copy(
 # %% ../nbs/29_fingerprints.ipynb #0751b6c9
 def _symmetric(y, w):
     "A symmetric `Structure` of summed local contrast and weights"
-    t = Structure.__new__(Structure)
     y,w = (y+y.flip(2))/2,(w+w.flip(2))/2
-    t.w = (w>.6*w.max()).float()
-    t.y = torch.where(w>0, y/w.clamp(min=1e-3), 0)*t.w
-    t.size = float(t.w.sum())
-    return t
+    inside = (w>.6*w.max()).float()
+    return Structure.of(torch.where(w>0, y/w.clamp(min=1e-3), 0)*inside, inside)
 
 def _pose(template, s, k=2):
     "Where the template's voxels lie in a brain"

@@ -290,7 +290,7 @@ def _source_files(path, below=''):
             res.append((below+e.name, st.st_size, st.st_mtime_ns, e.path))
     return sorted(res)
 
-def _digest(o): return hashlib.blake2b(json.dumps(o, ensure_ascii=True).encode(), digest_size=12).hexdigest()
+def _digest(o): return json_digest(o, 12)
 
 # %% ../nbs/24_prepare.ipynb #5db9d7fc
 def source_state(
@@ -539,10 +539,7 @@ def _write_patient(row, i, dest, sequences, recipe):
 
 def _journal(dest, key):
     "Entries that an earlier run of the same work left, by patient; its last line may be cut off"
-    path,lines = dest/'journal.jsonl',[]
-    for o in path.read_text(encoding='utf-8').split('\n')[:-1] if path.exists() else []:
-        try: lines.append(json.loads(o))
-        except json.JSONDecodeError: break
+    lines = read_json_lines(dest/'journal.jsonl')
     if not lines: return {}
     if 'patients' in lines[0]: raise PrepareError(_unfinished(dest, lines[0].get('version')))
     _check_key(dest, lines[0], key)

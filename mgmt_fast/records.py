@@ -28,8 +28,7 @@ def json_hash(
     obj:dict|list|tuple|str|float|None, # What JSON holds; the order of a dictionary's keys does not matter
 ) -> str: # 32 hexadecimal digits
     "The hash of an object's content."
-    text = json.dumps(obj, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return json_digest(obj, default=str)
 
 # %% ../nbs/27_records.ipynb #c8b5194a
 def file_hash(

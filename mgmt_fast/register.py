@@ -120,9 +120,19 @@ class Structure:
         d = (x-smooth(x*m, 1.5)/n)*m
         sd = (smooth(d*d, 1.5)/n).sqrt()
         least = .1*sd[m>0].median()
-        self.w = (smooth(m, 2.)>.9).float()
-        self.y = (d/(sd+least+1e-6)).clamp(-3,3)*(m>0)
-        self.size = float(self.w.sum())
+        self._set((d/(sd+least+1e-6)).clamp(-3,3)*(m>0), (smooth(m, 2.)>.9).float())
+
+    def _set(self, y, w): self.y,self.w,self.size = y,w,float(w.sum())
+
+    @classmethod
+    def of(cls,
+        y:torch.Tensor, # Local contrast (48,56,48)
+        w:torch.Tensor, # Weights, the same shape
+    ):
+        "From contrast and weights that are known, as those of an average of brains"
+        res = cls.__new__(cls)
+        res._set(y, w)
+        return res
 
     @cached_property
     def coarse(self):

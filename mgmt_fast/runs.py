@@ -6,7 +6,7 @@
 __all__ = ['key_digest', 'volume_key', 'run_key', 'key_changes', 'other_runs', 'say_other_runs']
 
 # %% ../nbs/26_runs.ipynb #dd1753f3
-import glob, hashlib, json
+import glob, json
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def key_digest(
     key:dict|list, # What JSON holds
 ) -> str: # 16 hexadecimal digits
     "A short name for a key."
-    return hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return json_digest(key, 8)
 
 # %% ../nbs/26_runs.ipynb #c102da83
 def volume_key(

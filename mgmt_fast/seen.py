@@ -54,10 +54,7 @@ class Prints:
 
 def _template(y, w):
     "A template in the precision in which it is kept"
-    t = Structure.__new__(Structure)
-    t.y,t.w = y.half().float(),w.byte().float()
-    t.size = float(t.w.sum())
-    return t
+    return Structure.of(y.half().float(), w.byte().float())
 
 # %% ../nbs/54_seen.ipynb #47881b5a
 def make_prints(

@@ -38,13 +38,6 @@ def test_the_sidebar_names_every_page_once():
     assert sorted(sidebar())==pages
 
 
-def test_imports_follow_the_numbers():
-    place = {re.sub(r'^\d+_|\.ipynb$', '', o): i for i,o in enumerate(ROOMS)}
-    for name,i in place.items():
-        text = (ROOT/f'mgmt_fast/{name}.py').read_text()
-        for used in re.findall(r'^ *from \.(\w+) import', text, re.M): assert place[used]<i, f'{name} imports {used}'
-
-
 @pytest.mark.parametrize('path', sorted((ROOT/'.github/workflows').glob('*.yaml')), ids=lambda p: p.name)
 def test_workflows_are_valid(path):
     tool = Path(sys.executable).parent/'check-jsonschema'
