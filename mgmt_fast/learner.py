@@ -587,12 +587,16 @@ def _kind(name):
     return model_kinds[name]
 
 # %% ../nbs/55_learner.ipynb #f0d7bb8e
+def _no_trained_model(model):
+    return MGMTError(f"{type(model).__name__} is no trained model: give a learner, a model, or the path of one")
+
 def as_model(
     model:Learner|MGMTModel|str|Path, # Or one of `model_kinds`; a path of a model, a run's folder or a bundle
 ): # Ready to predict
-    "Bring whatever stands for a trained model to a `MGMTModel` or one of `model_kinds`."
-    if isinstance(model, tuple(model_kinds.values())): return model
-    if not isinstance(model, Learner): return load_model(model)
+    "Bring whatever stands for a trained model to what can predict: it has a `logit`, as `MGMTModel` has."
+    if isinstance(model, (str,Path)): return load_model(model)
+    if hasattr(model, 'logit'): return model
+    if not isinstance(model, Learner): raise _no_trained_model(model)
     store,parts,key = model.dls.store,_who(model.dls),training_key(model)
     trained = dict(train_patients=len(parts['train']), valid_patients=len(parts['valid']),
         epochs=len(getattr(model.recorder,'values',())), seeds=key['seeds'], weights=key['weights'],
