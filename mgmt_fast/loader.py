@@ -40,8 +40,9 @@ class StoreDataset:
         store:VolumeStore, # Where the volumes are
         patients:list|pd.Series, # Names, in the order of the samples
         sequences:str|list|tuple=None, # Channels, in order; all of the store's if None
+        split_idx:int=None, # Whose transforms act: 0 those of training, 1 those of validation, None those of both
     ):
-        self.store,self.patients = store,list(patients)
+        self.store,self.patients,self.split_idx = store,list(patients),split_idx
         self.sequences = store.sequences if sequences is None else check_sequences(sequences)
         labels = store.table.set_index('patient').label
         self.labels = labels.reindex(self.patients).astype('float32').to_numpy()
@@ -186,11 +187,12 @@ def mgmt_dls(
     if patients is not None: table,left_out = (_only(t, patients) for t in (table,left_out))
     folds = assign_folds(table, n=n_folds, seed=seed)
     held = (folds.fold==fold).to_numpy()
-    def _loader(of, augs, **order):
+    def _loader(split_idx, augs, **order):
+        data = StoreDataset(store, table.patient[held if split_idx else ~held], sequences, split_idx)
         settings = dict(bs=bs, num_workers=num_workers, device=device or default_device())
-        return StoreDL(StoreDataset(store, of, sequences), after_batch=[ToUnit(), *L(augs)], **settings, **order)
-    dls = StoreDataLoaders(_loader(table.patient[~held], augs, shuffle=shuffle, drop_last=drop_last),
-        _loader(table.patient[held], None, shuffle=False, drop_last=False))
+        return StoreDL(data, after_batch=[ToUnit(), *L(augs)], **settings, **order)
+    dls = StoreDataLoaders(_loader(0, augs, shuffle=shuffle, drop_last=drop_last),
+        _loader(1, None, shuffle=False, drop_last=False))
     dls.train.rng = random.Random(seed)
     dls.asked,dls.seed = follow_recipe(store.recipe, recipe),seed
     dls.sequences,dls.store,dls.left_out,dls.folds = sequences,store,left_out,folds
