@@ -497,19 +497,19 @@ def _names_3d(model):
         elif k.startswith('head.fc.') and model.config['head']=='plain': names[k[5:]] = v
     return names
 
-def _action_3d(k, t, state):
+def _action_3d(k, t, state, share):
     "What becomes of one weight: (action, reason)"
     if k not in state: return _without(k)
     w = state[k]
     if w.shape==t.shape: return 'copied',''
-    if _shared_out(w, t): return 'adapted',f'one channel, shared out among {t.shape[1]}'
+    if share and _one_channel(w, t): return 'adapted',f'one channel, shared out among {t.shape[1]}'
     return 'wrong',f'has shape {tuple(w.shape)}, the network wants {tuple(t.shape)}'
 
 def _without(k):
     if k.endswith('downsample.0.bias'): return 'set','to zero: the checkpoint was made without this bias'
     return ('kept','the checkpoint has no classifier') if k.startswith('fc.') else ('missing','not in the checkpoint')
 
-def _shared_out(w, t): return w.ndim==t.ndim==5 and w.shape[1]==1<t.shape[1] and w.shape[::2]==t.shape[::2]
+def _one_channel(w, t): return w.ndim==t.ndim==5 and w.shape[1]==1<t.shape[1] and w.shape[::2]==t.shape[::2]
 
 def _left_out_3d(k):
     if k.startswith('fc.'): return 'classifier; the published head has its own'
@@ -524,7 +524,8 @@ def load_3d(
     "Fill a backbone from a 3D checkpoint and account for every key. Raises `MGMTError` on what does not fit."
     state = {_renamed(k, keys or {}): v for k,v in state.items()}
     target = _names_3d(model)
-    rows = [(k, *_action_3d(k, t, state), None, tuple(t.shape)) for k,t in target.items()]
+    share = model.arch in MEDICALNETS
+    rows = [(k, *_action_3d(k, t, state, share), None, tuple(t.shape)) for k,t in target.items()]
     rows += [(k, 'left out', _left_out_3d(k), tuple(v.shape), None) for k,v in state.items() if k not in target]
     report = pd.DataFrame(rows, columns=['key','action','reason','shape2d','shape3d'])
     check_report(report)
