@@ -11,6 +11,7 @@ import inspect, itertools, math
 from typing import Any
 
 from .core import *
+from .grids import BRAIN_EXTENT
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from fastcore.all import NS, store_attr, listify, first, patch
@@ -52,8 +53,8 @@ choice('augment', 'contrast_over',
     "mean that contrast keeps: 'brain' of each sequence, or each 'slice' with its air (the thesis)",
     Allowed.one_of('brain','slice'),
     default='brain', published='slice', none='brain')
-choice('augment', 'crop_after_contrast', 'cut the crop after contrast, at whole voxels, and resize it in a step of its own '
-    '(the thesis), or with all other moves in one resample', _yes_no, without=False,
+choice('augment', 'crop_after_contrast', 'cut the crop after contrast, at whole voxels, and resize it in a step of its '
+    'own (the thesis), or with all other moves in one resample', _yes_no, without=False,
     default=False, published=True, none=False)
 choice('augment', 'brightness', 'fraction, largest change of all intensities', _share,
     default=.1, published=0., none=0.)
@@ -277,7 +278,7 @@ class RandAug(ItemTransform):
     def _spacing(self, x, spacing):
         known = spacing,getattr(x,'spacing',None),self.spacing
         s = next((o for o in known if o is not None), None)
-        if s is None: s = _usual_extent/np.array(x.shape[2:])
+        if s is None: s = BRAIN_EXTENT/np.array(x.shape[2:])
         else: s = _check_spacing(s)
         if s.ndim==2 and len(s)!=len(x): raise _not_one_per_patient('spacing (B,3)', s, x)
         return np.broadcast_to(s, (len(x),3))
@@ -292,7 +293,6 @@ class RandAug(ItemTransform):
 def _not_one_per_patient(what, rows, x):
     return MGMTError(f"{what} needs one row per patient; received {len(rows)} rows for a batch of {len(x)}")
 
-_usual_extent = np.array([140.,180.,140.]) # mm, D H W of an adult brain's box
 
 # %% ../nbs/36_augment.ipynb #47a87318
 def _turn(axis, degrees):

@@ -302,7 +302,7 @@ def _with_weights(arch):
 # %% ../nbs/43_backbones.ipynb #fead5966
 def freeze_body(
     model:Backbone, # Changed in place
-    what:str='all', # `'none'`, `'all'`, `'all_but_last=15'`, `'all_but_keras=15'`, `'batchnorm'`, `'weights'`, or several
+    what:str='all', # `'none'`, `'all'`, `'all_but_last=15'`, `'all_but_keras=15'`, `'batchnorm'`, `'weights'`
 ) -> pd.DataFrame: # One row per layer: `layer`, `kind`, `params`, `weights`, `statistics`
     """Freeze layers of the body, and say which. The head always trains; several choices are joined by commas.
 
@@ -366,8 +366,8 @@ def _too_many_layers(n, known):
 # %% ../nbs/43_backbones.ipynb #7252d173
 choice('backbones', 'head', "from features to a logit: 'plain' or 'published'",
     Allowed.one_of('plain','published'), default='plain', published='published', winner='plain')
-_freeze = ("layers of the body that do not train, see `freeze_body` (the thesis: no weight does, and the norms of Keras' "
-    "last 15 layers follow their batches; its intent: 'all_but_keras=15')")
+_freeze = ("layers of the body that do not train, see `freeze_body` (the thesis: no weight does, and the norms of "
+    "Keras' last 15 layers follow their batches; its intent: 'all_but_keras=15')")
 choice('backbones', 'freeze', _freeze, Allowed.text(),
     default='none', published='all_but_keras=15,weights', winner='none')
 _stem = ("how other channels than RGB enter: 'sum' of the RGB weights, "
@@ -378,19 +378,19 @@ _pretrained = ('True: 2D ImageNet weights from the hub; '
     'a path: from a file or a folder of `mgmt_weights`; False: none')
 choice('backbones', 'pretrained', _pretrained, Allowed.one_of(True,False)|Allowed.path(),
     default=False, published=True, winner=False)
-choice('backbones', 'depth', "depthwise convolutions 'separable' into plane and depth, all ('separable_all'), or 'full' "
-    '3D kernels', Allowed.one_of('separable','separable_all','full'), without='separable',
+choice('backbones', 'depth', "depthwise convolutions 'separable' into plane and depth, all ('separable_all'), or "
+    "'full' 3D kernels", Allowed.one_of('separable','separable_all','full'), without='separable',
     default='separable', published='full', winner='separable')
 choice('backbones', 'depth_padding', "along D: 'replicate' the end slices, or 'zeros'",
     Allowed.one_of('replicate','zeros'), without='replicate', default='replicate', published='zeros', winner='zeros')
-_standardize = ("intensities get the mean and deviation that the weights expect at the 'input', or inside the 'backbone', "
-    "behind the adapter: there by colour, and in EfficientNets only, as Keras' networks have it")
+_standardize = ("intensities get the mean and deviation that the weights expect at the 'input', or inside the "
+    "'backbone', behind the adapter: there by colour, and in EfficientNets only, as Keras' networks have it")
 choice('backbones', 'standardize', _standardize, Allowed.one_of('input','backbone'), without='input',
     default='input', published='backbone', winner='input')
 choice('backbones', 'init', "how adapter and head start: as 'torch' does, or 'keras' (Glorot's uniform, biases 0)",
     Allowed.one_of('torch','keras'), without='torch', default='torch', published='keras', winner='torch')
-_norms = ("eps and momentum of batch norm: 'torch', as the network has them, or as in 'keras' (1e-3, in DenseNets 1.001e-5; "
-    "statistics follow a batch by 1 %, in EfficientNetV2 by 10 %)")
+_norms = ("eps and momentum of batch norm: 'torch', as the network has them, or as in 'keras' (1e-3, in DenseNets "
+    "1.001e-5; statistics follow a batch by 1 %, in EfficientNetV2 by 10 %)")
 choice('backbones', 'batch_norm', _norms, Allowed.one_of('torch','keras'), without='torch',
     default='torch', published='keras', winner='torch')
 

@@ -143,15 +143,17 @@ def _cells(store, archs, sequences, recipes, augment):
     return cells
 
 # %% ../nbs/64_evaluate.ipynb #20086aac
+_checkpoint = 'checkpoint.safetensors' # of a run that was stopped between two epochs
+
 def _fit(job, path):
     "Train one model on the patients of `job.train`; it is read back with the patients whom the inner split held back"
     augs = mgmt_augs(job.recipe, seed=job.seed, spacing=job.store.spacing)
     train = job.store.only(job.train)
     dls = recipe_dls(train, job.recipe, job.sequences, fold=0, n_folds=job.inner, seed=job.seed, augs=augs)
     learn = mgmt_learner(dls, recipe=job.recipe, path=path, seed=job.seed)
-    with learn.no_bar(), contextlib.redirect_stdout(io.StringIO()): learn.fit_recipe()
+    with learn.no_bar(), contextlib.redirect_stdout(io.StringIO()): learn.fit_recipe(resume=True)
     save_model(learn, path/'model')
-    (path/'best.safetensors').unlink(missing_ok=True)
+    for f in ('best.safetensors',_checkpoint): (path/f).unlink(missing_ok=True)
     return load_model(path/'model'),job.store.only(dls.valid.dataset.patients)
 
 def _temperature(v, name):
@@ -194,7 +196,7 @@ def _run(job, dest):
     path = dest/'runs'/job.name
     res = _kept(job, path)
     if res is None:
-        shutil.rmtree(path, ignore_errors=True)
+        if not (path/_checkpoint).exists(): shutil.rmtree(path, ignore_errors=True)
         res = _train(job, make_folder(path))
         write_json(path/'run.json', res)
         gc.collect() # a learner holds itself in cycles, optimiser state and all
@@ -243,7 +245,7 @@ def _too_few_inside(n_train, inner, n):
 # %% ../nbs/64_evaluate.ipynb #c29553d3
 def cross_validate(
     store:VolumeStore, # Prepared cohort with labels
-    dest:str|Path, # Folder for models, logs and predictions; finished runs with the same inputs are kept and used
+    dest:str|Path, # Folder for models, logs and predictions; runs with the same inputs are kept, or gone on with
     archs:str|list=None, # Backbone or backbones; the recipe's if None
     sequences:str|list|tuple=None, # Channels of one model, `'each'`: a model per sequence, or a list of tuples
     recipe:str|Path|Recipe|list|dict=None, # One, or several, as a list or `{label: recipe}`; the store's if None

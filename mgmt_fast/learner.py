@@ -55,8 +55,9 @@ choice('learner', 'double_rescale', 'divide intensities by 255 once more, before
 choice('learner', 'summed_batches', 'batches whose gradients are summed before a step, what is left going into the '
     'next epoch; 1: none (the thesis does not give its number: '
     'ours)', Allowed.whole(1), default=1, published=1, winner=1)
-choice('learner', 'adam', "Adam's second moment and eps: 'fastai' (.99, 1e-5), 'torch' (.999, 1e-8), or 'keras' (.999, "
-    '1e-7, added before the correction of its start)', Allowed.one_of('fastai','torch','keras'), without='fastai',
+_adam_doc = ("Adam's second moment and eps: 'fastai' (.99, 1e-5), 'torch' (.999, 1e-8), or 'keras' (.999, 1e-7, added "
+    'before the correction of its start)')
+choice('learner', 'adam', _adam_doc, Allowed.one_of('fastai','torch','keras'), without='fastai',
     default='fastai', published='keras', winner='torch')
 choice('learner', 'lr', 'learning rate of Adam', Allowed.number(0), default=1e-3, published=1e-4, winner=1e-4)
 choice('learner', 'wd', 'weight decay, decoupled', Allowed.number(0), default=0., published=0., winner=0.)

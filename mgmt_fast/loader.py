@@ -28,8 +28,9 @@ choice('loader', 'sequences', "sequences given to one network; None: all of the 
 choice('loader', 'bs', 'patients per batch', Allowed.whole(1), default=8, published=8, winner=8)
 choice('loader', 'shuffle', 'a new order of the training patients in every epoch', Allowed.one_of(True,False),
     default=True, published=False, winner=True)
-choice('loader', 'shuffle_2d', "the same where slices are the channels of a 2D network, in place of `shuffle`; None: as "
-    '`shuffle` says (the thesis shuffled there)', Allowed.one_of(None,True,False), without=None,
+_in_2d = ("the same where slices are the channels of a 2D network, in place of `shuffle`; None: as `shuffle` says (the "
+    'thesis shuffled there)')
+choice('loader', 'shuffle_2d', _in_2d, Allowed.one_of(None,True,False), without=None,
     default=None, published=True, winner=None)
 choice('loader', 'drop_last', "leave an epoch's last, incomplete batch out", Allowed.one_of(True,False),
     default=False, published=True, winner=True)

@@ -35,8 +35,9 @@ _faults = [ # number in the list of the thesis' faults, choice, the value that c
     (9, 'shuffle', False, 'the training set is never shuffled'),
     (9, 'contrast_over', 'slice', "contrast is centred on each slice's own mean, air included"),
     (9, 'flip', 'hw', 'heads are mirrored front to back, which is not anatomical'),
-    (12, 'freeze', 'all_but_keras=15,weights', 'the last 15 layers of the backbone (in a variant 10, without their batch '
-        'norm) were to train, but Keras trains nothing in a model whose own flag is off: only their statistics move')]
+    (12, 'freeze', 'all_but_keras=15,weights', 'the last 15 layers of the backbone (in a variant 10, without their '
+        'batch norm) were to train, but Keras trains nothing in a model whose own flag is off: only their statistics '
+        'move')]
 
 def _committed(r, choice, value):
     "Does a recipe commit a fault? Without a penalty only where the recipe is the thesis'"
@@ -68,7 +69,8 @@ _settings = dict( # choice: what the thesis has there, and where that was read
     contrast=('RandomContrast(.6)', 'code'), brightness=('none', 'code'), gamma=('none', 'code'),
     lighting_p=('at every draw', 'code'), bias_field=('none', 'code'), bias_field_p=('none', 'code'),
     noise=('none', 'code'), noise_p=('none', 'code'), blur=('none', 'code'), blur_p=('none', 'code'),
-    thick_slices=('none', 'code'), thick_slices_p=('none', 'code'), tta_flip=('none', 'code'), tta_shift=('none', 'code'),
+    thick_slices=('none', 'code'), thick_slices_p=('none', 'code'),
+    tta_flip=('none', 'code'), tta_shift=('none', 'code'),
     equalize_p=('random; how often is not given', 'ours'), equalize_over=('each slice is an image', 'code'),
     shuffle_2d=('the 2D path shuffles', 'code'), drop_last=('drop_remainder in training', 'code'),
     head=('batch norm, dropout .4, dense 32, batch norm, dropout .4, dense 1', 'code'),
@@ -84,8 +86,8 @@ def thesis_choices(
 ) -> pd.DataFrame: # One row per choice: choice, here, default, fault, thesis, read in
     """Every choice in which `published` is not the default, what the thesis has there, and where that was read.
 
-    `read in` is the thesis' `'code'` or `'text'`, `'Keras'` for what its libraries do unasked, `'ours'` for what none of
-    them says. `fault` is its number in `faults`, missing for what is a setting and no fault."""
+    `read in` is the thesis' `'code'` or `'text'`, `'Keras'` for what its libraries do unasked, `'ours'` for what none
+    of them says. `fault` is its number in `faults`, missing for what is a setting and no fault."""
     r,d,p = get_recipe(recipe),get_recipe('default'),get_recipe('published')
     told = {c: (n,text) for n,c,_,text in _faults}
     rows = []
