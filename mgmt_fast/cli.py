@@ -441,7 +441,7 @@ from .experiment import QUICK, THESIS_ARCHS, quick_stores, run_thesis
 def mgmt_thesis(
     store:Path, # Folder that `mgmt_prepare` wrote of the training cohort, by the recipe
     tcga_store:Path, # The same of the test cohort
-    dest:Path='thesis', # Folder for runs, bundles, tests, tables and the page thesis.html
+    dest:Path, # Folder for runs, bundles, tests, tables and the page thesis.html
     recipe:str='published', # published, default or winner; or a YAML file
     archs:str=','.join(THESIS_ARCHS), # Backbones, joined by commas
     folds:int=5, # Folds, stratified by label; of the thesis' split, one part in so many
