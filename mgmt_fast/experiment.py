@@ -464,7 +464,8 @@ def _recipe_part(s):
     "What the recipe chooses, and what learns"
     t = thesis_choices(s.recipe) if s.recipe.name=='published' else compare_recipes('default', s.recipe, differ=True)
     said = "What learns: parameters of adapter, backbone and head, and norms whose statistics follow their batches."
-    return [t.astype(str), said, trained_parameters(s.recipe, uniqueify(s.cells.arch))]
+    done = uniqueify(s.table.arch[s.table.error.fillna('')==''])
+    return [t.astype(str), *([said, trained_parameters(s.recipe, done)] if done else [])]
 
 # %% ../nbs/83_experiment.ipynb #83190029
 def _page(s):

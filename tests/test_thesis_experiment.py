@@ -160,16 +160,13 @@ def test_what_fails_is_a_row(scans, tmp_path):
 
 
 def test_the_command(tmp_path):
-    "As the installed script calls it; with a stop by the system in between"
+    "As the installed script calls it"
     (tmp_path/'mgmt_thesis').write_text('import sys\nfrom mgmt_fast.cli import mgmt_thesis\nsys.exit(mgmt_thesis())\n')
     env = {**os.environ, 'PYTHONPATH':str(ROOT)}
     line = [sys.executable, tmp_path/'mgmt_thesis', tmp_path/'store', tmp_path/'tcga', tmp_path/'out', '--quick']
-    def run(*more, **kwargs): return subprocess.run([*line, *more], capture_output=True, text=True, env=env, **kwargs)
+    def run(*more): return subprocess.run([*line, *more], capture_output=True, text=True, env=env)
     quick_stores(tmp_path/'store', tmp_path/'tcga', **SMALL)
-    more = ['--archs','timm/test_resnet','--n-jobs','2']
-    try: run(*more, timeout=25)
-    except subprocess.TimeoutExpired: pass
-    r = run(*more)
+    r = run('--archs','timm/test_resnet','--n-jobs','1')
     assert r.returncode==0, r.stderr
     assert 'thesis.html: 5 of 5 runs and tests; research use only' in r.stdout and 'Traceback' not in r.stderr
     settled = json.loads((tmp_path/'out/experiment.json').read_text())
