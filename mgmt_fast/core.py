@@ -39,7 +39,8 @@ def unknown_name(
 ) -> MGMTError: # Ready to be raised
     "An error for a name that does not exist, with the near matches."
     known = [str(o) for o in known]
-    near = difflib.get_close_matches(str(name), known, n=3)
+    near = difflib.get_close_matches(str(name).lower(), [o.lower() for o in known], n=3)
+    near = [o for o in known if o.lower() in near]
     hint = f"did you mean {' or '.join(map(repr,near))}?" if near else f"known: {', '.join(known)}"
     return MGMTError(f"no {kind} is called {name!r}: {hint}")
 

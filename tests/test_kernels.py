@@ -24,15 +24,29 @@ def connect(self, address):
     return _connect(self, address)
 socket.socket.connect = connect
 """
+COUNTING = """class Counting:
+    "There is time until it has been asked for n times"
+    def __init__(self, n): self.n = n
+    @property
+    def left(self): self.n -= 1; return float(self.n>0)
+"""
+SMALL = """import os, shutil
+from collections import namedtuple
+def disk_usage(path):
+    used = sum(os.path.getsize(os.path.join(d, f)) for d,_,files in os.walk(path) for f in files)
+    return namedtuple('usage', 'total used free')({size}, used, {size}-used)
+shutil.disk_usage = disk_usage
+"""
 
 
-def execute(kernel, cwd, kaggle, monkeypatch):
-    "What a kernel printed; its process may take 4 GB"
+def execute(kernel, cwd, kaggle, monkeypatch, clock=None, size=None):
+    "What a kernel printed; its process may take 4 GB, and its working folder `size` bytes"
     (cwd/'offline').mkdir(parents=True, exist_ok=True)
-    (cwd/'offline/sitecustomize.py').write_text(OFFLINE)
+    (cwd/'offline/sitecustomize.py').write_text(OFFLINE+(SMALL.format(size=size) if size else ''))
     monkeypatch.setenv('PYTHONPATH', os.pathsep.join(map(str, (cwd/'offline', ROOT))))
     monkeypatch.setenv('MGMT_KAGGLE_ROOT', str(kaggle))
     nb = nbformat.read(ROOT/'kaggle'/kernel/f'{kernel}.ipynb', as_version=4)
+    if clock: nb.cells[3].source = COUNTING+nb.cells[3].source.replace('Clock(hours=11)', clock)
     memory = 'import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'
     nb.cells.append(nbformat.v4.new_code_cell(memory))
     NotebookClient(nb, timeout=900, kernel_name='python3', resources={'metadata': {'path': str(cwd)}}).execute()
@@ -58,12 +72,12 @@ def kaggle(tmp_path_factory):
     return root
 
 
-def session(kernel, kaggle, tmp, monkeypatch):
+def session(kernel, kaggle, tmp, monkeypatch, **limits):
     "Run a kernel in a new session: an empty working folder, and sources that stay as they are"
     shutil.rmtree(kaggle/'working', ignore_errors=True)
     (kaggle/'working').mkdir()
     before = state(kaggle/'input')
-    said = execute(kernel, tmp, kaggle, monkeypatch)
+    said = execute(kernel, tmp, kaggle, monkeypatch, **limits)
     assert state(kaggle/'input')==before
     return said
 
@@ -91,6 +105,25 @@ def test_train(trained, kaggle):
         r = load_model(p).recipe
         assert (r.size, r.arch, r.bs, r.epochs, r.lr, r.rotation, r.shuffle)==((8,32,32), 'efficientnet_b0', 5, 3, 1e-3,
             10., True)
+
+
+def test_a_train_kernel_that_is_stopped_twice_goes_on(trained, kaggle, tmp_path, monkeypatch):
+    "Before its first training, then within one; each time its output is attached to the next session"
+    root = tmp_path/'kaggle'
+    shutil.copytree(kaggle/'input/competitions', root/'input/competitions')
+    def run(clock=None):
+        said = session('train', root, tmp_path, monkeypatch, clock=clock, size=200_000_000)
+        shutil.rmtree(root/'input/mgmt-fast-train', ignore_errors=True)
+        shutil.move(root/'working', root/'input/mgmt-fast-train')
+        return said
+    said = run('Clock(hours=0)')
+    assert 'stopped before the training' in said and 'no model is done yet' in said
+    said = run('Counting(7)')
+    assert 'goes on from what' in said and 'stopped after 2 of 3 epochs' in said
+    said = run()
+    assert 'goes on from what' in said and 'stopped' not in said
+    a,b = (pd.read_csv(o/'input/mgmt-fast-train/results.csv') for o in (kaggle,root))
+    pd.testing.assert_frame_equal(a, b)
 
 
 def test_tcga_eval(trained, kaggle, tmp_path, monkeypatch):
