@@ -532,7 +532,7 @@ def quick_stores(
 ) -> Recipe: # With small settings; both stores are there
     "Phantoms of both cohorts, prepared by a recipe that is made small. A store that is there already is used as it is."
     store,tcga = Path(store),Path(tcga)
-    r = get_recipe(recipe, size=size, pretrained=False, epochs=epochs)
+    r = get_recipe(recipe, size=size, pretrained=False, epochs=epochs, anisotropic=2)
     shape = dict(slices=12, size=48)
     how = dict(sequences=sequences, recipe=r, progress=False)
     with redirect_stdout(io.StringIO()):
