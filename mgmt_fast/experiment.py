@@ -12,7 +12,7 @@ import io, json
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+import matplotlib.pyplot as plt, pandas as pd, torch
 from fastcore.all import *
 from joblib import Parallel, delayed, parallel_config
 from . import __version__
@@ -21,7 +21,7 @@ from .cohort import find_cohort
 from .folds import plot_balance
 from .phantom import make_phantom
 from .prepare import VolumeStore, as_store, prepare
-from .records import file_hash, json_hash, refuse_held_out, volume_hashes
+from .records import json_hash, refuse_held_out, volume_hashes
 from .loader import LABELS
 from .augment import mgmt_augs
 from .networks import create_network
