@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'timm_name', 'Standardize', 'Body', 'Head', 'Backbone', 'read_weights', 'weights_file', 'imagenet_network',
-           'mgmt_weights', 'freeze_body', 'take_norm', 'create_backbone', 'list_backbones']
+           'mgmt_weights', 'freeze_body', 'take_norm', 'rescales_inside', 'as_keras', 'inside_scale', 'create_backbone',
+           'list_backbones']
 
 # %% ../nbs/43_backbones.ipynb #71c590ef
 import copy, functools, json, math, pickle, re, socket, urllib.parse, urllib.request, warnings
@@ -78,21 +79,23 @@ known_blocks.append(_ResNet10Block)
 
 # %% ../nbs/43_backbones.ipynb #25d8779a
 class Standardize(nn.Module):
-    "(x-mean)/std by one number each"
+    "(x-mean)/std by one number each, or by one for each channel"
     def __init__(self,
-        mean:float=0., # Subtracted
-        std:float=1., # Divides
+        mean:float|tuple=0., # Subtracted
+        std:float|tuple=1., # Divides
     ):
         super().__init__()
-        for k,v in dict(mean=mean, std=std).items(): self.register_buffer(k, torch.tensor(float(v)))
+        for k,v in dict(mean=mean, std=std).items(): self.register_buffer(k, torch.tensor(v, dtype=torch.float32))
 
     def forward(self,
-        x:torch.Tensor, # Any shape
+        x:torch.Tensor, # Any shape; (B,C,...) where there is a number for each channel
     ) -> torch.Tensor: # Like `x`
-        return (x-self.mean)/self.std
+        mean,std = self.mean,self.std
+        if mean.ndim: mean,std = (o.view(-1, *[1]*(x.ndim-2)) for o in (mean,std))
+        return (x-mean)/std
 
     def extra_repr(self) -> str: # For `repr`
-        return f"mean={self.mean:.3f}, std={self.std:.3f}"
+        return ', '.join(f"{k}={getattr(self,k).double().numpy().round(3).tolist()}" for k in ('mean','std'))
 
 # %% ../nbs/43_backbones.ipynb #ecdd6dac
 class Body(nn.Module):
@@ -104,17 +107,18 @@ class Body(nn.Module):
         depth_stride:int, # By how much D is divided, and the least D
         arch:str='', # Name for messages
         adapter:nn.Module=None, # Put before the network
+        inside:nn.Module=None, # Put between the two
     ):
         super().__init__()
         store_attr('in_chans,num_features,depth_stride,arch')
-        self.adapter,self.net = adapter or nn.Identity(),net
+        self.adapter,self.inside,self.net = adapter or nn.Identity(),inside or nn.Identity(),net
 
     def forward(self,
         x:torch.Tensor, # (B,C,D,H,W)
     ) -> torch.Tensor: # (B,F,d,h,w)
         if x.ndim!=5 or x.shape[1]!=self.in_chans: raise _wrong_batch(self, x)
         if x.shape[2]<self.depth_stride: raise _too_shallow(self, x)
-        x = self.adapter(x.contiguous(memory_format=torch.channels_last_3d))
+        x = self.inside(self.adapter(x.contiguous(memory_format=torch.channels_last_3d)))
         features = getattr(self.net, 'forward_features', self.net)
         return ChannelsInside.apply(features(x))
 
@@ -333,41 +337,74 @@ def _with_weights(arch):
 # %% ../nbs/43_backbones.ipynb #fead5966
 def freeze_body(
     model:Backbone, # Changed in place
-    what:str='all', # `'none'`, `'all'`, `'all_but_last=15'`, `'batchnorm'`; several joined by commas
+    what:str='all', # `'none'`, `'all'`, `'all_but_last=15'`, `'all_but_keras=15'`, `'batchnorm'`, `'weights'`
 ) -> pd.DataFrame: # One row per layer: `layer`, `kind`, `params`, `weights`, `statistics`
-    """Freeze layers of the body, and say which. The head always trains.
+    """Freeze layers of the body, and say which. The head always trains; several choices are joined by commas.
 
-    Weights and running statistics are `'frozen'` or `'trained'`; a layer that is no norm has no statistics."""
+    `'all_but_last'` counts layers that have weights, `'all_but_keras'` the layers that the network has in Keras, where
+    activations and sums are layers too; it is known for the last 15 of EfficientNets, Xception and DenseNet121, and
+    counts layers with weights elsewhere. `'weights'` lets no weight train, wherever norms follow their batches.
+    In the table weights and running statistics are `'frozen'` or `'trained'`; what is no norm has no statistics."""
     layers = [(n,m) for n,m in model.body.named_modules() if _own_params(m)]
-    cold = set()
-    for o in filter(None, map(str.strip, what.split(','))): cold |= _chosen(o, layers)
+    chosen = [o.strip() for o in what.split(',') if o.strip()]
+    cold,only_norms = set(),'weights' in chosen
+    for o in chosen: cold |= _chosen(o, layers, model.arch)
     model.frozen_norms = [f'body.{layers[i][0]}' for i in sorted(cold) if _is_norm(layers[i][1])]
     rows = []
     for i,(n,m) in enumerate(layers):
-        own,state = _own_params(m),'frozen' if i in cold else 'trained'
-        for p in own: p.requires_grad_(i not in cold)
-        rows.append((n, type(m).__name__, sum(p.numel() for p in own), state, state if _is_norm(m) else None))
+        own,trains = _own_params(m),not (only_norms or i in cold)
+        for p in own: p.requires_grad_(trains)
+        statistics = ('frozen' if i in cold else 'trained') if _is_norm(m) else None
+        rows.append((n, type(m).__name__, sum(p.numel() for p in own), 'trained' if trains else 'frozen', statistics))
     model.train(model.training)
     return pd.DataFrame(rows, columns=['layer','kind','params','weights','statistics'])
 
 def _own_params(m): return [p for p in m._parameters.values() if p is not None]
 def _is_norm(m): return isinstance(m, nn.modules.batchnorm._BatchNorm)
 
-def _chosen(what, layers):
+def _chosen(what, layers, arch):
     "Indices of the layers that one choice freezes"
     kind,_,n = what.partition('=')
-    known = ('none','all','all_but_last=15','batchnorm')
+    known = ('none','all','all_but_last=15','all_but_keras=15','batchnorm','weights')
     if kind not in [o.partition('=')[0] for o in known]: raise unknown_name('choice of layers to freeze', what, known)
-    if (kind=='all_but_last')!=n.isdigit(): raise unknown_name('choice of layers to freeze', what, known)
-    if kind=='all': return set(range(len(layers)))
+    if kind.startswith('all_but')!=n.isdigit(): raise unknown_name('choice of layers to freeze', what, known)
+    all_ = set(range(len(layers)))
+    if kind=='all': return all_
     if kind=='all_but_last': return set(range(len(layers)-int(n)))
+    if kind=='all_but_keras': return all_-_last_in_keras([k for k,_ in layers], arch, int(n))
     return {i for i,(_,m) in enumerate(layers) if kind=='batchnorm' and _is_norm(m)}
+
+_keras_layers = dict( # the last layers in Keras, last first; `.` where one has no weights, `+` those of a residual sum
+    efficientnet='''. bn2 conv_head + + LAST.bn3 LAST.conv_pwl . LAST.se.conv_expand LAST.se.conv_reduce . . .
+        LAST.bn2 LAST.conv_dw . LAST.bn1 LAST.conv_pw''',
+    xception='''. bn4 conv4 . bn3 conv3 . . block12.skipbn block12.skip block12.rep.5 block12.rep.4 .
+        block12.rep.2 block12.rep.1''',
+    densenet121='''. features.norm5 . DENSE16.conv2 . DENSE16.norm2 DENSE16.conv1 . DENSE16.norm1 . DENSE15.conv2 .
+        DENSE15.norm2 DENSE15.conv1 .'''.replace('DENSE', 'features.denseblock4.denselayer'))
+
+def _last_in_keras(names, arch, n):
+    "Numbers of the layers with weights among the last `n` that a network has in Keras"
+    family = next((k for k in _keras_layers if k in arch and arch not in ('xception41','xception65')), None)
+    if family is None: return set(range(len(names)-n, len(names)))
+    blocks = [o for o in names if o.startswith('net.blocks.')]
+    block = '.'.join(blocks[-1].split('.')[1:4]) if blocks else ''
+    alone = block.endswith('.0') # then nothing is added to its result
+    layers = [o for o in _keras_layers[family].split() if o!='+' or not alone]
+    if n>len(layers): raise _too_many_layers(n, len(layers))
+    tail = [f"net.{o.replace('LAST', block)}" for o in layers[:n] if o not in '.+']
+    return {i for i,k in enumerate(names) if any(k==o or k.startswith(f'{o}.') for o in tail)}
+
+def _too_many_layers(n, known):
+    return MGMTError(f"only the last {known} layers are known as Keras counts them; received all_but_keras={n}: use "
+        "all_but_last, which counts layers with weights")
 
 # %% ../nbs/43_backbones.ipynb #7252d173
 choice('backbones', 'head', "from features to a logit: 'plain' or 'published'",
     Allowed.one_of('plain','published'), default='plain', published='published', winner='plain')
-choice('backbones', 'freeze', 'layers of the body that do not train, see `freeze_body`',
-    Allowed.text(), default='none', published='all_but_last=15', winner='none')
+_freeze = ("layers of the body that do not train, see `freeze_body` (the thesis: no weight does, and the norms of "
+    "Keras' last 15 layers follow their batches; its intent: 'all_but_keras=15')")
+choice('backbones', 'freeze', _freeze, Allowed.text(),
+    default='none', published='all_but_keras=15,weights', winner='none')
 _stem = ("how other channels than RGB enter: 'sum' of the RGB weights, "
     "or through a random 'adapter' convolution (the thesis)")
 choice('backbones', 'stem', _stem, Allowed.one_of('sum','adapter','adapter1x1'),
@@ -376,6 +413,21 @@ _pretrained = ('True: 2D ImageNet weights from the hub; '
     'a path: from a file or a folder of `mgmt_weights`; False: none')
 choice('backbones', 'pretrained', _pretrained, Allowed.one_of(True,False)|Allowed.path(),
     default=False, published=True, winner=False)
+choice('backbones', 'depth', "depthwise convolutions 'separable' into plane and depth, all ('separable_all'), or "
+    "'full' 3D kernels", Allowed.one_of('separable','separable_all','full'), without='separable',
+    default='separable', published='full', winner='separable')
+choice('backbones', 'depth_padding', "along D: 'replicate' the end slices, or 'zeros'",
+    Allowed.one_of('replicate','zeros'), without='replicate', default='replicate', published='zeros', winner='zeros')
+_standardize = ("intensities get the mean and deviation that the weights expect at the 'input', or inside the "
+    "'backbone', behind the adapter: there by colour, and in EfficientNets only, as Keras' networks have it")
+choice('backbones', 'standardize', _standardize, Allowed.one_of('input','backbone'), without='input',
+    default='input', published='backbone', winner='input')
+choice('backbones', 'init', "how adapter and head start: as 'torch' does, or 'keras' (Glorot's uniform, biases 0)",
+    Allowed.one_of('torch','keras'), without='torch', default='torch', published='keras', winner='torch')
+_norms = ("eps and momentum of batch norm: 'torch', as the network has them, or as in 'keras' (1e-3, in DenseNets "
+    "1.001e-5; statistics follow a batch by 1 %, in EfficientNetV2 by 10 %)")
+choice('backbones', 'batch_norm', _norms, Allowed.one_of('torch','keras'), without='torch',
+    default='torch', published='keras', winner='torch')
 
 # %% ../nbs/43_backbones.ipynb #38e5ee6c
 def _make(arch, in_chans, pretrained, mode, anisotropic, depth_padding):
@@ -454,6 +506,50 @@ def _no_features(f):
     rule = "features (B,F,d,h,w), before any pool or classifier, or have `forward_features`"
     return MGMTError(f"the network must end in {rule}; it gave {gave}")
 
+# %% ../nbs/43_backbones.ipynb #19a00001
+def rescales_inside(
+    arch:str, # Name from `list_backbones`, or timm's
+) -> bool: # Has this network, in the libraries for Keras, layers of its own that rescale intensities?
+    "EfficientNets have; DenseNets and Xception have none."
+    return arch.removeprefix('timm/').removeprefix('tf_').startswith('efficientnet')
+
+# %% ../nbs/43_backbones.ipynb #19a00002
+def as_keras(
+    model:nn.Module, # A `Backbone`, changed in place
+    init:str='keras', # `'keras'`: adapter and head start as Keras would start them; `'torch'`: as they are
+    batch_norm:str='keras', # `'keras'`: its eps and momentum; `'torch'`: as they are
+) -> nn.Module: # The same network
+    "Keras' conventions, where they differ from PyTorch's. Raises `MGMTError` on others."
+    for k,v in dict(init=init, batch_norm=batch_norm).items():
+        if v not in ('torch','keras'): raise unknown_name(f'choice of {k}', v, ('torch','keras'))
+    if init=='keras':
+        for m in [*model.body.adapter.modules(), *model.head.modules()]: _glorot(m)
+    if batch_norm=='keras':
+        for m in filter(_is_norm, model.body.modules()): m.eps,m.momentum = _keras_norm(model.arch)
+        for m in filter(_is_norm, model.head.modules()): m.eps,m.momentum = 1e-3,.01
+    return model
+
+def _glorot(m):
+    "Start a dense layer or a convolution as Keras does"
+    if not isinstance(m, (nn.Linear,nn.Conv2d,nn.Conv3d)): return
+    nn.init.xavier_uniform_(m.weight)
+    if m.bias is not None: nn.init.zeros_(m.bias)
+
+def _keras_norm(arch):
+    "eps, and the share of a batch in the running statistics"
+    return 1.001e-5 if 'densenet' in arch else 1e-3, .1 if 'efficientnetv2' in arch else .01
+
+# %% ../nbs/43_backbones.ipynb #19a00003
+def inside_scale(
+    net:nn.Module, # Of timm, or inflated from one
+    arch:str, # Its name
+    in_chans:int, # Channels that it sees
+) -> nn.Module: # `Standardize`; None for a network that has none in Keras
+    "What stands between the adapter and the first convolution in Keras: the weights' mean and deviation, by colour."
+    if not rescales_inside(arch): return None
+    mean,std = (net.pretrained_cfg[k] for k in ('mean','std'))
+    return Standardize(mean, std) if in_chans==3 else Standardize(sum(mean)/3, sum(std)/3)
+
 # %% ../nbs/43_backbones.ipynb #09e2ccd1
 def _monai_names(model):
     "Weights of a `resnet10` under the names that they have in MONAI"
@@ -501,6 +597,9 @@ def create_backbone(
     stem:str='sum', # `'sum'` the RGB weights, or put a random 3x3x3 `'adapter'` from C to 3 channels before them
     mean:float=None, # Subtracted from the input; the 2D weights' own, averaged over RGB, if None
     std:float=None, # Divides it; likewise
+    standardize:str='input', # Do so at the `'input'`, or inside the `'backbone'` as Keras does, see `inside_scale`
+    init:str='torch', # How adapter and head start: as `'torch'` or `'keras'` does
+    batch_norm:str='torch', # Its eps and momentum: `'torch'`, as the network has them, or `'keras'`
 ) -> Backbone: # With `.body`, `.head`, `.arch`, `.config` and `.report`
     """A 3D network for one logit, from 2D weights or without.
 
@@ -509,22 +608,26 @@ def create_backbone(
     if not isinstance(arch, str): config['arch'] = _full_name(arch)
     if depth not in _depths: raise unknown_name('choice of depth', depth, _depths)
     if stem not in _stems: raise unknown_name('choice of stem', stem, _stems)
+    if standardize not in _places: raise unknown_name('place to standardize', standardize, _places)
     if arch=='resnet10' and pretrained is True: _with_weights(arch)
     C = 3 if stem=='adapter' else in_chans
     net,report,m,s = _make(arch, C, pretrained, mode, anisotropic, depth_padding)
+    inside = None
+    if standardize=='backbone': inside,m,s = inside_scale(net, config['arch'], C),0.,1.
     config.update(mean=m if mean is None else mean, std=s if std is None else std)
     if depth!='full': separate_depth(net, 'all' if depth=='separable_all' else 'depthwise')
     norm,(nf,stride) = take_norm(net),_measure(net, C)
     adapter = nn.Conv3d(in_chans, 3, 3, padding=1) if stem=='adapter' else None
-    body = Body(net, in_chans, nf, stride, config['arch'], adapter)
+    body = Body(net, in_chans, nf, stride, config['arch'], adapter, inside)
     model = Backbone(channels_inside(body), Head(nf, head, norm), config['arch'], config)
+    as_keras(model, init, batch_norm)
     model.report = _load_monai(model, read_weights(pretrained)) if arch=='resnet10' and pretrained else report
     if checkpoint: checkpoint_blocks(body)
     model.frozen = freeze_body(model, freeze)
     return model
 
 def _full_name(f): return f"{f.__module__}.{getattr(f, '__qualname__', type(f).__name__)}"
-_depths,_stems = ('separable','separable_all','full'),('sum','adapter')
+_depths,_stems,_places = ('separable','separable_all','full'),('sum','adapter'),('input','backbone')
 
 # %% ../nbs/43_backbones.ipynb #348c06aa
 @functools.cache

@@ -131,7 +131,10 @@ class FusedAdam(Optimizer):
         sqr_mom:float=.99, # Share of the old mean of their squares
         eps:float=1e-5, # Added to the root of the squares' mean
         wd:float=.01, # Decay of the weights per step, as a share of `lr`
-    ): super().__init__(params, [], lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+        keras:bool=False, # Add `eps` before that mean is corrected for its start at zero, as Keras does?
+    ):
+        self.keras = keras
+        super().__init__(params, [], lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
     def zero_grad(self):
         for p,*_ in self.all_params(): p.grad = None
@@ -151,7 +154,8 @@ class FusedAdam(Optimizer):
             if 'step' not in state: state.update(step=0, grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p))
             state['step'] += 1
             decay = h['wd']*state.get('do_wd', True)
-            how = state['step'],p.device,h['lr'],h['mom'],h['sqr_mom'],h['eps'],decay
+            eps = h['eps']/math.sqrt(1-h['sqr_mom']**state['step']) if self.keras else h['eps']
+            how = state['step'],p.device,h['lr'],h['mom'],h['sqr_mom'],eps,decay
             alike.setdefault(how, []).append((p,state))
         return alike
 

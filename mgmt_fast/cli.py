@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['mgmt_audit', 'mgmt_phantom', 'mgmt_prepare', 'mgmt_train', 'mgmt_predict', 'mgmt_weights', 'mgmt_sweep',
-           'mgmt_evaluate', 'mgmt_preregister', 'mgmt_external', 'mgmt_leakage', 'mgmt_kaggle', 'mgmt_demo']
+           'mgmt_evaluate', 'mgmt_preregister', 'mgmt_external', 'mgmt_leakage', 'mgmt_kaggle', 'mgmt_thesis',
+           'mgmt_demo']
 
 # %% ../nbs/90_cli.ipynb #4eea66c0
 import argparse, functools, inspect, re, sys, time
@@ -454,6 +455,48 @@ def mgmt_kaggle(
     print(f'{dest}: wheels and kernels, checked. {_SEND}')
     for o in commands: print(f'  {o}')
     return 0
+
+# %% ../nbs/90_cli.ipynb #19c00002
+from .experiment import QUICK, THESIS_ARCHS, quick_stores, run_thesis
+
+@_command
+def mgmt_thesis(
+    store:Path, # Folder that `mgmt_prepare` wrote of the training cohort, by the recipe
+    tcga_store:Path, # The same of the test cohort
+    dest:Path, # Folder for runs, bundles, tests, tables and the page thesis.html
+    recipe:str='published', # published, default or winner; or a YAML file
+    archs:str=','.join(THESIS_ARCHS), # Backbones, joined by commas
+    folds:int=5, # Folds, stratified by label; of the thesis' split, one part in so many
+    inner:int=5, # One part in `inner` of the training patients chooses epoch, temperature and threshold
+    epochs:int=None, # Passes over the patients, at most; the recipe's if not given
+    seed:int=0, # Of splits, orders and initial weights
+    weights:Path=None, # Folder that `mgmt_weights` wrote, where the recipe wants ImageNet's and there is no internet
+    override:str=None, # Differences of preparation to accept, joined by commas: space, spacing, skull
+    n_jobs:int=1, # Runs at once
+    scheduler:str=None, # Address of a dask scheduler, e.g. tcp://host:8786, to run on its workers
+    quick:store_true=False, # Try it: two folds of small volumes, of phantoms where a folder holds no store yet
+):
+    """Repeat the thesis' experiment: four architectures, each sequence and all at once, its split and folds, one test.
+
+    Run it again to finish after a stop; no test is made twice"""
+    keep_freed_memory()
+    chosen = {k:v for k,v in dict(epochs=epochs, pretrained=weights).items() if v is not None}
+    made = quick and not ((store/'store.json').exists() and (tcga_store/'store.json').exists())
+    phantoms = made or (Path(dest)/'phantoms').exists()
+    if quick: recipe = quick_stores(store, tcga_store, recipe)
+    if phantoms: (make_folder(dest)/'phantoms').touch()
+    where = dict(n_jobs=n_jobs, backend=None)
+    if scheduler:
+        from dask.distributed import Client
+        client,where = Client(scheduler),dict(n_jobs=-1, backend='dask')
+    settings = {**dict(n_folds=folds, inner=inner), **(QUICK if quick else {}), **where}
+    page = run_thesis(store, tcga_store, dest, get_recipe(recipe, **chosen), archs.split(','), seed=seed,
+        override=override.split(',') if override else (), real=not phantoms, **settings)
+    runs = pd.read_csv(page.parent/'runs.csv')
+    failed = runs[runs.error.notna()]
+    for r in failed.itertuples(): print(f'  {r.part}, {r.arch}, {r.sequences}: {r.error}')
+    print(f"{page}: {len(runs)-len(failed)} of {len(runs)} runs and tests; research use only")
+    return int(len(failed)>0)
 
 # %% ../nbs/90_cli.ipynb #c1e6cc8b
 import torch

@@ -10,10 +10,15 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
+from mgmt_fast.bundle import cv_models, freeze_bundle
+from mgmt_fast.cohort import kaggle_cohort
+from mgmt_fast.core import get_recipe
+from mgmt_fast.evaluate import cross_validate
 from mgmt_fast.learner import load_model
 from mgmt_fast.external import read_result
 from mgmt_fast.kaggle import COMPETITION, make_tcga_phantom
 from mgmt_fast.phantom import make_phantom
+from mgmt_fast.prepare import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = """import socket
@@ -180,3 +185,22 @@ def test_sources_are_those_that_the_notebook_looks_for(meta):
     assert any('mgmt-fast-wheels' in o for o in d['dataset_sources'])
     assert ('find_tcga' in text)==any('tcga' in o for o in d['dataset_sources'])
     assert ('find_bundles(work/\'bundles\'' in text)==bool(d['kernel_sources'])
+
+
+@pytest.mark.parametrize('name', ['published','winner'])
+def test_kernels_take_models_of_stores_of_slices(kaggle, tmp_path, monkeypatch, name):
+    "The external test with its audit, and a submission, by bundles whose store has no millimetres"
+    root = tmp_path/'kaggle'
+    for o in ('competitions','datasets'): shutil.copytree(kaggle/'input'/o, root/'input'/o)
+    cohort = kaggle_cohort(root/'input/competitions'/COMPETITION)
+    tiny = dict(size=(8,16,16), arch='timm/test_resnet', anisotropic=2, pretrained=False, epochs=1, bs=4)
+    r = get_recipe(name, **tiny, sequences=('T1wCE',))
+    out = root/'input/mgmt-fast-train'
+    store = prepare(cohort, out/'store', recipe=r, n_workers=1, progress=False)
+    cross_validate(store, tmp_path/'cv', recipe=r, n_folds=2, inner=2, progress=False)
+    freeze_bundle(**cv_models(tmp_path/'cv'), store=store, dest=out/'train/bundles/T1wCE')
+    said = session('tcga-eval', root, tmp_path, monkeypatch)
+    result, = [read_result(p) for p in (root/'working/external').glob('*/external-*.json')]
+    assert result['all']['n']==16 and {o['what'] for o in result['overridden']}=={'space'} and 'planted copies' in said
+    said = session('submit', root, tmp_path, monkeypatch)
+    assert 'submission.csv: 4 patients' in said
