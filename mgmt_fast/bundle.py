@@ -31,7 +31,8 @@ def preparation(
     """How the scans of a cohort had been prepared before they came here, which must not differ in training and test.
 
     `skull` is the share of volumes with one, `spacing` the median in mm along D, H and W as acquired, `space` the grid
-    that nine in ten share, or `'native'`, `plane` the most frequent one."""
+    that nine in ten share, or `'native'`, `plane` the most frequent one. Where slices were prepared one by one nobody
+    looked at millimetres: of these only `space`, the number of voxels, is known, and the others are None."""
     res = {}
     for s in store.sequences if sequences is None else check_sequences(sequences):
         volumes = [m['volumes'][s] for m in store.meta.values() if s in m['volumes']]
@@ -41,14 +42,17 @@ def preparation(
 def _as_acquired(volumes):
     "What most volumes of one sequence share"
     grid,n = Counter(map(_grid_name, volumes)).most_common(1)[0]
+    space = grid if n>=.9*len(volumes) else 'native'
+    if any(v['spacing'] is None for v in volumes): return dict(skull=None, spacing=None, space=space, plane=None)
     plane,_ = Counter(v['plane'] for v in volumes).most_common(1)[0]
     spacing = np.median([v['spacing'] for v in volumes], axis=0).round(3).tolist()
     skull = round(np.mean([v['skull'] for v in volumes]).item(), 3)
-    return dict(skull=skull, spacing=spacing, space=grid if n>=.9*len(volumes) else 'native', plane=plane)
+    return dict(skull=skull, spacing=spacing, space=space, plane=plane)
 
 def _grid_name(v):
-    shape,spacing = 'x'.join(map(str, v['shape'])),'x'.join(f'{o:.1f}' for o in v['spacing'])
-    return f'{shape} at {spacing} mm'
+    shape = 'x'.join(map(str, v['shape']))
+    if v['spacing'] is None: return f'{shape} voxels'
+    return f"{shape} at {'x'.join(f'{o:.1f}' for o in v['spacing'])} mm"
 
 # %% ../nbs/65_bundle.ipynb #7a93e4a8
 def preparation_differs(
@@ -58,17 +62,22 @@ def preparation_differs(
     """Where two cohorts were prepared otherwise.
 
     A skull in a share that differs by a fifth, a spacing that differs by a quarter, another grid or plane, a sequence
-    that is not there."""
+    that is not there. What is not known of one of them is not compared."""
     rows = []
     for s,a in train.items():
         b = test.get(s)
         if b is None: rows.append(('sequences', s, 'there', 'absent')); continue
-        ratio = np.log(np.array(a['spacing'])/b['spacing'])
-        if abs(a['skull']-b['skull'])>.2: rows.append(('skull', s, a['skull'], b['skull']))
-        if abs(ratio).max()>np.log(1.25): rows.append(('spacing', s, a['spacing'], b['spacing']))
-        there,here = (f"{o['space']}, {o['plane']}" for o in (a,b))
+        if None not in (a['spacing'],b['spacing']): rows += _mm_differ(s, a, b)
+        there,here = (', '.join(filter(None, (o['space'],o['plane']))) for o in (a,b))
         if there!=here: rows.append(('space', s, there, here))
     return pd.DataFrame(rows, columns=['what','sequence','train','test'])
+
+def _mm_differ(s, a, b):
+    "Rows of a sequence whose skulls or spacings differ"
+    rows,ratio = [],np.log(np.array(a['spacing'])/b['spacing'])
+    if abs(a['skull']-b['skull'])>.2: rows.append(('skull', s, a['skull'], b['skull']))
+    if abs(ratio).max()>np.log(1.25): rows.append(('spacing', s, a['spacing'], b['spacing']))
+    return rows
 
 # %% ../nbs/65_bundle.ipynb #0412c336
 class Ledger:

@@ -100,7 +100,7 @@ def _card_of_store(store):
     size,res = 'x'.join(map(str, store.size)),{}
     scans = '; '.join(_scans_in_words(s, v) for s,v in preparation(store).items())
     res['5a'] = res['6a'] = f"{', '.join(sorted(set(store.table.source)))}; which hospitals these are is open"
-    res['7'] = (f"one box, grid and intensity range per volume, {size} voxels, recipe {store.recipe.name!r}, "
+    res['7'] = (f"{_how_prepared(store.recipe)}, {size} voxels, recipe {store.recipe.name!r}, "
         f"mgmt_fast {store.version}; as acquired: {scans}")
     res['8a'] = 'methylation of the MGMT promoter, yes or no; assay and cut-off are open'
     res['9a'] = res['9b'] = f"voxels of {', '.join(store.sequences)}; no others"
@@ -111,7 +111,15 @@ def _card_of_store(store):
         'probability')
     return res
 
+def _how_prepared(r):
+    "What shares a box and a range of intensities"
+    if r.prepare_by=='patient': return 'one box, grid and intensity range per volume'
+    box = dict(slice='each slice in its own box', none='slices without a box').get(r.crop_by, 'slices in one box')
+    each = 'each slice with its own' if r.range_by=='slice' else 'one'
+    return f'prepared slice by slice, without millimetres: {box}, {each} intensity range'
+
 def _scans_in_words(s, v):
+    if v['spacing'] is None: return f"{s}: {v['space']}, spacing, plane and skull not looked at"
     return f"{s}: {v['plane']}, {' x '.join(f'{o:g}' for o in v['spacing'])} mm, {v['skull']:.0%} with skull"
 
 def _card_of_patients(store, oof):

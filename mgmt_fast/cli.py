@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['mgmt_audit', 'mgmt_phantom', 'mgmt_prepare', 'mgmt_train', 'mgmt_predict', 'mgmt_weights', 'mgmt_sweep',
-           'mgmt_evaluate', 'mgmt_preregister', 'mgmt_external', 'mgmt_leakage', 'mgmt_kaggle', 'mgmt_demo']
+           'mgmt_evaluate', 'mgmt_preregister', 'mgmt_external', 'mgmt_leakage', 'mgmt_kaggle', 'mgmt_thesis',
+           'mgmt_demo']
 
 # %% ../nbs/90_cli.ipynb #4eea66c0
-import functools, re, sys, time
+import argparse, functools, inspect, re, sys, time
 from pathlib import Path
 
 from .core import *
@@ -37,8 +38,29 @@ def _from_command_line(f):
     typed = [re.sub(r'^--[a-z-]+', lambda m: '--'+m[0][2:].replace('-','_'), o) for o in sys.argv[1:]]
     for o in docments(f, full=True).values():
         if isinstance(o.anno, Param): o.anno.help = o.docment
-    given = vars(anno_parser(f, Path(sys.argv[0]).stem).parse_args(typed))
+    parser,params = anno_parser(f, Path(sys.argv[0]).stem),inspect.signature(f).parameters
+    required = [k for k,p in params.items() if p.default is p.empty]
+    if 'dest' in required: typed = _dest_as_word(typed, required[0]=='dest')
+    elif 'dest' in params: parser.add_argument('word', nargs='?', type=Path, metavar='dest', help='the same as --dest')
+    given = vars(parser.parse_args(typed))
+    word = given.pop('word', None)
+    if word is not None and str(given['dest'])!=str(params['dest'].default): parser.error('dest is given twice')
+    if word is not None: given['dest'] = word
+    if isinstance(given.get('sequences'), str): given['sequences'] = _as_spelt(given['sequences'])
     return {k:v for k,v in given.items() if k not in ('pdb','xtra')}
+
+def _dest_as_word(typed, first):
+    "`--dest FOLDER` of a command that takes the folder as a word: its first, or its last"
+    option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    option.add_argument('--dest')
+    found,rest = option.parse_known_args(typed)
+    if found.dest is None: return typed
+    return [found.dest,*rest] if first else [*rest,found.dest]
+
+def _as_spelt(sequences):
+    "Sequences as the competition spells them, whatever their case: `t1wce,flair+T2W`"
+    known = {o.lower():o for o in SEQUENCES}
+    return re.sub(r'[^,+\s]+', lambda m: known.get(m[0].lower(), m[0]), sequences)
 
 def _command(f):
     "A function that is a command too: errors that we raise on purpose become one line and an exit code"
@@ -171,11 +193,11 @@ def _recipe(store, recipe, **given):
     "The recipe of a command on a store: the store's or another, with what was given"
     return get_recipe(store.recipe if recipe is None else recipe, **{k:v for k,v in given.items() if v is not None})
 
-def _train(store, dest, recipe, sequences=None, fold=0, seed=0):
+def _train(store, dest, recipe, sequences=None, fold=0, seed=0, **kwargs):
     if num_distrib()>1: DistributedTraining()
     keep_freed_memory()
     dls = recipe_dls(store, recipe, sequences, fold=fold, seed=seed)
-    learn = mgmt_learner(dls, recipe=recipe, path=dest, seed=seed)
+    learn = mgmt_learner(dls, recipe=recipe, path=dest, seed=seed, **kwargs)
     batch = dls.train.one_batch()
     if rank_distrib(): # the first process speaks for all
         with learn.no_bar(), learn.no_logging(): learn.fit_recipe(resume=True)
@@ -245,7 +267,7 @@ def mgmt_sweep(
     n_folds:int=5, # Folds, stratified by label
     seed:int=0, # Of folds, order and initial weights
     recipe:str=None, # Recipe, by name or as a YAML file; the store's if not given
-    n_jobs:int=1, # Runs at once
+    n_jobs:int=None, # Runs at once; one per card of the machine if not given
     labels:Path=None, # Label table, in place of what the store knows
     id_col:str=None, # Column of the label table that holds the patients; known names are found
     label_col:str=None, # Column of the label table that holds the labels; known names are found
@@ -465,7 +487,7 @@ def mgmt_leakage(
     return int((table.verdict!='different').any() or len(table.attrs['report'])>0)
 
 # %% ../nbs/90_cli.ipynb #66829b58
-from .kaggle_build import LACKING, build_kaggle
+from .kaggle_build import LACKING, PYTHONS, build_kaggle
 
 _SEND = ('With the kaggle tool installed and its token in place, send them in this order (data sets: `version -m TEXT`'
     ' instead of `create` from the second time on; a kernel only after those it takes output from have finished):')
@@ -479,39 +501,111 @@ def mgmt_kaggle(
     weights:Path=None, # Folder that `mgmt_weights` wrote, to become a data set where it lies
     store:Path=None, # Folder that `mgmt_prepare` wrote, likewise
     tcga:Path=None, # Folder of TCGA scans and a label table, likewise
-    python:str='3.11', # Python version of Kaggle's image, for which wheels are downloaded
+    python:str=','.join(PYTHONS), # Python versions of Kaggle's images, joined by commas, for which there must be wheels
     lacking:str=','.join(LACKING), # What Kaggle's image lacks, joined by commas; 'none' for nothing
 ):
     "Build the data sets for running without internet, check the kernels, and print the commands that send them"
     extra = () if lacking=='none' else [o.strip() for o in lacking.split(',')]
-    commands = build_kaggle(dest, user, kernels, source, extra, python, weights=weights, store=store, tcga=tcga)
+    folders = dict(weights=weights, store=store, tcga=tcga)
+    commands = build_kaggle(dest, user, kernels, source, extra, python.split(','), **folders)
     print(f'{dest}: wheels and kernels, checked. {_SEND}')
     for o in commands: print(f'  {o}')
     return 0
 
+# %% ../nbs/90_cli.ipynb #19c00002
+from .experiment import QUICK, THESIS_ARCHS, quick_stores, run_thesis
+
+@_command
+def mgmt_thesis(
+    store:Path, # Folder that `mgmt_prepare` wrote of the training cohort, by the recipe
+    tcga_store:Path, # The same of the test cohort
+    dest:Path, # Folder for runs, bundles, tests, tables and the page thesis.html
+    recipe:str='published', # published, default or winner; or a YAML file
+    archs:str=','.join(THESIS_ARCHS), # Backbones, joined by commas
+    folds:int=5, # Folds, stratified by label; of the thesis' split, one part in so many
+    inner:int=5, # One part in `inner` of the training patients chooses epoch, temperature and threshold
+    epochs:int=None, # Passes over the patients, at most; the recipe's if not given
+    seed:int=0, # Of splits, orders and initial weights
+    weights:Path=None, # Folder that `mgmt_weights` wrote, where the recipe wants ImageNet's and there is no internet
+    override:str=None, # Differences of preparation to accept, joined by commas: space, spacing, skull
+    n_jobs:int=1, # Runs at once
+    scheduler:str=None, # Address of a dask scheduler, e.g. tcp://host:8786, to run on its workers
+    quick:store_true=False, # Try it: two folds of small volumes, of phantoms where a folder holds no store yet
+):
+    """Repeat the thesis' experiment: four architectures, each sequence and all at once, its split and folds, one test.
+
+    Run it again to finish after a stop; no test is made twice"""
+    keep_freed_memory()
+    chosen = {k:v for k,v in dict(epochs=epochs, pretrained=weights).items() if v is not None}
+    made = quick and not ((store/'store.json').exists() and (tcga_store/'store.json').exists())
+    phantoms = made or (Path(dest)/'phantoms').exists()
+    if quick: recipe = quick_stores(store, tcga_store, recipe)
+    if phantoms: (make_folder(dest)/'phantoms').touch()
+    where = dict(n_jobs=n_jobs, backend=None)
+    if scheduler:
+        from dask.distributed import Client
+        client,where = Client(scheduler),dict(n_jobs=-1, backend='dask')
+    settings = {**dict(n_folds=folds, inner=inner), **(QUICK if quick else {}), **where}
+    page = run_thesis(store, tcga_store, dest, get_recipe(recipe, **chosen), archs.split(','), seed=seed,
+        override=override.split(',') if override else (), real=not phantoms, **settings)
+    runs = pd.read_csv(page.parent/'runs.csv')
+    failed = runs[runs.error.notna()]
+    for r in failed.itertuples(): print(f'  {r.part}, {r.arch}, {r.sequences}: {r.error}')
+    print(f"{page}: {len(runs)-len(failed)} of {len(runs)} runs and tests; research use only")
+    return int(len(failed)>0)
+
 # %% ../nbs/90_cli.ipynb #c1e6cc8b
+import torch
+from .phantom import draw_patients, render_patient
+
+class _Laps:
+    "Seconds since the start, step by step"
+    def __init__(self): self.start,self.of = time.perf_counter(),{}
+    def lap(self, name):
+        "Enter the seconds since the last step"
+        self.of[name] = time.perf_counter()-self.start-sum(self.of.values())
+    def __repr__(self):
+        steps = ', '.join(f'{k} {v:.0f}' for k,v in self.of.items())
+        return f'{steps}; {sum(self.of.values()):.0f} in all'
+
 @_command
 def mgmt_demo(
     dest:Path='demo', # Folder for the cohort, the store, the model and the figures
     auc:float=.95, # Best attainable AUC of the phantom; .5: the label is not in the images
     seed:int=0, # Of everything
     n:int=320, # Patients, a quarter of them held out
-    epochs:int=8, # Passes over the training patients
+    epochs:int=4, # Passes over the training patients
 ):
     "Phantom cohort, store, training, prediction of held-out patients, and its AUC beside the best attainable"
-    start,dest,sequences = time.perf_counter(),Path(dest)/f'auc{auc:g}-seed{seed}',('FLAIR','T1wCE')
-    make_phantom(dest/'cohort', n=n, auc=auc, seed=seed, test=1/4, slices=24, size=80, sequences=sequences)
+    laps,dest,sequences = _Laps(),Path(dest)/f'auc{auc:g}-seed{seed}',('FLAIR','T1wCE')
+    patients,scans = dict(n=n, auc=auc, seed=seed, test=1/4),dict(slices=24, size=80, sequences=sequences)
+    _show_both_classes(draw_patients(**patients), seed, scans, dest/'patients.png')
+    laps.lap('first pictures')
+    print(f"{dest}/patients.png: two patients of each class, after {laps.of['first pictures']:.0f} s")
+    make_phantom(dest/'cohort', **patients, **scans)
+    laps.lap('scans')
     mirrored = get_recipe('none', flip='w').room('augment')
-    recipe = get_recipe('default', size=(32,48,48), arch='resnet18', schedule='one_cycle', lr=2e-3, epochs=epochs,
+    recipe = get_recipe('default', size=(32,48,48), arch='timm/resnet10t', schedule='one_cycle', lr=2e-3, epochs=epochs,
         patience=epochs, **mirrored)
     store = prepare(kaggle_cohort(dest/'cohort'), dest/'store', sequences, recipe=recipe)
-    _train(store, dest, recipe, seed=seed)
+    laps.lap('store')
+    _train(store, dest, recipe, seed=seed, model_kwargs=dict(depth='separable_all'))
+    laps.lap('training')
     preds = predict(dest/'model', kaggle_cohort(dest/'cohort','test'))
     with atomic_path(dest/'predictions.csv') as tmp: preds.to_csv(tmp, index=False)
+    laps.lap('prediction')
     _say_demo(dest, preds[preds.prob.notna()])
-    print(f"{dest}: model, predictions.csv, history.csv, batch.png, history.png, roc.png;"
-        f" {time.perf_counter()-start:.0f} s")
+    print(f"{dest}: model, predictions.csv, history.csv, patients.png, batch.png, history.png, roc.png")
+    print(f"seconds: {laps}")
     return int(preds.prob.isna().any() or _say_report(store.report, 'preparation'))
+
+def _show_both_classes(patients, seed, scans, path):
+    "Draw two unmethylated and two methylated patients of the training set, as `make_phantom` will write them"
+    few = patients[patients.split=='train'].groupby('label').head(2).sort_values('label')
+    drawn = [render_patient(p, seed, **scans) for _,p in few.iterrows()]
+    volumes = [torch.stack([o[s][0].float()/o[s][0].max() for s in scans['sequences']]) for o in drawn]
+    axes = show_batch(TensorMR(torch.stack(volumes)), few.label.tolist(), None, sequences=scans['sequences'])
+    _save(axes.flat[0], path)
 
 def _say_demo(dest, preds):
     "The model's AUC on held-out phantoms beside the best attainable, printed and drawn"

@@ -39,7 +39,8 @@ def unknown_name(
 ) -> MGMTError: # Ready to be raised
     "An error for a name that does not exist, with the near matches."
     known = [str(o) for o in known]
-    near = difflib.get_close_matches(str(name), known, n=3)
+    near = difflib.get_close_matches(str(name).lower(), [o.lower() for o in known], n=3)
+    near = [o for o in known if o.lower() in near]
     hint = f"did you mean {' or '.join(map(repr,near))}?" if near else f"known: {', '.join(known)}"
     return MGMTError(f"no {kind} is called {name!r}: {hint}")
 
@@ -526,19 +527,21 @@ def path(cls:Allowed) -> Allowed:
 # %% ../nbs/00_core.ipynb #3572c940
 _choices = {}
 _anything = Allowed('anything', lambda v: tuple(v) if isinstance(v, list) else v)
+_must_be_there = object()
 
 def choice(
     room:str, # Room (module) that the choice belongs to
     name:str, # Unique among all rooms, since choices are overridden by name
     doc:str, # What it decides, with its unit
     allowed:Allowed=_anything, # The values that it takes
+    without:object=_must_be_there, # Its value in what was written before there was this choice
     **values, # One value for each recipe: `default=...`, `published=...`
 ):
     "Register a choice that recipes make. A room does not support a recipe that it leaves out, and says so when asked."
     owner = _choices[name].room if name in _choices else room
     if owner!=room:
         raise MGMTError(f"choice {name!r} belongs to room {owner!r} already; choose another name in {room!r}")
-    _choices[name] = NS(room=room, doc=doc, allowed=allowed, values={})
+    _choices[name] = NS(room=room, doc=doc, allowed=allowed, values={}, without=without)
     for k,v in values.items(): _choices[name].values[k] = check_choice(name, v)
 
 # %% ../nbs/00_core.ipynb #8d714f53
@@ -639,8 +642,12 @@ def to_json(
 def from_json(cls:Recipe,
     d:dict, # As `to_json` gives it
 ) -> Recipe:
-    "The recipe that was written."
-    return cls(d['name'], d['choices'])
+    "The recipe that was written. A choice that did not exist yet, in a room whose others are there, is as it was then."
+    written = d['choices']
+    rooms = {_choices[k].room for k in written if k in _choices}
+    newer = [k for k in choice_names(*rooms) if k not in written] if rooms else []
+    then = {k: _choices[k].without for k in newer if _choices[k].without is not _must_be_there}
+    return cls(d['name'], {**then, **written})
 
 # %% ../nbs/00_core.ipynb #4076a3e3
 @patch

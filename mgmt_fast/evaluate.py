@@ -21,10 +21,12 @@ from .moves import *
 from .clinical import id_key, patient_key, read_labels
 from .folds import assign_folds
 from .prepare import VolumeStore
+from .devices import side_by_side
 from .records import *
 from .runs import key_changes, key_digest, other_runs, run_key, say_other_runs
 from .loader import usable_patients
 from .augment import mgmt_augs, tta
+from .callbacks import Checkpoint, Clock, OutOfTime, StopInTime, TrainingError
 from .learner import MGMTModel, load_model, mgmt_learner, predict, recipe_dls, save_model, weights_key
 from .metrics import *
 
@@ -174,14 +176,16 @@ def _cells(store, archs, sequences, recipes, augment):
 
 # %% ../nbs/64_evaluate.ipynb #20086aac
 def _fit(job, path):
-    "Train one model on the patients of `job.train`; it is read back with the patients whom the inner split held back"
+    """Train one model on the patients of `job.train`, from where a stopped training left off; it is read back with
+    the patients whom the inner split held back."""
     augs = mgmt_augs(job.recipe, seed=job.seed, spacing=job.store.spacing)
     train = job.store.only(job.train)
     dls = recipe_dls(train, job.recipe, job.sequences, fold=0, n_folds=job.inner, seed=job.seed, augs=augs)
     learn = mgmt_learner(dls, recipe=job.recipe, path=path, seed=job.seed)
-    with learn.no_bar(), contextlib.redirect_stdout(io.StringIO()): learn.fit_recipe()
+    watch = [] if job.clock is None else [StopInTime(job.clock)]
+    with learn.no_bar(), learn.added_cbs(watch), contextlib.redirect_stdout(io.StringIO()):
+        learn.fit_recipe(resume=True)
     save_model(learn, path/'model')
-    (path/'best.safetensors').unlink(missing_ok=True)
     return load_model(path/'model'),job.store.only(dls.valid.dataset.patients)
 
 def _temperature(v, name):
@@ -219,14 +223,21 @@ def _kept(job, path):
     whole = all((path/f).exists() and file_hash(path/f)==h for f,h in res['files'].items())
     return res if whole else None
 
+def _begun(path):
+    "Is there a training in a folder that can go on?"
+    try: return not (path/'run.json').exists() and Checkpoint().read(path) is not None
+    except TrainingError: return False
+
 def _run(job, dest):
     "The predictions of one training run, from an earlier one if that had the same inputs"
     path = dest/'runs'/job.name
     res = _kept(job, path)
     if res is None:
-        shutil.rmtree(path, ignore_errors=True)
+        if job.clock is not None and job.clock.left<=0: raise OutOfTime(f"stopped before the training {job.name}")
+        if not _begun(path): shutil.rmtree(path, ignore_errors=True)
         res = _train(job, make_folder(path))
         write_json(path/'run.json', res)
+        for f in ('best','checkpoint'): (path/f'{f}.safetensors').unlink(missing_ok=True)
         gc.collect() # a learner holds itself in cycles, optimiser state and all
     t = pd.DataFrame(res['predictions']).astype({'patient':'string', 'raw':float, 'tta':float})
     t['prob'] = expit(log_odds(t.raw)/res['temperature'])
@@ -240,7 +251,7 @@ def _parts(store, sequences, folds, fold):
     usable = [p for p in usable_patients(store, sequences)[0].patient if p in of]
     return [p for p in usable if of[p]!=fold],[p for p in usable if of[p]==fold]
 
-def _job(store, cell, folds, repeat, fold, member, inner, tta, seed):
+def _job(store, cell, folds, repeat, fold, member, inner, tta, seed, clock):
     "One training run: its patients, its settings, and a key that changes with any of them"
     sequences,label,recipe = cell
     train,test = _parts(store, sequences, folds, fold)
@@ -253,7 +264,7 @@ def _job(store, cell, folds, repeat, fold, member, inner, tta, seed):
     prefix = re.sub(r'[^\w.+-]', '_', f'{recipe.arch}-{joined}-{label}-r{repeat}f{fold}m{member}')
     name = f'{prefix}-{key_digest(key)[:8]}'
     return NS(sequences=sequences, recipe=recipe, store=store, **parts, inner=inner, tta=tta,
-        seed=seed, key=key, row=row, prefix=prefix, name=name)
+        seed=seed, key=key, row=row, prefix=prefix, name=name, clock=clock)
 
 _least_inner = 10 # patients from whom a temperature and a threshold can be chosen
 
@@ -287,6 +298,8 @@ def cross_validate(
     tta:bool=False, # Predict under test-time augmentation as well
     augment:str|Path|Recipe=None, # Recipe of the augmentation; `recipe` if None
     progress:bool=True, # Show a progress bar
+    clock:Clock=None, # When to stop; never if None
+    devices:list=None, # Trainings run side by side, one per device; all `cards` of the machine if None
 ) -> pd.DataFrame: # One row per patient and run, see below; the same in `dest/oof.csv`
     """Predict every patient by models that never saw them, not even to choose an epoch.
 
@@ -294,7 +307,7 @@ def cross_validate(
     Columns: patient, label, arch, sequences, recipe, repeat, fold, member, raw, tta, prob (`raw` at the run's
     temperature), run, temperature, threshold, valid_loss. Folds are dealt once for all models, so that these can be
     compared patient by patient. Raises `ProtocolError` on a store that an external test has met, on fewer than 10
-    patients, and where training diverges."""
+    patients, and where training diverges; `OutOfTime` where the clock stops a training, which goes on next time."""
     refuse_held_out(store)
     _check_repeats(repeats, seeds, folds)
     table = store.table[store.table.label.notna()][['patient','label']]
@@ -304,12 +317,13 @@ def cross_validate(
         deal = assign_folds(table, n=n_folds, seed=seed+repeat, folds=folds).dropna(subset=['fold'])
         dealt.append(deal.assign(repeat=repeat))
         runs = [(c, fold, m) for c in cells for fold in sorted(deal.fold.unique()) for m in range(seeds)]
-        jobs += [_job(store, c, deal, repeat, fold, m, inner, tta, seed) for c,fold,m in runs]
+        jobs += [_job(store, c, deal, repeat, fold, m, inner, tta, seed, clock) for c,fold,m in runs]
     _check_inner(jobs, inner)
     dest = make_folder(dest)
     for j in jobs: j.others = other_runs(dest/'runs', j.prefix, j.key)
     say_other_runs(dest, [o for j in jobs for o in j.others])
-    oof = pd.concat([_run(j, dest) for j in track(jobs, progress=progress)], ignore_index=True)
+    done = dict(side_by_side(partialler(_run, dest=dest), jobs, devices, progress))
+    oof = pd.concat([done[i] for i in range(len(jobs))], ignore_index=True)
     label = oof.patient.map(dict(zip(table.patient, table.label)))
     oof.insert(1, 'label', label.astype(int))
     if nested: oof = pd.concat([oof, select_inside(oof)], ignore_index=True)

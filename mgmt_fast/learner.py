@@ -34,7 +34,7 @@ from .prepare import PREPARATION, VolumeStore, prepare_patient
 from .runs import key_digest, run_key
 from .loader import LABELS, StoreDL, StoreDataLoaders, ToUnit, check_prepared, mgmt_dls
 from .augment import mgmt_augs
-from .backbones import read_weights
+from .backbones import Standardize, read_weights, rescales_inside
 from .seen import SeenVolumes
 from .networks import PairLoss, Prototypes, create_network
 from .callbacks import *
@@ -49,11 +49,16 @@ choice('learner', 'network', "'3d'; '2d': slices as channels of a 2D network; 's
     Allowed.one_of('3d','2d','siamese'), default='3d', published='3d', winner='3d')
 choice('learner', 'anisotropic', 'halvings, counted from the input, that spare the depth; None: as few as the prepared '
     'depth demands', Allowed.one_of(None)|Allowed.whole(0), default=None, published=None, winner=None)
-choice('learner', 'double_rescale', 'divide intensities by 255 once more, before the network standardizes them',
+choice('learner', 'double_rescale', 'divide intensities by 255 once more, before they are standardized, where the '
+    "network is an EfficientNet: others have no layer for it in the thesis' libraries",
     Allowed.one_of(True,False), default=False, published=True, winner=False)
 choice('learner', 'summed_batches', 'batches whose gradients are summed before a step, what is left going into the '
     'next epoch; 1: none (the thesis does not give its number: '
     'ours)', Allowed.whole(1), default=1, published=1, winner=1)
+_adam_doc = ("Adam's second moment and eps: 'fastai' (.99, 1e-5), 'torch' (.999, 1e-8), or 'keras' (.999, 1e-7, added "
+    'before the correction of its start)')
+choice('learner', 'adam', _adam_doc, Allowed.one_of('fastai','torch','keras'), without='fastai',
+    default='fastai', published='keras', winner='torch')
 choice('learner', 'lr', 'learning rate of Adam', Allowed.number(0), default=1e-3, published=1e-4, winner=1e-4)
 choice('learner', 'wd', 'weight decay, decoupled', Allowed.number(0), default=0., published=0., winner=0.)
 choice('learner', 'l2', 'times half the sum of squares of what trains, added to the loss', Allowed.number(0),
@@ -334,7 +339,7 @@ def _make_model(r, dls, seed, **kwargs):
     spared = kwargs.pop('anisotropic', r.anisotropic)
     model = _fitting_network(r, seed, spared, network=r.network, arch=r.arch, in_chans=len(dls.sequences), **kwargs)
     model.rescaled,model.pretrained = r.double_rescale,r.pretrained
-    if r.double_rescale: _rescale_again(model)
+    if r.double_rescale and rescales_inside(model.arch): _rescale_again(model)
     return set_norms(model, r.norms)
 
 def _fitting_network(r, seed, spared, **kwargs):
@@ -349,9 +354,10 @@ def _fitting_network(r, seed, spared, **kwargs):
 
 def _rescale_again(model):
     "Standardize as if intensities were divided by 255 once more"
+    inside = isinstance(model.body.inside, Standardize)
     for k in ('mean','std'):
-        getattr(model.standardize, k).mul_(255)
-        model.config[k] *= 255
+        getattr(model.body.inside if inside else model.standardize, k).mul_(255)
+        if not inside: model.config[k] *= 255
 
 def _watchers(r):
     "What follows a training, by recipe"
@@ -387,6 +393,13 @@ def _accumulated(learn):
 def _computed_in(learn):
     cb = _cb(learn, MixedPrecision)
     return 'float32' if cb is None else cb.amp_mode.value
+
+def _adam_of(learn):
+    "Whose Adam it is; another optimiser's own name"
+    f = learn.opt_func
+    own = f.keywords if isinstance(f, partial) else {}
+    if getattr(f, 'func', f) is not FusedAdam: return getattr(f, '__name__', 'own')
+    return next((k for k,v in _adams.items() if v==own), 'own')
 
 def _mixed(learn):
     cb = _cb(learn, MixUp)
@@ -433,6 +446,12 @@ READ_BACK = { # choice: where it is read, and how
     'stem': ('model.config', _of_config('stem')),
     'freeze': ('model.config, requires_grad', _frozen),
     'pretrained': ('model.pretrained', _of_model('pretrained')),
+    'depth': ('model.config', _of_config('depth')),
+    'depth_padding': ('model.config', _of_config('depth_padding')),
+    'standardize': ('model.config', _of_config('standardize')),
+    'init': ('model.config', _of_config('init')),
+    'batch_norm': ('model.config', _of_config('batch_norm')),
+    'adam': ('opt_func', _adam_of),
     'double_rescale': ('model.rescaled', _of_model('rescaled')),
     'norms': ('model.norms', _of_model('norms')),
     'summed_batches': ('SummedGradients', _of(SummedGradients, 'n', 1)),
@@ -488,7 +507,7 @@ def mgmt_learner(
     _check_labels(dls)
     rest = {k:v for k,v in asked.items() if k!='arch' and (v is None or k not in names)}
     model = _make_model(r, dls, seed, **rest)
-    settings = dict(opt_func=FusedAdam, lr=r.lr, wd=r.wd, splitter=body_and_head)
+    settings = dict(opt_func=_adam(r.adam), lr=r.lr, wd=r.wd, splitter=body_and_head)
     metrics = [AUC(), partialler(accuracy_multi, thresh=.5, sigmoid=True)]
     learn = MGMTLearner(dls, model, loss_func=_loss_of(r, dls, model), path=make_folder(path), cbs=_watchers(r)+L(cbs),
         metrics=metrics, **{**settings, **kwargs})
@@ -496,6 +515,10 @@ def mgmt_learner(
     learn.recipe = recipe_that_ran(learn)
     if r.name=='published': print(_with_faults(r))
     return learn
+
+_adams = dict(fastai={}, torch=dict(sqr_mom=.999, eps=1e-8), keras=dict(sqr_mom=.999, eps=1e-7, keras=True))
+
+def _adam(name): return partial(FusedAdam, **_adams[name]) if _adams[name] else FusedAdam
 
 def _with_faults(r):
     on = ', '.join(faults(r).query('on').choice)
@@ -517,8 +540,10 @@ def recipe_dls(
     r = follow_recipe(store.recipe, recipe)
     if augs is None: augs = mgmt_augs(r, seed=seed, spacing=store.spacing)
     if sequences is None: sequences = r.sequences
-    settings = dict(bs=r.bs, seed=seed, augs=augs, shuffle=r.shuffle, drop_last=r.drop_last, recipe=r)
+    order = 'shuffle' if r.network!='2d' or r.shuffle_2d is None else 'shuffle_2d'
+    settings = dict(bs=r.bs, seed=seed, augs=augs, shuffle=r[order], drop_last=r.drop_last, recipe=r)
     dls = mgmt_dls(store, sequences, **settings, **kwargs)
+    dls.shuffled_by = order
     if not len(dls.train): raise MGMTError(_no_batch(len(dls.train.dataset), r))
     return dls
 

@@ -32,6 +32,10 @@ choice('loader', 'sequences', "sequences given to one network; None: all of the 
 choice('loader', 'bs', 'patients per batch', Allowed.whole(1), default=8, published=8, winner=8)
 choice('loader', 'shuffle', 'a new order of the training patients in every epoch', Allowed.one_of(True,False),
     default=True, published=False, winner=True)
+_in_2d = ("the same where slices are the channels of a 2D network, in place of `shuffle`; None: as `shuffle` says (the "
+    'thesis shuffled there)')
+choice('loader', 'shuffle_2d', _in_2d, Allowed.one_of(None,True,False), without=None,
+    default=None, published=True, winner=None)
 choice('loader', 'drop_last', "leave an epoch's last, incomplete batch out", Allowed.one_of(True,False),
     default=False, published=True, winner=True)
 choice('loader', 'other_tfms', 'batch transforms of training that are not of `augment`, by class',
@@ -294,10 +298,12 @@ def _other_preparation(differ):
 # %% ../nbs/35_loader.ipynb #3936eaca
 class StoreDataLoaders(DataLoaders):
     "fastai's `DataLoaders` over a store; `recipe` says what they are set to, and what the store had settled"
+    shuffled_by = 'shuffle' # the choice that decided the order
     @property
     def recipe(self):
         t = self.train
-        own = dict(sequences=tuple(self.sequences), bs=t.bs, shuffle=bool(t.shuffle), drop_last=bool(t.drop_last))
+        own = dict(sequences=tuple(self.sequences), bs=t.bs, drop_last=bool(t.drop_last))
+        own[self.shuffled_by] = bool(t.shuffle)
         return self.asked.settle('the loaders', **own, **augmentation(t.after_batch.fs))
 
     def test_dl(self,

@@ -87,18 +87,17 @@ def _steady(vol):
     rest = some[some>x.min()]
     if not rest.size: return vol,[]
     top = float(np.percentile(rest, 99))
-    hi = x.max()
-    x,padding = _without_padding(x, float(rest.min()), top)
+    lo,hi = (float(o) for o in vol.as_subclass(torch.Tensor).aminmax())
+    x,padding = _without_padding(x, lo, float(rest.min()), top)
     x,spots = _without_spots(x, hi, some, top)
     notes = [o for o in (padding,spots) if o]
     if notes: vol = Volume(torch.from_numpy(np.ascontiguousarray(x)), affine=vol.affine)
     return vol,notes
 
-def _without_padding(x, next_, top):
+def _without_padding(x, lo, next_, top):
     "Padding lies below zero, and farther below the next value than all others are spread"
-    lo = float(x.min())
+    if lo>=0 or not next_-lo>2*max(top-next_, 1e-6): return x,''
     padding = x==lo
-    if lo>=0 or next_-lo<=2*max(top-next_, 1e-6) or not padding.any(): return x,''
     return np.where(padding, x.dtype.type(next_), x),f'{int(padding.sum())} voxels of padding ({lo:g}) taken as air'
 
 def _without_spots(x, hi, some, top):
