@@ -324,9 +324,15 @@ class StoreDataLoaders(DataLoaders):
 
     def new_empty(self): raise MGMTError(_not_pickled)
     @classmethod
-    def from_dsets(cls, *args, **kwargs): raise MGMTError(_from_a_store)
+    def from_dsets(cls,
+        *args, # Of fastai's
+        **kwargs, # Of fastai's
+    ): raise MGMTError(_from_a_store)
     @classmethod
-    def from_dblock(cls, *args, **kwargs): raise MGMTError(_from_a_store)
+    def from_dblock(cls,
+        *args, # Of fastai's
+        **kwargs, # Of fastai's
+    ): raise MGMTError(_from_a_store)
 
 _from_a_store = "these loaders are made from a store: use `mgmt_dls(store)`, or fastai's own `DataLoaders`"
 _not_pickled = "loaders are not exported: `save_model` keeps all that a prediction needs, and nothing is unpickled"
