@@ -108,8 +108,8 @@ def test_train(trained, kaggle):
     assert t.set_index('sequences').n.to_dict()=={'FLAIR':39,'T1w':40,'T1wCE':40,'T2w':40,'FLAIR+T1w+T1wCE+T2w':39}
     for p in (out/'train/cv/runs').iterdir(): # what the kernel asked for is what its models say
         r = load_model(p).recipe
-        assert (r.size, r.arch, r.bs, r.epochs, r.lr, r.rotation, r.shuffle)==((16,32,32), 'efficientnet_b0', 5, 3, 1e-3,
-            10., True)
+        assert (r.size, r.arch, r.bs, r.epochs, r.lr, r.rotation, r.shuffle)==((16,32,32), 'efficientnet_b0', 5, 3,
+            1e-3, 10., True)
 
 
 def test_a_train_kernel_that_is_stopped_twice_goes_on(trained, kaggle, tmp_path, monkeypatch):
