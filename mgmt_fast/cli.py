@@ -186,11 +186,11 @@ def _recipe(store, recipe, **given):
     "The recipe of a command on a store: the store's or another, with what was given"
     return get_recipe(store.recipe if recipe is None else recipe, **{k:v for k,v in given.items() if v is not None})
 
-def _train(store, dest, recipe, sequences=None, fold=0, seed=0, **kwargs):
+def _train(store, dest, recipe, sequences=None, fold=0, seed=0):
     if num_distrib()>1: DistributedTraining()
     keep_freed_memory()
     dls = recipe_dls(store, recipe, sequences, fold=fold, seed=seed)
-    learn = mgmt_learner(dls, recipe=recipe, path=dest, seed=seed, **kwargs)
+    learn = mgmt_learner(dls, recipe=recipe, path=dest, seed=seed)
     batch = dls.train.one_batch()
     if rank_distrib(): # the first process speaks for all
         with learn.no_bar(), learn.no_logging(): learn.fit_recipe(resume=True)
@@ -529,11 +529,12 @@ def mgmt_demo(
     make_phantom(dest/'cohort', **patients, **scans)
     laps.lap('scans')
     mirrored = get_recipe('none', flip='w').room('augment')
-    recipe = get_recipe('default', size=(32,48,48), arch='timm/resnet10t', schedule='one_cycle', lr=2e-3, epochs=epochs,
+    network = dict(arch='timm/resnet10t', depth='separable_all') # small and split, as suits two cores
+    recipe = get_recipe('default', size=(32,48,48), **network, schedule='one_cycle', lr=2e-3, epochs=epochs,
         patience=epochs, **mirrored)
     store = prepare(kaggle_cohort(dest/'cohort'), dest/'store', sequences, recipe=recipe)
     laps.lap('store')
-    _train(store, dest, recipe, seed=seed, model_kwargs=dict(depth='separable_all'))
+    _train(store, dest, recipe, seed=seed)
     laps.lap('training')
     preds = predict(dest/'model', kaggle_cohort(dest/'cohort','test'))
     with atomic_path(dest/'predictions.csv') as tmp: preds.to_csv(tmp, index=False)

@@ -263,7 +263,7 @@ def phantom_bundles(
     print('PHANTOM: the output of mgmt-fast-train is not attached; small models of a phantom stand in for its')
     make_phantom(work/'phantom', **{'progress':False, **phantom})
     sequences = uniqueify(s for c in cells for s in c)
-    store = prepare(kaggle_cohort(work/'phantom'), work/'store', sequences, size=(8,32,32), progress=False)
+    store = prepare(kaggle_cohort(work/'phantom'), work/'store', sequences, size=(16,32,32), progress=False)
     quick = dict(archs='efficientnet_b0', recipe=get_recipe('default', epochs=1, lr=1e-3), n_folds=2, inner=2)
     train_bundles(store, work/'train', cells, progress=False, **quick)
     return find_bundles(work/'train/bundles')
