@@ -14,6 +14,7 @@ from .core import *
 from .grids import BRAIN_EXTENT
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
+from fastai.torch_core import TensorMask
 from fastcore.all import NS, store_attr, listify, first, patch
 from fasttransform import ItemTransform
 
@@ -203,11 +204,29 @@ class RandAug(ItemTransform):
 
     def encodes(self,
         b:Any, # A batch (B,C,D,H,W), alone or followed by labels; any type, because fastai dispatches on it
-    ): # Augmented; labels as they are
+    ): # Augmented; a `TensorMask` (B,D,H,W) or (B,1,D,H,W) is moved as the volumes are, other labels stay as they are
         x,rest = (b[0],b[1:]) if isinstance(b,(list,tuple)) else (b,None)
         _check_batch(x)
-        x = self._apply(x, [self.row(k) for k in self._next(len(x))])
-        return x if rest is None else [x,*rest]
+        rows = [self.row(k) for k in self._next(len(x))]
+        moved = self._apply(x, rows)
+        return moved if rest is None else [moved, *(self._with_mask(o, x, rows) for o in rest)]
+
+    def _with_mask(self, m, x, rows):
+        "A mask, moved as the volumes of its batch"
+        if not isinstance(m, TensorMask): return m
+        if len(m)!=len(x) or m.shape[-3:]!=x.shape[-3:] or m.numel()*x.shape[1]!=x.numel(): raise _no_mask_of(m, x)
+        each = m.as_subclass(torch.Tensor).reshape(len(x), *x.shape[-3:])
+        places = zip(each, rows, self._spacing(x, None))
+        moved = torch.stack([self.move_mask(o, {**self.neutral, **r}, mm) for o,r,mm in places])
+        return moved.view(m.shape).as_subclass(type(m))
+
+    def move_mask(self,
+        m:torch.Tensor, # (D,H,W), a number per class
+        r:dict, # One patient's parameters
+        mm:np.ndarray, # (3,) spacing
+    ) -> torch.Tensor: # (D,H,W), the same numbers
+        "What the transform does to a mask: nothing, unless it moves voxels"
+        return m
 
     def ever(self): "Can a draw do anything at all?"; return self.p>0
 
@@ -289,6 +308,10 @@ class RandAug(ItemTransform):
         return f"{type(self).__name__}({said})"
     @property
     def name(self): return repr(self)
+
+def _no_mask_of(m, x):
+    return MGMTError(f"a mask has one number per voxel, (B,D,H,W) or (B,1,D,H,W); received {tuple(m.shape)} beside "
+        f"volumes {tuple(x.shape)}")
 
 def _not_one_per_patient(what, rows, x):
     return MGMTError(f"{what} needs one row per patient; received {len(rows)} rows for a batch of {len(x)}")
@@ -469,6 +492,14 @@ class RandAffine(RandAug):
             return _resample2d(src, out, m[1:,1:], b[1:], self.outside)
         if src.shape[1]<2: raise _single_slice(src)
         _resample3d(src.clone() if src.data_ptr()==out.data_ptr() else src, out, m, b, self.outside)
+
+    def move_mask(self, m, r, mm):
+        if not self.acts(r): return m
+        classes = m.unique()
+        layers = (m[None]==classes.view(-1,1,1,1)).float()
+        out = torch.empty_like(layers)
+        self.run(layers, out, r, mm)
+        return torch.where(out.amax(0)>0, classes[out.argmax(0)], 0)
 
 def _single_slice(x):
     rule = "turning, shifting or zooming across slices needs D of at least 2"
@@ -839,6 +870,9 @@ class ComposeAugs(RandAug):
 
     def row(self, k): return {c:v for p in self.parts for c,v in p.row(k).items()}
     def acts(self, r): return any(p.acts(r) for p in self.parts)
+    def move_mask(self, m, r, mm):
+        for p in self.parts: m = p.move_mask(m, r, mm)
+        return m
     def run_batch(self, src, out, rows, mm):
         if src.device.type=='cpu': return super().run_batch(src, out, rows, mm)
         for p in self.parts:

@@ -12,7 +12,8 @@ import argparse, functools, inspect, re, sys, time
 from pathlib import Path
 
 from .core import *
-from fastcore.script import anno_parser
+from fastcore.docments import docments
+from fastcore.script import Param, anno_parser
 from .clinical import read_clinical, read_labels, read_table
 from .cohort import cohort_report, find_cohort, kaggle_cohort
 from .phantom import make_phantom, phantom_bound, read_side_table
@@ -28,9 +29,15 @@ from .audit import audit
 _STOPPED = ('interrupted: run the same command again; all but phantoms, predictions and external tests go on where they'
     ' stopped')
 
+def _place():
+    "The type of a path that is given without the name of an option, and may be left out"
+    return Param(type=Path, opt=False, nargs='?')
+
 def _from_command_line(f):
     "The arguments of a command as they were typed, with `-` or `_` in the names of options"
     typed = [re.sub(r'^--[a-z-]+', lambda m: '--'+m[0][2:].replace('-','_'), o) for o in sys.argv[1:]]
+    for o in docments(f, full=True).values():
+        if isinstance(o.anno, Param): o.anno.help = o.docment
     parser,params = anno_parser(f, Path(sys.argv[0]).stem),inspect.signature(f).parameters
     required = [k for k,p in params.items() if p.default is p.empty]
     if 'dest' in required: typed = _dest_as_word(typed, required[0]=='dest')
@@ -287,15 +294,15 @@ def mgmt_sweep(
 # %% ../nbs/90_cli.ipynb #12989167
 import pandas as pd
 from fastcore.script import store_true
-from .evaluate import cross_validate, results_table, show_results
-from .bundle import cv_models, freeze_bundle
-from .external import METRICS, external_table, external_test, preregister
-from .card import evaluate_report
+from .evaluate import check_predictions, cross_validate, read_predictions, results_table, show_results
+from .bundle import FrozenPredictions, cv_models, freeze_bundle, freeze_predictions
+from .external import METRICS, external_predictions, external_table, external_test, preregister
+from .card import evaluate_report, predictions_report
 
 # %% ../nbs/90_cli.ipynb #7c59a796
 @_command
 def mgmt_evaluate(
-    store:Path, # Folder that `mgmt_prepare` wrote
+    store:_place()=None, # Folder that `mgmt_prepare` wrote; none with --predictions
     dest:Path='evaluation', # Folder for models, predictions, tables, figures and report.html
     archs:str=None, # Backbones, joined by commas; the recipe's if not given
     sequences:str='each', # `each`: one model per sequence; `all`: one model of all; or one model's channels, by commas
@@ -316,8 +323,18 @@ def mgmt_evaluate(
     clinical:Path=None, # Table with a column of patients and any of site, scanner, sex, age
     clinical_id_col:str=None, # Its column that holds the patients; known names are found
     bundle:Path=None, # Folder for all models, frozen for `mgmt_external`
+    predictions:Path=None, # Table of predictions of any making instead of a store: patient, label, prob
+    prob_col:str=None, # Its column of probabilities; known names are found
+    model:str=None, # What made these predictions: its name, or its file
 ):
-    "Cross-validate, and write what can be said of it: tables, figures and one page; run again to finish after a stop"
+    """Cross-validate, and write what can be said of it: tables, figures and one page; run again to finish after a stop.
+
+    With --predictions nothing is trained: the table is evaluated, and with --bundle its threshold is frozen."""
+    if (store is None)==(predictions is None): raise MGMTError(_store_or_table)
+    if predictions is not None:
+        known = None if clinical is None else read_clinical(clinical, clinical_id_col)
+        columns = dict(id_col=id_col, label_col=label_col, prob_col=prob_col)
+        return _evaluate_table(predictions, dest, bundle, model, known, seed, columns)
     keep_freed_memory()
     dest,store = Path(dest),_store(store, labels, id_col, label_col)
     recipe = _recipe(store, recipe, epochs=epochs, lr=lr, bs=bs)
@@ -336,6 +353,20 @@ def mgmt_evaluate(
         print(freeze_bundle(**models, store=store, dest=bundle, tta=recipe if tta else None))
     print(f"{page}: {oof.patient.nunique()} patients out of fold; research use only")
     return int(oof.patient.nunique()<len(store))
+
+_store_or_table = ("give the folder of a store, whose patients are predicted out of fold, or --predictions TABLE with "
+    "the columns patient, label and prob; one of the two")
+
+def _evaluate_table(table, dest, bundle, model, clinical, seed, columns):
+    "Evaluate predictions of any making, and freeze their threshold where a folder for that is given"
+    preds = read_predictions(table, **columns)
+    good,name = check_predictions(preds.dropna()),model or "somebody's model"
+    page = predictions_report(preds, dest, Path(name).name, clinical=clinical, seed=seed)
+    print(show_results(results_table(good.assign(arch=Path(name).name)), ('loss','accuracy','auc')).to_string())
+    _print_findings(results_table(good))
+    if bundle is not None: print(freeze_predictions(good, bundle, name))
+    print(f"{page}: {len(good)} of {len(preds)} patients with a label and a probability; research use only")
+    return int(len(good)<len(preds))
 
 # %% ../nbs/90_cli.ipynb #19cffc22
 @_command
@@ -358,7 +389,7 @@ def mgmt_preregister(
 @_command
 def mgmt_external(
     bundle:Path, # Folder that `mgmt_evaluate --bundle` wrote
-    root:Path, # Folder of scans, or a store prepared by the bundle's recipe
+    root:_place()=None, # Folder of scans, or a store prepared by the bundle's recipe; none with --predictions
     dest:Path=None, # Folder for the signed result; the bundle's if not given
     labels:Path=None, # Label table, where the folder has none, or in place of what the store knows
     split:str=None, # `train` or `test`, of a competition folder
@@ -369,12 +400,37 @@ def mgmt_external(
     label_col:str=None, # Column of the label table that holds the labels; known names are found
     patient_col:str=None, # Column of the label table that says whose each id is, where a patient has several
     plan:Path=None, # Plan that `mgmt_preregister` wrote
+    predictions:Path=None, # Table of predictions of any making instead of scans: patient, label, prob
+    prob_col:str=None, # Its column of probabilities; known names are found
+    model:Path=None, # The file of the model that made them, to be compared with the one that was frozen
 ):
-    "Test a frozen bundle on patients from elsewhere, once; whatever would be chosen there was chosen before"
+    """Test a frozen bundle on patients from elsewhere, once; whatever would be chosen there was chosen before.
+
+    With --predictions no image is needed: what is frozen is a threshold and a model of any making."""
+    if (root is None)==(predictions is None): raise MGMTError(_scans_or_table)
     columns = dict(id_col=id_col, label_col=label_col)
+    if predictions is not None:
+        more = dict(leakage=leakage, plan=plan, model=model, prob_col=prob_col)
+        return _say_test(_external_table(bundle, predictions, dest, **more, **columns))
     if (Path(root)/'store.json').exists(): cohort = _store(root, labels, **columns)
     else: cohort = _cohort(root, labels=labels, split=split, choices=choices, patient_col=patient_col, **columns)
     res = external_test(bundle, cohort, dest, leakage, override.split(',') if override else (), plan=plan)
+    return _say_test(res)
+
+_scans_or_table = ("give a folder of scans or a store, which the bundle's models predict, or --predictions TABLE with "
+    "the columns patient, label and prob; one of the two")
+
+def _external_table(bundle, table, dest, **kwargs):
+    "Test a table of predictions, and write its page"
+    res = external_predictions(bundle, table, dest, **kwargs)
+    columns = {k: kwargs[k] for k in ('id_col','label_col','prob_col')}
+    folder = Path(dest or bundle)/res['predictions']['file'].removesuffix('.csv')
+    frozen = FrozenPredictions(bundle)
+    print(predictions_report(read_predictions(table, **columns), folder, frozen.model, frozen.threshold, results=res))
+    return res
+
+def _say_test(res):
+    "Print what an external test found; 1 if patients were left out"
     for part in ('all','without_suspected','without_uncertain'):
         if res[part] and 'why' in res[part]: print(f"{part}: {res[part]['why']}")
     table = external_table(res)

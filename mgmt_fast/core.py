@@ -10,7 +10,7 @@ __all__ = ['SEQUENCES', 'MGMTError', 'unknown_name', 'check_sequences', 'Volume'
            'read_recipe', 'follow_recipe']
 
 # %% ../nbs/00_core.ipynb #3cf4ead2
-import difflib, hashlib, io, json, math, numbers, os, re, signal, tempfile, traceback, warnings, zlib
+import difflib, gzip, hashlib, io, json, math, numbers, os, re, signal, tempfile, traceback, warnings, zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -273,6 +273,42 @@ def write_json(
     "Write JSON atomically, with stable formatting so that equal content gives equal bytes."
     text = json.dumps(obj, indent=1, sort_keys=True, ensure_ascii=False)+'\n'
     with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
+
+# %% ../nbs/00_core.ipynb #a3ec0d70
+@patch
+def save(
+    self:Volume,
+    path:str|Path, # NIfTI file to write: `.nii` or `.nii.gz`
+) -> Path: # `path`
+    """Write NIfTI with the affine, whole or not at all; `read_volume` and nibabel read the same voxels at the same mm.
+
+    Of types that NIfTI lacks or few programs read, bool becomes uint8, half precision float32, int64 int32.
+    Raises `MGMTError` on another suffix, and on integers that need 64 bits."""
+    path = Path(path)
+    if not path.name.lower().endswith(('.nii','.nii.gz')): raise MGMTError(_no_nifti_name(path))
+    x = _for_nifti(_plain(self).detach().cpu())
+    img = nib.Nifti1Image(x.numpy().transpose(2,1,0), self.affine[:,[2,1,0,3]])
+    img.set_sform(img.affine, code='scanner')
+    img.header.set_dim_info(slice=2)
+    img.header.set_xyzt_units('mm')
+    data = img.to_bytes()
+    if path.name.lower().endswith('.gz'): data = gzip.compress(data, mtime=0)
+    with atomic_path(path) as tmp: tmp.write_bytes(data)
+    return path
+
+def _for_nifti(x):
+    "A tensor in a type that any program reads"
+    wide = {torch.bool:torch.uint8, torch.float16:torch.float32, torch.bfloat16:torch.float32, torch.int64:torch.int32}
+    to = wide.get(x.dtype, x.dtype)
+    if x.dtype==torch.int64 and (x!=x.to(to)).any(): raise MGMTError(_too_large_for_nifti(x))
+    return x.to(to)
+
+def _no_nifti_name(path):
+    return f"a volume is saved as NIfTI, in a file that ends in .nii or .nii.gz; received {path.name!r}"
+
+def _too_large_for_nifti(x):
+    return (f"integers from {x.min()} to {x.max()} need 64 bits, which few programs read in NIfTI: save the volume as "
+        "float, e.g. `vol.double().save(path)`")
 
 # %% ../nbs/00_core.ipynb #eec4be1f
 def read_json_lines(

@@ -12,7 +12,7 @@ import copy, hashlib, importlib, json, multiprocessing, os
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import numpy as np, pandas as pd, torch
 import safetensors.torch as st
@@ -32,7 +32,7 @@ from .clinical import id_key
 from .records import log_prediction
 from .prepare import PREPARATION, VolumeStore, prepare_patient
 from .runs import key_digest, run_key
-from .loader import LABELS, StoreDataLoaders, ToUnit, mgmt_dls
+from .loader import LABELS, StoreDL, StoreDataLoaders, ToUnit, check_prepared, mgmt_dls
 from .augment import mgmt_augs
 from .backbones import Standardize, read_weights, rescales_inside
 from .seen import SeenVolumes
@@ -124,13 +124,24 @@ class MGMTLearner(Learner):
         super().__init__(*args, **kwargs)
         self.fits = [] # one row per training that was started: epochs, lr, schedule
 
-    def validate(self,
-        *args, # Of fastai's `validate`
-        **kwargs, # Of fastai's `validate`
-    ) -> list: # Loss and metrics
-        "As fastai's, without an entry into the history or the best epoch's choice"
+    @contextmanager
+    def unwatched(self): # A context
+        "Whatever is computed meanwhile is no part of the training: not of its history, nor of the best epoch's choice"
         watching = [c for c in self.cbs if isinstance(c, (TrackerCallback,HistoryLogger))]
-        with self.removed_cbs(watching): return super().validate(*args, **kwargs)
+        recorder = getattr(self, 'recorder', None)
+        known = {k: getattr(recorder, k, []) for k in ('lrs','iters','losses','values')}
+        with self.removed_cbs(watching):
+            try: yield
+            finally:
+                if recorder is not None: vars(recorder).update(known)
+
+    def validation_context(self,
+        cbs:list=None, # More callbacks meanwhile
+        inner:bool=False, # Within a training, or a context of this kind?
+    ) -> ContextManagers:
+        "As fastai's, for `validate`, `get_preds` and all that call them; the training's account stays as it is"
+        context = super().validation_context(cbs, inner)
+        return context if inner else ContextManagers([self.unwatched(), context])
 
     def fit(self,
         n_epoch:int, # Passes over the training patients
@@ -162,6 +173,34 @@ class MGMTLearner(Learner):
             else: self.opt.load_state_dict(opt)
             raise
 
+    def show_results(self,
+        ds_idx:int=1, # Loader of `dls`: 0 that of training, 1 that of validation
+        dl:StoreDL=None, # Another loader
+        max_n:int=4, # Patients, at most
+        shuffle:bool=True, # Any patients, or the first ones?
+        **kwargs, # For `show_montages`
+    ):
+        "Montages of some patients, with label and probability"
+        if dl is None: dl = self.dls[ds_idx].new(shuffle=shuffle)
+        b = dl.one_batch()
+        probs,_ = self.get_preds(dl=[b])
+        dl.show_results(b, probs, max_n=max_n, **kwargs)
+
+    def tta(self,
+        ds_idx:int=1, # Loader of `dls`: 0 that of training, 1 that of validation
+        dl:StoreDL=None, # Another loader
+        n:int=4, # Augmented copies of each patient
+        **kwargs, # For fastai's `tta`: `beta`, `use_max`
+    ) -> tuple: # Probabilities and labels
+        "As fastai's, with draws of training's augmentation; `tta` in `augment` has views that are not drawn"
+        if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False)
+        dl = dl.new(after_batch=copy.deepcopy(self.dls.train.after_batch))
+        with self.unwatched(): return super().tta(dl=dl, n=n, **kwargs)
+
+    def export(self, *args, **kwargs): raise MGMTError(_not_exported)
+    def to_channelslast(self, *args, **kwargs): raise MGMTError(_channels_are_last)
+    def to_non_native_fp16(self, *args, **kwargs): raise MGMTError(_not_in_halves)
+
     def unfreeze(self):
         super().unfreeze()
         if getattr(self.model, 'norms', 'batch')!='frozen': self.model.frozen_norms = []
@@ -183,6 +222,14 @@ class MGMTLearner(Learner):
                 if r.schedule=='one_cycle': return self.fit_one_cycle(r.epochs, r.lr)
                 self.fit(r.epochs, r.lr)
         finally: self._plan = None
+
+_not_exported = ("a learner is not pickled, because unpickling a file can run any code: use save_model(learn, path), "
+    "which keeps all that a prediction needs, and load_model(path)")
+_channels_are_last = ("fastai's channels_last is for images, with 4 axes; the backbones lay out volumes with their "
+    "channels innermost by themselves. Use precision='bf16' in the recipe, or to_bf16()")
+
+_not_in_halves = ("the weights stay in float32, and what is computed in half precision is torch's choice: use "
+    "precision='bf16' in the recipe, or to_bf16()")
 
 _by_hand = ("schedule 'own' is that of a training that was started by hand, and cannot be repeated from the recipe: "
     "choose 'one_cycle', 'flat' or 'steps'")
@@ -667,15 +714,7 @@ def check_preparation(
 ):
     "Raise `MGMTError` unless a store's voxels are those that the model's own preparation of the same scans would give."
     for recipe,prepared in model.needs().values():
-        differ = {k:(v,store.recipe[k]) for k,v in recipe.room('prepare').items() if store.recipe[k]!=v}
-        if tuple(store.sequences)!=tuple(prepared): differ['sequences'] = prepared,store.sequences
-        numbers = model.preparation_number,store.preparation_number
-        if numbers[0]!=numbers[1]: differ['preparation number'] = numbers
-        if differ: raise MGMTError(_other_preparation(differ))
-
-def _other_preparation(differ):
-    return (f"the store was prepared otherwise than this model's training (choice: model, store): {differ}; "
-        "prepare it with the model's recipe and all of its sequences, since those share one box")
+        check_prepared(store, recipe, prepared, model.preparation_number)
 
 # %% ../nbs/55_learner.ipynb #452d079b
 def _ready_patients(m, cohort, n_workers):

@@ -66,7 +66,7 @@ def _slices2d(arch, in_chans, slices, pretrained=False, head='plain', freeze='no
         standardize='input', init='torch', batch_norm='torch'):
     "The network in 2D, behind the signature of `create_backbone`"
     if not slices: raise MGMTError("a network in 2D has its number of slices built in: give slices=D")
-    if arch=='resnet10': raise MGMTError("'resnet10' is 3D from the start; in 2D take e.g. 'resnet18'")
+    if arch in ('resnet10',*MEDICALNETS): raise MGMTError(f"{arch!r} is 3D; in 2D take e.g. 'resnet18'")
     name,N = timm_name(arch),in_chans*slices
     net = timm.create_model(name, in_chans=N if stem=='sum' else 3, num_classes=0)
     if pretrained is not False: _load_2d(net, _state_2d(name, arch, pretrained), arch)
@@ -128,15 +128,17 @@ class PairLoss(nn.Module):
     "Logistic loss over all pairs of a batch, same class or not; binary cross-entropy if predictions are logits already"
     def __init__(self,
         head:nn.Module, # `MetricHead`, whose scale and offset are learned
+        reduction:str='mean', # Of logits: `'mean'`, `'sum'` or `'none'`; pairs are always averaged
     ):
         super().__init__()
-        self.heads = [head] # in a list, so that its parameters stay the model's
+        self.heads,self.reduction = [head],reduction # in a list, so that its parameters stay the model's
 
     def forward(self,
         pred:torch.Tensor, # (B,E) unit embeddings, or (B,1) logits
         y:torch.Tensor, # (B,) 0 or 1
-    ) -> torch.Tensor: # Mean loss
-        if pred.shape[1]==1: return F.binary_cross_entropy_with_logits(pred.flatten(), y.float().flatten())
+    ) -> torch.Tensor: # Mean loss, or (B,) of logits without reduction
+        if pred.shape[1]==1:
+            return F.binary_cross_entropy_with_logits(pred.flatten(), y.float().flatten(), reduction=self.reduction)
         i,j = torch.triu_indices(len(y), len(y), 1, device=pred.device)
         if not len(i): return pred.sum()*0
         head,same = self.heads[0],(y[i]==y[j]).to(pred.dtype).flatten()
@@ -149,9 +151,9 @@ class PairLoss(nn.Module):
         return x.sigmoid()
 
     def decodes(self,
-        x:torch.Tensor, # (B,1) logits
+        x:torch.Tensor, # (B,1) probabilities
     ) -> torch.Tensor: # (B,1) methylated?
-        return x>0
+        return x>.5
 
 # %% ../nbs/44_networks.ipynb #cb6062b6
 class Prototypes(Callback):

@@ -177,7 +177,7 @@ def _almost_constant(clip, v):
 
 # %% ../nbs/24_prepare.ipynb #1417ea2a
 def prepare_patient(
-    row:pd.Series|dict, # A row of a cohort: `patient`, a path per sequence, and perhaps `T2w_index` and the like
+    row:pd.Series|dict, # A row of a cohort: `patient`, a path or a `Volume` per sequence, perhaps `T2w_index` and so on
     sequences:str|list|tuple=SEQUENCES, # Which to prepare, in order; the first readable one gives the axes
     recipe:str|Path|Recipe='default', # Name, file or `Recipe`
 ) -> NS: # `.arrays`: sequence to uint8 (D,H,W); `.meta`: sequence to facts; `.affine`; `.report`: problems and notes
@@ -218,11 +218,15 @@ def _read_all(row, sequences, _say):
     "Volumes and foregrounds of the sequences that can be read"
     vols,masks = {},{}
     for seq in sequences:
-        if seq not in row or pd.isna(row[seq]): _say(seq, 'note', 'sequence missing'); continue
+        if _is_missing(row, seq): _say(seq, 'note', 'sequence missing'); continue
         try: vols[seq],masks[seq] = _read_one(row, seq, _say)
         except MGMTError as e: _say(seq, 'error', f'{type(e).__name__}: {e}'.replace(str(row[seq]), seq))
         except Exception as e: _say(seq, 'error', log_fault(e, 'preparing'))
     return vols,masks
+
+def _is_missing(row, seq):
+    if seq not in row: return True
+    return not isinstance(row[seq], Volume) and pd.isna(row[seq])
 
 def _read_one(row, seq, _say):
     "A sequence's volume, without padding and spots, and its foreground"
