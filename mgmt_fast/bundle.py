@@ -100,7 +100,7 @@ class Ledger:
             before = self.lines()
             line = signed({**entry, 'previous':before[-1]['signature'] if before else self.first})
             text = ''.join(json.dumps(o)+'\n' for o in [*before,line])
-            with atomic_path(self.path) as tmp: tmp.write_text(text, encoding='utf-8')
+            write_text(self.path, text)
         return line
 
     def unfinished(self,

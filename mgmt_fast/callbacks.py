@@ -313,7 +313,7 @@ class HistoryLogger(CSVLogger):
         "Write the names of the columns and all rows so far"
         if rank_distrib(): return
         lines = [','.join(r)+'\n' for r in [self.recorder.metric_names,*self.rows]]
-        with atomic_path(self.path/self.fname) as tmp: tmp.write_text(''.join(lines))
+        write_text(self.path/self.fname, ''.join(lines))
 
     def after_fit(self): pass
 

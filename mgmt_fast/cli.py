@@ -11,6 +11,7 @@ import functools, re, sys, time
 from pathlib import Path
 
 from .core import *
+from .pages import write_csv
 from fastcore.script import anno_parser
 from .clinical import read_clinical, read_labels, read_table
 from .cohort import cohort_report, find_cohort, kaggle_cohort
@@ -196,7 +197,7 @@ def mgmt_predict(
 ):
     "Probability of a methylated MGMT promoter for each patient of a folder"
     preds = predict(model, _cohort(root, split=split, choices=choices), n_workers=n_workers)
-    with atomic_path(out) as tmp: preds.to_csv(tmp, index=False)
+    write_csv(out, preds)
     print(preds.to_string(index=False, max_rows=20, max_colwidth=60))
     print(f"{out}: {preds.prob.notna().sum()} of {len(preds)} patients; research use only")
     return int(preds.prob.isna().any())
@@ -451,7 +452,7 @@ def mgmt_demo(
     store = prepare(kaggle_cohort(dest/'cohort'), dest/'store', sequences, recipe=recipe)
     _train(store, dest, recipe, seed=seed)
     preds = predict(dest/'model', kaggle_cohort(dest/'cohort','test'))
-    with atomic_path(dest/'predictions.csv') as tmp: preds.to_csv(tmp, index=False)
+    write_csv(dest/'predictions.csv', preds)
     _say_demo(dest, preds[preds.prob.notna()])
     print(f"{dest}: model, predictions.csv, history.csv, batch.png, history.png, roc.png;"
         f" {time.perf_counter()-start:.0f} s")

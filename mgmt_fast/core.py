@@ -829,7 +829,7 @@ def save_recipe(
     r = get_recipe(recipe)
     values = {k: _for_yaml(v) for k,v in r.differs().items()}
     text = yaml.safe_dump(dict(recipe=r.name, **values), sort_keys=False)
-    with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
+    write_text(path, text)
     return Path(path)
 
 def _for_yaml(v):

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from .core import *
+from .pages import plain_cells, write_csv
+from .processes import working_in
 from fastcore.all import *
 from scipy.special import expit, logit
 from scipy.stats import binomtest, norm
@@ -284,7 +286,7 @@ def cross_validate(
     oof.insert(1, 'label', label.astype(int))
     if nested: oof = pd.concat([oof, select_inside(oof)], ignore_index=True)
     for name,t in (('folds',pd.concat(dealt)),('oof',oof)):
-        with atomic_path(dest/f'{name}.csv') as tmp: t.to_csv(tmp, index=False)
+        write_csv(dest/f'{name}.csv', t)
     return oof
 
 def _check_repeats(repeats, seeds, folds):
@@ -302,7 +304,7 @@ def read_oof(
     "Out-of-fold predictions of an earlier cross-validation."
     path = Path(dest)/'oof.csv'
     if not path.is_file(): raise _unfinished(dest, path)
-    return pd.read_csv(path, dtype=dict(patient='string'))
+    return plain_cells(pd.read_csv(path, dtype=dict(patient='string')))
 
 def _unfinished(dest, path):
     return ProtocolError(f"no finished cross-validation in {dest}: {path.name} is missing; "

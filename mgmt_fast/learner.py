@@ -8,9 +8,8 @@ __all__ = ['READ_BACK', 'model_kinds', 'save_mgmt', 'load_mgmt', 'body_and_head'
            'load_model', 'check_preparation', 'predict_unlogged', 'predict']
 
 # %% ../nbs/55_learner.ipynb #6689f177
-import copy, hashlib, importlib, json, multiprocessing, os
+import copy, hashlib, importlib, json, os
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 
@@ -18,6 +17,7 @@ import numpy as np, pandas as pd, torch
 import safetensors.torch as st
 from safetensors import SafetensorError
 from .core import *
+from .processes import DIED, do_alone, process_pool, working_in
 from fastai.basics import BCEWithLogitsLossFlat, DataLoaders, Learner, accuracy_multi
 from fastai.callback.schedule import LRFinder, ParamScheduler
 from fastai.callback.core import CancelEpochException
@@ -673,29 +673,21 @@ def _from_scans(m, cohort, n):
             if len(ahead)>2*n: yield _outcome(*ahead.popleft(), how)
         while ahead: yield _outcome(*ahead.popleft(), how)
 
-def _worker_pool(n):
-    context = multiprocessing.get_context('fork' if os.name=='posix' else 'spawn')
-    return ProcessPoolExecutor(n, mp_context=context, initializer=worker_init)
-
 class _Workers:
     "Processes that are replaced when one of them dies"
-    def __init__(self, n): self.n,self.pool = n,_worker_pool(n)
+    def __init__(self, n): self.n,self.pool = n,process_pool(n)
     def close(self): self.pool.shutdown(cancel_futures=True)
     def submit(self, *args):
         try: return self.pool.submit(*args)
         except BrokenProcessPool: self.close()
-        self.pool = _worker_pool(self.n)
+        self.pool = process_pool(self.n)
         return self.pool.submit(*args)
-
-_DIED = 'the process that prepared it died, most likely because memory ran out: predict it again with n_workers=1'
 
 def _outcome(row, job, how):
     "A patient as `_ready_patients` gives it; one that was under way when a process died is tried again, alone"
     try: res = job.result()
-    except BrokenProcessPool:
-        with _worker_pool(1) as alone:
-            try: res = alone.submit(_prepared, row, *how).result()
-            except BrokenProcessPool: res = {k:{} for k in how[0]},_DIED
+    except BrokenProcessPool: res = do_alone(_prepared, (row, *how))
+    if res==DIED: res = {k:{} for k in how[0]},f'{DIED}: predict it again with n_workers=1'
     return str(row['patient']),row,*res
 
 def _prepared(row, needs, sequences):

@@ -7,18 +7,16 @@ __all__ = ['PREPARATION', 'PrepareError', 'foreground', 'common_box', 'to_bytes'
            'source_content', 'same_source', 'VolumeStore', 'as_store', 'prepare', 'check_size']
 
 # %% ../nbs/24_prepare.ipynb #bc9d9c92
-import copy, hashlib, itertools, json, multiprocessing, os, zlib
+import contextlib, copy, hashlib, itertools, json, os, zlib
 from itertools import combinations
 from pathlib import Path
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-
 
 import numpy as np, pandas as pd, torch
 from fastcore.all import *
 from scipy import ndimage
 from . import __version__
 from .core import *
+from .processes import DIED, in_processes, working_in
 from .clinical import match_labels, read_labels
 from .grids import *
 from .series import read_sequence, SeriesError
@@ -181,6 +179,7 @@ def prepare_patient(
     row:pd.Series|dict, # A row of a cohort: `patient`, a path per sequence, and perhaps `T2w_index` and the like
     sequences:str|list|tuple=SEQUENCES, # Which to prepare, in order; the first readable one gives the axes
     recipe:str|Path|Recipe='default', # Name, file or `Recipe`
+    budget:Budget=Budget(), # What reading one series may cost
 ) -> NS: # `.arrays`: sequence to uint8 (D,H,W); `.meta`: sequence to facts; `.affine`; `.report`: problems and notes
     "Read, box, resample and normalise one patient. What fails is a row of the report, never an exception."
     r,sequences = get_recipe(recipe),check_sequences(sequences)
@@ -190,14 +189,14 @@ def prepare_patient(
         report.append(dict(patient=str(row['patient']), sequence=seq, level=level, what=what))
     try:
         if r.prepare_by!='patient': return slicewise_patient(row, sequences, r)
-        return _prepare_all(row, sequences, r, _say, report)
+        return _prepare_all(row, sequences, r, _say, report, budget)
     except MGMTError: raise # a recipe that cannot be followed concerns all patients
     except Exception as e: _say('', 'error', log_fault(e, 'preparing'))
     return NS(arrays={}, meta={}, affine=None, report=report)
 
-def _prepare_all(row, sequences, r, _say, report):
+def _prepare_all(row, sequences, r, _say, report, budget):
     choices,size = r.room('prepare'),tuple(r.size)
-    vols,masks = _read_all(row, sequences, _say)
+    vols,masks = _read_all(row, sequences, _say, budget)
     for k,other,share in _strangers(vols, masks, size, choices['min_overlap']):
         _say(k, 'error', _elsewhere(k, other, share, choices['min_overlap']))
         del vols[k],masks[k]
@@ -215,19 +214,19 @@ def _prepare_all(row, sequences, r, _say, report):
 
 def _same_grid(a, b): return a.shape==b.shape and np.allclose(a.affine, b.affine, atol=1e-2)
 
-def _read_all(row, sequences, _say):
+def _read_all(row, sequences, _say, budget):
     "Volumes and foregrounds of the sequences that can be read"
     vols,masks = {},{}
     for seq in sequences:
         if seq not in row or pd.isna(row[seq]): _say(seq, 'note', 'sequence missing'); continue
-        try: vols[seq],masks[seq] = _read_one(row, seq, _say)
+        try: vols[seq],masks[seq] = _read_one(row, seq, _say, budget)
         except MGMTError as e: _say(seq, 'error', f'{type(e).__name__}: {e}'.replace(str(row[seq]), seq))
         except Exception as e: _say(seq, 'error', log_fault(e, 'preparing'))
     return vols,masks
 
-def _read_one(row, seq, _say):
+def _read_one(row, seq, _say, budget):
     "A sequence's volume, without padding and spots, and its foreground"
-    vol = read_sequence(row, seq)
+    vol = read_sequence(row, seq, budget)
     for o in vol.notes: _say(seq, 'note', o)
     vol,notes = _steady(vol)
     for o in notes: _say(seq, 'note', o)
@@ -306,13 +305,19 @@ def source_state(
     return dict(names=_digest([f[:2] for f in files]+which), times=_digest([f[2] for f in files]))
 
 # %% ../nbs/24_prepare.ipynb #007fdf08
+def _checksum(f):
+    "CRC-32 of an open file"
+    res = 0
+    while part := f.read(2**24): res = zlib.crc32(part, res)
+    return res
+
 def source_content(
     path:str|Path, # File, or folder of slices
 ) -> str: # Digest of the checksum (CRC-32) of each file
     "What a series' files hold."
     sums = []
     for name,*_,file in _source_files(path):
-        with open(file,'rb') as f: sums.append(zlib.crc32(f.read()))
+        with open_input(file, PrepareError) as f: sums.append(_checksum(f))
     return _digest(sums)
 
 # %% ../nbs/24_prepare.ipynb #68252a85
@@ -522,17 +527,22 @@ def as_store(
     return store if isinstance(store, VolumeStore) else VolumeStore(store)
 
 # %% ../nbs/24_prepare.ipynb #a762f3ab
-def _write_patient(row, i, dest, sequences, recipe):
+def _source_of(row, s):
+    "What a sequence's files are and hold; None if there are none"
+    state = source_state(row.get(s), row.get(f'{s}_index'))
+    return state and {**state, 'content':source_content(row[s])}
+
+def _write_row(path, i, a):
+    "Write one patient's volume into its row"
+    with write_errors(path, PrepareError), open(path, 'r+b') as f:
+        f.seek(array_start(f)+i*a.nbytes); f.write(a.tobytes()); f.flush(); os.fsync(f.fileno())
+
+def _write_patient(row, i, dest, sequences, recipe, budget):
     "Prepare one patient in a worker, write its rows, return what goes into the journal"
-    sources = {}
-    for s in sequences:
-        state = source_state(row.get(s), row.get(f'{s}_index'))
-        sources[s] = state and {**state, 'content':source_content(row[s])}
-    p = prepare_patient(row, sequences, recipe)
+    sources = {s: _source_of(row, s) for s in sequences}
+    p = prepare_patient(row, sequences, recipe, budget)
     for seq,a in p.arrays.items():
-        path = _array_file(dest, seq)
-        with open(path,'r+b') as f:
-            f.seek(array_start(f)+i*a.nbytes); f.write(a.tobytes()); f.flush(); os.fsync(f.fileno())
+        _write_row(_array_file(dest, seq), i, a)
         p.meta[seq]['hash'] = _hash(a)
     affine = None if p.affine is None else p.affine.tolist()
     return dict(patient=str(row['patient']), row=i, affine=affine, volumes=p.meta, sources=sources, report=p.report)
@@ -572,6 +582,7 @@ def prepare(
     recipe:str|Path|Recipe='default', # Name, file or `Recipe`
     n_workers:int=None, # Processes; one per core if None
     progress:bool=True, # Show a progress bar
+    budget:Budget=Budget(), # What reading one series may cost
 ) -> VolumeStore: # Its `.report` lists what was skipped and why
     """Prepare a cohort once. A bad series or patient is reported and skipped; a kill costs only what was under way.
 
@@ -584,11 +595,16 @@ def prepare(
     cohort = cohort.sort_values('patient', kind='stable')
     made_by = dict(name=recipe.name, choices=recipe.room('prepare'))
     key = dict(preparation=PREPARATION, recipe=made_by, sequences=list(sequences))
-    entries,found = _found(dest, key)
-    plan = _Plan(cohort, entries, sequences).resolve(n_workers, progress)
-    if found: print(plan.said(entries))
-    if plan.todo: entries = _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress)
-    return _finish(dest, key, cohort, entries, plan)
+    with _held(dest):
+        entries,found = _found(dest, key)
+        plan = _Plan(cohort, entries, sequences).resolve(n_workers, progress)
+        if found: print(plan.said(entries))
+        if plan.todo: entries = _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress, budget)
+        return _finish(dest, key, cohort, entries, plan)
+
+def _held(dest):
+    "Hold a store's folder, unless it is there and read-only, where nothing can be written anyway"
+    return working_in(dest) if not dest.exists() or os.access(dest, os.W_OK) else contextlib.nullcontext()
 
 # %% ../nbs/24_prepare.ipynb #5218918a
 def check_size(
@@ -622,27 +638,13 @@ def _no_path(cohort, sequences):
         " folder, or other sequence names?")
 
 # %% ../nbs/24_prepare.ipynb #c559ea91
-def _in_processes(f, jobs, n_workers, progress, dest=None):
-    "(place in `jobs`, `f(*job)`) as they come, over processes"
-    n = min(n_workers or os.cpu_count(), len(jobs))
-    if n<2:
-        with one_thread():
-            for i,job in enumerate(track(jobs, progress=progress)): yield i,f(*job)
-        return
-    context = multiprocessing.get_context('fork' if os.name=='posix' else 'spawn')
-    with ProcessPoolExecutor(n, mp_context=context, initializer=worker_init) as pool:
-        at = {pool.submit(f, *job): i for i,job in enumerate(jobs)}
-        try:
-            for done in track(as_completed(at), len(at), progress): yield at[done],done.result()
-        except BrokenProcessPool as e: raise PrepareError(_worker_died) from e
-        except OSError as e: raise PrepareError(_not_written(dest, e)) from e
-        finally: pool.shutdown(wait=True, cancel_futures=True)
-
-_worker_died = ("a worker process died, most likely because memory ran out: run again with fewer workers (n_workers=1);"
-    " what is done is kept")
-
-def _not_written(dest, e):
-    return f"writing to {dest} failed ({e.strerror}): is the disk full? Make room and run again; what is done is kept"
+def _of_died(row, i, key):
+    "The journal's entry of a patient whose process died: reported, and passed over until the scans are replaced"
+    patient,sequences = str(row['patient']),key['sequences']
+    sources = {s: _source_of(row, s) for s in sequences}
+    what = f'{DIED}: passed over; prepare it again alone, in a folder of its own'
+    report = [dict(patient=patient, sequence='', level='error', what=what)]
+    return dict(patient=patient, row=i, affine=None, volumes={}, sources=sources, report=report)
 
 # %% ../nbs/24_prepare.ipynb #f01c548d
 def _found(dest, key):
@@ -694,7 +696,7 @@ class _Plan:
     def resolve(self, n_workers, progress):
         "Read the files whose times alone differ, or of which version 0.1 wrote nothing down"
         jobs = [(row[s], row.get(f'{s}_index'), old) for row,s,old in self.doubt]
-        for i,(source,same) in _in_processes(_state, jobs, n_workers, progress):
+        for i,(source,same) in in_processes(_state, jobs, n_workers, progress):
             row,s,_ = self.doubt[i]
             p = str(row['patient'])
             if same: self.sources.setdefault(p, {})[s] = source; continue
@@ -726,25 +728,26 @@ class _Plan:
         return [dict(zip(('patient','sequence','level','what'), o)) for o in rows]
 
 # %% ../nbs/24_prepare.ipynb #04e9f692
-def _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress):
+def _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress, budget):
     "Prepare what a plan has to do, each patient in a row of its own; the entries of all"
     dest,todo = make_folder(dest),{str(r['patient']): r for r in plan.todo}
     done = {p:o for p,o in entries.items() if p not in todo}
     taken = {o['row'] for o in entries.values()}
     free = (i for i in itertools.count() if i not in taken)
     places = {p: entries[p]['row'] if p in entries else next(free) for p in todo}
-    jobs = [(row, places[p], dest, key['sequences'], recipe) for p,row in todo.items()]
+    jobs = [(row, places[p], dest, key['sequences'], recipe, budget) for p,row in todo.items()]
     rows = 1+max([*(o['row'] for o in done.values()), *(o[1] for o in jobs)])
     if done: rows = max(rows, len(np.load(_array_file(dest, key['sequences'][0]), mmap_mode='r')))
     for s in key['sequences']: reserve_array(_array_file(dest,s), (rows,*recipe.size), error=PrepareError)
     if (dest/'store.json').exists() and not (dest/'patients.json').exists():
         write_json(dest/'patients.json', _read_facts(dest))
     lines = [json.dumps(o)+'\n' for o in (key, *(dict(o, patient=p) for p,o in done.items()))]
-    with atomic_path(dest/'journal.jsonl') as tmp: tmp.write_text(''.join(lines), encoding='utf-8')
+    write_text(dest/'journal.jsonl', ''.join(lines))
     (dest/'store.json').unlink(missing_ok=True)
-    with open(dest/'journal.jsonl','a',encoding='utf-8') as journal:
-        for _,o in _in_processes(_write_patient, jobs, n_workers, progress, dest):
-            journal.write(json.dumps(o)+'\n'); journal.flush(); os.fsync(journal.fileno())
+    with Journal(dest/'journal.jsonl', PrepareError) as journal:
+        for i,o in in_processes(_write_patient, jobs, n_workers, progress):
+            if o==DIED: o = _of_died(*jobs[i][:2], key)
+            journal.add(o)
             done[o['patient']] = o
     return done
 

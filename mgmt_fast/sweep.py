@@ -10,6 +10,8 @@ import itertools, json, time, warnings
 
 import numpy as np, pandas as pd
 from .core import *
+from .pages import write_csv
+from .processes import working_in
 from fastcore.all import *
 from joblib import Parallel, delayed, parallel_config
 from .folds import assign_folds
@@ -67,7 +69,7 @@ def _train_row(row, dls, path, recipe, seed, key):
     epoch,best = learn.save_best.best_epoch,_best_epoch(learn) # predicting empties the recorder
     with learn.no_bar(): p,y = (o.numpy().ravel() for o in learn.get_preds())
     valid = pd.DataFrame(dict(patient=dls.valid.dataset.patients, label=y.astype(int), prob=p))
-    with atomic_path(path/'valid.csv') as tmp: valid.to_csv(tmp, index=False)
+    write_csv(path/'valid.csv', valid)
     save_model(learn, path/'model')
     seconds = round(time.perf_counter()-start, 1)
     res = {**row, 'epoch':epoch, 'valid_loss':best['valid_loss'], 'auc':best['auc'], **_interval_of(y, p),
@@ -141,7 +143,7 @@ def _write_sweep(table, rows, done, dest):
     "Write what is known so far: the table's own columns, then those of the results"
     res = pd.DataFrame([o or {**r,'error':'not run yet'} for o,r in zip(done,rows)])
     columns = [*(c for c in table if c in res), *(c for c in _results if c in res)]
-    with atomic_path(dest/'sweep.csv') as tmp: res[columns].to_csv(tmp, index=False)
+    write_csv(dest/'sweep.csv', res[columns])
     return res[columns]
 
 # %% ../nbs/69_sweep.ipynb #1600000e
@@ -226,7 +228,7 @@ def _write_trials(study, space, dest):
         measured = {k:t.user_attrs.get(k) for k in ('valid_loss','auc','error')}
         rows.append(dict(trial=t.number, state=t.state.name.lower(), **{k:t.params.get(k) for k in space}, **measured))
     table = pd.DataFrame(rows)
-    with atomic_path(dest/'trials.csv') as tmp: table.to_csv(tmp, index=False)
+    write_csv(dest/'trials.csv', table)
     return table
 
 # %% ../nbs/69_sweep.ipynb #1600000f
