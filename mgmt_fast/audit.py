@@ -8,6 +8,7 @@ __all__ = ['thumbnail', 'audit_cohort', 'write_sheet', 'audit']
 # %% ../nbs/25_audit.ipynb #5a676e86
 import base64, contextlib, hashlib, io, os, re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -424,6 +425,7 @@ def audit(
     id_col:str=None, # Column of the label table with the ids
     label_col:str=None, # Column of the label table with the labels
     patient_col:str=None, # Column of the label table that says whose each id is
+    named:Callable=None, # Called with patient, sequence, path and findings of each series, where somebody is watching
 ) -> bool: # Was anything found that calls for a decision?
     """Audit all series below a folder: writes the table and the page, prints a summary.
 
@@ -438,4 +440,5 @@ def audit(
         write_sheet(table, pictures, dest/'audit.html', f'Audit of {root.resolve().name}')
         journal.unlink()
     _say_audited(plan, root, dest, table)
+    for job,said in zip(plan.jobs, table.findings if named else ()): named(*job[:3], said)
     return bool((table.findings!='').any())

@@ -6,9 +6,9 @@
 __all__ = ['SEQUENCES', 'MGMTError', 'unknown_name', 'check_sequences', 'Volume', 'montage', 'TensorMR', 'rng_for',
            'seed_everything', 'is_file', 'open_input', 'Budget', 'make_folder', 'write_errors', 'atomic_path',
            'write_text', 'write_json', 'clear_temporaries', 'parse_json', 'read_json_lines', 'Journal', 'json_digest',
-           'reserve_array', 'array_start', 'track', 'end_with_parent', 'worker_init', 'one_thread', 'fault_log',
-           'log_fault', 'Allowed', 'choice', 'check_choice', 'same_choices', 'choice_names', 'Recipe', 'get_recipe',
-           'save_recipe', 'read_recipe', 'follow_recipe']
+           'reserve_array', 'array_start', 'track', 'is_watched', 'end_with_parent', 'worker_init', 'one_thread',
+           'fault_log', 'log_fault', 'Allowed', 'choice', 'check_choice', 'same_choices', 'choice_names', 'Recipe',
+           'get_recipe', 'save_recipe', 'read_recipe', 'follow_recipe']
 
 # %% ../nbs/00_core.ipynb #3cf4ead2
 import ctypes, difflib, hashlib, io, json, math, numbers, os, platform, re, reprlib, shutil, signal, stat, sys, tempfile
@@ -507,9 +507,9 @@ def track(
     progress:bool=True, # Show the bar? It is gone when the work is done, and never fills a file that output goes to
 ): # The items
     "A progress bar around a loop, as fastai shows it."
-    return progress_bar(items, total=total, leave=False) if progress and _is_watched() else items
+    return progress_bar(items, total=total, leave=False) if progress and is_watched() else items
 
-def _is_watched():
+def is_watched() -> bool: # `False` where output goes to a file
     "Does somebody see this, at a terminal or in a notebook?"
     return sys.stdout is not None and (sys.stdout.isatty() or in_notebook())
 

@@ -8,7 +8,7 @@ __all__ = ['READ_BACK', 'model_kinds', 'save_mgmt', 'load_mgmt', 'body_and_head'
            'load_model', 'check_preparation', 'predict_unlogged', 'predict']
 
 # %% ../nbs/55_learner.ipynb #6689f177
-import copy, hashlib, importlib, json, os
+import contextlib, copy, hashlib, importlib, json, os
 from collections import deque
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -173,11 +173,15 @@ class MGMTLearner(Learner):
         if r.schedule=='own': raise MGMTError(_by_hand)
         self._plan = dict(epochs=r.epochs, lr=r.lr, schedule=r.schedule)
         try:
-            with self.added_cbs(_run_cbs(self, resume)):
+            with _held(self.path), self.added_cbs(_run_cbs(self, resume)):
                 if not rank_distrib(): save_recipe(recipe_that_ran(self), self.path/'recipe.yaml')
                 if r.schedule=='one_cycle': return self.fit_one_cycle(r.epochs, r.lr)
                 self.fit(r.epochs, r.lr)
         finally: self._plan = None
+
+def _held(path):
+    "The first of several processes holds the folder for all"
+    return contextlib.nullcontext() if rank_distrib() else working_in(path)
 
 _by_hand = ("schedule 'own' is that of a training that was started by hand, and cannot be repeated from the recipe: "
     "choose 'one_cycle', 'flat' or 'steps'")

@@ -6,7 +6,7 @@
 __all__ = ['sweep_table', 'sweep', 'search']
 
 # %% ../nbs/69_sweep.ipynb #16000003
-import itertools, json, time, warnings
+import itertools, json, os, time, warnings
 
 import numpy as np, pandas as pd
 from .core import *
@@ -109,9 +109,16 @@ def sweep(
     _check_table(table)
     rows = [_plain_row(r) for r in table.to_dict('records')]
     recipe = get_recipe(store.recipe if recipe is None else recipe)
-    dest,done,others = make_folder(dest),[None]*len(rows),[]
+    how = dict(n_folds=n_folds, seed=seed, n_jobs=n_jobs, backend=backend, progress=progress)
+    with working_in(dest) as dest: return _run_rows(table, rows, store, dest, recipe, **how)
+
+def _run_rows(table, rows, store, dest, recipe, n_folds, seed, n_jobs, backend, progress):
+    "Train the rows that are not there yet; the table as far as it is known is written after each"
+    done,others,me = [None]*len(rows),[],os.getpid()
     save_recipe(recipe, dest/'recipe.yaml')
-    def _job(i, r): return i,*_run_row(r, store, str(dest), recipe, n_folds, seed)
+    def _job(i, r):
+        if os.getppid()==me: end_with_parent(me)
+        return i,*_run_row(r, store, str(dest), recipe, n_folds, seed)
     with parallel_config(backend=backend) if backend else parallel_config():
         jobs = Parallel(n_jobs=n_jobs, return_as='generator_unordered')(delayed(_job)(i,r) for i,r in enumerate(rows))
         for i,res,other in track(jobs, len(rows), progress):
