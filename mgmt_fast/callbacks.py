@@ -8,7 +8,7 @@ __all__ = ['GradientAccumulation', 'FusedAdam', 'Precision', 'set_norms', 'lower
            'DistributedTraining']
 
 # %% ../nbs/52_callbacks.ipynb #8f8f10de
-import json, math, random
+import hashlib, json, math, random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -535,8 +535,10 @@ class Checkpoint(Callback):
         file = Path(path)/self.fname
         if not file.exists(): return None
         try:
-            with safe_open(str(file), framework='pt') as f: return json.loads(f.metadata()['state'])
-        except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as e:
+            with safe_open(str(file), framework='pt') as f: said = f.metadata()
+            if said['digest']!=_digest(said['state'], st.load_file(str(file))): raise ValueError('changed')
+            return parse_json(said['state'])
+        except (SafetensorError,OSError,LookupError,TypeError,ValueError) as e:
             raise TrainingError(_no_checkpoint(file, e)) from e
 
     def check(self,
@@ -569,7 +571,8 @@ class Checkpoint(Callback):
         d['cbs'] = {cb.name: state.add(f'cbs.{cb.name}', _cb_state(cb)) for cb in self.learn.cbs}
         tensors = {k:_on_cpu(v) for k,v in state.tensors.items()}
         said = json.dumps(d, default=lambda o: o.item())
-        with atomic_path(self.path/self.fname) as tmp: st.save_file(tensors, str(tmp), metadata=dict(state=said))
+        about = dict(state=said, digest=_digest(said, tensors))
+        with atomic_path(self.path/self.fname) as tmp: st.save_file(tensors, str(tmp), metadata=about)
 
     def _loaders(self):
         "Where the loaders' order and the augmentation are"
@@ -615,6 +618,15 @@ class Checkpoint(Callback):
         vars(rec.smooth_loss).update(state.get('smooth', d['smooth']))
         bar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
         if bar: bar.update(0) # its clock starts at the first epoch, which is not run again
+
+def _digest(said, tensors):
+    "What shows that nothing in a checkpoint was changed"
+    h = hashlib.blake2b(said.encode(), digest_size=16)
+    for k in sorted(tensors):
+        t = tensors[k]
+        h.update(f'{k} {tuple(t.shape)} {t.dtype}'.encode())
+        h.update(t.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    return h.hexdigest()
 
 def _on_cpu(v): return v.detach().clone(memory_format=torch.contiguous_format).cpu()
 

@@ -6,9 +6,9 @@
 __all__ = ['SEQUENCES', 'MGMTError', 'unknown_name', 'check_sequences', 'Volume', 'montage', 'TensorMR', 'rng_for',
            'seed_everything', 'is_file', 'open_input', 'Budget', 'make_folder', 'write_errors', 'atomic_path',
            'write_text', 'write_json', 'clear_temporaries', 'parse_json', 'read_json_lines', 'Journal', 'json_digest',
-           'reserve_array', 'array_start', 'track', 'is_watched', 'end_with_parent', 'worker_init', 'one_thread',
-           'fault_log', 'log_fault', 'Allowed', 'choice', 'check_choice', 'same_choices', 'choice_names', 'Recipe',
-           'get_recipe', 'save_recipe', 'read_recipe', 'follow_recipe']
+           'reserve_array', 'array_start', 'map_array', 'track', 'is_watched', 'end_with_parent', 'worker_init',
+           'one_thread', 'fault_log', 'log_fault', 'Allowed', 'choice', 'check_choice', 'same_choices', 'choice_names',
+           'Recipe', 'get_recipe', 'save_recipe', 'read_recipe', 'follow_recipe']
 
 # %% ../nbs/00_core.ipynb #3cf4ead2
 import ctypes, difflib, hashlib, io, json, math, numbers, os, platform, re, reprlib, shutil, signal, stat, sys, tempfile
@@ -43,9 +43,9 @@ def unknown_name(
 ) -> MGMTError: # Ready to be raised
     "An error for a name that does not exist, with the near matches."
     known = [str(o) for o in known]
-    near = difflib.get_close_matches(str(name), known, n=3)
+    near = difflib.get_close_matches(str(name), known, n=3) if isinstance(name, str) and len(name)<200 else []
     hint = f"did you mean {' or '.join(map(repr,near))}?" if near else f"known: {', '.join(known)}"
-    return MGMTError(f"no {kind} is called {name!r}: {hint}")
+    return MGMTError(f"no {kind} is called {reprlib.repr(name)}: {hint}")
 
 # %% ../nbs/00_core.ipynb #f04b6cde
 def check_sequences(
@@ -472,8 +472,8 @@ def reserve_array(
 
 def _mapped(path):
     "The array in a file; `None` if there is none"
-    try: return np.load(path, mmap_mode='r')
-    except (OSError,ValueError,EOFError): return None
+    try: return map_array(path)
+    except MGMTError: return None
 
 def _n_bytes(shape, dtype): return math.prod(shape)*np.dtype(dtype).itemsize
 
@@ -499,6 +499,26 @@ def _set_header(f, start, shape, dtype):
     if head.tell()!=start: raise OSError(0, 'the file was made by an older numpy, whose header cannot grow')
     f.truncate(start+_n_bytes(shape, dtype))
     f.seek(0); f.write(head.getvalue()); f.flush(); os.fsync(f.fileno())
+
+# %% ../nbs/00_core.ipynb #f64d3fde
+def map_array(
+    path:str|Path, # A `.npy` file
+    shape:tuple=None, # It must have: so many rows or more, and these other axes; any if None
+    dtype:type=None, # It must hold; any if None
+    error:type=MGMTError, # Class of the error
+) -> np.memmap: # Read-only
+    "Map an array file that this library wrote. Raises `error` where it is another one, damaged or cut short."
+    try:
+        if not is_file(path): raise ValueError('no file')
+        x = np.load(path, mmap_mode='r')
+    except Exception as e: raise error(_no_array(path, type(e).__name__)) from None # its header is Python text
+    rows_fit = shape is None or x.ndim==len(shape) and len(x)>=shape[0] and x.shape[1:]==tuple(shape[1:])
+    if isinstance(x, np.memmap) and x.flags.c_contiguous and rows_fit and dtype in (None,x.dtype): return x
+    raise error(_no_array(path, f'it holds {x.shape} {x.dtype}, and {shape} {np.dtype(dtype)} was written'))
+
+def _no_array(path, why):
+    return (f"{Path(path).name} in {Path(path).parent} is not the array that was written ({why}): was it changed or cut "
+        "short? Restore it, or make it anew")
 
 # %% ../nbs/00_core.ipynb #5e20e6b1
 def track(
@@ -691,9 +711,10 @@ def check_choice(
     allowed = _choices[name].allowed
     try: return allowed(value)
     except (ValueError,TypeError,OverflowError):
-        near = difflib.get_close_matches(str(value), [o for o in allowed.names if isinstance(o, str)], n=1)
+        names = [o for o in allowed.names if isinstance(o, str)]
+        near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) and len(value)<200 else []
         hint = f': did you mean {near[0]!r}?' if near else ''
-        raise MGMTError(f"{name} must be {allowed.text}; received {value!r}{hint} ({_choices[name].doc})") from None
+        raise MGMTError(f"{name} must be {allowed.text}; received {reprlib.repr(value)}{hint} ({_choices[name].doc})") from None
 
 # %% ../nbs/00_core.ipynb #89daf18d
 def same_choices(
@@ -779,8 +800,20 @@ def to_json(
 def from_json(cls:Recipe,
     d:dict, # As `to_json` gives it
 ) -> Recipe:
-    "The recipe that was written."
-    return cls(d['name'], d['choices'])
+    """The recipe that was written.
+
+    What steers a preparation or an augmentation is checked as if it was given; raises `MGMTError` where it cannot be.
+    Of a training it may say what no recipe asks for, such as 'by hand'."""
+    if not isinstance(d, dict) or not isinstance(d.get('name'), str) or not isinstance(d.get('choices'), dict):
+        raise MGMTError('what was written is no recipe: it has a name and choices; was the file changed?')
+    return cls(d['name'], {k: _as_written(k, v) for k,v in d['choices'].items()})
+
+def _as_written(name, value):
+    "The value of a choice that a file gives"
+    known = _choices.get(name)
+    if known and known.room in ('prepare','augment','loader'): return check_choice(name, value)
+    if isinstance(value, (str,int,float,list,type(None))) and len(str(value))<1000: return value
+    raise MGMTError(f"{name} cannot be {reprlib.repr(value)}, as the file says: was it changed?")
 
 # %% ../nbs/00_core.ipynb #4076a3e3
 @patch
@@ -846,11 +879,15 @@ def read_recipe(
     path:str|Path, # YAML file, as `save_recipe` writes it
 ) -> Recipe:
     "Read a recipe. Raises `MGMTError` on a file that is none, and on choices as `get_recipe` does."
-    try: d = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    try:
+        with open_input(path) as f: d = yaml.safe_load(f.read(2**16).decode())
     except OSError as e: raise _no_recipe_file(path, e) from None
-    except (yaml.YAMLError,UnicodeDecodeError): d = None
-    if not isinstance(d, dict) or 'recipe' not in d: raise _no_recipe(path)
-    return get_recipe(d.pop('recipe'), **{str(k): _plain_number(v) for k,v in d.items()})
+    except (yaml.YAMLError,ValueError,RecursionError): d = None
+    name = d.pop('recipe', None) if isinstance(d, dict) else None
+    if not isinstance(name, str) or name.endswith(('.yaml','.yml')): raise _no_recipe(path)
+    choices = {k: _plain_number(v) for k,v in d.items() if isinstance(k, str)}
+    if len(choices)<len(d): raise _no_recipe(path)
+    return get_recipe(name, **choices)
 
 def _no_recipe_file(path, e):
     return MGMTError(f"no recipe at {path} ({e.strerror}): give one of the named recipes, or a file that a training "

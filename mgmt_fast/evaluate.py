@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from .core import *
+from .schemas import *
 from .pages import plain_cells, write_csv
 from .processes import working_in
 from fastcore.all import *
@@ -185,11 +186,18 @@ def _train(job, path):
 
 def _kept(job, path):
     "The result of an earlier run with the same inputs and unchanged files, or `None`"
-    try: res = json.loads((path/'run.json').read_text(encoding='utf-8'))
-    except (OSError, json.JSONDecodeError): return None
-    if not isinstance(res.get('key'), dict) or key_changes(res['key'], job.key): return None
+    if not is_file(path/'run.json'): return None
+    try: res = read_json(path/'run.json', _RUN)
+    except MGMTError: return None
+    if len({*map(len, res['predictions'].values())})>1: return None
+    if key_changes(res['key'], job.key): return None
     whole = all((path/f).exists() and file_hash(path/f)==h for f,h in res['files'].items())
     return res if whole else None
+
+_SHARE = Allowed.number(0, 1)
+_PREDICTED = record_of(dict(patient=list_of(TEXT), raw=list_of(A_NUMBER), tta=list_of(A_NUMBER)))
+_RUN = record_of(dict(key=record_of({}, others=True), temperature=Allowed.number(1e-9), threshold=_SHARE,
+    valid_loss=Allowed.number(), valid_patients=Allowed.whole(0), files=table_of(TEXT), predictions=_PREDICTED))
 
 def _run(job, dest):
     "The predictions of one training run, from an earlier one if that had the same inputs"

@@ -15,8 +15,9 @@ from contextlib import closing
 
 import numpy as np, pandas as pd, torch
 import safetensors.torch as st
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from .core import *
+from .schemas import *
 from .processes import DIED, do_alone, process_pool, working_in
 from fastai.basics import BCEWithLogitsLossFlat, DataLoaders, Learner, accuracy_multi
 from fastai.callback.schedule import LRFinder, ParamScheduler
@@ -536,7 +537,7 @@ class MGMTModel:
         "Write tensors and JSON, and what the model has seen"
         if self.seen is None: _seen_file(path).unlink(missing_ok=True)
         else: self.seen.write(_seen_file(path))
-        with atomic_path(f'{path}.safetensors') as tmp: st.save_model(self.model, str(tmp))
+        with atomic_path(f'{path}.safetensors', record=True) as tmp: st.save_model(self.model, str(tmp))
         inputs = dict(sequences=list(self.sequences), prepared=list(self.prepared), size=list(self.size))
         made = dict(version=self.version, preparation=self.preparation_number, config=self.model.config)
         how = dict(classes=list(LABELS), recipe=self.recipe.to_json(), trained=self.trained)
@@ -548,18 +549,58 @@ class MGMTModel:
         d:dict, # What `path.json` says
     ):
         "Read what `write` wrote. Raises `MGMTError` on tensors that are missing or do not fit."
+        d = check_form(d, _MODEL, f'{Path(path).name}.json')
         recipe = Recipe.from_json(d['recipe'])
-        model = set_norms(create_network(**d['config']), recipe.values().get('norms','batch'))
+        _check_inputs(d, recipe, path)
+        try: model = set_norms(create_network(**d['config']), recipe.values().get('norms','batch'))
+        except MGMTError: raise
+        except Exception as e: raise MGMTError(_no_network(path, e)) from None # it is made by other libraries
         _fill(model, Path(f'{path}.safetensors'), path)
         return cls(model.eval(), recipe, check_sequences(d['sequences']), d['version'], d['trained'], d.get('prepared'),
             d.get('preparation', 1), _read_seen(path))
 
 def _fill(model, file, path):
     "Fill a network with a file's tensors, all of them and no others"
-    if not file.exists(): raise MGMTError(_no_model(path, file))
+    if not is_file(file): raise MGMTError(_no_model(path, file))
+    _check_types(model, file)
     try: missing,extra = st.load_model(model, str(file), strict=False)
     except (RuntimeError, SafetensorError) as e: raise MGMTError(_other_network(file, model, path, e)) from e
     if missing or extra: raise MGMTError(_other_tensors(file, model, missing, extra))
+    bad = [k for k,t in model.state_dict().items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if bad: raise MGMTError(f"{file.name} holds numbers that are NaN or infinite, e.g. in {bad[0]!r}: damaged? Restore it")
+
+def _check_types(model, file):
+    "Raise where a tensor is of another kind than the network's, or far larger than all of them"
+    kinds = {k: t.is_floating_point() for k,t in model.state_dict().items()}
+    try:
+        with safe_open(str(file), 'pt') as f:
+            types = {k: f.get_slice(k).get_dtype() for k in f.keys()}
+    except (SafetensorError,OSError,ValueError) as e: raise MGMTError(_no_tensors(file, e)) from None
+    odd = [k for k,t in types.items() if k in kinds and kinds[k]!=t.startswith(('F','BF'))]
+    if odd: raise MGMTError(f"{file.name} holds {types[odd[0]]} as {odd[0]!r}, where the network has another kind of number:"
+        " were two models' files mixed?")
+
+def _no_tensors(file, e):
+    return f"{file.name} holds no tensors that can be read ({type(e).__name__}): was it cut off or changed? Restore it"
+
+_SIZE = list_of(Allowed.whole(1, 4096), 3)
+_CONFIG = record_of(dict(arch=TEXT, in_chans=Allowed.whole(1, len(SEQUENCES)), mean=Allowed.number(-1e6, 1e6),
+    std=Allowed.number(1e-6, 1e6)), dict(network=TEXT, slices=NOTHING|Allowed.whole(1, 512), depth=TEXT, head=TEXT,
+    mode=TEXT, anisotropic=Allowed.whole(0, 16), depth_padding=TEXT, checkpoint=YES_OR_NO, freeze=TEXT, stem=TEXT))
+_TRAINED = NOTHING|record_of({}, others=True)
+_MODEL = record_of(dict(version=TEXT, config=_CONFIG, recipe=A_RECIPE, sequences=list_of(A_SEQUENCE), size=_SIZE,
+    trained=_TRAINED), dict(kind=Allowed.one_of('network'), preparation=Allowed.whole(1, 2**20),
+    prepared=list_of(A_SEQUENCE), classes=list_of(TEXT)))
+
+def _check_inputs(d, recipe, path):
+    "Raise where the parts of a model's JSON contradict each other"
+    same_size = list(recipe.size)==d['size'] and len(d['sequences'])==d['config']['in_chans']
+    if same_size and set(d['sequences'])<=set(d.get('prepared') or d['sequences']): return
+    raise MGMTError(f"{Path(path).name}.json contradicts itself on its size or its sequences: was it changed? Restore it")
+
+def _no_network(path, e):
+    return (f"{Path(path).name}.json describes a network that cannot be made ({type(e).__name__}): was it changed, or made "
+        "by a later version? Restore it")
 
 def _no_model(path, file):
     return f"no model at {path}: {file.name} is missing; a model is the files that `save_model` wrote, kept together"
@@ -632,8 +673,7 @@ def load_model(
     if path.suffix in ('.json','.safetensors'): path = path.with_suffix('')
     js = Path(f'{path}.json')
     if not js.exists(): raise MGMTError(_no_model(path, js))
-    try: d = json.loads(js.read_text(encoding='utf-8'))
-    except ValueError as e: raise MGMTError(f"{js.name} is no JSON: cut off, or not the file of a model?") from e
+    d = read_json(js, record_of({}, dict(kind=TEXT), others=True))
     return _kind(d.get('kind', 'network')).read(path, d)
 
 # %% ../nbs/55_learner.ipynb #329461aa

@@ -8,6 +8,7 @@ __all__ = ['PREPARATION', 'PrepareError', 'foreground', 'common_box', 'to_bytes'
 
 # %% ../nbs/24_prepare.ipynb #bc9d9c92
 import contextlib, copy, hashlib, itertools, json, os, zlib
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fastcore.all import *
 from scipy import ndimage
 from . import __version__
 from .core import *
+from .schemas import *
 from .processes import DIED, in_processes, working_in
 from .clinical import match_labels, read_labels
 from .grids import *
@@ -24,8 +26,13 @@ from .skull import has_skull
 from .slicewise import slicewise_patient
 
 # %% ../nbs/24_prepare.ipynb #21f0908d
+def _box_size(v):
+    size = Allowed.several(Allowed.whole(1, 2**27), 3)(v)
+    Budget().check('voxels', size[0]*size[1]*size[2], ValueError)
+    return size
+
 choice('prepare', 'size', "voxels (D,H,W) of a prepared volume (the thesis' code, against its text: 64x128x128)",
-    Allowed.several(Allowed.whole(1), 3), default=(64,256,256), published=(64,256,256), winner=(64,256,256))
+    Allowed('three whole numbers of at least 1, whose product is at most 2**27', _box_size), default=(64,256,256), published=(64,256,256), winner=(64,256,256))
 choice('prepare', 'margin', 'mm left around the brain box', Allowed.number(0,100), default=2., published=2., winner=2.)
 choice('prepare', 'clip', 'percentiles of the brain that become 1 and 255',
     Allowed.several(Allowed.number(0,100), 2), default=(.5,99.9), published=(.5,99.9), winner=(.5,99.9))
@@ -333,26 +340,54 @@ def same_source(
 # %% ../nbs/24_prepare.ipynb #d15b4045
 def _read_pixels(path):
     "What `store.json` says, one entry for each patient whose pixels are there; that of version 0.1 in today's form"
-    try: d = json.loads((path/'store.json').read_text(encoding='utf-8'))
-    except ValueError as e: raise PrepareError(_no_json(path)) from e
-    if 'key' not in d: return d
+    d = read_json(path/'store.json', error=PrepareError)
+    if isinstance(d, dict) and 'key' in d: return _of_version_01(d)
+    return _whole_store(d)
+
+def _whole_store(d):
+    "The same; raises where two patients have one row, or a volume is of a sequence that the store has not"
+    d = check_form(d, _STORE, 'store.json', PrepareError)
+    rows = [e['row'] for e in d['patients'].values()]
+    strange = {s for e in d['patients'].values() for s in e['volumes']}-{*d['sequences']}
+    if len(set(rows))==len(rows) and not strange and len(set(d['sequences']))==len(d['sequences']): return d
+    raise PrepareError("store.json gives one row to two patients, or has a volume of an unknown sequence: was it "
+        "changed? Restore it, or prepare the store again in another folder")
+
+def _of_version_01(d):
+    "What a store of version 0.1 says, in today's form"
+    d = check_form(d, _STORE_01, 'store.json', PrepareError)
+    if lack := [p for p in d['key']['patients'] if p not in d['patients']]:
+        raise PrepareError(f"store.json says nothing of patient {lack[0]}: was it changed? Restore it")
     entries = {}
     for i,p in enumerate(d['key']['patients']):
         v,report = d['patients'][p],[r for r in d['report'] if r['patient']==p]
         entries[p] = dict(row=i, affine=v['affine'], volumes=v['volumes'], sources=None, report=report)
     return dict(preparation=1, version=d['version'], recipe=d['recipe'], sequences=d['sequences'], patients=entries)
 
-def _no_json(path):
-    return (f"store.json in {path} is no JSON: was it changed or cut off? Restore it, or prepare the store again in"
-        " another folder")
+_ROW = record_of(dict(patient=TEXT, sequence=TEXT, level=TEXT, what=TEXT))
+_ACQUIRED = dict(skull=NOTHING|YES_OR_NO, spacing=NOTHING|list_of(Allowed.number(0, 1e5), 3), plane=NOTHING|TEXT,
+    window=NOTHING|list_of(Allowed.number(), 2))
+_VOLUME = record_of(dict(hash=TEXT, shape=list_of(Allowed.whole(1, 2**20), 3)), _ACQUIRED, others=True)
+_SOURCE = record_of(dict(names=TEXT, times=TEXT, content=TEXT))
+_ENTRY = dict(row=Allowed.whole(0, 2**24), affine=NOTHING|AN_AFFINE, volumes=table_of(_VOLUME),
+    sources=NOTHING|table_of(NOTHING|_SOURCE), report=list_of(_ROW))
+_MADE = dict(version=TEXT, recipe=A_RECIPE, sequences=list_of(A_SEQUENCE))
+_STORE = record_of(dict(_MADE, preparation=Allowed.whole(1, 2**20), patients=table_of(record_of(_ENTRY))))
+_PATIENT_01 = record_of(dict(affine=NOTHING|AN_AFFINE, volumes=table_of(_VOLUME)), others=True)
+_WHO_01 = record_of(dict(patients=list_of(TEXT)), others=True)
+_STORE_01 = record_of(dict(_MADE, report=list_of(_ROW), key=_WHO_01, patients=table_of(_PATIENT_01)), others=True)
+_KNOWN = dict.fromkeys(('session','age','sex','site','scanner'), NOTHING|TEXT|Allowed.number())
+_FACT = record_of(dict(label=Allowed.one_of(None, 0, 1), source=TEXT), dict(without=list_of(A_SEQUENCE), **_KNOWN))
+_FACTS = record_of(dict(patients=table_of(_FACT), notes=list_of(_ROW)))
 
 def _read_facts(path):
     "What is known of the patients, and what was said when it was joined; version 0.1 kept labels in `store.json`"
-    if (path/'patients.json').exists(): return json.loads((path/'patients.json').read_text(encoding='utf-8'))
+    if (path/'patients.json').exists(): return read_json(path/'patients.json', _FACTS, PrepareError)
     if not (path/'store.json').exists(): return dict(patients={}, notes=[])
-    patients = json.loads((path/'store.json').read_text(encoding='utf-8'))['patients']
+    patients = read_json(path/'store.json', record_of(dict(patients=table_of(record_of({}, others=True))), others=True),
+        PrepareError)['patients']
     facts = {p: dict(label=v.get('label'), source=v.get('source', '')) for p,v in patients.items()}
-    return dict(patients=facts, notes=[])
+    return check_form(dict(patients=facts, notes=[]), _FACTS, 'store.json', PrepareError)
 
 # %% ../nbs/24_prepare.ipynb #f775554b
 class VolumeStore:
@@ -364,6 +399,7 @@ class VolumeStore:
         self.path = Path(path)
         if not (self.path/'store.json').exists(): raise PrepareError(_no_store(self.path))
         d,facts = _read_pixels(self.path),_read_facts(self.path)
+        if lack := [p for p in facts['patients'] if p not in d['patients']]: raise PrepareError(_no_pixels(lack[0]))
         self.sequences,self.version,self.preparation_number = tuple(d['sequences']),d['version'],d['preparation']
         self.recipe = Recipe.from_json(d['recipe'])
         self.recipe = self.recipe.settle('the store', **self.recipe.room('prepare'))
@@ -377,6 +413,10 @@ class VolumeStore:
         self.meta = {p: _shown(self._pixels[p], f.get('without', ())) for p,f in patients.items()}
         self.table,self._notes = _joined(self.meta, patients, self.sequences),notes
         return self
+    def _map(self, s):
+        "A sequence's array, if it has a row of the right size for every patient"
+        rows = 1+max(e['row'] for e in self._pixels.values())
+        return map_array(_array_file(self.path, s), (rows,*self.size), np.uint8, PrepareError)
     def _without(self, p): return sorted(set(self._pixels[p]['volumes'])-set(self.meta[p]['volumes']))
 
     @property
@@ -391,6 +431,10 @@ class VolumeStore:
         size = 'x'.join(map(str,self.size))
         return (f"VolumeStore of {len(self)} patients, {', '.join(self.sequences)}, {size} uint8,"
             f" recipe {self.recipe.name!r}, mgmt_fast {self.version}")
+
+def _no_pixels(patient):
+    return (f"patients.json knows patient {patient}, of whom store.json has no pixels: were files of two stores mixed? "
+        "Restore them, or prepare the store again")
 
 def _shown(entry, without):
     "A patient's entry without the sequences that the cohort leaves out"
@@ -424,7 +468,7 @@ def read(
     lack = [s for s in sequences if s not in have]
     if lack: raise PrepareError(f"patient {patient} has no prepared {', '.join(lack)}: see `store.report`")
     for s in sequences:
-        if s not in self._maps: self._maps[s] = np.load(_array_file(self.path,s), mmap_mode='r')
+        if s not in self._maps: self._maps[s] = self._map(s)
     return np.stack([self._maps[s][self.meta[patient]['row']] for s in sequences])
 
 # %% ../nbs/24_prepare.ipynb #81c96686
@@ -551,13 +595,25 @@ def _journal(dest, key):
     "Entries that an earlier run of the same work left, by patient; its last line may be cut off"
     lines = read_json_lines(dest/'journal.jsonl')
     if not lines: return {}
-    if 'patients' in lines[0]: raise PrepareError(_unfinished(dest, lines[0].get('version')))
-    _check_key(dest, lines[0], key)
-    entries = {o['patient']: o for o in lines[1:]}
+    if isinstance(lines[0], dict) and 'patients' in lines[0]: raise PrepareError(_unfinished(dest, lines[0].get('version')))
+    first_ = check_form(lines[0], _KEY, 'journal.jsonl', PrepareError)
+    _check_key(dest, first_, key)
+    entries = {o['patient']: o for o in map(_journal_entry, lines[1:]) if o}
     if not all(_array_file(dest,s).exists() for s in key['sequences']): return {}
-    maps = {s: np.load(_array_file(dest,s), mmap_mode='r') for s in key['sequences']}
-    def _whole(s, row, volume): return row<len(maps[s]) and _hash(maps[s][row])==volume['hash']
-    return {p:o for p,o in entries.items() if all(_whole(s, o['row'], v) for s,v in o['volumes'].items())}
+    shape = (1,*Recipe.from_json(first_['recipe']).size)
+    maps = {s: map_array(_array_file(dest,s), shape, np.uint8, PrepareError) for s in key['sequences']}
+    def _whole(s, row, volume): return s in maps and row<len(maps[s]) and _hash(maps[s][row])==volume['hash']
+    whole = {p:o for p,o in entries.items() if all(_whole(s, o['row'], v) for s,v in o['volumes'].items())}
+    once = Counter(o['row'] for o in whole.values())
+    return {p:o for p,o in whole.items() if once[o['row']]==1}
+
+_KEY = record_of(dict(preparation=Allowed.whole(1, 2**20), recipe=A_RECIPE, sequences=list_of(A_SEQUENCE)))
+_JOURNALLED = record_of(dict(_ENTRY, patient=TEXT))
+
+def _journal_entry(line):
+    "An entry as it was written; None where it is not, so that the patient is prepared again"
+    try: return check_form(line, _JOURNALLED, 'journal.jsonl')
+    except MGMTError: return None
 
 def _unfinished(dest, version):
     return (f"{dest} holds an unfinished store of version {version}: finish it with that version, give another folder,"
@@ -737,7 +793,7 @@ def _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress, budget)
     places = {p: entries[p]['row'] if p in entries else next(free) for p in todo}
     jobs = [(row, places[p], dest, key['sequences'], recipe, budget) for p,row in todo.items()]
     rows = 1+max([*(o['row'] for o in done.values()), *(o[1] for o in jobs)])
-    if done: rows = max(rows, len(np.load(_array_file(dest, key['sequences'][0]), mmap_mode='r')))
+    if done: rows = max(rows, len(map_array(_array_file(dest, key['sequences'][0]), error=PrepareError)))
     for s in key['sequences']: reserve_array(_array_file(dest,s), (rows,*recipe.size), error=PrepareError)
     if (dest/'store.json').exists() and not (dest/'patients.json').exists():
         write_json(dest/'patients.json', _read_facts(dest))

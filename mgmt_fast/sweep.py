@@ -6,10 +6,11 @@
 __all__ = ['sweep_table', 'sweep', 'search']
 
 # %% ../nbs/69_sweep.ipynb #16000003
-import itertools, json, os, time, warnings
+import itertools, os, time, warnings
 
 import numpy as np, pandas as pd
 from .core import *
+from .schemas import *
 from .pages import write_csv
 from .processes import working_in
 from fastcore.all import *
@@ -58,9 +59,17 @@ def _run_row(row, store, dest, recipe, n_folds, seed):
         key = plan_key(dls, recipe, seed)
         prefix = f"{recipe.arch.replace('/','_')}-{row['sequences']}-fold{row['fold']}"
         path = Path(dest)/f'{prefix}-{key_digest(key)[:8]}'
-        if (path/'run.json').exists(): return json.loads((path/'run.json').read_text(encoding='utf-8'))['row'],[]
+        if kept := _kept_row(path/'run.json'): return kept,[]
         return _train_row(row, dls, path, recipe, seed, key),other_runs(dest, prefix, key)
     except Exception as e: return {**row, 'error':f'{type(e).__name__}: {e}'},[]
+
+_RUN = record_of(dict(row=table_of(NOTHING|TEXT|YES_OR_NO|A_NUMBER|list_of(ANYTHING)), key=ANYTHING))
+
+def _kept_row(path):
+    "The row of a run that is done; None where it is not, or its file is not as it was written"
+    if not is_file(path): return None
+    try: return read_json(path, _RUN)['row']
+    except MGMTError: return None
 
 def _train_row(row, dls, path, recipe, seed, key):
     "Train a run, and keep its row in its folder"
