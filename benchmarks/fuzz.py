@@ -35,8 +35,8 @@ from mgmt_fast.quality import audit_series
 from mgmt_fast.series import read_volume
 
 OLD = Path(__file__).resolve().parent.parent/'tests'/'v01'
-STRANGE = [None, True, False, 0, -1, 1, 2, 10_000, 2**31, 2**63, -.5, 1e308, float('nan'), float('inf'), '', 'x', '../x',
-    '/etc/passwd', 'a'*3000, [], {}, [None], [[[]]], {'a':1}, [10_000]*3, 'model', 'default']
+STRANGE = [None, True, False, 0, -1, 1, 2, 10_000, 2**31, 2**63, -.5, 1e308, float('nan'), float('inf'), '', 'x',
+    '../x', '/etc/passwd', 'a'*3000, [], {}, [None], [[[]]], {'a':1}, [10_000]*3, 'model', 'default']
 
 
 def places(v, path=()):
@@ -141,7 +141,8 @@ class Fuzz:
 
     def originals(self):
         w = self.work
-        make_phantom(w/'scans', n=16, seed=1, test=0., slices=6, size=24, sequences='T1wCE', n_workers=0, progress=False)
+        tiny = dict(slices=6, size=24, sequences='T1wCE', n_workers=0, progress=False)
+        make_phantom(w/'scans', n=16, seed=1, test=0., **tiny)
         small = get_recipe('default', size=(8,16,16), arch='timm/test_resnet', anisotropic=2, epochs=1, bs=4)
         self.store = prepare(kaggle_cohort(w/'scans'), w/'store', 'T1wCE', recipe=small, n_workers=1, progress=False)
         CohortRecord(self.store).enter('result', by='x')

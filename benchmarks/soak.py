@@ -1,6 +1,6 @@
 """Kill commands at random moments, let writes fail, and start two writers at once; count what went wrong.
 
-`python benchmarks/soak.py --minutes 60` writes `benchmarks/soak.csv`: rounds by command and mishap, and of these the
+`nice python benchmarks/soak.py --minutes 60` writes `benchmarks/soak.csv`: rounds by command and mishap, and of these the
 patients lost, the files that differ from an undisturbed run, the processes left over, and the files left over."""
 import argparse
 import contextlib
@@ -38,7 +38,7 @@ def predict(work, dest):
 def sweep(work, dest):
     how = dict(archs='timm/test_resnet', folds='0,1', epochs=1, bs=8, recipe=str(work/'recipe.yaml'))
     return cli.mgmt_sweep(work/'store', dest, **how)
-def leakage(work, dest): return cli.mgmt_leakage(work/'store', work/'other', dest, planted=2, n_workers=2)
+def leakage(work, dest): return cli.mgmt_leakage(work/'store', work/'other', dest, planted=2, n_workers=0)
 
 
 COMMANDS = dict(phantom=phantom, audit=audit, prepare=prepare, train=train, predict=predict, sweep=sweep,
@@ -198,7 +198,7 @@ def main():
     made(work)
     soak,end = Soak(work, a.seed),time.monotonic()+60*a.minutes
     while time.monotonic()<end:
-        k = soak.random.choice([*COMMANDS])
+        k, = soak.random.choices([*COMMANDS], [1/max(.5, soak.seconds[o]) for o in COMMANDS]) # quick ones more often
         mishap = soak.random.choices([soak.kill, soak.full, soak.two, soak.small_disk], [10,2,1,1])[0]
         if mishap==soak.two and k=='predict': continue # one file, written whole by either
         dest = work/'now'/k

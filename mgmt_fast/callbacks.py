@@ -536,6 +536,7 @@ class Checkpoint(Callback):
         if not file.exists(): return None
         try:
             with safe_open(str(file), framework='pt') as f: said = f.metadata()
+            if 'digest' not in said: return dict(parse_json(said['state']), key=None) # of version 0.1
             if said['digest']!=_digest(said['state'], st.load_file(str(file))): raise ValueError('changed')
             return parse_json(said['state'])
         except (SafetensorError,OSError,LookupError,TypeError,ValueError) as e:
@@ -550,7 +551,7 @@ class Checkpoint(Callback):
         raised."""
         d = self.read(path)
         if d is None: return 0
-        differ = key_changes(d['key'], self.key, but=('epochs',)) if self.key else []
+        differ = key_changes(d['key'], self.key, but=('epochs',)) if self.key or d['key'] is None else []
         done = d['epoch']+1
         limit = self.key.get('recipe', {}).get('epochs', done)
         if limit<done: differ.append(f"'epochs': {done} are done there, {limit} asked for now")

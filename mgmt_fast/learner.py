@@ -8,7 +8,7 @@ __all__ = ['READ_BACK', 'model_kinds', 'save_mgmt', 'load_mgmt', 'body_and_head'
            'load_model', 'check_preparation', 'predict_unlogged', 'predict']
 
 # %% ../nbs/55_learner.ipynb #6689f177
-import contextlib, copy, hashlib, importlib, json, os
+import contextlib, copy, hashlib, importlib, json, math, os
 from collections import deque
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -567,7 +567,7 @@ def _fill(model, file, path):
     except (RuntimeError, SafetensorError) as e: raise MGMTError(_other_network(file, model, path, e)) from e
     if missing or extra: raise MGMTError(_other_tensors(file, model, missing, extra))
     bad = [k for k,t in model.state_dict().items() if t.is_floating_point() and not torch.isfinite(t).all()]
-    if bad: raise MGMTError(f"{file.name} holds numbers that are NaN or infinite, e.g. in {bad[0]!r}: damaged? Restore it")
+    if bad: raise MGMTError(f"{file.name} holds NaN or infinite numbers, e.g. in {bad[0]!r}: damaged? Restore it")
 
 def _check_types(model, file):
     "Raise where a tensor is of another kind than the network's, or far larger than all of them"
@@ -577,8 +577,10 @@ def _check_types(model, file):
             types = {k: f.get_slice(k).get_dtype() for k in f.keys()}
     except (SafetensorError,OSError,ValueError) as e: raise MGMTError(_no_tensors(file, e)) from None
     odd = [k for k,t in types.items() if k in kinds and kinds[k]!=t.startswith(('F','BF'))]
-    if odd: raise MGMTError(f"{file.name} holds {types[odd[0]]} as {odd[0]!r}, where the network has another kind of number:"
-        " were two models' files mixed?")
+    if odd: raise MGMTError(_other_kind(file, odd[0], types[odd[0]]))
+
+def _other_kind(file, k, kind):
+    return f"{file.name} holds {k!r} as {kind}, which is no kind that the network has: were two models' files mixed?"
 
 def _no_tensors(file, e):
     return f"{file.name} holds no tensors that can be read ({type(e).__name__}): was it cut off or changed? Restore it"
@@ -593,14 +595,15 @@ _MODEL = record_of(dict(version=TEXT, config=_CONFIG, recipe=A_RECIPE, sequences
     prepared=list_of(A_SEQUENCE), classes=list_of(TEXT)))
 
 def _check_inputs(d, recipe, path):
-    "Raise where the parts of a model's JSON contradict each other"
+    "Raise where the parts of a model's JSON contradict each other, or its input is larger than any series may be"
+    Budget().check('voxels', math.prod(d['size']))
     same_size = list(recipe.size)==d['size'] and len(d['sequences'])==d['config']['in_chans']
     if same_size and set(d['sequences'])<=set(d.get('prepared') or d['sequences']): return
     raise MGMTError(f"{Path(path).name}.json contradicts itself on its size or its sequences: was it changed? Restore it")
 
 def _no_network(path, e):
-    return (f"{Path(path).name}.json describes a network that cannot be made ({type(e).__name__}): was it changed, or made "
-        "by a later version? Restore it")
+    return (f"{Path(path).name}.json describes a network that cannot be made ({type(e).__name__}): was it changed, or "
+        "made by a later version? Restore it")
 
 def _no_model(path, file):
     return f"no model at {path}: {file.name} is missing; a model is the files that `save_model` wrote, kept together"

@@ -26,13 +26,8 @@ from .skull import has_skull
 from .slicewise import slicewise_patient
 
 # %% ../nbs/24_prepare.ipynb #21f0908d
-def _box_size(v):
-    size = Allowed.several(Allowed.whole(1, 2**27), 3)(v)
-    Budget().check('voxels', size[0]*size[1]*size[2], ValueError)
-    return size
-
 choice('prepare', 'size', "voxels (D,H,W) of a prepared volume (the thesis' code, against its text: 64x128x128)",
-    Allowed('three whole numbers of at least 1, whose product is at most 2**27', _box_size), default=(64,256,256), published=(64,256,256), winner=(64,256,256))
+    Allowed.several(Allowed.whole(1), 3), default=(64,256,256), published=(64,256,256), winner=(64,256,256))
 choice('prepare', 'margin', 'mm left around the brain box', Allowed.number(0,100), default=2., published=2., winner=2.)
 choice('prepare', 'clip', 'percentiles of the brain that become 1 and 255',
     Allowed.several(Allowed.number(0,100), 2), default=(.5,99.9), published=(.5,99.9), winner=(.5,99.9))
