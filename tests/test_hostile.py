@@ -258,3 +258,16 @@ def test_a_recipe_file_names_no_other_file(tmp_path):
     for text in (f'recipe: {tmp_path}/r.yaml\n', 'recipe: [default]\n', 'a: &a [x,x]\nrecipe: *a\n', '['*50_000):
         (tmp_path/'r.yaml').write_text(text)
         with pytest.raises(MGMTError): read_recipe(tmp_path/'r.yaml')
+
+
+def test_text_in_the_image_is_found(tmp_path):
+    z,y,x = np.ogrid[-1:1:8j,-1:1:48j,-1:1:48j]
+    head = (((z**2+y**2+x**2)<.7)*(400+100*np.cos(5*y)*np.cos(7*x+3*z))).astype(np.int16)
+    text = head.copy()
+    text[:,2:6,2:20:3] = 900
+    for name,a in dict(head=head, text=text).items():
+        nib.save(nib.Nifti1Image(a.T, np.diag([4.,4,20,1])), tmp_path/f'{name}.nii')
+    assert 'burned into' in audit_series(tmp_path/'text.nii').findings
+    assert 'burned into' not in audit_series(tmp_path/'head.nii').findings
+    for i in range(3): dicom(tmp_path/f'{i}.dcm', dict(BurnedInAnnotation='YES'))
+    assert 'its header says that text' in audit_series(tmp_path/'0.dcm').findings
