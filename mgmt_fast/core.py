@@ -233,13 +233,16 @@ def is_file(
     try: return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError,ValueError): return False
 
+_READING = os.O_RDONLY|getattr(os, 'O_NONBLOCK', 0)|getattr(os, 'O_BINARY', 0)
+
 def open_input(
     path:str|Path, # File
     error:type=MGMTError, # Class of the error
-) -> io.BufferedReader: # Opened for reading bytes
+    buffering:int=-1, # As for `open`; 0 for a reader that knows how much it wants
+) -> io.BufferedReader|io.FileIO: # Opened for reading bytes
     "Open a file of a user. Raises `error` on a pipe or a device, without waiting for it, and `OSError` as `open` does."
-    fd = os.open(path, os.O_RDONLY|getattr(os, 'O_NONBLOCK', 0)|getattr(os, 'O_BINARY', 0))
-    if stat.S_ISREG(os.fstat(fd).st_mode): return open(fd, 'rb')
+    fd = os.open(path, _READING)
+    if stat.S_ISREG(os.fstat(fd).st_mode): return open(fd, 'rb', buffering)
     os.close(fd)
     raise error("this is no ordinary file, but a pipe, a device or a folder: it is not read; move it away")
 

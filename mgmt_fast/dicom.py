@@ -7,7 +7,7 @@ __all__ = ['SeriesError', 'files_by_number', 'slice_label', 'file_frames', 'uid_
            'shared_value', 'torch_type', 'check_finite', 'read_pixels']
 
 # %% ../nbs/11_dicom.ipynb #7fe94b2c
-import functools, math, mmap, os, re, signal, stat, struct, time, warnings, zlib
+import functools, math, mmap, os, re, signal, struct, time, warnings, zlib
 from pathlib import Path
 
 import numpy as np, pydicom
@@ -26,6 +26,9 @@ from .core import *
 # %% ../nbs/11_dicom.ipynb #9d8186a2
 class SeriesError(MGMTError):
     "A series that cannot be read correctly: what was found, in which file, what is probably wrong and what to do"
+
+class _NotAFile(SeriesError):
+    "A pipe or a device under the name of a slice"
 
 # %% ../nbs/11_dicom.ipynb #2be91f91
 _NUM    = {'DS','IS','US','SS','UL','SL','FD','FL'}
@@ -158,8 +161,8 @@ _ABSENT = dict.fromkeys(_NAMES[:-2])
 
 def _plain_frame(path):
     "The one frame of a file that a short walk understands, as `file_frames` gives it; else `None`"
-    with open_input(path, SeriesError) as f:
-        if not (found:=_walk_elements(f.raw)): return None
+    with open_input(path, _NotAFile, 0) as f:
+        if not (found:=_walk_elements(f)): return None
         raw,syntax,at,n = found
         try: h = {**_ABSENT, **{k: _parse(k, v, True) if v else None for k,v in raw.items()}}
         except SeriesError: return None
@@ -251,7 +254,7 @@ def file_frames(
 ) -> list|None: # A dict for each frame: DICOM keywords to tuples or text, `path`, `at`, `size`; `None`: no DICOM file
     "The frames that the header of a file describes. Raises `SeriesError` on a damaged header."
     if look is None and (h:=_plain_frame(path)): return [h]
-    with open_input(path, SeriesError) as f:
+    with open_input(path, _NotAFile) as f:
         head = f.read(132)
         if head[128:]!=b'DICM' and head[:2] not in (b'\x08\0',b'\x02\0'): return None
         try:
@@ -307,7 +310,8 @@ def _leads_to_folder(entry):
 
 def _file_images(p, look, budget):
     "Frames of file `p`: none if it holds no image, `None` if it is no DICOM file"
-    try: found = file_frames(p, look, budget) if stat.S_ISREG(os.stat(p).st_mode) else None
+    try: found = file_frames(p, look, budget)
+    except _NotAFile: found = None
     except OSError as e: raise _unopened(p, e) from None
     if found is None: return None
     f = found[0]
@@ -431,8 +435,7 @@ def _bad_bits(f, bits, low, alloc):
 # %% ../nbs/11_dicom.ipynb #917a1e55
 def _read_native(f, out):
     "Pixels of frame `f` into `out`, straight from the file"
-    with open_input(f['path'], SeriesError) as file:
-        file = file.raw
+    with open_input(f['path'], SeriesError, 0) as file:
         file.seek(f['at']+f['frame']*out.nbytes)
         if file.readinto(memoryview(out).cast('B'))==out.nbytes: return
     raise SeriesError(f"{slice_label(f['path'])} ended while it was read: is it still being written?")
