@@ -1,6 +1,9 @@
 # The first two targets are all that a newcomer needs; each works on a fresh clone.
 export MPLBACKEND ?= Agg
-BIN := .venv/bin
+# Another Python, as in `make test PYTHON=python3.12`, has an environment of its own.
+PYTHON ?= python3
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
 NOTEBOOKS := $(wildcard nbs/*.ipynb)
 GENERATE := $(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/nbdev_clean --fname kaggle && $(BIN)/python .ci/readme.py
 DATA_FLAG := $(if $(MGMT_FAST_DATA),--flags real)
@@ -8,7 +11,7 @@ DATA_FLAG := $(if $(MGMT_FAST_DATA),--flags real)
 .PHONY: demo test check nbs
 .DELETE_ON_ERROR:
 
-demo: .venv/installed
+demo: $(VENV)/installed
 	$(BIN)/mgmt_demo
 
 # Tests write gigabytes: into a folder of their own, which goes with them.
@@ -18,7 +21,7 @@ test: check
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -o tmp_path_retention_policy=failed tests
 
 # What is generated must be what is committed, and no line is wider than 120 characters.
-check: .venv/installed
+check: $(VENV)/installed
 	@before=$$(git status --porcelain; git diff | cksum); \
 	$(GENERATE) || exit 1; \
 	after=$$(git status --porcelain; git diff | cksum); \
@@ -26,11 +29,11 @@ check: .venv/installed
 	$(BIN)/python -m pytest -q tests/test_house.py -k fit
 
 # Readers see the saved outputs, so run everything in place, then clean.
-nbs: .venv/installed
+nbs: $(VENV)/installed
 	env -u MPLBACKEND MGMT_FAST_HOME=$$(mktemp -d) $(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS) kaggle/*/*.ipynb
 	$(GENERATE)
 
-.venv/installed: settings.ini setup.py
-	test -d .venv || python3 -m venv .venv
+$(VENV)/installed: settings.ini setup.py
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@

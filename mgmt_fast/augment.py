@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['RandAug', 'RandAffine', 'RandLighting', 'RandBiasField', 'RandNoise', 'RandBlur', 'RandThickSlices', 'RandEqualize',
-           'RandCutOut', 'ComposeAugs', 'mgmt_augs', 'tta_views', 'tta']
+           'RandCutOut', 'RandCropResize', 'ComposeAugs', 'mgmt_augs', 'tta_views', 'tta']
 
 # %% ../nbs/36_augment.ipynb #e0ec77c8
 import inspect, itertools, math
 from typing import Any
 
 from .core import *
+from .grids import BRAIN_EXTENT
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
+from fastai.torch_core import TensorMask
 from fastcore.all import NS, store_attr, listify, first, patch
 from fasttransform import ItemTransform
 
@@ -52,6 +54,9 @@ choice('augment', 'contrast_over',
     "mean that contrast keeps: 'brain' of each sequence, or each 'slice' with its air (the thesis)",
     Allowed.one_of('brain','slice'),
     default='brain', published='slice', none='brain')
+choice('augment', 'crop_after_contrast', 'cut the crop after contrast, at whole voxels, and resize it in a step of its '
+    'own (the thesis), or with all other moves in one resample', _yes_no, without=False,
+    default=False, published=True, none=False)
 choice('augment', 'brightness', 'fraction, largest change of all intensities', _share,
     default=.1, published=0., none=0.)
 choice('augment', 'gamma', 'largest |log gamma| of intensity**gamma', Allowed.number(0,3),
@@ -199,11 +204,29 @@ class RandAug(ItemTransform):
 
     def encodes(self,
         b:Any, # A batch (B,C,D,H,W), alone or followed by labels; any type, because fastai dispatches on it
-    ): # Augmented; labels as they are
+    ): # Augmented; a `TensorMask` (B,D,H,W) or (B,1,D,H,W) is moved as the volumes are, other labels stay as they are
         x,rest = (b[0],b[1:]) if isinstance(b,(list,tuple)) else (b,None)
         _check_batch(x)
-        x = self._apply(x, [self.row(k) for k in self._next(len(x))])
-        return x if rest is None else [x,*rest]
+        rows = [self.row(k) for k in self._next(len(x))]
+        moved = self._apply(x, rows)
+        return moved if rest is None else [moved, *(self._with_mask(o, x, rows) for o in rest)]
+
+    def _with_mask(self, m, x, rows):
+        "A mask, moved as the volumes of its batch"
+        if not isinstance(m, TensorMask): return m
+        if len(m)!=len(x) or m.shape[-3:]!=x.shape[-3:] or m.numel()*x.shape[1]!=x.numel(): raise _no_mask_of(m, x)
+        each = m.as_subclass(torch.Tensor).reshape(len(x), *x.shape[-3:])
+        places = zip(each, rows, self._spacing(x, None))
+        moved = torch.stack([self.move_mask(o, {**self.neutral, **r}, mm) for o,r,mm in places])
+        return moved.view(m.shape).as_subclass(type(m))
+
+    def move_mask(self,
+        m:torch.Tensor, # (D,H,W), a number per class
+        r:dict, # One patient's parameters
+        mm:np.ndarray, # (3,) spacing
+    ) -> torch.Tensor: # (D,H,W), the same numbers
+        "What the transform does to a mask: nothing, unless it moves voxels"
+        return m
 
     def ever(self): "Can a draw do anything at all?"; return self.p>0
 
@@ -274,7 +297,7 @@ class RandAug(ItemTransform):
     def _spacing(self, x, spacing):
         known = spacing,getattr(x,'spacing',None),self.spacing
         s = next((o for o in known if o is not None), None)
-        if s is None: s = _usual_extent/np.array(x.shape[2:])
+        if s is None: s = BRAIN_EXTENT/np.array(x.shape[2:])
         else: s = _check_spacing(s)
         if s.ndim==2 and len(s)!=len(x): raise _not_one_per_patient('spacing (B,3)', s, x)
         return np.broadcast_to(s, (len(x),3))
@@ -286,10 +309,13 @@ class RandAug(ItemTransform):
     @property
     def name(self): return repr(self)
 
+def _no_mask_of(m, x):
+    return MGMTError(f"a mask has one number per voxel, (B,D,H,W) or (B,1,D,H,W); received {tuple(m.shape)} beside "
+        f"volumes {tuple(x.shape)}")
+
 def _not_one_per_patient(what, rows, x):
     return MGMTError(f"{what} needs one row per patient; received {len(rows)} rows for a batch of {len(x)}")
 
-_usual_extent = np.array([140.,180.,140.]) # mm, D H W of an adult brain's box
 
 # %% ../nbs/36_augment.ipynb #47a87318
 def _turn(axis, degrees):
@@ -466,6 +492,14 @@ class RandAffine(RandAug):
             return _resample2d(src, out, m[1:,1:], b[1:], self.outside)
         if src.shape[1]<2: raise _single_slice(src)
         _resample3d(src.clone() if src.data_ptr()==out.data_ptr() else src, out, m, b, self.outside)
+
+    def move_mask(self, m, r, mm):
+        if not self.acts(r): return m
+        classes = m.unique()
+        layers = (m[None]==classes.view(-1,1,1,1)).float()
+        out = torch.empty_like(layers)
+        self.run(layers, out, r, mm)
+        return torch.where(out.amax(0)>0, classes[out.argmax(0)], 0)
 
 def _single_slice(x):
     rule = "turning, shifting or zooming across slices needs D of at least 2"
@@ -792,6 +826,33 @@ class RandCutOut(RandAug):
             box.append(slice(start, start+size))
         x[tuple(box)] = 0
 
+# %% ../nbs/36_augment.ipynb #19a00004
+class RandCropResize(RandAug):
+    "Cut a window of whole voxels out of all slices at a random place, and resize it back, as Keras' layers do"
+    bounded = False
+    limits = dict(crop_resize=(.1,1,'as a fraction'))
+    neutral = dict(window=1., window_h=None, window_w=None)
+    def __init__(self,
+        crop_resize:float=.97, # Fraction of each side that is kept
+        seed:int=0, # Of all draws
+        spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); see `RandAug`
+    ):
+        store_attr('crop_resize')
+        super().__init__(seed, spacing)
+
+    def ever(self): return self.crop_resize<1
+    def sample(self, rng): return dict(window=self.crop_resize, window_h=rng.random(), window_w=rng.random())
+    def choices(self) -> dict: # Choice of a recipe to its value
+        return dict(crop_resize=self.crop_resize, crop_after_contrast=True)
+
+    def change_(self, x, r, mm):
+        box = [slice(None)]*2
+        for a,n in zip('hw', x.shape[2:]):
+            size = int(n*r['window'])
+            start = int((r[f'window_{a}'] or 0.)*(n-size+1))
+            box.append(slice(start, start+size))
+        x.copy_(F.interpolate(x[tuple(box)], size=x.shape[2:], mode='bilinear'))
+
 # %% ../nbs/36_augment.ipynb #eb3087df
 class ComposeAugs(RandAug):
     "Several augmentations as one, on one copy of the batch"
@@ -809,6 +870,9 @@ class ComposeAugs(RandAug):
 
     def row(self, k): return {c:v for p in self.parts for c,v in p.row(k).items()}
     def acts(self, r): return any(p.acts(r) for p in self.parts)
+    def move_mask(self, m, r, mm):
+        for p in self.parts: m = p.move_mask(m, r, mm)
+        return m
     def run_batch(self, src, out, rows, mm):
         if src.device.type=='cpu': return super().run_batch(src, out, rows, mm)
         for p in self.parts:
@@ -834,14 +898,16 @@ def mgmt_augs(
 ) -> list: # fastai batch transforms, for `batch_tfms` or `after_batch`: a single `ComposeAugs`, or none at all
     "The augmentation of a recipe. Raises `MGMTError` that names a magnitude out of range."
     r = NS(**get_recipe(recipe).room('augment'))
+    late = r.crop_after_contrast
     parts = [RandEqualize(r.equalize_p, r.equalize_over),
-        RandAffine(r.flip, r.rotation, r.shift, r.shift_fraction, r.zoom, r.crop_resize, r.in_plane, r.use_spacing,
-            r.outside),
+        RandAffine(r.flip, r.rotation, r.shift, r.shift_fraction, r.zoom, 1. if late else r.crop_resize, r.in_plane,
+            r.use_spacing, r.outside),
         RandThickSlices(r.thick_slices, r.thick_slices_p),
         RandBlur(r.blur, r.blur_p),
         RandBiasField(r.bias_field, r.bias_field_p),
         RandNoise(r.noise, r.noise_p, r.noise_kind),
         RandLighting(r.contrast, r.brightness, r.gamma, r.lighting_p, r.contrast_over),
+        RandCropResize(r.crop_resize if late else 1.),
         RandCutOut(r.cutout, r.cutout_p)]
     parts = [p for p in parts if p.ever()]
     return [ComposeAugs(parts, seed, spacing)] if parts else []

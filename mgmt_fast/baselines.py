@@ -25,7 +25,9 @@ def shortcut_features(
 ) -> dict: # Shortcut -> DataFrame: one row per patient of `store.table`, one column per feature; NaN without a sequence
     """What tells acquisitions apart, patient by patient.
 
-    The number of slices, the geometry of the header, the size of the brain, the scale of the intensities."""
+    The number of slices, the geometry of the header, the size of the brain, the scale of the intensities. Where slices
+    were prepared one by one there are no millimetres and no scale: the size of the brain is then its share of the
+    prepared voxels."""
     rows = [_features(store, p, m) for p,m in track(store.meta.items(), len(store), progress)]
     t = pd.DataFrame(rows, index=pd.Index(store.meta, name='patient'))
     t.columns = pd.MultiIndex.from_tuples(t.columns)
@@ -39,16 +41,19 @@ def _features(store, patient, meta):
 
 def _series_features(s, v):
     "What the header of one series says, and its intensities"
-    sizes = zip(('D','H','W','mm D','mm H','mm W'), (*v['shape'],*v['spacing']))
+    known = {('slice count',s): v['shape'][0], **{('header',f'{s} {a}'): x for a,x in zip('DHW', v['shape'])}}
+    if v['spacing'] is None: return known
+    mm = {f'{s} mm {a}': x for a,x in zip('DHW', v['spacing'])}
     planes = {f'{s} {o}': float(v['plane']==o) for o in ('sagittal','coronal')}
-    header = {**{f'{s} {a}': x for a,x in sizes}, **planes, f'{s} skull': float(v['skull'])}
-    lo,hi = v['window']
-    return {('slice count',s): v['shape'][0], **{('header',k): x for k,x in header.items()},
+    header,(lo,hi) = {**mm, **planes, f'{s} skull': float(v['skull'])},v['window']
+    return {**known, **{('header',k): x for k,x in header.items()},
         ('intensity scale',f'{s} low'): lo, ('intensity scale',f'{s} high'): hi}
 
 def _brain_features(store, patient, meta):
-    "Volume of the brain and extent of its box, from the first sequence"
-    A,x = np.array(meta['affine'])[:3,:3],store.read(patient, next(iter(meta['volumes'])))
+    "Volume of the brain and extent of its box, from the first sequence; its share of the voxels without millimetres"
+    x = store.read(patient, next(iter(meta['volumes'])))
+    if meta['affine'] is None: return {('brain volume','share'): np.count_nonzero(x)/x.size}
+    A = np.array(meta['affine'])[:3,:3]
     ml = np.count_nonzero(x)*abs(np.linalg.det(A))/1000
     extent = np.array(x.shape[1:])*np.linalg.norm(A, axis=0)
     return {('brain volume','ml'): ml, **{('brain volume',f'mm {a}'): mm for a,mm in zip('DHW', extent)}}

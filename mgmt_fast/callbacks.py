@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GradientAccumulation', 'FusedAdam', 'Precision', 'set_norms', 'lower_is_better', 'SaveBest', 'HistoryLogger',
            'TrainingError', 'StopOnNaN', 'ProgressiveSize', 'AverageWeights', 'BinaryFocalLoss', 'Checkpoint',
-           'DistributedTraining']
+           'OutOfTime', 'Clock', 'StopInTime', 'DistributedTraining']
 
 # %% ../nbs/52_callbacks.ipynb #8f8f10de
-import hashlib, json, math, random
+import hashlib, json, math, random, time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,7 +131,10 @@ class FusedAdam(Optimizer):
         sqr_mom:float=.99, # Share of the old mean of their squares
         eps:float=1e-5, # Added to the root of the squares' mean
         wd:float=.01, # Decay of the weights per step, as a share of `lr`
-    ): super().__init__(params, [], lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+        keras:bool=False, # Add `eps` before that mean is corrected for its start at zero, as Keras does?
+    ):
+        self.keras = keras
+        super().__init__(params, [], lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
     def zero_grad(self):
         for p,*_ in self.all_params(): p.grad = None
@@ -151,7 +154,8 @@ class FusedAdam(Optimizer):
             if 'step' not in state: state.update(step=0, grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p))
             state['step'] += 1
             decay = h['wd']*state.get('do_wd', True)
-            how = state['step'],p.device,h['lr'],h['mom'],h['sqr_mom'],h['eps'],decay
+            eps = h['eps']/math.sqrt(1-h['sqr_mom']**state['step']) if self.keras else h['eps']
+            how = state['step'],p.device,h['lr'],h['mom'],h['sqr_mom'],eps,decay
             alike.setdefault(how, []).append((p,state))
         return alike
 
@@ -171,7 +175,8 @@ class Precision(MixedPrecision):
     Training raises `MGMTError` on a GPU that does not compute in bfloat16."""
     def before_fit(self):
         device,half = self.dls.device.type,self.amp_mode.value=='fp16'
-        if device=='cuda' and not half and not torch.cuda.is_bf16_supported(): raise MGMTError(_no_bfloat16)
+        if device=='cuda' and not half and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise MGMTError(_no_bfloat16)
         self.autocast = torch.autocast(device, dtype=torch.float16 if half else torch.bfloat16)
         self.learn.scaler = torch.amp.GradScaler(device, **{**self.kwargs,'enabled':half})
         self.scales = L()
@@ -645,6 +650,38 @@ def _other_training(path, fname, differ):
     why = '; '.join(differ)
     return (f"{path} holds the checkpoint of another training{since}: {why}; give another folder, "
         f"or delete {fname} to begin anew")
+
+# %% ../nbs/52_callbacks.ipynb #3c40cf17
+class OutOfTime(MGMTError):
+    "A training was stopped at the end of an epoch, since its time was up; the next session goes on from there"
+
+class Clock:
+    "`left`: hours until a session should end by itself; Kaggle stops it at twelve"
+    def __init__(self,
+        hours:float=11., # From now
+    ): self.end = time.monotonic()+3600*hours
+    @property
+    def left(self): return (self.end-time.monotonic())/3600
+
+class StopInTime(Callback):
+    "Raise `OutOfTime` at the end of an epoch, unless the clock leaves enough time for another one"
+    order = Checkpoint.order+1
+    def __init__(self,
+        clock:Clock, # When to stop
+        margin:float=1.2, # An epoch may take so many times as long as the longest one before
+    ):
+        store_attr('clock,margin')
+        self.longest = 0.
+
+    def before_epoch(self): self.began = time.monotonic()
+    def after_epoch(self):
+        self.longest = max(self.longest, time.monotonic()-self.began)
+        done,left = self.epoch+1,3600*self.clock.left
+        if done<self.n_epoch and left<self.margin*self.longest: raise OutOfTime(self._say(done, left))
+
+    def _say(self, done, left):
+        return (f"stopped after {done} of {self.n_epoch} epochs: an epoch takes {self.longest:.0f} s, and "
+            f"{max(left,0):.0f} s are left; the checkpoint is kept")
 
 # %% ../nbs/52_callbacks.ipynb #9c00001e
 class DistributedTraining(Callback):

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['mgmt_audit', 'mgmt_phantom', 'mgmt_prepare', 'mgmt_train', 'mgmt_predict', 'mgmt_weights', 'mgmt_sweep',
-           'mgmt_evaluate', 'mgmt_preregister', 'mgmt_external', 'mgmt_leakage', 'mgmt_kaggle', 'mgmt_demo']
+           'mgmt_evaluate', 'mgmt_preregister', 'mgmt_external', 'mgmt_leakage', 'mgmt_kaggle', 'mgmt_thesis',
+           'mgmt_demo']
 
 # %% ../nbs/90_cli.ipynb #4eea66c0
-import contextlib, functools, re, signal, sys, threading, time
+import argparse, contextlib, functools, inspect, re, signal, sys, threading, time
 from pathlib import Path
 
 import pandas as pd
 from .core import *
 from .pages import write_csv
-from fastcore.script import anno_parser, store_true
+from fastcore.docments import docments
+from fastcore.script import Param, anno_parser, store_true
 from .dicom import files_by_number
 from .clinical import read_clinical, read_labels, read_table
 from .cohort import cohort_report, find_cohort, kaggle_cohort
@@ -39,11 +41,38 @@ def _listen():
     "Let SIGTERM end this command as Ctrl-C does; only a main thread hears signals"
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, _terminate)
 
+def _place():
+    "The type of a path that is given without the name of an option, and may be left out"
+    return Param(type=Path, opt=False, nargs='?')
+
 def _from_command_line(f):
     "The arguments of a command as they were typed, with `-` or `_` in the names of options"
     typed = [re.sub(r'^--[a-z-]+', lambda m: '--'+m[0][2:].replace('-','_'), o) for o in sys.argv[1:]]
-    given = vars(anno_parser(f, Path(sys.argv[0]).stem).parse_args(typed))
+    for o in docments(f, full=True).values():
+        if isinstance(o.anno, Param): o.anno.help = o.docment
+    parser,params = anno_parser(f, Path(sys.argv[0]).stem),inspect.signature(f).parameters
+    required = [k for k,p in params.items() if p.default is p.empty]
+    if 'dest' in required: typed = _dest_as_word(typed, required[0]=='dest')
+    elif 'dest' in params: parser.add_argument('word', nargs='?', type=Path, metavar='dest', help='the same as --dest')
+    given = vars(parser.parse_args(typed))
+    word = given.pop('word', None)
+    if word is not None and str(given['dest'])!=str(params['dest'].default): parser.error('dest is given twice')
+    if word is not None: given['dest'] = word
+    if isinstance(given.get('sequences'), str): given['sequences'] = _as_spelt(given['sequences'])
     return {k:v for k,v in given.items() if k not in ('pdb','xtra')}
+
+def _dest_as_word(typed, first):
+    "`--dest FOLDER` of a command that takes the folder as a word: its first, or its last"
+    option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    option.add_argument('--dest')
+    found,rest = option.parse_known_args(typed)
+    if found.dest is None: return typed
+    return [found.dest,*rest] if first else [*rest,found.dest]
+
+def _as_spelt(sequences):
+    "Sequences as the competition spells them, whatever their case: `t1wce,flair+T2W`"
+    known = {o.lower():o for o in SEQUENCES}
+    return re.sub(r'[^,+\s]+', lambda m: known.get(m[0].lower(), m[0]), sequences)
 
 def _command(f):
     "A function that is a command too: errors that we raise on purpose become one line and an exit code"
@@ -292,7 +321,7 @@ def mgmt_sweep(
     n_folds:int=5, # Folds, stratified by label
     seed:int=0, # Of folds, order and initial weights
     recipe:str=None, # Recipe, by name or as a YAML file; the store's if not given
-    n_jobs:int=1, # Runs at once
+    n_jobs:int=None, # Runs at once; one per card of the machine if not given
     labels:Path=None, # Label table, in place of what the store knows
     id_col:str=None, # Column of the label table that holds the patients; known names are found
     label_col:str=None, # Column of the label table that holds the labels; known names are found
@@ -318,15 +347,15 @@ def mgmt_sweep(
     return _done(failed, strict)
 
 # %% ../nbs/90_cli.ipynb #12989167
-from .evaluate import cross_validate, results_table, show_results
-from .bundle import cv_models, freeze_bundle
-from .external import METRICS, external_table, external_test, preregister
-from .card import evaluate_report
+from .evaluate import check_predictions, cross_validate, read_predictions, results_table, show_results
+from .bundle import FrozenPredictions, cv_models, freeze_bundle, freeze_predictions
+from .external import METRICS, external_predictions, external_table, external_test, preregister
+from .card import evaluate_report, predictions_report
 
 # %% ../nbs/90_cli.ipynb #7c59a796
 @_command
 def mgmt_evaluate(
-    store:Path, # Folder that `mgmt_prepare` wrote
+    store:_place()=None, # Folder that `mgmt_prepare` wrote; none with --predictions
     dest:Path='evaluation', # Folder for models, predictions, tables, figures and report.html
     archs:str=None, # Backbones, joined by commas; the recipe's if not given
     sequences:str='each', # `each`: one model per sequence; `all`: one model of all; or one model's channels, by commas
@@ -347,9 +376,19 @@ def mgmt_evaluate(
     clinical:Path=None, # Table with a column of patients and any of site, scanner, sex, age
     clinical_id_col:str=None, # Its column that holds the patients; known names are found
     bundle:Path=None, # Folder for all models, frozen for `mgmt_external`
+    predictions:Path=None, # Table of predictions of any making instead of a store: patient, label, prob
+    prob_col:str=None, # Its column of probabilities; known names are found
+    model:str=None, # What made these predictions: its name, or its file
     strict:store_true=False, # Exit with 3, and not 0, where patients were left out
 ):
-    "Cross-validate, and write what can be said of it: tables, figures and one page; run again to finish after a stop"
+    """Cross-validate, and write what can be said of it: tables, figures and one page; run again to finish after a stop.
+
+    With --predictions nothing is trained: the table is evaluated, and with --bundle its threshold is frozen."""
+    if (store is None)==(predictions is None): raise MGMTError(_store_or_table)
+    if predictions is not None:
+        known = None if clinical is None else read_clinical(clinical, clinical_id_col)
+        columns = dict(id_col=id_col, label_col=label_col, prob_col=prob_col)
+        return _done(_evaluate_table(predictions, dest, bundle, model, known, seed, columns), strict)
     keep_freed_memory()
     dest,store = Path(dest),_store(store, labels, id_col, label_col)
     recipe = _recipe(store, recipe, epochs=epochs, lr=lr, bs=bs)
@@ -368,6 +407,20 @@ def mgmt_evaluate(
         print(freeze_bundle(**models, store=store, dest=bundle, tta=recipe if tta else None))
     print(f"{page}: {oof.patient.nunique()} patients out of fold; research use only")
     return _done(oof.patient.nunique()<len(store), strict)
+
+_store_or_table = ("give the folder of a store, whose patients are predicted out of fold, or --predictions TABLE with "
+    "the columns patient, label and prob; one of the two")
+
+def _evaluate_table(table, dest, bundle, model, clinical, seed, columns):
+    "Evaluate predictions of any making, and freeze their threshold where a folder for that is given"
+    preds = read_predictions(table, **columns)
+    good,name = check_predictions(preds.dropna()),model or "somebody's model"
+    page = predictions_report(preds, dest, Path(name).name, clinical=clinical, seed=seed)
+    print(show_results(results_table(good.assign(arch=Path(name).name)), ('loss','accuracy','auc')).to_string())
+    _print_findings(results_table(good))
+    if bundle is not None: print(freeze_predictions(good, bundle, name))
+    print(f"{page}: {len(good)} of {len(preds)} patients with a label and a probability; research use only")
+    return len(good)<len(preds)
 
 # %% ../nbs/90_cli.ipynb #19cffc22
 @_command
@@ -390,7 +443,7 @@ def mgmt_preregister(
 @_command
 def mgmt_external(
     bundle:Path, # Folder that `mgmt_evaluate --bundle` wrote
-    root:Path, # Folder of scans, or a store prepared by the bundle's recipe
+    root:_place()=None, # Folder of scans, or a store prepared by the bundle's recipe; none with --predictions
     dest:Path=None, # Folder for the signed result; the bundle's if not given
     labels:Path=None, # Label table, where the folder has none, or in place of what the store knows
     split:str=None, # `train` or `test`, of a competition folder
@@ -401,13 +454,38 @@ def mgmt_external(
     label_col:str=None, # Column of the label table that holds the labels; known names are found
     patient_col:str=None, # Column of the label table that says whose each id is, where a patient has several
     plan:Path=None, # Plan that `mgmt_preregister` wrote
+    predictions:Path=None, # Table of predictions of any making instead of scans: patient, label, prob
+    prob_col:str=None, # Its column of probabilities; known names are found
+    model:Path=None, # The file of the model that made them, to be compared with the one that was frozen
     strict:store_true=False, # Exit with 3, and not 0, where patients were left out
 ):
-    "Test a frozen bundle on patients from elsewhere, once; whatever would be chosen there was chosen before"
+    """Test a frozen bundle on patients from elsewhere, once; whatever would be chosen there was chosen before.
+
+    With --predictions no image is needed: what is frozen is a threshold and a model of any making."""
+    if (root is None)==(predictions is None): raise MGMTError(_scans_or_table)
     columns = dict(id_col=id_col, label_col=label_col)
+    if predictions is not None:
+        more = dict(leakage=leakage, plan=plan, model=model, prob_col=prob_col)
+        return _done(_say_test(_external_table(bundle, predictions, dest, **more, **columns)), strict)
     if (Path(root)/'store.json').exists(): cohort = _store(root, labels, **columns)
     else: cohort = _cohort(root, labels=labels, split=split, choices=choices, patient_col=patient_col, **columns)
     res = external_test(bundle, cohort, dest, leakage, override.split(',') if override else (), plan=plan)
+    return _done(_say_test(res), strict)
+
+_scans_or_table = ("give a folder of scans or a store, which the bundle's models predict, or --predictions TABLE with "
+    "the columns patient, label and prob; one of the two")
+
+def _external_table(bundle, table, dest, **kwargs):
+    "Test a table of predictions, and write its page"
+    res = external_predictions(bundle, table, dest, **kwargs)
+    columns = {k: kwargs[k] for k in ('id_col','label_col','prob_col')}
+    folder = Path(dest or bundle)/res['predictions']['file'].removesuffix('.csv')
+    frozen = FrozenPredictions(bundle)
+    print(predictions_report(read_predictions(table, **columns), folder, frozen.model, frozen.threshold, results=res))
+    return res
+
+def _say_test(res):
+    "Print what an external test found; were patients left out?"
     for part in ('all','without_suspected','without_uncertain'):
         if res[part] and 'why' in res[part]: print(f"{part}: {res[part]['why']}")
     table = external_table(res)
@@ -415,7 +493,7 @@ def mgmt_external(
     if len(table): _print_findings(table[table['set']=='external'], [res['threshold']])
     name,left_out = res['predictions']['file'].removesuffix('.csv'),len(res['cohort']['left_out'])
     print(f"{name}: {res['note']}; {left_out} patients left out; research use only")
-    return _done(left_out, strict)
+    return left_out>0
 
 def _result_line(r):
     "One row of an external test's table"
@@ -464,7 +542,7 @@ def mgmt_leakage(
     return int((table.verdict!='different').any() or len(table.attrs['report'])>0)
 
 # %% ../nbs/90_cli.ipynb #66829b58
-from .kaggle_build import LACKING, build_kaggle
+from .kaggle_build import LACKING, PYTHONS, build_kaggle
 
 _SEND = ('With the kaggle tool installed and its token in place, send them in this order (data sets: `version -m TEXT`'
     ' instead of `create` from the second time on; a kernel only after those it takes output from have finished):')
@@ -478,41 +556,115 @@ def mgmt_kaggle(
     weights:Path=None, # Folder that `mgmt_weights` wrote, to become a data set where it lies
     store:Path=None, # Folder that `mgmt_prepare` wrote, likewise
     tcga:Path=None, # Folder of TCGA scans and a label table, likewise
-    python:str='3.11', # Python version of Kaggle's image, for which wheels are downloaded
+    python:str=','.join(PYTHONS), # Python versions of Kaggle's images, joined by commas, for which there must be wheels
     lacking:str=','.join(LACKING), # What Kaggle's image lacks, joined by commas; 'none' for nothing
 ):
     "Build the data sets for running without internet, check the kernels, and print the commands that send them"
     extra = () if lacking=='none' else [o.strip() for o in lacking.split(',')]
-    commands = build_kaggle(dest, user, kernels, source, extra, python, weights=weights, store=store, tcga=tcga)
+    folders = dict(weights=weights, store=store, tcga=tcga)
+    commands = build_kaggle(dest, user, kernels, source, extra, python.split(','), **folders)
     print(f'{dest}: wheels and kernels, checked. {_SEND}')
     for o in commands: print(f'  {o}')
     return 0
 
+# %% ../nbs/90_cli.ipynb #19c00002
+from .experiment import QUICK, THESIS_ARCHS, quick_stores, run_thesis
+
+@_command
+def mgmt_thesis(
+    store:Path, # Folder that `mgmt_prepare` wrote of the training cohort, by the recipe
+    tcga_store:Path, # The same of the test cohort
+    dest:Path, # Folder for runs, bundles, tests, tables and the page thesis.html
+    recipe:str='published', # published, default or winner; or a YAML file
+    archs:str=','.join(THESIS_ARCHS), # Backbones, joined by commas
+    folds:int=5, # Folds, stratified by label; of the thesis' split, one part in so many
+    inner:int=5, # One part in `inner` of the training patients chooses epoch, temperature and threshold
+    epochs:int=None, # Passes over the patients, at most; the recipe's if not given
+    seed:int=0, # Of splits, orders and initial weights
+    weights:Path=None, # Folder that `mgmt_weights` wrote, where the recipe wants ImageNet's and there is no internet
+    override:str=None, # Differences of preparation to accept, joined by commas: space, spacing, skull
+    n_jobs:int=1, # Runs at once
+    scheduler:str=None, # Address of a dask scheduler, e.g. tcp://host:8786, to run on its workers
+    quick:store_true=False, # Try it: two folds of small volumes, of phantoms where a folder holds no store yet
+    strict:store_true=False, # Exit with 3, and not 0, where runs failed
+):
+    """Repeat the thesis' experiment: four architectures, each sequence and all at once, its split and folds, one test.
+
+    Run it again to finish after a stop; no test is made twice"""
+    keep_freed_memory()
+    chosen = {k:v for k,v in dict(epochs=epochs, pretrained=weights).items() if v is not None}
+    made = quick and not ((store/'store.json').exists() and (tcga_store/'store.json').exists())
+    phantoms = made or (Path(dest)/'phantoms').exists()
+    if quick: recipe = quick_stores(store, tcga_store, recipe)
+    if phantoms: (make_folder(dest)/'phantoms').touch()
+    where = dict(n_jobs=n_jobs, backend=None)
+    if scheduler:
+        from dask.distributed import Client
+        client,where = Client(scheduler),dict(n_jobs=-1, backend='dask')
+    settings = {**dict(n_folds=folds, inner=inner), **(QUICK if quick else {}), **where}
+    page = run_thesis(store, tcga_store, dest, get_recipe(recipe, **chosen), archs.split(','), seed=seed,
+        override=override.split(',') if override else (), real=not phantoms, **settings)
+    runs = pd.read_csv(page.parent/'runs.csv')
+    failed = runs[runs.error.notna()]
+    for r in failed.itertuples(): print(f'  {r.part}, {r.arch}, {r.sequences}: {r.error}')
+    print(f"{page}: {len(runs)-len(failed)} of {len(runs)} runs and tests; research use only")
+    return _done(len(failed), strict)
+
 # %% ../nbs/90_cli.ipynb #c1e6cc8b
+import torch
+from .phantom import draw_patients, render_patient
+
+class _Laps:
+    "Seconds since the start, step by step"
+    def __init__(self): self.start,self.of = time.perf_counter(),{}
+    def lap(self, name):
+        "Enter the seconds since the last step"
+        self.of[name] = time.perf_counter()-self.start-sum(self.of.values())
+    def __repr__(self):
+        steps = ', '.join(f'{k} {v:.0f}' for k,v in self.of.items())
+        return f'{steps}; {sum(self.of.values()):.0f} in all'
+
 @_command
 def mgmt_demo(
     dest:Path='demo', # Folder for the cohort, the store, the model and the figures
     auc:float=.95, # Best attainable AUC of the phantom; .5: the label is not in the images
     seed:int=0, # Of everything
     n:int=320, # Patients, a quarter of them held out
-    epochs:int=8, # Passes over the training patients
+    epochs:int=4, # Passes over the training patients
     strict:store_true=False, # Exit with 3, and not 0, where patients were left out
 ):
     "Phantom cohort, store, training, prediction of held-out patients, and its AUC beside the best attainable"
-    start,dest,sequences = time.perf_counter(),Path(dest)/f'auc{auc:g}-seed{seed}',('FLAIR','T1wCE')
-    make_phantom(dest/'cohort', n=n, auc=auc, seed=seed, test=1/4, slices=24, size=80, sequences=sequences)
+    laps,dest,sequences = _Laps(),Path(dest)/f'auc{auc:g}-seed{seed}',('FLAIR','T1wCE')
+    patients,scans = dict(n=n, auc=auc, seed=seed, test=1/4),dict(slices=24, size=80, sequences=sequences)
+    _show_both_classes(draw_patients(**patients), seed, scans, dest/'patients.png')
+    laps.lap('first pictures')
+    print(f"{dest}/patients.png: two patients of each class, after {laps.of['first pictures']:.0f} s")
+    make_phantom(dest/'cohort', **patients, **scans)
+    laps.lap('scans')
     mirrored = get_recipe('none', flip='w').room('augment')
-    recipe = get_recipe('default', size=(32,48,48), arch='resnet18', schedule='one_cycle', lr=2e-3, epochs=epochs,
+    network = dict(arch='timm/resnet10t', depth='separable_all') # small and split, as suits two cores
+    recipe = get_recipe('default', size=(32,48,48), **network, schedule='one_cycle', lr=2e-3, epochs=epochs,
         patience=epochs, **mirrored)
     store = prepare(kaggle_cohort(dest/'cohort'), dest/'store', sequences, recipe=recipe)
+    laps.lap('store')
     _train(store, dest, recipe, seed=seed)
+    laps.lap('training')
     preds = predict(dest/'model', kaggle_cohort(dest/'cohort','test'))
     write_csv(dest/'predictions.csv', preds)
+    laps.lap('prediction')
     _say_demo(dest, preds[preds.prob.notna()])
-    print(f"{dest}: model, predictions.csv, history.csv, batch.png, history.png, roc.png;"
-        f" {time.perf_counter()-start:.0f} s")
+    print(f"{dest}: model, predictions.csv, history.csv, patients.png, batch.png, history.png, roc.png")
+    print(f"seconds: {laps}")
     lost = _say_report(store.report, 'preparation')
     return _done(lost or preds.prob.isna().any(), strict)
+
+def _show_both_classes(patients, seed, scans, path):
+    "Draw two unmethylated and two methylated patients of the training set, as `make_phantom` will write them"
+    few = patients[patients.split=='train'].groupby('label').head(2).sort_values('label')
+    drawn = [render_patient(p, seed, **scans) for _,p in few.iterrows()]
+    volumes = [torch.stack([o[s][0].float()/o[s][0].max() for s in scans['sequences']]) for o in drawn]
+    axes = show_batch(TensorMR(torch.stack(volumes)), few.label.tolist(), None, sequences=scans['sequences'])
+    _save(axes.flat[0], path)
 
 def _say_demo(dest, preds):
     "The model's AUC on held-out phantoms beside the best attainable, printed and drawn"

@@ -18,6 +18,7 @@ from timm import layers as tl
 from timm.layers import adaptive_avgmax_pool as am, pool2d_same
 from timm.models import _efficientnet_blocks as eb, convnext, densenet, resnet, xception_aligned
 from timm.models.xception import Block as _XceptionBlock
+from torchvision.ops import StochasticDepth
 from .core import *
 from .operators import *
 
@@ -179,7 +180,7 @@ _counterparts = {
     eb.DepthwiseSeparableConv:_recast(_DepthwiseSeparable3d),
     eb.InvertedResidual:_recast(_InvertedResidual3d),
     convnext.ConvNeXtBlock:_recast(_ConvNeXtBlock3d)}
-_same_in_3d = (nn.Identity, nn.Dropout, nn.Linear, nn.Flatten, nn.GroupNorm, nn.LayerNorm, tl.DropPath)
+_same_in_3d = (nn.Identity, nn.Dropout, nn.Linear, nn.Flatten, nn.GroupNorm, nn.LayerNorm, tl.DropPath, StochasticDepth)
 _files = set('''torch.nn.modules.container torch.nn.modules.activation
     timm.layers.activations timm.layers.classifier timm.layers.conv_bn_act timm.layers.mlp
     timm.models.efficientnet timm.models._efficientnet_blocks timm.models.resnet timm.models.densenet
@@ -200,6 +201,7 @@ def plane_reductions(
     size:int=512, # Pixels of a side of the image that is passed through
 ) -> dict: # Module with a stride -> how many times smaller its input is than the image; None -> the most
     "By how much the plane is reduced before each strided module, in powers of two. Raises `MGMTError` if nothing runs."
+    _refuse_transformer(model2d)
     meta,res = copy.deepcopy(model2d).to('meta').eval(),{None:1}
     def power(x):
         if x.ndim!=4 or x.shape[-1]<=1: return 1
@@ -214,6 +216,18 @@ def plane_reductions(
     except (RuntimeError, AssertionError) as e: # a classifier for one image size, after all convolutions, does no harm
         if len(res)==1: raise _cannot_run(model2d, in_chans, size, e) from e
     return res
+
+_positions = ('pos_embed','pos_embedding','position_embedding','position_embeddings','absolute_pos_embed',
+    'relative_position_bias_table','rel_pos_bias_table')
+
+def _refuse_transformer(model):
+    "Weights that belong to places of the plane have no depth"
+    found = [(n,tuple(p.shape)) for n,p in model.named_parameters() if n.split('.')[-1] in _positions]
+    if found: raise _is_transformer(model, *found[0])
+
+def _is_transformer(model, name, shape):
+    return MGMTError(f"{type(model).__name__} is a transformer: {name!r} {shape} numbers the patches of an image, and "
+        "what it learned of a plane says nothing of depth. Take a convolutional network, or train a 3D transformer")
 
 def _cannot_run(model, in_chans, size, e):
     return MGMTError(f"the 2D network {type(model).__name__} cannot be run on 1x{in_chans}x{size}x{size}: {e}")

@@ -11,8 +11,8 @@ __all__ = ['SEQUENCES', 'MGMTError', 'unknown_name', 'check_sequences', 'Volume'
            'Recipe', 'get_recipe', 'save_recipe', 'read_recipe', 'follow_recipe']
 
 # %% ../nbs/00_core.ipynb #3cf4ead2
-import ctypes, difflib, hashlib, io, json, math, numbers, os, platform, re, reprlib, shutil, signal, stat, sys, tempfile
-import threading, time, traceback, warnings, zlib
+import ctypes, difflib, gzip, hashlib, io, json, math, numbers, os, platform, re, reprlib, shutil, signal, stat, sys
+import tempfile, threading, time, traceback, warnings, zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +43,9 @@ def unknown_name(
 ) -> MGMTError: # Ready to be raised
     "An error for a name that does not exist, with the near matches."
     known = [str(o) for o in known]
-    near = difflib.get_close_matches(str(name), known, n=3) if isinstance(name, str) and len(name)<200 else []
+    short = str(name).lower() if isinstance(name, str) and len(name)<200 else ''
+    near = difflib.get_close_matches(short, [o.lower() for o in known], n=3)
+    near = [o for o in known if o.lower() in near]
     hint = f"did you mean {' or '.join(map(repr,near))}?" if near else f"known: {', '.join(known)}"
     return MGMTError(f"no {kind} is called {reprlib.repr(name)}: {hint}")
 
@@ -380,6 +382,42 @@ def _runs(pid):
     except OSError: return False
     return True
 
+# %% ../nbs/00_core.ipynb #a3ec0d70
+@patch
+def save(
+    self:Volume,
+    path:str|Path, # NIfTI file to write: `.nii` or `.nii.gz`
+) -> Path: # `path`
+    """Write NIfTI with the affine, whole or not at all; `read_volume` and nibabel read the same voxels at the same mm.
+
+    Of types that NIfTI lacks or few programs read, bool becomes uint8, half precision float32, int64 int32.
+    Raises `MGMTError` on another suffix, and on integers that need 64 bits."""
+    path = Path(path)
+    if not path.name.lower().endswith(('.nii','.nii.gz')): raise MGMTError(_no_nifti_name(path))
+    x = _for_nifti(_plain(self).detach().cpu())
+    img = nib.Nifti1Image(x.numpy().transpose(2,1,0), self.affine[:,[2,1,0,3]])
+    img.set_sform(img.affine, code='scanner')
+    img.header.set_dim_info(slice=2)
+    img.header.set_xyzt_units('mm')
+    data = img.to_bytes()
+    if path.name.lower().endswith('.gz'): data = gzip.compress(data, mtime=0)
+    with atomic_path(path) as tmp: tmp.write_bytes(data)
+    return path
+
+def _for_nifti(x):
+    "A tensor in a type that any program reads"
+    wide = {torch.bool:torch.uint8, torch.float16:torch.float32, torch.bfloat16:torch.float32, torch.int64:torch.int32}
+    to = wide.get(x.dtype, x.dtype)
+    if x.dtype==torch.int64 and (x!=x.to(to)).any(): raise MGMTError(_too_large_for_nifti(x))
+    return x.to(to)
+
+def _no_nifti_name(path):
+    return f"a volume is saved as NIfTI, in a file that ends in .nii or .nii.gz; received {path.name!r}"
+
+def _too_large_for_nifti(x):
+    return (f"integers from {x.min()} to {x.max()} need 64 bits, which few programs read in NIfTI: save the volume as "
+        "float, e.g. `vol.double().save(path)`")
+
 # %% ../nbs/00_core.ipynb #eec4be1f
 def parse_json(
     text:str|bytes, # One value
@@ -689,19 +727,21 @@ def path(cls:Allowed) -> Allowed:
 # %% ../nbs/00_core.ipynb #3572c940
 _choices = {}
 _anything = Allowed('anything', lambda v: tuple(v) if isinstance(v, list) else v)
+_must_be_there = object()
 
 def choice(
     room:str, # Room (module) that the choice belongs to
     name:str, # Unique among all rooms, since choices are overridden by name
     doc:str, # What it decides, with its unit
     allowed:Allowed=_anything, # The values that it takes
+    without:object=_must_be_there, # Its value in what was written before there was this choice
     **values, # One value for each recipe: `default=...`, `published=...`
 ):
     "Register a choice that recipes make. A room does not support a recipe that it leaves out, and says so when asked."
     owner = _choices[name].room if name in _choices else room
     if owner!=room:
         raise MGMTError(f"choice {name!r} belongs to room {owner!r} already; choose another name in {room!r}")
-    _choices[name] = NS(room=room, doc=doc, allowed=allowed, values={})
+    _choices[name] = NS(room=room, doc=doc, allowed=allowed, values={}, without=without)
     for k,v in values.items(): _choices[name].values[k] = check_choice(name, v)
 
 # %% ../nbs/00_core.ipynb #8d714f53
@@ -803,19 +843,23 @@ def to_json(
 def from_json(cls:Recipe,
     d:dict, # As `to_json` gives it
 ) -> Recipe:
-    """The recipe that was written.
+    """The recipe that was written. A choice that did not exist yet, in a room whose others are there, is as it was then.
 
     What steers a preparation or an augmentation is checked as if it was given; raises `MGMTError` where it cannot be.
     Of a training it may say what no recipe asks for, such as 'by hand'."""
     if not isinstance(d, dict) or not isinstance(d.get('name'), str) or not isinstance(d.get('choices'), dict):
         raise MGMTError('what was written is no recipe: it has a name and choices; was the file changed?')
-    return cls(d['name'], {k: _as_written(k, v) for k,v in d['choices'].items()})
+    written = {k: _as_written(k, v) for k,v in d['choices'].items()}
+    rooms = {_choices[k].room for k in written if k in _choices}
+    newer = [k for k in choice_names(*rooms) if k not in written] if rooms else []
+    then = {k: _choices[k].without for k in newer if _choices[k].without is not _must_be_there}
+    return cls(d['name'], {**then, **written})
 
 def _as_written(name, value):
     "The value of a choice that a file gives"
     known = _choices.get(name)
     if known and known.room in ('prepare','augment','loader'): return check_choice(name, value)
-    if isinstance(value, (str,int,float,list,type(None))) and len(str(value))<1000: return value
+    if isinstance(value, (str,int,float,list,tuple,type(None))) and len(str(value))<1000: return value
     raise MGMTError(f"{name} cannot be {reprlib.repr(value)}, as the file says: was it changed?")
 
 # %% ../nbs/00_core.ipynb #4076a3e3

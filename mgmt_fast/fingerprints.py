@@ -20,7 +20,7 @@ from scipy.spatial.transform import Rotation
 
 from .core import *
 from .series import SeriesError, read_sequence, find_stacks
-from .grids import resample
+from .grids import BRAIN_EXTENT, CANONICAL, resample
 from .prepare import VolumeStore
 from .register import *
 from .runs import key_digest, volume_key
@@ -182,10 +182,18 @@ class ScanSet:
         i:int, # Which patient
         seq:str, # Which sequence
     ) -> tuple: # `Volume` (D,H,W), the hash of its voxels, hashes of its UIDs
-        "Read a volume. Raises `SeriesError`, without the path, if that is not possible."
-        if self.store: vol,uids = self.data.volume(self.patients[i], seq),[]
+        """Read a volume. Raises `SeriesError`, without the path, if that is not possible.
+
+        Of a store that was prepared slice by slice nobody knows millimetres: a brain of usual size fills the box."""
+        if self.store: vol,uids = self._prepared(self.patients[i], seq),[]
         else: vol,uids = _read_hashed(self.table.iloc[i], seq)
         return vol,voxel_hash(vol.numpy()),uids
+
+    def _prepared(self, patient, seq):
+        vol,affine = self.data.volume(patient, seq),np.eye(4)
+        if self.data.meta[patient]['affine'] is not None: return vol
+        affine[:3,:3] = CANONICAL*BRAIN_EXTENT/np.array(vol.shape)
+        return Volume(vol, affine=affine)
 
 def _read_hashed(row, seq):
     "A cohort's volume, and hashes of its UIDs"

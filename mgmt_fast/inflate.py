@@ -58,10 +58,11 @@ def inflate_weights(
     if mode not in _modes: raise unknown_name('inflation mode', mode, _modes)
     _check_state(state)
     target,new,rows = model3d.state_dict(),{},[]
-    depths = depth_profiles(model3d)
+    depths,stem = depth_profiles(model3d),next((k for k,t in target.items() if k in state and t.ndim in (4,5)), None)
     for k,t in target.items():
-        if k in state: action,reason,new[k] = _fit(state[k], t, mode)
+        if k in state: action,reason,new[k] = _fit(state[k], t, mode, k==stem)
         elif k in depths: action,reason,new[k] = 'set',f'depth profile {mode!r}',_profile(t.shape[1], mode).expand_as(t)
+        elif k.endswith('num_batches_tracked'): action,reason,new[k] = 'set','older files do not count batches',t*0
         else: action,reason = 'missing','not among the 2D weights'
         rows.append((k, action, reason, tuple(state[k].shape) if k in state else None, tuple(t.shape)))
     for k,v in state.items():
@@ -87,15 +88,15 @@ def _not_a_tensor(k, v):
     why = "is it a checkpoint that has the state dict under one of its keys?"
     return MGMTError(f"a state dict maps names to tensors; {k!r} holds {type(v).__name__}: {why}")
 
-def _fit(w, t, mode):
+def _fit(w, t, mode, stem=True):
     "How a 2D tensor gets into the shape of a 3D one: (action, reason, tensor)"
     if t.is_floating_point() and not w.is_floating_point(): return 'wrong',f'holds {w.dtype}, not floating point',None
     action,notes = 'copied',[] if w.dtype==t.dtype else [f'{w.dtype} to {t.dtype}'.replace('torch.','')]
     w = w.to(t.dtype)
-    if _adaptable(w, t):
+    if stem and _adaptable(w, t):
         n,action = t.shape[1],'adapted'
+        notes.insert(0, f"{'RGB summed' if w.shape[1]==3 else 'grey shared'}, to {n} channel{'s'*(n>1)}")
         w = (w.sum(1, keepdim=True)/n).expand(-1,n,-1,-1)
-        notes.insert(0, f"RGB summed, to {n} channel{'s'*(n>1)}")
     if _inflatable(w, t, mode):
         w = inflate_kernel(w, t.shape[2], mode)
         if action=='copied': action = 'inflated'
@@ -103,8 +104,9 @@ def _fit(w, t, mode):
     return action,', '.join(notes),w
 
 def _adaptable(w, t):
-    "Is this a kernel for RGB where another number of channels is wanted?"
-    return w.ndim==4 and t.ndim in (4,5) and w.shape[0]==t.shape[0] and w.shape[1]==3!=t.shape[1]
+    "Is this a kernel for RGB, or for grey, where another number of channels is wanted?"
+    if w.ndim!=4 or t.ndim not in (4,5) or w.shape[0]!=t.shape[0]: return False
+    return w.shape[1] in (1,3) and w.shape[1]!=t.shape[1]
 
 def _inflatable(w, t, mode):
     "Is this a 2D kernel where a 3D one is wanted?"
@@ -183,10 +185,13 @@ class _Witness:
             return (self.last if self.wrong is None else self.wrong),e
         return self.wrong,None
 
-    def _keep(self, name, m, i, o): self.seen[name] = o
+    def _keep(self, name, m, i, o):
+        "A copy of each answer, because the next module may work in place; one module may be asked several times"
+        self.seen.setdefault(name, []).append(o.clone() if torch.is_tensor(o) else o)
     def _enter(self, name, m, i): self.last = name
     def _check(self, name, m, i, o):
-        a = self.seen.get(name)
+        calls = self.seen.get(name)
+        a = calls.pop(0) if calls else None
         if self.wrong is None and torch.is_tensor(a) and torch.is_tensor(o) and not _agree(a, o): self.wrong = name
 
 def _agree(a, b):

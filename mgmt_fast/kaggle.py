@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['COMPETITION', 'DATASETS', 'KaggleError', 'kaggle_root', 'on_kaggle', 'find_input', 'competition_folder',
-           'working_folder', 'store_gb', 'kaggle_data', 'find_weights', 'find_store', 'carry_on', 'Clock',
-           'train_bundles', 'find_bundles', 'phantom_bundles', 'refuse_unprepared', 'make_tcga_phantom', 'find_tcga',
-           'make_submission', 'predict_submission']
+           'working_folder', 'store_gb', 'kaggle_data', 'find_weights', 'find_store', 'carry_on', 'train_bundles',
+           'find_bundles', 'phantom_bundles', 'refuse_unprepared', 'make_tcga_phantom', 'find_tcga', 'make_submission',
+           'predict_submission']
 
 # %% ../nbs/80_kaggle.ipynb #3b328e50
-import os, shutil, time
+import os, shutil
 from collections import Counter
 from pathlib import Path
 
@@ -26,7 +26,8 @@ from .clinical import id_key, read_labels
 from .cohort import kaggle_cohort, tcga_cohort
 from .phantom import draw_patients, make_phantom, render_patient
 from .prepare import VolumeStore, prepare
-from .backbones import ARCHS
+from .backbones import weights_file
+from .callbacks import Clock, OutOfTime
 from .learner import load_model
 from .evaluate import cross_validate, log_odds
 from .bundle import Bundle, cv_models, freeze_bundle
@@ -145,9 +146,9 @@ def find_weights(
     if folder is None:
         print(f"no 2D weights attached ({DATASETS['weights']}): {arch} starts from random ones")
         return False
-    have = sorted(p.stem for p in folder.iterdir() if p.suffix in ('.safetensors','.pth','.pt'))
-    if not {arch,ARCHS.get(arch, arch)}&set(have): raise KaggleError(_other_weights(folder, have, arch))
-    return folder
+    if weights_file(folder, arch) is not None: return folder
+    have = sorted(p.stem for p in folder.iterdir() if p.suffix in ('.safetensors','.pth','.pt','.bin'))
+    raise KaggleError(_other_weights(folder, have, arch))
 
 def _other_weights(folder, have, arch):
     return (f"{folder} has weights of {', '.join(have) or 'nothing'}, not of {arch!r}: train one of these, or where "
@@ -188,15 +189,6 @@ def _copy_whole(source, dest, part):
     for p in (part,*part.rglob('*')): p.chmod(0o755 if p.is_dir() else 0o644)
     part.rename(dest)
 
-# %% ../nbs/80_kaggle.ipynb #a7fc01bb
-class Clock:
-    "`left`: hours until a session should end by itself; Kaggle stops it at twelve"
-    def __init__(self,
-        hours:float=11., # From now
-    ): self.end = time.monotonic()+3600*hours
-    @property
-    def left(self): return (self.end-time.monotonic())/3600
-
 # %% ../nbs/80_kaggle.ipynb #ab79e5bd
 def train_bundles(
     store:VolumeStore, # Prepared cohort with labels
@@ -204,20 +196,18 @@ def train_bundles(
     cells:list|tuple, # Channels of each model, one tuple of sequences per model
     clock:Clock=None, # When to stop; None for never
     **kwargs, # For `cross_validate`: `archs`, `recipe`, `n_folds`, ...
-) -> pd.DataFrame: # Out-of-fold predictions of the models that are done, as `cross_validate` returns them
+) -> pd.DataFrame: # Out-of-fold predictions of the models that are done, as `cross_validate` returns them; or None
     """Cross-validate and freeze one model after the other, as long as there is time; what an earlier call finished is
-    used.
+    used, and a training that it stopped goes on.
 
     Raises `KaggleError` where a bundle of other models lies in the way."""
-    dest,took,oof = Path(dest),0.,None
+    dest,oof = Path(dest),None
     for i,cell in enumerate(cells):
         name = '+'.join(cell)
-        if clock is not None and i and clock.left<1.2*took:
-            print(_out_of_time(clock, took, name))
+        try: oof = cross_validate(store, dest/'cv', sequences=list(cells[:i+1]), clock=clock, **kwargs)
+        except OutOfTime as e:
+            print(f"{name}: {e}. Attach this kernel's output to itself and run it again: it goes on from there")
             break
-        start = time.monotonic()
-        oof = cross_validate(store, dest/'cv', sequences=list(cells[:i+1]), **kwargs)
-        took = max(took, (time.monotonic()-start)/3600)
         _freeze_once(store, cv_models(dest/'cv', sequences=name), dest/'bundles'/name)
     return oof
 
@@ -227,9 +217,6 @@ def _freeze_once(store, of, dest):
     there = [m.get('key') for m in Bundle(dest).models]
     if there!=[load_model(p).trained['key'] for p in of['models']]: raise KaggleError(_other_bundle(dest))
 
-def _out_of_time(clock, took, name):
-    return (f"{max(clock.left,0):.1f} hours left, a model takes {took:.1f}: stopped before {name}. "
-        "Attach this kernel's output to itself and run it again: it goes on from there")
 
 def _other_bundle(dest):
     return f"{dest} holds a bundle of other models than those that were just trained: delete it, or give another folder"
@@ -277,7 +264,7 @@ def phantom_bundles(
     print('PHANTOM: the output of mgmt-fast-train is not attached; small models of a phantom stand in for its')
     make_phantom(work/'phantom', **{'progress':False, **phantom})
     sequences = uniqueify(s for c in cells for s in c)
-    store = prepare(kaggle_cohort(work/'phantom'), work/'store', sequences, size=(8,32,32), progress=False)
+    store = prepare(kaggle_cohort(work/'phantom'), work/'store', sequences, size=(16,32,32), progress=False)
     quick = dict(archs='efficientnet_b0', recipe=get_recipe('default', epochs=1, lr=1e-3), n_folds=2, inner=2)
     train_bundles(store, work/'train', cells, progress=False, **quick)
     return find_bundles(work/'train/bundles')
@@ -389,10 +376,10 @@ def _no_label_table(root):
 
 # %% ../nbs/80_kaggle.ipynb #967a1a5a
 def make_submission(
-    preds:pd.DataFrame, # patient, prob (missing where there is none), note
+    preds:pd.DataFrame, # patient, prob (missing where there is none), note (on what their prediction lacks)
     sample:str|Path, # Path of `sample_submission.csv`
     prevalence:float, # Share of methylated patients in training, for those without a prediction
-) -> tuple: # The submission; DataFrame (patient, why) of those who got the prevalence
+) -> tuple: # The submission; DataFrame (patient, got, why) of those who got the prevalence, or whose note says more
     """Bring predictions to the ids, order and columns of the sample.
 
     Raises `KaggleError` on a sample without its two columns, or a prevalence that is no share."""
@@ -403,8 +390,10 @@ def make_submission(
     of = preds.assign(key=preds.patient.map(id_key)).drop_duplicates('key').set_index('key')
     key = want[id_col].map(id_key)
     prob = key.map(of.prob)
-    why = key.map(of.note).fillna('no scans in the test folder').replace('', 'no prediction')
-    log = pd.DataFrame(dict(patient=want[id_col], why=why))[prob.isna()].reset_index(drop=True)
+    note = key.map(of.note).fillna('no scans in the test folder')
+    got = np.where(prob.isna(), 'prevalence', 'prediction')
+    log = pd.DataFrame(dict(patient=want[id_col], got=got, why=note.where(note!='', 'no prediction')))
+    log = log[prob.isna() | (note!='')].reset_index(drop=True)
     return want.assign(**{prob_col: prob.fillna(prevalence)}),log
 
 def _no_sample(path, table):
@@ -429,9 +418,20 @@ def predict_submission(
     zs = np.stack([log_odds(b.predict(o, progress=progress).prob) for b,o in zip(bs, stores)])
     n = np.isfinite(zs).sum(0)
     z = np.where(n>0, np.nansum(zs, 0)/np.maximum(n,1), np.nan)
-    table,report = stores[0].table,stores[0].report
-    why = (report.sequence+': '+report.what).groupby(report.patient).agg('; '.join)
-    return pd.DataFrame(dict(patient=table.patient, prob=expit(z), note=table.patient.map(why).fillna('')))
+    table = stores[0].table
+    why = table.patient.map(_reasons(stores)).fillna('')
+    note = [_lacking(k, len(bs), o) for k,o in zip(n, why)]
+    return pd.DataFrame(dict(patient=table.patient, prob=expit(z), note=note))
+
+def _reasons(stores):
+    "What preparation reported of each patient, joined"
+    report = pd.concat([o.report for o in stores]).drop_duplicates(['patient','sequence','what'])
+    return (report.sequence+': '+report.what).groupby(report.patient).agg('; '.join)
+
+def _lacking(n, wanted, why):
+    "What a prediction lacks that only some of the models could make"
+    if n==wanted: return ''
+    return '; '.join(o for o in (f'{n} of {wanted} models could predict' if n else '', why) if o)
 
 def _nobody_scanned(cohort): return pd.DataFrame(dict(patient=cohort.patient, prob=np.nan, note='no scans'))
 

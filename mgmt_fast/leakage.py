@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastcore.all import *
 from PIL import Image
 from scipy import stats
+from scipy.ndimage import zoom
 from scipy.signal import correlate
 from sklearn.metrics import mutual_info_score
 
@@ -23,7 +24,6 @@ from .pages import Markup, fill_page, picture_tag, write_csv
 from .processes import working_in
 from .moves import moved_from
 from .clinical import id_key, patient_key, read_table
-from .grids import resize
 from .prepare import VolumeStore
 from .register import *
 from .fingerprints import PERTURBATIONS, draw_perturbation, in_parallel, perturb
@@ -39,16 +39,19 @@ choice('leakage', 'published_alarm', "when the thesis' check reports a pair: 'te
 # %% ../nbs/63_leakage.ipynb #8b2e42a6
 def published_similarity(
     a:np.ndarray, # (D,H,W)
-    b:np.ndarray, # (D,H,W); resized to the shape of `a` if it has another
+    b:np.ndarray, # (D,H,W); resized by cubic splines to the shape of `a` if it has another
 ) -> NS: # `xcorr` and `mi`, see below
     """The similarity that the thesis computed for a pair: background included, and unbounded.
 
     `xcorr` is the largest value of the full normalised cross-correlation of the flattened arrays, `mi` the mutual
-    information of the raw values in nats."""
-    if a.shape!=b.shape: b = resize(torch.from_numpy(np.array(b)), a.shape).numpy().round()
-    x,y = (_standardised(np.asarray(o, float).ravel()) for o in (a,b))
+    information in nats, where every value that differs, however little, is a class of its own."""
+    a,b = (np.asarray(o, float) for o in (a,b))
+    if a.shape!=b.shape: b = zoom(b, np.divide(a.shape, b.shape))
+    x,y = (_standardised(o.ravel()) for o in (a,b))
     xcorr = correlate(x, y).max()/np.sqrt((x@x)*(y@y))
-    return NS(xcorr=float(xcorr), mi=float(mutual_info_score(a.ravel(), b.ravel())))
+    return NS(xcorr=float(xcorr), mi=float(mutual_info_score(_classes(a), _classes(b))))
+
+def _classes(x): return np.unique(x, return_inverse=True)[1].ravel()
 
 def _standardised(x): return (x-x.mean())/max(x.std(), 1e-9)
 

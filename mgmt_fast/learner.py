@@ -11,7 +11,7 @@ __all__ = ['READ_BACK', 'model_kinds', 'save_mgmt', 'load_mgmt', 'body_and_head'
 import contextlib, copy, hashlib, importlib, json, math, os
 from collections import deque
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import numpy as np, pandas as pd, torch
 import safetensors.torch as st
@@ -33,9 +33,9 @@ from .clinical import id_key
 from .records import log_prediction
 from .prepare import PREPARATION, VolumeStore, prepare_patient
 from .runs import key_digest, run_key
-from .loader import LABELS, StoreDataLoaders, ToUnit, mgmt_dls
+from .loader import LABELS, StoreDL, StoreDataLoaders, ToUnit, check_prepared, mgmt_dls
 from .augment import mgmt_augs
-from .backbones import read_weights
+from .backbones import Standardize, read_weights, rescales_inside
 from .seen import SeenVolumes
 from .networks import PairLoss, Prototypes, create_network
 from .callbacks import *
@@ -50,11 +50,16 @@ choice('learner', 'network', "'3d'; '2d': slices as channels of a 2D network; 's
     Allowed.one_of('3d','2d','siamese'), default='3d', published='3d', winner='3d')
 choice('learner', 'anisotropic', 'halvings, counted from the input, that spare the depth; None: as few as the prepared '
     'depth demands', Allowed.one_of(None)|Allowed.whole(0), default=None, published=None, winner=None)
-choice('learner', 'double_rescale', 'divide intensities by 255 once more, before the network standardizes them',
+choice('learner', 'double_rescale', 'divide intensities by 255 once more, before they are standardized, where the '
+    "network is an EfficientNet: others have no layer for it in the thesis' libraries",
     Allowed.one_of(True,False), default=False, published=True, winner=False)
 choice('learner', 'summed_batches', 'batches whose gradients are summed before a step, what is left going into the '
     'next epoch; 1: none (the thesis does not give its number: '
     'ours)', Allowed.whole(1), default=1, published=1, winner=1)
+_adam_doc = ("Adam's second moment and eps: 'fastai' (.99, 1e-5), 'torch' (.999, 1e-8), or 'keras' (.999, 1e-7, added "
+    'before the correction of its start)')
+choice('learner', 'adam', _adam_doc, Allowed.one_of('fastai','torch','keras'), without='fastai',
+    default='fastai', published='keras', winner='torch')
 choice('learner', 'lr', 'learning rate of Adam', Allowed.number(0), default=1e-3, published=1e-4, winner=1e-4)
 choice('learner', 'wd', 'weight decay, decoupled', Allowed.number(0), default=0., published=0., winner=0.)
 choice('learner', 'l2', 'times half the sum of squares of what trains, added to the loss', Allowed.number(0),
@@ -120,13 +125,24 @@ class MGMTLearner(Learner):
         super().__init__(*args, **kwargs)
         self.fits = [] # one row per training that was started: epochs, lr, schedule
 
-    def validate(self,
-        *args, # Of fastai's `validate`
-        **kwargs, # Of fastai's `validate`
-    ) -> list: # Loss and metrics
-        "As fastai's, without an entry into the history or the best epoch's choice"
+    @contextmanager
+    def unwatched(self): # A context
+        "Whatever is computed meanwhile is no part of the training: not of its history, nor of the best epoch's choice"
         watching = [c for c in self.cbs if isinstance(c, (TrackerCallback,HistoryLogger))]
-        with self.removed_cbs(watching): return super().validate(*args, **kwargs)
+        recorder = getattr(self, 'recorder', None)
+        known = {k: getattr(recorder, k, []) for k in ('lrs','iters','losses','values')}
+        with self.removed_cbs(watching):
+            try: yield
+            finally:
+                if recorder is not None: vars(recorder).update(known)
+
+    def validation_context(self,
+        cbs:list=None, # More callbacks meanwhile
+        inner:bool=False, # Within a training, or a context of this kind?
+    ) -> ContextManagers:
+        "As fastai's, for `validate`, `get_preds` and all that call them; the training's account stays as it is"
+        context = super().validation_context(cbs, inner)
+        return context if inner else ContextManagers([self.unwatched(), context])
 
     def fit(self,
         n_epoch:int, # Passes over the training patients
@@ -158,6 +174,34 @@ class MGMTLearner(Learner):
             else: self.opt.load_state_dict(opt)
             raise
 
+    def show_results(self,
+        ds_idx:int=1, # Loader of `dls`: 0 that of training, 1 that of validation
+        dl:StoreDL=None, # Another loader
+        max_n:int=4, # Patients, at most
+        shuffle:bool=True, # Any patients, or the first ones?
+        **kwargs, # For `show_montages`
+    ):
+        "Montages of some patients, with label and probability"
+        if dl is None: dl = self.dls[ds_idx].new(shuffle=shuffle)
+        b = dl.one_batch()
+        probs,_ = self.get_preds(dl=[b])
+        dl.show_results(b, probs, max_n=max_n, **kwargs)
+
+    def tta(self,
+        ds_idx:int=1, # Loader of `dls`: 0 that of training, 1 that of validation
+        dl:StoreDL=None, # Another loader
+        n:int=4, # Augmented copies of each patient
+        **kwargs, # For fastai's `tta`: `beta`, `use_max`
+    ) -> tuple: # Probabilities and labels
+        "As fastai's, with draws of training's augmentation; `tta` in `augment` has views that are not drawn"
+        if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False)
+        dl = dl.new(after_batch=copy.deepcopy(self.dls.train.after_batch))
+        with self.unwatched(): return super().tta(dl=dl, n=n, **kwargs)
+
+    def export(self, *args, **kwargs): raise MGMTError(_not_exported)
+    def to_channelslast(self, *args, **kwargs): raise MGMTError(_channels_are_last)
+    def to_non_native_fp16(self, *args, **kwargs): raise MGMTError(_not_in_halves)
+
     def unfreeze(self):
         super().unfreeze()
         if getattr(self.model, 'norms', 'batch')!='frozen': self.model.frozen_norms = []
@@ -183,6 +227,14 @@ class MGMTLearner(Learner):
 def _held(path):
     "The first of several processes holds the folder for all"
     return contextlib.nullcontext() if rank_distrib() else working_in(path)
+
+_not_exported = ("a learner is not pickled, because unpickling a file can run any code: use save_model(learn, path), "
+    "which keeps all that a prediction needs, and load_model(path)")
+_channels_are_last = ("fastai's channels_last is for images, with 4 axes; the backbones lay out volumes with their "
+    "channels innermost by themselves. Use precision='bf16' in the recipe, or to_bf16()")
+
+_not_in_halves = ("the weights stay in float32, and what is computed in half precision is torch's choice: use "
+    "precision='bf16' in the recipe, or to_bf16()")
 
 _by_hand = ("schedule 'own' is that of a training that was started by hand, and cannot be repeated from the recipe: "
     "choose 'one_cycle', 'flat' or 'steps'")
@@ -292,7 +344,7 @@ def _make_model(r, dls, seed, **kwargs):
     spared = kwargs.pop('anisotropic', r.anisotropic)
     model = _fitting_network(r, seed, spared, network=r.network, arch=r.arch, in_chans=len(dls.sequences), **kwargs)
     model.rescaled,model.pretrained = r.double_rescale,r.pretrained
-    if r.double_rescale: _rescale_again(model)
+    if r.double_rescale and rescales_inside(model.arch): _rescale_again(model)
     return set_norms(model, r.norms)
 
 def _fitting_network(r, seed, spared, **kwargs):
@@ -307,9 +359,10 @@ def _fitting_network(r, seed, spared, **kwargs):
 
 def _rescale_again(model):
     "Standardize as if intensities were divided by 255 once more"
+    inside = isinstance(model.body.inside, Standardize)
     for k in ('mean','std'):
-        getattr(model.standardize, k).mul_(255)
-        model.config[k] *= 255
+        getattr(model.body.inside if inside else model.standardize, k).mul_(255)
+        if not inside: model.config[k] *= 255
 
 def _watchers(r):
     "What follows a training, by recipe"
@@ -345,6 +398,13 @@ def _accumulated(learn):
 def _computed_in(learn):
     cb = _cb(learn, MixedPrecision)
     return 'float32' if cb is None else cb.amp_mode.value
+
+def _adam_of(learn):
+    "Whose Adam it is; another optimiser's own name"
+    f = learn.opt_func
+    own = f.keywords if isinstance(f, partial) else {}
+    if getattr(f, 'func', f) is not FusedAdam: return getattr(f, '__name__', 'own')
+    return next((k for k,v in _adams.items() if v==own), 'own')
 
 def _mixed(learn):
     cb = _cb(learn, MixUp)
@@ -391,6 +451,12 @@ READ_BACK = { # choice: where it is read, and how
     'stem': ('model.config', _of_config('stem')),
     'freeze': ('model.config, requires_grad', _frozen),
     'pretrained': ('model.pretrained', _of_model('pretrained')),
+    'depth': ('model.config', _of_config('depth')),
+    'depth_padding': ('model.config', _of_config('depth_padding')),
+    'standardize': ('model.config', _of_config('standardize')),
+    'init': ('model.config', _of_config('init')),
+    'batch_norm': ('model.config', _of_config('batch_norm')),
+    'adam': ('opt_func', _adam_of),
     'double_rescale': ('model.rescaled', _of_model('rescaled')),
     'norms': ('model.norms', _of_model('norms')),
     'summed_batches': ('SummedGradients', _of(SummedGradients, 'n', 1)),
@@ -446,7 +512,7 @@ def mgmt_learner(
     _check_labels(dls)
     rest = {k:v for k,v in asked.items() if k!='arch' and (v is None or k not in names)}
     model = _make_model(r, dls, seed, **rest)
-    settings = dict(opt_func=FusedAdam, lr=r.lr, wd=r.wd, splitter=body_and_head)
+    settings = dict(opt_func=_adam(r.adam), lr=r.lr, wd=r.wd, splitter=body_and_head)
     metrics = [AUC(), partialler(accuracy_multi, thresh=.5, sigmoid=True)]
     learn = MGMTLearner(dls, model, loss_func=_loss_of(r, dls, model), path=make_folder(path), cbs=_watchers(r)+L(cbs),
         metrics=metrics, **{**settings, **kwargs})
@@ -454,6 +520,10 @@ def mgmt_learner(
     learn.recipe = recipe_that_ran(learn)
     if r.name=='published': print(_with_faults(r))
     return learn
+
+_adams = dict(fastai={}, torch=dict(sqr_mom=.999, eps=1e-8), keras=dict(sqr_mom=.999, eps=1e-7, keras=True))
+
+def _adam(name): return partial(FusedAdam, **_adams[name]) if _adams[name] else FusedAdam
 
 def _with_faults(r):
     on = ', '.join(faults(r).query('on').choice)
@@ -475,8 +545,10 @@ def recipe_dls(
     r = follow_recipe(store.recipe, recipe)
     if augs is None: augs = mgmt_augs(r, seed=seed, spacing=store.spacing)
     if sequences is None: sequences = r.sequences
-    settings = dict(bs=r.bs, seed=seed, augs=augs, shuffle=r.shuffle, drop_last=r.drop_last, recipe=r)
+    order = 'shuffle' if r.network!='2d' or r.shuffle_2d is None else 'shuffle_2d'
+    settings = dict(bs=r.bs, seed=seed, augs=augs, shuffle=r[order], drop_last=r.drop_last, recipe=r)
     dls = mgmt_dls(store, sequences, **settings, **kwargs)
+    dls.shuffled_by = order
     if not len(dls.train): raise MGMTError(_no_batch(len(dls.train.dataset), r))
     return dls
 
@@ -689,15 +761,7 @@ def check_preparation(
 ):
     "Raise `MGMTError` unless a store's voxels are those that the model's own preparation of the same scans would give."
     for recipe,prepared in model.needs().values():
-        differ = {k:(v,store.recipe[k]) for k,v in recipe.room('prepare').items() if store.recipe[k]!=v}
-        if tuple(store.sequences)!=tuple(prepared): differ['sequences'] = prepared,store.sequences
-        numbers = model.preparation_number,store.preparation_number
-        if numbers[0]!=numbers[1]: differ['preparation number'] = numbers
-        if differ: raise MGMTError(_other_preparation(differ))
-
-def _other_preparation(differ):
-    return (f"the store was prepared otherwise than this model's training (choice: model, store): {differ}; "
-        "prepare it with the model's recipe and all of its sequences, since those share one box")
+        check_prepared(store, recipe, prepared, model.preparation_number)
 
 # %% ../nbs/55_learner.ipynb #452d079b
 def _ready_patients(m, cohort, n_workers):

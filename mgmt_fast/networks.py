@@ -28,16 +28,17 @@ class SlicesBody(nn.Module):
         num_features:int, # F
         arch:str='', # Name for messages
         adapter:nn.Module=None, # Put before the network
+        inside:nn.Module=None, # Put between the two
     ):
         super().__init__()
         store_attr('in_chans,slices,num_features,arch')
-        self.adapter,self.net = adapter or nn.Identity(),net
+        self.adapter,self.inside,self.net = adapter or nn.Identity(),inside or nn.Identity(),net
 
     def forward(self,
         x:torch.Tensor, # (B,C,D,H,W)
     ) -> torch.Tensor: # (B,F,1,h,w)
         if x.ndim!=5 or x.shape[1:3]!=(self.in_chans,self.slices): raise _wrong_slices(self, x)
-        return self.net.forward_features(self.adapter(x.flatten(1,2)))[:,:,None]
+        return self.net.forward_features(self.inside(self.adapter(x.flatten(1,2))))[:,:,None]
 
 def _wrong_slices(body, x):
     rule = f"{body.arch} in 2D takes batches (B,{body.in_chans},{body.slices},H,W), for slices are its channels"
@@ -61,20 +62,24 @@ def _misfit_2d(arch, e):
     return MGMTError(f"the weights do not fit {arch!r} in 2D: {str(e).splitlines()[1].strip()[:200]}")
 
 # %% ../nbs/44_networks.ipynb #56b1b419
-def _slices2d(arch, in_chans, slices, pretrained=False, head='plain', freeze='none', stem='sum', mean=None, std=None):
+def _slices2d(arch, in_chans, slices, pretrained=False, head='plain', freeze='none', stem='sum', mean=None, std=None,
+        standardize='input', init='torch', batch_norm='torch'):
     "The network in 2D, behind the signature of `create_backbone`"
     if not slices: raise MGMTError("a network in 2D has its number of slices built in: give slices=D")
-    if arch=='resnet10': raise MGMTError("'resnet10' is 3D from the start; in 2D take e.g. 'resnet18'")
+    if arch in ('resnet10',*MEDICALNETS): raise MGMTError(f"{arch!r} is 3D; in 2D take e.g. 'resnet18'")
     name,N = timm_name(arch),in_chans*slices
     net = timm.create_model(name, in_chans=N if stem=='sum' else 3, num_classes=0)
     if pretrained is not False: _load_2d(net, _state_2d(name, arch, pretrained), arch)
     _check_features_2d(net, arch)
     m,s = (sum(net.pretrained_cfg[k])/3 for k in ('mean','std'))
+    inside = None
+    if standardize=='backbone': inside,m,s = inside_scale(net, arch, N if stem=='sum' else 3),0.,1.
     config = dict(network='2d', arch=arch, in_chans=in_chans, slices=slices, head=head, freeze=freeze, stem=stem,
-        mean=m if mean is None else mean, std=s if std is None else std)
+        mean=m if mean is None else mean, std=s if std is None else std, standardize=standardize, init=init,
+        batch_norm=batch_norm)
     norm,F = take_norm(net),net.num_features
-    body = SlicesBody(net, in_chans, slices, F, arch, _adapter_2d(stem, N))
-    model = Backbone(body, Head(F, head, norm), arch, config)
+    body = SlicesBody(net, in_chans, slices, F, arch, _adapter_2d(stem, N), inside)
+    model = as_keras(Backbone(body, Head(F, head, norm), arch, config), init, batch_norm)
     model.frozen = freeze_body(model, freeze)
     return model
 
@@ -123,15 +128,17 @@ class PairLoss(nn.Module):
     "Logistic loss over all pairs of a batch, same class or not; binary cross-entropy if predictions are logits already"
     def __init__(self,
         head:nn.Module, # `MetricHead`, whose scale and offset are learned
+        reduction:str='mean', # Of logits: `'mean'`, `'sum'` or `'none'`; pairs are always averaged
     ):
         super().__init__()
-        self.heads = [head] # in a list, so that its parameters stay the model's
+        self.heads,self.reduction = [head],reduction # in a list, so that its parameters stay the model's
 
     def forward(self,
         pred:torch.Tensor, # (B,E) unit embeddings, or (B,1) logits
         y:torch.Tensor, # (B,) 0 or 1
-    ) -> torch.Tensor: # Mean loss
-        if pred.shape[1]==1: return F.binary_cross_entropy_with_logits(pred.flatten(), y.float().flatten())
+    ) -> torch.Tensor: # Mean loss, or (B,) of logits without reduction
+        if pred.shape[1]==1:
+            return F.binary_cross_entropy_with_logits(pred.flatten(), y.float().flatten(), reduction=self.reduction)
         i,j = torch.triu_indices(len(y), len(y), 1, device=pred.device)
         if not len(i): return pred.sum()*0
         head,same = self.heads[0],(y[i]==y[j]).to(pred.dtype).flatten()
@@ -144,9 +151,9 @@ class PairLoss(nn.Module):
         return x.sigmoid()
 
     def decodes(self,
-        x:torch.Tensor, # (B,1) logits
+        x:torch.Tensor, # (B,1) probabilities
     ) -> torch.Tensor: # (B,1) methylated?
-        return x>0
+        return x>.5
 
 # %% ../nbs/44_networks.ipynb #cb6062b6
 class Prototypes(Callback):
@@ -171,19 +178,20 @@ def create_network(
     network:str='3d', # `'3d'`: `create_backbone`; `'2d'`: slices as channels; `'siamese'`: with a metric head
     slices:int=None, # D, where slices are channels
     stem:str='sum', # As `create_backbone`'s; or `'adapter1x1'`, a mapping convolution without a neighbourhood
-    **kwargs, # For `create_backbone`; in 2D of these `arch`, `in_chans`, `pretrained`, `head`, `freeze`, `mean`, `std`
+    **kwargs, # For `create_backbone`; in 2D without what concerns the depth
 ) -> Backbone: # With `.body`, `.head`, `.arch` and a `.config` that makes it again
     "Any network that the learner trains. Raises `MGMTError` on unknown names, and on what `create_backbone` refuses."
     if network not in _networks: raise unknown_name('choice of network', network, _networks)
     if stem not in _stems: raise unknown_name('choice of stem', stem, _stems)
-    if network=='2d': model = _slices2d(slices=slices, stem=stem, **kwargs)
+    if network=='2d': model = _slices2d(slices=slices, stem=stem, **{k:v for k,v in kwargs.items() if k not in _deep})
     else: model = create_backbone(stem=stem.removesuffix('1x1'), **kwargs)
     if network!='2d' and stem=='adapter1x1':
         model.body.adapter,model.config['stem'] = nn.Conv3d(model.body.in_chans, 3, 1),stem
+        as_keras(model, model.config['init'], 'torch')
     if network=='siamese':
         model.head = MetricHead(model.body.num_features, norm=getattr(model.head, 'norm', None))
         model.config['network'] = network
     for p in model.body.adapter.parameters(): p.requires_grad_(True)
     return model
 
-_networks,_stems = ('3d','2d','siamese'),('sum','adapter','adapter1x1')
+_networks,_stems,_deep = ('3d','2d','siamese'),('sum','adapter','adapter1x1'),('depth','depth_padding')

@@ -87,18 +87,17 @@ def _steady(vol):
     rest = some[some>x.min()]
     if not rest.size: return vol,[]
     top = float(np.percentile(rest, 99))
-    hi = x.max()
-    x,padding = _without_padding(x, float(rest.min()), top)
+    lo,hi = (float(o) for o in vol.as_subclass(torch.Tensor).aminmax())
+    x,padding = _without_padding(x, lo, float(rest.min()), top)
     x,spots = _without_spots(x, hi, some, top)
     notes = [o for o in (padding,spots) if o]
     if notes: vol = Volume(torch.from_numpy(np.ascontiguousarray(x)), affine=vol.affine)
     return vol,notes
 
-def _without_padding(x, next_, top):
+def _without_padding(x, lo, next_, top):
     "Padding lies below zero, and farther below the next value than all others are spread"
-    lo = float(x.min())
+    if lo>=0 or not next_-lo>2*max(top-next_, 1e-6): return x,''
     padding = x==lo
-    if lo>=0 or next_-lo<=2*max(top-next_, 1e-6) or not padding.any(): return x,''
     return np.where(padding, x.dtype.type(next_), x),f'{int(padding.sum())} voxels of padding ({lo:g}) taken as air'
 
 def _without_spots(x, hi, some, top):
@@ -178,7 +177,7 @@ def _almost_constant(clip, v):
 
 # %% ../nbs/24_prepare.ipynb #1417ea2a
 def prepare_patient(
-    row:pd.Series|dict, # A row of a cohort: `patient`, a path per sequence, and perhaps `T2w_index` and the like
+    row:pd.Series|dict, # A row of a cohort: `patient`, a path or a `Volume` per sequence, perhaps `T2w_index` and so on
     sequences:str|list|tuple=SEQUENCES, # Which to prepare, in order; the first readable one gives the axes
     recipe:str|Path|Recipe='default', # Name, file or `Recipe`
     budget:Budget=Budget(), # What reading one series may cost
@@ -220,11 +219,15 @@ def _read_all(row, sequences, _say, budget):
     "Volumes and foregrounds of the sequences that can be read"
     vols,masks = {},{}
     for seq in sequences:
-        if seq not in row or pd.isna(row[seq]): _say(seq, 'note', 'sequence missing'); continue
+        if _is_missing(row, seq): _say(seq, 'note', 'sequence missing'); continue
         try: vols[seq],masks[seq] = _read_one(row, seq, _say, budget)
         except MGMTError as e: _say(seq, 'error', f'{type(e).__name__}: {e}'.replace(str(row[seq]), seq))
         except Exception as e: _say(seq, 'error', log_fault(e, 'preparing'))
     return vols,masks
+
+def _is_missing(row, seq):
+    if seq not in row: return True
+    return not isinstance(row[seq], Volume) and pd.isna(row[seq])
 
 def _read_one(row, seq, _say, budget):
     "A sequence's volume, without padding and spots, and its foreground"

@@ -201,13 +201,13 @@ def _interval(r): return 'too few' if pd.isna(r.auc) else f'{r.auc:.3f} [{r.lo:.
 # %% ../nbs/60_report.ipynb #783684d8
 def plot_losses(
     histories:dict, # (architecture, sequence) -> list of `history.csv`: paths or DataFrames, one per run
-    size:float=2.6, # Inches, width of a panel
+    size:float=2.6, # Inches, width of a panel of a new figure
+    axs:np.ndarray=None, # Axes (architectures, sequences); new if None
 ) -> np.ndarray: # The axes, (architectures, sequences)
     "Losses by epoch, one row per architecture, one column per sequence: runs thin, their mean thick."
     rows,cols = (uniqueify(k[i] for k in histories) for i in (0,1))
-    figsize = (max(4, size*len(cols)), .85*size*len(rows)+.5)
-    _,axs = plt.subplots(len(rows), len(cols), figsize=figsize, squeeze=False, sharex=True, sharey=True,
-        layout='constrained')
+    if axs is None: axs = _loss_axes(len(rows), len(cols), size)
+    axs = np.reshape(axs, (len(rows), len(cols)))
     for (a,s),runs in histories.items():
         ax = axs[rows.index(a)][cols.index(s)]
         _plot_runs(ax, [h if isinstance(h, pd.DataFrame) else pd.read_csv(h) for h in runs])
@@ -220,6 +220,10 @@ def plot_losses(
     for ax in axs[:,0]: ax.set_ylabel('cross-entropy')
     axs[0][0].legend(fontsize=8)
     return axs
+
+def _loss_axes(rows, cols, size):
+    figsize = (max(4, size*cols), .85*size*rows+.5)
+    return plt.subplots(rows, cols, figsize=figsize, squeeze=False, sharex=True, sharey=True, layout='constrained')[1]
 
 def _plot_runs(ax, histories):
     for c,name,color in (('train_loss','training','C0'),('valid_loss','validation','C1')):

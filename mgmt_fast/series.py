@@ -379,12 +379,14 @@ def read_volume(
 
 # %% ../nbs/13_series.ipynb #3004d4df
 def read_sequence(
-    row:pd.Series|dict, # Of a cohort: a path per sequence, and perhaps its `index` in a column such as `T2w_index`
+    row:pd.Series|dict, # Of a cohort: per sequence a path, and perhaps its `index` in a column such as `T2w_index`; or
+        # a `Volume` that was read already
     sequence:str, # One of `SEQUENCES`
     budget:Budget=Budget(), # What it may cost
 ) -> Volume: # As `read_volume` gives it; `.notes` lists what a rule decided
     "Read the image that a cohort names for a sequence. Raises `SeriesError` as `read_volume` does."
     path,index = row[sequence],row.get(f'{sequence}_index')
+    if isinstance(path, Volume): return _as_given(path)
     index = None if index is None or pd.isna(index) else int(index)
     try:
         found = find_stacks(path, budget=budget)
@@ -392,6 +394,10 @@ def read_sequence(
         vol = load_volume(found, index, budget)
     except SeriesError as e: raise SeriesError(f"{path}: {e}") from None
     vol.notes = [*notes,*(o for o in getattr(vol,'notes',()) if o not in notes)]
+    return vol
+
+def _as_given(vol):
+    vol.notes = [*getattr(vol,'notes',())]
     return vol
 
 # %% ../nbs/13_series.ipynb #ba0da80b

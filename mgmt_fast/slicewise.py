@@ -36,6 +36,9 @@ _choice('black_slices', "'keep' them, or 'replace' each by another of the series
     Allowed.one_of('keep','replace'), 'keep', 'replace', 'keep')
 _box = ("the box around what is not black: of the 'patient', of each 'slice', or 'none' "
     "(so do copies of the winner's code; its description crops)")
+choice('prepare', 'box_of', "what is not black: voxels above the slice's least 'raw' value, or above 0 once they are "
+    "'bytes' of the slice's range (the thesis: its darkest 255th is black)", Allowed.one_of('raw','bytes'),
+    without='raw', default='raw', published='bytes', winner='raw')
 _choice('crop_by', _box, Allowed.one_of('patient','slice','none'), 'patient', 'slice', 'slice')
 _range = "intensities that become 0 and 255: percentiles of the 'patient', or least and largest of each 'slice'"
 _choice('range_by', _range, Allowed.one_of('patient','slice'), 'patient', 'slice', 'slice')
@@ -184,7 +187,7 @@ def slicewise(
     r = get_recipe(recipe)
     D,H,W = r.size
     rng = rng or rng_for(r.fill_seed, 'slicewise', sequence)
-    boxes = slice_boxes(x)
+    boxes = slice_boxes(x if r.box_of=='raw' else _bytes(x, 'slice', None))
     area = (boxes[:,1]-boxes[:,0])*(boxes[:,3]-boxes[:,2])
     at = _picked(area, D, r, rng)
     size = (W,H) if r.transpose else (H,W)

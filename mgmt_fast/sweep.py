@@ -17,6 +17,7 @@ from fastcore.all import *
 from joblib import Parallel, delayed, parallel_config
 from .folds import assign_folds
 from .prepare import VolumeStore, as_store
+from .devices import side_by_side
 from .runs import key_changes, key_digest, other_runs, run_key, say_other_runs
 from .loader import usable_patients
 from .records import refuse_held_out
@@ -101,7 +102,7 @@ def sweep(
     recipe:str|Path|Recipe=None, # Name, file or `Recipe`, that of the store if None; the table's columns override it
     n_folds:int=5, # Folds, stratified by label
     seed:int=0, # Of folds, order and initial weights
-    n_jobs:int=1, # Runs at once; -1: as many as there are cores or workers
+    n_jobs:int=None, # Runs at once; one per card of the machine if None; -1: as many as there are cores or workers
     backend:str=None, # joblib's: `'loky'` processes if None; `'dask'` or `'ray'` over the connected cluster
     progress:bool=True, # Show a progress bar?
 ) -> pd.DataFrame: # The table with what came out of each run, as in `sweep.csv`
@@ -125,17 +126,26 @@ def _run_rows(table, rows, store, dest, recipe, n_folds, seed, n_jobs, backend, 
     "Train the rows that are not there yet; the table as far as it is known is written after each"
     done,others,me = [None]*len(rows),[],os.getpid()
     save_recipe(recipe, dest/'recipe.yaml')
-    def _job(i, r):
+    def _job(r):
         if os.getppid()==me: end_with_parent(me)
-        return i,*_run_row(r, store, str(dest), recipe, n_folds, seed)
-    with parallel_config(backend=backend) if backend else parallel_config():
-        jobs = Parallel(n_jobs=n_jobs, return_as='generator_unordered')(delayed(_job)(i,r) for i,r in enumerate(rows))
-        for i,res,other in track(jobs, len(rows), progress):
-            done[i] = res
-            others += other
-            _write_sweep(table, rows, done, dest)
+        return _run_row(r, store, str(dest), recipe, n_folds, seed)
+    for i,(res,other) in _as_they_finish(_job, rows, n_jobs, backend, progress):
+        done[i] = res
+        others += other
+        _write_sweep(table, rows, done, dest)
     say_other_runs(dest, others)
     return _write_sweep(table, rows, done, dest)
+
+def _as_they_finish(job, rows, n_jobs, backend, progress):
+    "Yield `(i, job(rows[i]))`: one process per card, or as many as were asked for"
+    if n_jobs is None and backend is None:
+        yield from side_by_side(job, rows, progress=progress)
+        return
+    def _numbered(i, r): return i,job(r)
+    with parallel_config(backend=backend) if backend else parallel_config():
+        work = (delayed(_numbered)(i, r) for i,r in enumerate(rows))
+        done = Parallel(n_jobs=n_jobs, return_as='generator_unordered')(work)
+        yield from track(done, len(rows), progress)
 
 _results = 'epoch valid_loss auc lo hi interval n_train n_valid seconds folder error'.split()
 _needed = ['arch','sequences','fold']

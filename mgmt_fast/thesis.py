@@ -63,15 +63,16 @@ def plot_thesis(
 
 # %% ../nbs/82_thesis.ipynb #002c281e
 def beside_thesis(
-    table:pd.DataFrame, # From `results_table`
+    table:pd.DataFrame, # From `results_table`; empty for the thesis alone
     part:str, # `'validation'` or `'test'`
 ) -> pd.DataFrame: # Rows: whose, architecture; columns: sequences; text with our intervals
     "Our figures above the thesis', cell by cell."
     theirs,values = thesis_results(part),_measures[part]
-    ours = show_results(table, values)
+    ours = {'here':show_results(table, values)} if len(table) else {}
     theirs['cell'] = [' / '.join(_said(k, r[k]) for k in values) for r in theirs.to_dict('records')]
     wide = theirs.pivot(index='arch', columns='sequences', values='cell').loc[uniqueify(theirs.arch)]
-    both = pd.concat({'here':ours, 'thesis':wide}).reindex(columns=uniqueify([*ours,*wide]))
+    columns = uniqueify([c for t in (*ours.values(),wide) for c in t])
+    both = pd.concat({**ours, 'thesis':wide}).reindex(columns=columns)
     return both.fillna('').rename_axis(columns=' / '.join(values))
 
 def _said(measure, value): return f'{value:.1%}' if measure=='accuracy' else f'{value:.3f}'

@@ -6,7 +6,8 @@ CANDIDATES = ['other', True, False, None, 1, 2, 3, .25, .75, 7., (1,2,3), (.25,.
     'position', 'filename', 'middle', 'spread', 'replace', 'keep', 'none', 'zeros', 'stretch', 'border', 'reflection',
     'gaussian', 'brain', 'code',
     'focal', 'balanced', 'ema', 'swa', 'bf16', 'frozen', 'group', 'siamese', '2d', 'adapter', 'all', 'batchnorm', 'w',
-    'h', 'published', 'plain', 'sum']
+    'h', 'published', 'plain', 'sum', 'raw', 'bytes', 'full', 'replicate', 'backbone', 'input', 'keras', 'torch',
+    'separable']
 
 
 def other_value(choice, value):

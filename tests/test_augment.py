@@ -64,7 +64,7 @@ def test_magnitudes_stay_within_what_the_recipe_says():
     assert abs(p.flip_w.mean()-.5)<.08 and 'flip_h' not in p
     q = mgmt_augs('published')[0].draw(400)
     assert q.frac_h.abs().max()<=.1 and .18<q.frac_w.abs().max()<=.2
-    assert q.turn_d.abs().max()<=3.6 and (q.crop==.97).all()
+    assert q.turn_d.abs().max()<=3.6 and (q.window==.97).all()
     assert q.contrast.min()>=.4 and q.contrast.max()<=1.6 and 'cutout' not in q
     assert abs(q.equalize.mean()-.5)<.08 and abs(q.flip_h.mean()-.5)<.08
 

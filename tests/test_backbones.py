@@ -1,5 +1,5 @@
 "Backbones: exact for every name, MONAI's checkpoints, weights from files, freezing, and errors that say what to do."
-import json, math, os, pickle
+import hashlib, json, math, os, pickle
 from pathlib import Path
 
 import numpy as np, pytest, safetensors.torch as st, timm, torch
@@ -162,7 +162,7 @@ def test_errors():
             (lambda: create_backbone('resnet18', freeze='all_but_last'), 'freeze'),
             (lambda: create_backbone('resnet18').eval()(x), 'D must be 32'),
             (lambda: create_backbone('resnet18', 2).eval()(x), r'\(B,2,D,H,W\)'),
-            (lambda: create_backbone('timm/vit_tiny_patch16_224'), 'no 3D counterpart|cannot be run|does not give'),
+            (lambda: create_backbone('timm/vit_tiny_patch16_224'), 'is a transformer'),
             (lambda: create_backbone('resnet10', head='published').train()(x), '2 volumes')]:
         with pytest.raises(MGMTError, match=what): f()
 
@@ -212,3 +212,116 @@ def test_gpu_gives_what_the_cpu_gives(arch):
     assert torch.allclose(a, b.cpu(), rtol=2e-2, atol=2e-2)
     with torch.autocast('cuda', torch.bfloat16): twin(x.cuda()).sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in twin.parameters())
+
+
+MEDICAL = json.loads((Path(__file__).parent/'medicalnet.json').read_text())
+LAYERS = dict(medicalnet10=(1,1,1,1), medicalnet18=(2,2,2,2), medicalnet34=(3,4,6,3), medicalnet50=(3,4,6,3))
+
+
+def norm(name, n):
+    return {**{f'{name}.{k}': (n,) for k in ('weight','bias','running_mean','running_var')},
+        f'{name}.num_batches_tracked': ()}
+
+
+def medicalnet_shapes(arch):
+    "Names and shapes in a file of MedicalNet's, written down from its layers"
+    wide = arch=='medicalnet50'
+    res,ni = {'conv1.weight': (64,1,7,7,7), **norm('bn1', 64)},64
+    for i,n in enumerate(LAYERS[arch]):
+        nf = 64*2**i
+        out = 4*nf if wide else nf
+        for j in range(n):
+            at,into = f'layer{i+1}.{j}',ni if j==0 else out
+            convs = ((nf,into,1),(nf,nf,3),(out,nf,1)) if wide else ((nf,into,3),(nf,nf,3))
+            for c,(o,k,size) in enumerate(convs, 1):
+                res |= {f'{at}.conv{c}.weight': (o,k,*[size]*3), **norm(f'{at}.bn{c}', o)}
+            if j==0 and into!=out and arch not in ('medicalnet18','medicalnet34'):
+                res |= {f'{at}.downsample.0.weight': (out,into,1,1,1), **norm(f'{at}.downsample.1', out)}
+        ni = out
+    return res
+
+
+def medicalnet_file(path, arch, **more):
+    "A file as MedicalNet publishes it, of numbers that depend on their names"
+    state = {}
+    for k,s in {**medicalnet_shapes(arch), **more}.items():
+        r = rng_for(0, 'medicalnet', k)
+        whole = k.endswith('num_batches_tracked')
+        state[f'module.{k}'] = torch.tensor(7) if whole else torch.tensor(monai_weight(k, s, r), dtype=torch.float32)
+    torch.save(dict(state_dict=state), path)
+    return {k.removeprefix('module.'): v for k,v in state.items()}
+
+
+@pytest.mark.parametrize('arch', LAYERS)
+def test_medicalnet_by_name_and_offline(arch, tmp_path):
+    "Names and shapes are those of MONAI's ResNets with MedicalNet's shortcuts; every weight arrives"
+    shapes = medicalnet_shapes(arch)
+    lines = sorted(f'{k} {list(s)}' for k,s in shapes.items())
+    known = MEDICAL[arch.removeprefix('medicalnet')]
+    assert (len(lines), hashlib.sha256('\n'.join(lines).encode()).hexdigest())==(known['keys'], known['digest'])
+    state = medicalnet_file(tmp_path/f'{arch}.pth', arch, **{'conv_seg.0.weight': (2,2,1,1,1)})
+    model = create_backbone(arch, pretrained=tmp_path)
+    for k,v in model.body.net.state_dict().items(): assert torch.equal(v, state[k]), k
+    assert model.report.action.value_counts().to_dict()=={'copied':len(shapes), 'kept':2, 'left out':1}
+    assert model.body.depth_stride==32
+
+
+def test_medicalnet_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    state = medicalnet_file(tmp_path/'medicalnet10.pth', 'medicalnet10')
+    with pytest.raises(MGMTError, match='another architecture'):
+        create_backbone('medicalnet18', pretrained=tmp_path/'medicalnet10.pth')
+    with pytest.raises(MGMTError, match='layer4.0.conv2.weight'):
+        load_3d(create_backbone('medicalnet10'), {k:v for k,v in state.items() if k!='layer4.0.conv2.weight'})
+    with pytest.raises(MGMTError, match='network of MedicalNet'): medicalnet_weights('medicalnet101')
+    def nowhere(*args): raise OSError('no network')
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', nowhere)
+    with pytest.raises(MGMTError, match='mgmt_weights DEST medicalnet10'): create_backbone('medicalnet10', pretrained=True)
+
+
+def test_medicalnet_is_fetched_with_its_licence(tmp_path, monkeypatch, capsys):
+    "The hub stands in a folder here: what is asked of it, what is written and what is said"
+    asked = []
+    def hub(repo, name):
+        asked.append((repo, name))
+        medicalnet_file(tmp_path/name, 'medicalnet10')
+        return str(tmp_path/name)
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', hub)
+    table = mgmt_weights(tmp_path/'weights', 'medicalnet10')
+    assert asked==[('TencentMedicalNet/MedicalNet-Resnet10', 'resnet_10_23dataset.pth')]
+    assert 'MIT' in capsys.readouterr().out and 'MIT' in table.license[0]
+    a,b = create_backbone('medicalnet10', pretrained=tmp_path/'weights'),create_backbone('medicalnet10', pretrained=True)
+    for k,v in a.body.state_dict().items(): assert torch.equal(v, b.body.state_dict()[k])
+
+
+def test_medicalnet_computes_what_monai_does(tmp_path):
+    R = pytest.importorskip('monai.networks.nets.resnet', reason='MONAI is not installed')
+    medicalnet_file(tmp_path/'medicalnet18.pth', 'medicalnet18')
+    ours,x = create_backbone('medicalnet18', pretrained=tmp_path).eval(),torch.rand(1,1,32,40,48)
+    ref = R.ResNet('basic', [2,2,2,2], [64,128,256,512], n_input_channels=1, shortcut_type='A', feed_forward=False,
+        conv1_t_stride=2).eval()
+    ref.load_state_dict(ours.body.net.state_dict())
+    seen = []
+    ref.layer4.register_forward_hook(lambda m,i,o: seen.append(o))
+    with torch.no_grad():
+        ref(x)
+        assert torch.allclose(ours.body(x), seen[0], atol=1e-3*seen[0].abs().max().item())
+
+
+@pytest.mark.parametrize('arch', ['resnet18','efficientnet_b0','densenet121','convnext_tiny','medicalnet10'])
+def test_features_of_each_stage(arch):
+    "As wide and as small as they are said to be; the depth is spared as often as asked"
+    model = create_backbone(arch, anisotropic=3).eval()
+    stages,x = StageFeatures(model),torch.rand(1,1,16,64,64)
+    with torch.no_grad(): maps = stages(x)
+    assert [o.shape[1] for o in maps]==stages.num_features
+    assert [64//o.shape[-1] for o in maps]==stages.reductions
+    assert [16//o.shape[2] for o in maps]==[max(1, r//8) for r in stages.reductions]
+
+
+@pytest.mark.parametrize('head', ['plain','published'])
+def test_any_number_of_classes(head):
+    model = create_backbone('timm/test_resnet', num_classes=4, head=head, anisotropic=3).eval()
+    again = create_backbone(**model.config)
+    again.load_state_dict(model.state_dict())
+    x = torch.rand(2,1,8,32,32)
+    with torch.no_grad(): assert model(x).shape==(2,4) and torch.equal(again.eval()(x), model(x))

@@ -166,3 +166,16 @@ def test_tables_beside_the_labels_have_columns_of_any_name(work, tmp_path):
     ids.to_csv(tmp_path/'ids.csv', index=False)
     out = run('mgmt_leakage', work/'store', work/'store', '--ids', tmp_path/'ids.csv', '--train-col', 'ours', code=2)
     assert 'name both' in out and 'note, ours, theirs' in out
+
+
+def test_the_folder_to_write_to_is_a_word_or_an_option_everywhere(work, tmp_path):
+    word,option = ('mgmt_audit', work/'scans', tmp_path/'a'),('mgmt_audit', work/'scans', '--dest', tmp_path/'b')
+    for how in (word,option): run(*how, code=None)
+    assert (tmp_path/'a/audit.csv').exists() and (tmp_path/'b/audit.csv').exists()
+    assert 'dest is given twice' in run(*word, '--dest', tmp_path/'b', code=2)
+    small = '--size','8x16x16','--sequences','t1WCE'
+    run('mgmt_prepare', work/'scans', '--dest', tmp_path/'store', *small)
+    assert VolumeStore(tmp_path/'store').sequences==('T1wCE',), 'sequences in any case'
+    run('mgmt_phantom', '--dest', tmp_path/'scans', '--n', 2, '--test', 0, '--slices', 4, '--size', 16)
+    assert "did you mean 'T1wCE'" in run('mgmt_prepare', work/'scans', tmp_path/'other', '--sequences', 't1ce', code=2)
+    assert "no backbone is called 'none'" in run('mgmt_weights', '--dest', tmp_path/'w', 'none', code=2)

@@ -15,6 +15,7 @@ from mgmt_fast.baselines import baselines, subgroups
 from mgmt_fast.cohort import kaggle_cohort
 from mgmt_fast.core import MGMTError, get_recipe, rng_for
 from mgmt_fast.bundle import *
+from mgmt_fast.callbacks import OutOfTime
 from mgmt_fast.evaluate import *
 from mgmt_fast.external import *
 from mgmt_fast.records import ProtocolError
@@ -300,6 +301,30 @@ def test_folds_are_kept_and_used_again(tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(oof, cross_validate(
         store, tmp_path/'cv', **kw)) # the damaged run is trained again, to the bit
     assert len(fits)==3
+
+
+class Counting:
+    "There is time until it has been asked for `n` times"
+    def __init__(self, n): self.n = n
+    @property
+    def left(self):
+        self.n -= 1
+        return float(self.n>0)
+
+
+def test_a_training_that_the_clock_stopped_goes_on_to_the_same_bits_and_so_do_two_devices(tmp_path):
+    store = phantom_store(tmp_path, 48)
+    kw = dict(recipe=get_recipe('default', arch='timm/mobilenetv2_035', anisotropic=2, epochs=3), n_folds=2, inner=2,
+        progress=False)
+    whole = cross_validate(store, tmp_path/'whole', **kw)
+    with pytest.raises(OutOfTime, match='before the training'):
+        cross_validate(store, tmp_path/'stopped', clock=Counting(0), **kw)
+    with pytest.raises(OutOfTime, match='after 2 of 3 epochs'):
+        cross_validate(store, tmp_path/'stopped', clock=Counting(3), **kw)
+    checkpoint, = (tmp_path/'stopped/runs').glob('*/checkpoint.safetensors')
+    pd.testing.assert_frame_equal(cross_validate(store, tmp_path/'stopped', **kw), whole)
+    assert len(pd.read_csv(checkpoint.with_name('history.csv')))==3 and not checkpoint.exists()
+    pd.testing.assert_frame_equal(cross_validate(store, tmp_path/'two', devices=['cpu','cpu'], **kw), whole)
 
 
 def test_cross_validation_refuses_what_gives_no_number(study, tmp_path):

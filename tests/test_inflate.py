@@ -196,3 +196,19 @@ def test_errors():
             (lambda: separate_depth(nn.Sequential(), 'some'), 'depthwise'),
             (lambda: checkpoint_blocks(nn.Sequential(nn.Conv3d(1,2,3))), 'no blocks')]:
         with pytest.raises(MGMTError, match=what): f()
+
+
+@pytest.mark.parametrize('name', ['resnet18','mobilenet_v3_small','squeezenet1_1','regnet_x_400mf'])
+def test_networks_of_torchvision(name):
+    "Their activations work in place, and one of them may be used several times"
+    torchvision = pytest.importorskip('torchvision')
+    net = randomise(getattr(torchvision.models, name)(weights=None)).eval()
+    x = torch.rand(1,3,64,64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): a,b = net(x),inflate_model(net).eval()(x[:,:,None].expand(-1,-1,33,-1,-1))
+    assert torch.allclose(a, b, rtol=1e-3, atol=1e-3*a.abs().max().item())
+
+
+@pytest.mark.parametrize('make,weight', [(lambda: timm.create_model('vit_tiny_patch16_224'), 'pos_embed'),
+    (lambda: timm.create_model('swin_tiny_patch4_window7_224'), 'relative_position_bias_table')], ids=['vit','swin'])
+def test_a_transformer_is_refused_for_its_positions(make, weight):
+    with pytest.raises(MGMTError, match=f'is a transformer: .*{weight}'): inflate_model(make())

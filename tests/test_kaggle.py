@@ -1,4 +1,5 @@
 "What Kaggle is given and what is found there: metadata, wheels, and every way in which an input can lack."
+import inspect
 import json
 import os
 import re
@@ -12,14 +13,17 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import timm
+import torch
 from fastcore.test import test_fail as fails
+from safetensors.torch import save_file
 
-from mgmt_fast import kaggle
+from mgmt_fast import kaggle, kaggle_build
 from mgmt_fast.backbones import create_backbone, mgmt_weights
 from mgmt_fast.cohort import kaggle_cohort, tcga_cohort
 from mgmt_fast.core import MGMTError, SEQUENCES
 from mgmt_fast.kaggle import *
-from mgmt_fast.kaggle_build import build_kaggle, check_kernel
+from mgmt_fast.kaggle_build import build_kaggle, check_kernel, fill_kernel
 from mgmt_fast.thesis import say_results, thesis_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +70,8 @@ def test_the_four_kernels_are_what_kaggle_accepts():
     (dict(enable_internet='false'), 'enable_internet'), (dict(enable_gpu=False), 'enable_gpu'),
     (dict(is_private=False), 'is_private'), (dict(competition_sources=[]), 'competition_sources'),
     (dict(dataset_sources=['wheels']), 'dataset_sources'), (dict(kernel_sources=['me/a_b']), 'kernel_sources'),
-    (dict(gpu=True), 'gpu')], ids=str)
+    (dict(gpu=True), 'gpu'), (dict(machine_shape='NvidiaTeslaP100'), 'machine_shape'),
+    (dict(machine_shape=None), 'machine_shape')], ids=str)
 def test_metadata_that_kaggle_would_refuse(tmp_path, change, field):
     shutil.copytree(ROOT/'kaggle/train', tmp_path/'train')
     path = tmp_path/'train/kernel-metadata.json'
@@ -76,6 +81,40 @@ def test_metadata_that_kaggle_would_refuse(tmp_path, change, field):
     path.write_text(json.dumps({**good, **change}))
     found = check_kernel(tmp_path/'train')
     assert field in found.field.tolist() and found.what_to_do.str.len().min()>3
+
+
+class Request:
+    "Stands in for Kaggle: takes what its own tool would send"
+    def __enter__(self): self.kernels = self.kernels_api_client = self; return self
+    def __exit__(self, *_): pass
+    def save_kernel(self, request): self.sent = request
+
+
+@pytest.fixture
+def kaggle_api(monkeypatch, tmp_path):
+    "Kaggle's own command-line tool, without credentials"
+    monkeypatch.setenv('KAGGLE_CONFIG_DIR', str(tmp_path))
+    extended = pytest.importorskip('kaggle.api.kaggle_api_extended')
+    return extended.KaggleApi()
+
+
+@pytest.mark.parametrize('folder', [p.parent for p in KERNELS], ids=lambda p: p.name)
+def test_kaggles_own_tool_takes_the_metadata(kaggle_api, folder, tmp_path, monkeypatch, capsys):
+    filled,request = tmp_path/'kernel',Request()
+    fill_kernel(folder, filled, 'some-body', list(DATASETS.values()))
+    monkeypatch.setattr(kaggle_api, 'build_kaggle_client', lambda: request)
+    kaggle_api.kernels_push(str(filled))
+    sent,meta = request.sent,json.loads((filled/'kernel-metadata.json').read_text())
+    assert capsys.readouterr().out=='', 'no warning of a title, or of an accelerator that is no more'
+    assert (sent.slug, sent.machine_shape, sent.enable_gpu, sent.enable_internet, sent.is_private)==(
+        meta['id'], 'NvidiaTeslaT4', True, False, True)
+    assert sent.dataset_data_sources==meta['dataset_sources'] and sent.competition_data_sources==[COMPETITION]
+
+
+def test_fields_are_those_that_kaggles_own_tool_reads(kaggle_api):
+    source = inspect.getsource(type(kaggle_api).kernels_push)
+    read = set(re.findall(r"""meta_data(?:\.get\(|,) *['"](\w+)""", source))
+    assert len(read)>12 and read<=set(kaggle_build._fields), read-set(kaggle_build._fields)
 
 
 def test_metadata_that_cannot_be_read(tmp_path):
@@ -157,12 +196,80 @@ def test_weights_of_another_architecture(sim):
     fails(lambda: find_weights('resnet18'), contains='has weights of nothing')
     (d/'densenet121.safetensors').touch()
     fails(lambda: find_weights('resnet18'), contains="weights of densenet121, not of 'resnet18'")
-    from safetensors.torch import save_file
-    import timm
     save_file({k:v.contiguous() for k,v in timm.create_model('resnet34').state_dict().items()},
         d/'resnet18.safetensors')
     assert find_weights('resnet18')==d
     fails(lambda: create_backbone('resnet18', pretrained=d), exc=MGMTError)
+
+
+@pytest.mark.parametrize('name', ['resnet18.safetensors','resnet18-5c106cde.pth','resnet18.bin','timm_resnet18.pt'])
+def test_weights_by_any_usual_file_name(tmp_path, name):
+    save_as(tmp_path/name, timm.create_model('resnet18').state_dict())
+    m = create_backbone('timm/resnet18' if 'timm' in name else 'resnet18', pretrained=tmp_path)
+    assert set(m.report.action)<={'copied','inflated','adapted','set','left out'}
+
+
+def test_a_download_from_the_hub_is_what_its_config_says(tmp_path):
+    save_as(tmp_path/'model.safetensors', timm.create_model('resnet18').state_dict())
+    (tmp_path/'config.json').write_text('{"architecture": "resnet18"}')
+    assert create_backbone('resnet18', pretrained=tmp_path).report is not None
+    fails(lambda: create_backbone('resnet34', pretrained=tmp_path), contains="no weights of 'resnet34'")
+    (tmp_path/'config.json').unlink()
+    fails(lambda: create_backbone('resnet18', pretrained=tmp_path), contains='give the path of the file itself')
+
+
+def save_as(path, state):
+    state = {k:v.contiguous() for k,v in state.items()}
+    if path.suffix=='.safetensors': save_file(state, path)
+    else: torch.save(state, path)
+
+
+def grey(state):
+    "A stem of one channel"
+    return {k: v.sum(1, keepdim=True) if k=='conv1.weight' else v for k,v in state.items()}
+
+
+CHANGES = dict(
+    module=lambda s: {'module.'+k:v for k,v in s.items()},
+    compiled=lambda s: {'_orig_mod.module.'+k:v for k,v in s.items()},
+    half=lambda s: {k: v.half() if v.is_floating_point() else v for k,v in s.items()},
+    averaged=lambda s: dict(state_dict={k:v*0 for k,v in s.items()}, state_dict_ema=s, epoch=3),
+    wrapped=lambda s: dict(state_dict=s, epoch=3),
+    classes=lambda s: {**s, 'fc.weight':torch.zeros(7,512), 'fc.bias':torch.zeros(7)},
+    uncounted=lambda s: {k:v for k,v in s.items() if 'num_batches' not in k},
+    grey=grey)
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_weights_in_any_usual_wrapping(tmp_path, change):
+    "Every key is accounted for, and the network answers as from the plain file"
+    torch.manual_seed(0)
+    state = timm.create_model('resnet18').state_dict()
+    torch.save(state, tmp_path/'plain.pth')
+    torch.save(CHANGES[change](state), tmp_path/'changed.pth')
+    x = torch.rand(1, 1, 32, 32, 32)
+    torch.manual_seed(1)
+    a = create_backbone('resnet18', pretrained=tmp_path/'plain.pth').eval()
+    torch.manual_seed(1)
+    b = create_backbone('resnet18', pretrained=tmp_path/'changed.pth').eval()
+    assert set(b.report.action)<={'copied','inflated','adapted','set','left out'}
+    assert (b.report[b.report.action=='left out'].reason=='classifier of the 2D network').all()
+    assert torch.allclose(a(x), b(x), atol=2e-2 if change=='half' else 1e-5)
+
+
+def test_torchvisions_older_densenet(tmp_path):
+    state = timm.create_model('densenet121').state_dict()
+    old = {re.sub(r'(denselayer\d+\.(?:norm|conv))(\d)', r'\1.\2', k):v for k,v in state.items()}
+    assert old.keys()!=state.keys()
+    torch.save(old, tmp_path/'densenet121-a639ec97.pth')
+    report = create_backbone('densenet121', pretrained=tmp_path).report
+    assert set(report.action)<={'copied','inflated','adapted','left out'}
+
+
+def test_names_of_another_library_are_refused(tmp_path):
+    state = {f'encoder.{i}.w':torch.zeros(3) for i in range(5)}
+    torch.save(state, tmp_path/'resnet18.pth')
+    fails(lambda: create_backbone('resnet18', pretrained=tmp_path), contains='Weights of another architecture?')
 
 
 def test_a_stopped_session_goes_on(sim):
@@ -239,6 +346,16 @@ def test_the_paragraph_follows_the_figures():
     said = say_results(table(chance), [.6], [1,2])
     assert 'None of them' in said and 'No leakage audit' in said and 'flatters' not in said and '2 figures' in said
     assert 'nothing about patients' in say_results(table(chance), [.6], [], real=False)
+
+
+def test_predictions_from_fewer_models_are_in_the_log(tmp_path):
+    (tmp_path/'s.csv').write_text('BraTS21ID,MGMT_value\n00001,.5\n00002,.5\n00003,.5\n')
+    preds = pd.DataFrame(dict(patient=['1','2','3'], prob=[.9,.8,np.nan],
+        note=['','3 of 5 models could predict; T2w: missing','T1w: cut off']))
+    sub,log = make_submission(preds, tmp_path/'s.csv', .5)
+    assert sub.MGMT_value.tolist()==[.9,.8,.5]
+    assert log.values.tolist()==[['00002','prediction','3 of 5 models could predict; T2w: missing'],
+        ['00003','prevalence','T1w: cut off']]
 
 
 @pytest.mark.real

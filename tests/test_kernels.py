@@ -10,10 +10,15 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
+from mgmt_fast.bundle import cv_models, freeze_bundle
+from mgmt_fast.cohort import kaggle_cohort
+from mgmt_fast.core import get_recipe
+from mgmt_fast.evaluate import cross_validate
 from mgmt_fast.learner import load_model
 from mgmt_fast.external import read_result
 from mgmt_fast.kaggle import COMPETITION, make_tcga_phantom
 from mgmt_fast.phantom import make_phantom
+from mgmt_fast.prepare import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = """import socket
@@ -24,15 +29,29 @@ def connect(self, address):
     return _connect(self, address)
 socket.socket.connect = connect
 """
+COUNTING = """class Counting:
+    "There is time until it has been asked for n times"
+    def __init__(self, n): self.n = n
+    @property
+    def left(self): self.n -= 1; return float(self.n>0)
+"""
+SMALL = """import os, shutil
+from collections import namedtuple
+def disk_usage(path):
+    used = sum(os.path.getsize(os.path.join(d, f)) for d,_,files in os.walk(path) for f in files)
+    return namedtuple('usage', 'total used free')({size}, used, {size}-used)
+shutil.disk_usage = disk_usage
+"""
 
 
-def execute(kernel, cwd, kaggle, monkeypatch):
-    "What a kernel printed; its process may take 4 GB"
+def execute(kernel, cwd, kaggle, monkeypatch, clock=None, size=None):
+    "What a kernel printed; its process may take 4 GB, and its working folder `size` bytes"
     (cwd/'offline').mkdir(parents=True, exist_ok=True)
-    (cwd/'offline/sitecustomize.py').write_text(OFFLINE)
+    (cwd/'offline/sitecustomize.py').write_text(OFFLINE+(SMALL.format(size=size) if size else ''))
     monkeypatch.setenv('PYTHONPATH', os.pathsep.join(map(str, (cwd/'offline', ROOT))))
     monkeypatch.setenv('MGMT_KAGGLE_ROOT', str(kaggle))
     nb = nbformat.read(ROOT/'kaggle'/kernel/f'{kernel}.ipynb', as_version=4)
+    if clock: nb.cells[3].source = COUNTING+nb.cells[3].source.replace('Clock(hours=11)', clock)
     memory = 'import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'
     nb.cells.append(nbformat.v4.new_code_cell(memory))
     NotebookClient(nb, timeout=900, kernel_name='python3', resources={'metadata': {'path': str(cwd)}}).execute()
@@ -50,20 +69,20 @@ def state(root):
 def kaggle(tmp_path_factory):
     "A phantom as the competition and another as TCGA, attached"
     root = tmp_path_factory.mktemp('kaggle')
-    make_phantom(root/'input/competitions'/COMPETITION, n=44, auc=.95, test=1/11, slices=12, size=48,
+    make_phantom(root/'input/competitions'/COMPETITION, n=44, auc=.95, test=1/11, slices=16, size=48,
         missing={'00003':'FLAIR'}, progress=False)
     bad = root/'input/competitions'/COMPETITION/'test/00041'
     for f in bad.glob('*/*.dcm'): f.write_bytes(b'\0'*100)
-    make_tcga_phantom(root/'input/datasets/somebody/mgmt-fast-tcga', n=17, slices=12, size=48, skulls=1)
+    make_tcga_phantom(root/'input/datasets/somebody/mgmt-fast-tcga', n=17, seed=2, slices=16, size=48, skulls=1)
     return root
 
 
-def session(kernel, kaggle, tmp, monkeypatch):
+def session(kernel, kaggle, tmp, monkeypatch, **limits):
     "Run a kernel in a new session: an empty working folder, and sources that stay as they are"
     shutil.rmtree(kaggle/'working', ignore_errors=True)
     (kaggle/'working').mkdir()
     before = state(kaggle/'input')
-    said = execute(kernel, tmp, kaggle, monkeypatch)
+    said = execute(kernel, tmp, kaggle, monkeypatch, **limits)
     assert state(kaggle/'input')==before
     return said
 
@@ -89,13 +108,33 @@ def test_train(trained, kaggle):
     assert t.set_index('sequences').n.to_dict()=={'FLAIR':39,'T1w':40,'T1wCE':40,'T2w':40,'FLAIR+T1w+T1wCE+T2w':39}
     for p in (out/'train/cv/runs').iterdir(): # what the kernel asked for is what its models say
         r = load_model(p).recipe
-        assert (r.size, r.arch, r.bs, r.epochs, r.lr, r.rotation, r.shuffle)==((8,32,32), 'efficientnet_b0', 5, 3, 1e-3,
-            10., True)
+        assert (r.size, r.arch, r.bs, r.epochs, r.lr, r.rotation, r.shuffle)==((16,32,32), 'efficientnet_b0', 5, 3,
+            1e-3, 10., True)
+
+
+def test_a_train_kernel_that_is_stopped_twice_goes_on(trained, kaggle, tmp_path, monkeypatch):
+    "Before its first training, then within one; each time its output is attached to the next session"
+    root = tmp_path/'kaggle'
+    shutil.copytree(kaggle/'input/competitions', root/'input/competitions')
+    def run(clock=None):
+        said = session('train', root, tmp_path, monkeypatch, clock=clock, size=200_000_000)
+        shutil.rmtree(root/'input/mgmt-fast-train', ignore_errors=True)
+        shutil.move(root/'working', root/'input/mgmt-fast-train')
+        return said
+    said = run('Clock(hours=0)')
+    assert 'stopped before the training' in said and 'no model is done yet' in said
+    said = run('Counting(7)')
+    assert 'goes on from what' in said and 'stopped after 2 of 3 epochs' in said
+    said = run()
+    assert 'goes on from what' in said and 'stopped' not in said
+    a,b = (pd.read_csv(o/'input/mgmt-fast-train/results.csv') for o in (kaggle,root))
+    pd.testing.assert_frame_equal(a, b)
 
 
 def test_tcga_eval(trained, kaggle, tmp_path, monkeypatch):
     said = session('tcga-eval', kaggle, tmp_path, monkeypatch)
-    assert '16 patients are tested, 1 are refused' in said and 'These are phantoms' in said and 'planted copies' in said
+    assert '16 patients are tested, 1 are refused' in said and 'These are phantoms' in said
+    assert '4 of 4 planted copies were found' in said
     results = [read_result(p) for p in (kaggle/'working/external').glob('*/external-*.json')]
     assert len(results)==5 and {r['pass'] for r in results}=={1} and {r['all']['n'] for r in results}=={16}
     assert '5 bundles have met this cohort' in said
@@ -122,7 +161,7 @@ def test_submit_for_the_competitions_own_list(trained, kaggle, data, tmp_path, m
     "87 phantoms under the real patients' names, in the order of the real sample"
     root,sample = tmp_path/'kaggle',data/'labels/rsna_miccai/gonzo3832/sample_submission.csv'
     comp,ids = root/'input/competitions'/COMPETITION,pd.read_csv(sample, dtype=str).BraTS21ID
-    make_phantom(comp, n=97, auc=.95, test=87/97, slices=12, size=48, progress=False)
+    make_phantom(comp, n=97, auc=.95, test=87/97, slices=16, size=48, progress=False)
     scans = sorted((comp/'test').rename(comp/'scans').iterdir())
     (comp/'test').mkdir()
     for i,p in zip(ids, scans, strict=True): p.rename(comp/'test'/i)
@@ -146,3 +185,22 @@ def test_sources_are_those_that_the_notebook_looks_for(meta):
     assert any('mgmt-fast-wheels' in o for o in d['dataset_sources'])
     assert ('find_tcga' in text)==any('tcga' in o for o in d['dataset_sources'])
     assert ('find_bundles(work/\'bundles\'' in text)==bool(d['kernel_sources'])
+
+
+@pytest.mark.parametrize('name', ['published','winner'])
+def test_kernels_take_models_of_stores_of_slices(kaggle, tmp_path, monkeypatch, name):
+    "The external test with its audit, and a submission, by bundles whose store has no millimetres"
+    root = tmp_path/'kaggle'
+    for o in ('competitions','datasets'): shutil.copytree(kaggle/'input'/o, root/'input'/o)
+    cohort = kaggle_cohort(root/'input/competitions'/COMPETITION)
+    tiny = dict(size=(8,16,16), arch='timm/test_resnet', anisotropic=2, pretrained=False, epochs=1, bs=4)
+    r = get_recipe(name, **tiny, sequences=('T1wCE',))
+    out = root/'input/mgmt-fast-train'
+    store = prepare(cohort, out/'store', recipe=r, n_workers=1, progress=False)
+    cross_validate(store, tmp_path/'cv', recipe=r, n_folds=2, inner=2, progress=False)
+    freeze_bundle(**cv_models(tmp_path/'cv'), store=store, dest=out/'train/bundles/T1wCE')
+    said = session('tcga-eval', root, tmp_path, monkeypatch)
+    result, = [read_result(p) for p in (root/'working/external').glob('*/external-*.json')]
+    assert result['all']['n']==16 and {o['what'] for o in result['overridden']}=={'space'} and 'planted copies' in said
+    said = session('submit', root, tmp_path, monkeypatch)
+    assert 'submission.csv: 4 patients' in said

@@ -83,8 +83,18 @@ TRAIN = dict( # choice: another value, what goes with it, where it is
     network=('siamese', {}, config('network')),
     anisotropic=(3, {}, config('anisotropic')), head=('published', {}, config('head')),
     stem=('adapter', {}, config('stem')), freeze=('all', {}, config('freeze')),
-    double_rescale=(True, {}, lambda l: abs(float(l.model.standardize.std)-.5*255)<1e-3
-    or float(l.model.standardize.std)>100),
+    double_rescale=(True, dict(arch='efficientnet_b0'), lambda l: float(l.model.standardize.std)>50),
+    depth=('full', dict(arch='efficientnet_b0'), lambda l: 'separable' if any(n.endswith('.depth')
+    for n,_ in l.model.named_parameters()) else 'full'),
+    depth_padding=('zeros', {}, lambda l: next(m.along.mode for m in l.model.modules() if hasattr(m, 'along'))),
+    standardize=('backbone', dict(arch='efficientnet_b0'), lambda l: 'backbone' if hasattr(l.model.body.inside, 'mean')
+    else 'input'),
+    init=('keras', {}, lambda l: 'torch' if l.model.head.fc.bias.any() else 'keras'),
+    batch_norm=('keras', {}, lambda l: 'keras' if all(m.eps==1e-3 for m in l.model.body.modules()
+    if hasattr(m, 'running_mean')) else 'torch'),
+    adam=('keras', {}, lambda l: 'keras' if l.opt_func.keywords['keras'] else 'other'),
+    shuffle_2d=(True, dict(network='2d', shuffle=False, arch='resnet18', anisotropic=None),
+    lambda l: l.dls.train.shuffle),
     norms=('group', {}, lambda l: 'group' if any('GroupNorm' in type(m).__name__ for m in l.model.modules())
     else 'batch'),
     summed_batches=(2, {}, cb(SummedGradients,'n',1)), accumulate=(3, {}, cb(GradientAccumulation,'n_batches',1)),
@@ -106,9 +116,9 @@ TRAIN = dict( # choice: another value, what goes with it, where it is
     schedule=('flat', {}, lambda l: 'flat' if len(set(l.recorder.lrs))==1 else 'other'))
 PREPARE = dict(size=(8,24,24), margin=5., clip=(1.,99.), min_overlap=.3)
 SLICEWISE = dict(slice_order='position', slice_pick='largest', wrap_start=True, voi_lut=True, black_slices='keep',
-    crop_by='none', range_by='patient', short_series='zeros', fill_seed=3, transpose=False)
+    crop_by='none', range_by='patient', short_series='zeros', fill_seed=3, transpose=False, box_of='raw')
 AT_PREDICTION = {'tta_flip','tta_shift'} # used when predicting, by the recipe that is given there
-UNUSED = {'cutout','equalize_over','other_tfms','published_alarm','prepare_by',
+UNUSED = {'cutout','equalize_over','other_tfms','published_alarm','prepare_by','crop_after_contrast',
     'pretrained'} # tried below, or of the leakage audit
 
 
@@ -199,6 +209,15 @@ def test_what_is_done_by_hand_is_recorded(stores, tmp_path):
         recipe=tiny(), path=tmp_path)
     r = as_model(own).recipe
     assert (r.rotation, len(r.other_tfms))==(30., 1)
+
+
+def test_a_crop_after_contrast_is_recorded_where_there_is_a_crop(stores, tmp_path):
+    for late,share,said in ((True,.9,True), (False,.9,False)):
+        r = tiny(crop_after_contrast=late, crop_resize=share)
+        learn = mgmt_learner(recipe_dls(stores['default'], r, n_folds=3), recipe=r, path=tmp_path)
+        found = as_model(learn).recipe
+        assert (found.crop_after_contrast, found.crop_resize)==(said, share)
+        assert aug('RandCropResize','crop_resize')(learn)==(share if said else 'not there')
 
 
 def test_what_was_settled_earlier_is_not_asked_for_again(stores, tmp_path):

@@ -70,6 +70,14 @@ def same(a, b):
     return all(torch.equal(x,y) for x,y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
 
 
+def test_a_recipes_augmentation_reaches_training_and_not_validation(store):
+    "Transforms of training act only where the data set says that it is training's."
+    def pixels(loader, augs): return torch.cat([x for x,_ in mgmt_dls(store, bs=8, shuffle=False, augs=augs)[loader]])
+    moved,still = (pixels(0, a) for a in (mgmt_augs(seed=1), None))
+    assert all((a!=b).any() for a,b in zip(moved, still))
+    assert torch.equal(pixels(1, mgmt_augs(seed=1)), pixels(1, None))
+
+
 @pytest.mark.parametrize('schedule', ['flat','one_cycle'])
 @pytest.mark.parametrize('bs,how', [(1,dict(n_batches=8)), (2,dict(n_batches=4)), (4,dict(n_batches=2)),
     (1,dict(n_samples=8)), (4,dict(n_samples=5))], ids=str)
