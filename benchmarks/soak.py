@@ -1,6 +1,6 @@
 """Kill commands at random moments, let writes fail, and start two writers at once; count what went wrong.
 
-`nice python benchmarks/soak.py --minutes 60` writes `benchmarks/soak.csv`: rounds by command and mishap, and of these the
+`nice python benchmarks/soak.py --minutes 60` writes `benchmarks/soak.csv`: rounds by command and mishap; of these the
 patients lost, the files that differ from an undisturbed run, the processes left over, and the files left over."""
 import argparse
 import contextlib

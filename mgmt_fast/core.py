@@ -558,8 +558,8 @@ def map_array(
     raise error(_no_array(path, f'it holds {x.shape} {x.dtype}, and {shape} {np.dtype(dtype)} was written'))
 
 def _no_array(path, why):
-    return (f"{Path(path).name} in {Path(path).parent} is not the array that was written ({why}): was it changed or cut "
-        "short? Restore it, or make it anew")
+    return (f"{Path(path).name} in {Path(path).parent} is not the array that was written ({why}): was it changed or "
+        "cut short? Restore it, or make it anew")
 
 # %% ../nbs/00_core.ipynb #5e20e6b1
 def track(
@@ -757,7 +757,8 @@ def check_choice(
         names = [o for o in allowed.names if isinstance(o, str)]
         near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) and len(value)<200 else []
         hint = f': did you mean {near[0]!r}?' if near else ''
-        raise MGMTError(f"{name} must be {allowed.text}; received {reprlib.repr(value)}{hint} ({_choices[name].doc})") from None
+        said = f'{reprlib.repr(value)}{hint} ({_choices[name].doc})'
+        raise MGMTError(f'{name} must be {allowed.text}; received {said}') from None
 
 # %% ../nbs/00_core.ipynb #89daf18d
 def same_choices(
@@ -843,9 +844,9 @@ def to_json(
 def from_json(cls:Recipe,
     d:dict, # As `to_json` gives it
 ) -> Recipe:
-    """The recipe that was written. A choice that did not exist yet, in a room whose others are there, is as it was then.
+    """The recipe that was written.
 
-    What steers a preparation or an augmentation is checked as if it was given; raises `MGMTError` where it cannot be.
+    A choice that did not exist yet, in a room whose others are there, is as it was then. What steers a preparation or an augmentation is checked as if it was given; raises `MGMTError` where it cannot be.
     Of a training it may say what no recipe asks for, such as 'by hand'."""
     if not isinstance(d, dict) or not isinstance(d.get('name'), str) or not isinstance(d.get('choices'), dict):
         raise MGMTError('what was written is no recipe: it has a name and choices; was the file changed?')

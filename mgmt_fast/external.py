@@ -137,7 +137,8 @@ def _as_report(leakage):
     "A table with test and verdict, or a list of patients; and its source"
     if not isinstance(leakage, (str,Path)): return leakage,_source_of_object(leakage)
     path = Path(leakage)
-    table,source = plain_cells(pd.read_csv(path, dtype=str)),dict(kind='list made by hand', file=path.name, hash=file_hash(path))
+    table = plain_cells(pd.read_csv(path, dtype=str))
+    source = dict(kind='list made by hand', file=path.name, hash=file_hash(path))
     if _from_audit(table, path): source['kind'] = 'leakage audit'
     return (table.patient.tolist() if list(table)==['patient'] else table),source
 

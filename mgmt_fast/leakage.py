@@ -593,7 +593,8 @@ _PAGE = """<!doctype html><meta charset="utf-8"><title>Leakage</title>
 <h1>Is any test patient in the training set?</h1><pre>{{ summary }}</pre>
 <h2>Suspects</h2><p>Upper row: training set; lower row: test set, in the same pose. All are axial slices from inside the
 head at 4 mm, on which no face can be seen.</p>
-<table>{% for r in rows %}<tr><td><b class="{{ r.verdict }}">{{ r.verdict }}</b><br>{{ r.who|join(markup('<br>')) }}</td>
+<table>{% for r in rows %}<tr>
+<td><b class="{{ r.verdict }}">{{ r.verdict }}</b><br>{{ r.who|join(markup('<br>')) }}</td>
 <td>{{ r.scores|join(markup('<br>')) }}</td><td>{% for o in r.pictures %}{{ o }}{% endfor %}</td></tr>
 {% else %}<tr><td>none</td></tr>{% endfor %}</table>
 <h2>Null distributions</h2>

@@ -671,7 +671,8 @@ def _check_inputs(d, recipe, path):
     Budget().check('voxels', math.prod(d['size']))
     same_size = list(recipe.size)==d['size'] and len(d['sequences'])==d['config']['in_chans']
     if same_size and set(d['sequences'])<=set(d.get('prepared') or d['sequences']): return
-    raise MGMTError(f"{Path(path).name}.json contradicts itself on its size or its sequences: was it changed? Restore it")
+    raise MGMTError(f"{Path(path).name}.json contradicts itself on its size or its sequences: was it changed? "
+        "Restore it")
 
 def _no_network(path, e):
     return (f"{Path(path).name}.json describes a network that cannot be made ({type(e).__name__}): was it changed, or "

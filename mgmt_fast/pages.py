@@ -75,4 +75,5 @@ def picture_tag(
         plt.close(picture)
     else: Image.fromarray(picture).save(f, kind, quality=80)
     data = base64.b64encode(f.getvalue()).decode()
-    return fill_page('<img alt="{{ alt }}" src="data:image/{{ kind }};base64,{{ data }}">', alt=alt, kind=kind.lower(), data=data)
+    tag = '<img alt="{{ alt }}" src="data:image/{{ kind }};base64,{{ data }}">'
+    return fill_page(tag, alt=alt, kind=kind.lower(), data=data)

@@ -593,7 +593,8 @@ def _journal(dest, key):
     "Entries that an earlier run of the same work left, by patient; its last line may be cut off"
     lines = read_json_lines(dest/'journal.jsonl')
     if not lines: return {}
-    if isinstance(lines[0], dict) and 'patients' in lines[0]: raise PrepareError(_unfinished(dest, lines[0].get('version')))
+    old = isinstance(lines[0], dict) and 'patients' in lines[0]
+    if old: raise PrepareError(_unfinished(dest, lines[0].get('version')))
     first_ = check_form(lines[0], _KEY, 'journal.jsonl', PrepareError)
     _check_key(dest, first_, key)
     entries = {o['patient']: o for o in map(_journal_entry, lines[1:]) if o}

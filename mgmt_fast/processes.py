@@ -139,6 +139,7 @@ def _hold_elsewhere(path):
 
 def _is_held(folder, who, e=None):
     if e is not None and e.errno not in (errno.EWOULDBLOCK,errno.EACCES):
-        return MGMTError(f"{folder} cannot be held ({e.strerror}): its file system has no locks; give a folder on another")
-    return MGMTError(f"{folder} is being written by {who or 'another process'}: wait until it has ended, or give another "
-        "folder")
+        return MGMTError(f"{folder} cannot be held ({e.strerror}): its file system has no locks; give a folder "
+            "elsewhere")
+    return MGMTError(f"{folder} is being written by {who or 'another process'}: wait until it has ended, or give "
+        "another folder")

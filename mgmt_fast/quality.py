@@ -147,7 +147,7 @@ def _burned_in(x, usual, air):
     low = x.min(0)
     n = int(np.count_nonzero((low==x.max(0)) & (low>air+.5*(usual-air))))
     if len(x)<3 or n<20: return []
-    return [f'{n} bright pixels are the same in every slice: text or marks burned into the image? They may name a person']
+    return [f'{n} bright pixels are the same in every slice: text or marks burned into the image? They may tell a name']
 
 def _spots(x, usual, air):
     "A finding on voxels far above all others, if there are any and few"

@@ -266,7 +266,8 @@ def write_report(
     "Write a self-contained page: what it may be used for and what to expect first, then the sections."
     parts = {k: v if isinstance(v, (list,tuple)) else [v] for k,v in sections.items()}
     shown = {k: [*map(_html, v)] for k,v in parts.items()}
-    write_text(path, fill_page(_PAGE, title=title, style=Markup(_STYLE), head=HEAD, sections=shown, version=__version__))
+    about = dict(title=title, style=Markup(_STYLE), head=HEAD, version=__version__)
+    write_text(path, fill_page(_PAGE, sections=shown, **about))
     return Path(path)
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">

@@ -16,7 +16,7 @@ from mgmt_fast.phantom import make_phantom
 BIN = Path(sys.executable).parent
 PLANTED = dict(PatientName='Quillfeather^Zebedee', PatientID='PID5551212', PatientBirthDate='19530219',
     PatientAddress='Larkspur Mews', OtherPatientIDs='OPID777001', InstitutionName='Saint Wombat Hospital',
-    ReferringPhysicianName='Drax^Hugo', OperatorsName='Ponsonby^Kay', AccessionNumber='ACC909090',
+    ReferringPhysicianName='Draxington^Hugobert', OperatorsName='Ponsonby^Kaythorpe', AccessionNumber='ACC909090',
     StudyDescription='head of Thistlewood', PatientComments='wears a monocle', StudyDate='20191127',
     DeviceSerialNumber='DSN4711', StationName='WOMBATMR3')
 UID,PRIVATE,FILE,FOLDER,DESCRIP,AUX,EXTENSION,COLUMN = ('1.2.826.0.1.8675309','Zebbie','MARCHBANKS','Featherstonehaugh',
