@@ -118,7 +118,7 @@ def test_a_pipe_is_not_waited_for(tmp_path, name):
     for f in (read_volume, list_series, audit_series):
         assert cost(f, tmp_path/name)[0]<5
         assert cost(f, tmp_path)[0]<5
-    with pytest.raises(MGMTError): audit(tmp_path, tmp_path/'audit', n_workers=0, progress=False)
+    assert cost(lambda: audit(tmp_path, tmp_path.parent/'audit', n_workers=0, progress=False))[0]<5
 
 
 @pytest.fixture(scope='module')
@@ -269,5 +269,8 @@ def test_text_in_the_image_is_found(tmp_path):
         nib.save(nib.Nifti1Image(a.T, np.diag([4.,4,20,1])), tmp_path/f'{name}.nii')
     assert 'burned into' in audit_series(tmp_path/'text.nii').findings
     assert 'burned into' not in audit_series(tmp_path/'head.nii').findings
-    for i in range(3): dicom(tmp_path/f'{i}.dcm', dict(BurnedInAnnotation='YES'))
-    assert 'its header says that text' in audit_series(tmp_path/'0.dcm').findings
+    pixels = dict(SamplesPerPixel=1, PhotometricInterpretation='MONOCHROME2', BitsAllocated=16, BitsStored=16, HighBit=15,
+        PixelRepresentation=0, PixelData=bytes(512))
+    (tmp_path/'said').mkdir()
+    dicom(tmp_path/'said'/'0.dcm', dict(pixels, BurnedInAnnotation='YES'))
+    assert 'its header says that text' in audit_series(tmp_path/'said').findings
