@@ -847,7 +847,8 @@ def from_json(cls:Recipe,
     """The recipe that was written.
 
     A choice that did not exist yet, in a room whose others are there, is as it was then. What steers a preparation or
-    an augmentation is checked as if it was given; raises `MGMTError` where it cannot be. Of a training it may say what no recipe asks for, such as 'by hand'."""
+    an augmentation is checked as if it was given; raises `MGMTError` where it cannot be. Of a training it may say what
+    no recipe asks for, such as 'by hand'."""
     if not isinstance(d, dict) or not isinstance(d.get('name'), str) or not isinstance(d.get('choices'), dict):
         raise MGMTError('what was written is no recipe: it has a name and choices; was the file changed?')
     written = {k: _as_written(k, v) for k,v in d['choices'].items()}

@@ -329,9 +329,9 @@ def cross_validate(
         runs = [(c, fold, m) for c in cells for fold in sorted(deal.fold.unique()) for m in range(seeds)]
         jobs += [_job(store, c, deal, repeat, fold, m, inner, tta, seed, clock) for c,fold,m in runs]
     _check_inner(jobs, inner)
-    with working_in(dest) as dest: return _validate_all(jobs, dest, dealt, table, nested, progress)
+    with working_in(dest) as dest: return _validate_all(jobs, dest, dealt, table, nested, progress, devices)
 
-def _validate_all(jobs, dest, dealt, table, nested, progress):
+def _validate_all(jobs, dest, dealt, table, nested, progress, devices):
     "Run the jobs, and write and return their predictions"
     for j in jobs: j.others = other_runs(dest/'runs', j.prefix, j.key)
     say_other_runs(dest, [o for j in jobs for o in j.others])
