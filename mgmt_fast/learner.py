@@ -8,7 +8,7 @@ __all__ = ['READ_BACK', 'model_kinds', 'save_mgmt', 'load_mgmt', 'body_and_head'
            'load_model', 'check_preparation', 'predict_unlogged', 'predict']
 
 # %% ../nbs/55_learner.ipynb #6689f177
-import contextlib, copy, hashlib, importlib, json, math, os
+import contextlib, copy, hashlib, importlib, inspect, json, math, os
 from collections import deque
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
@@ -35,7 +35,7 @@ from .prepare import PREPARATION, VolumeStore, prepare_patient
 from .runs import key_digest, run_key
 from .loader import LABELS, StoreDL, StoreDataLoaders, ToUnit, check_prepared, mgmt_dls
 from .augment import mgmt_augs
-from .backbones import Standardize, read_weights, rescales_inside
+from .backbones import Standardize, create_backbone, read_weights, rescales_inside
 from .seen import SeenVolumes
 from .networks import PairLoss, Prototypes, create_network
 from .callbacks import *
@@ -658,9 +658,12 @@ def _no_tensors(file, e):
     return f"{file.name} holds no tensors that can be read ({type(e).__name__}): was it cut off or changed? Restore it"
 
 _SIZE = list_of(Allowed.whole(1, 4096), 3)
-_CONFIG = record_of(dict(arch=TEXT, in_chans=Allowed.whole(1, len(SEQUENCES)), mean=Allowed.number(-1e6, 1e6),
-    std=Allowed.number(1e-6, 1e6)), dict(network=TEXT, slices=NOTHING|Allowed.whole(1, 512), depth=TEXT, head=TEXT,
-    mode=TEXT, anisotropic=Allowed.whole(0, 16), depth_padding=TEXT, checkpoint=YES_OR_NO, freeze=TEXT, stem=TEXT))
+_PLAIN = NOTHING|YES_OR_NO|TEXT|Allowed.number(-1e6, 1e6)
+_MAKES = {*inspect.signature(create_backbone).parameters, *inspect.signature(create_network).parameters}
+_MAKES = dict.fromkeys(_MAKES-{'pretrained','kwargs'}, _PLAIN|list_of(_PLAIN)) # weights come from the file alone
+_CONFIG = record_of(dict(arch=TEXT, in_chans=Allowed.whole(1, len(SEQUENCES))), {**_MAKES,
+    'slices':NOTHING|Allowed.whole(1, 512), 'anisotropic':NOTHING|Allowed.whole(0, 16),
+    'num_classes':Allowed.whole(1, 64)})
 _TRAINED = NOTHING|record_of({}, others=True)
 _MODEL = record_of(dict(version=TEXT, config=_CONFIG, recipe=A_RECIPE, sequences=list_of(A_SEQUENCE), size=_SIZE,
     trained=_TRAINED), dict(kind=Allowed.one_of('network'), preparation=Allowed.whole(1, 2**20),
