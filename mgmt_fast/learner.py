@@ -658,9 +658,10 @@ def _no_tensors(file, e):
     return f"{file.name} holds no tensors that can be read ({type(e).__name__}): was it cut off or changed? Restore it"
 
 _SIZE = list_of(Allowed.whole(1, 4096), 3)
-_PLAIN = NOTHING|YES_OR_NO|TEXT|Allowed.number(-1e6, 1e6)
+_FINITE = Allowed('a finite number', lambda v: v if Allowed.number(-1e6, 1e6)(v)==v else None) # an int stays one
+_PLAIN = NOTHING|YES_OR_NO|TEXT|_FINITE
 _MAKES = {*inspect.signature(create_backbone).parameters, *inspect.signature(create_network).parameters}
-_MAKES = dict.fromkeys(_MAKES-{'pretrained','kwargs'}, _PLAIN|list_of(_PLAIN)) # weights come from the file alone
+_MAKES = dict.fromkeys(_MAKES-{'arch','in_chans','pretrained','kwargs'}, _PLAIN|list_of(_PLAIN)) # weights come from the file alone
 _CONFIG = record_of(dict(arch=TEXT, in_chans=Allowed.whole(1, len(SEQUENCES))), {**_MAKES,
     'slices':NOTHING|Allowed.whole(1, 512), 'anisotropic':NOTHING|Allowed.whole(0, 16),
     'num_classes':Allowed.whole(1, 64)})
@@ -802,8 +803,10 @@ def _outcome(row, job, how):
     "A patient as `_ready_patients` gives it; one that was under way when a process died is tried again, alone"
     try: res = job.result()
     except BrokenProcessPool: res = do_alone(_prepared, (row, *how))
-    if res==DIED: res = {k:{} for k in how[0]},f'{DIED}: predict it again with n_workers=1'
+    if res==DIED: res = {k:{} for k in how[0]},_DIED
     return str(row['patient']),row,*res
+
+_DIED = 'the process that prepared it died, most likely because memory ran out: predict it again with n_workers=1'
 
 def _prepared(row, needs, sequences):
     "A patient's volumes, prepared in each way that the model needs, and what was said of it"
