@@ -658,7 +658,8 @@ def _no_tensors(file, e):
     return f"{file.name} holds no tensors that can be read ({type(e).__name__}): was it cut off or changed? Restore it"
 
 _SIZE = list_of(Allowed.whole(1, 4096), 3)
-_FINITE = Allowed('a finite number', lambda v: v if Allowed.number(-1e6, 1e6)(v)==v else None) # an int stays one
+_IN_RANGE = Allowed.number(-1e6, 1e6)
+_FINITE = Allowed('a finite number', lambda v: v if _IN_RANGE(v)==v else None) # an int stays one
 _PLAIN = NOTHING|YES_OR_NO|TEXT|_FINITE
 _MAKES = {*inspect.signature(create_backbone).parameters, *inspect.signature(create_network).parameters}
 _MAKES = dict.fromkeys(_MAKES-{'arch','in_chans','pretrained','kwargs'}, _PLAIN|list_of(_PLAIN)) # weights come from the file alone
