@@ -353,9 +353,12 @@ def _test_rows(tests):
 
 # %% ../nbs/83_experiment.ipynb #83190026
 def _results(s):
-    "The tables of figures, by part"
+    "The tables of figures, by part, and why some models have none"
     split,folds = split_predictions(s.dest, s.runs),_fold_predictions(s.dest, s.cells)
-    tables = {k: results_table(t) if len(t) else t for k,t in dict(split=split, folds=folds).items()}
+    tables,silent = {},[]
+    for k,t in dict(split=split, folds=folds).items():
+        tables[k],why = _told_apart(t)
+        silent += [f'{SPLITS[k]}, {o}' for o in why]
     for k in SPLITS:
         preds = external_predictions(s.dest, s.tests, s.tcga, k)
         tables[f'average_{k}'] = average_over_sequences(preds) if len(preds) else preds
@@ -363,7 +366,15 @@ def _results(s):
         tables[f'external_{k}'] = external_table(done) if done else pd.DataFrame()
     for k,t in tables.items():
         write_csv(s.dest/f'{k}.csv', t)
-    return tables
+    return tables,silent
+
+def _told_apart(preds):
+    "Figures of the models whose scores tell patients apart, and why there are none of the others"
+    rows,why = [],[]
+    for (arch,sequences),t in preds.groupby(['arch','sequences'], sort=False) if len(preds) else ():
+        try: rows.append(results_table(t))
+        except MGMTError as e: why.append(f'{arch} on {sequences}: {e}')
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(),why
 
 def _ours_checked(tables, thresholds):
     "What cannot be, or should not, in our own tables"
@@ -437,10 +448,10 @@ def _similarity(s):
     top = t.sort_values('score', ascending=False, ignore_index=True).head(8)
     return [text, *s.leaks.said.split('\n'), "The pairs that look most alike:", top[[c for c in columns if c in t]]]
 
-def _tables_part(s, tables):
+def _tables_part(s, tables, silent):
     "Tables 3 and 4"
     parts = ["Table 3: validation, accuracy / AUC, with 95 % intervals; the thesis gave none.",
-        _beside(tables['split'], tables['folds'], 'validation')]
+        _beside(tables['split'], tables['folds'], 'validation'), *(f'No figures: {o}' for o in silent)]
     if len(tables['folds']): parts.append(plot_forest(_as_there(tables['folds']), ['arch','sequences']))
     parts += ["Table 4: test, loss / accuracy / AUC, the mean over sequences.",
         _beside(tables['average_split'], tables['average_folds'], 'test')]
@@ -471,11 +482,11 @@ def _recipe_part(s):
 # %% ../nbs/83_experiment.ipynb #83190029
 def _page(s):
     "Write the page"
-    tables = _results(s)
+    tables,silent = _results(s)
     thresholds = [.5, *(r['threshold'] for r in s.tests.result if r)]
     theirs,ours = thesis_findings(),_ours_checked(tables, thresholds)
     sections = {'What was done': _intro(s), 'In one paragraph': _paragraph(s, tables, ours),
-        'Data and flow': _pictures(s), 'Tables 3 and 4': _tables_part(s, tables),
+        'Data and flow': _pictures(s), 'Tables 3 and 4': _tables_part(s, tables, silent),
         'All sequences at once, or one each': _one_or_each(tables), 'Training': _losses(s),
         'Is any test patient known from training?': _similarity(s),
         'What cannot be in these tables': ["Of the thesis:", theirs, "Of ours:",

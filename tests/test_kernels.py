@@ -201,6 +201,6 @@ def test_kernels_take_models_of_stores_of_slices(kaggle, tmp_path, monkeypatch, 
     freeze_bundle(**cv_models(tmp_path/'cv'), store=store, dest=out/'train/bundles/T1wCE')
     said = session('tcga-eval', root, tmp_path, monkeypatch)
     result, = [read_result(p) for p in (root/'working/external').glob('*/external-*.json')]
-    assert result['all']['n']==16 and {o['what'] for o in result['overridden']}=={'space'} and 'planted copies' in said
+    assert result['all']['n']==16 and not result['overridden'] and 'planted copies' in said
     said = session('submit', root, tmp_path, monkeypatch)
     assert 'submission.csv: 4 patients' in said
