@@ -269,8 +269,8 @@ def test_text_in_the_image_is_found(tmp_path):
         nib.save(nib.Nifti1Image(a.T, np.diag([4.,4,20,1])), tmp_path/f'{name}.nii')
     assert 'burned into' in audit_series(tmp_path/'text.nii').findings
     assert 'burned into' not in audit_series(tmp_path/'head.nii').findings
-    pixels = dict(SamplesPerPixel=1, PhotometricInterpretation='MONOCHROME2', BitsAllocated=16, BitsStored=16, HighBit=15,
-        PixelRepresentation=0, PixelData=bytes(512))
+    kind = dict(SamplesPerPixel=1, PhotometricInterpretation='MONOCHROME2', PixelRepresentation=0)
+    pixels = dict(kind, BitsAllocated=16, BitsStored=16, HighBit=15, PixelData=bytes(512))
     (tmp_path/'said').mkdir()
     dicom(tmp_path/'said'/'0.dcm', dict(pixels, BurnedInAnnotation='YES'))
     assert 'its header says that text' in audit_series(tmp_path/'said').findings
