@@ -364,7 +364,7 @@ _MEDICALNET_LICENSE = 'MIT (Tencent MedicalNet; cite Chen et al. 2019, arXiv:190
 def medicalnet_weights(
     arch:str, # One of `MEDICALNETS`
 ) -> dict: # State dict on the CPU, of the version that was trained on 23 data sets
-    "MedicalNet's weights, from the hub or its cache, and a line on their licence. Raises `MGMTError` if there are none."
+    "MedicalNet's weights, from the hub or its cache; prints their licence. Raises `MGMTError` if there are none."
     if arch not in MEDICALNETS: raise unknown_name('network of MedicalNet', arch, MEDICALNETS)
     name = f"resnet_{arch.removeprefix('medicalnet')}_23dataset.pth"
     with _quick_offline():

@@ -198,9 +198,18 @@ class MGMTLearner(Learner):
         dl = dl.new(after_batch=copy.deepcopy(self.dls.train.after_batch))
         with self.unwatched(): return super().tta(dl=dl, n=n, **kwargs)
 
-    def export(self, *args, **kwargs): raise MGMTError(_not_exported)
-    def to_channelslast(self, *args, **kwargs): raise MGMTError(_channels_are_last)
-    def to_non_native_fp16(self, *args, **kwargs): raise MGMTError(_not_in_halves)
+    def export(self,
+        *args, # Of fastai's
+        **kwargs, # Of fastai's
+    ): raise MGMTError(_not_exported)
+    def to_channelslast(self,
+        *args, # Of fastai's
+        **kwargs, # Of fastai's
+    ): raise MGMTError(_channels_are_last)
+    def to_non_native_fp16(self,
+        *args, # Of fastai's
+        **kwargs, # Of fastai's
+    ): raise MGMTError(_not_in_halves)
 
     def unfreeze(self):
         super().unfreeze()

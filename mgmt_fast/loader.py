@@ -324,9 +324,15 @@ class StoreDataLoaders(DataLoaders):
 
     def new_empty(self): raise MGMTError(_not_pickled)
     @classmethod
-    def from_dsets(cls, *args, **kwargs): raise MGMTError(_from_a_store)
+    def from_dsets(cls,
+        *args, # Of fastai's
+        **kwargs, # Of fastai's
+    ): raise MGMTError(_from_a_store)
     @classmethod
-    def from_dblock(cls, *args, **kwargs): raise MGMTError(_from_a_store)
+    def from_dblock(cls,
+        *args, # Of fastai's
+        **kwargs, # Of fastai's
+    ): raise MGMTError(_from_a_store)
 
 _from_a_store = "these loaders are made from a store: use `mgmt_dls(store)`, or fastai's own `DataLoaders`"
 _not_pickled = "loaders are not exported: `save_model` keeps all that a prediction needs, and nothing is unpickled"
@@ -433,13 +439,29 @@ def _montage_axes(B, C, n, cols):
 
 # %% ../nbs/35_loader.ipynb #5b506ba2
 @dispatch
-def show_results(x:TensorMR, y:Any, samples:Any, outs:Any, ctxs:Any=None, max_n:Any=4, **kwargs):
+def show_results(
+    x:TensorMR, # (B,C,D,H,W)
+    y:Any, # (B,) labels, NaN where unknown
+    samples:Any, # What fastai makes of a batch; not used
+    outs:Any, # Tuples, each beginning with a probability or an answer
+    ctxs:Any=None, # As in `show_batch`
+    max_n:Any=4, # Patients, at most
+    **kwargs # For `show_montages`
+):
     "Montages of a batch with label and prediction, as `show_batch`; returns the axes"
     titles = [f'{label_name(a)}; {_predicted(b)}' for a,(b,*_) in zip(y, outs)]
     return show_montages(x[:max_n], titles, ctxs, **kwargs)
 
 @dispatch
-def plot_top_losses(x:TensorMR, y:Any, samples:Any, outs:Any, raws:Any, losses:Any, **kwargs):
+def plot_top_losses(
+    x:TensorMR, # (B,C,D,H,W)
+    y:Any, # (B,) labels
+    samples:Any, # What fastai makes of a batch; not used
+    outs:Any, # What fastai makes of the answers; not used
+    raws:Any, # (B,1) probabilities
+    losses:Any, # (B,) losses
+    **kwargs # For `show_montages`
+):
     "Montages of the patients that a network is most wrong about; returns the axes"
     said = [f'probability {p.item():.2f}, loss {l.item():.2f}' for p,l in zip(raws, losses)]
     return show_montages(x, [f'{label_name(a)}; {o}' for a,o in zip(y, said)], **kwargs)

@@ -275,7 +275,8 @@ def test_medicalnet_is_refused_with_the_way_out(tmp_path, monkeypatch):
     with pytest.raises(MGMTError, match='network of MedicalNet'): medicalnet_weights('medicalnet101')
     def nowhere(*args): raise OSError('no network')
     monkeypatch.setattr('huggingface_hub.hf_hub_download', nowhere)
-    with pytest.raises(MGMTError, match='mgmt_weights DEST medicalnet10'): create_backbone('medicalnet10', pretrained=True)
+    with pytest.raises(MGMTError, match='mgmt_weights DEST medicalnet10'):
+        create_backbone('medicalnet10', pretrained=True)
 
 
 def test_medicalnet_is_fetched_with_its_licence(tmp_path, monkeypatch, capsys):
@@ -289,7 +290,7 @@ def test_medicalnet_is_fetched_with_its_licence(tmp_path, monkeypatch, capsys):
     table = mgmt_weights(tmp_path/'weights', 'medicalnet10')
     assert asked==[('TencentMedicalNet/MedicalNet-Resnet10', 'resnet_10_23dataset.pth')]
     assert 'MIT' in capsys.readouterr().out and 'MIT' in table.license[0]
-    a,b = create_backbone('medicalnet10', pretrained=tmp_path/'weights'),create_backbone('medicalnet10', pretrained=True)
+    a,b = (create_backbone('medicalnet10', pretrained=o) for o in (tmp_path/'weights', True))
     for k,v in a.body.state_dict().items(): assert torch.equal(v, b.body.state_dict()[k])
 
 
