@@ -44,9 +44,8 @@ def _kind_of(name):
 def _looks_dicom(path):
     "Does a file without a telling name start as DICOM does? A pipe or a dead link does not"
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode): return False
-        with open(path, 'rb') as f: head = f.read(132)
-    except OSError: return False
+        with open_input(path) as f: head = f.read(132)
+    except (OSError,MGMTError): return False
     return head[128:]==b'DICM' or head[:2] in (b'\x08\0',b'\x02\0') and len(head)==132
 
 def _is_slice(e):

@@ -6,10 +6,9 @@
 __all__ = ['thumbnail', 'audit_cohort', 'write_sheet', 'audit']
 
 # %% ../nbs/25_audit.ipynb #5a676e86
-import base64, contextlib, hashlib, html, io, json, multiprocessing, os, re
+import base64, contextlib, hashlib, io, os, re
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,11 @@ from PIL import Image
 
 from . import __version__
 from .core import *
+from .processes import DIED, in_processes, working_in
+from .pages import Markup, fill_page, picture_tag, write_csv
 from .naming import sequence_of
+from .skull import has_skull
+from .grids import CANONICAL, match_axes
 from .archive import find_images, shown_name
 from .clinical import CohortError
 from .cohort import cohort_report, find_cohort, write_choices
@@ -32,6 +35,21 @@ def _evenly(x, n):
     if not len(filled): return [len(x)//2]*n
     return filled[np.linspace(len(filled)*.1, len(filled)*.9-1, n).round().astype(int).clip(0)]
 
+def _axial(vol):
+    "Voxels with their axes from foot to head, front to back and right to left, and the steps along these"
+    axes = vol.affine[:3,:3]
+    order,signs = match_axes(axes, CANONICAL)
+    turned = vol.numpy().transpose(order)[tuple(slice(None, None, int(s)) for s in signs)]
+    return turned,axes[:,order]*signs
+
+def _inner(x, step, n):
+    "Indices of `n` axial slices from 25 to 75 mm below the top of the head, above the face; `step` in mm"
+    some = x[:,::2,::2]
+    lo,hi = float(some.min()),float(np.percentile(some, 99))
+    lit = np.flatnonzero((some>lo+.25*(hi-lo)).mean((1,2))>.02)
+    first_,top = (lit[0],lit[-1]) if len(lit) else (0,len(x)-1)
+    return (top-np.linspace(75, 25, n)/step).round().astype(int).clip(first_, top)
+
 def _upright(x, h, w):
     "Slices (n,H,W) turned upright, and the steps along their axes, from steps `h` and `w` in RAS+ mm"
     if np.abs(h).argmax()<np.abs(w).argmax(): x,h,w = x.swapaxes(1,2),w,h
@@ -43,10 +61,13 @@ def thumbnail(
     vol:Volume, # (D,H,W)
     n:int=5, # Slices, evenly spaced over those that hold something
     height:int=72, # Of the picture, in pixels
+    head:bool=None, # Is the skull there? Then axial slices from inside it are shown, without a face; seen if None
 ) -> np.ndarray: # (height, width) uint8, the slices side by side with their true aspect
     "A small upright picture of a volume: its least value is black, its 99.5th percentile white."
-    x,step = vol.numpy(),vol.affine[:3,:3]
-    x,h,w = _upright(x[_evenly(x, n)].astype(np.float32), step[:,1], step[:,2])
+    if head is None: head = has_skull(vol) is not False
+    x,step = _axial(vol) if head else (vol.numpy(),vol.affine[:3,:3])
+    at = _inner(x, np.linalg.norm(step[:,0]), n) if head else _evenly(x, n)
+    x,h,w = _upright(x[at].astype(np.float32), step[:,1], step[:,2])
     lo,hi = x.min(),max(np.percentile(x, 99.5), x.min()+1e-6)
     x = ((x-lo)/(hi-lo)*255).clip(0,255).astype(np.uint8)
     aspect = x.shape[2]*np.linalg.norm(w)/(x.shape[1]*np.linalg.norm(h))
@@ -74,7 +95,8 @@ def _look(patient, sequence, path, index):
     some = np.ascontiguousarray(vol.numpy()[:,::2,::2])
     digest = None if row['min']==row['max'] else hashlib.blake2b(some, digest_size=16).hexdigest()
     grid = f'{tuple(vol.shape)} {(vol.affine.round(2)+0.).tolist()}'
-    return _Seen(row.to_dict(), grid, digest, thumbnail(vol), _head_box(vol))
+    picture = thumbnail(vol, head=row['skull'] is not False)
+    return _Seen(row.to_dict(), grid, digest, picture, _head_box(vol))
 
 def _one(job):
     "Audit one series, `(patient, sequence, path, index)`, in a worker"
@@ -97,19 +119,9 @@ def _head_box(vol):
 
 # %% ../nbs/25_audit.ipynb #0ae4b763
 def _results(jobs, n_workers, progress):
-    n = min(os.cpu_count() if n_workers is None else n_workers, len(jobs))
-    if n<2:
-        yield from map(_one, track(jobs, len(jobs), progress))
-        return
-    context = multiprocessing.get_context('fork' if os.name=='posix' else 'spawn')
-    with ProcessPoolExecutor(n, mp_context=context, initializer=worker_init) as pool:
-        try: yield from track(pool.map(_one, jobs), len(jobs), progress)
-        except BrokenProcessPool as e: raise _worker_died() from e
-        finally: pool.shutdown(wait=True, cancel_futures=True)
-
-def _worker_died():
-    return MGMTError('a worker process died, most likely for want of memory: run again with fewer workers '
-        '(n_workers=1)')
+    "(place, what is kept) of each job, as they come"
+    for i,o in in_processes(_one, [(job,) for job in jobs], n_workers, progress):
+        yield i,_absent('died', f'{DIED}: look at it alone') if o==DIED else o
 
 # %% ../nbs/25_audit.ipynb #6656d7dd
 def _job_key(job):
@@ -127,27 +139,32 @@ def _picture_text(a):
 def _picture_of(text):
     return None if text is None else np.array(Image.open(io.BytesIO(base64.b64decode(text))))
 
-def _line_of(key, seen):
-    return json.dumps([key,*seen[:3],_picture_text(seen.picture),seen.box], default=lambda o: o.item())+'\n'
+def _entry_of(key, seen):
+    "What the journal keeps of a series"
+    return [key,*seen[:3],_picture_text(seen.picture),seen.box]
 
 def _left_by_run(journal):
-    "What a stopped run wrote, by key; its last line may be cut off"
+    "What a stopped run wrote, by key; what is not as it was written is looked at again"
     res = {}
-    for o in journal.read_text(encoding='utf-8').split('\n')[:-1] if journal.exists() else []:
-        try: key,row,grid,digest,picture,box = json.loads(o)
-        except ValueError: continue
-        res[key] = _Seen(row, grid, digest, _picture_of(picture), box)
+    for o in read_json_lines(journal):
+        try:
+            key,row,grid,digest,picture,box = o
+            res[key] = _Seen({k: row[k] for k in AUDIT_COLUMNS}, grid, digest, _picture_of(picture), box)
+        except (KeyError,OSError,TypeError,ValueError): continue
     return res
 
 def _resumed(jobs, n_workers, progress, journal=None):
     "Results of `_one` in the jobs' order; those that a stopped run left in `journal` are taken from there"
-    if journal is None: return list(_results(jobs, n_workers, progress))
+    if journal is None:
+        found = dict(_results(jobs, n_workers, progress))
+        return [found[i] for i in range(len(jobs))]
     keys,done = [*map(_job_key, jobs)],_left_by_run(journal)
     todo = [i for i,k in enumerate(keys) if k not in done]
-    with open(journal, 'a', encoding='utf-8') as f:
-        for seen,i in zip(_results([jobs[i] for i in todo], n_workers, progress), todo):
-            done[keys[i]] = seen
-            f.write(_line_of(keys[i], seen)); f.flush()
+    with Journal(journal) as j:
+        for at,seen in _results([jobs[i] for i in todo], n_workers, progress):
+            key = keys[todo[at]]
+            done[key] = seen
+            j.add(_entry_of(key, seen), default=lambda o: o.item())
     return [done[k] for k in keys]
 
 # %% ../nbs/25_audit.ipynb #7c8dec3a
@@ -260,12 +277,6 @@ _STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em;color:#222} table
 padding:.4em .8em;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}
 .bad{color:#b00020} .note,.facts{color:#666;font-size:12px} img{display:block;background:#000;height:72px}"""
 
-def _img_tag(a):
-    "A picture inside the page"
-    if a is None: return ''
-    Image.fromarray(a).save(f:=io.BytesIO(), 'JPEG', quality=80)
-    return f'<img alt="slices" src="data:image/jpeg;base64,{base64.b64encode(f.getvalue()).decode()}">'
-
 def _facts_line(r):
     "One line on a series: extent, plane, coding, intensities"
     if not r.readable: return r.error or ''
@@ -287,18 +298,21 @@ def _by_severity(table):
 def _counts_line(table):
     return f"{len(table)} series, {int(table.readable.sum())} readable, {(table.findings!='').sum()} with findings"
 
-def _escape(o): return html.escape(str(o))
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title><style>{{ style }}</style>
+<h1>{{ title }}</h1>
+<p>{{ counts }}. mgmt_fast {{ version }}. Identifiers found in headers are named by kind; their values are not kept.
+Series with their skull are shown by axial slices from inside it, on which no face can be seen.</p>
+<table>{% for kind,n in kinds %}<tr><td>{{ n }}</td><td>{{ kind }}</td></tr>
+{% else %}<tr><td>nothing found</td></tr>{% endfor %}</table><h2>Series</h2><table>
+{% for r in rows %}<tr><td>{{ r.name }}<div class="facts">{{ r.facts }}</div></td><td>{{ r.picture }}</td>
+<td>{% for o in r.findings %}<div class="bad">{{ o }}</div>{% endfor %}
+{% for o in r.notes %}<div class="note">{{ o }}</div>{% endfor %}</td></tr>{% endfor %}</table></html>"""
 
-def _html_lines(o): return _escape(o).replace(' | ', '<br>')
-
-def _kind_rows(table):
-    rows = ''.join(f'<tr><td>{n}</td><td>{_escape(k)}</td></tr>' for k,n in _kinds(table.findings))
-    return rows or '<tr><td>nothing found</td></tr>'
-
-def _series_html(r, picture):
-    name = f'{_escape(_called(r))}<div class="facts">{_escape(_facts_line(r))}</div>'
-    said = f'<div class="bad">{_html_lines(r.findings)}</div><div class="note">{_html_lines(r.notes)}</div>'
-    return f'<tr><td>{name}</td><td>{_img_tag(picture)}</td><td>{said}</td></tr>'
+def _shown_row(r, picture):
+    "A row of the page"
+    picture = '' if picture is None else picture_tag(picture, 'slices', 'JPEG')
+    findings,notes = ([o for o in t.split(' | ') if o] for t in (r.findings,r.notes))
+    return dict(name=_called(r), facts=_facts_line(r), picture=picture, findings=findings, notes=notes)
 
 # %% ../nbs/25_audit.ipynb #bdc02f3c
 def write_sheet(
@@ -308,13 +322,10 @@ def write_sheet(
     title:str='Audit', # Of the page
 ):
     "Write a self-contained page: what was found how often, and every series with its picture, findings first."
-    rows = ''.join(_series_html(table.iloc[i], pictures[i]) for i in _by_severity(table))
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_escape(title)}</title>'
-    about = (f"{_escape(_counts_line(table))}. mgmt_fast {__version__}. Identifiers found in headers are named by "
-        "kind; their values are not kept.")
-    page = f"""{head}<style>{_STYLE}</style><h1>{_escape(title)}</h1>
-<p>{about}</p><table>{_kind_rows(table)}</table><h2>Series</h2><table>{rows}</table></html>"""
-    with atomic_path(path) as tmp: tmp.write_text(page, encoding='utf-8')
+    rows = [_shown_row(table.iloc[i], pictures[i]) for i in _by_severity(table)]
+    page = fill_page(_PAGE, title=title, style=Markup(_STYLE), counts=_counts_line(table), version=__version__,
+        kinds=_kinds(table.findings), rows=rows)
+    write_text(path, page)
 
 # %% ../nbs/25_audit.ipynb #8cd1c51d
 def _doubtful(cohort):
@@ -414,17 +425,20 @@ def audit(
     id_col:str=None, # Column of the label table with the ids
     label_col:str=None, # Column of the label table with the labels
     patient_col:str=None, # Column of the label table that says whose each id is
+    named:Callable=None, # Called with patient, sequence, path and findings of each series, where somebody is watching
 ) -> bool: # Was anything found that calls for a decision?
     """Audit all series below a folder: writes the table and the page, prints a summary.
 
     Run it again to finish after a stop. Raises `MGMTError` if there is no series, or `dest` cannot be written."""
     root,dest = Path(root),Path(dest)
     plan = _plan(root, choices, dict(labels=labels, id_col=id_col, label_col=label_col, patient_col=patient_col))
-    journal = make_folder(dest)/'audit.jsonl'
-    table,pictures = _audited(plan.jobs, n_workers, progress, journal)
-    _add_doubts(table, len(table)-len(plan.doubts), plan.doubts)
-    with atomic_path(dest/'audit.csv') as tmp: table.iloc[_by_severity(table)].to_csv(tmp, index=False)
-    write_sheet(table, pictures, dest/'audit.html', f'Audit of {root.resolve().name}')
-    journal.unlink()
+    with working_in(dest):
+        journal = dest/'audit.jsonl'
+        table,pictures = _audited(plan.jobs, n_workers, progress, journal)
+        _add_doubts(table, len(table)-len(plan.doubts), plan.doubts)
+        write_csv(dest/'audit.csv', table.iloc[_by_severity(table)])
+        write_sheet(table, pictures, dest/'audit.html', f'Audit of {root.resolve().name}')
+        journal.unlink()
     _say_audited(plan, root, dest, table)
+    for job,said in zip(plan.jobs, table.findings if named else ()): named(*job[:3], said)
     return bool((table.findings!='').any())

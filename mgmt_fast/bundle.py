@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 from .core import *
+from .schemas import *
 from fastcore.all import *
 from scipy.special import expit
 from . import __version__
@@ -89,14 +90,17 @@ class Ledger:
 
     def lines(self) -> list: # Of dictionaries. Raises `ProtocolError` if the chain is broken
         "All whole lines"
-        text = self.path.read_text(encoding='utf-8') if self.path.exists() else ''
-        res,last = [],self.first
-        for i,line in enumerate(text.split('\n')[:-1]):
+        lines,res,last = self._whole_lines(),[],self.first
+        for i,line in enumerate(lines):
             e = _parsed(line)
             if e.get('previous')!=last or not is_signed(e): raise _by_hand(i+1, self.path)
             res.append(e)
             last = e['signature']
         return res
+
+    def _whole_lines(self):
+        if not self.path.exists(): return []
+        with open_input(self.path, ProtocolError) as f: return f.read().split(b'\n')[:-1]
 
     def passes(self) -> list: # Of dictionaries
         "The passes that were begun"
@@ -110,7 +114,7 @@ class Ledger:
             before = self.lines()
             line = signed({**entry, 'previous':before[-1]['signature'] if before else self.first})
             text = ''.join(json.dumps(o)+'\n' for o in [*before,line])
-            with atomic_path(self.path) as tmp: tmp.write_text(text, encoding='utf-8')
+            write_text(self.path, text)
         return line
 
     def unfinished(self,
@@ -124,8 +128,10 @@ class Ledger:
         return last if open_ else None
 
 def _parsed(line):
-    try: return json.loads(line)
-    except json.JSONDecodeError: return {}
+    "A line as a dictionary; an empty one where it is none"
+    try: res = parse_json(line)
+    except ValueError: return {}
+    return res if isinstance(res, dict) else {}
 
 def _by_hand(i, path):
     return ProtocolError(f"line {i} of {path} was changed, added or taken out by hand: the count of passes can no "
@@ -139,7 +145,7 @@ class Bundle:
     ):
         path = Path(path)
         if not (path/'bundle.json').exists(): raise _no_bundle(path)
-        d = read_signed(path/'bundle.json')
+        d = check_form(read_signed(path/'bundle.json'), _BUNDLE, 'bundle.json', ProtocolError)
         for m in d['models']: _check_files(path, m)
         sequences = tuple(uniqueify(s for m in d['models'] for s in m['sequences']))
         self.__dict__.update(d, path=path, sequences=sequences, recipe=Recipe.from_json(d['recipe']), parts=[])
@@ -221,6 +227,18 @@ class Bundle:
         raise ProtocolError("a bundle is frozen and is not saved again: copy its folder as a whole")
 
 model_kinds['bundle'] = Bundle
+
+_SUFFIXES = ('.safetensors','.json','.seen.safetensors')
+_FILES = record_of({'.safetensors':TEXT, '.json':TEXT}, {'.seen.safetensors':TEXT})
+_MODEL = record_of(dict(name=A_FILE_NAME, arch=TEXT, files=_FILES, sequences=list_of(A_SEQUENCE),
+    temperature=Allowed.number(1e-3, 1e3)), others=True)
+_SHARE,_SPACING = Allowed.number(0, 1),list_of(Allowed.number(1e-4, 1e5), 3)
+_VALIDATION = record_of(dict(auc=_SHARE, lo=_SHARE, hi=_SHARE), others=True)
+_ALIKE = table_of(record_of(dict(skull=_SHARE, spacing=_SPACING, space=TEXT, plane=TEXT)))
+_SAID = dict(version=TEXT, created=TEXT, signature=TEXT, patients=list_of(TEXT), volumes=list_of(TEXT))
+_CHOSEN = dict(threshold=_SHARE, validation=_VALIDATION, preparation=_ALIKE)
+_BUNDLE = record_of(dict(models=list_of(_MODEL), recipe=A_RECIPE, tta=NOTHING|A_RECIPE, **_CHOSEN, **_SAID),
+    dict(spacing=NOTHING|_SPACING))
 
 def _no_bundle(path):
     return ProtocolError(f"no bundle in {path}: bundle.json is missing; make one with freeze_bundle")
@@ -350,9 +368,9 @@ def _one_each(temperatures, paths):
 def _copied(path, model, temperature, dest, i):
     "Copy a model's files into the bundle; its entry"
     name,files = f'model-{i}',{}
-    for suffix in ('.safetensors','.json','.seen.safetensors'):
+    for suffix in _SUFFIXES:
         if not Path(path+suffix).exists() and suffix=='.seen.safetensors': continue # of version 0.1
-        shutil.copyfile(path+suffix, dest/f'{name}{suffix}')
+        with atomic_path(dest/f'{name}{suffix}', record=True) as tmp: shutil.copyfile(path+suffix, tmp)
         files[suffix] = file_hash(dest/f'{name}{suffix}')
     about = dict(arch=model.arch, sequences=list(model.sequences), key=(model.trained or {}).get('key'))
     return dict(name=name, **about, temperature=temperature, files=files)

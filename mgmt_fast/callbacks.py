@@ -8,7 +8,7 @@ __all__ = ['GradientAccumulation', 'FusedAdam', 'Precision', 'set_norms', 'lower
            'OutOfTime', 'Clock', 'StopInTime', 'DistributedTraining']
 
 # %% ../nbs/52_callbacks.ipynb #8f8f10de
-import json, math, random, time
+import hashlib, json, math, random, time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -318,7 +318,7 @@ class HistoryLogger(CSVLogger):
         "Write the names of the columns and all rows so far"
         if rank_distrib(): return
         lines = [','.join(r)+'\n' for r in [self.recorder.metric_names,*self.rows]]
-        with atomic_path(self.path/self.fname) as tmp: tmp.write_text(''.join(lines))
+        write_text(self.path/self.fname, ''.join(lines))
 
     def after_fit(self): pass
 
@@ -540,8 +540,11 @@ class Checkpoint(Callback):
         file = Path(path)/self.fname
         if not file.exists(): return None
         try:
-            with safe_open(str(file), framework='pt') as f: return json.loads(f.metadata()['state'])
-        except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as e:
+            with safe_open(str(file), framework='pt') as f: said = f.metadata()
+            if 'digest' not in said: return dict(parse_json(said['state']), key=None) # of version 0.1
+            if said['digest']!=_digest(said['state'], st.load_file(str(file))): raise ValueError('changed')
+            return parse_json(said['state'])
+        except (SafetensorError,OSError,LookupError,TypeError,ValueError) as e:
             raise TrainingError(_no_checkpoint(file, e)) from e
 
     def check(self,
@@ -553,7 +556,7 @@ class Checkpoint(Callback):
         raised."""
         d = self.read(path)
         if d is None: return 0
-        differ = key_changes(d['key'], self.key, but=('epochs',)) if self.key else []
+        differ = key_changes(d['key'], self.key, but=('epochs',)) if self.key or d['key'] is None else []
         done = d['epoch']+1
         limit = self.key.get('recipe', {}).get('epochs', done)
         if limit<done: differ.append(f"'epochs': {done} are done there, {limit} asked for now")
@@ -574,7 +577,8 @@ class Checkpoint(Callback):
         d['cbs'] = {cb.name: state.add(f'cbs.{cb.name}', _cb_state(cb)) for cb in self.learn.cbs}
         tensors = {k:_on_cpu(v) for k,v in state.tensors.items()}
         said = json.dumps(d, default=lambda o: o.item())
-        with atomic_path(self.path/self.fname) as tmp: st.save_file(tensors, str(tmp), metadata=dict(state=said))
+        about = dict(state=said, digest=_digest(said, tensors))
+        with atomic_path(self.path/self.fname) as tmp: st.save_file(tensors, str(tmp), metadata=about)
 
     def _loaders(self):
         "Where the loaders' order and the augmentation are"
@@ -620,6 +624,15 @@ class Checkpoint(Callback):
         vars(rec.smooth_loss).update(state.get('smooth', d['smooth']))
         bar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
         if bar: bar.update(0) # its clock starts at the first epoch, which is not run again
+
+def _digest(said, tensors):
+    "What shows that nothing in a checkpoint was changed"
+    h = hashlib.blake2b(said.encode(), digest_size=16)
+    for k in sorted(tensors):
+        t = tensors[k]
+        h.update(f'{k} {tuple(t.shape)} {t.dtype}'.encode())
+        h.update(t.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    return h.hexdigest()
 
 def _on_cpu(v): return v.detach().clone(memory_format=torch.contiguous_format).cpu()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 from .core import *
+from .pages import write_csv
 from fastcore.all import *
 from scipy.special import expit
 from .clinical import id_key
@@ -238,7 +239,7 @@ def _write_parts(dest, figures, tables):
         with atomic_path(dest/'figures'/f'{k}.png') as tmp:
             np.ravel(o)[0].figure.savefig(tmp, dpi=110, bbox_inches='tight')
     for k,o in tables.items():
-        with atomic_path(dest/f'{k}.csv') as tmp: o.to_csv(tmp, index=False)
+        write_csv(dest/f'{k}.csv', o)
 
 # %% ../nbs/67_card.ipynb #1c7590a8
 def _patients_part(s, figures):

@@ -8,12 +8,15 @@ __all__ = ['mgmt_audit', 'mgmt_phantom', 'mgmt_prepare', 'mgmt_train', 'mgmt_pre
            'mgmt_demo']
 
 # %% ../nbs/90_cli.ipynb #4eea66c0
-import argparse, functools, inspect, re, sys, time
+import argparse, contextlib, functools, inspect, re, signal, sys, threading, time
 from pathlib import Path
 
+import pandas as pd
 from .core import *
+from .pages import write_csv
 from fastcore.docments import docments
-from fastcore.script import Param, anno_parser
+from fastcore.script import Param, anno_parser, store_true
+from .dicom import files_by_number
 from .clinical import read_clinical, read_labels, read_table
 from .cohort import cohort_report, find_cohort, kaggle_cohort
 from .phantom import make_phantom, phantom_bound, read_side_table
@@ -26,8 +29,17 @@ from .report import plot_history, plot_roc
 from .audit import audit
 
 # %% ../nbs/90_cli.ipynb #58687678
-_STOPPED = ('interrupted: run the same command again; all but phantoms, predictions and external tests go on where they'
-    ' stopped')
+_STOPPED = ('interrupted: what was complete is kept. Run the same command again; all but phantoms, predictions and '
+    'external tests go on where they stopped')
+
+class _Terminated(KeyboardInterrupt):
+    "SIGTERM, which ends a command as Ctrl-C does"
+
+def _terminate(*_): raise _Terminated
+
+def _listen():
+    "Let SIGTERM end this command as Ctrl-C does; only a main thread hears signals"
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, _terminate)
 
 def _place():
     "The type of a path that is given without the name of an option, and may be left out"
@@ -67,19 +79,33 @@ def _command(f):
     @functools.wraps(f)
     def _f(*args, **kwargs):
         typed = not (args or kwargs) and Path(sys.argv[0]).stem==f.__name__
-        if typed: kwargs = _from_command_line(f)
+        if typed:
+            kwargs = _from_command_line(f)
+            _listen()
         try: return f(*args, **kwargs)
-        except MGMTError as e: print(f'error: {e}', file=sys.stderr); return 2
-        except KeyboardInterrupt: print(_STOPPED, file=sys.stderr); return 130
+        except MGMTError as e: return _end(f'error: {e}', 2)
+        except _Terminated: return _end(_STOPPED, 143)
+        except KeyboardInterrupt: return _end(_STOPPED, 130)
+        except Exception as e: # whose message may quote the data
+            if not typed: raise
+            return _end(f"error: {log_fault(e, f'running {f.__name__}')}", 2)
     return _f
 
+def _end(said, code):
+    print(said, file=sys.stderr)
+    return code
+
+def _done(lost, strict):
+    "The exit code of work that is done: 0, or 3 if patients were left out and that was to be told apart"
+    return 3 if lost and strict else 0
+
 def _say_report(report, what):
-    "Print the rows that matter, count the others; 1 if a patient or sequence was lost"
+    "Print the rows that matter, count the others; was a patient or sequence lost?"
     errors,notes = report[report.level=='error'],report[report.level!='error']
     for r in errors.itertuples(): print(f"  {r.patient} {r.sequence}: {r.what}")
     for note,n in notes.what.str.replace(r': .*','',regex=True).value_counts().items(): print(f"  {n} x {note}")
     if len(errors): print(f"{errors.patient.nunique()} patients with errors in {what}; everything else is done")
-    return int(len(errors)>0)
+    return len(errors)>0
 
 # %% ../nbs/90_cli.ipynb #2a6d3d5f
 def _cohort(root, most=20, **kwargs):
@@ -95,6 +121,23 @@ def _store(path, labels=None, id_col=None, label_col=None):
     if labels is None and (id_col or label_col): raise MGMTError(_no_table(id_col or label_col))
     return VolumeStore(path, labels if labels is None else read_labels(labels, id_col, label_col))
 
+_LABEL = re.compile(r'slice (\d+) of (\d+)')
+
+def _show_names(patient, sequence, path, said):
+    "Print which files a text calls slices, to a terminal and nowhere else"
+    if not sys.stdout.isatty() or pd.isna(path): return
+    files = files_by_number(path)
+    for i,n in sorted({(int(i),int(n)) for i,n in _LABEL.findall(said)}):
+        if n==len(files): print(f'  {patient} {sequence} slice {i} of {n}: {files[i-1]}')
+
+def _show_all_names(cohort, report):
+    "Print which files the rows of a report mean"
+    rows = cohort.set_index('patient')
+    for r in report.itertuples():
+        sequences = [r.sequence] if 'sequence' in report else SEQUENCES
+        for s in sequences:
+            if r.patient in rows.index and s in rows: _show_names(r.patient, s, rows.at[r.patient,s], r.what)
+
 def _no_table(column): return f"{column!r} names a column of a label table, and none was given: add --labels TABLE"
 
 # %% ../nbs/90_cli.ipynb #bad12659
@@ -108,10 +151,12 @@ def mgmt_audit(
     id_col:str=None, # Column of the label table that holds the patients; known names are found
     label_col:str=None, # Column of the label table that holds the labels; known names are found
     patient_col:str=None, # Column of the label table that says whose each id is, where a patient has several
+    show_names:store_true=False, # Print the names of the files that are meant, once, to a terminal
 ):
     "Say what is wrong with a cohort's series, in a table and a sheet of pictures; exit code 1 if anything was found"
     columns = dict(id_col=id_col, label_col=label_col, patient_col=patient_col)
-    return int(audit(root, dest, labels=labels, n_workers=n_workers, choices=choices, **columns))
+    named = _show_names if show_names else None
+    return int(audit(root, dest, labels=labels, n_workers=n_workers, choices=choices, named=named, **columns))
 
 # %% ../nbs/90_cli.ipynb #61a6ab36
 @_command
@@ -143,12 +188,16 @@ def mgmt_prepare(
     id_col:str=None, # Column of the label table that holds the patients; known names are found
     label_col:str=None, # Column of the label table that holds the labels; known names are found
     patient_col:str=None, # Column of the label table that says whose each id is, where a patient has several
+    show_names:store_true=False, # Print the names of the files that are meant, once, to a terminal
+    strict:store_true=False, # Exit with 3, and not 0, where patients were left out
 ):
     "Crop, resample and normalise a cohort into a store; run again after a stop, or after labels or scans changed"
     cohort = _cohort(root, labels=labels, choices=choices, id_col=id_col, label_col=label_col, patient_col=patient_col)
     store = prepare(cohort, dest, sequences, size=size, recipe=recipe, n_workers=n_workers)
     print(f'{dest}: {store}')
-    return _say_report(store.report, 'preparation')
+    lost = _say_report(store.report, 'preparation')
+    if show_names: _show_all_names(cohort, store.report)
+    return _done(lost, strict)
 
 # %% ../nbs/90_cli.ipynb #50de0a16
 @_command
@@ -166,6 +215,7 @@ def mgmt_train(
     labels:Path=None, # Label table, in place of what the store knows
     id_col:str=None, # Column of the label table that holds the patients; known names are found
     label_col:str=None, # Column of the label table that holds the labels; known names are found
+    strict:store_true=False, # Exit with 3, and not 0, where patients were left out
 ):
     """Train one model on a store; writes model.safetensors, model.json, history.csv and figures.
 
@@ -175,7 +225,7 @@ def mgmt_train(
     learn = _train(store, dest, recipe, sequences, fold=fold, seed=seed)
     if rank_distrib(): return 0
     print(f'{dest}/model: {_best_epoch(learn)}')
-    return int(len(learn.dls.left_out)>0)
+    return _done(len(learn.dls.left_out), strict)
 
 def _best_epoch(learn):
     best = learn.save_best.best_epoch
@@ -203,7 +253,7 @@ def _train(store, dest, recipe, sequences=None, fold=0, seed=0):
         with learn.no_bar(), learn.no_logging(): learn.fit_recipe(resume=True)
         return learn
     _save(show_batch(*batch, None, max_n=4, sequences=dls.sequences).flat[0], Path(dest)/'batch.png')
-    learn.fit_recipe(resume=True)
+    with contextlib.nullcontext() if is_watched() else learn.no_bar(): learn.fit_recipe(resume=True)
     save_model(learn, Path(dest)/'model')
     _save(plot_history(Path(dest)/'history.csv')[0], Path(dest)/'history.png')
     return learn
@@ -222,13 +272,18 @@ def mgmt_predict(
     split:str=None, # `train` or `test`, of a competition folder
     n_workers:int=None, # Processes that prepare scans; one per core if not given
     choices:Path=None, # Table that says which image is meant, as `mgmt_audit --choices` writes it
+    show_names:store_true=False, # Print the names of the files that are meant, once, to a terminal
+    strict:store_true=False, # Exit with 3, and not 0, where patients were left out
 ):
     "Probability of a methylated MGMT promoter for each patient of a folder"
-    preds = predict(model, _cohort(root, split=split, choices=choices), n_workers=n_workers)
-    with atomic_path(out) as tmp: preds.to_csv(tmp, index=False)
+    cohort = _cohort(root, split=split, choices=choices)
+    clear_temporaries(Path(out).parent, deep=False)
+    preds = predict(model, cohort, n_workers=n_workers)
+    write_csv(out, preds)
     print(preds.to_string(index=False, max_rows=20, max_colwidth=60))
     print(f"{out}: {preds.prob.notna().sum()} of {len(preds)} patients; research use only")
-    return int(preds.prob.isna().any())
+    if show_names: _show_all_names(cohort, preds.rename(columns=dict(note='what')))
+    return _done(preds.prob.isna().any(), strict)
 
 # %% ../nbs/90_cli.ipynb #b9505af4
 @_command
@@ -250,7 +305,6 @@ def _print_findings(table, thresholds=(.5,)):
     if not len(found): print(f"consistency: {len(table)} row{'s'*(len(table)!=1)}, no figure that cannot be")
 
 # %% ../nbs/90_cli.ipynb #90c00001
-import pandas as pd
 from .sweep import sweep, sweep_table
 
 @_command
@@ -272,6 +326,7 @@ def mgmt_sweep(
     id_col:str=None, # Column of the label table that holds the patients; known names are found
     label_col:str=None, # Column of the label table that holds the labels; known names are found
     scheduler:str=None, # Address of a dask scheduler, e.g. tcp://host:8786, to run on its workers
+    strict:store_true=False, # Exit with 3, and not 0, where patients were left out
 ):
     "Train a table of runs, one row each in sweep.csv; run again to finish after a stop"
     keep_freed_memory()
@@ -289,11 +344,9 @@ def mgmt_sweep(
     print('auc: of the epoch that was chosen on the same patients, so no estimate for others; mgmt_evaluate gives one')
     failed = res.error.fillna('').astype(bool).sum()
     print(f'{dest}/sweep.csv: {len(res)-failed} of {len(res)} runs')
-    return int(failed>0)
+    return _done(failed, strict)
 
 # %% ../nbs/90_cli.ipynb #12989167
-import pandas as pd
-from fastcore.script import store_true
 from .evaluate import check_predictions, cross_validate, read_predictions, results_table, show_results
 from .bundle import FrozenPredictions, cv_models, freeze_bundle, freeze_predictions
 from .external import METRICS, external_predictions, external_table, external_test, preregister
@@ -326,6 +379,7 @@ def mgmt_evaluate(
     predictions:Path=None, # Table of predictions of any making instead of a store: patient, label, prob
     prob_col:str=None, # Its column of probabilities; known names are found
     model:str=None, # What made these predictions: its name, or its file
+    strict:store_true=False, # Exit with 3, and not 0, where patients were left out
 ):
     """Cross-validate, and write what can be said of it: tables, figures and one page; run again to finish after a stop.
 
@@ -334,7 +388,7 @@ def mgmt_evaluate(
     if predictions is not None:
         known = None if clinical is None else read_clinical(clinical, clinical_id_col)
         columns = dict(id_col=id_col, label_col=label_col, prob_col=prob_col)
-        return _evaluate_table(predictions, dest, bundle, model, known, seed, columns)
+        return _done(_evaluate_table(predictions, dest, bundle, model, known, seed, columns), strict)
     keep_freed_memory()
     dest,store = Path(dest),_store(store, labels, id_col, label_col)
     recipe = _recipe(store, recipe, epochs=epochs, lr=lr, bs=bs)
@@ -352,7 +406,7 @@ def mgmt_evaluate(
         models = cv_models(dest, *(real[k].unique().tolist() for k in ('arch','sequences','recipe')))
         print(freeze_bundle(**models, store=store, dest=bundle, tta=recipe if tta else None))
     print(f"{page}: {oof.patient.nunique()} patients out of fold; research use only")
-    return int(oof.patient.nunique()<len(store))
+    return _done(oof.patient.nunique()<len(store), strict)
 
 _store_or_table = ("give the folder of a store, whose patients are predicted out of fold, or --predictions TABLE with "
     "the columns patient, label and prob; one of the two")
@@ -366,7 +420,7 @@ def _evaluate_table(table, dest, bundle, model, clinical, seed, columns):
     _print_findings(results_table(good))
     if bundle is not None: print(freeze_predictions(good, bundle, name))
     print(f"{page}: {len(good)} of {len(preds)} patients with a label and a probability; research use only")
-    return int(len(good)<len(preds))
+    return len(good)<len(preds)
 
 # %% ../nbs/90_cli.ipynb #19cffc22
 @_command
@@ -403,6 +457,7 @@ def mgmt_external(
     predictions:Path=None, # Table of predictions of any making instead of scans: patient, label, prob
     prob_col:str=None, # Its column of probabilities; known names are found
     model:Path=None, # The file of the model that made them, to be compared with the one that was frozen
+    strict:store_true=False, # Exit with 3, and not 0, where patients were left out
 ):
     """Test a frozen bundle on patients from elsewhere, once; whatever would be chosen there was chosen before.
 
@@ -411,11 +466,11 @@ def mgmt_external(
     columns = dict(id_col=id_col, label_col=label_col)
     if predictions is not None:
         more = dict(leakage=leakage, plan=plan, model=model, prob_col=prob_col)
-        return _say_test(_external_table(bundle, predictions, dest, **more, **columns))
+        return _done(_say_test(_external_table(bundle, predictions, dest, **more, **columns)), strict)
     if (Path(root)/'store.json').exists(): cohort = _store(root, labels, **columns)
     else: cohort = _cohort(root, labels=labels, split=split, choices=choices, patient_col=patient_col, **columns)
     res = external_test(bundle, cohort, dest, leakage, override.split(',') if override else (), plan=plan)
-    return _say_test(res)
+    return _done(_say_test(res), strict)
 
 _scans_or_table = ("give a folder of scans or a store, which the bundle's models predict, or --predictions TABLE with "
     "the columns patient, label and prob; one of the two")
@@ -430,7 +485,7 @@ def _external_table(bundle, table, dest, **kwargs):
     return res
 
 def _say_test(res):
-    "Print what an external test found; 1 if patients were left out"
+    "Print what an external test found; were patients left out?"
     for part in ('all','without_suspected','without_uncertain'):
         if res[part] and 'why' in res[part]: print(f"{part}: {res[part]['why']}")
     table = external_table(res)
@@ -438,7 +493,7 @@ def _say_test(res):
     if len(table): _print_findings(table[table['set']=='external'], [res['threshold']])
     name,left_out = res['predictions']['file'].removesuffix('.csv'),len(res['cohort']['left_out'])
     print(f"{name}: {res['note']}; {left_out} patients left out; research use only")
-    return int(left_out>0)
+    return left_out>0
 
 def _result_line(r):
     "One row of an external test's table"
@@ -531,6 +586,7 @@ def mgmt_thesis(
     n_jobs:int=1, # Runs at once
     scheduler:str=None, # Address of a dask scheduler, e.g. tcp://host:8786, to run on its workers
     quick:store_true=False, # Try it: two folds of small volumes, of phantoms where a folder holds no store yet
+    strict:store_true=False, # Exit with 3, and not 0, where runs failed
 ):
     """Repeat the thesis' experiment: four architectures, each sequence and all at once, its split and folds, one test.
 
@@ -552,7 +608,7 @@ def mgmt_thesis(
     failed = runs[runs.error.notna()]
     for r in failed.itertuples(): print(f'  {r.part}, {r.arch}, {r.sequences}: {r.error}')
     print(f"{page}: {len(runs)-len(failed)} of {len(runs)} runs and tests; research use only")
-    return int(len(failed)>0)
+    return _done(len(failed), strict)
 
 # %% ../nbs/90_cli.ipynb #c1e6cc8b
 import torch
@@ -575,6 +631,7 @@ def mgmt_demo(
     seed:int=0, # Of everything
     n:int=320, # Patients, a quarter of them held out
     epochs:int=4, # Passes over the training patients
+    strict:store_true=False, # Exit with 3, and not 0, where patients were left out
 ):
     "Phantom cohort, store, training, prediction of held-out patients, and its AUC beside the best attainable"
     laps,dest,sequences = _Laps(),Path(dest)/f'auc{auc:g}-seed{seed}',('FLAIR','T1wCE')
@@ -593,12 +650,13 @@ def mgmt_demo(
     _train(store, dest, recipe, seed=seed)
     laps.lap('training')
     preds = predict(dest/'model', kaggle_cohort(dest/'cohort','test'))
-    with atomic_path(dest/'predictions.csv') as tmp: preds.to_csv(tmp, index=False)
+    write_csv(dest/'predictions.csv', preds)
     laps.lap('prediction')
     _say_demo(dest, preds[preds.prob.notna()])
     print(f"{dest}: model, predictions.csv, history.csv, patients.png, batch.png, history.png, roc.png")
     print(f"seconds: {laps}")
-    return int(preds.prob.isna().any() or _say_report(store.report, 'preparation'))
+    lost = _say_report(store.report, 'preparation')
+    return _done(lost or preds.prob.isna().any(), strict)
 
 def _show_both_classes(patients, seed, scans, path):
     "Draw two unmethylated and two methylated patients of the training set, as `make_phantom` will write them"

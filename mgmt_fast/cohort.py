@@ -16,6 +16,7 @@ from fastcore.all import *
 
 from .moves import moved_from
 from .core import *
+from .pages import plain_cells, write_csv
 from .naming import *
 from .archive import *
 from .clinical import CohortError, LabelRows, entry_of, id_key, patient_key, people_of, read_ids, read_labels
@@ -276,7 +277,7 @@ def write_choices(
     "Write what every image was taken for, to be edited and given back as `choices`."
     df = pd.DataFrame(cohort.attrs.get('images', []), columns=_CHOICE)
     df.insert(3, 'index', ['' if pd.isna(o) else str(int(o)) for o in df.pop('index')])
-    with atomic_path(path) as tmp: df.to_csv(tmp, index=False, encoding='utf-8', errors='surrogateescape')
+    write_csv(path, df, encoding='utf-8', errors='surrogateescape')
     return df
 
 # %% ../nbs/19_cohort.ipynb #83baab46
@@ -285,7 +286,7 @@ _YES = ('yes','y','1','true','x','si','ja')
 def _read_choices(choices, root, found):
     "What a person has chosen, by patient, and a report on rows that lead nowhere"
     if choices is None: return {},[]
-    df = choices if isinstance(choices, pd.DataFrame) else read_table(choices, escape=True)
+    df = choices if isinstance(choices, pd.DataFrame) else plain_cells(read_table(choices, escape=True))
     lack = [k for k in ('patient','sequence','use','path') if k not in df]
     if lack:
         raise CohortError(f"a table of choices has columns patient, sequence, use and path; {', '.join(lack)} is"
@@ -307,6 +308,12 @@ def _cell(r, k):
     v = r.get(k)
     return None if pd.isna(v) or not str(v).strip() else v
 
+def _whole_number(v, patient, seq):
+    "The `index` of a choice"
+    text = str(v).strip().removesuffix('.0')
+    if text.isdecimal() and len(text)<10: return int(text)
+    raise CohortError(f"the table of choices has index {str(v)[:40]!r} for {patient} {seq}: it must be a whole number")
+
 def _one_choice(patient, used, at, report):
     "Paths, indices and session of the images that are used of one patient"
     paths,index,sessions,problems = {},{},set(),[]
@@ -318,7 +325,7 @@ def _one_choice(patient, used, at, report):
         _check_choice(patient, seq, paths)
         paths[seq] = o.placed.image.path
         sessions.add(r.get('session') if pd.notna(r.get('session')) else None)
-        if _cell(r, 'index') is not None: index[seq] = int(float(r['index']))
+        if _cell(r, 'index') is not None: index[seq] = _whole_number(r['index'], patient, seq)
     if len(sessions)>1:
         problems.append(('', 'the choices mix sessions: none is taken', 'choose images of one session'))
         paths = {}

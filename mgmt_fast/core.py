@@ -4,21 +4,25 @@
 
 # %% auto #0
 __all__ = ['SEQUENCES', 'MGMTError', 'unknown_name', 'check_sequences', 'Volume', 'montage', 'TensorMR', 'rng_for',
-           'seed_everything', 'make_folder', 'atomic_path', 'write_json', 'read_json_lines', 'json_digest',
-           'reserve_array', 'array_start', 'track', 'worker_init', 'one_thread', 'fault_log', 'log_fault', 'Allowed',
-           'choice', 'check_choice', 'same_choices', 'choice_names', 'Recipe', 'get_recipe', 'save_recipe',
-           'read_recipe', 'follow_recipe']
+           'seed_everything', 'is_file', 'open_input', 'Budget', 'make_folder', 'write_errors', 'atomic_path',
+           'write_text', 'write_json', 'clear_temporaries', 'parse_json', 'read_json_lines', 'Journal', 'json_digest',
+           'reserve_array', 'array_start', 'map_array', 'track', 'is_watched', 'end_with_parent', 'worker_init',
+           'one_thread', 'fault_log', 'log_fault', 'Allowed', 'choice', 'check_choice', 'same_choices', 'choice_names',
+           'Recipe', 'get_recipe', 'save_recipe', 'read_recipe', 'follow_recipe']
 
 # %% ../nbs/00_core.ipynb #3cf4ead2
-import difflib, gzip, hashlib, io, json, math, numbers, os, re, signal, tempfile, traceback, warnings, zlib
+import ctypes, difflib, gzip, hashlib, io, json, math, numbers, os, platform, re, reprlib, shutil, signal, stat, sys
+import tempfile, threading, time, traceback, warnings, zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib, numpy as np, pandas as pd, torch, yaml
 import matplotlib.pyplot as plt
 from fastcore.all import *
 from fastprogress.fastprogress import progress_bar
+from safetensors import SafetensorError
 # fastai scripts two activations in a way whose end torch announces; no user can act on that
 with warnings.catch_warnings():
     warnings.filterwarnings('ignore', '`torch.jit.script`', FutureWarning)
@@ -39,10 +43,11 @@ def unknown_name(
 ) -> MGMTError: # Ready to be raised
     "An error for a name that does not exist, with the near matches."
     known = [str(o) for o in known]
-    near = difflib.get_close_matches(str(name).lower(), [o.lower() for o in known], n=3)
+    short = str(name).lower() if isinstance(name, str) and len(name)<200 else ''
+    near = difflib.get_close_matches(short, [o.lower() for o in known], n=3)
     near = [o for o in known if o.lower() in near]
     hint = f"did you mean {' or '.join(map(repr,near))}?" if near else f"known: {', '.join(known)}"
-    return MGMTError(f"no {kind} is called {name!r}: {hint}")
+    return MGMTError(f"no {kind} is called {reprlib.repr(name)}: {hint}")
 
 # %% ../nbs/00_core.ipynb #f04b6cde
 def check_sequences(
@@ -222,6 +227,47 @@ def seed_everything(
     "Seed all global generators, and ask cuDNN to repeat itself; for training, where fastai and torch draw globally."
     set_seed(seed, reproducible=True)
 
+# %% ../nbs/00_core.ipynb #60cebf8a
+def is_file(
+    path:str|Path, # May be missing, a pipe or a device
+) -> bool: # `True` for an ordinary file, whose reading ends
+    "Can this be opened without waiting forever?"
+    try: return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError,ValueError): return False
+
+_READING = os.O_RDONLY|getattr(os, 'O_NONBLOCK', 0)|getattr(os, 'O_BINARY', 0)
+
+def open_input(
+    path:str|Path, # File
+    error:type=MGMTError, # Class of the error
+    buffering:int=-1, # As for `open`; 0 for a reader that knows how much it wants
+) -> io.BufferedReader|io.FileIO: # Opened for reading bytes
+    "Open a file of a user. Raises `error` on a pipe or a device, without waiting for it, and `OSError` as `open` does."
+    fd = os.open(path, _READING)
+    if stat.S_ISREG(os.fstat(fd).st_mode): return open(fd, 'rb', buffering)
+    os.close(fd)
+    raise error("this is no ordinary file, but a pipe, a device or a folder: it is not read; move it away")
+
+# %% ../nbs/00_core.ipynb #37a9b7c4
+class Budget(NamedTuple):
+    "What reading one series may cost; a refusal names the number"
+    voxels:int = 2**27 # Of one volume: 512 x 512 x 512
+    inflated:int = 2**29 # Bytes that compressed files may unfold to
+    frames:int = 2**15 # That one file describes
+    seconds:float = 60. # Of processor time, for decoding compressed slices
+
+    def check(self,
+        name:str, # Of the limit: `'voxels'`, `'inflated'` or `'frames'`
+        claimed:int, # What a header says
+        error:type=MGMTError, # Class of the error
+    ):
+        "Raise `error` where a header claims more"
+        if claimed<=getattr(self, name): return
+        raise error(f"the header claims {claimed:,} {_units[name]}, and {getattr(self, name):,} are allowed: a damaged "
+            f"header? If the series is sound, read it with budget=Budget({name}=...)")
+
+_units = dict(voxels='voxels', inflated='bytes once unpacked', frames='frames in one file')
+
 # %% ../nbs/00_core.ipynb #314d39f3
 def make_folder(
     path:str|Path, # Folder, with any parents it lacks
@@ -239,24 +285,45 @@ def _no_folder(path, e):
 
 # %% ../nbs/00_core.ipynb #530af312
 @contextmanager
+def write_errors(
+    path:str|Path, # What is being written
+    error:type=MGMTError, # Class of the error
+):
+    "Whatever keeps a file from being written, a full disk or a lost right, is one sentence with what is kept."
+    try: yield
+    except (OSError,SafetensorError) as e: raise error(_not_written(path, e)) from e
+
+def _not_written(path, e):
+    why = getattr(e, 'strerror', None) or str(e).splitlines()[0][:200]
+    return (f"writing {path} failed ({why}): is the disk full? What was complete is kept; make room, or give another "
+        "destination, and run it again")
+
+@contextmanager
 def atomic_path(
     path:str|Path, # Where the file shall appear
+    record:bool=False, # Must it outlive a power cut? Then it is on the disk before it appears
 ):
-    "A temporary path beside `path`, which it becomes on success; on any failure it is removed and the old file stays."
+    "A temporary path, which becomes `path` on success; on any failure it is removed and the old file stays."
     path = Path(path)
-    tmp = _temporary(path)
+    folder = _temporary_folder(path)
+    tmp = folder/path.name
     try:
-        yield tmp
-        tmp.chmod(0o666 & ~_umask())
-        os.replace(tmp, path)
-    except OSError as e: raise MGMTError(f"writing {path} failed ({e.strerror}): is the disk full?") from e
-    finally: tmp.unlink(missing_ok=True)
+        with write_errors(path):
+            yield tmp
+            tmp.chmod(0o666 & ~_umask())
+            if record: _to_disk(tmp)
+            os.replace(tmp, path)
+            if record: _to_disk(path.parent)
+    finally: shutil.rmtree(folder, ignore_errors=True)
 
-def _temporary(path):
-    try: fd,tmp = tempfile.mkstemp(dir=make_folder(path.parent), prefix=f'.{path.name}.', suffix=path.suffix)
+def _temporary_folder(path):
+    "A folder beside `path`; what a library leaves beside its own files lies in it too"
+    try: return Path(tempfile.mkdtemp(dir=make_folder(path.parent), prefix=f'{_mark}{_host()}-{os.getpid()}-'))
     except OSError as e: raise _not_writable(path, e) from e
-    os.close(fd)
-    return Path(tmp)
+
+_mark = '.mgmt-tmp-'
+
+def _host(): return re.sub(r'\W', '_', platform.node()) or 'here'
 
 def _not_writable(path, e):
     return MGMTError(f"cannot write to {path.parent} ({e.strerror}): is it read-only or full? Give another destination")
@@ -265,14 +332,55 @@ def _umask():
     mask = os.umask(0); os.umask(mask)
     return mask
 
+def _to_disk(path):
+    "Wait until a file, or the names in a folder, are on the disk"
+    if path.is_dir() and os.name!='posix': return
+    fd = os.open(path, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
+# %% ../nbs/00_core.ipynb #1fdfb272
+def write_text(
+    path:str|Path, # Where to write
+    text:str, # All of it
+):
+    "Write a text as a record: whole, and on the disk when this returns, or not at all."
+    with atomic_path(path, record=True) as tmp: tmp.write_text(text, encoding='utf-8')
+
 # %% ../nbs/00_core.ipynb #5da7f2b4
 def write_json(
     path:str|Path, # Where to write
     obj:object, # Anything JSON can hold
 ):
     "Write JSON atomically, with stable formatting so that equal content gives equal bytes."
-    text = json.dumps(obj, indent=1, sort_keys=True, ensure_ascii=False)+'\n'
-    with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
+    write_text(path, json.dumps(obj, indent=1, sort_keys=True, ensure_ascii=False)+'\n')
+
+# %% ../nbs/00_core.ipynb #7f67bdc8
+def clear_temporaries(
+    folder:str|Path, # Where files are written
+    deep:bool=True, # In the folders below, too?
+) -> int: # How many were removed
+    "Remove what killed runs left behind: temporaries whose process is gone, or that are older than a week."
+    found = Path(folder).rglob(f'{_mark}*') if deep else Path(folder).glob(f'{_mark}*')
+    left = [p for p in found if p.is_dir() and _is_left(p)]
+    for p in left: shutil.rmtree(p, ignore_errors=True)
+    return len(left)
+
+def _is_left(folder):
+    "Is nobody writing here any more?"
+    try: age = time.time()-folder.stat().st_mtime
+    except OSError: return False
+    host,_,rest = folder.name.removeprefix(_mark).partition('-')
+    pid = rest.partition('-')[0]
+    if host!=_host() or not pid.isdigit(): return age>7*86400
+    return not _runs(int(pid))
+
+def _runs(pid):
+    "Is there a process of this number?"
+    try: os.kill(pid, 0)
+    except PermissionError: return True
+    except OSError: return False
+    return True
 
 # %% ../nbs/00_core.ipynb #a3ec0d70
 @patch
@@ -311,15 +419,62 @@ def _too_large_for_nifti(x):
         "float, e.g. `vol.double().save(path)`")
 
 # %% ../nbs/00_core.ipynb #eec4be1f
+def parse_json(
+    text:str|bytes, # One value
+    most:int=2**27, # Characters at most
+): # What it holds
+    "Parse JSON that anybody may have written. Raises `ValueError`, and nothing else, on what is none."
+    if len(text)>most: raise ValueError(f'{len(text)} characters')
+    try: return json.loads(text)
+    except RecursionError: raise ValueError('nested too deeply') from None
+
 def read_json_lines(
     path:str|Path, # A journal; it need not be there
-) -> list: # What its lines hold, up to the first that is cut off
+) -> list: # What its lines hold, up to the first that is cut off or changed
     "The entries that an earlier run left."
-    path,res = Path(path),[]
-    for line in path.read_text(encoding='utf-8').split('\n')[:-1] if path.exists() else []:
-        try: res.append(json.loads(line))
-        except json.JSONDecodeError: break
+    if not is_file(path): return []
+    with open_input(path) as f: lines,res = f.read().split(b'\n')[:-1],[]
+    for line in lines:
+        try: res.append(parse_json(line))
+        except ValueError: break
     return res
+
+# %% ../nbs/00_core.ipynb #eaa31935
+class Journal:
+    "Lines of JSON, each on the disk when `add` returns; what an earlier run's death cut off is removed"
+    def __init__(self,
+        path:str|Path, # File to add to
+        error:type=MGMTError, # Class of the error where it cannot be written
+    ): self.path,self.error = Path(path),error
+
+    def __enter__(self):
+        make_folder(self.path.parent)
+        with write_errors(self.path, self.error):
+            self.file = open(self.path, 'a+b')
+            _cut_rest(self.file)
+        return self
+
+    def __exit__(self, *args): self.file.close()
+
+    def add(self,
+        *entries, # What JSON holds; a line for each
+        default:Callable=None, # For what JSON does not hold, as in `json.dumps`
+    ):
+        "Write lines."
+        text = ''.join(json.dumps(o, default=default)+'\n' for o in entries)
+        with write_errors(self.path, self.error):
+            self.file.write(text.encode()); self.file.flush(); os.fsync(self.file.fileno())
+
+def _cut_rest(f):
+    "Cut off what follows the last whole line"
+    end = f.seek(0, 2)
+    while end:
+        start = max(0, end-2**16)
+        f.seek(start)
+        at = f.read(end-start).rfind(b'\n')
+        if at>=0: return f.truncate(start+at+1)
+        end = start
+    f.truncate(0)
 
 # %% ../nbs/00_core.ipynb #2dd329d5
 def json_digest(
@@ -358,8 +513,8 @@ def reserve_array(
 
 def _mapped(path):
     "The array in a file; `None` if there is none"
-    try: return np.load(path, mmap_mode='r')
-    except (OSError,ValueError,EOFError): return None
+    try: return map_array(path)
+    except MGMTError: return None
 
 def _n_bytes(shape, dtype): return math.prod(shape)*np.dtype(dtype).itemsize
 
@@ -386,20 +541,65 @@ def _set_header(f, start, shape, dtype):
     f.truncate(start+_n_bytes(shape, dtype))
     f.seek(0); f.write(head.getvalue()); f.flush(); os.fsync(f.fileno())
 
+# %% ../nbs/00_core.ipynb #f64d3fde
+def map_array(
+    path:str|Path, # A `.npy` file
+    shape:tuple=None, # It must have: so many rows or more, and these other axes; any if None
+    dtype:type=None, # It must hold; any if None
+    error:type=MGMTError, # Class of the error
+) -> np.memmap: # Read-only
+    "Map an array file that this library wrote. Raises `error` where it is another one, damaged or cut short."
+    try:
+        if not is_file(path): raise ValueError('no file')
+        x = np.load(path, mmap_mode='r')
+    except Exception as e: raise error(_no_array(path, type(e).__name__)) from None # its header is Python text
+    rows_fit = shape is None or x.ndim==len(shape) and len(x)>=shape[0] and x.shape[1:]==tuple(shape[1:])
+    if isinstance(x, np.memmap) and x.flags.c_contiguous and rows_fit and dtype in (None,x.dtype): return x
+    raise error(_no_array(path, f'it holds {x.shape} {x.dtype}, and {shape} {np.dtype(dtype)} was written'))
+
+def _no_array(path, why):
+    return (f"{Path(path).name} in {Path(path).parent} is not the array that was written ({why}): was it changed or "
+        "cut short? Restore it, or make it anew")
+
 # %% ../nbs/00_core.ipynb #5e20e6b1
 def track(
     items:object, # Any iterable
     total:int=None, # How many, where `len` does not say
-    progress:bool=True, # Show the bar? It is gone when the work is done
+    progress:bool=True, # Show the bar? It is gone when the work is done, and never fills a file that output goes to
 ): # The items
     "A progress bar around a loop, as fastai shows it."
-    return progress_bar(items, total=total, leave=False) if progress else items
+    return progress_bar(items, total=total, leave=False) if progress and is_watched() else items
+
+def is_watched() -> bool: # `False` where output goes to a file
+    "Does somebody see this, at a terminal or in a notebook?"
+    return sys.stdout is not None and (sys.stdout.isatty() or in_notebook())
 
 # %% ../nbs/00_core.ipynb #d3dc9244
-def worker_init():
-    "For a pool's worker: one thread, since there is one process per core, and Ctrl-C is left to the parent."
+def end_with_parent(
+    parent:int, # Number of the process that started this one
+):
+    "End this process when its parent ends, however that ends: on Linux at once, elsewhere within two seconds."
+    if sys.platform=='linux': _signal_at_parents_end()
+    if os.getppid()!=parent: os._exit(1)
+    if sys.platform!='linux': threading.Thread(target=_watch_parent, args=[parent], daemon=True).start()
+
+def _signal_at_parents_end():
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL) # PR_SET_PDEATHSIG
+
+def _watch_parent(parent):
+    while os.getppid()==parent: time.sleep(1)
+    os._exit(1)
+
+def worker_init(
+    parent:int=None, # Process that the worker ends with; that which started it if None
+):
+    """For a pool's worker: one thread, since there is one process per core.
+
+    Ctrl-C is left to the parent, with whom the worker ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
+    end_with_parent(os.getppid() if parent is None else parent)
 
 # %% ../nbs/00_core.ipynb #0debb72c
 @contextmanager
@@ -554,9 +754,11 @@ def check_choice(
     allowed = _choices[name].allowed
     try: return allowed(value)
     except (ValueError,TypeError,OverflowError):
-        near = difflib.get_close_matches(str(value), [o for o in allowed.names if isinstance(o, str)], n=1)
+        names = [o for o in allowed.names if isinstance(o, str)]
+        near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) and len(value)<200 else []
         hint = f': did you mean {near[0]!r}?' if near else ''
-        raise MGMTError(f"{name} must be {allowed.text}; received {value!r}{hint} ({_choices[name].doc})") from None
+        said = f'{reprlib.repr(value)}{hint} ({_choices[name].doc})'
+        raise MGMTError(f'{name} must be {allowed.text}; received {said}') from None
 
 # %% ../nbs/00_core.ipynb #89daf18d
 def same_choices(
@@ -642,12 +844,25 @@ def to_json(
 def from_json(cls:Recipe,
     d:dict, # As `to_json` gives it
 ) -> Recipe:
-    "The recipe that was written. A choice that did not exist yet, in a room whose others are there, is as it was then."
-    written = d['choices']
+    """The recipe that was written.
+
+    A choice that did not exist yet, in a room whose others are there, is as it was then. What steers a preparation or
+    an augmentation is checked as if it was given; raises `MGMTError` where it cannot be. Of a training it may say what
+    no recipe asks for, such as 'by hand'."""
+    if not isinstance(d, dict) or not isinstance(d.get('name'), str) or not isinstance(d.get('choices'), dict):
+        raise MGMTError('what was written is no recipe: it has a name and choices; was the file changed?')
+    written = {k: _as_written(k, v) for k,v in d['choices'].items()}
     rooms = {_choices[k].room for k in written if k in _choices}
     newer = [k for k in choice_names(*rooms) if k not in written] if rooms else []
     then = {k: _choices[k].without for k in newer if _choices[k].without is not _must_be_there}
     return cls(d['name'], {**then, **written})
+
+def _as_written(name, value):
+    "The value of a choice that a file gives"
+    known = _choices.get(name)
+    if known and known.room in ('prepare','augment','loader'): return check_choice(name, value)
+    if isinstance(value, (str,int,float,list,tuple,type(None))) and len(str(value))<1000: return value
+    raise MGMTError(f"{name} cannot be {reprlib.repr(value)}, as the file says: was it changed?")
 
 # %% ../nbs/00_core.ipynb #4076a3e3
 @patch
@@ -696,7 +911,7 @@ def save_recipe(
     r = get_recipe(recipe)
     values = {k: _for_yaml(v) for k,v in r.differs().items()}
     text = yaml.safe_dump(dict(recipe=r.name, **values), sort_keys=False)
-    with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
+    write_text(path, text)
     return Path(path)
 
 def _for_yaml(v):
@@ -713,11 +928,15 @@ def read_recipe(
     path:str|Path, # YAML file, as `save_recipe` writes it
 ) -> Recipe:
     "Read a recipe. Raises `MGMTError` on a file that is none, and on choices as `get_recipe` does."
-    try: d = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    try:
+        with open_input(path) as f: d = yaml.safe_load(f.read(2**16).decode())
     except OSError as e: raise _no_recipe_file(path, e) from None
-    except (yaml.YAMLError,UnicodeDecodeError): d = None
-    if not isinstance(d, dict) or 'recipe' not in d: raise _no_recipe(path)
-    return get_recipe(d.pop('recipe'), **{str(k): _plain_number(v) for k,v in d.items()})
+    except (yaml.YAMLError,ValueError,RecursionError): d = None
+    name = d.pop('recipe', None) if isinstance(d, dict) else None
+    if not isinstance(name, str) or name.endswith(('.yaml','.yml')): raise _no_recipe(path)
+    choices = {k: _plain_number(v) for k,v in d.items() if isinstance(k, str)}
+    if len(choices)<len(d): raise _no_recipe(path)
+    return get_recipe(name, **choices)
 
 def _no_recipe_file(path, e):
     return MGMTError(f"no recipe at {path} ({e.strerror}): give one of the named recipes, or a file that a training "

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from .core import *
+from .schemas import *
+from .pages import plain_cells, write_csv
+from .processes import working_in
 from fastcore.all import *
 from scipy.special import expit, logit
 from scipy.stats import binomtest, norm
@@ -217,11 +220,18 @@ def _train(job, path):
 
 def _kept(job, path):
     "The result of an earlier run with the same inputs and unchanged files, or `None`"
-    try: res = json.loads((path/'run.json').read_text(encoding='utf-8'))
-    except (OSError, json.JSONDecodeError): return None
-    if not isinstance(res.get('key'), dict) or key_changes(res['key'], job.key): return None
+    if not is_file(path/'run.json'): return None
+    try: res = read_json(path/'run.json', _RUN)
+    except MGMTError: return None
+    if len({*map(len, res['predictions'].values())})>1: return None
+    if key_changes(res['key'], job.key): return None
     whole = all((path/f).exists() and file_hash(path/f)==h for f,h in res['files'].items())
     return res if whole else None
+
+_SHARE = Allowed.number(0, 1)
+_PREDICTED = record_of(dict(patient=list_of(TEXT), raw=list_of(A_NUMBER), tta=list_of(A_NUMBER)))
+_RUN = record_of(dict(key=record_of({}, others=True), temperature=Allowed.number(1e-9), threshold=_SHARE,
+    valid_loss=Allowed.number(), valid_patients=Allowed.whole(0), files=table_of(TEXT), predictions=_PREDICTED))
 
 def _begun(path):
     "Is there a training in a folder that can go on?"
@@ -319,7 +329,10 @@ def cross_validate(
         runs = [(c, fold, m) for c in cells for fold in sorted(deal.fold.unique()) for m in range(seeds)]
         jobs += [_job(store, c, deal, repeat, fold, m, inner, tta, seed, clock) for c,fold,m in runs]
     _check_inner(jobs, inner)
-    dest = make_folder(dest)
+    with working_in(dest) as dest: return _validate_all(jobs, dest, dealt, table, nested, progress, devices)
+
+def _validate_all(jobs, dest, dealt, table, nested, progress, devices):
+    "Run the jobs, and write and return their predictions"
     for j in jobs: j.others = other_runs(dest/'runs', j.prefix, j.key)
     say_other_runs(dest, [o for j in jobs for o in j.others])
     done = dict(side_by_side(partialler(_run, dest=dest), jobs, devices, progress))
@@ -328,7 +341,7 @@ def cross_validate(
     oof.insert(1, 'label', label.astype(int))
     if nested: oof = pd.concat([oof, select_inside(oof)], ignore_index=True)
     for name,t in (('folds',pd.concat(dealt)),('oof',oof)):
-        with atomic_path(dest/f'{name}.csv') as tmp: t.to_csv(tmp, index=False)
+        write_csv(dest/f'{name}.csv', t)
     return oof
 
 def _check_repeats(repeats, seeds, folds):
@@ -346,7 +359,7 @@ def read_oof(
     "Out-of-fold predictions of an earlier cross-validation."
     path = Path(dest)/'oof.csv'
     if not path.is_file(): raise _unfinished(dest, path)
-    return pd.read_csv(path, dtype=dict(patient='string'))
+    return plain_cells(pd.read_csv(path, dtype=dict(patient='string')))
 
 def _unfinished(dest, path):
     return ProtocolError(f"no finished cross-validation in {dest}: {path.name} is missing; "

@@ -17,6 +17,7 @@ from fastcore.all import *
 from joblib import Parallel, delayed, parallel_config
 from . import __version__
 from .core import *
+from .pages import write_csv
 from .cohort import find_cohort
 from .folds import plot_balance
 from .phantom import make_phantom
@@ -339,7 +340,7 @@ def _write_runs(dest, split, folds, tests=None):
     if tests is not None: parts.append(_test_rows(tests))
     table = pd.concat(parts, ignore_index=True).rename(columns={'split':'part'})
     columns = [c for c in _run_columns if c in table]
-    with atomic_path(dest/'runs.csv') as tmp: table[columns].to_csv(tmp, index=False)
+    write_csv(dest/'runs.csv', table[columns])
     return table[columns]
 
 _run_columns = 'part arch sequences fold epoch valid_loss auc n_train n_valid seconds folder error'.split()
@@ -364,7 +365,7 @@ def _results(s):
         done = [r for r in s.tests.result[(s.tests.split==k)&s.tests.result.notna()]]
         tables[f'external_{k}'] = external_table(done) if done else pd.DataFrame()
     for k,t in tables.items():
-        with atomic_path(s.dest/f'{k}.csv') as tmp: t.to_csv(tmp, index=False)
+        write_csv(s.dest/f'{k}.csv', t)
     return tables,silent
 
 def _told_apart(preds):

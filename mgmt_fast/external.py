@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 from .core import *
+from .pages import plain_cells, write_csv
 from fastcore.all import *
 from scipy.stats import fisher_exact
 from . import __version__
@@ -136,7 +137,8 @@ def _as_report(leakage):
     "A table with test and verdict, or a list of patients; and its source"
     if not isinstance(leakage, (str,Path)): return leakage,_source_of_object(leakage)
     path = Path(leakage)
-    table,source = pd.read_csv(path, dtype=str),dict(kind='list made by hand', file=path.name, hash=file_hash(path))
+    table = plain_cells(pd.read_csv(path, dtype=str))
+    source = dict(kind='list made by hand', file=path.name, hash=file_hash(path))
     if _from_audit(table, path): source['kind'] = 'leakage audit'
     return (table.patient.tolist() if list(table)==['patient'] else table),source
 
@@ -149,7 +151,7 @@ def _from_audit(table, path):
     "Does a file agree with the audit that lies beside it?"
     beside = path.parent/'leakage.csv'
     if not (path.parent/'leakage.json').exists() or not beside.exists(): return False
-    audit = pd.read_csv(beside, dtype=str)
+    audit = plain_cells(pd.read_csv(beside, dtype=str))
     if not _audits<=set(audit): return False
     if list(table)!=['patient']: return table.equals(audit)
     return set(table.patient)==set(audit.test[audit.verdict.isin(['same','uncertain'])])
@@ -392,7 +394,7 @@ def _write_test(b, store, dest, record, listed, differ, plan, overlap, preds):
     check_predictions(scored)
     this,entry,where = _begin(b, store, record)
     file = dest/f'{this.name}.csv'
-    with atomic_path(file) as tmp: preds.to_csv(tmp, index=False)
+    write_csv(file, preds)
     groups = _groups(scored, b.threshold, aside, overlap['uncertain'])
     company = dict(_company(record, b, groups['all'].get('p_permutation')), where=where, key=record.key)
     fulfilled = _fulfilled(plan, b, groups['all'], this.nth, record)

@@ -231,10 +231,13 @@ def in_parallel(
 
 def _from_processes(f, jobs, total, n):
     "What the jobs of a part share travels once"
-    parts = chunked(jobs, max(1, min(16, total//(4*n))))
-    for results in Parallel(n, return_as='generator')(delayed(_each)(f, o) for o in parts): yield from results
+    parts,me = chunked(jobs, max(1, min(16, total//(4*n)))),os.getpid()
+    for results in Parallel(n, return_as='generator')(delayed(_each)(f, o, me) for o in parts): yield from results
 
-def _each(f, jobs): return [f(*o) for o in jobs]
+def _each(f, jobs, parent=None):
+    "Do several jobs, in a process that ends with the one that started it"
+    if os.getppid()==parent: end_with_parent(parent)
+    return [f(*o) for o in jobs]
 
 # %% ../nbs/29_fingerprints.ipynb #e00f9340
 def keep_rows(
@@ -254,7 +257,7 @@ def keep_rows(
     key = dict(key=key, version=_version, n=len(contents), shape=list(shape))
     facts = _kept_facts(journal, key, contents)
     if not reserve_array(arrays, (len(contents),*shape), dtype, LeakageError): facts = {}
-    with atomic_path(journal) as tmp: tmp.write_text(_as_lines([key,*facts.values()]), encoding='utf-8')
+    write_text(journal, _as_lines([key,*facts.values()]))
     todo = [i for i,c in enumerate(contents) if c is not None and i not in facts]
     _fill_rows(arrays, journal, todo, contents, facts, compute)
     return np.load(arrays, mmap_mode='r'),[facts.get(i) for i in range(len(contents))]
@@ -268,14 +271,19 @@ def _kept_facts(journal, key, contents):
     "Facts of the rows that an earlier run left and whose content is the same"
     first,*lines = read_json_lines(journal) or [None]
     if first!=key: return {}
-    return {o['i']:o for o in lines if o['content']==contents[o['i']]}
+    return {o['i']:o for o in lines if _is_fact(o, contents)}
+
+def _is_fact(o, contents):
+    "Is an entry of a journal one of these rows, as it is now?"
+    if not isinstance(o, dict) or type(o.get('i')) is not int or not 0<=o['i']<len(contents): return False
+    return o.get('content')==contents[o['i']]
 
 def _fill_rows(arrays, journal, todo, contents, facts, compute):
     "Compute rows and write them with their facts, 64 at a time and when interrupted"
     rows,fresh = np.load(arrays, mmap_mode='r+'),[]
     def _save():
-        rows.flush()
-        with open(journal, 'a', encoding='utf-8') as f: f.write(_as_lines(facts[i] for i in fresh))
+        with write_errors(arrays, LeakageError): rows.flush()
+        with Journal(journal, LeakageError) as j: j.add(*(facts[i] for i in fresh))
         fresh.clear()
     try:
         for i,(row,fact) in zip(todo, compute(todo)):

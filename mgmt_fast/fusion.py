@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 from .core import *
+from .schemas import *
 from fastai.callback.tracker import TrackerCallback
 from fastcore.all import *
 from sklearn.linear_model import LogisticRegression
@@ -174,12 +175,28 @@ class FusionModel:
         d:dict, # What `path.json` says
     ):
         "Read what `write` wrote. Raises `MGMTError` if a part is in another folder, is missing or does not fit."
-        away = [o for o in d['parts'].values() if Path(o).name!=o]
+        name = f'{path.name}.json'
+        named = check_form(d, record_of(dict(parts=table_of(TEXT)), others=True), name)['parts']
+        away = [o for o in named.values() if Path(o).name!=o]
         if away: raise _in_other_folders(path, away[0])
-        parts = {k: load_model(path.with_name(o)) for k,o in d['parts'].items()}
+        d = check_form(d, _FUSION, name)
+        _check_weights(d, name)
+        try: parts = {k: load_model(path.with_name(o)) for k,o in named.items()}
+        except RecursionError: raise MGMTError(f"{name} names itself as one of its parts: was it changed?") from None
         return cls(parts, d['weights'], d['features'], d['version'], d['trained'])
 
 model_kinds['fusion'] = FusionModel
+
+_WEIGHTS = NOTHING|table_of(list_of(Allowed.number()))
+_FUSION = record_of(dict(parts=table_of(A_FILE_NAME), weights=_WEIGHTS, features=list_of(TEXT), version=TEXT,
+    trained=NOTHING|record_of({}, others=True)), dict(kind=Allowed.one_of('fusion'), sequences=list_of(A_SEQUENCE)))
+
+def _check_weights(d, name):
+    "Raise where a regression for some inputs is missing, or has not a weight for each"
+    if d['weights'] is None or len(d['parts'])+len(d['features'])>8: return
+    for have in _input_sets(d['parts'], d['features']):
+        if len(d['weights'].get(','.join(have), ()))==1+len(have): continue
+        raise MGMTError(f"{name} has no regression for {', '.join(have)}: was it changed? Restore it")
 
 def _check_names(names):
     "Inputs' names become parts of file names and of the weights' keys"

@@ -17,6 +17,7 @@ import nibabel as nib, numpy as np, pandas as pd
 from fastcore.all import *
 from scipy.special import expit
 from .core import *
+from .pages import write_csv
 from . import __version__
 from .moves import moved_from
 from .series import read_volume
@@ -341,7 +342,7 @@ def make_tcga_phantom(
         volumes = render_patient(p, seed, skull=i>=n-skulls, **shown)
         for seq,(v,_) in volumes.items(): _save_nifti(v, dest/names[i]/seq/'scan.nii')
     labels = pd.DataFrame(dict(TCGAID=names, MGMT_value=table.label))
-    with atomic_path(dest/'labels.csv') as tmp: labels.to_csv(tmp, index=False)
+    write_csv(dest/'labels.csv', labels)
     return dest
 
 def _save_nifti(v, path):

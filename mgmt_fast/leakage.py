@@ -6,7 +6,7 @@
 __all__ = ['published_similarity', 'leakage_audit', 'set_aside', 'planted_recall', 'plot_recall']
 
 # %% ../nbs/63_leakage.ipynb #faf4592a
-import base64, html, io, tempfile
+import contextlib, tempfile
 from itertools import combinations
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from sklearn.metrics import mutual_info_score
 
 from . import __version__
 from .core import *
+from .pages import Markup, fill_page, picture_tag, write_csv
+from .processes import working_in
 from .moves import moved_from
 from .clinical import id_key, patient_key, read_table
 from .prepare import VolumeStore
@@ -350,7 +352,8 @@ def leakage_audit(
     if published and published not in _alarms: raise unknown_name('published alarm', published, _alarms)
     a,b = ScanSet(train, 'train'),ScanSet(test, 'test')
     pairs,named = _sequence_pairs(sequences, a, b),_named_pairs(a, b, ids)
-    with tempfile.TemporaryDirectory() as tmp:
+    held = contextlib.nullcontext() if dest is None else working_in(dest)
+    with held, tempfile.TemporaryDirectory() as tmp:
         opt = NS(alarms=alarms, small=small, candidates=candidates, planted=planted, seed=seed,
             work=dict(n_workers=n_workers, progress=progress), cache=lambda scans: _cache(scans, dest, tmp))
         facts = [_compare_sequence(a, b, s, u, named, opt) for s,u in pairs]
@@ -470,7 +473,8 @@ def _add_published(df, a, b, pairs, published, progress, dest):
 
 def _append_row(path, row):
     make_folder(path.parent)
-    pd.DataFrame([row]).to_csv(path, mode='a', header=not path.exists(), index=False)
+    before = pd.read_csv(path, dtype=str) if path.exists() else None
+    write_csv(path, pd.concat([before, pd.DataFrame([row])], ignore_index=True))
 
 # %% ../nbs/63_leakage.ipynb #7dcf5696
 @one_thread()
@@ -573,50 +577,47 @@ def _in_pose(moving, m):
     field = torch.tensor(moving, dtype=torch.float32)[None,None]
     return sample_field(field, q.float()).reshape(SMALL_SHAPE).numpy()
 
-def _png(a, scale=2):
+def _slices_tag(a, scale=2):
     size = a.shape[1]*scale,a.shape[0]*scale
-    f = io.BytesIO()
-    Image.fromarray(a).resize(size, Image.Resampling.BICUBIC).save(f, 'PNG')
-    return _img('slices', f)
+    return picture_tag(np.asarray(Image.fromarray(a).resize(size, Image.Resampling.BICUBIC)), 'slices')
 
-def _figure(ax):
-    f = io.BytesIO()
-    ax.figure.savefig(f, format='png', dpi=100)
-    plt.close(ax.figure)
-    return _img('histogram', f)
-
-def _img(alt, f):
-    data = base64.b64encode(f.getvalue()).decode()
-    return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
+def _histogram_tag(ax): return picture_tag(ax.figure, 'histogram', dpi=100)
 
 # %% ../nbs/63_leakage.ipynb #5084b84c
 _STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em;color:#222} table{border-collapse:collapse}
 td,th{padding:.4em .8em;text-align:left;vertical-align:top;border-bottom:1px solid #ddd} .same{color:#b00020}
 pre{white-space:pre-wrap} img{display:block;margin:2px 0}"""
 
-def _escaped(o): return html.escape(str(o))
+_PAGE = """<!doctype html><meta charset="utf-8"><title>Leakage</title>
+<style>{{ style }}</style>
+<h1>Is any test patient in the training set?</h1><pre>{{ summary }}</pre>
+<h2>Suspects</h2><p>Upper row: training set; lower row: test set, in the same pose. All are axial slices from inside the
+head at 4 mm, on which no face can be seen.</p>
+<table>{% for r in rows %}<tr>
+<td><b class="{{ r.verdict }}">{{ r.verdict }}</b><br>{{ r.who|join(markup('<br>')) }}</td>
+<td>{{ r.scores|join(markup('<br>')) }}</td><td>{% for o in r.pictures %}{{ o }}{% endfor %}</td></tr>
+{% else %}<tr><td>none</td></tr>{% endfor %}</table>
+<h2>Null distributions</h2>
+{% for o in nulls %}{{ o }}
+{% endfor %}"""
 
 def _sheet(df, facts):
     "The page of suspects: verdict and scores beside slices, then the null distributions"
     parts = {f.label:f.parts for f in facts}
     hits = df[df.verdict!='different'].sort_values('score', ascending=False)
-    rows = ''.join(_suspect(r, *parts[r['sequence']]) for r in hits.to_dict('records')) or '<tr><td>none</td></tr>'
+    rows = [_suspect(r, *parts[r['sequence']]) for r in hits.to_dict('records')]
     nulls = [plot_null(f.null, f.same, f.doubt, f.hits, title=f.label) for f in facts if not f.reason]
-    return '\n'.join(["<!doctype html><meta charset='utf-8'><title>Leakage</title>", f'<style>{_STYLE}</style>',
-        '<h1>Is any test patient in the training set?</h1>', f"<pre>{_escaped(df.attrs['summary'])}</pre>",
-        '<h2>Suspects</h2><p>Upper row: training set; lower row: test set, in the same pose.</p>',
-        f'<table>{rows}</table>', '<h2>Null distributions</h2>', *map(_figure, nulls)])
+    return fill_page(_PAGE, style=Markup(_STYLE), summary=df.attrs['summary'], rows=rows, markup=Markup,
+        nulls=[*map(_histogram_tag, nulls)])
 
 def _suspect(r, A, B):
     "One pair as a row of the page"
     i,j = r['_at']
-    pictures = ''.join(map(_png, _strip(A.rows[i], B.rows[j], r['matrix'])))
+    pictures = [*map(_slices_tag, _strip(A.rows[i], B.rows[j], r['matrix']))]
     who = [f"train {r['train']}", f"test {r['test']}", r['sequence'], r['identifiers']]
     scores = [f"score {r['score']:.3f}", f"NCC {r['ncc']:.3f}", f"NMI {r['nmi']:.3f}",
         f"{r['false_alarms']:.1g} false alarms expected"]
-    verdict = f"<b class='{r['verdict']}'>{r['verdict']}</b>"
-    cells = '<br>'.join([verdict, *map(_escaped, who)]),'<br>'.join(scores),pictures
-    return '<tr>' + ''.join(f'<td>{o}</td>' for o in cells) + '</tr>'
+    return dict(verdict=r['verdict'], who=who, scores=scores, pictures=pictures)
 
 def _write(df, facts, dest):
     "The tables, the summary and the page"
@@ -625,11 +626,10 @@ def _write(df, facts, dest):
     tables = dict(leakage=df.drop(columns=['matrix','_at']), report=report)
     tables['set_aside'] = pd.DataFrame(dict(patient=set_aside(df)))
     for name,o in tables.items():
-        with atomic_path(dest/f'{name}.csv') as tmp: o.to_csv(tmp, index=False)
+        write_csv(dest/f'{name}.csv', o)
     said = {k:df.attrs[k] for k in ('summary','recall','thresholds')}
     write_json(dest/'leakage.json', dict(version=__version__, **said))
-    page = _sheet(df, facts)
-    with atomic_path(dest/'leakage.html') as tmp: tmp.write_text(page, encoding='utf-8')
+    write_text(dest/'leakage.html', _sheet(df, facts))
 
 # %% ../nbs/63_leakage.ipynb #h16b0003
 __getattr__ = moved_from('leakage')

@@ -8,16 +8,17 @@ __all__ = ['READ_BACK', 'model_kinds', 'save_mgmt', 'load_mgmt', 'body_and_head'
            'load_model', 'check_preparation', 'predict_unlogged', 'predict']
 
 # %% ../nbs/55_learner.ipynb #6689f177
-import copy, hashlib, importlib, json, multiprocessing, os
+import contextlib, copy, hashlib, importlib, inspect, json, math, os
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 
 import numpy as np, pandas as pd, torch
 import safetensors.torch as st
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from .core import *
+from .schemas import *
+from .processes import DIED, do_alone, process_pool, working_in
 from fastai.basics import BCEWithLogitsLossFlat, DataLoaders, Learner, accuracy_multi
 from fastai.callback.schedule import LRFinder, ParamScheduler
 from fastai.callback.core import CancelEpochException
@@ -34,7 +35,7 @@ from .prepare import PREPARATION, VolumeStore, prepare_patient
 from .runs import key_digest, run_key
 from .loader import LABELS, StoreDL, StoreDataLoaders, ToUnit, check_prepared, mgmt_dls
 from .augment import mgmt_augs
-from .backbones import Standardize, read_weights, rescales_inside
+from .backbones import Standardize, create_backbone, read_weights, rescales_inside
 from .seen import SeenVolumes
 from .networks import PairLoss, Prototypes, create_network
 from .callbacks import *
@@ -226,11 +227,15 @@ class MGMTLearner(Learner):
         if r.schedule=='own': raise MGMTError(_by_hand)
         self._plan = dict(epochs=r.epochs, lr=r.lr, schedule=r.schedule)
         try:
-            with self.added_cbs(_run_cbs(self, resume)):
+            with _held(self.path), self.added_cbs(_run_cbs(self, resume)):
                 if not rank_distrib(): save_recipe(recipe_that_ran(self), self.path/'recipe.yaml')
                 if r.schedule=='one_cycle': return self.fit_one_cycle(r.epochs, r.lr)
                 self.fit(r.epochs, r.lr)
         finally: self._plan = None
+
+def _held(path):
+    "The first of several processes holds the folder for all"
+    return contextlib.nullcontext() if rank_distrib() else working_in(path)
 
 _not_exported = ("a learner is not pickled, because unpickling a file can run any code: use save_model(learn, path), "
     "which keeps all that a prediction needs, and load_model(path)")
@@ -613,7 +618,7 @@ class MGMTModel:
         "Write tensors and JSON, and what the model has seen"
         if self.seen is None: _seen_file(path).unlink(missing_ok=True)
         else: self.seen.write(_seen_file(path))
-        with atomic_path(f'{path}.safetensors') as tmp: st.save_model(self.model, str(tmp))
+        with atomic_path(f'{path}.safetensors', record=True) as tmp: st.save_model(self.model, str(tmp))
         inputs = dict(sequences=list(self.sequences), prepared=list(self.prepared), size=list(self.size))
         made = dict(version=self.version, preparation=self.preparation_number, config=self.model.config)
         how = dict(classes=list(LABELS), recipe=self.recipe.to_json(), trained=self.trained)
@@ -625,18 +630,67 @@ class MGMTModel:
         d:dict, # What `path.json` says
     ):
         "Read what `write` wrote. Raises `MGMTError` on tensors that are missing or do not fit."
+        d = check_form(d, _MODEL, f'{Path(path).name}.json')
         recipe = Recipe.from_json(d['recipe'])
-        model = set_norms(create_network(**d['config']), recipe.values().get('norms','batch'))
+        _check_inputs(d, recipe, path)
+        try: model = set_norms(create_network(**d['config']), recipe.values().get('norms','batch'))
+        except MGMTError: raise
+        except Exception as e: raise MGMTError(_no_network(path, e)) from None # it is made by other libraries
         _fill(model, Path(f'{path}.safetensors'), path)
         return cls(model.eval(), recipe, check_sequences(d['sequences']), d['version'], d['trained'], d.get('prepared'),
             d.get('preparation', 1), _read_seen(path))
 
 def _fill(model, file, path):
     "Fill a network with a file's tensors, all of them and no others"
-    if not file.exists(): raise MGMTError(_no_model(path, file))
+    if not is_file(file): raise MGMTError(_no_model(path, file))
+    _check_types(model, file)
     try: missing,extra = st.load_model(model, str(file), strict=False)
     except (RuntimeError, SafetensorError) as e: raise MGMTError(_other_network(file, model, path, e)) from e
     if missing or extra: raise MGMTError(_other_tensors(file, model, missing, extra))
+    bad = [k for k,t in model.state_dict().items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if bad: raise MGMTError(f"{file.name} holds NaN or infinite numbers, e.g. in {bad[0]!r}: damaged? Restore it")
+
+def _check_types(model, file):
+    "Raise where a tensor is of another kind than the network's, or far larger than all of them"
+    kinds = {k: t.is_floating_point() for k,t in model.state_dict().items()}
+    try:
+        with safe_open(str(file), 'pt') as f:
+            types = {k: f.get_slice(k).get_dtype() for k in f.keys()}
+    except (SafetensorError,OSError,ValueError) as e: raise MGMTError(_no_tensors(file, e)) from None
+    odd = [k for k,t in types.items() if k in kinds and kinds[k]!=t.startswith(('F','BF'))]
+    if odd: raise MGMTError(_other_kind(file, odd[0], types[odd[0]]))
+
+def _other_kind(file, k, kind):
+    return f"{file.name} holds {k!r} as {kind}, which is no kind that the network has: were two models' files mixed?"
+
+def _no_tensors(file, e):
+    return f"{file.name} holds no tensors that can be read ({type(e).__name__}): was it cut off or changed? Restore it"
+
+_SIZE = list_of(Allowed.whole(1, 4096), 3)
+_IN_RANGE = Allowed.number(-1e6, 1e6)
+_FINITE = Allowed('a finite number', lambda v: v if _IN_RANGE(v)==v else None) # an int stays one
+_PLAIN = NOTHING|YES_OR_NO|TEXT|_FINITE
+_MAKES = {*inspect.signature(create_backbone).parameters, *inspect.signature(create_network).parameters}
+_MAKES = dict.fromkeys(_MAKES-{'arch','in_chans','pretrained','kwargs'}, _PLAIN|list_of(_PLAIN)) # no weights
+_CONFIG = record_of(dict(arch=TEXT, in_chans=Allowed.whole(1, len(SEQUENCES))), {**_MAKES,
+    'slices':NOTHING|Allowed.whole(1, 512), 'anisotropic':NOTHING|Allowed.whole(0, 16),
+    'num_classes':Allowed.whole(1, 64)})
+_TRAINED = NOTHING|record_of({}, others=True)
+_MODEL = record_of(dict(version=TEXT, config=_CONFIG, recipe=A_RECIPE, sequences=list_of(A_SEQUENCE), size=_SIZE,
+    trained=_TRAINED), dict(kind=Allowed.one_of('network'), preparation=Allowed.whole(1, 2**20),
+    prepared=list_of(A_SEQUENCE), classes=list_of(TEXT)))
+
+def _check_inputs(d, recipe, path):
+    "Raise where the parts of a model's JSON contradict each other, or its input is larger than any series may be"
+    Budget().check('voxels', math.prod(d['size']))
+    same_size = list(recipe.size)==d['size'] and len(d['sequences'])==d['config']['in_chans']
+    if same_size and set(d['sequences'])<=set(d.get('prepared') or d['sequences']): return
+    raise MGMTError(f"{Path(path).name}.json contradicts itself on its size or its sequences: was it changed? "
+        "Restore it")
+
+def _no_network(path, e):
+    return (f"{Path(path).name}.json describes a network that cannot be made ({type(e).__name__}): was it changed, or "
+        "made by a later version? Restore it")
 
 def _no_model(path, file):
     return f"no model at {path}: {file.name} is missing; a model is the files that `save_model` wrote, kept together"
@@ -709,8 +763,7 @@ def load_model(
     if path.suffix in ('.json','.safetensors'): path = path.with_suffix('')
     js = Path(f'{path}.json')
     if not js.exists(): raise MGMTError(_no_model(path, js))
-    try: d = json.loads(js.read_text(encoding='utf-8'))
-    except ValueError as e: raise MGMTError(f"{js.name} is no JSON: cut off, or not the file of a model?") from e
+    d = read_json(js, record_of({}, dict(kind=TEXT), others=True))
     return _kind(d.get('kind', 'network')).read(path, d)
 
 # %% ../nbs/55_learner.ipynb #329461aa
@@ -746,30 +799,24 @@ def _from_scans(m, cohort, n):
             if len(ahead)>2*n: yield _outcome(*ahead.popleft(), how)
         while ahead: yield _outcome(*ahead.popleft(), how)
 
-def _worker_pool(n):
-    context = multiprocessing.get_context('fork' if os.name=='posix' else 'spawn')
-    return ProcessPoolExecutor(n, mp_context=context, initializer=worker_init)
-
 class _Workers:
     "Processes that are replaced when one of them dies"
-    def __init__(self, n): self.n,self.pool = n,_worker_pool(n)
+    def __init__(self, n): self.n,self.pool = n,process_pool(n)
     def close(self): self.pool.shutdown(cancel_futures=True)
     def submit(self, *args):
         try: return self.pool.submit(*args)
         except BrokenProcessPool: self.close()
-        self.pool = _worker_pool(self.n)
+        self.pool = process_pool(self.n)
         return self.pool.submit(*args)
-
-_DIED = 'the process that prepared it died, most likely because memory ran out: predict it again with n_workers=1'
 
 def _outcome(row, job, how):
     "A patient as `_ready_patients` gives it; one that was under way when a process died is tried again, alone"
     try: res = job.result()
-    except BrokenProcessPool:
-        with _worker_pool(1) as alone:
-            try: res = alone.submit(_prepared, row, *how).result()
-            except BrokenProcessPool: res = {k:{} for k in how[0]},_DIED
+    except BrokenProcessPool: res = do_alone(_prepared, (row, *how))
+    if res==DIED: res = {k:{} for k in how[0]},_DIED
     return str(row['patient']),row,*res
+
+_DIED = 'the process that prepared it died, most likely because memory ran out: predict it again with n_workers=1'
 
 def _prepared(row, needs, sequences):
     "A patient's volumes, prepared in each way that the model needs, and what was said of it"

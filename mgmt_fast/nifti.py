@@ -6,6 +6,7 @@
 __all__ = ['ITK_SUFFIXES', 'is_nifti', 'nifti_axes', 'open_nifti', 'read_nifti']
 
 # %% ../nbs/12_nifti.ipynb #b1f7215b
+import gzip, math, os, struct, zlib
 from pathlib import Path
 
 import nibabel as nib, numpy as np, torch
@@ -52,6 +53,7 @@ def _no_itk(path):
 
 def _loaded(path):
     "The image at `path`, its affine and type, read once to see that they can be"
+    _check_start(path)
     try:
         img = _via_itk(path) if path.name.lower().endswith(ITK_SUFFIXES) else nib.load(path)
         if type(img).__name__ in _ANALYZE: raise _no_side()
@@ -59,6 +61,31 @@ def _loaded(path):
         return img,img.affine,img.shape,img.get_data_dtype()
     except SeriesError: raise
     except Exception as e: raise _no_nifti(e) from None
+
+def _no_file(): return SeriesError('a pipe, a device or a folder under the name of an image: move it away')
+
+_HEADER = 2**24 # bytes that may come before the voxels: extensions are a few kilobytes
+
+def _check_start(path):
+    "Raise if a NIfTI file, or the file of its voxels, is no file, or says that its voxels begin far behind its start"
+    for p in {path, path.with_suffix('.img')} if path.suffix.lower()=='.hdr' else [path]:
+        if os.path.exists(p) and not is_file(p): raise _no_file()
+    if not path.name.lower().endswith(('.nii','.nii.gz')): return
+    try: start = _voxel_start(_first_bytes(path))
+    except (OSError,EOFError,zlib.error,struct.error) as e: raise _no_nifti(e) from None
+    if start>_HEADER: raise SeriesError(f"its voxels begin only after {start:,} bytes: a damaged header; copy it again")
+
+def _first_bytes(path):
+    with open_input(path, SeriesError) as f:
+        return (gzip.GzipFile(fileobj=f) if path.name.lower().endswith('.gz') else f).read(540)
+
+def _voxel_start(head):
+    "Offset of the voxels in bytes, by the header of NIfTI-1 or NIfTI-2 in either byte order; 0 where it is neither"
+    for order in '<>':
+        size, = struct.unpack_from(order+'i', head)
+        if size==348: return struct.unpack_from(order+'f', head, 108)[0]
+        if size==540: return struct.unpack_from(order+'q', head, 168)[0]
+    return 0
 
 def _no_side():
     return SeriesError('an ANALYZE file does not say which side is left: convert the original series to NIfTI')
@@ -101,14 +128,35 @@ def open_nifti(
 def read_nifti(
     path:Path, # NIfTI file, or one of `ITK_SUFFIXES`
     index:int=0, # Which volume, where there is a time axis
+    budget:Budget=Budget(), # What it may cost
 ) -> Volume: # (D,H,W), as `nifti_axes` orders the axes
     "Read one volume of an image. Raises `SeriesError` as `open_nifti` does, and on voxels that are lost or not finite."
     img,shape = open_nifti(path)
+    _check_budget(path, img, shape, index, budget)
     try: x = np.asanyarray(img.dataobj[...,index] if len(shape)==4 else img.dataobj).reshape(shape[:3])
     except Exception as e: raise _no_voxels(e) from None
     axes = nifti_axes(img)
-    x = check_finite(torch_type(np.array(x.transpose(axes), order='C')))
+    x = check_finite(np.array(torch_type(x).transpose(axes), order='C'))
     return Volume(torch.from_numpy(x), affine=img.affine[:,[*axes,3]])
+
+def _check_budget(path, img, shape, index, budget):
+    "Raise where a header claims more than is allowed, or more than its file can hold"
+    volume = math.prod(shape[:3])
+    budget.check('voxels', volume, SeriesError)
+    start = getattr(img.dataobj, 'offset', None)
+    if start is None: return # read by SimpleITK, and in memory already
+    end = start+volume*(index+1)*img.get_data_dtype().itemsize
+    file = Path(img.file_map['image'].filename or path)
+    packed = file.name.lower().endswith('.gz')
+    if packed: budget.check('inflated', end, SeriesError)
+    holds = os.path.getsize(file)*(_DENSEST if packed else 1)
+    if end>holds: raise _cut_short(end, holds)
+
+def _cut_short(end, holds):
+    return SeriesError(f"the voxels cannot be read: the header claims {end:,} bytes, and the file holds {holds:,} at "
+        "most: it is cut short, or its header is damaged; copy it again")
+
+_DENSEST = 1032 # bytes that one byte of deflate can unfold to
 
 def _no_voxels(e):
     what = f"the voxels cannot be read ({type(e).__name__})"

@@ -24,6 +24,8 @@ from threadpoolctl import threadpool_limits
 
 from . import __version__
 from .core import *
+from .pages import plain_cells, write_csv
+from .processes import DIED, in_processes, working_in
 
 # %% ../nbs/21_phantom.ipynb #445de95b
 def class_distance(
@@ -112,7 +114,7 @@ def read_side_table(
     "Read what a phantom's images do not say: labels, latents, traits, measurements."
     p = Path(path)/'phantom.csv'
     if not p.exists(): raise MGMTError(f"{p} does not exist: is {path} a finished phantom?")
-    return pd.read_csv(p, dtype=dict(patient=str))
+    return plain_cells(pd.read_csv(p, dtype=dict(patient=str)))
 
 # %% ../nbs/21_phantom.ipynb #de27d60b
 _extent = (120,118,100) # half the size of the box that noise fills, along z, y, x; mm
@@ -570,7 +572,8 @@ def _claim(dest, settings):
         changed = [k for k in {**old,**settings} if old.get(k)!=settings.get(k)]
         if changed: raise _other_phantom(dest, changed)
         return (dest/'phantom.csv').exists()
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())): raise _occupied(dest)
+    if dest.exists() and (not dest.is_dir() or any(not o.name.startswith('.mgmt-') for o in dest.iterdir())):
+        raise _occupied(dest)
     write_json(at, settings)
     return False
 
@@ -615,12 +618,15 @@ def make_phantom(
     settings = dict(n=n, auc=auc, test=test, prevalence=prevalence, version=__version__, **how)
     settings = json.loads(json.dumps(settings))
     if _claim(dest, settings): return read_side_table(dest)
+    with working_in(dest): return _make_all(dest, table, settings, how, n_workers, progress)
+
+def _make_all(dest, table, settings, how, n_workers, progress):
     for o in dest.glob('.patient-*'): shutil.rmtree(o)
-    for o in ('train','test'): (dest/o).mkdir(exist_ok=True)
-    n_workers = defaults.cpus if n_workers is None else n_workers
-    measured = parallel(_make_patient, [o for _,o in table.iterrows()], n_workers=n_workers, progress=progress,
-        dest=dest, key=json.dumps(settings, sort_keys=True), **how)
-    _write_tables(dest, table, pd.DataFrame(list(measured)))
+    for o in ('train','test'): make_folder(dest/o)
+    make = partial(_make_patient, dest=dest, key=json.dumps(settings, sort_keys=True), **how)
+    measured = dict(in_processes(make, [(o,) for _,o in table.iterrows()], n_workers, progress))
+    if DIED in measured.values(): raise MGMTError(f"{DIED}: run it again with fewer workers; what is done is kept")
+    _write_tables(dest, table, pd.DataFrame([measured[i] for i in range(len(table))]))
     return read_side_table(dest)
 
 def _write_tables(dest, table, measured):
@@ -630,4 +636,4 @@ def _write_tables(dest, table, measured):
     files = dict(train_labels=train, sample_submission=test.assign(MGMT_value=.5),
         phantom=pd.concat([table, measured], axis=1))
     for name,o in files.items():
-        with atomic_path(dest/f'{name}.csv') as tmp: o.to_csv(tmp, index=False)
+        write_csv(dest/f'{name}.csv', o)

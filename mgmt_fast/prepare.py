@@ -7,18 +7,18 @@ __all__ = ['PREPARATION', 'PrepareError', 'foreground', 'common_box', 'to_bytes'
            'source_content', 'same_source', 'VolumeStore', 'as_store', 'prepare', 'check_size']
 
 # %% ../nbs/24_prepare.ipynb #bc9d9c92
-import copy, hashlib, itertools, json, multiprocessing, os, zlib
+import contextlib, copy, hashlib, itertools, json, os, zlib
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-
 
 import numpy as np, pandas as pd, torch
 from fastcore.all import *
 from scipy import ndimage
 from . import __version__
 from .core import *
+from .schemas import *
+from .processes import DIED, in_processes, working_in
 from .clinical import match_labels, read_labels
 from .grids import *
 from .series import read_sequence, SeriesError
@@ -180,6 +180,7 @@ def prepare_patient(
     row:pd.Series|dict, # A row of a cohort: `patient`, a path or a `Volume` per sequence, perhaps `T2w_index` and so on
     sequences:str|list|tuple=SEQUENCES, # Which to prepare, in order; the first readable one gives the axes
     recipe:str|Path|Recipe='default', # Name, file or `Recipe`
+    budget:Budget=Budget(), # What reading one series may cost
 ) -> NS: # `.arrays`: sequence to uint8 (D,H,W); `.meta`: sequence to facts; `.affine`; `.report`: problems and notes
     "Read, box, resample and normalise one patient. What fails is a row of the report, never an exception."
     r,sequences = get_recipe(recipe),check_sequences(sequences)
@@ -189,14 +190,14 @@ def prepare_patient(
         report.append(dict(patient=str(row['patient']), sequence=seq, level=level, what=what))
     try:
         if r.prepare_by!='patient': return slicewise_patient(row, sequences, r)
-        return _prepare_all(row, sequences, r, _say, report)
+        return _prepare_all(row, sequences, r, _say, report, budget)
     except MGMTError: raise # a recipe that cannot be followed concerns all patients
     except Exception as e: _say('', 'error', log_fault(e, 'preparing'))
     return NS(arrays={}, meta={}, affine=None, report=report)
 
-def _prepare_all(row, sequences, r, _say, report):
+def _prepare_all(row, sequences, r, _say, report, budget):
     choices,size = r.room('prepare'),tuple(r.size)
-    vols,masks = _read_all(row, sequences, _say)
+    vols,masks = _read_all(row, sequences, _say, budget)
     for k,other,share in _strangers(vols, masks, size, choices['min_overlap']):
         _say(k, 'error', _elsewhere(k, other, share, choices['min_overlap']))
         del vols[k],masks[k]
@@ -214,12 +215,12 @@ def _prepare_all(row, sequences, r, _say, report):
 
 def _same_grid(a, b): return a.shape==b.shape and np.allclose(a.affine, b.affine, atol=1e-2)
 
-def _read_all(row, sequences, _say):
+def _read_all(row, sequences, _say, budget):
     "Volumes and foregrounds of the sequences that can be read"
     vols,masks = {},{}
     for seq in sequences:
         if _is_missing(row, seq): _say(seq, 'note', 'sequence missing'); continue
-        try: vols[seq],masks[seq] = _read_one(row, seq, _say)
+        try: vols[seq],masks[seq] = _read_one(row, seq, _say, budget)
         except MGMTError as e: _say(seq, 'error', f'{type(e).__name__}: {e}'.replace(str(row[seq]), seq))
         except Exception as e: _say(seq, 'error', log_fault(e, 'preparing'))
     return vols,masks
@@ -228,9 +229,9 @@ def _is_missing(row, seq):
     if seq not in row: return True
     return not isinstance(row[seq], Volume) and pd.isna(row[seq])
 
-def _read_one(row, seq, _say):
+def _read_one(row, seq, _say, budget):
     "A sequence's volume, without padding and spots, and its foreground"
-    vol = read_sequence(row, seq)
+    vol = read_sequence(row, seq, budget)
     for o in vol.notes: _say(seq, 'note', o)
     vol,notes = _steady(vol)
     for o in notes: _say(seq, 'note', o)
@@ -309,13 +310,19 @@ def source_state(
     return dict(names=_digest([f[:2] for f in files]+which), times=_digest([f[2] for f in files]))
 
 # %% ../nbs/24_prepare.ipynb #007fdf08
+def _checksum(f):
+    "CRC-32 of an open file"
+    res = 0
+    while part := f.read(2**24): res = zlib.crc32(part, res)
+    return res
+
 def source_content(
     path:str|Path, # File, or folder of slices
 ) -> str: # Digest of the checksum (CRC-32) of each file
     "What a series' files hold."
     sums = []
     for name,*_,file in _source_files(path):
-        with open(file,'rb') as f: sums.append(zlib.crc32(f.read()))
+        with open_input(file, PrepareError) as f: sums.append(_checksum(f))
     return _digest(sums)
 
 # %% ../nbs/24_prepare.ipynb #68252a85
@@ -331,26 +338,54 @@ def same_source(
 # %% ../nbs/24_prepare.ipynb #d15b4045
 def _read_pixels(path):
     "What `store.json` says, one entry for each patient whose pixels are there; that of version 0.1 in today's form"
-    try: d = json.loads((path/'store.json').read_text(encoding='utf-8'))
-    except ValueError as e: raise PrepareError(_no_json(path)) from e
-    if 'key' not in d: return d
+    d = read_json(path/'store.json', error=PrepareError)
+    if isinstance(d, dict) and 'key' in d: return _of_version_01(d)
+    return _whole_store(d)
+
+def _whole_store(d):
+    "The same; raises where two patients have one row, or a volume is of a sequence that the store has not"
+    d = check_form(d, _STORE, 'store.json', PrepareError)
+    rows = [e['row'] for e in d['patients'].values()]
+    strange = {s for e in d['patients'].values() for s in e['volumes']}-{*d['sequences']}
+    if len(set(rows))==len(rows) and not strange and len(set(d['sequences']))==len(d['sequences']): return d
+    raise PrepareError("store.json gives one row to two patients, or has a volume of an unknown sequence: was it "
+        "changed? Restore it, or prepare the store again in another folder")
+
+def _of_version_01(d):
+    "What a store of version 0.1 says, in today's form"
+    d = check_form(d, _STORE_01, 'store.json', PrepareError)
+    if lack := [p for p in d['key']['patients'] if p not in d['patients']]:
+        raise PrepareError(f"store.json says nothing of patient {lack[0]}: was it changed? Restore it")
     entries = {}
     for i,p in enumerate(d['key']['patients']):
         v,report = d['patients'][p],[r for r in d['report'] if r['patient']==p]
         entries[p] = dict(row=i, affine=v['affine'], volumes=v['volumes'], sources=None, report=report)
     return dict(preparation=1, version=d['version'], recipe=d['recipe'], sequences=d['sequences'], patients=entries)
 
-def _no_json(path):
-    return (f"store.json in {path} is no JSON: was it changed or cut off? Restore it, or prepare the store again in"
-        " another folder")
+_ROW = record_of(dict(patient=TEXT, sequence=TEXT, level=TEXT, what=TEXT))
+_ACQUIRED = dict(skull=NOTHING|YES_OR_NO, spacing=NOTHING|list_of(Allowed.number(0, 1e5), 3), plane=NOTHING|TEXT,
+    window=NOTHING|list_of(Allowed.number(), 2))
+_VOLUME = record_of(dict(hash=TEXT, shape=list_of(Allowed.whole(1, 2**20), 3)), _ACQUIRED, others=True)
+_SOURCE = record_of(dict(names=TEXT, times=TEXT, content=TEXT))
+_ENTRY = dict(row=Allowed.whole(0, 2**24), affine=NOTHING|AN_AFFINE, volumes=table_of(_VOLUME),
+    sources=NOTHING|table_of(NOTHING|_SOURCE), report=list_of(_ROW))
+_MADE = dict(version=TEXT, recipe=A_RECIPE, sequences=list_of(A_SEQUENCE))
+_STORE = record_of(dict(_MADE, preparation=Allowed.whole(1, 2**20), patients=table_of(record_of(_ENTRY))))
+_PATIENT_01 = record_of(dict(affine=NOTHING|AN_AFFINE, volumes=table_of(_VOLUME)), others=True)
+_WHO_01 = record_of(dict(patients=list_of(TEXT)), others=True)
+_STORE_01 = record_of(dict(_MADE, report=list_of(_ROW), key=_WHO_01, patients=table_of(_PATIENT_01)), others=True)
+_KNOWN = dict.fromkeys(('session','age','sex','site','scanner'), NOTHING|TEXT|Allowed.number())
+_FACT = record_of(dict(label=Allowed.one_of(None, 0, 1), source=TEXT), dict(without=list_of(A_SEQUENCE), **_KNOWN))
+_FACTS = record_of(dict(patients=table_of(_FACT), notes=list_of(_ROW)))
 
 def _read_facts(path):
     "What is known of the patients, and what was said when it was joined; version 0.1 kept labels in `store.json`"
-    if (path/'patients.json').exists(): return json.loads((path/'patients.json').read_text(encoding='utf-8'))
+    if (path/'patients.json').exists(): return read_json(path/'patients.json', _FACTS, PrepareError)
     if not (path/'store.json').exists(): return dict(patients={}, notes=[])
-    patients = json.loads((path/'store.json').read_text(encoding='utf-8'))['patients']
+    patients = read_json(path/'store.json', record_of(dict(patients=table_of(record_of({}, others=True))), others=True),
+        PrepareError)['patients']
     facts = {p: dict(label=v.get('label'), source=v.get('source', '')) for p,v in patients.items()}
-    return dict(patients=facts, notes=[])
+    return check_form(dict(patients=facts, notes=[]), _FACTS, 'store.json', PrepareError)
 
 # %% ../nbs/24_prepare.ipynb #f775554b
 class VolumeStore:
@@ -362,6 +397,7 @@ class VolumeStore:
         self.path = Path(path)
         if not (self.path/'store.json').exists(): raise PrepareError(_no_store(self.path))
         d,facts = _read_pixels(self.path),_read_facts(self.path)
+        if lack := [p for p in facts['patients'] if p not in d['patients']]: raise PrepareError(_no_pixels(lack[0]))
         self.sequences,self.version,self.preparation_number = tuple(d['sequences']),d['version'],d['preparation']
         self.recipe = Recipe.from_json(d['recipe'])
         self.recipe = self.recipe.settle('the store', **self.recipe.room('prepare'))
@@ -375,6 +411,10 @@ class VolumeStore:
         self.meta = {p: _shown(self._pixels[p], f.get('without', ())) for p,f in patients.items()}
         self.table,self._notes = _joined(self.meta, patients, self.sequences),notes
         return self
+    def _map(self, s):
+        "A sequence's array, if it has a row of the right size for every patient"
+        rows = 1+max(e['row'] for e in self._pixels.values())
+        return map_array(_array_file(self.path, s), (rows,*self.size), np.uint8, PrepareError)
     def _without(self, p): return sorted(set(self._pixels[p]['volumes'])-set(self.meta[p]['volumes']))
 
     @property
@@ -389,6 +429,10 @@ class VolumeStore:
         size = 'x'.join(map(str,self.size))
         return (f"VolumeStore of {len(self)} patients, {', '.join(self.sequences)}, {size} uint8,"
             f" recipe {self.recipe.name!r}, mgmt_fast {self.version}")
+
+def _no_pixels(patient):
+    return (f"patients.json knows patient {patient}, of whom store.json has no pixels: were files of two stores mixed? "
+        "Restore them, or prepare the store again")
 
 def _shown(entry, without):
     "A patient's entry without the sequences that the cohort leaves out"
@@ -422,7 +466,7 @@ def read(
     lack = [s for s in sequences if s not in have]
     if lack: raise PrepareError(f"patient {patient} has no prepared {', '.join(lack)}: see `store.report`")
     for s in sequences:
-        if s not in self._maps: self._maps[s] = np.load(_array_file(self.path,s), mmap_mode='r')
+        if s not in self._maps: self._maps[s] = self._map(s)
     return np.stack([self._maps[s][self.meta[patient]['row']] for s in sequences])
 
 # %% ../nbs/24_prepare.ipynb #81c96686
@@ -525,17 +569,22 @@ def as_store(
     return store if isinstance(store, VolumeStore) else VolumeStore(store)
 
 # %% ../nbs/24_prepare.ipynb #a762f3ab
-def _write_patient(row, i, dest, sequences, recipe):
+def _source_of(row, s):
+    "What a sequence's files are and hold; None if there are none"
+    state = source_state(row.get(s), row.get(f'{s}_index'))
+    return state and {**state, 'content':source_content(row[s])}
+
+def _write_row(path, i, a):
+    "Write one patient's volume into its row"
+    with write_errors(path, PrepareError), open(path, 'r+b') as f:
+        f.seek(array_start(f)+i*a.nbytes); f.write(a.tobytes()); f.flush(); os.fsync(f.fileno())
+
+def _write_patient(row, i, dest, sequences, recipe, budget):
     "Prepare one patient in a worker, write its rows, return what goes into the journal"
-    sources = {}
-    for s in sequences:
-        state = source_state(row.get(s), row.get(f'{s}_index'))
-        sources[s] = state and {**state, 'content':source_content(row[s])}
-    p = prepare_patient(row, sequences, recipe)
+    sources = {s: _source_of(row, s) for s in sequences}
+    p = prepare_patient(row, sequences, recipe, budget)
     for seq,a in p.arrays.items():
-        path = _array_file(dest, seq)
-        with open(path,'r+b') as f:
-            f.seek(array_start(f)+i*a.nbytes); f.write(a.tobytes()); f.flush(); os.fsync(f.fileno())
+        _write_row(_array_file(dest, seq), i, a)
         p.meta[seq]['hash'] = _hash(a)
     affine = None if p.affine is None else p.affine.tolist()
     return dict(patient=str(row['patient']), row=i, affine=affine, volumes=p.meta, sources=sources, report=p.report)
@@ -544,13 +593,26 @@ def _journal(dest, key):
     "Entries that an earlier run of the same work left, by patient; its last line may be cut off"
     lines = read_json_lines(dest/'journal.jsonl')
     if not lines: return {}
-    if 'patients' in lines[0]: raise PrepareError(_unfinished(dest, lines[0].get('version')))
-    _check_key(dest, lines[0], key)
-    entries = {o['patient']: o for o in lines[1:]}
+    old = isinstance(lines[0], dict) and 'patients' in lines[0]
+    if old: raise PrepareError(_unfinished(dest, lines[0].get('version')))
+    first_ = check_form(lines[0], _KEY, 'journal.jsonl', PrepareError)
+    _check_key(dest, first_, key)
+    entries = {o['patient']: o for o in map(_journal_entry, lines[1:]) if o}
     if not all(_array_file(dest,s).exists() for s in key['sequences']): return {}
-    maps = {s: np.load(_array_file(dest,s), mmap_mode='r') for s in key['sequences']}
-    def _whole(s, row, volume): return row<len(maps[s]) and _hash(maps[s][row])==volume['hash']
-    return {p:o for p,o in entries.items() if all(_whole(s, o['row'], v) for s,v in o['volumes'].items())}
+    shape = (1,*Recipe.from_json(first_['recipe']).size)
+    maps = {s: map_array(_array_file(dest,s), shape, np.uint8, PrepareError) for s in key['sequences']}
+    def _whole(s, row, volume): return s in maps and row<len(maps[s]) and _hash(maps[s][row])==volume['hash']
+    whole = {p:o for p,o in entries.items() if all(_whole(s, o['row'], v) for s,v in o['volumes'].items())}
+    once = Counter(o['row'] for o in whole.values())
+    return {p:o for p,o in whole.items() if once[o['row']]==1}
+
+_KEY = record_of(dict(preparation=Allowed.whole(1, 2**20), recipe=A_RECIPE, sequences=list_of(A_SEQUENCE)))
+_JOURNALLED = record_of(dict(_ENTRY, patient=TEXT))
+
+def _journal_entry(line):
+    "An entry as it was written; None where it is not, so that the patient is prepared again"
+    try: return check_form(line, _JOURNALLED, 'journal.jsonl')
+    except MGMTError: return None
 
 def _unfinished(dest, version):
     return (f"{dest} holds an unfinished store of version {version}: finish it with that version, give another folder,"
@@ -575,6 +637,7 @@ def prepare(
     recipe:str|Path|Recipe='default', # Name, file or `Recipe`
     n_workers:int=None, # Processes; one per core if None
     progress:bool=True, # Show a progress bar
+    budget:Budget=Budget(), # What reading one series may cost
 ) -> VolumeStore: # Its `.report` lists what was skipped and why
     """Prepare a cohort once. A bad series or patient is reported and skipped; a kill costs only what was under way.
 
@@ -587,11 +650,16 @@ def prepare(
     cohort = cohort.sort_values('patient', kind='stable')
     made_by = dict(name=recipe.name, choices=recipe.room('prepare'))
     key = dict(preparation=PREPARATION, recipe=made_by, sequences=list(sequences))
-    entries,found = _found(dest, key)
-    plan = _Plan(cohort, entries, sequences).resolve(n_workers, progress)
-    if found: print(plan.said(entries))
-    if plan.todo: entries = _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress)
-    return _finish(dest, key, cohort, entries, plan)
+    with _held(dest):
+        entries,found = _found(dest, key)
+        plan = _Plan(cohort, entries, sequences).resolve(n_workers, progress)
+        if found: print(plan.said(entries))
+        if plan.todo: entries = _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress, budget)
+        return _finish(dest, key, cohort, entries, plan)
+
+def _held(dest):
+    "Hold a store's folder, unless it is there and read-only, where nothing can be written anyway"
+    return working_in(dest) if not dest.exists() or os.access(dest, os.W_OK) else contextlib.nullcontext()
 
 # %% ../nbs/24_prepare.ipynb #5218918a
 def check_size(
@@ -625,27 +693,13 @@ def _no_path(cohort, sequences):
         " folder, or other sequence names?")
 
 # %% ../nbs/24_prepare.ipynb #c559ea91
-def _in_processes(f, jobs, n_workers, progress, dest=None):
-    "(place in `jobs`, `f(*job)`) as they come, over processes"
-    n = min(n_workers or os.cpu_count(), len(jobs))
-    if n<2:
-        with one_thread():
-            for i,job in enumerate(track(jobs, progress=progress)): yield i,f(*job)
-        return
-    context = multiprocessing.get_context('fork' if os.name=='posix' else 'spawn')
-    with ProcessPoolExecutor(n, mp_context=context, initializer=worker_init) as pool:
-        at = {pool.submit(f, *job): i for i,job in enumerate(jobs)}
-        try:
-            for done in track(as_completed(at), len(at), progress): yield at[done],done.result()
-        except BrokenProcessPool as e: raise PrepareError(_worker_died) from e
-        except OSError as e: raise PrepareError(_not_written(dest, e)) from e
-        finally: pool.shutdown(wait=True, cancel_futures=True)
-
-_worker_died = ("a worker process died, most likely because memory ran out: run again with fewer workers (n_workers=1);"
-    " what is done is kept")
-
-def _not_written(dest, e):
-    return f"writing to {dest} failed ({e.strerror}): is the disk full? Make room and run again; what is done is kept"
+def _of_died(row, i, key):
+    "The journal's entry of a patient whose process died: reported, and passed over until the scans are replaced"
+    patient,sequences = str(row['patient']),key['sequences']
+    sources = {s: _source_of(row, s) for s in sequences}
+    what = f'{DIED}: passed over; prepare it again alone, in a folder of its own'
+    report = [dict(patient=patient, sequence='', level='error', what=what)]
+    return dict(patient=patient, row=i, affine=None, volumes={}, sources=sources, report=report)
 
 # %% ../nbs/24_prepare.ipynb #f01c548d
 def _found(dest, key):
@@ -697,7 +751,7 @@ class _Plan:
     def resolve(self, n_workers, progress):
         "Read the files whose times alone differ, or of which version 0.1 wrote nothing down"
         jobs = [(row[s], row.get(f'{s}_index'), old) for row,s,old in self.doubt]
-        for i,(source,same) in _in_processes(_state, jobs, n_workers, progress):
+        for i,(source,same) in in_processes(_state, jobs, n_workers, progress):
             row,s,_ = self.doubt[i]
             p = str(row['patient'])
             if same: self.sources.setdefault(p, {})[s] = source; continue
@@ -729,25 +783,26 @@ class _Plan:
         return [dict(zip(('patient','sequence','level','what'), o)) for o in rows]
 
 # %% ../nbs/24_prepare.ipynb #04e9f692
-def _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress):
+def _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress, budget):
     "Prepare what a plan has to do, each patient in a row of its own; the entries of all"
     dest,todo = make_folder(dest),{str(r['patient']): r for r in plan.todo}
     done = {p:o for p,o in entries.items() if p not in todo}
     taken = {o['row'] for o in entries.values()}
     free = (i for i in itertools.count() if i not in taken)
     places = {p: entries[p]['row'] if p in entries else next(free) for p in todo}
-    jobs = [(row, places[p], dest, key['sequences'], recipe) for p,row in todo.items()]
+    jobs = [(row, places[p], dest, key['sequences'], recipe, budget) for p,row in todo.items()]
     rows = 1+max([*(o['row'] for o in done.values()), *(o[1] for o in jobs)])
-    if done: rows = max(rows, len(np.load(_array_file(dest, key['sequences'][0]), mmap_mode='r')))
+    if done: rows = max(rows, len(map_array(_array_file(dest, key['sequences'][0]), error=PrepareError)))
     for s in key['sequences']: reserve_array(_array_file(dest,s), (rows,*recipe.size), error=PrepareError)
     if (dest/'store.json').exists() and not (dest/'patients.json').exists():
         write_json(dest/'patients.json', _read_facts(dest))
     lines = [json.dumps(o)+'\n' for o in (key, *(dict(o, patient=p) for p,o in done.items()))]
-    with atomic_path(dest/'journal.jsonl') as tmp: tmp.write_text(''.join(lines), encoding='utf-8')
+    write_text(dest/'journal.jsonl', ''.join(lines))
     (dest/'store.json').unlink(missing_ok=True)
-    with open(dest/'journal.jsonl','a',encoding='utf-8') as journal:
-        for _,o in _in_processes(_write_patient, jobs, n_workers, progress, dest):
-            journal.write(json.dumps(o)+'\n'); journal.flush(); os.fsync(journal.fileno())
+    with Journal(dest/'journal.jsonl', PrepareError) as journal:
+        for i,o in in_processes(_write_patient, jobs, n_workers, progress):
+            if o==DIED: o = _of_died(*jobs[i][:2], key)
+            journal.add(o)
             done[o['patient']] = o
     return done
 

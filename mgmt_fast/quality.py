@@ -98,12 +98,18 @@ _IDENTIFIERS = {
 _MILD = ('institution','dates')
 _FILLERS = ('anon','none','unknown','unspecified','deidentified','de-identified','removed','n/a','na^')
 
+_BURNED_IN = 'burned-in annotation'
+
 class _Identifiers:
     "Kinds of identifiers in a header; `known` are strings that tell nothing new"
     kinds = {Tag(tag_for_keyword(k)): kind for kind,ks in _IDENTIFIERS.items() for k in ks.split()}
-    tags  = [*kinds]
+    burned_in = Tag(tag_for_keyword('BurnedInAnnotation'))
+    tags  = [*kinds,burned_in]
     def __init__(self, known): self.known = {o.lower() for o in known if o}
-    def __call__(self, ds): return {kind for t,kind in self.kinds.items() if t in ds and self.tells(ds.get_item(t))}
+    def __call__(self, ds):
+        found = {kind for t,kind in self.kinds.items() if t in ds and self.tells(ds.get_item(t))}
+        raw = ds.get_item(self.burned_in)
+        return found|{_BURNED_IN} if raw is not None and b'YES' in bytes(raw.value or b'') else found
 
     def tells(self, raw):
         v = raw.value.decode('latin-1') if isinstance(raw.value, bytes) else str(raw.value or '')
@@ -135,6 +141,13 @@ def _padding(x):
     some = rest[::7] if rest.size>7 else rest
     next_,top = float(rest.min()),float(np.percentile(some, 99))
     return int(x.size-rest.size) if next_-lo>2*(top-next_) else 0
+
+def _burned_in(x, usual, air):
+    "A finding on bright pixels that are the same in every slice, as text is that was burned into the image"
+    low = x.min(0)
+    n = int(np.count_nonzero((low==x.max(0)) & (low>air+.5*(usual-air))))
+    if len(x)<3 or n<20: return []
+    return [f'{n} bright pixels are the same in every slice: text or marks burned into the image? They may tell a name']
 
 def _spots(x, usual, air):
     "A finding on voxels far above all others, if there are any and few"
@@ -197,6 +210,7 @@ def _audit_pixels(vol):
     a.grave += _audit_content(vol, x, air, usual)
     if padded: a.bad.append(f'{padded} voxels hold a padding value, {lo:g}')
     if hi>air+30*max(usual-air, 1e-6): a.bad += _spots(x, usual, air)
+    a.bad += _burned_in(x, usual, air)
     _audit_blank(a, low==high, tissue<.01*x[0].size)
     _audit_clipped(a, x, hi, tissue, some)
     if lo<0: a.notes.append('negative intensities')
@@ -274,6 +288,7 @@ def _audit_identifiers(a, stack):
     bad,mild = [o for o in kinds if o not in _MILD],[o for o in kinds if o in _MILD]
     a.facts.update(identifiers=', '.join(kinds) or None)
     if bad: a.bad.append(f"identifiers in the header: {', '.join(bad)}")
+    if any(_BURNED_IN in f['looked'] for f in stack): a.bad.append('its header says that text is burned into the image')
     if mild: a.notes.append(f"in the header: {', '.join(mild)}")
 
 # %% ../nbs/15_quality.ipynb #e86b8d65

@@ -8,7 +8,7 @@ __all__ = ['ProtocolError', 'json_hash', 'file_hash', 'volume_hashes', 'signed',
            'log_prediction']
 
 # %% ../nbs/27_records.ipynb #5e32cc0a
-import hashlib, json, os
+import hashlib, os
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,6 +17,7 @@ from fastcore.all import *
 from fastcore.xdg import xdg_data_home
 from filelock import FileLock
 from .core import *
+from .schemas import *
 from .prepare import VolumeStore
 
 # %% ../nbs/27_records.ipynb #fa60afac
@@ -35,7 +36,10 @@ def file_hash(
     path:str|Path, # A file
 ) -> str: # 32 hexadecimal digits
     "The hash of a file's bytes."
-    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+    h = hashlib.blake2b(digest_size=16)
+    with open_input(path) as f:
+        while part := f.read(2**24): h.update(part)
+    return h.hexdigest()
 
 # %% ../nbs/27_records.ipynb #a29c653a
 def volume_hashes(
@@ -66,13 +70,9 @@ def read_signed(
     path:str|Path, # Of a JSON that `signed` signed
 ) -> dict: # The record
     "Read a signed record. Raises `ProtocolError` if a byte of its content changed."
-    try: d = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, json.JSONDecodeError) as e: raise _unreadable(path, e) from e
+    d = read_json(path, error=ProtocolError)
     if not is_signed(d): raise ProtocolError(f"{path} was changed after it was signed: restore it, or make it anew")
     return d
-
-def _unreadable(path, e):
-    return ProtocolError(f"{path} cannot be read ({type(e).__name__}): is it the file that was written?")
 
 # %% ../nbs/27_records.ipynb #e8811625
 def utc_now() -> str: # ISO 8601, whole seconds
@@ -195,11 +195,15 @@ def _each_once(found, kind):
 
 def _read_record(path):
     "A record; that of version 0.1 counts the passes of each bundle"
-    try: d = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, json.JSONDecodeError) as e: raise _unreadable(path, e) from e
-    if 'entries' not in d: return dict(volumes=[], sources=[], entries=_entries_of_01(d))
+    d = read_json(path, record_of({}, others=True), ProtocolError)
+    if 'entries' not in d:
+        counts = check_form(d, table_of(Allowed.whole(0, 10_000)), path.name, ProtocolError)
+        return dict(volumes=[], sources=[], entries=_entries_of_01(counts))
     if not is_signed(d): raise _record_changed(path)
-    return d
+    return check_form(d, _RECORD, path.name, ProtocolError)
+
+_RECORD = record_of(dict(volumes=list_of(TEXT), sources=list_of(TEXT), signature=TEXT,
+    entries=list_of(record_of(dict(kind=TEXT, date=TEXT), others=True))))
 
 def _record_changed(path):
     return ProtocolError(f"{path} was changed by hand: what the cohort has met can no longer be trusted. "

@@ -7,12 +7,12 @@ __all__ = ['HEAD', 'roc_band', 'plot_roc', 'plot_history', 'plot_pr', 'plot_reli
            'plot_forest', 'plot_losses', 'write_report']
 
 # %% ../nbs/60_report.ipynb #db3e76cb
-import base64, html, io
 from pathlib import Path
 
 import numpy as np, pandas as pd
 import matplotlib.pyplot as plt
 from .core import *
+from .pages import Markup, fill_page, picture_tag
 from fastcore.all import *
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
@@ -247,21 +247,15 @@ img{max-width:100%;display:block;margin:1em 0}
 
 def _html(o):
     "Text, table or figure as HTML"
-    if isinstance(o, str): return f'<p>{html.escape(o)}</p>'
+    if isinstance(o, str): return fill_page('<p>{{ o }}</p>', o=o)
     if isinstance(o, pd.DataFrame): return _table(o)
     first = np.ravel(o)[0] if isinstance(o, np.ndarray) else o
-    return _picture(getattr(first, 'figure', first))
+    return picture_tag(getattr(first, 'figure', first), 'figure')
 
 def _table(t):
+    "Pandas escapes what the cells hold"
     index = not isinstance(t.index, pd.RangeIndex)
-    return t.to_html(index=index, na_rep='', float_format='{:.3f}'.format, border=0, justify='left')
-
-def _picture(fig):
-    "A figure as a picture inside the page; the figure is closed"
-    f = io.BytesIO()
-    fig.savefig(f, format='png', dpi=110, bbox_inches='tight')
-    plt.close(fig)
-    return f'<img alt="figure" src="data:image/png;base64,{base64.b64encode(f.getvalue()).decode()}">'
+    return Markup(t.to_html(index=index, na_rep='', float_format='{:.3f}'.format, border=0, justify='left'))
 
 # %% ../nbs/60_report.ipynb #7e2372ec
 def write_report(
@@ -270,16 +264,14 @@ def write_report(
     sections:dict, # Heading -> text, DataFrames, axes or figures (which are closed), alone or in a list
 ) -> Path: # The path
     "Write a self-contained page: what it may be used for and what to expect first, then the sections."
-    body = ''.join(_section(k, v) for k,v in sections.items())
-    with atomic_path(path) as tmp: tmp.write_text(_page(html.escape(title), body), encoding='utf-8')
+    parts = {k: v if isinstance(v, (list,tuple)) else [v] for k,v in sections.items()}
+    shown = {k: [*map(_html, v)] for k,v in parts.items()}
+    about = dict(title=title, style=Markup(_STYLE), head=HEAD, version=__version__)
+    write_text(path, fill_page(_PAGE, sections=shown, **about))
     return Path(path)
 
-def _section(heading, parts):
-    parts = parts if isinstance(parts, (list,tuple)) else [parts]
-    return f'<h2>{html.escape(heading)}</h2>' + ''.join(map(_html, parts))
-
-def _page(title, body):
-    head = ''.join(f'<p>{o}</p>' for o in HEAD)
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>{_STYLE}</style>
-<h1>{title}</h1><div class="head">{head}</div>{body}<p>mgmt_fast {__version__}</p></html>"""
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{{ title }}</title><style>{{ style }}</style>
+<h1>{{ title }}</h1><div class="head">{% for o in head %}<p>{{ o }}</p>{% endfor %}</div>
+{% for heading,parts in sections.items() %}<h2>{{ heading }}</h2>{% for o in parts %}{{ o }}{% endfor %}
+{% endfor %}<p>mgmt_fast {{ version }}</p></html>"""

@@ -15,6 +15,7 @@ from fastcore.all import *
 
 from . import __version__
 from .core import *
+from .schemas import *
 from .prepare import VolumeStore, source_state
 
 # %% ../nbs/26_runs.ipynb #6d7103ef
@@ -109,8 +110,8 @@ def other_runs(
 
 def _kept_key(path):
     "The key that a run wrote down; None if its file cannot be read as JSON"
-    try: return json.loads(path.read_text(encoding='utf-8')).get('key')
-    except ValueError: return None
+    try: return read_json(path, record_of({}, others=True)).get('key')
+    except MGMTError: return None
 
 # %% ../nbs/26_runs.ipynb #fdfa5ed2
 def say_other_runs(

@@ -15,6 +15,7 @@ from fastcore.all import *
 from safetensors import SafetensorError, safe_open
 from scipy import stats
 from .core import *
+from .schemas import *
 from .clinical import patient_key
 from .prepare import VolumeStore
 from .records import *
@@ -111,10 +112,12 @@ _version = 1 # of the fingerprints that are kept
 def _read_kept(path, key):
     "Fingerprints that were kept, if they are of these very volumes"
     if not path.exists(): return None
-    with safe_open(path, 'pt') as f:
-        said = f.metadata()
-        if said['key']!=key: return None
-        return Prints.of_tensors(json.loads(said['hashes']), {k: f.get_tensor(k) for k in f.keys()})
+    try:
+        with safe_open(path, 'pt') as f:
+            said = f.metadata()
+            if said['key']!=key: return None
+            return Prints.of_tensors(parse_json(said['hashes']), {k: f.get_tensor(k) for k in f.keys()})
+    except (OSError,LookupError,RuntimeError,TypeError,ValueError,SafetensorError): return None # made again
 
 def _keep(prints, key, places):
     "Write fingerprints to the first place that can be written to"
@@ -172,18 +175,22 @@ class SeenVolumes:
         "Read it back. Raises `MGMTError` if it cannot be read"
         try:
             with safe_open(path, 'pt') as f: return cls(*_from_file(f))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e: raise _not_read(path, e) from e
+        except (OSError,AttributeError,LookupError,RecursionError,TypeError,ValueError,SafetensorError) as e:
+            raise _not_read(path, e) from e
 
 _columns = ['patient','sequence','hash','source','part']
+
+_SEEN = record_of(dict(table=table_of(list_of(TEXT)), hashes=table_of(list_of(TEXT))))
 
 def _row(patient, entry, sequence, part):
     return patient,sequence,entry['volumes'][sequence]['hash'],source_hash(entry, sequence),part
 
 def _from_file(f):
     "Table and fingerprints of an open file"
-    said,prints = json.loads(f.metadata()['seen']),{}
+    said,prints = check_form(parse_json(f.metadata()['seen']), _SEEN, 'what was seen'),{}
     for s,hashes in said['hashes'].items():
         prints[s] = Prints.of_tensors(hashes, {k: f.get_tensor(f'{s}.{k}') for k in ('prints','y','w')})
+        if len(prints[s].prints)!=len(hashes): raise ValueError('not a fingerprint for each volume')
     return pd.DataFrame(said['table'], columns=_columns),prints
 
 def _not_read(path, e):

@@ -18,7 +18,7 @@ from pydicom.tag import Tag
 from .moves import moved_from
 from .core import *
 from .naming import *
-from mgmt_fast.dicom import (SeriesError, file_frames, folder_frames, is_file, is_image, read_pixels, shared_value,
+from mgmt_fast.dicom import (SeriesError, file_frames, folder_frames, is_image, read_pixels, shared_value, slice_label,
     uid_name)
 from .nifti import is_nifti, nifti_axes, open_nifti, read_nifti
 
@@ -32,15 +32,14 @@ def _check_placed(f):
     for k,n in _PLACED.items():
         if f[k] is None: raise _no_place(f, k)
         if len(f[k])==n and np.isfinite(f[k]).all() and max(map(abs,f[k]))<=1e5: continue
-        name = f['path'].name
-        raise SeriesError(f"{k} in file {name!r} must be {n} finite numbers; received {f[k]}: {_DAMAGED}")
+        raise SeriesError(f"{k} in {slice_label(f['path'])} must be {n} finite numbers; received {f[k]}: {_DAMAGED}")
 
 def _no_places(f):
-    return SeriesError(f"file {f['path'].name!r} holds {f['frames']} frames and does not say where each lies: not an "
+    return SeriesError(f"{slice_label(f['path'])} holds {f['frames']} frames and does not say where each lies: not an "
         "enhanced MR image; export the original series")
 
 def _no_place(f, k):
-    return SeriesError(f"{k} is missing in file {f['path'].name!r}, so nobody knows where its pixels lie: a secondary "
+    return SeriesError(f"{k} is missing in {slice_label(f['path'])}, so nobody knows where its pixels lie: a secondary "
         "capture or an incomplete export? Export the original series")
 
 def _too_few_slices(n):
@@ -66,22 +65,24 @@ def _pixel_size(stack):
     raise SeriesError(f"PixelSpacing must be two positive lengths in mm; received {tuple(size)}: {_DAMAGED}")
 
 # %% ../nbs/13_series.ipynb #bf90a5d6
-def _check_steps(ipp, normal, names):
+def _check_steps(ipp, normal, paths):
     "Raise if positions `ipp` (D,3), in order along `normal`, are not evenly spaced"
     gaps = np.diff(ipp@normal)
-    if gaps.min()<1e-2: raise _one_place(gaps, names)
+    if gaps.min()<1e-2: raise _one_place(gaps, paths)
     off = np.linalg.norm(ipp-np.linspace(ipp[0], ipp[-1], len(ipp)), axis=1)
-    if off.max()>.1*np.median(gaps): raise _uneven(gaps, names, off.max())
+    if off.max()>.1*np.median(gaps): raise _uneven(gaps, paths, off.max())
 
-def _one_place(gaps, names):
+def _one_place(gaps, paths):
     i = int(gaps.argmin())
-    what = f"files {names[i]!r} and {names[i+1]!r} lie at one place ({gaps[i]:.4f} mm apart)"
+    names = [*map(slice_label, paths)]
+    what = f"{names[i]} and {names[i+1]} lie at one place ({gaps[i]:.4f} mm apart)"
     return SeriesError(f"{what}: duplicates of a slice, or time points that no header value tells apart; remove the "
         "copies, or separate the series")
 
-def _uneven(gaps, names, off):
+def _uneven(gaps, paths, off):
     i = int(gaps.argmax())
-    between = f"{gaps[i]:.2f} mm between files {names[i]!r} and {names[i+1]!r} where {np.median(gaps):.2f} mm is usual"
+    names = [*map(slice_label, paths)]
+    between = f"{gaps[i]:.2f} mm between {names[i]} and {names[i+1]} where {np.median(gaps):.2f} mm is usual"
     return SeriesError(f"slices are not evenly spaced: {between}, so that a slice would come to lie {off:.2f} mm from "
         "its place: is a slice missing? Copy the series again, or resample it on purpose")
 
@@ -99,7 +100,7 @@ def place_slices(
     normal,ipp = np.cross(row,col),np.array([f['ImagePositionPatient'] for f in stack])
     idx = np.argsort(ipp@normal, kind='stable')
     ipp = ipp[idx]
-    _check_steps(ipp, normal, [stack[i]['path'].name for i in idx])
+    _check_steps(ipp, normal, [stack[i]['path'] for i in idx])
     affine = np.eye(4)
     affine[:3] = np.column_stack([(ipp[-1]-ipp[0])/(len(ipp)-1), col*dh, row*dw, ipp[0]])
     return idx, np.diag([-1.,-1,1,1])@affine
@@ -201,13 +202,14 @@ def make_stacks(
 def find_stacks(
     path:str|Path, # A folder of DICOM slices, or a DICOM or NIfTI file
     look:callable=None, # What else to ask of each header, as in `file_frames`
+    budget:Budget=Budget(), # What it may cost
 ) -> Path|list: # The path of the one NIfTI file there, or the stacks of `make_stacks`
     "What can be read at a path. Raises `SeriesError` if there is nothing, or images of several patients."
     path = Path(path)
     if not os.path.exists(path): raise _nothing_there()
     if not path.is_dir() and not path.is_file(): raise SeriesError("this is neither a file nor a folder")
     if is_nifti(path) and path.is_file(): return path
-    frames = folder_frames(path, look)
+    frames = folder_frames(path, look, budget)
     if not frames: return _only_nifti(path)
     if any('MOSAIC' in (f['ImageType'] or '') for f in frames): raise _mosaic()
     _check_one_patient(frames)
@@ -258,7 +260,7 @@ def _describe(found):
     img,shape = open_nifti(found)
     axes = nifti_axes(img)
     row = _volume_row(img.affine[:,[*axes,3]], *(shape[a] for a in axes))
-    return pd.DataFrame([row]*(*shape,1)[3])
+    return pd.DataFrame([row]).loc[[0]*(*shape,1)[3]].reset_index(drop=True)
 
 # %% ../nbs/13_series.ipynb #1b3dcb29
 def n_volumes(
@@ -332,7 +334,9 @@ def pick_volume(
 # %% ../nbs/13_series.ipynb #d88ffc79
 def _summarised(found):
     "The table of volumes on one line; neighbours that are alike share an entry"
-    rows = [_entry_of(r) for _,r in _describe(found).iterrows()]
+    table = _describe(found)
+    if isinstance(found, Path): return f'0 to {len(table)-1}: {_entry_of(table.iloc[0])}'
+    rows = [_entry_of(r) for _,r in table.iterrows()]
     starts = [i for i in range(len(rows)) if i==0 or rows[i]!=rows[i-1]]
     parts = [f"{a if b-a==1 else f'{a} to {b-1}'}: {rows[a]}" for a,b in zip(starts, [*starts[1:],len(rows)])]
     return '; '.join(parts[:20]) + (f'; and {len(parts)-20} more' if len(parts)>20 else '')
@@ -345,17 +349,18 @@ def _entry_of(r):
 def load_volume(
     found:Path|list, # From `find_stacks`
     index:int=None, # Which volume, where there are several and no rule decides
+    budget:Budget=Budget(), # What it may cost
 ) -> Volume: # (D,H,W); `.notes` of a DICOM series lists what a rule decided
     "Read one of the volumes that were found. Raises `SeriesError` if it is not clear which, or cannot be read."
     n = n_volumes(found)
     index,notes = pick_volume(found, index)
     if index is None and n>1: raise SeriesError(f"{n} volumes here, choose one with index=. {_summarised(found)}")
     if not 0<=(index or 0)<n: raise SeriesError(f"index must lie in 0 to {n-1}; received {index}")
-    if isinstance(found, Path): return read_nifti(found, index or 0)
+    if isinstance(found, Path): return read_nifti(found, index or 0, budget)
     stack = found[index or 0]
     check_modality(stack)
     idx,affine = place_slices(stack)
-    vol = Volume(torch.from_numpy(read_pixels([stack[i] for i in idx])), affine=affine)
+    vol = Volume(torch.from_numpy(read_pixels([stack[i] for i in idx], budget)), affine=affine)
     vol.notes = notes
     return vol
 
@@ -363,12 +368,13 @@ def load_volume(
 def read_volume(
     path:str|Path, # A folder of DICOM slices, a DICOM file with many frames, or a `.nii` or `.nii.gz` file
     index:int=None, # Which volume, where there are several: the row in `list_series`
+    budget:Budget=Budget(), # What it may cost; a refusal names the number, and larger images need a larger one
 ) -> Volume: # (D,H,W) intensities as stored, float32 where values were rescaled, with the affine to RAS+ mm
     """Read one series to one volume, D along the slice normal and every voxel at its millimetre.
 
     Source: DICOM PS3.3 C.7.6.2 (image plane), C.7.6.3 (pixels), C.7.6.16 (functional groups); NIfTI-1.
     Raises `SeriesError` for all that cannot be read correctly."""
-    try: return load_volume(find_stacks(path), index)
+    try: return load_volume(find_stacks(path, budget=budget), index, budget)
     except SeriesError as e: raise SeriesError(f"{path}: {e}") from None
 
 # %% ../nbs/13_series.ipynb #3004d4df
@@ -376,15 +382,16 @@ def read_sequence(
     row:pd.Series|dict, # Of a cohort: per sequence a path, and perhaps its `index` in a column such as `T2w_index`; or
         # a `Volume` that was read already
     sequence:str, # One of `SEQUENCES`
+    budget:Budget=Budget(), # What it may cost
 ) -> Volume: # As `read_volume` gives it; `.notes` lists what a rule decided
     "Read the image that a cohort names for a sequence. Raises `SeriesError` as `read_volume` does."
     path,index = row[sequence],row.get(f'{sequence}_index')
     if isinstance(path, Volume): return _as_given(path)
     index = None if index is None or pd.isna(index) else int(index)
     try:
-        found = find_stacks(path)
+        found = find_stacks(path, budget=budget)
         index,notes = pick_volume(found, index, sequence)
-        vol = load_volume(found, index)
+        vol = load_volume(found, index, budget)
     except SeriesError as e: raise SeriesError(f"{path}: {e}") from None
     vol.notes = [*notes,*(o for o in getattr(vol,'notes',()) if o not in notes)]
     return vol

@@ -14,7 +14,7 @@ from fastcore.all import *
 from pydicom.pixels import apply_voi_lut
 
 from .core import *
-from .dicom import SeriesError, read_pixels
+from .dicom import SeriesError, read_pixels, slice_label
 from .series import check_modality, find_stacks, place_slices, read_sequence, read_volume
 
 # %% ../nbs/23_slicewise.ipynb #60e13c8b
@@ -62,11 +62,13 @@ def _window(x, path):
     "A slice through the VOI LUT of its header"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # pydicom's warnings quote header values
-        try: return apply_voi_lut(x, pydicom.dcmread(path, stop_before_pixels=True))
+        try:
+            with open_input(path, SeriesError) as f: ds = pydicom.dcmread(f, stop_before_pixels=True)
+            return apply_voi_lut(x, ds)
         except _bad_header as e: raise _bad_lut(path, e) from None
 
 def _bad_lut(path, e):
-    what = f"the VOI LUT of file {path.name!r} cannot be applied ({type(e).__name__})"
+    what = f"the VOI LUT of {slice_label(path)} cannot be applied ({type(e).__name__})"
     return SeriesError(f"{what}: a damaged header; use voi_lut=False")
 
 # %% ../nbs/23_slicewise.ipynb #efc073d6

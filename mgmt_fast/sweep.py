@@ -6,10 +6,13 @@
 __all__ = ['sweep_table', 'sweep', 'search']
 
 # %% ../nbs/69_sweep.ipynb #16000003
-import itertools, json, time, warnings
+import itertools, os, time, warnings
 
 import numpy as np, pandas as pd
 from .core import *
+from .schemas import *
+from .pages import write_csv
+from .processes import working_in
 from fastcore.all import *
 from joblib import Parallel, delayed, parallel_config
 from .folds import assign_folds
@@ -57,9 +60,17 @@ def _run_row(row, store, dest, recipe, n_folds, seed):
         key = plan_key(dls, recipe, seed)
         prefix = f"{recipe.arch.replace('/','_')}-{row['sequences']}-fold{row['fold']}"
         path = Path(dest)/f'{prefix}-{key_digest(key)[:8]}'
-        if (path/'run.json').exists(): return json.loads((path/'run.json').read_text(encoding='utf-8'))['row'],[]
+        if kept := _kept_row(path/'run.json'): return kept,[]
         return _train_row(row, dls, path, recipe, seed, key),other_runs(dest, prefix, key)
     except Exception as e: return {**row, 'error':f'{type(e).__name__}: {e}'},[]
+
+_RUN = record_of(dict(row=table_of(NOTHING|TEXT|YES_OR_NO|A_NUMBER|list_of(ANYTHING)), key=ANYTHING))
+
+def _kept_row(path):
+    "The row of a run that is done; None where it is not, or its file is not as it was written"
+    if not is_file(path): return None
+    try: return read_json(path, _RUN)['row']
+    except MGMTError: return None
 
 def _train_row(row, dls, path, recipe, seed, key):
     "Train a run, and keep its row in its folder"
@@ -68,7 +79,7 @@ def _train_row(row, dls, path, recipe, seed, key):
     epoch,best = learn.save_best.best_epoch,_best_epoch(learn) # predicting empties the recorder
     with learn.no_bar(): p,y = (o.numpy().ravel() for o in learn.get_preds())
     valid = pd.DataFrame(dict(patient=dls.valid.dataset.patients, label=y.astype(int), prob=p))
-    with atomic_path(path/'valid.csv') as tmp: valid.to_csv(tmp, index=False)
+    write_csv(path/'valid.csv', valid)
     save_model(learn, path/'model')
     seconds = round(time.perf_counter()-start, 1)
     res = {**row, 'epoch':epoch, 'valid_loss':best['valid_loss'], 'auc':best['auc'], **_interval_of(y, p),
@@ -108,9 +119,16 @@ def sweep(
     _check_table(table)
     rows = [_plain_row(r) for r in table.to_dict('records')]
     recipe = get_recipe(store.recipe if recipe is None else recipe)
-    dest,done,others = make_folder(dest),[None]*len(rows),[]
+    how = dict(n_folds=n_folds, seed=seed, n_jobs=n_jobs, backend=backend, progress=progress)
+    with working_in(dest) as dest: return _run_rows(table, rows, store, dest, recipe, **how)
+
+def _run_rows(table, rows, store, dest, recipe, n_folds, seed, n_jobs, backend, progress):
+    "Train the rows that are not there yet; the table as far as it is known is written after each"
+    done,others,me = [None]*len(rows),[],os.getpid()
     save_recipe(recipe, dest/'recipe.yaml')
-    def _job(r): return _run_row(r, store, str(dest), recipe, n_folds, seed)
+    def _job(r):
+        if os.getppid()==me: end_with_parent(me)
+        return _run_row(r, store, str(dest), recipe, n_folds, seed)
     for i,(res,other) in _as_they_finish(_job, rows, n_jobs, backend, progress):
         done[i] = res
         others += other
@@ -151,7 +169,7 @@ def _write_sweep(table, rows, done, dest):
     "Write what is known so far: the table's own columns, then those of the results"
     res = pd.DataFrame([o or {**r,'error':'not run yet'} for o,r in zip(done,rows)])
     columns = [*(c for c in table if c in res), *(c for c in _results if c in res)]
-    with atomic_path(dest/'sweep.csv') as tmp: res[columns].to_csv(tmp, index=False)
+    write_csv(dest/'sweep.csv', res[columns])
     return res[columns]
 
 # %% ../nbs/69_sweep.ipynb #1600000e
@@ -236,7 +254,7 @@ def _write_trials(study, space, dest):
         measured = {k:t.user_attrs.get(k) for k in ('valid_loss','auc','error')}
         rows.append(dict(trial=t.number, state=t.state.name.lower(), **{k:t.params.get(k) for k in space}, **measured))
     table = pd.DataFrame(rows)
-    with atomic_path(dest/'trials.csv') as tmp: table.to_csv(tmp, index=False)
+    write_csv(dest/'trials.csv', table)
     return table
 
 # %% ../nbs/69_sweep.ipynb #1600000f

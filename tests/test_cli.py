@@ -50,13 +50,13 @@ def test_skipped_patients_are_listed_and_the_exit_code_says_so(work, tmp_path):
     first,second = sorted((root/'train').iterdir())[:2]
     for f in (first/'T1wCE').iterdir(): f.write_bytes(b'\0'*64)
     shutil.rmtree(second/'T1wCE')
-    out = run('mgmt_prepare', root, tmp_path/'store', '--size', '12x32x32', '--sequences', 'T1wCE', code=1)
+    out = run('mgmt_prepare', root, tmp_path/'store', '--size', '12x32x32', '--sequences', 'T1wCE', '--strict', code=3)
     assert first.name in out and 'patient skipped' in out
     assert VolumeStore(tmp_path/'store').table.T1wCE.sum()==19
-    out = run('mgmt_predict', work/'run/model', root, '--out', tmp_path/'p.csv', code=1)
+    out = run('mgmt_predict', work/'run/model', root, '--out', tmp_path/'p.csv')
     p = pd.read_csv(tmp_path/'p.csv', dtype={'patient':str}).set_index('patient')
     assert p.prob.isna().sum()==2 and 'missing' in p.note[second.name]
-    out = run('mgmt_train', tmp_path/'store', tmp_path/'run', '--epochs', 1, '--arch', 'resnet18', code=1)
+    out = run('mgmt_train', tmp_path/'store', tmp_path/'run', '--epochs', 1, '--arch', 'resnet18', '--strict', code=3)
     assert '2 of 21 patients are left out' in out
 
 
@@ -155,7 +155,7 @@ def test_columns_of_a_hospitals_table_are_named_and_options_take_hyphens(work, t
     columns = '--labels',tmp_path/'labels.csv','--id-col','Historia','--label_col','Resultado'
     out = run('mgmt_train', work/'store', tmp_path/'run', '--epochs', 1, '--arch', 'resnet18', *columns, code=None)
     assert "labels of column 'Resultado', ids of 'Historia'" in out and '21 labels changed' in out
-    out = run('mgmt_sweep', work/'store', tmp_path/'sweep', '--folds', '7', *columns, code=1)
+    out = run('mgmt_sweep', work/'store', tmp_path/'sweep', '--folds', '7', *columns)
     assert '21 labels changed' in out
     assert 'no column' in run('mgmt_evaluate', work/'store', *columns[:2], '--id-col', 'Nadie', code=2)
     assert 'add --labels' in run('mgmt_evaluate', work/'store', '--id-col', 'Historia', code=2)
