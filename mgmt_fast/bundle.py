@@ -234,7 +234,7 @@ _MODEL = record_of(dict(name=A_FILE_NAME, arch=TEXT, files=_FILES, sequences=lis
     temperature=Allowed.number(1e-3, 1e3)), others=True)
 _SHARE,_SPACING = Allowed.number(0, 1),list_of(Allowed.number(1e-4, 1e5), 3)
 _VALIDATION = record_of(dict(auc=_SHARE, lo=_SHARE, hi=_SHARE), others=True)
-_ALIKE = table_of(record_of(dict(skull=_SHARE, spacing=_SPACING, space=TEXT, plane=TEXT)))
+_ALIKE = table_of(record_of(dict(skull=NOTHING|_SHARE, spacing=NOTHING|_SPACING, space=TEXT, plane=NOTHING|TEXT)))
 _SAID = dict(version=TEXT, created=TEXT, signature=TEXT, patients=list_of(TEXT), volumes=list_of(TEXT))
 _CHOSEN = dict(threshold=_SHARE, validation=_VALIDATION, preparation=_ALIKE)
 _BUNDLE = record_of(dict(models=list_of(_MODEL), recipe=A_RECIPE, tta=NOTHING|A_RECIPE, **_CHOSEN, **_SAID),
