@@ -158,7 +158,7 @@ def _spots(x, usual, air):
 # %% ../nbs/15_quality.ipynb #ba85f028
 def _audit_content(vol, x, air, usual):
     "Grave findings: not the size of a head, nothing in it, noise, or a few values only"
-    h,w = np.maximum(2, (2/vol.spacing[1:]).astype(int)) # about 2 mm is fine enough
+    h,w = np.clip((2/vol.spacing[1:]).astype(int), 2, 4) # about 2 mm is fine enough
     some,spacing = x[:,::h,::w],vol.spacing*(1,h,w)
     lit = float((some>air+.05*max(usual-air, 1e-6)).mean())
     if lit<.01: return [f'almost empty: {lit:.2%} of it is brighter than the background; burned-in text alone?']

@@ -413,13 +413,14 @@ def test_audit_never_raises(path):
 
 @pytest.mark.real
 def test_nine_codings_are_one_image(data):
+    from mgmt_fast.core import Budget
     from mgmt_fast.dicom import _decode
     files = sorted((data/'dicom/dcm_qa_ts/In').glob('*.dcm'))
     assert len(files)==9
     first = None
     for p in files:
         with pytest.raises(SeriesError, match='mosaic'): read_volume(p)
-        x = _decode(p, (1,384,384), np.dtype(np.uint16))
+        x = _decode(p, (1,384,384), np.dtype(np.uint16), Budget())
         first = x if first is None else first
         assert np.array_equal(x, first)
 
