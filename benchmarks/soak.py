@@ -20,6 +20,7 @@ from pathlib import Path
 import pandas as pd
 
 from mgmt_fast import cli
+from mgmt_fast.processes import exit_code
 
 SMALL = dict(slices=8, size=32)
 KEPT = {'.npy','.safetensors','.csv','.html','.dcm','.yaml'} # compared by their bytes
@@ -59,15 +60,6 @@ def started(f, work, dest, log, limit=None):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         code = f(work, dest)
     finally: os._exit(code)
-
-
-def ended(pid, seconds):
-    "The exit code; None if it has not ended by then"
-    end = time.monotonic()+seconds
-    while time.monotonic()<end:
-        done,status = os.waitpid(pid, os.WNOHANG)
-        if done: return os.waitstatus_to_exitcode(status)
-        time.sleep(.005)
 
 
 def running(group):
@@ -118,7 +110,7 @@ def made(work):
         lambda w,d: cli.mgmt_prepare(w/'others', w/'other', sequences='T1wCE', size='8x16x16'),
         lambda w,d: train(w, w/'run')]
     (work/'recipe.yaml').write_text('recipe: default\nanisotropic: 2\nsize: [8, 16, 16]\n')
-    for f in steps: assert ended(started(f, work, None, log), 600)==0, log.read_text()[-2000:]
+    for f in steps: assert exit_code(started(f, work, None, log), 600)==0, log.read_text()[-2000:]
 
 
 class Soak:
@@ -127,7 +119,7 @@ class Soak:
         self.right,self.seconds = {},{}
         for k,f in COMMANDS.items():
             start = time.monotonic()
-            code = ended(started(f, work, work/'right'/k, work/'log'), 900)
+            code = exit_code(started(f, work, work/'right'/k, work/'log'), 900)
             assert code in (0,1), (k, code, (work/'log').read_text()[-2000:])
             self.seconds[k] = time.monotonic()-start
             self.right[k] = files(work/'right'/k),patients(work/'right'/k)
@@ -137,7 +129,7 @@ class Soak:
 
     def finish(self, k, mishap, dest):
         "Run the command once more, undisturbed, and compare"
-        code = ended(started(COMMANDS[k], self.work, dest, self.work/'log'), 900)
+        code = exit_code(started(COMMANDS[k], self.work, dest, self.work/'log'), 900)
         found,who = files(dest),patients(dest)
         differ = [o for o,h in self.right[k][0].items() if found.get(o)!=h and not o.startswith('sweep')]
         if differ or code not in (0,1): print(k, mishap, code, differ[:3], (self.work/'log').read_text()[-300:])
@@ -147,7 +139,7 @@ class Soak:
     def kill(self, k, dest):
         pid = started(COMMANDS[k], self.work, dest, self.work/'log')
         at = self.random.random()*self.seconds[k]
-        if ended(pid, at) is None:
+        if exit_code(pid, at) is None:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             self.count(k, 'kill', interrupted=1)
@@ -157,7 +149,7 @@ class Soak:
     def full(self, k, dest):
         "No file may become larger than a few bytes or kilobytes, as on a disk that fills"
         limit = int(2**self.random.uniform(3, 17))
-        code = ended(started(COMMANDS[k], self.work, dest, self.work/'log', limit), 900)
+        code = exit_code(started(COMMANDS[k], self.work, dest, self.work/'log', limit), 900)
         self.count(k, 'full', interrupted=code==2, refused_wrongly=code not in (0,1,2,3))
         self.finish(k, 'full', dest)
 
@@ -168,14 +160,14 @@ class Soak:
         dest.mkdir(parents=True)
         mounted = subprocess.run(['mount','-t','tmpfs','-o',f'size={size}','none',dest], capture_output=True)
         if mounted.returncode: return
-        try: code = ended(started(COMMANDS[k], self.work, dest/'in', self.work/'log'), 900)
+        try: code = exit_code(started(COMMANDS[k], self.work, dest/'in', self.work/'log'), 900)
         finally: subprocess.run(['umount','-l',dest])
         self.count(k, 'small disk', rounds=1, interrupted=code==2, refused_wrongly=code not in (0,1,2,3))
 
     def two(self, k, dest):
         "Two writers in one folder: one does the work, the other is told who does, or comes later and finds it done"
         pids = [started(COMMANDS[k], self.work, dest, self.work/'log') for _ in range(2)]
-        codes = [ended(o, 900) for o in pids]
+        codes = [exit_code(o, 900) for o in pids]
         self.count(k, 'two writers', interrupted=2 in codes, refused_wrongly=not {0,1}&set(codes))
         self.finish(k, 'two writers', dest)
 

@@ -8,7 +8,7 @@ __all__ = ['ARCHS', 'MEDICALNETS', 'timm_name', 'Standardize', 'Body', 'Head', '
            'as_keras', 'inside_scale', 'load_3d', 'create_backbone', 'StageFeatures', 'list_backbones']
 
 # %% ../nbs/43_backbones.ipynb #71c590ef
-import copy, functools, json, math, pickle, re, socket, urllib.parse, urllib.request, warnings
+import copy, functools, math, pickle, re, socket, urllib.parse, urllib.request, warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from fastcore.all import *
 from .core import *
+from .schemas import read_json, record_of
 from .operators import *
 from .convert import *
 from .inflate import *
@@ -290,7 +291,8 @@ def weights_file(
 ) -> Path: # None where the folder has none of this backbone
     """The weights of a backbone in a folder: under our name or timm's, as torchvision names its files
     (`resnet18-5c106cde.pth`), or `model.safetensors` of a download from the hub whose `config.json` names it."""
-    folder,names = Path(folder),[arch.replace('/','_'),arch.removeprefix('timm/'),ARCHS.get(arch, arch)]
+    folder = Path(folder)
+    names = uniqueify([arch.replace('/','_'),arch.removeprefix('timm/'),ARCHS.get(arch, arch)])
     for name in names:
         for s in _suffixes:
             if (folder/f'{name}{s}').is_file(): return folder/f'{name}{s}'
@@ -303,8 +305,8 @@ _suffixes = ('.safetensors','.pth','.pt','.bin')
 
 def _architecture(folder):
     "What the `config.json` of a download from the hub says"
-    try: return json.loads((folder/'config.json').read_text(encoding='utf-8')).get('architecture')
-    except (OSError, ValueError, AttributeError): return None
+    try: return read_json(folder/'config.json', record_of({}, others=True)).get('architecture')
+    except MGMTError: return None
 
 def _no_such_weights(folder, arch):
     holds = ', '.join(sorted(o.name for o in folder.iterdir())[:8]) or 'nothing'

@@ -22,6 +22,7 @@ try: import resource
 except ImportError: resource = None # on Windows, where nothing is forked either
 
 from .core import *
+from .processes import exit_code
 
 # %% ../nbs/11_dicom.ipynb #9d8186a2
 class SeriesError(MGMTError):
@@ -498,7 +499,7 @@ def _in_fork(work, seconds):
     if not (pid:=os.fork()): _work_and_exit(work, tell, seconds, parent)
     status,said = None,''
     try:
-        status = _wait(pid, _PATIENCE*seconds)
+        status = exit_code(pid, _PATIENCE*seconds)
         if status==1: said = os.read(says, 4096).decode()
     finally:
         if status is None: os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
@@ -527,13 +528,6 @@ def _limit_processor_time(seconds):
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     if hard==resource.RLIM_INFINITY or limit<hard: resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
 
-def _wait(pid, seconds):
-    "Exit code of the process, `None` if it takes longer"
-    end = time.monotonic()+seconds
-    while time.monotonic()<end:
-        done,code = os.waitpid(pid, os.WNOHANG)
-        if done: return os.waitstatus_to_exitcode(code)
-        time.sleep(.001)
 
 def _no_answer(status, seconds):
     if status is not None and status!=-_SIGXCPU:

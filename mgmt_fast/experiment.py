@@ -14,7 +14,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt, pandas as pd, torch
 from fastcore.all import *
-from joblib import Parallel, delayed, parallel_config
 from . import __version__
 from .core import *
 from .pages import write_csv
@@ -26,6 +25,7 @@ from .records import json_hash, refuse_held_out, volume_hashes
 from .loader import LABELS
 from .augment import mgmt_augs
 from .networks import create_network
+from .devices import as_they_finish
 from .consistency import check_consistency
 from .recipes import compare_recipes, thesis_choices
 from .report import plot_forest, plot_losses, write_report
@@ -113,12 +113,10 @@ def thesis_folds(
     **settings # For `cross_validate`: `n_folds`, `inner`, `seed`
 ) -> pd.DataFrame: # One row per run: arch, sequences, fold, valid_loss, n_valid, folder, error
     "Cross-validate each model."
-    dest,rows = Path(dest),[]
-    with parallel_config(backend=backend) if backend else parallel_config():
-        jobs = Parallel(n_jobs=n_jobs, return_as='generator')(
-            delayed(_cross_validated)(store, dest, c, recipe, settings) for c in cells.itertuples(index=False))
-        for one in track(jobs, len(cells), progress): rows.append(one)
-    return pd.concat(rows, ignore_index=True)
+    each = list(cells.itertuples(index=False))
+    def _job(c): return _cross_validated(store, Path(dest), c, recipe, settings)
+    done = dict(as_they_finish(_job, each, n_jobs, backend, progress))
+    return pd.concat([done[i] for i in range(len(each))], ignore_index=True)
 
 # %% ../nbs/83_experiment.ipynb #83190010
 def split_predictions(

@@ -6,7 +6,7 @@
 __all__ = ['sweep_table', 'sweep', 'search']
 
 # %% ../nbs/69_sweep.ipynb #16000003
-import itertools, os, time, warnings
+import itertools, time, warnings
 
 import numpy as np, pandas as pd
 from .core import *
@@ -14,10 +14,9 @@ from .schemas import *
 from .pages import write_csv
 from .processes import working_in
 from fastcore.all import *
-from joblib import Parallel, delayed, parallel_config
 from .folds import assign_folds
 from .prepare import VolumeStore, as_store
-from .devices import side_by_side
+from .devices import as_they_finish
 from .runs import key_changes, key_digest, other_runs, run_key, say_other_runs
 from .loader import usable_patients
 from .records import refuse_held_out
@@ -124,28 +123,15 @@ def sweep(
 
 def _run_rows(table, rows, store, dest, recipe, n_folds, seed, n_jobs, backend, progress):
     "Train the rows that are not there yet; the table as far as it is known is written after each"
-    done,others,me = [None]*len(rows),[],os.getpid()
+    done,others = [None]*len(rows),[]
     save_recipe(recipe, dest/'recipe.yaml')
-    def _job(r):
-        if os.getppid()==me: end_with_parent(me)
-        return _run_row(r, store, str(dest), recipe, n_folds, seed)
-    for i,(res,other) in _as_they_finish(_job, rows, n_jobs, backend, progress):
+    def _job(r): return _run_row(r, store, str(dest), recipe, n_folds, seed)
+    for i,(res,other) in as_they_finish(_job, rows, n_jobs, backend, progress):
         done[i] = res
         others += other
         _write_sweep(table, rows, done, dest)
     say_other_runs(dest, others)
     return _write_sweep(table, rows, done, dest)
-
-def _as_they_finish(job, rows, n_jobs, backend, progress):
-    "Yield `(i, job(rows[i]))`: one process per card, or as many as were asked for"
-    if n_jobs is None and backend is None:
-        yield from side_by_side(job, rows, progress=progress)
-        return
-    def _numbered(i, r): return i,job(r)
-    with parallel_config(backend=backend) if backend else parallel_config():
-        work = (delayed(_numbered)(i, r) for i,r in enumerate(rows))
-        done = Parallel(n_jobs=n_jobs, return_as='generator_unordered')(work)
-        yield from track(done, len(rows), progress)
 
 _results = 'epoch valid_loss auc lo hi interval n_train n_valid seconds folder error'.split()
 _needed = ['arch','sequences','fold']
