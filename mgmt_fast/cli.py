@@ -10,12 +10,12 @@ __all__ = ['mgmt_audit', 'mgmt_phantom', 'mgmt_prepare', 'mgmt_train', 'mgmt_pre
 # %% ../nbs/90_cli.ipynb #4eea66c0
 import argparse, contextlib, functools, inspect, re, signal, sys, threading, time
 from pathlib import Path
+from typing import Annotated
 
 import pandas as pd
 from .core import *
 from .pages import write_csv
 from fastcore.docments import docments
-from fastcore.script import Param, anno_parser, store_true
 from .dicom import files_by_number
 from .clinical import read_clinical, read_labels, read_table
 from .cohort import cohort_report, find_cohort, kaggle_cohort
@@ -41,16 +41,25 @@ def _listen():
     "Let SIGTERM end this command as Ctrl-C does; only a main thread hears signals"
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, _terminate)
 
-def _place():
-    "The type of a path that is given without the name of an option, and may be left out"
-    return Param(type=Path, opt=False, nargs='?')
+_Word = Annotated[Path, 'given without the name of an option, and may be left out']
+
+def _parser(f):
+    "What a command takes: parameters without a default, and a `_Word`, are words; all others are options"
+    parser = argparse.ArgumentParser(Path(sys.argv[0]).stem, description=f.__doc__)
+    comments = docments(f)
+    for k,p in inspect.signature(f).parameters.items():
+        about = comments[k].replace('%','%%')
+        if p.default not in (p.empty, None) and p.annotation is not bool: about += f' (default: {p.default})'
+        if p.default is p.empty: parser.add_argument(k, type=p.annotation, help=about)
+        elif p.annotation is _Word: parser.add_argument(k, type=Path, nargs='?', help=about)
+        elif p.annotation is bool: parser.add_argument(f'--{k}', action='store_true', help=about)
+        else: parser.add_argument(f'--{k}', type=p.annotation, default=p.default, help=about)
+    return parser
 
 def _from_command_line(f):
     "The arguments of a command as they were typed, with `-` or `_` in the names of options"
     typed = [re.sub(r'^--[a-z-]+', lambda m: '--'+m[0][2:].replace('-','_'), o) for o in sys.argv[1:]]
-    for o in docments(f, full=True).values():
-        if isinstance(o.anno, Param): o.anno.help = o.docment
-    parser,params = anno_parser(f, Path(sys.argv[0]).stem),inspect.signature(f).parameters
+    parser,params = _parser(f),inspect.signature(f).parameters
     required = [k for k,p in params.items() if p.default is p.empty]
     if 'dest' in required: typed = _dest_as_word(typed, required[0]=='dest')
     elif 'dest' in params: parser.add_argument('word', nargs='?', type=Path, metavar='dest', help='the same as --dest')
@@ -59,7 +68,7 @@ def _from_command_line(f):
     if word is not None and str(given['dest'])!=str(params['dest'].default): parser.error('dest is given twice')
     if word is not None: given['dest'] = word
     if isinstance(given.get('sequences'), str): given['sequences'] = _as_spelt(given['sequences'])
-    return {k:v for k,v in given.items() if k not in ('pdb','xtra')}
+    return given
 
 def _dest_as_word(typed, first):
     "`--dest FOLDER` of a command that takes the folder as a word: its first, or its last"
@@ -151,7 +160,7 @@ def mgmt_audit(
     id_col:str=None, # Column of the label table that holds the patients; known names are found
     label_col:str=None, # Column of the label table that holds the labels; known names are found
     patient_col:str=None, # Column of the label table that says whose each id is, where a patient has several
-    show_names:store_true=False, # Print the names of the files that are meant, once, to a terminal
+    show_names:bool=False, # Print the names of the files that are meant, once, to a terminal
 ):
     "Say what is wrong with a cohort's series, in a table and a sheet of pictures; exit code 1 if anything was found"
     columns = dict(id_col=id_col, label_col=label_col, patient_col=patient_col)
@@ -188,8 +197,8 @@ def mgmt_prepare(
     id_col:str=None, # Column of the label table that holds the patients; known names are found
     label_col:str=None, # Column of the label table that holds the labels; known names are found
     patient_col:str=None, # Column of the label table that says whose each id is, where a patient has several
-    show_names:store_true=False, # Print the names of the files that are meant, once, to a terminal
-    strict:store_true=False, # Exit with 3, and not 0, where patients were left out
+    show_names:bool=False, # Print the names of the files that are meant, once, to a terminal
+    strict:bool=False, # Exit with 3, and not 0, where patients were left out
 ):
     "Crop, resample and normalise a cohort into a store; run again after a stop, or after labels or scans changed"
     cohort = _cohort(root, labels=labels, choices=choices, id_col=id_col, label_col=label_col, patient_col=patient_col)
@@ -215,7 +224,7 @@ def mgmt_train(
     labels:Path=None, # Label table, in place of what the store knows
     id_col:str=None, # Column of the label table that holds the patients; known names are found
     label_col:str=None, # Column of the label table that holds the labels; known names are found
-    strict:store_true=False, # Exit with 3, and not 0, where patients were left out
+    strict:bool=False, # Exit with 3, and not 0, where patients were left out
 ):
     """Train one model on a store; writes model.safetensors, model.json, history.csv and figures.
 
@@ -272,8 +281,8 @@ def mgmt_predict(
     split:str=None, # `train` or `test`, of a competition folder
     n_workers:int=None, # Processes that prepare scans; one per core if not given
     choices:Path=None, # Table that says which image is meant, as `mgmt_audit --choices` writes it
-    show_names:store_true=False, # Print the names of the files that are meant, once, to a terminal
-    strict:store_true=False, # Exit with 3, and not 0, where patients were left out
+    show_names:bool=False, # Print the names of the files that are meant, once, to a terminal
+    strict:bool=False, # Exit with 3, and not 0, where patients were left out
 ):
     "Probability of a methylated MGMT promoter for each patient of a folder"
     cohort = _cohort(root, split=split, choices=choices)
@@ -326,7 +335,7 @@ def mgmt_sweep(
     id_col:str=None, # Column of the label table that holds the patients; known names are found
     label_col:str=None, # Column of the label table that holds the labels; known names are found
     scheduler:str=None, # Address of a dask scheduler, e.g. tcp://host:8786, to run on its workers
-    strict:store_true=False, # Exit with 3, and not 0, where patients were left out
+    strict:bool=False, # Exit with 3, and not 0, where patients were left out
 ):
     "Train a table of runs, one row each in sweep.csv; run again to finish after a stop"
     keep_freed_memory()
@@ -355,7 +364,7 @@ from .card import evaluate_report, predictions_report
 # %% ../nbs/90_cli.ipynb #7c59a796
 @_command
 def mgmt_evaluate(
-    store:_place()=None, # Folder that `mgmt_prepare` wrote; none with --predictions
+    store:_Word=None, # Folder that `mgmt_prepare` wrote; none with --predictions
     dest:Path='evaluation', # Folder for models, predictions, tables, figures and report.html
     archs:str=None, # Backbones, joined by commas; the recipe's if not given
     sequences:str='each', # `each`: one model per sequence; `all`: one model of all; or one model's channels, by commas
@@ -364,8 +373,8 @@ def mgmt_evaluate(
     seeds:int=1, # Models per fold
     seed:int=0, # Of everything
     inner:int=5, # One part in `inner` of the training patients chooses epoch, temperature and threshold
-    nested:store_true=False, # Let the inner part choose among the models too
-    tta:store_true=False, # Predict under test-time augmentation as well
+    nested:bool=False, # Let the inner part choose among the models too
+    tta:bool=False, # Predict under test-time augmentation as well
     epochs:int=None, # Passes over the patients, at most; the recipe's if not given
     lr:float=None, # Learning rate; the recipe's if not given
     bs:int=None, # Patients per batch; the recipe's if not given
@@ -379,7 +388,7 @@ def mgmt_evaluate(
     predictions:Path=None, # Table of predictions of any making instead of a store: patient, label, prob
     prob_col:str=None, # Its column of probabilities; known names are found
     model:str=None, # What made these predictions: its name, or its file
-    strict:store_true=False, # Exit with 3, and not 0, where patients were left out
+    strict:bool=False, # Exit with 3, and not 0, where patients were left out
 ):
     """Cross-validate, and write what can be said of it: tables, figures and one page; run again to finish after a stop.
 
@@ -443,7 +452,7 @@ def mgmt_preregister(
 @_command
 def mgmt_external(
     bundle:Path, # Folder that `mgmt_evaluate --bundle` wrote
-    root:_place()=None, # Folder of scans, or a store prepared by the bundle's recipe; none with --predictions
+    root:_Word=None, # Folder of scans, or a store prepared by the bundle's recipe; none with --predictions
     dest:Path=None, # Folder for the signed result; the bundle's if not given
     labels:Path=None, # Label table, where the folder has none, or in place of what the store knows
     split:str=None, # `train` or `test`, of a competition folder
@@ -457,7 +466,7 @@ def mgmt_external(
     predictions:Path=None, # Table of predictions of any making instead of scans: patient, label, prob
     prob_col:str=None, # Its column of probabilities; known names are found
     model:Path=None, # The file of the model that made them, to be compared with the one that was frozen
-    strict:store_true=False, # Exit with 3, and not 0, where patients were left out
+    strict:bool=False, # Exit with 3, and not 0, where patients were left out
 ):
     """Test a frozen bundle on patients from elsewhere, once; whatever would be chosen there was chosen before.
 
@@ -585,8 +594,8 @@ def mgmt_thesis(
     override:str=None, # Differences of preparation to accept, joined by commas: space, spacing, skull
     n_jobs:int=1, # Runs at once
     scheduler:str=None, # Address of a dask scheduler, e.g. tcp://host:8786, to run on its workers
-    quick:store_true=False, # Try it: two folds of small volumes, of phantoms where a folder holds no store yet
-    strict:store_true=False, # Exit with 3, and not 0, where runs failed
+    quick:bool=False, # Try it: two folds of small volumes, of phantoms where a folder holds no store yet
+    strict:bool=False, # Exit with 3, and not 0, where runs failed
 ):
     """Repeat the thesis' experiment: four architectures, each sequence and all at once, its split and folds, one test.
 
@@ -631,7 +640,7 @@ def mgmt_demo(
     seed:int=0, # Of everything
     n:int=320, # Patients, a quarter of them held out
     epochs:int=4, # Passes over the training patients
-    strict:store_true=False, # Exit with 3, and not 0, where patients were left out
+    strict:bool=False, # Exit with 3, and not 0, where patients were left out
 ):
     "Phantom cohort, store, training, prediction of held-out patients, and its AUC beside the best attainable"
     laps,dest,sequences = _Laps(),Path(dest)/f'auc{auc:g}-seed{seed}',('FLAIR','T1wCE')
