@@ -1,13 +1,14 @@
 """Which explanations may be believed: each method on phantoms whose signal has a known place.
 
-usage: explain.py [FOLDER=temporary] [--patients 320] [--epochs 12] [--methods all] [--csv mgmt_fast/explain.csv]
+usage: explain.py [FOLDER=temporary] [--patients 320] [--epochs 12] [--methods all] [--csv FILE] [--picture FILE]
 Trains, for seeds 0, 1 and 2, networks on true and on shuffled labels of the phantom, and on true ones of the decoy
 phantom; with those of random weights they explain the patients whom none of them has seen (a fifth). Prints the AUC of
 each network, and the table of `judge`, which the library reads from where it is written; and the median seconds of each
-method. What FOLDER holds is not made again."""
+method; and draws six patients. What FOLDER holds is not made again."""
 import argparse, contextlib, hashlib, io, json, tempfile, time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
 from machine import machine
 from mgmt_fast.cohort import kaggle_cohort
@@ -18,6 +19,7 @@ from mgmt_fast.metrics import auc_ci
 from mgmt_fast.pages import write_csv
 from mgmt_fast.phantom import make_phantom, read_side_table, render_patient
 from mgmt_fast.prepare import VolumeStore, prepare
+from mgmt_fast.viewer import plane_points, sample
 
 HERE = Path(__file__).resolve().parent
 SCANS = dict(slices=24, size=64, sequences='T1wCE', auc=.97, test=.2)
@@ -95,11 +97,38 @@ def aims(m, store, masks, methods, about):
     return rows
 
 
+def draw(root, path, method):
+    "Three patients in whom a method points to the tumour, and three in whom it does not, with the decoy"
+    t = pd.read_csv(root/'aims.csv', dtype=dict(patient=str))
+    t = t[(t.method==method)&(t.phantom=='decoy')&(t.seed==0)]
+    chosen = pd.concat([t[t.tumour].head(3), t[~t.tumour].head(3)])
+    store,side = VolumeStore(root/'decoy-test'),read_side_table(root/'decoy').set_index('patient', drop=False)
+    m = load_model(root/'decoy-true-0')
+    fig,axs = plt.subplots(2, 3, figsize=(8,6), layout='constrained')
+    for ax,r in zip(axs.flat, chosen.itertuples()):
+        e,mask = explain(m, r.patient, store, method, auc=(.6,1), untested=True),truth('decoy', r.patient, side)
+        shown = e.show()
+        points = plane_points('axial', shown.at, shown.field, shown.mm)
+        inside = np.nan_to_num(sample(mask.float(), points, order=0))
+        ax.imshow(shown.panel('T1wCE', 'axial').clip(0, 1))
+        for labels,colour in (((1,3),'cyan'),((4,),'lime')):
+            outline = np.isin(inside, labels).astype(float)
+            if outline.any(): ax.contour(outline, levels=[.5], colors=colour, linewidths=1)
+        col,row = (np.argmin(abs(points[...,a]-shown.at[a]).min(b)) for a,b in ((0,0),(1,1)))
+        ax.plot(col, row, '+', color='white', ms=10)
+        where = 'tumour' if r.tumour else 'decoy' if r.decoy else 'elsewhere'
+        ax.set_title(f"points to: {where}; {e.prob:.2f} methylated", fontsize=9)
+        ax.set_axis_off()
+    fig.suptitle(f'{METHODS[method]}: tumour cyan, decoy green, + the highest point', fontsize=10)
+    fig.savefig(path, dpi=80, pil_kwargs=dict(quality=80))
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('folder', nargs='?')
     p.add_argument('--patients', type=int, default=320)
     p.add_argument('--epochs', type=int, default=12)
+    p.add_argument('--picture')
     p.add_argument('--methods', default=','.join(METHODS))
     p.add_argument('--csv', default=HERE.parent/'mgmt_fast/explain.csv')
     o = p.parse_args()
@@ -128,6 +157,7 @@ def main():
     write_csv(o.csv, verdicts)
     print(verdicts.T.to_string())
     print(t.groupby('method').seconds.median().round(3).to_string())
+    if o.picture: draw(root, o.picture, 'integrated')
 
 
 if __name__=='__main__': main()

@@ -9,7 +9,7 @@ __all__ = ['PLANES', 'field_of', 'plane_points', 'sample', 'scans_of', 'inner_sl
 import base64, io, json
 from pathlib import Path
 
-import nibabel as nib, numpy as np, pandas as pd, torch, torch.nn.functional as F
+import numpy as np, pandas as pd, torch, torch.nn.functional as F
 import matplotlib.pyplot as plt
 from fastcore.all import *
 from matplotlib.figure import Figure
@@ -302,17 +302,13 @@ def niivue(
     except ImportError: raise MGMTError(_no_niivue) from None
     if self.cropped: raise MGMTError("NiiVue shows whole heads, faces included: ask for it with view(..., head=True)")
     name,first_ = first(self.volumes.items())
-    files = [dict(path=str(_as_nifti(first_, Path(folder)/f'{name}.nii.gz')))]
+    files = [dict(path=str(first_.save(Path(folder)/f'{name}.nii.gz')))]
     if self.overlay is not None:
-        path = _as_nifti(self.overlay, Path(folder)/'overlay.nii.gz')
+        path = self.overlay.save(Path(folder)/'overlay.nii.gz')
         files.append(dict(path=str(path), colormap='inferno', opacity=self.opacity))
     nv = NiiVue(**kwargs)
     nv.load_volumes(files)
     return nv
-
-def _as_nifti(vol, path):
-    nib.save(nib.Nifti1Image(np.asarray(vol, np.float32), vol.affine), path)
-    return path
 
 _no_niivue = "NiiVue is not installed: pip install ipyniivue, or use .widget()"
 
