@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .core import *
-from .pages import Markup, fill_page
+from .pages import Markup, fill_page, write_page
 from .prepare import VolumeStore
 from .series import read_sequence, read_volume
 from .skull import has_skull
@@ -359,11 +359,9 @@ def html(
     pictures = {k: Markup(o[0]) for k,o in sheets.items()}
     said = json.dumps(said)
     res = fill_page(_VIEWER, said=said, pictures=pictures, lines=self.lines()[1:], script=Markup(_SCRIPT))
-    if path is not None: write_text(path, fill_page(_VIEW_PAGE, body=res))
+    if path is not None: write_page(path, 'Viewer', {'Scan': [res]})
     return res
 
-_VIEW_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>viewer</title>
-<body style="font:14px system-ui,sans-serif">{{ body }}</body></html>"""
 _VIEWER = """<div class="mgmt-view" data-said="{{ said }}"><div class="controls"></div>
 <table style="border-collapse:collapse"></table><div class="place"></div>
 {% for o in lines %}<div>{{ o }}</div>{% endfor %}
