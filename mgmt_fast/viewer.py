@@ -229,7 +229,7 @@ class View:
 
     def lines(self) -> list: # Of text
         "What is written under the picture"
-        x,y,z = self.at
+        x,y,z = self.at.round(1)+0. # -0. becomes 0.
         where = f"{x:.1f} right, {y:.1f} front, {z:.1f} up (RAS mm)"
         cut = 'skull: only 25 to 75 mm below the top of the head is shown' if self.cropped else ''
         return [o for o in (where,cut,self.note) if o]
