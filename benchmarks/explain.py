@@ -19,10 +19,11 @@ from mgmt_fast.metrics import auc_ci
 from mgmt_fast.pages import write_csv
 from mgmt_fast.phantom import make_phantom, read_side_table, render_patient
 from mgmt_fast.prepare import VolumeStore, prepare
-from mgmt_fast.viewer import plane_points, sample
+from mgmt_fast.viewer import View, plane_points, sample
 
 HERE = Path(__file__).resolve().parent
 SCANS = dict(slices=24, size=64, sequences='T1wCE', auc=.97, test=.2)
+TEXTS = dict(patient=str, labels=str) # 'true' is a word here
 SIZE,ARCH = (16,48,48),'timm/test_resnet' # the smallest ResNet that timm has
 
 
@@ -86,27 +87,27 @@ def truth(name, patient, side):
 
 def aims(m, store, masks, method, about, path):
     "Where a method points to in each patient, with the seconds; kept in a file"
-    if path.exists(): return pd.read_csv(path, dtype=dict(patient=str))
+    if path.exists(): return pd.read_csv(path, dtype=TEXTS)
     rows = []
     for patient,mask in masks.items():
         start = time.perf_counter()
         try: heat = explain(m, patient, store, method, auc=(.6,1), untested=True, progress=False).map
-        except MGMTError: heat = None # nothing speaks for the answer: it points nowhere
+        except MGMTError: heat = None # the answer depends on nothing: it points nowhere
         found = dict(tumour=False, decoy=False) if heat is None else aim(heat, mask)
         rows.append(dict(about, method=method, patient=patient, seconds=time.perf_counter()-start, **found))
-    return pd.read_csv(write_csv(path, pd.DataFrame(rows)), dtype=dict(patient=str))
+    return pd.read_csv(write_csv(path, pd.DataFrame(rows)), dtype=TEXTS)
 
 
 def draw(root, path, method):
     "Three patients in whom a method points to the tumour, and three in whom it does not, with the decoy"
-    t = pd.read_csv(root/f'aims/decoy-true-0-{method}.csv', dtype=dict(patient=str))
+    t = pd.read_csv(root/f'aims/decoy-true-0-{method}.csv', dtype=TEXTS)
     chosen = pd.concat([t[t.tumour].head(3), t[~t.tumour].head(3)])
     store,side = VolumeStore(root/'decoy-test'),read_side_table(root/'decoy').set_index('patient', drop=False)
     m = load_model(root/'decoy-true-0')
     fig,axs = plt.subplots(2, 3, figsize=(8,6), layout='constrained')
     for ax,r in zip(axs.flat, chosen.itertuples()):
         e,mask = explain(m, r.patient, store, method, auc=(.6,1), untested=True),truth('decoy', r.patient, side)
-        shown = e.show()
+        shown = e.show() if e.map is not None else View(e.scans, at=mask.world(np.argwhere(mask.numpy()==3).mean(0)))
         points = plane_points('axial', shown.at, shown.field, shown.mm)
         inside = np.nan_to_num(sample(mask.float(), points, order=0))
         ax.imshow(shown.panel('T1wCE', 'axial').clip(0, 1))
@@ -114,8 +115,8 @@ def draw(root, path, method):
             outline = np.isin(inside, labels).astype(float)
             if outline.any(): ax.contour(outline, levels=[.5], colors=colour, linewidths=1)
         col,row = (np.argmin(abs(points[...,a]-shown.at[a]).min(b)) for a,b in ((0,0),(1,1)))
-        ax.plot(col, row, '+', color='white', ms=10)
-        where = 'tumour' if r.tumour else 'decoy' if r.decoy else 'elsewhere'
+        if e.map is not None: ax.plot(col, row, '+', color='white', ms=10)
+        where = 'tumour' if r.tumour else 'decoy' if r.decoy else 'nowhere' if e.map is None else 'elsewhere'
         ax.set_title(f"points to: {where}; {e.prob:.2f} methylated", fontsize=9)
         ax.set_axis_off()
     fig.suptitle(f'{METHODS[method]}: tumour cyan, decoy green, + the highest point', fontsize=10)

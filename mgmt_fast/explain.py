@@ -450,6 +450,7 @@ def explain(
     why = _no_better(_auc_of(m, auc))
     if why: return Explanation(scans, prob, method, why=why, tested=tested)
     heat = _finished(heat, method, 1 if prob>=.5 else -1)
+    if heat is None: return Explanation(scans, prob, method, why=_only_against, tested=tested)
     if store is None: heat = _on_scan(heat, first(scans.values()))
     return Explanation(scans, prob, method, heat, tested=tested)
 
@@ -475,14 +476,16 @@ def _not_passed(method):
         f"known ({offer}): with untested=True it is shown, with a line that says so; see explanation_tests()")
 
 def _finished(heat, method, sign):
-    "From 0 to 1: what speaks for the answer, or the size of what moves it"
+    "From 0 to 1: what speaks for the answer, or the size of what moves it; None where all speaks against it"
+    if float(heat.abs().max())<=1e-9: raise MGMTError(_constant)
     heat = (heat*sign).clamp(min=0) if method in _one_sided else heat.abs()
     top = float(heat.max())
-    if top<=1e-9: raise MGMTError(_constant)
-    return heat/top
+    return heat/top if top>1e-9 else None
 
-_constant = ("no place speaks for the answer: the model's answer does not depend on this scan (is it constant, or did "
-    "its training fail?)")
+_constant = ("the model's answer does not depend on this scan, so nothing explains it: is the model constant, or did its "
+    "training fail?")
+_only_against = ("by this method no place speaks for the answer; what there is speaks against it, and the answer comes "
+    "from what the model says of every scan")
 
 def _on_scan(heat, scan):
     "On the scan's own grid"
