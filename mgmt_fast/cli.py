@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['mgmt_audit', 'mgmt_phantom', 'mgmt_prepare', 'mgmt_train', 'mgmt_predict', 'mgmt_weights', 'mgmt_sweep',
-           'mgmt_evaluate', 'mgmt_preregister', 'mgmt_external', 'mgmt_leakage', 'mgmt_kaggle', 'mgmt_thesis',
-           'mgmt_demo']
+           'mgmt_evaluate', 'mgmt_preregister', 'mgmt_external', 'mgmt_leakage', 'mgmt_perfusion', 'mgmt_kaggle',
+           'mgmt_thesis', 'mgmt_demo']
 
 # %% ../nbs/90_cli.ipynb #4eea66c0
 import argparse, contextlib, functools, inspect, re, signal, sys, threading, time
@@ -549,6 +549,43 @@ def mgmt_leakage(
     print(table.attrs['summary'])
     print(f'{dest}: leakage.csv, leakage.html, set_aside.csv, report.csv, leakage.json')
     return int((table.verdict!='different').any() or len(table.attrs['report'])>0)
+
+# %% ../nbs/90_cli.ipynb #4da5d30d
+from .dsc import read_dsc
+from .nifti import is_nifti
+from .perfusion import perfusion_maps
+from .perfusion_page import write_perfusion
+from .series import read_volume
+
+@_command
+def mgmt_perfusion(
+    series:Path, # DSC series: folder of DICOM files, an enhanced file, or a NIfTI file with a time axis
+    dest:Path, # Folder for maps, curves and the page perfusion.html
+    te:float=None, # Echo time in ms, where the header lacks it
+    dt:float=None, # Seconds between frames, where the headers do not tell them
+    aif:Path=None, # NIfTI mask of arteries, or a CSV with a column `artery` in 1/s; found if not given
+    brain:Path=None, # NIfTI mask of the brain; found if not given
+    side:str=None, # Side of the lesion, left or right; guessed if not given
+    leakage:str='transit', # Correction of leakage: transit, bidirectional, boxerman, or none
+    motion:bool=False, # Correct the motion of the head first
+):
+    "Compute blood volume, flow and transit times of a DSC series; exit code 2 where it is unfit"
+    read = read_dsc(series, te, dt)
+    how = dict(brain=_mask(brain), side=side, leakage=None if leakage=='none' else leakage, motion=motion)
+    found = perfusion_maps(read, aif=_arterial(aif), **how)
+    write_perfusion(found, read, dest)
+    for o in found.findings: print(f'  {o.level} {o.name}: {o.what}')
+    print(f'{dest}/perfusion.html: {read}')
+    return 0
+
+def _mask(path): return None if path is None else read_volume(path).numpy()
+
+def _arterial(path):
+    "The arterial input that a file gives: a mask, or the column `artery` of a table"
+    if path is None or is_nifti(path): return _mask(path)
+    table = read_table(path)
+    if 'artery' not in table: raise MGMTError(f"{path} has no column 'artery', as curves.csv of this command has")
+    return table['artery'].astype(float).to_numpy()
 
 # %% ../nbs/90_cli.ipynb #66829b58
 from .kaggle_build import LACKING, PYTHONS, build_kaggle

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['class_distance', 'draw_patients', 'phantom_bound', 'read_side_table', 'series_affine', 'draw_series',
-           'render_patient', 'show_phantom', 'measure_traits', 'write_series', 'make_phantom']
+           'render_patient', 'tissue_shares', 'show_phantom', 'measure_traits', 'write_series', 'make_phantom']
 
 # %% ../nbs/21_phantom.ipynb #137f6e1c
 import json, shutil, tempfile
@@ -402,6 +402,21 @@ def render_patient(
         both = x.round().astype(np.int32),mask
         res[seq] = [Volume(torch.from_numpy(o), scan.affine) for o in both]
     return res
+
+# %% ../nbs/21_phantom.ipynb #b682f58c
+def tissue_shares(
+    p:pd.Series, # Row of `draw_patients`
+    affine:np.ndarray, # (4,4) of the scan, to RAS+ mm
+    shape:tuple, # (D,H,W) of the scan
+    seed:int=0, # The cohort's seed
+    skull:bool=False, # With what is around the brain?
+) -> tuple: # Tissue to its share of each voxel, float32 (D,H,W); mask as in BraTS, and brain, uint8 (D,H,W)
+    "The anatomy of one patient on any grid."
+    finest = np.linalg.norm(affine[:3,1:3], axis=0).min()
+    shares,label,brain,axes = _anatomy(p, seed, skull, float(np.clip(.9*finest, 1, 2.4)))
+    still = np.zeros(3)
+    def on_grid(x, order=1): return _sample(x, axes, affine, shape, still, order)
+    return {k: on_grid(v) for k,v in shares.items()},on_grid(label, 0),on_grid(brain, 0)
 
 # %% ../nbs/21_phantom.ipynb #e4ce323a
 def _widest(mask):
