@@ -214,7 +214,7 @@ def _moments(curves, dt):
     return peak,(before+1)*dt,(after-before-1)*dt
 
 def _best_cluster(curves, dt, k):
-    "Indices of the best of `k` clusters of curves, and the table of them"
+    "Indices of the best of `k` clusters of curves, and the table of them; of clusters as good, the largest"
     with threadpool_limits(1): of = KMeans(k, n_init=3, random_state=0).fit_predict(curves)
     rows = []
     for i in range(k):
@@ -223,13 +223,15 @@ def _best_cluster(curves, dt, k):
     t = pd.DataFrame(rows)
     late = t.arrival-t.arrival.min()
     t['score'] = t.peak/(t.width+dt)/(1+late/6)
-    t['taken'] = t.score==t.score.max()
-    return np.flatnonzero(of==t.score.idxmax()),t
+    best = t.n[t.score>=.9*t.score.max()].idxmax()
+    t['taken'] = t.index==best
+    return np.flatnonzero(of==best),t
 
 def _candidates(curves, dt, late):
     "Indices of curves that are large, smooth and over before the frame `late`"
     area = np.clip(curves[:,:late], 0, None).sum(1)
-    large = np.flatnonzero(area>=np.quantile(area, .9))
+    large = np.flatnonzero((area>=np.quantile(area, .9))&(area>0))
+    if len(large)<50: return large
     rough = (np.diff(curves[large], 2, axis=1)**2).sum(1)/np.maximum(area[large], 1e-9)**2
     return large[rough<=np.quantile(rough, .75)]
 
@@ -238,7 +240,7 @@ def find_aif(
     rates:np.ndarray, # (T,D,H,W) change of R2*, 1/s
     mask:np.ndarray, # (D,H,W) bool, of the brain
     dt:float, # From frame to frame, s
-    k:int=5, # Clusters in each of two rounds
+    k:tuple=(5,3), # Clusters of the first round and of the second
 ) -> Artery: # The mean of the best curves
     """Find the arterial input: of curves that are large and smooth, the cluster that is earliest, narrowest, highest.
 
@@ -249,14 +251,14 @@ def find_aif(
     found = _candidates(curves, dt, late)
     if len(found)<50: raise DSCError(f"no_artery: {len(found)} curves are large and smooth, 50 are needed: give aif=")
     tables = []
-    for _ in range(2):
-        few = min(k, max(1, len(found)//5))
+    for n in k:
+        few = min(n, max(1, len(found)//5))
         best,table = _best_cluster(curves[found,:late], dt, few)
         tables.append(table)
         found = found[best]
     voxels = np.zeros(mask.shape, bool)
     voxels[tuple(at[found].T)] = True
-    return Artery(curves[found].mean(0, dtype=float), voxels, pd.concat(tables, keys=[1,2], names=['round','cluster']))
+    return Artery(curves[found].mean(0, dtype=float), voxels, pd.concat(tables, keys=range(1, len(k)+1), names=['round','cluster']))
 
 # %% ../nbs/34_perfusion.ipynb #790d7ae2
 def is_saturated(
@@ -321,7 +323,7 @@ def white_matter(
     def middle(v, lo, hi):
         a,b = np.quantile(v[inner], [lo,hi])
         return (v>=a)&(v<=b)
-    return inner&middle(blood, .1, .4)&middle(light, .05, .5)
+    return inner&middle(blood, .05, .3)&middle(light, .05, .5)
 
 def _smooth(x, sigma=1.): return ndimage.gaussian_filter(np.asarray(x, dtype=np.float32), (0,sigma,sigma))
 
