@@ -80,7 +80,7 @@ def _dest_as_word(typed, first):
 
 def _as_spelt(sequences):
     "Sequences as the competition spells them, whatever their case: `t1wce,flair+T2W`"
-    known = {o.lower():o for o in SEQUENCES}
+    known = {o.lower():o for o in CHANNELS}
     return re.sub(r'[^,+\s]+', lambda m: known.get(m[0].lower(), m[0]), sequences)
 
 def _command(f):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PERFUSION_MAPS', 'signal_to_r2star', 'tissue_perfusion', 'Leakage', 'correct_leakage', 'Artery', 'find_aif',
-           'is_saturated', 'brain_mask', 'lesion_side', 'white_matter', 'correct_motion', 'Perfusion', 'perfusion_maps']
+           'is_saturated', 'brain_mask', 'lesion_side', 'white_matter', 'rigid_transform', 'correct_motion',
+           'Perfusion', 'perfusion_maps']
 
 # %% ../nbs/34_perfusion.ipynb #c9898513
 from typing import NamedTuple
@@ -327,6 +328,19 @@ def white_matter(
 
 def _smooth(x, sigma=1.): return ndimage.gaussian_filter(np.asarray(x, dtype=np.float32), (0,sigma,sigma))
 
+# %% ../nbs/34_perfusion.ipynb #da8db49a
+def rigid_transform(
+    fixed:Volume, # Any grid
+    moving:Volume, # The same head
+) -> tuple: # (4,4), from RAS+ mm of `fixed` to those of `moving`; and how well they agree, -1 to 1
+    "The turn and shift from one volume to another, by `register_rigid`. Raises `MGMTError` on a blank volume."
+    lows = [low_resolution(o) for o in (fixed,moving)]
+    return _between(*map(Structure, lows), *lows)
+
+def _between(fixed, moving, low_fixed, low_moving):
+    found = register_rigid(fixed, moving, flips=False, starts=1)
+    return low_moving.affine@found.matrix@np.linalg.inv(low_fixed.affine),found.ncc
+
 # %% ../nbs/34_perfusion.ipynb #353fc7ab
 def correct_motion(
     series:Series4D, # Any
@@ -337,17 +351,12 @@ def correct_motion(
     fixed,rows,frames = Structure(low),[],[]
     for i in range(len(series.data)):
         frame = series.frame(i)
-        to,found = _to_frame(fixed, low, frame)
+        small = low_resolution(frame)
+        to,agreement = _between(fixed, Structure(small), low, small)
         placed = Volume(frame, affine=np.linalg.inv(to)@series.affine)
         frames.append(resample(placed, series.affine, frame.shape).numpy())
-        rows.append(dict(frame=i, **_movement(to, series, base), agreement=found.ncc))
+        rows.append(dict(frame=i, **_movement(to, series, base), agreement=agreement))
     return series._replace(data=np.stack(frames)),pd.DataFrame(rows)
-
-def _to_frame(fixed, low, frame):
-    "From mm of the baseline to mm of a frame, (4,4), and the registration"
-    moving = low_resolution(frame)
-    found = register_rigid(fixed, Structure(moving), flips=False, starts=1)
-    return moving.affine@found.matrix@np.linalg.inv(low.affine),found
 
 def _movement(to, series, base):
     "How far the middle of the volume moved, mm, and the turn, degrees"

@@ -75,8 +75,9 @@ def show_artery(
     for ax,mask,name in zip(axs, (found.artery.voxels,found.white), ('artery','white matter')):
         at = int(mask.sum((1,2)).argmax())
         ax.imshow(base.numpy()[at], cmap='gray', aspect=base.spacing[1]/base.spacing[2])
-        d,h,w = np.nonzero(mask[at:at+1])
-        ax.scatter(w, h, s=6 if name=='artery' else 1, c='red', marker='s', linewidths=0)
+        over = np.zeros((*mask.shape[1:],4))
+        over[mask[at]] = 1,0,0,.7
+        ax.imshow(over, aspect=base.spacing[1]/base.spacing[2])
         ax.set_title(f'{name}: {mask.sum()} voxels, slice {at}', fontsize=9); ax.set_axis_off()
     return axs
 
