@@ -1,4 +1,4 @@
-"""How good perfusion is: thresholds chosen on simulated curves, then OSIPI's curves, other simulated ones, and a phantom.
+"""How good perfusion is: thresholds chosen on simulated curves, then OSIPI's curves, other simulated ones, phantoms.
 
     python benchmarks/perfusion.py [choose osipi curves phantom]
 
@@ -80,7 +80,8 @@ def leak_errors(sim, model, clearly=12.):
     t = tissue_perfusion(r if fixed is None else fixed.corrected, sim.artery, sim.dt)
     relative = t.cbv/t.cbv[~leaks].median()
     true = sim.truth.cbv/sim.truth.cbv[~leaks].median()
-    res = dict(rcbv=off(relative, true), leaking=off(relative[leaks], true[leaks]), dry=off(relative[~leaks], true[~leaks]))
+    res = dict(rcbv=off(relative, true))
+    for k,at in dict(leaking=leaks, dry=~leaks).items(): res[k] = off(relative[at], true[at])
     sign = np.nan if fixed is None else np.mean(np.sign(fixed.k2[leaks])==np.sign(sim.truth.k2[leaks]))
     return dict(**res, mtt=off(t.mtt, sim.truth.mtt), k2_sign=sign)
 

@@ -259,7 +259,8 @@ def find_aif(
         found = found[best]
     voxels = np.zeros(mask.shape, bool)
     voxels[tuple(at[found].T)] = True
-    return Artery(curves[found].mean(0, dtype=float), voxels, pd.concat(tables, keys=range(1, len(k)+1), names=['round','cluster']))
+    clusters = pd.concat(tables, keys=range(1, len(k)+1), names=['round','cluster'])
+    return Artery(curves[found].mean(0, dtype=float), voxels, clusters)
 
 # %% ../nbs/34_perfusion.ipynb #790d7ae2
 def is_saturated(

@@ -34,11 +34,12 @@ def says_dsc(
 def find_dsc(
     cohort:pd.DataFrame, # Of any layout, with a path for each sequence
 ) -> pd.DataFrame: # A copy with the column `DSC`: a path, or missing
-    "Look for DSC series beside the images of each patient. Where there are several, none is taken and the report says so."
+    "Look for DSC series beside the images of each patient. Of several none is taken, and the report says so."
     paths,rows = [],[]
     for r in cohort.to_dict('records'):
         found = _beside(r)
-        if len(found)>1: rows.append((r['patient'], 'DSC', f'{len(found)} series: none is taken', 'fill the column `DSC`'))
+        said = (r['patient'], 'DSC', f'{len(found)} series: none is taken', 'fill the column `DSC`')
+        if len(found)>1: rows.append(said)
         paths.append(found[0] if len(found)==1 else pd.NA)
     cohort = add_to_report(cohort, rows)
     cohort['DSC'] = pd.array(paths, dtype='string')
@@ -100,7 +101,8 @@ def add_perfusion(
     for k in maps:
         if k not in PERFUSION: raise unknown_name('map of perfusion', k, PERFUSION)
     dest,report,added = make_folder(dest),[],[]
-    for r in track(cohort.to_dict('records'), len(cohort), progress): added.append(_add_one(r, dest, maps, motion, report))
+    for r in track(cohort.to_dict('records'), len(cohort), progress):
+        added.append(_add_one(r, dest, maps, motion, report))
     cohort = add_to_report(cohort, report)
     for k in maps: cohort[k] = pd.array([o.get(k, pd.NA) for o in added], dtype='string')
     return cohort
@@ -125,5 +127,8 @@ def _placed(row, motion):
     notes = [f'{o.name}: {o.what}' for o in found.findings if o.level!='note' or o.name=='guessed_side']
     seq = first(s for s in ('T2w','FLAIR','T1wCE','T1w') if s in row and not pd.isna(row[s]))
     maps,agreement = place_maps(found.maps, read_sequence(row, seq))
-    if maps is found.maps: notes.append(f'not registered to {seq} (agreement {agreement:.2f}): where the header puts it')
+    if maps is found.maps: notes.append(_not_registered(seq, agreement))
     return maps,notes
+
+def _not_registered(seq, agreement):
+    return f'not registered to {seq}, with which it agrees by {agreement:.2f}: the maps lie where the header puts them'

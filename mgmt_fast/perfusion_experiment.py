@@ -23,8 +23,9 @@ def _channels(store):
     anatomy = [s for s in store.sequences if s in SEQUENCES]
     maps = [s for s in store.sequences if s in PERFUSION]
     if anatomy and maps: return anatomy,maps
-    raise MGMTError(f"experiment (c) needs sequences and maps of perfusion; the store has {', '.join(store.sequences)}: "
-        "add them with `add_perfusion`, and prepare the cohort again")
+    has = ', '.join(store.sequences)
+    raise MGMTError(f"experiment (c) needs sequences and maps of perfusion; the store has {has}: add maps to the cohort "
+        "with `add_perfusion`, and prepare it again")
 
 def _auc_row(t, k):
     t = t.dropna(subset=[k])
