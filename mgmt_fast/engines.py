@@ -185,15 +185,15 @@ def greedy_align(
     subregions*. Raises `EngineError` where it is not installed or breaks down."""
     need_engines('greedy','itk')
     from picsl_greedy import Greedy3D
-    images = dict(fixed=_to_itk(fixed), moving=_to_itk(moving), start=np.asarray(start, dtype=float), found=None)
-    command = f'-d 3 -a -dof {12 if affine else 6} -threads 1 -V 0 -m NMI -n {steps} -i fixed moving -ia start -o found'
+    images = dict(fixed=_to_itk(fixed), moving=_to_itk(moved(moving, start)), found=None)
+    command = f'-a -dof {12 if affine else 6} -threads 1 -V 0 -m NMI -n {steps} -i fixed moving -ia-identity -o found'
     if mask is not None:
         images['where'] = _to_itk(mask)
         command += ' -gm where'
     g = Greedy3D()
     try:
         with _silent(): g.execute(command, io.StringIO(), io.StringIO(), **images)
-        found = np.array(g['found'], dtype=float)
+        found = start@np.array(g['found'], dtype=float)
     except Exception as e: raise EngineError(f"greedy did not align the two volumes ({type(e).__name__})") from None
     return _check_matrix(found, not affine)
 
