@@ -83,8 +83,9 @@ class Atlas:
     def __init__(self,
         volume:Volume, # (D,H,W)
         sha256:str='', # Of the file
+        path:str|Path=None, # Where it was read
     ):
-        self.volume,self.sha256 = volume.float(),sha256
+        self.volume,self.sha256,self.path = volume.float(),sha256,path
         self.digest,self.skull = voxel_digest(volume),has_skull(volume)
         _check_grid(volume, self.skull)
         self.facts,self.same = _known(volume, self.digest)
@@ -148,7 +149,7 @@ def read_atlas(
     if not is_file(path): raise AtlasError(_no_file(path))
     vol = read_volume(path)
     with open_input(path, AtlasError) as f: sha256 = hashlib.file_digest(f, 'sha256').hexdigest()
-    return Atlas(vol, sha256)
+    return Atlas(vol, sha256, path)
 
 def _no_file(path):
     known = KNOWN_ATLASES['sri24']
