@@ -6,8 +6,8 @@
 __all__ = ['ENGINES', 'EngineError', 'engine_table', 'need_engines', 'brain_mask', 'moved', 'distances', 'greedy_align',
            'itk_align', 'correct_bias']
 
-# %% ../nbs/31_engines.ipynb #b7f3214d
-import importlib.metadata, io, os, sys
+# %% ../nbs/31_engines.ipynb #fa43e385
+import importlib.metadata, io, os, sys, warnings
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ from fastcore.all import *
 from scipy import ndimage
 
 from .core import *
-from .grids import match_axes
+from .grids import isotropic, match_axes
 
 # %% ../nbs/31_engines.ipynb #0032989d
 class EngineError(MGMTError):
@@ -65,10 +65,9 @@ def _network(name):
 @contextmanager
 def _no_deprecation():
     "Without the announcement of torch that TorchScript will end, on which no user can act"
-    import warnings
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', (FutureWarning))
-        warnings.simplefilter('ignore', (DeprecationWarning))
+        warnings.simplefilter('ignore', FutureWarning)
+        warnings.simplefilter('ignore', DeprecationWarning)
         yield
 
 def _scaled(x, low, high):
@@ -179,14 +178,17 @@ def greedy_align(
     affine:bool=False, # Twelve numbers instead of the six of a turn and a shift?
     steps:str='100x50x10', # At most, at a quarter of the resolution, half of it and all of it
 ) -> np.ndarray: # (4,4) from mm of `fixed` to mm of `moving`
-    """Align two volumes by mutual information, with greedy and on one thread.
+    """Align two volumes by mutual information, with greedy and on one thread; the same input gives the same matrix.
 
+    The moving volume is brought to 1.1 mm first: voxels that coincide with those of the fixed volume attract each other,
+    which greedy would otherwise prevent by moving its samples at random.
     Source: Yushkevich et al. 2016, *Fast automatic segmentation of hippocampal subfields and medial temporal lobe
     subregions*. Raises `EngineError` where it is not installed or breaks down."""
     need_engines('greedy','itk')
     from picsl_greedy import Greedy3D
-    images = dict(fixed=_to_itk(fixed), moving=_to_itk(moved(moving, start)), found=None)
-    command = f'-a -dof {12 if affine else 6} -threads 1 -V 0 -m NMI -n {steps} -i fixed moving -ia-identity -o found'
+    images = dict(fixed=_to_itk(fixed), moving=_to_itk(moved(isotropic(moving, 1.1), start)), found=None)
+    command = '-a -threads 1 -V 0 -jitter 0 -m NMI -i fixed moving -ia-identity -o found'
+    command += f' -dof {12 if affine else 6} -n {steps}'
     if mask is not None:
         images['where'] = _to_itk(mask)
         command += ' -gm where'
