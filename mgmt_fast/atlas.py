@@ -77,9 +77,9 @@ def solid_mask(
     solid = ndimage.binary_fill_holes(largest)
     return Volume(torch.from_numpy(solid.astype(np.uint8)), affine=vol.affine)
 
-# %% ../nbs/30_atlas.ipynb #dd9af775
+# %% ../nbs/30_atlas.ipynb #85a93e1c
 class Atlas:
-    "A checked atlas: its `volume`, which one it is, and what may be done with it"
+    "A checked atlas: its `volume`, its `brain` (None where it has a skull), and `about`: which it is, and its licence"
     def __init__(self,
         volume:Volume, # (D,H,W)
         sha256:str='', # Of the file
@@ -89,24 +89,21 @@ class Atlas:
         self.digest,self.skull = voxel_digest(volume),has_skull(volume)
         _check_grid(volume, self.skull)
         self.facts,self.same = _known(volume, self.digest)
+        self.name,self.licence = _name(self),_licence(self)
+        self.about = dict(name=self.name, licence=self.licence, digest=self.digest, shape=list(volume.shape),
+            affine=volume.affine.tolist())
         self.brain = None if self.skull else solid_mask(volume)
         if self.brain is not None: _check_brain(millilitres(self.brain))
 
-    @property
-    def name(self):
-        "What it is called, as far as it is known"
-        if self.facts is None: return 'an atlas that is not known here'
-        return self.facts['name'] if self.same else f"on the grid of {self.facts['name']}, but with other voxels"
-    @property
-    def licence(self):
-        "What may be done with it"
-        if self.facts is None: return 'not known here: see where it came from'
-        return self.facts['licence'] if self.same else f"not certain; that of this grid's atlas is {self.facts['licence']}"
-    def to_json(self):
-        "What is written beside results"
-        return dict(name=self.name, licence=self.licence, digest=self.digest, shape=list(self.volume.shape),
-            affine=self.volume.affine.tolist())
     def __repr__(self): return '\n'.join(f'{k:<9} {v}' for k,v in _lines(self))
+
+def _name(o):
+    if o.facts is None: return 'an atlas that is not known here'
+    return o.facts['name'] if o.same else f"on the grid of {o.facts['name']}, but with other voxels"
+
+def _licence(o):
+    if o.facts is None: return 'not known here: see where it came from'
+    return o.facts['licence'] if o.same else f"not certain; that of this grid's atlas is {o.facts['licence']}"
 
 def _lines(o):
     size = 'x'.join(map(str, o.volume.shape))

@@ -301,8 +301,8 @@ def standardize_patient(
 ) -> NS: # `volumes`, `mask`, `matrices`, `scores`, `problems`, `state`, `anchor`, `heads`: for the picture
     """Bring one patient's series to an atlas. What fails is in `problems`, as (sequence, what), never an exception.
 
-    `state` is 'raw', 'stripped' or 'prepared', as the series came; `matrices` take mm of the atlas to mm of a series."""
-    res = NS(volumes={}, mask=None, matrices={}, scores={}, problems=[], state=None, anchor=None, heads={})
+    `state` is 'raw', 'stripped' or 'prepared', as the series came; `found` is the anchor's brain; `matrices` take mm of the atlas to mm of a series."""
+    res = NS(volumes={}, mask=None, matrices={}, scores={}, problems=[], state=None, anchor=None, heads={}, found=None)
     def _say(seq, what): res.problems.append((seq, what))
     r = get_recipe(recipe)
     vols = {}
@@ -326,6 +326,7 @@ def _run(vols, atlas, r, res, say):
     mask = brain_mask(head) if res.state=='raw' else solid_mask(head)
     res.scores['ml'] = millilitres(mask)
     if wrong := outside(dict(ml=res.scores['ml']), GATES): raise StandardizeError(_refused(wrong))
+    res.found = head,mask
     to_register = head if r.bias=='kept' else correct_bias(head, mask)
     brain = Volume(np.asarray(to_register)*np.asarray(mask), affine=head.affine)
     m,scores = register_to_atlas(brain, mask, atlas, back[res.anchor], r)
@@ -409,9 +410,10 @@ def _side_by_side(pictures, axis):
         return np.pad(o, gap)
     return np.concatenate([_padded(o) for o in pictures], axis)
 
-def _draw_refused(heads):
-    "Axial slices from inside the head of every sequence that was read"
-    pictures = [thumbnail(v, height=150) for v in heads.values()]
+def _draw_refused(res):
+    "The brain that was found; where none was, axial slices from inside the head of every sequence that was read"
+    if res.found: return _draw_row(*(np.asarray(o) for o in (res.found[0],res.found[1]>0)), ())
+    pictures = [thumbnail(v, n=3, height=150) for v in res.heads.values()]
     return _side_by_side([np.repeat(o[...,None], 3, -1) for o in pictures], 0) if pictures else None
 
 # %% ../nbs/32_standardize.ipynb #454aed03
@@ -420,7 +422,7 @@ def draw_check(
     atlas:Atlas, # To which it was brought
 ) -> np.ndarray: # (H,W,3) uint8; None where nothing was read
     "Draw what there is to see: one row per sequence, three planes each."
-    if not res.volumes: return _draw_refused(res.heads)
+    if not res.volumes: return _draw_refused(res)
     mask = np.asarray(isotropic(res.mask))>.5
     rows = [_draw_row(np.asarray(isotropic(res.heads[s])), mask, _atlas_parts(atlas)) for s in res.volumes]
     return _side_by_side(rows, 0)
@@ -496,7 +498,7 @@ _no_dicom = ("DICOM holds whole numbers here, and these intensities are z-scores
 def _do_patient(row, dest, atlas, recipe, sequences, key, dicom, budget):
     "Bring one patient to the atlas and write it down; its entry"
     patient = str(row['patient'])
-    entry = dict(key=key, version=__version__, atlas=atlas.to_json(), problems=[], state=None, anchor=None, sequences=[],
+    entry = dict(key=key, version=__version__, atlas=atlas.about, problems=[], state=None, anchor=None, sequences=[],
         scores={}, matrices={})
     try:
         folder = _folder_of(dest, patient)
@@ -543,7 +545,7 @@ def with_brain(
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title><style>{{ style }}</style>
 <h1>{{ title }}</h1><p>{{ counts }}. mgmt_fast {{ version }}. Atlas: {{ atlas }} ({{ licence }}).</p>
 <p>Blue: outlines of the atlas. Red: the edge of the brain's mask. The patient's right is on the left. Nothing farther
-than 8 mm from the brain is drawn; of who was refused, axial slices from inside the head. What to look for: blue lines
+than 8 mm from the brain is drawn; where no brain was found, axial slices from inside the head. What to look for: blue lines
 that miss the ventricles or the brain's outline, red lines that cut brain or tumour off, or leave skull.</p>
 <p>{{ recipe }}</p>
 <table>{% for r in rows %}<tr><td><b>{{ r.patient }}</b><div class="facts">{{ r.facts }}</div>
