@@ -105,7 +105,8 @@ def mask_table(ref, res):
         own = on(moved(res.mask.float(), whole))
         for name,other in (('HD-BET',ref.hdbet),('published',theirs)):
             rows.append(dict(grid=grid, against=name, **compare_masks(own, on(other), space.spacing)))
-        rows.append(dict(grid=grid, against='HD-BET to published', **compare_masks(on(ref.hdbet), on(theirs), space.spacing)))
+        between = compare_masks(on(ref.hdbet), on(theirs), space.spacing)
+        rows.append(dict(grid=grid, against='HD-BET to published', **between))
     return pd.DataFrame(rows)
 
 
