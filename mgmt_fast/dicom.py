@@ -37,17 +37,18 @@ _CODE   = dict(US='u2', SS='i2', UL='u4', SL='i4', FD='f8', FL='f4')
 _NATIVE = {'1.2.840.10008.1.2','1.2.840.10008.1.2.1','1.2.840.10008.1.2.2'}
 _JPEG_2000 = {'1.2.840.10008.1.2.4.90','1.2.840.10008.1.2.4.91'}
 _NAMES = """SOPClassUID SOPInstanceUID SeriesInstanceUID Modality ImageType PatientID PatientName SeriesNumber
-    InstanceNumber AcquisitionNumber TemporalPositionIdentifier
+    InstanceNumber AcquisitionNumber TemporalPositionIdentifier TriggerTime FrameReferenceTime AcquisitionTime
     ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness SpacingBetweenSlices
     Rows Columns NumberOfFrames SamplesPerPixel PhotometricInterpretation
     BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope RescaleIntercept ModalityLUTSequence
-    RepetitionTime EchoTime InversionTime ContrastBolusAgent
+    RepetitionTime EchoTime InversionTime FlipAngle ContrastBolusAgent ContrastBolusVolume ContrastBolusTotalDose
     SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence""".split()
 _GROUPS = dict(ImagePositionPatient='PlanePositionSequence', ImageOrientationPatient='PlaneOrientationSequence',
     PixelSpacing='PixelMeasuresSequence', SliceThickness='PixelMeasuresSequence',
     SpacingBetweenSlices='PixelMeasuresSequence', RescaleSlope='PixelValueTransformationSequence',
     RescaleIntercept='PixelValueTransformationSequence', TemporalPositionIndex='FrameContentSequence',
     EffectiveEchoTime='MREchoSequence', RepetitionTime='MRTimingAndRelatedParametersSequence',
+    FlipAngle='MRTimingAndRelatedParametersSequence', FrameAcquisitionDateTime='FrameContentSequence',
     FrameType='MRImageFrameTypeSequence', InversionTimes='MRModifierSequence')
 
 def _tag_and_type(keyword):

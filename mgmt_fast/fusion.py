@@ -127,7 +127,7 @@ class FusionModel:
     @property
     def sequences(self):
         used = {s for p in self.parts.values() for s in p.sequences}
-        return tuple(s for s in SEQUENCES if s in used)
+        return tuple(s for s in CHANNELS if s in used)
     @property
     def recipe(self): return first(self.parts.values()).recipe
     @property

@@ -678,7 +678,7 @@ _FINITE = Allowed('a finite number', lambda v: v if _IN_RANGE(v)==v else None) #
 _PLAIN = NOTHING|YES_OR_NO|TEXT|_FINITE
 _MAKES = {*inspect.signature(create_backbone).parameters, *inspect.signature(create_network).parameters}
 _MAKES = dict.fromkeys(_MAKES-{'arch','in_chans','pretrained','kwargs'}, _PLAIN|list_of(_PLAIN)) # no weights
-_CONFIG = record_of(dict(arch=TEXT, in_chans=Allowed.whole(1, len(SEQUENCES))), {**_MAKES,
+_CONFIG = record_of(dict(arch=TEXT, in_chans=Allowed.whole(1, len(CHANNELS))), {**_MAKES,
     'slices':NOTHING|Allowed.whole(1, 512), 'anisotropic':NOTHING|Allowed.whole(0, 16),
     'num_classes':Allowed.whole(1, 64)})
 _TRAINED = NOTHING|record_of({}, others=True)

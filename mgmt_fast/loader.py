@@ -28,7 +28,7 @@ from .records import log_prediction, refuse_held_out
 
 # %% ../nbs/35_loader.ipynb #27a17fe2
 choice('loader', 'sequences', "sequences given to one network; None: all of the store's",
-    Allowed.one_of(None)|Allowed.several(Allowed.one_of(*SEQUENCES)), default=None, published=None, winner=('T1wCE',))
+    Allowed.one_of(None)|Allowed.several(Allowed.one_of(*CHANNELS)), default=None, published=None, winner=('T1wCE',))
 choice('loader', 'bs', 'patients per batch', Allowed.whole(1), default=8, published=8, winner=8)
 choice('loader', 'shuffle', 'a new order of the training patients in every epoch', Allowed.one_of(True,False),
     default=True, published=False, winner=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['class_distance', 'draw_patients', 'phantom_bound', 'read_side_table', 'series_affine', 'draw_series',
-           'render_patient', 'show_phantom', 'measure_traits', 'write_series', 'make_phantom']
+           'render_patient', 'tissue_shares', 'show_phantom', 'measure_traits', 'write_series', 'make_phantom']
 
 # %% ../nbs/21_phantom.ipynb #137f6e1c
 import json, shutil, tempfile
@@ -419,6 +419,21 @@ def render_patient(
         res[seq] = [Volume(torch.from_numpy(o), scan.affine) for o in both]
     return res
 
+# %% ../nbs/21_phantom.ipynb #b682f58c
+def tissue_shares(
+    p:pd.Series, # Row of `draw_patients`
+    affine:np.ndarray, # (4,4) of the scan, to RAS+ mm
+    shape:tuple, # (D,H,W) of the scan
+    seed:int=0, # The cohort's seed
+    skull:bool=False, # With what is around the brain?
+) -> tuple: # Tissue to its share of each voxel, float32 (D,H,W); mask as in BraTS, and brain, uint8 (D,H,W)
+    "The anatomy of one patient on any grid."
+    finest = np.linalg.norm(affine[:3,1:3], axis=0).min()
+    shares,label,brain,axes = _anatomy(p, seed, skull, float(np.clip(.9*finest, 1, 2.4)))
+    still = np.zeros(3)
+    def on_grid(x, order=1): return _sample(x, axes, affine, shape, still, order)
+    return {k: on_grid(v) for k,v in shares.items()},on_grid(label, 0),on_grid(brain, 0)
+
 # %% ../nbs/21_phantom.ipynb #e4ce323a
 def _widest(mask):
     "The slice with most of the enhancing rim"
@@ -481,8 +496,8 @@ def measure_traits(
 _empty = '''StudyDate StudyTime AccessionNumber ReferringPhysicianName PatientBirthDate PatientSex StudyID
     PositionReferenceIndicator'''.split()
 
-def _header(v, seq, patient, uid):
-    "The elements that all slices of a series share"
+def _header(v, seq, patient, uid, derived=False):
+    "The elements that all slices of a series share; what was derived has no times of its own"
     (tr,te,ti),num = _protocol[seq],'{:.8g}'.format
     meta = FileMetaDataset()
     meta.TransferSyntaxUID,meta.ImplementationClassUID = ExplicitVRLittleEndian,uid('implementation')
@@ -490,13 +505,15 @@ def _header(v, seq, patient, uid):
     for k in _empty: setattr(ds, k, '')
     ds.SOPClassUID = meta.MediaStorageSOPClassUID = MRImageStorage
     ds.PatientID = ds.PatientName = patient
-    ds.ImageType,ds.Modality,ds.Manufacturer = ['ORIGINAL','PRIMARY','OTHER'],'MR','mgmt_fast phantom'
+    kind = ('DERIVED','SECONDARY') if derived else ('ORIGINAL','PRIMARY')
+    ds.ImageType,ds.Modality,ds.Manufacturer = [*kind,'OTHER'],'MR','mgmt_fast'+' phantom'*(not derived)
     ds.SeriesDescription,ds.SeriesNumber = seq,SEQUENCES.index(seq)+1
     ds.StudyInstanceUID,ds.SeriesInstanceUID,ds.FrameOfReferenceUID = uid('study'),uid(seq),uid('frame')
     ds.BodyPartExamined,ds.PatientPosition,ds.MRAcquisitionType = 'BRAIN','HFS','2D'
     ds.ScanningSequence,ds.SequenceVariant,ds.ScanOptions = ['SE','IR'] if ti else 'SE','SK',''
-    ds.RepetitionTime,ds.EchoTime,ds.EchoTrainLength,ds.MagneticFieldStrength = tr,te,1,1.5
-    if ti: ds.InversionTime = ti
+    if derived: ds.RepetitionTime = ds.EchoTime = ds.EchoTrainLength = None
+    else: ds.RepetitionTime,ds.EchoTime,ds.EchoTrainLength,ds.MagneticFieldStrength = tr,te,1,1.5
+    if ti and not derived: ds.InversionTime = ti
     if seq=='T1wCE': ds.ContrastBolusAgent = 'gadolinium'
     step,high,wide = v.spacing
     dirs = (v.affine[:3,:3]/v.spacing).T*[-1,-1,1]+0. # +0. turns -0 to 0
@@ -514,13 +531,14 @@ def write_series(
     patient:str, # Becomes `PatientID`, as in the competition
     numbers:list=None, # N of each slice, for the file's name and `InstanceNumber`; 1..D if none
     key:str='', # UIDs are derived from it, the patient, the sequence and the slice
+    derived:bool=False, # Computed from other images? Then the header claims no scanner's times
 ):
     "Write a volume as a DICOM MR series (DICOM PS3.3 A.4). Raises `MGMTError` on values that 16 bits do not hold."
     check_sequences(seq)
     dest,x = Path(dest),np.asarray(v)
     if x.min()<0 or x.max()>65535: raise _not_16_bits(x)
     def uid(*o): return generate_uid(entropy_srcs=['mgmt_fast', key, patient, *map(str,o)])
-    ds = _header(v, seq, patient, uid)
+    ds = _header(v, seq, patient, uid, derived)
     dest.mkdir(parents=True, exist_ok=True)
     for i,n in enumerate(range(1,len(x)+1) if numbers is None else numbers):
         ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = uid(seq, i)

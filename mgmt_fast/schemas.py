@@ -59,7 +59,7 @@ def list_of(
 
 # %% ../nbs/04_schemas.ipynb #432ec883
 NOTHING,ANYTHING = Allowed.one_of(None),Allowed('anything', lambda v: v)
-TEXT,YES_OR_NO,A_SEQUENCE = Allowed.text(),Allowed.one_of(True, False),Allowed.one_of(*SEQUENCES)
+TEXT,YES_OR_NO,A_SEQUENCE = Allowed.text(),Allowed.one_of(True, False),Allowed.one_of(*CHANNELS)
 def _number(v):
     if isinstance(v, bool) or not isinstance(v, (int,float)): raise ValueError(v)
     return v
