@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'networks_of', 'feature_place', 'place_features', 'stage_g
            'explanation_tests', 'Explanation', 'explain']
 
 # %% ../nbs/72_explain.ipynb #15796d4a
-import copy, math, textwrap, time
+import copy, math, time
 from importlib import resources
 from pathlib import Path
 
@@ -340,15 +340,11 @@ class Explanation:
         **kwargs, # For `View`: `opacity`, `at`, ...
     ) -> View: # The scan with the map, or without one and the reason
         "The map where it lies in the patient"
-        return View(self.scans, self.map, **{'note':_folded(self.note), **kwargs})
+        return View(self.scans, self.map, **{'note':self.note, **kwargs})
 
     def _repr_mimebundle_(self, include=None, exclude=None, **kwargs): return self.show()._repr_mimebundle_()
 
 _untested = 'UNTESTED: not among the methods that passed on phantoms; it may prove nothing'
-
-def _folded(text, width=90):
-    "Lines of a width that fits under a picture"
-    return '\n'.join('\n'.join(textwrap.wrap(o, width)) for o in text.splitlines())
 
 # %% ../nbs/72_explain.ipynb #6465c1ba
 def _auc_of(model, auc):
