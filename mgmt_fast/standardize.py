@@ -46,7 +46,7 @@ choice('standardize', 'interpolation', 'how values between voxels are found, onc
     Allowed.one_of('linear','cubic'), default='linear', brats='linear', published='cubic')
 choice('standardize', 'intensities', "what is written: values as scanned, or z-scores of the brain",
     Allowed.one_of('as scanned','z-score'), default='as scanned', brats='as scanned', published='z-score')
-choice('standardize', 'second_engine', 'when SimpleITK aligns the anchor with the atlas too; the better result is taken',
+choice('standardize', 'second_engine', 'when SimpleITK aligns the anchor too; the better result is taken',
     Allowed.one_of('in doubt','always','never'), default='in doubt', brats='in doubt', published='never')
 
 # %% ../nbs/32_standardize.ipynb #d842862a
@@ -649,7 +649,7 @@ def standardize(
         for o in dest.glob('.patient-*'): shutil.rmtree(o, ignore_errors=True)
         rows = {str(r['patient']): r for _,r in cohort.iterrows()}
         entries,jobs = _to_do(rows, dest, atlas, recipe, sequences, dicom, budget)
-        if entries: print(f'{dest}: {len(entries)} patients as they were standardized before')
+        if entries: print(f'{len(entries)} patients as they were standardized before')
         for i,entry in in_processes(_in_own_process, list(jobs.values()), n_workers, progress):
             entries[list(jobs)[i]] = entry if entry!=DIED else _died()
         entries = {p: entries[p] for p in rows}
