@@ -1,10 +1,15 @@
 """Kill commands at random moments, let writes fail, and start two writers at once; count what went wrong.
 
 `nice python benchmarks/soak.py --minutes 60` writes `benchmarks/soak.csv`: rounds by command and mishap; of these the
-patients lost, the files that differ from an undisturbed run, the processes left over, and the files left over."""
+patients lost, the files that differ from an undisturbed run, the processes left over, and the files left over.
+`--writes` lets the first write of every command fail, then the second, and so on to the last, and writes
+`benchmarks/soak_writes.csv`. `mgmt_demo` and `mgmt_thesis` are made of these commands; `mgmt_weights` needs the
+internet, `mgmt_kaggle` builds wheels, and neither keeps anything."""
 import argparse
+import builtins
 import contextlib
 import hashlib
+import io
 import json
 import os
 import random
@@ -18,6 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 import pandas as pd
+import safetensors.torch
 
 from mgmt_fast import cli
 from mgmt_fast.processes import exit_code
@@ -25,6 +31,7 @@ from mgmt_fast.processes import exit_code
 SMALL = dict(slices=8, size=32)
 KEPT = {'.npy','.safetensors','.csv','.html','.dcm','.yaml'} # compared by their bytes
 TIMED = {'history.csv','sweep.csv'} # hold seconds
+NO_MORE = 100 # the exit code of a command that has fewer writes than the one that was to fail
 COLUMNS = ['command','mishap','rounds','interrupted','lost','differ','orphans','litter','refused_wrongly']
 
 
@@ -40,14 +47,43 @@ def sweep(work, dest):
     how = dict(archs='timm/test_resnet', folds='0,1', epochs=1, bs=8, recipe=str(work/'recipe.yaml'))
     return cli.mgmt_sweep(work/'store', dest, **how)
 def leakage(work, dest): return cli.mgmt_leakage(work/'store', work/'other', dest, planted=2, n_workers=0)
+def evaluate(work, dest):
+    how = dict(archs='timm/test_resnet', folds=2, inner=2, epochs=1, bs=8, recipe=str(work/'recipe.yaml'))
+    return cli.mgmt_evaluate(work/'store', dest, **how, bundle=dest/'bundle')
+def external(work, dest):
+    "A bundle and a list of held-out cohorts of its own, since both count the tests"
+    os.environ['MGMT_FAST_HOME'] = str(dest/'home')
+    if not (dest/'bundle').exists(): shutil.copytree(work/'bundle', dest/'bundle')
+    return cli.mgmt_external(dest/'bundle', work/'others', dest/'result')
+def predictions(work, dest): return cli.mgmt_evaluate(dest=dest, predictions=work/'table.csv', bundle=dest/'bundle')
+def preregister(work, dest):
+    return cli.mgmt_preregister(dest/'plan.json', work/'bundle', 'phantoms of seed 2', 'AUC above .6')
 
 
 COMMANDS = dict(phantom=phantom, audit=audit, prepare=prepare, train=train, predict=predict, sweep=sweep,
-    leakage=leakage)
+    leakage=leakage, evaluate=evaluate, external=external, predictions=predictions, preregister=preregister)
 
 
-def started(f, work, dest, log, limit=None):
-    "A command in a forked process, in a group of its own, which no file may make larger than `limit` bytes"
+class FailingWrites:
+    "Fails the k-th of all openings for writing, renamings, new folders and waits for the disk"
+    def __init__(self, k, patch=setattr):
+        self.k,self.n = k,0
+        calls = [(builtins,'open'),(io,'open'),(safetensors.torch,'serialize_file')]
+        calls += [(os,o) for o in ('replace','fsync','posix_fallocate','mkdir')]
+        for module,name in calls: patch(module, name, self.counted(getattr(module, name), name))
+
+    def counted(self, f, name):
+        def _f(*args, **kwargs):
+            mode = args[1] if len(args)>1 else kwargs.get('mode', 'r')
+            if name!='open' or isinstance(mode, str) and set('wa+x')&set(mode):
+                self.n += 1
+                if self.n==self.k: raise OSError(28, 'No space left on device')
+            return f(*args, **kwargs)
+        return _f
+
+
+def started(f, work, dest, log, limit=None, fail_at=None):
+    "A command in a forked process, in a group of its own; no file grows beyond `limit` bytes, one write fails"
     pid = os.fork()
     if pid: return pid
     code = 9
@@ -58,7 +94,9 @@ def started(f, work, dest, log, limit=None):
         if limit is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        writes = None if fail_at is None else FailingWrites(fail_at)
         code = f(work, dest)
+        if writes and writes.n<fail_at: code = NO_MORE
     finally: os._exit(code)
 
 
@@ -101,16 +139,30 @@ def patients(dest):
 def litter(dest): return sum('.mgmt-' in p.name or p.name.startswith('.tmp') for p in dest.rglob('*'))
 
 
+def other_patients(work, dest):
+    "Phantoms whose numbers no patient of the training set has"
+    cli.mgmt_phantom(work/'others', n=12, seed=2, test=0., **SMALL)
+    for p in (work/'others'/'train').iterdir(): p.rename(p.with_name(f'9{p.name[1:]}'))
+    for p in (work/'others').glob('*.csv'):
+        table = pd.read_csv(p, dtype=str)
+        table.iloc[:,0] = '9'+table.iloc[:,0].str[1:]
+        table.to_csv(p, index=False)
+    return 0
+
+
 def made(work):
     "What the commands work on"
     log = work/'log'
-    steps = [lambda w,d: cli.mgmt_phantom(w/'scans', n=20, seed=1, test=.2, **SMALL),
-        lambda w,d: cli.mgmt_phantom(w/'others', n=8, seed=2, test=0., **SMALL),
+    steps = [lambda w,d: cli.mgmt_phantom(w/'scans', n=44, seed=1, test=.1, **SMALL),
+        other_patients,
         lambda w,d: cli.mgmt_prepare(w/'scans', w/'store', sequences='T1wCE', size='8x16x16'),
         lambda w,d: cli.mgmt_prepare(w/'others', w/'other', sequences='T1wCE', size='8x16x16'),
-        lambda w,d: train(w, w/'run')]
+        lambda w,d: train(w, w/'run'),
+        lambda w,d: evaluate(w, w/'evaluation')]
     (work/'recipe.yaml').write_text('recipe: default\nanisotropic: 2\nsize: [8, 16, 16]\n')
+    (work/'table.csv').write_text('patient,label,prob\n'+''.join(f'{i},{i%2},{(i*7%20)/20}\n' for i in range(40)))
     for f in steps: assert exit_code(started(f, work, None, log), 600)==0, log.read_text()[-2000:]
+    shutil.copytree(work/'evaluation'/'bundle', work/'bundle')
 
 
 class Soak:
@@ -146,6 +198,15 @@ class Soak:
         self.count(k, 'kill', orphans=orphans(pid))
         self.finish(k, 'kill', dest)
 
+    def failing(self, k, dest, at):
+        "The `at`-th write fails; is there one?"
+        code = exit_code(started(COMMANDS[k], self.work, dest, self.work/'log', fail_at=at), 900)
+        if code==NO_MORE: return False
+        self.count(k, 'failing write', interrupted=code==2, refused_wrongly=code not in (0,1,2,3))
+        if code not in (0,1,2,3): print(k, at, code, (self.work/'log').read_text()[-600:])
+        self.finish(k, 'failing write', dest)
+        return True
+
     def full(self, k, dest):
         "No file may become larger than a few bytes or kilobytes, as on a disk that fills"
         limit = int(2**self.random.uniform(3, 17))
@@ -179,24 +240,40 @@ class Soak:
         return t
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--minutes', type=float, default=60)
-    p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.csv'))
-    a = p.parse_args()
-    os.environ['MGMT_FAST_HOME'] = tempfile.mkdtemp(prefix='soak-home')
-    work = Path(tempfile.mkdtemp(prefix='soak'))
-    made(work)
-    soak,end = Soak(work, a.seed),time.monotonic()+60*a.minutes
+def random_mishaps(soak, end, out):
+    "Until the clock says `end`"
     while time.monotonic()<end:
         k, = soak.random.choices([*COMMANDS], [1/max(.5, soak.seconds[o]) for o in COMMANDS]) # quick ones more often
         mishap = soak.random.choices([soak.kill, soak.full, soak.two, soak.small_disk], [10,2,1,1])[0]
         if mishap==soak.two and k=='predict': continue # one file, written whole by either
-        dest = work/'now'/k
+        dest = soak.work/'now'/k
         mishap(k, dest)
         shutil.rmtree(dest, ignore_errors=True)
-        soak.table().to_csv(a.out, index=False)
+        soak.table().to_csv(out, index=False)
+
+
+def every_write(soak, end, out):
+    "Each write of each command fails once, or until the clock says `end`"
+    for k in COMMANDS:
+        dest,at = soak.work/'now'/k,1
+        while time.monotonic()<end and soak.failing(k, dest, at):
+            shutil.rmtree(dest, ignore_errors=True)
+            at += 1
+        soak.table().to_csv(out, index=False)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--minutes', type=float, default=60)
+    p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--writes', action='store_true')
+    a = p.parse_args()
+    os.environ['MGMT_FAST_HOME'] = tempfile.mkdtemp(prefix='soak-home')
+    work = Path(tempfile.mkdtemp(prefix='soak'))
+    made(work)
+    soak,here = Soak(work, a.seed),Path(__file__)
+    run,out = (every_write,'soak_writes.csv') if a.writes else (random_mishaps,'soak.csv')
+    run(soak, time.monotonic()+60*a.minutes, here.with_name(out))
     print(soak.table().to_string(index=False))
     for o in (work, Path(os.environ['MGMT_FAST_HOME'])): shutil.rmtree(o, ignore_errors=True)
 

@@ -19,7 +19,7 @@ from PIL import Image
 from . import __version__
 from .core import *
 from .processes import DIED, in_processes, working_in
-from .pages import Markup, fill_page, picture_tag, write_csv
+from .pages import fill_page, picture_tag, scrolling, write_csv, write_page
 from .naming import sequence_of
 from .skull import has_skull
 from .grids import CANONICAL, match_axes
@@ -273,10 +273,6 @@ def audit_cohort(
     return _audited(_to_audit(cohort), n_workers, progress)[0]
 
 # %% ../nbs/25_audit.ipynb #8d91e857
-_STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em;color:#222} table{border-collapse:collapse} td,th{\
-padding:.4em .8em;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}
-.bad{color:#b00020} .note,.facts{color:#666;font-size:12px} img{display:block;background:#000;height:72px}"""
-
 def _facts_line(r):
     "One line on a series: extent, plane, coding, intensities"
     if not r.readable: return r.error or ''
@@ -298,21 +294,20 @@ def _by_severity(table):
 def _counts_line(table):
     return f"{len(table)} series, {int(table.readable.sum())} readable, {(table.findings!='').sum()} with findings"
 
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title><style>{{ style }}</style>
-<h1>{{ title }}</h1>
-<p>{{ counts }}. mgmt_fast {{ version }}. Identifiers found in headers are named by kind; their values are not kept.
-Series with their skull are shown by axial slices from inside it, on which no face can be seen.</p>
-<table>{% for kind,n in kinds %}<tr><td>{{ n }}</td><td>{{ kind }}</td></tr>
-{% else %}<tr><td>nothing found</td></tr>{% endfor %}</table><h2>Series</h2><table>
-{% for r in rows %}<tr><td>{{ r.name }}<div class="facts">{{ r.facts }}</div></td><td>{{ r.picture }}</td>
-<td>{% for o in r.findings %}<div class="bad">{{ o }}</div>{% endfor %}
-{% for o in r.notes %}<div class="note">{{ o }}</div>{% endfor %}</td></tr>{% endfor %}</table></html>"""
+_INTRODUCTION = ("Identifiers found in headers are named by kind; their values are not kept. Series with their skull "
+    "are shown by axial slices from inside it, on which no face can be seen.")
+_KINDS = """<table>{% for kind,n in kinds %}<tr><td>{{ n }}</td><td>{{ kind }}</td></tr>
+{% else %}<tr><td>nothing found</td></tr>{% endfor %}</table>"""
+_SERIES = """<table>{% for r in rows %}<tr><td>{{ r.name }}<div class="facts">{{ r.facts }}</div></td>
+<td>{{ r.picture }}</td><td>{% for o in r.findings %}<div class="{{ r.severity }}">{{ o }}</div>{% endfor %}
+{% for o in r.notes %}<div class="note">{{ o }}</div>{% endfor %}</td></tr>{% endfor %}</table>"""
 
 def _shown_row(r, picture):
     "A row of the page"
-    picture = '' if picture is None else picture_tag(picture, 'slices', 'JPEG')
+    picture = '' if picture is None else picture_tag(picture, f'five slices of {_called(r)}', 'JPEG')
     findings,notes = ([o for o in t.split(' | ') if o] for t in (r.findings,r.notes))
-    return dict(name=_called(r), facts=_facts_line(r), picture=picture, findings=findings, notes=notes)
+    return dict(name=_called(r), facts=_facts_line(r), picture=picture, findings=findings, notes=notes,
+        severity=r.severity)
 
 # %% ../nbs/25_audit.ipynb #bdc02f3c
 def write_sheet(
@@ -323,9 +318,9 @@ def write_sheet(
 ):
     "Write a self-contained page: what was found how often, and every series with its picture, findings first."
     rows = [_shown_row(table.iloc[i], pictures[i]) for i in _by_severity(table)]
-    page = fill_page(_PAGE, title=title, style=Markup(_STYLE), counts=_counts_line(table), version=__version__,
-        kinds=_kinds(table.findings), rows=rows)
-    write_text(path, page)
+    found = scrolling(fill_page(_KINDS, kinds=_kinds(table.findings)))
+    series = scrolling(fill_page(_SERIES, rows=rows))
+    write_page(path, title, {'What was found': [f'{_counts_line(table)}. {_INTRODUCTION}', found], 'Series': [series]})
 
 # %% ../nbs/25_audit.ipynb #8cd1c51d
 def _doubtful(cohort):

@@ -237,11 +237,13 @@ def mgmt_prepare(
     label_col:str=None, # Column of the label table that holds the labels; known names are found
     patient_col:str=None, # Column of the label table that says whose each id is, where a patient has several
     show_names:bool=False, # Print the names of the files that are meant, once, to a terminal
+    budget:str='', # What reading one series may cost, where the usual is too little: voxels=2e8,seconds=120
     strict:bool=False, # Exit with 3, and not 0, where patients were left out
 ):
     "Crop, resample and normalise a cohort into a store; run again after a stop, or after labels or scans changed"
     cohort = _cohort(root, labels=labels, choices=choices, id_col=id_col, label_col=label_col, patient_col=patient_col)
-    store = prepare(cohort, dest, sequences, size=size, recipe=recipe, n_workers=n_workers)
+    how = dict(size=size, recipe=recipe, n_workers=n_workers, budget=Budget.parse(budget))
+    store = prepare(cohort, dest, sequences, **how)
     print(f'{dest}: {store}')
     lost = _say_report(store.report, 'preparation')
     if show_names: _show_all_names(cohort, store.report)

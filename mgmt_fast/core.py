@@ -264,7 +264,18 @@ class Budget(NamedTuple):
         "Raise `error` where a header claims more"
         if claimed<=getattr(self, name): return
         raise error(f"the header claims {claimed:,} {_units[name]}, and {getattr(self, name):,} are allowed: a damaged "
-            f"header? If the series is sound, read it with budget=Budget({name}=...)")
+            f"header? If the series is sound, read it with budget=Budget({name}=...), or prepare with --budget {name}=")
+
+    @classmethod
+    def parse(cls,
+        text:str, # `'voxels=2e8,seconds=120'`; '' for what is usual
+    ) -> 'Budget': # With these numbers in place of the usual ones
+        "A budget as it is typed. Raises `MGMTError` on a name or number that is none."
+        given = dict(o.strip().partition('=')[::2] for o in text.split(',') if o.strip())
+        for k in given:
+            if k not in cls._fields: raise unknown_name('limit of a budget', k, cls._fields)
+        try: return cls(**{k:float(v) if k=='seconds' else int(float(v)) for k,v in given.items()})
+        except (ValueError,OverflowError) as e: raise MGMTError(f"budget {text!r}: numbers, as in voxels=2e8") from e
 
 _units = dict(voxels='voxels', inflated='bytes once unpacked', frames='frames in one file')
 

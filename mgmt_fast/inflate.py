@@ -14,7 +14,7 @@ from fastcore.all import *
 from .core import *
 from .moves import *
 from .operators import depth_profiles
-from .convert import convert_modules, first_convolution, is_known
+from .convert import convert_modules, converted_whole, first_convolution, is_known
 
 # %% ../nbs/42_inflate.ipynb #2fd05bc5
 def inflate_kernel(
@@ -158,7 +158,7 @@ def inflate_model(
 def _compare(m2, m3, rgb, in_chans, size=96):
     "Run both networks on a volume constant along D, and blame the module that holds the first difference"
     x = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0)).to(next(m3.parameters()))
-    still = x[:,:,None].expand(-1,in_chans,m3.depth_stride+1,-1,-1)
+    still = x[:,:,None].expand(-1,in_chans,2*m3.depth_stride,-1,-1) # so deep that two slices are left
     witness = _Witness(m2, m3)
     at,error = witness.run(x.expand(-1,rgb,-1,-1), still)
     if at is None: return
@@ -171,8 +171,10 @@ class _Witness:
     def __init__(self, m2, m3):
         self.m2,self.m3 = copy.deepcopy(m2).eval(),copy.deepcopy(m3).eval()
         self.seen,self.wrong,self.last = {},None,''
-        for n,m in self.m2.named_modules(): m.register_forward_hook(partial(self._keep, n))
-        for n,m in self.m3.named_modules():
+        watched = _outside(self.m2, converted_whole(m2))
+        for n in watched: self.m2.get_submodule(n).register_forward_hook(partial(self._keep, n))
+        for n in watched:
+            m = self.m3.get_submodule(n)
             m.register_forward_pre_hook(partial(self._enter, n))
             m.register_forward_hook(partial(self._check, n))
 
@@ -194,9 +196,13 @@ class _Witness:
         a = calls.pop(0) if calls else None
         if self.wrong is None and torch.is_tensor(a) and torch.is_tensor(o) and not _agree(a, o): self.wrong = name
 
+def _outside(model, whole):
+    "Names of modules, without those inside of a module that is converted as a whole: how it asks them is its own"
+    return [n for n,_ in model.named_modules() if not any(n.startswith(f'{o}.') for o in whole)]
+
 def _agree(a, b):
     "Is `b` the 2D result `a` at every depth?"
-    if a.ndim==4 and b.ndim==5: a = a[:,:,None]
+    if b.ndim==a.ndim+1>4: a = a.unsqueeze(-3)
     try: return torch.allclose(a.expand_as(b), b, rtol=1e-3, atol=1e-3*a.abs().max().item())
     except RuntimeError: return False
 

@@ -20,7 +20,7 @@ from sklearn.metrics import mutual_info_score
 
 from . import __version__
 from .core import *
-from .pages import Markup, fill_page, picture_tag, write_csv
+from .pages import Markup, figure_tag, fill_page, picture_tag, scrolling, write_csv, write_page
 from .processes import working_in
 from .moves import moved_from
 from .clinical import id_key, patient_key, read_table
@@ -577,43 +577,34 @@ def _in_pose(moving, m):
     field = torch.tensor(moving, dtype=torch.float32)[None,None]
     return sample_field(field, q.float()).reshape(SMALL_SHAPE).numpy()
 
-def _slices_tag(a, scale=2):
+def _slices_tag(a, alt, scale=2):
     size = a.shape[1]*scale,a.shape[0]*scale
-    return picture_tag(np.asarray(Image.fromarray(a).resize(size, Image.Resampling.BICUBIC)), 'slices')
-
-def _histogram_tag(ax): return picture_tag(ax.figure, 'histogram', dpi=100)
+    return picture_tag(np.asarray(Image.fromarray(a).resize(size, Image.Resampling.BICUBIC)), alt)
 
 # %% ../nbs/63_leakage.ipynb #5084b84c
-_STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em;color:#222} table{border-collapse:collapse}
-td,th{padding:.4em .8em;text-align:left;vertical-align:top;border-bottom:1px solid #ddd} .same{color:#b00020}
-pre{white-space:pre-wrap} img{display:block;margin:2px 0}"""
-
-_PAGE = """<!doctype html><meta charset="utf-8"><title>Leakage</title>
-<style>{{ style }}</style>
-<h1>Is any test patient in the training set?</h1><pre>{{ summary }}</pre>
-<h2>Suspects</h2><p>Upper row: training set; lower row: test set, in the same pose. All are axial slices from inside the
-head at 4 mm, on which no face can be seen.</p>
-<table>{% for r in rows %}<tr>
+_SUSPECTS = """<table>{% for r in rows %}<tr>
 <td><b class="{{ r.verdict }}">{{ r.verdict }}</b><br>{{ r.who|join(markup('<br>')) }}</td>
 <td>{{ r.scores|join(markup('<br>')) }}</td><td>{% for o in r.pictures %}{{ o }}{% endfor %}</td></tr>
-{% else %}<tr><td>none</td></tr>{% endfor %}</table>
-<h2>Null distributions</h2>
-{% for o in nulls %}{{ o }}
-{% endfor %}"""
+{% else %}<tr><td>none</td></tr>{% endfor %}</table>"""
+_ROWS = ("Upper row: training set; lower row: test set, in the same pose. All are axial slices from inside the head at "
+    "4 mm, on which no face can be seen.")
 
-def _sheet(df, facts):
+def _write_sheet(path, df, facts):
     "The page of suspects: verdict and scores beside slices, then the null distributions"
     parts = {f.label:f.parts for f in facts}
     hits = df[df.verdict!='different'].sort_values('score', ascending=False)
     rows = [_suspect(r, *parts[r['sequence']]) for r in hits.to_dict('records')]
     nulls = [plot_null(f.null, f.same, f.doubt, f.hits, title=f.label) for f in facts if not f.reason]
-    return fill_page(_PAGE, style=Markup(_STYLE), summary=df.attrs['summary'], rows=rows, markup=Markup,
-        nulls=[*map(_histogram_tag, nulls)])
+    summary = fill_page('<pre>{{ o }}</pre>', o=df.attrs['summary'])
+    suspects = scrolling(fill_page(_SUSPECTS, rows=rows, markup=Markup))
+    write_page(path, 'Is any test patient in the training set?', {'Summary': [summary], 'Suspects': [_ROWS, suspects],
+        'Null distributions': [figure_tag(ax.figure, dpi=100) for ax in nulls]})
 
 def _suspect(r, A, B):
     "One pair as a row of the page"
     i,j = r['_at']
-    pictures = [*map(_slices_tag, _strip(A.rows[i], B.rows[j], r['matrix']))]
+    sides = (f"five slices of {k} patient {r[k]}" for k in ('train','test'))
+    pictures = [*map(_slices_tag, _strip(A.rows[i], B.rows[j], r['matrix']), sides)]
     who = [f"train {r['train']}", f"test {r['test']}", r['sequence'], r['identifiers']]
     scores = [f"score {r['score']:.3f}", f"NCC {r['ncc']:.3f}", f"NMI {r['nmi']:.3f}",
         f"{r['false_alarms']:.1g} false alarms expected"]
@@ -629,7 +620,7 @@ def _write(df, facts, dest):
         write_csv(dest/f'{name}.csv', o)
     said = {k:df.attrs[k] for k in ('summary','recall','thresholds')}
     write_json(dest/'leakage.json', dict(version=__version__, **said))
-    write_text(dest/'leakage.html', _sheet(df, facts))
+    _write_sheet(dest/'leakage.html', df, facts)
 
 # %% ../nbs/63_leakage.ipynb #h16b0003
 __getattr__ = moved_from('leakage')

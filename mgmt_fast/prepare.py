@@ -369,8 +369,9 @@ _VOLUME = record_of(dict(hash=TEXT, shape=list_of(Allowed.whole(1, 2**20), 3)), 
 _SOURCE = record_of(dict(names=TEXT, times=TEXT, content=TEXT))
 _ENTRY = dict(row=Allowed.whole(0, 2**24), affine=NOTHING|AN_AFFINE, volumes=table_of(_VOLUME),
     sources=NOTHING|table_of(NOTHING|_SOURCE), report=list_of(_ROW))
+_COSTS = dict(budget=list_of(Allowed.number(), len(Budget._fields))) # of a patient with errors, if not the usual budget
 _MADE = dict(version=TEXT, recipe=A_RECIPE, sequences=list_of(A_SEQUENCE))
-_STORE = record_of(dict(_MADE, preparation=Allowed.whole(1, 2**20), patients=table_of(record_of(_ENTRY))))
+_STORE = record_of(dict(_MADE, preparation=Allowed.whole(1, 2**20), patients=table_of(record_of(_ENTRY, _COSTS))))
 _PATIENT_01 = record_of(dict(affine=NOTHING|AN_AFFINE, volumes=table_of(_VOLUME)), others=True)
 _WHO_01 = record_of(dict(patients=list_of(TEXT)), others=True)
 _STORE_01 = record_of(dict(_MADE, report=list_of(_ROW), key=_WHO_01, patients=table_of(_PATIENT_01)), others=True)
@@ -587,7 +588,10 @@ def _write_patient(row, i, dest, sequences, recipe, budget):
         _write_row(_array_file(dest, seq), i, a)
         p.meta[seq]['hash'] = _hash(a)
     affine = None if p.affine is None else p.affine.tolist()
-    return dict(patient=str(row['patient']), row=i, affine=affine, volumes=p.meta, sources=sources, report=p.report)
+    made = dict(patient=str(row['patient']), row=i, affine=affine, volumes=p.meta, sources=sources, report=p.report)
+    return dict(made, budget=list(budget)) if _has_errors(made) and budget!=Budget() else made
+
+def _has_errors(entry): return any(o['level']=='error' for o in entry['report'])
 
 def _journal(dest, key):
     "Entries that an earlier run of the same work left, by patient; its last line may be cut off"
@@ -607,7 +611,7 @@ def _journal(dest, key):
     return {p:o for p,o in whole.items() if once[o['row']]==1}
 
 _KEY = record_of(dict(preparation=Allowed.whole(1, 2**20), recipe=A_RECIPE, sequences=list_of(A_SEQUENCE)))
-_JOURNALLED = record_of(dict(_ENTRY, patient=TEXT))
+_JOURNALLED = record_of(dict(_ENTRY, patient=TEXT), _COSTS)
 
 def _journal_entry(line):
     "An entry as it was written; None where it is not, so that the patient is prepared again"
@@ -652,7 +656,7 @@ def prepare(
     key = dict(preparation=PREPARATION, recipe=made_by, sequences=list(sequences))
     with _held(dest):
         entries,found = _found(dest, key)
-        plan = _Plan(cohort, entries, sequences).resolve(n_workers, progress)
+        plan = _Plan(cohort, entries, sequences, budget).resolve(n_workers, progress)
         if found: print(plan.said(entries))
         if plan.todo: entries = _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress, budget)
         return _finish(dest, key, cohort, entries, plan)
@@ -723,14 +727,17 @@ def _state(path, index, then):
 # %% ../nbs/24_prepare.ipynb #de22886d
 class _Plan:
     "What is to be done for each patient of a cohort, whose pixels may be there already"
-    def __init__(self, cohort, entries, sequences):
+    def __init__(self, cohort, entries, sequences, budget):
         self.todo,self.new,self.replaced,self.kept,self.gone,self.unknown,self.doubt = [],[],[],[],[],[],[]
+        self.again,self.budget = [],budget
         self.refused,self.sources = _refused(cohort),{}
         for _,row in cohort.iterrows(): self.look_at(row, entries.get(str(row['patient'])), sequences)
 
     def look_at(self, row, entry, sequences):
         p = str(row['patient'])
         if entry is None: self.todo.append(row); self.new.append(p); return
+        if _has_errors(entry) and Budget(*entry.get('budget', ()))!=self.budget:
+            self.todo.append(row); self.again.append(p); return
         if entry['sources'] is None: self.unknown.append(p)
         then,replaced,doubt = entry['sources'] or {},False,[]
         for s in sequences:
@@ -765,11 +772,12 @@ class _Plan:
         if self.replaced:
             some = ', '.join(self.replaced[:5])+', ...'*(len(self.replaced)>5)
             parts.append(f'{len(self.replaced)} prepared again, since their scans were replaced ({some})')
+        if self.again: parts.append(f'{len(self.again)} tried again under another budget')
         if self.new: parts.append(f'{len(self.new)} new')
         if self.gone: parts.append(f'{len(self.gone)} volumes kept whose scans are gone (see `store.report`)')
         if self.unknown:
             parts.append(f'{len(self.unknown)} prepared by version 0.1, which did not write down from which files')
-        aside = len(entries)-len(self.kept)-len(self.replaced)
+        aside = len(entries)-len(self.kept)-len(self.replaced)-len(self.again)
         if aside: parts.append(f'{aside} set aside, who are not in this cohort')
         return 'store: '+', '.join(parts)
 

@@ -7,17 +7,17 @@ __all__ = ['HEAD', 'roc_band', 'plot_roc', 'plot_history', 'plot_pr', 'plot_reli
            'plot_forest', 'plot_losses', 'write_report']
 
 # %% ../nbs/60_report.ipynb #db3e76cb
+import textwrap
 from pathlib import Path
 
 import numpy as np, pandas as pd
 import matplotlib.pyplot as plt
 from .core import *
-from .pages import Markup, fill_page, picture_tag
+from .pages import figure_tag, table_tag, write_page
 from fastcore.all import *
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
-from . import __version__
 from .metrics import *
 
 # %% ../nbs/60_report.ipynb #3ec0df80
@@ -40,6 +40,12 @@ def roc_band(
     return at, *np.quantile(curves, [(1-level)/2,(1+level)/2], axis=0)
 
 # %% ../nbs/60_report.ipynb #97d4d700
+def _legend_below(ax, **kwargs):
+    "A legend below the axes, where it covers nothing; long names take several lines"
+    lines,names = ax.get_legend_handles_labels()
+    names = [textwrap.fill(o, 64) for o in names]
+    ax.legend(lines, names, loc='upper left', bbox_to_anchor=(0,-.13), frameon=False, fontsize=8, **kwargs)
+
 def plot_roc(
     y:np.ndarray, # Labels, (n,), 0 or 1
     p:np.ndarray, # Scores, (n,)
@@ -56,7 +62,7 @@ def plot_roc(
     ax.fill_between(at, lo, hi, color=line.get_color(), alpha=.15, lw=0)
     ax.plot([0,1], [0,1], ':', color='gray', lw=1)
     ax.set(xlabel='1 - specificity', ylabel='sensitivity', xlim=(-.01,1.01), ylim=(-.01,1.01), aspect='equal')
-    ax.legend(loc='lower right', title=f"95 % interval: {AUC_METHODS[r.name]}; band: bootstrap's")
+    _legend_below(ax, alignment='left', title=f"95 % interval: {AUC_METHODS[r.name]}; band: bootstrap's")
     return ax
 
 # %% ../nbs/60_report.ipynb #c281f027
@@ -94,7 +100,7 @@ def plot_pr(
     ax.step(recall, precision, where='post', label=f'{label}: average precision {average_precision_score(y,p):.3f}')
     ax.axhline(y.mean(), ls=':', color='gray', lw=1)
     ax.set(xlabel='recall (sensitivity)', ylabel='precision (PPV)', xlim=(-.01,1.01), ylim=(-.01,1.03), aspect='equal')
-    ax.legend(loc='lower left')
+    _legend_below(ax)
     return ax
 
 # %% ../nbs/60_report.ipynb #b43bfda8
@@ -114,7 +120,7 @@ def plot_reliability(
     ax.bar(edges[:-1], .15*n/n.max(), .05, align='edge', color=dots[0].get_color(), alpha=.3, lw=0)
     ax.plot([0,1], [0,1], ':', color='gray', lw=1)
     ax.set(xlabel='mean probability', ylabel='share methylated', xlim=(-.01,1.01), ylim=(-.01,1.01), aspect='equal')
-    ax.legend()
+    _legend_below(ax)
     return ax
 
 # %% ../nbs/60_report.ipynb #7d8a80a6
@@ -133,7 +139,7 @@ def plot_calibration(
     ax.plot([0,1], [0,1], ':', color='gray', lw=1)
     limits = dict(xlim=(-.01,1.01), ylim=(-.01,1.01), aspect='equal')
     ax.set(xlabel='probability', ylabel='share methylated, by recalibration', **limits)
-    ax.legend(loc='upper left', fontsize=8)
+    _legend_below(ax)
     return ax
 
 def _recalibrated(y, p, c):
@@ -165,7 +171,7 @@ def plot_decision(
     ax.plot(t.threshold, t.treat_none, ':', color='gray', lw=1, label='nobody')
     ax.set(xlabel='threshold probability', ylabel='net benefit, per patient')
     ax.set(xlim=(0,most), ylim=(-.15, 1.3*np.mean(y)))
-    ax.legend(loc='upper right')
+    _legend_below(ax, ncols=2)
     return ax
 
 # %% ../nbs/60_report.ipynb #9c3e8693
@@ -239,23 +245,12 @@ _expect = ("What honest external tests of MGMT prediction from MRI find: AUCs of
     "A much higher figure needs an explanation before it is believed.")
 HEAD = (_use, _expect)
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0;font-size:13px}
-td,th{padding:.3em .7em;text-align:left;border-bottom:1px solid #ddd;vertical-align:top}
-img{max-width:100%;display:block;margin:1em 0}
-.head{background:#fff4d6;border-left:4px solid #c80;padding:.5em 1em}"""
-
 def _html(o):
     "Text, table or figure as HTML"
-    if isinstance(o, str): return fill_page('<p>{{ o }}</p>', o=o)
-    if isinstance(o, pd.DataFrame): return _table(o)
+    if isinstance(o, str): return o
+    if isinstance(o, pd.DataFrame): return table_tag(o)
     first = np.ravel(o)[0] if isinstance(o, np.ndarray) else o
-    return picture_tag(getattr(first, 'figure', first), 'figure')
-
-def _table(t):
-    "Pandas escapes what the cells hold"
-    index = not isinstance(t.index, pd.RangeIndex)
-    return Markup(t.to_html(index=index, na_rep='', float_format='{:.3f}'.format, border=0, justify='left'))
+    return figure_tag(getattr(first, 'figure', first))
 
 # %% ../nbs/60_report.ipynb #7e2372ec
 def write_report(
@@ -265,13 +260,4 @@ def write_report(
 ) -> Path: # The path
     "Write a self-contained page: what it may be used for and what to expect first, then the sections."
     parts = {k: v if isinstance(v, (list,tuple)) else [v] for k,v in sections.items()}
-    shown = {k: [*map(_html, v)] for k,v in parts.items()}
-    about = dict(title=title, style=Markup(_STYLE), head=HEAD, version=__version__)
-    write_text(path, fill_page(_PAGE, sections=shown, **about))
-    return Path(path)
-
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{{ title }}</title><style>{{ style }}</style>
-<h1>{{ title }}</h1><div class="head">{% for o in head %}<p>{{ o }}</p>{% endfor %}</div>
-{% for heading,parts in sections.items() %}<h2>{{ heading }}</h2>{% for o in parts %}{{ o }}{% endfor %}
-{% endfor %}<p>mgmt_fast {{ version }}</p></html>"""
+    return write_page(path, title, {k: [*map(_html, v)] for k,v in parts.items()}, HEAD)

@@ -16,6 +16,7 @@ import pytest
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, MRImageStorage
 
+from mgmt_fast import cli
 from mgmt_fast.audit import audit
 from mgmt_fast.cohort import kaggle_cohort
 from mgmt_fast.core import Budget, MGMTError
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 sys.path.insert(0, str(ROOT/'benchmarks'))
 from fuzz import Fuzz
+from soak import FailingWrites
 
 
 def cost(f, *args):
@@ -87,6 +89,15 @@ def test_a_budget_can_be_raised(tmp_path):
     with pytest.raises(MGMTError, match='bytes once unpacked'):
         read_volume(tmp_path/'a.nii.gz', budget=Budget(inflated=1000))
     assert read_volume(tmp_path/'a.nii.gz', budget=Budget(voxels=64**3)).shape==(64,64,64)
+
+
+def test_a_budget_is_typed(scans, tmp_path):
+    "Where too little is allowed every patient is left out, and the report names the number"
+    how = dict(sequences='T1wCE', size='6x16x16', n_workers=1)
+    assert cli.mgmt_prepare(scans, tmp_path/'store', **how, budget='voxels=100', strict=True)==3
+    report = VolumeStore(tmp_path/'store').report
+    assert report.what[report.sequence=='T1wCE'].str.contains('100 are allowed').sum()==6
+    assert cli.mgmt_prepare(scans, tmp_path/'store', **how, budget='voxels=1e5', strict=True)==0
 
 
 def test_a_deflated_file_that_unfolds_without_end(tmp_path):
@@ -165,32 +176,13 @@ def scans(tmp_path_factory):
 def prepared(scans, dest): return prepare(kaggle_cohort(scans), dest, 'T1wCE', (6,16,16), n_workers=1, progress=False)
 
 
-class FailingWrites:
-    "Fails the k-th of all openings for writing, renamings and waits for the disk"
-    def __init__(self, monkeypatch, k):
-        self.k,self.n = k,0
-        import builtins, io
-        calls = [(builtins,'open'),(io,'open')]+[(os,o) for o in ('replace','fsync','posix_fallocate','mkdir')]
-        for module,name in calls:
-            monkeypatch.setattr(module, name, self.counted(getattr(module, name), name))
-
-    def counted(self, f, name):
-        def _f(*args, **kwargs):
-            mode = args[1] if len(args)>1 else kwargs.get('mode', 'r')
-            if name!='open' or isinstance(mode, str) and set('wa+x')&set(mode):
-                self.n += 1
-                if self.n==self.k: raise OSError(28, 'No space left on device')
-            return f(*args, **kwargs)
-        return _f
-
-
 def test_every_write_of_a_preparation_may_fail(scans, tmp_path):
     right = {p.name: p.read_bytes() for p in prepared(scans, tmp_path/'right').path.iterdir()}
     k,failed = 1,0
     while True:
         dest = tmp_path/f'{k}'
         with pytest.MonkeyPatch.context() as m:
-            writes = FailingWrites(m, k)
+            writes = FailingWrites(k, m.setattr)
             try: prepared(scans, dest)
             except MGMTError as e: assert 'No space left on device' in str(e), e
         if writes.n<k: break

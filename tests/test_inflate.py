@@ -198,14 +198,39 @@ def test_errors():
         with pytest.raises(MGMTError, match=what): f()
 
 
-@pytest.mark.parametrize('name', ['resnet18','mobilenet_v3_small','squeezenet1_1','regnet_x_400mf'])
+def same_answer(net, size):
+    "Does the network inflated answer a constant volume as the network answers its slice, classifier included?"
+    x = torch.rand(1,3,size,size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): a,b = net(x),inflate_model(net).eval()(x[:,:,None].expand(-1,-1,64,-1,-1))
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-3*a.abs().max().item())
+
+
+@pytest.mark.parametrize('name', ['resnet18','mobilenet_v2','mobilenet_v3_small','squeezenet1_1','regnet_x_400mf',
+    'alexnet','convnext_tiny','mnasnet0_5','shufflenet_v2_x0_5','densenet121','inception_v3'])
 def test_networks_of_torchvision(name):
-    "Their activations work in place, and one of them may be used several times"
+    "Some activations work in place, one may be used several times, and some networks' own code counts axes"
     torchvision = pytest.importorskip('torchvision')
-    net = randomise(getattr(torchvision.models, name)(weights=None)).eval()
-    x = torch.rand(1,3,64,64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(): a,b = net(x),inflate_model(net).eval()(x[:,:,None].expand(-1,-1,33,-1,-1))
-    assert torch.allclose(a, b, rtol=1e-3, atol=1e-3*a.abs().max().item())
+    more = dict(init_weights=False) if name=='inception_v3' else {}
+    assert same_answer(randomise(torchvision.models.get_model(name, weights=None, **more)), 75 if more else 64)
+
+
+@pytest.mark.parametrize('name', ['legacy_seresnet18','skresnet18','resnest14d','ghostnet_050','dla46_c'])
+def test_networks_of_timm_whose_code_counts_axes(name):
+    assert same_answer(randomise(timm.create_model(name)), 64)
+
+
+def test_second_classifiers_train():
+    "They are asked in training only, where nothing compares"
+    torchvision = pytest.importorskip('torchvision')
+    net = inflate_model(torchvision.models.googlenet(weights=None, init_weights=False, num_classes=2), 1).train()
+    answers = net(torch.rand(2,1,64,64,64))
+    assert len(answers)==3 and all(o.shape==(2,2) for o in answers)
+
+
+def test_what_stays_2d_sees_the_mean_over_the_depth():
+    "timm's VGG classifies places of the plane by a convolution"
+    net = randomise(timm.models.vgg.VGG(cfg=[8,'M',16,'M'], num_classes=3, mlp_ratio=.01))
+    assert same_answer(net, 64)
 
 
 @pytest.mark.parametrize('make,weight', [(lambda: timm.create_model('vit_tiny_patch16_224'), 'pos_embed'),

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
+from identifiers import *
 from mgmt_fast.bundle import cv_models, freeze_bundle
 from mgmt_fast.cohort import kaggle_cohort
 from mgmt_fast.core import get_recipe
@@ -71,9 +72,13 @@ def kaggle(tmp_path_factory):
     root = tmp_path_factory.mktemp('kaggle')
     make_phantom(root/'input/competitions'/COMPETITION, n=44, auc=.95, test=1/11, slices=16, size=48,
         missing={'00003':'FLAIR'}, progress=False)
+    for series in sorted((root/'input').rglob('T1wCE')):
+        for o in sorted(series.glob('*.dcm')): plant_slice(o)
     bad = root/'input/competitions'/COMPETITION/'test/00041'
     for f in bad.glob('*/*.dcm'): f.write_bytes(b'\0'*100)
-    make_tcga_phantom(root/'input/datasets/somebody/mgmt-fast-tcga', n=17, seed=2, slices=16, size=48, skulls=1)
+    tcga = root/'input/datasets/somebody/mgmt-fast-tcga'
+    make_tcga_phantom(tcga, n=17, seed=2, slices=16, size=48, skulls=1)
+    for o in tcga.rglob('*.nii'): plant_nifti(o)
     return root
 
 
@@ -84,6 +89,7 @@ def session(kernel, kaggle, tmp, monkeypatch, **limits):
     before = state(kaggle/'input')
     said = execute(kernel, tmp, kaggle, monkeypatch, **limits)
     assert state(kaggle/'input')==before
+    assert not found(said.encode()) and not found_in(kaggle/'working'), 'identifiers that were planted'
     return said
 
 
