@@ -189,7 +189,7 @@ from .standardize import standardize
 
 @_command
 def mgmt_atlas(
-    path:Path, # The atlas' T1 image, NIfTI
+    path:Path, # The atlas' T1 image, NIfTI; you fetch it yourself, since it has a licence of its own
 ):
     "Check an atlas before scans are brought to it: grid, skull, which copy it is, licence, where it is published"
     print(read_atlas(path))

@@ -532,7 +532,7 @@ def _do_patient(row, dest, atlas, recipe, sequences, key, dicom, budget):
     except Exception as e: entry.update(sequences=[], problems=[dict(sequence='', what=log_fault(e, 'standardizing'))])
     return entry
 
-def _picture_file(dest, patient): return Path(dest)/'qc'/f'{patient}.jpg'
+def _picture_file(dest, patient): return Path(dest)/'.qc'/f'{patient}.jpg'
 
 def _save_picture(picture, path):
     with atomic_path(path) as tmp: Image.fromarray(picture).save(tmp, 'JPEG', quality=85)
