@@ -178,6 +178,7 @@ class Bundle:
     @property
     def preparation_number(self): return self.networks()[0].preparation_number
     def needs(self): return {k:v for m in self.networks() for k,v in m.needs().items()}
+    def leaves(self): return self.networks()
 
     def seen(self) -> list: # `SeenVolumes`, of each model that wrote it down; those of version 0.1 did not
         "What the models were trained on and chosen by"
@@ -214,7 +215,7 @@ class Bundle:
     def predict(self,
         store:VolumeStore, # Prepared as `prepare` does
         progress:bool=True, # Show a progress bar
-    ) -> pd.DataFrame: # patient, prob (of methylation; missing where a sequence is), note
+    ) -> pd.DataFrame: # patient, prob (of methylation; missing where a sequence is), note, unlike
         """The frozen models' probability for each patient: the mean of their log-odds, each at its temperature.
 
         A prediction of patients whom the models were not trained on is entered into the record of their store."""
@@ -228,8 +229,9 @@ class Bundle:
 
 model_kinds['bundle'] = Bundle
 
-_SUFFIXES = ('.safetensors','.json','.seen.safetensors')
-_FILES = record_of({'.safetensors':TEXT, '.json':TEXT}, {'.seen.safetensors':TEXT})
+_OPTIONAL = ('.seen.safetensors','.unlike.safetensors') # models of version 0.1 have none
+_SUFFIXES = ('.safetensors','.json',*_OPTIONAL)
+_FILES = record_of({'.safetensors':TEXT, '.json':TEXT}, dict.fromkeys(_OPTIONAL, TEXT))
 _MODEL = record_of(dict(name=A_FILE_NAME, arch=TEXT, files=_FILES, sequences=list_of(A_SEQUENCE),
     temperature=Allowed.number(1e-3, 1e3)), others=True)
 _SHARE,_SPACING = Allowed.number(0, 1),list_of(Allowed.number(1e-4, 1e5), 3)
@@ -369,7 +371,7 @@ def _copied(path, model, temperature, dest, i):
     "Copy a model's files into the bundle; its entry"
     name,files = f'model-{i}',{}
     for suffix in _SUFFIXES:
-        if not Path(path+suffix).exists() and suffix=='.seen.safetensors': continue # of version 0.1
+        if suffix in _OPTIONAL and not Path(path+suffix).exists(): continue
         with atomic_path(dest/f'{name}{suffix}', record=True) as tmp: shutil.copyfile(path+suffix, tmp)
         files[suffix] = file_hash(dest/f'{name}{suffix}')
     about = dict(arch=model.arch, sequences=list(model.sequences), key=(model.trained or {}).get('key'))

@@ -128,7 +128,7 @@ def with_views(
     recipe:Recipe, # Whose views
 ) -> MGMTModel:
     "A model that answers with the mean over its views."
-    kept = dict(prepared=m.prepared, preparation_number=m.preparation_number)
+    kept = dict(prepared=m.prepared, preparation_number=m.preparation_number, like=m.like)
     return MGMTModel(_Views(m.model, recipe, spacing), m.recipe, m.sequences, **kept)
 
 # %% ../nbs/64_evaluate.ipynb #1811223f
@@ -215,7 +215,7 @@ def _train(job, path):
     res = predict(m, out, progress=False)[['patient','prob']].rename(columns=dict(prob='raw'))
     views = with_views(m, job.store.spacing, job.recipe)
     res['tta'] = predict(views, out, progress=False).prob if job.tta else np.nan
-    files = {f: file_hash(path/f) for f in ('model.safetensors','model.json','model.seen.safetensors')}
+    files = {p.name: file_hash(p) for p in sorted(path.glob('model.*'))}
     return dict(key=job.key, **inside, files=files, predictions=res.to_dict('list'))
 
 def _kept(job, path):

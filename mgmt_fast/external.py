@@ -223,11 +223,21 @@ def _first_result(results, bundle):
 _signature_means = ('the signature is a hash without a key: it shows damage and careless changes, not a result that '
     'was made up and signed anew')
 
-def _note(bundle, this, aside, source, differ, overlap, company, plan):
+def _note(bundle, this, aside, source, differ, overlap, company, plan, unlike):
     "What a reader must know first, in sentences"
     return '; '.join(filter(None, [_on_the_list(aside, source, differ), _on_the_pass(this.nth),
         _on_other_copies(*this.elsewhere), _on_the_company(company), _on_the_overlap(overlap),
-        _on_the_threshold(bundle.validation), _on_the_plan(plan), _signature_means]))
+        _on_the_unlike(unlike), _on_the_threshold(bundle.validation), _on_the_plan(plan), _signature_means]))
+
+def _unlike(preds):
+    "Test patients whose scans are unlike training's, as far as the models know what that was like"
+    if 'unlike' not in preds: return dict(flagged=[], looked_at=0)
+    flagged = preds.patient[preds.unlike.fillna(False)].tolist()
+    return dict(flagged=flagged, looked_at=int(preds.unlike.notna().sum()))
+
+def _on_the_unlike(unlike):
+    n,of = len(unlike['flagged']),unlike['looked_at']
+    return f"{n} of {of} scans are unlike training's (in `unlike`; the figures are of all)" if n else ''
 
 def _on_other_copies(own, others):
     res = []
@@ -357,11 +367,11 @@ def external_test(
 
     The result has `all`, `without_suspected` and `without_uncertain` (each figure with its interval), `note`, `pass`,
     `record` (how many bundles met this cohort, p by Holm, and where that is written down), `overlap`, `leakage`,
-    `plan`, and hashes. Every pass is entered in the bundle's ledger and the cohort's record before its numbers are
-    known, so a second look says that it is the second. One that is stopped before its result was written is finished
-    by the next call, as the same pass. Raises `ProtocolError` on changed files, on patients known from training, on
-    another preparation, and on data that give no number, and `MGMTError` while another process tests this very bundle
-    on this very cohort."""
+    `unlike` (whose scans are unlike training's), `plan`, and hashes. Every pass is entered in the bundle's ledger and
+    the cohort's record before its numbers are known, so a second look says that it is the second. One that is stopped
+    before its result was written is finished by the next call, as the same pass. Raises `ProtocolError` on changed
+    files, on patients known from training, on another preparation, and on data that give no number, and `MGMTError`
+    while another process tests this very bundle on this very cohort."""
     if fitting: raise _for_testing(fitting)
     b = Bundle(bundle.path if isinstance(bundle, Bundle) else bundle)
     dest = Path(dest or b.path)
@@ -399,12 +409,13 @@ def _write_test(b, store, dest, record, listed, differ, plan, overlap, preds):
     company = dict(_company(record, b, groups['all'].get('p_permutation')), where=where, key=record.key)
     fulfilled = _fulfilled(plan, b, groups['all'], this.nth, record)
     apart = None if aside is None else _how_they_differ(scored, aside, b.threshold)
-    note = _note(b, this, aside, source, apart, overlap, company, fulfilled)
+    unlike = _unlike(preds)
+    note = _note(b, this, aside, source, apart, overlap, company, fulfilled, unlike)
     about = dict(date=entry['date'], version=__version__, bundle=b.signature, model=b.named)
     frozen = dict(models=[m['files'] for m in b.models], threshold=b.threshold, ledger=entry['signature'])
     given = 'no report was given' if aside is None else dict(set_aside=aside, source=source, **apart)
     found = dict(cohort=_cohort(store, record, left_out), overridden=differ,
-        leakage=given, overlap=overlap, record=company, plan=fulfilled)
+        leakage=given, overlap=overlap, unlike=unlike, record=company, plan=fulfilled)
     written = dict(predictions=dict(file=file.name, hash=file_hash(file)))
     res = {**about, **frozen, 'pass':this.nth, 'note':note, **found, **groups, **written}
     res = signed(json.loads(json.dumps(res)))

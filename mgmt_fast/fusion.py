@@ -144,6 +144,10 @@ class FusionModel:
         "What scans must be prepared with"
         return {k:v for p in self.parts.values() for k,v in p.needs().items()}
 
+    def leaves(self) -> list: # Of `MGMTModel`s
+        "The networks of all parts"
+        return [o for p in self.parts.values() for o in p.leaves()]
+
     def note_prediction(self,
         store:VolumeStore, # Whose patients are predicted
     ):

@@ -578,6 +578,7 @@ class MGMTModel:
         prepared:list|tuple=None, # Sequences that shared a box when they were prepared; its channels if None
         preparation_number:int=PREPARATION, # Of the store
         seen:SeenVolumes=None, # Which volumes it has seen; None where that was not written down
+        like:object=None, # `TrainingLike`: what training's scans were like; None where that was not written down
     ):
         store_attr()
         self.arch,self.prepared = model.arch,tuple(prepared or sequences)
@@ -593,6 +594,10 @@ class MGMTModel:
     def needs(self) -> dict: # One key, with the recipe and the sequences to prepare
         "What scans must be prepared with"
         return {self.key: (self.recipe, self.prepared)}
+
+    def leaves(self) -> list: # Itself
+        "The networks that predict, each of which may know what its training's scans were like"
+        return [self]
 
     def note_prediction(self,
         store:VolumeStore, # Whose patients are predicted
@@ -615,9 +620,10 @@ class MGMTModel:
     def write(self,
         path:str|Path, # Without suffix
     ):
-        "Write tensors and JSON, and what the model has seen"
-        if self.seen is None: _seen_file(path).unlink(missing_ok=True)
-        else: self.seen.write(_seen_file(path))
+        "Write tensors and JSON, what the model has seen, and what that was like"
+        for o,file in ((self.seen,_seen_file(path)),(self.like,_like_file(path))):
+            if o is None: file.unlink(missing_ok=True)
+            else: o.write(file)
         with atomic_path(f'{path}.safetensors', record=True) as tmp: st.save_model(self.model, str(tmp))
         inputs = dict(sequences=list(self.sequences), prepared=list(self.prepared), size=list(self.size))
         made = dict(version=self.version, preparation=self.preparation_number, config=self.model.config)
@@ -638,7 +644,7 @@ class MGMTModel:
         except Exception as e: raise MGMTError(_no_network(path, e)) from None # it is made by other libraries
         _fill(model, Path(f'{path}.safetensors'), path)
         return cls(model.eval(), recipe, check_sequences(d['sequences']), d['version'], d['trained'], d.get('prepared'),
-            d.get('preparation', 1), _read_seen(path))
+            d.get('preparation', 1), _read_seen(path), _read_like(path))
 
 def _fill(model, file, path):
     "Fill a network with a file's tensors, all of them and no others"
@@ -705,6 +711,14 @@ def _other_tensors(file, model, missing, extra):
 
 def _seen_file(path): return Path(f'{path}.seen.safetensors')
 
+def _like_file(path): return Path(f'{path}.unlike.safetensors')
+
+def _unlike(): return importlib.import_module('.unlike', __package__) # a later room, as those of `_homes` are
+
+def _read_like(path):
+    "What training's scans were like; None where that was not written down (version 0.1)"
+    return _unlike().TrainingLike.read(_like_file(path)) if _like_file(path).exists() else None
+
 def _read_seen(path):
     "What the model has seen; None where that was not written down (version 0.1)"
     return SeenVolumes.read(_seen_file(path)) if _seen_file(path).exists() else None
@@ -743,10 +757,16 @@ def as_model(
 # %% ../nbs/55_learner.ipynb #7865ee9c
 def save_model(
     model:Learner|MGMTModel, # Or another of `model_kinds`
-    path:str|Path, # Without suffix: writes `path.safetensors`, `path.json` and, of a training, `path.seen.safetensors`
+    path:str|Path, # Without suffix: writes `path.safetensors`, `path.json` and, of a training, two more, see below
 ) -> Path: # `path`
-    "Write a trained model as tensors and JSON, each whole or not at all."
-    as_model(model).write(Path(path))
+    """Write a trained model as tensors and JSON, each whole or not at all.
+
+    Of a training, `path.seen.safetensors` says which volumes it has seen, and `path.unlike.safetensors` what they were
+    like, so that a prediction can say of a scan that it is unlike them."""
+    m = as_model(model)
+    if isinstance(model, Learner):
+        m.like = _unlike().training_like(m.model, model.dls.store, _who(model.dls), m.sequences)
+    m.write(Path(path))
     return Path(path)
 
 # %% ../nbs/55_learner.ipynb #bc76bbdf
@@ -780,7 +800,7 @@ def check_preparation(
 
 # %% ../nbs/55_learner.ipynb #452d079b
 def _ready_patients(m, cohort, n_workers):
-    "(patient, row, volumes for `logit`, note) of each patient, in order"
+    "(patient, row, volumes for `logit`, facts of them, note) of each patient, in order"
     if isinstance(cohort, VolumeStore): yield from _from_store(m, cohort)
     else: yield from _from_scans(m, cohort, max(1, min(n_workers or os.cpu_count(), len(cohort))))
 
@@ -789,7 +809,8 @@ def _from_store(m, store):
     for _,row in store.table.iterrows():
         have = [s for s in m.sequences if row.get(s)]
         volumes = dict(zip(have, store.read(row.patient, have))) if have else {}
-        yield row.patient,row,{k:volumes for k in m.needs()},''
+        facts = store.meta[row.patient]['volumes'],store.meta[row.patient]['affine']
+        yield row.patient,row,{k:volumes for k in m.needs()},{k:facts for k in m.needs()},''
 
 def _from_scans(m, cohort, n):
     how,ahead = (m.needs(), m.sequences),deque()
@@ -813,19 +834,20 @@ def _outcome(row, job, how):
     "A patient as `_ready_patients` gives it; one that was under way when a process died is tried again, alone"
     try: res = job.result()
     except BrokenProcessPool: res = do_alone(_prepared, (row, *how))
-    if res==DIED: res = {k:{} for k in how[0]},_DIED
+    if res==DIED: res = {k:{} for k in how[0]},{k:({},None) for k in how[0]},_DIED
     return str(row['patient']),row,*res
 
 _DIED = 'the process that prepared it died, most likely because memory ran out: predict it again with n_workers=1'
 
 def _prepared(row, needs, sequences):
-    "A patient's volumes, prepared in each way that the model needs, and what was said of it"
-    volumes,notes = {},[]
+    "A patient's volumes, prepared in each way that the model needs, facts of them, and what was said of it"
+    volumes,facts,notes = {},{},[]
     for k,(recipe,prepared) in needs.items():
         p = prepare_patient(row, prepared, recipe)
         volumes[k] = {s:a for s,a in p.arrays.items() if s in sequences}
+        facts[k] = p.meta,p.affine
         notes += [' '.join(filter(None, (r['sequence'],r['what']))) for r in p.report]
-    return volumes,'; '.join(uniqueify(notes))
+    return volumes,facts,'; '.join(uniqueify(notes))
 
 # %% ../nbs/55_learner.ipynb #58e77630
 def predict_unlogged(
@@ -834,14 +856,30 @@ def predict_unlogged(
     n_workers:int=None, # Processes that prepare scans; one per core if None
     progress:bool=True, # Show a progress bar?
     features:pd.DataFrame=None, # As for `predict`
-) -> pd.DataFrame: # patient, prob, note
+) -> pd.DataFrame: # patient, prob, note, unlike
     "As `predict`, but without an entry in a held-out cohort's record: the external test makes its own."
     more,rows = _features_of(features),[]
-    for patient,row,volumes,note in track(_ready_patients(m, cohort, n_workers), len(cohort), progress):
-        logit,lack = _one_logit(m, volumes, {**row, **more.get(id_key(patient), {})})
+    for patient,row,volumes,facts,note in track(_ready_patients(m, cohort, n_workers), len(cohort), progress):
+        with _watched(m) as found: logit,lack = _one_logit(m, volumes, {**row, **more.get(id_key(patient), {})})
         prob = torch.sigmoid(torch.tensor(logit, dtype=torch.float64)).item()
-        rows.append((patient, prob, '; '.join(filter(None, (note,lack)))))
-    return pd.DataFrame(rows, columns=['patient','prob','note']).astype({'patient':'string'})
+        unlike,what = _is_unlike(m, volumes, facts, found)
+        rows.append((patient, prob, '; '.join(filter(None, (note,lack,what))), unlike))
+    columns = ['patient','prob','note','unlike']
+    return pd.DataFrame(rows, columns=columns).astype({'patient':'string', 'unlike':'boolean'})
+
+@contextmanager
+def _watched(m):
+    "What each network of a model finds of a patient, while it predicts"
+    with contextlib.ExitStack() as stack:
+        leaves = m.leaves() if hasattr(m, 'leaves') else []
+        yield [(o, stack.enter_context(_unlike().pooled_features(o.model))) for o in leaves if o.like is not None]
+
+def _is_unlike(m, volumes, facts, found):
+    "Is a patient's scan unlike training's, and in words what is; what fails here concerns the flag alone"
+    if not found: return None,''
+    models,features = zip(*((o,f[0][0] if f else None) for o,f in found))
+    try: return _unlike().unlike_training(models, volumes, facts, features)
+    except Exception as e: return None,log_fault(e, 'looking for what is unlike training')
 
 def _features_of(features):
     "What a table knows of each patient, by `id_key`"
@@ -861,10 +899,12 @@ def predict(
     n_workers:int=None, # Processes that prepare scans; one per core if None
     progress:bool=True, # Show a progress bar?
     features:pd.DataFrame=None, # `patient` and what a model needs beside images, where the cohort has no such columns
-) -> pd.DataFrame: # patient, prob (of methylation, 0 to 1, missing where there is none), note
+) -> pd.DataFrame: # patient, prob (of methylation, 0 to 1, missing where there is none), note, unlike
     """The probability of a methylated promoter for each patient, in the cohort's order.
 
-    What fails on one patient is its note, and the others go on. A prediction of patients who are held out for an
+    What fails on one patient is its note, and the others go on. `unlike` flags a scan that is unlike those of training,
+    and the note says by what; it changes no probability, and is missing where the model does not know (a training that
+    was not saved, or had fewer than five scans on either side). A prediction of patients who are held out for an
     external test is entered into the record of their store.
     Raises `MGMTError` if the model cannot be read, or a store was prepared otherwise."""
     m = as_model(model)

@@ -240,8 +240,8 @@ def _shell(g, depth):
     return head,bone,eyes
 
 # %% ../nbs/21_phantom.ipynb #200fcd6b
-def _anatomy(p, seed, skull=False, mm=1.5):
-    "Shares of tissues (name -> (Z,Y,X)), tumour labels, brain, and the grid's axes"
+def _anatomy(p, seed, skull=False, mm=1.5, decoy=False):
+    "Shares of tissues (name -> (Z,Y,X)), labels of tumour and decoy, brain, and the grid's axes"
     rng = rng_for(seed, 'phantom', p.patient, 'anatomy')
     box = ((-120,88),(-118,118),(-100,100)) if skull else ((-72,69),(-96,96),(-78,78))
     axes = [np.arange(lo, hi+mm, mm, dtype=np.float32) for lo,hi in box]
@@ -262,6 +262,7 @@ def _anatomy(p, seed, skull=False, mm=1.5):
     paint('oedema', _edge(wet, 3)*(1-shares['csf']-shares['vessel'])*_edge(depth-2))
     paint('rim', _edge(whole))
     paint('necrosis', _edge(core, 1.3))
+    if decoy: paint('decoy', _edge(_decoy_depth(p, g, depth, seed)))
     label = _tumour_label(shares)
     if skull:
         head,bone,eyes = _shell(g, depth)
@@ -274,15 +275,26 @@ def _anatomy(p, seed, skull=False, mm=1.5):
     return shares,label,(depth>.3).astype(np.uint8),axes
 
 def _tumour_label(shares):
-    "1 necrosis, 3 enhancing rim, 2 oedema, 0 elsewhere: what fills more than half of a voxel"
-    necrosis,rim,oedema = (shares[o] for o in ('necrosis','rim','oedema'))
-    fills = [necrosis>.5, rim+necrosis>.5, oedema>.5]
-    return np.select(fills, [1,3,2], 0).astype(np.uint8)
+    "1 necrosis, 3 enhancing rim, 2 oedema, 4 decoy, 0 elsewhere: what fills more than half of a voxel"
+    necrosis,rim,oedema,decoy = (shares.get(o, np.zeros(1)) for o in ('necrosis','rim','oedema','decoy'))
+    fills = [decoy>.5, necrosis>.5, rim+necrosis>.5, oedema>.5]
+    return np.select(fills, [4,1,3,2], 0).astype(np.uint8)
+
+def _decoy_depth(p, g, depth, seed):
+    "Depth inside a solid ball in the other hemisphere, with the volume of the tumour's rim"
+    rng = rng_for(seed, 'phantom', p.patient, 'decoy')
+    radius = np.cbrt(p.radius**3-(p.radius-p.rim)**3)
+    place = [-np.sign(p.x)*rng.uniform(26,36), rng.uniform(-34,30), rng.uniform(6,26)]
+    return np.minimum(_ellipsoid(g, place, [radius]*3), depth-1)
+
+def _decoy_gadolinium(p, seed):
+    "mM in the decoy: spread as in the rims of a cohort whose best AUC is .9, and drawn without looking at the label"
+    return _gadolinium(1.35*rng_for(seed, 'phantom', p.patient, 'decoy gadolinium').standard_normal())
 
 # %% ../nbs/21_phantom.ipynb #9926db8c
 _relaxation = dict( # T1 ms, T2 ms, proton density; typical of 1.5 T
     white=(750,72,.70), grey=(1250,95,.79), csf=(4000,1800,1), vessel=(1500,60,.6),
-    oedema=(1500,150,.88), rim=(1350,115,.85), necrosis=(2600,400,.95),
+    oedema=(1500,150,.88), rim=(1350,115,.85), decoy=(1350,115,.85), necrosis=(2600,400,.95),
     muscle=(1000,40,.7), fat=(300,80,.8), eye=(3500,1200,1), bone=(800,20,.12), air=(1000,50,0))
 _protocol = dict(FLAIR=(9000,105,2400), T1w=(500,12,None), T1wCE=(500,12,None), T2w=(5000,100,None)) # TR, TE, TI; ms
 _relaxivity = 4.5 # of gadolinium, 1/(s mM)
@@ -295,10 +307,10 @@ def _signal(tissue, tr, te, ti, gadolinium=0):
     return pd*np.exp(-te/t2)*recovered
 
 # %% ../nbs/21_phantom.ipynb #bdfdd635
-def _ideal(p, seq, shares, axes, rng):
+def _ideal(p, seq, shares, axes, rng, timing, decoy=0.):
     "What a perfect scanner would see: signal, texture and the coil's uneven sensitivity, on the head's grid"
-    gd = dict(rim=p.gadolinium, vessel=.9, necrosis=.03) if seq=='T1wCE' else {}
-    def signal(tissue): return np.float32(_signal(tissue, *_protocol[seq], gadolinium=gd.get(tissue,0)))
+    gd = dict(rim=p.gadolinium, vessel=.9, necrosis=.03, decoy=decoy) if seq=='T1wCE' else {}
+    def signal(tissue): return np.float32(_signal(tissue, *timing, gadolinium=gd.get(tissue,0)))
     x = sum(signal(t)*o for t,o in shares.items())
     sd = p.unevenness if seq=='FLAIR' else .1
     def noise(size, pitch): return np.float32(size)*_noise(rng, axes, pitch)
@@ -379,21 +391,25 @@ def render_patient(
     sequences:str|tuple=SEQUENCES, # Which to render
     skull:bool=False, # Keep skull, face and scalp?
     noise:float=.025, # Noise in each channel, as a share of the white matter's signal
+    decoy:bool=False, # Add a second structure as bright as the rim, whose brightness says nothing; 4 in the mask
+    protocol:dict=None, # Sequence to (TR, TE, TI or None) in ms, where it is not the phantom's own
     **kwargs # For `draw_series`
 ) -> dict: # sequence -> `(image, mask)`, int32 and uint8 `Volume`s on the series' own grid
     "Render the series of one patient, and masks as in BraTS 2023: 1 necrosis, 2 oedema, 3 enhancing rim."
+    timing = {**_protocol, **(protocol or {})}
     scans = {o: draw_series(p, o, seed, **kwargs) for o in check_sequences(sequences)}
     finest = min(np.linalg.norm(o.affine[:3,1:3], axis=0).min() for o in scans.values())
     mm = float(np.clip(.9*finest, 1, 2.4))
-    shares,label,brain,axes = _anatomy(p, seed, skull, mm)
+    shares,label,brain,axes = _anatomy(p, seed, skull, mm, decoy)
+    decoy = _decoy_gadolinium(p, seed) if decoy else 0.
     res,masks = {},{}
     for seq,scan in scans.items():
         rng = rng_for(seed, 'phantom', p.patient, seq)
-        x = _sample(_ideal(p, seq, shares, axes, rng), axes, **vars(scan))
+        x = _sample(_ideal(p, seq, shares, axes, rng, timing[seq], decoy), axes, **vars(scan))
         key = (scan.affine.tobytes(), scan.moved.tobytes())
         if key not in masks: masks[key] = [_sample(o, axes, **vars(scan), order=0) for o in (label,brain)]
         mask,inside = masks[key]
-        white = _signal('white', *_protocol[seq])
+        white = _signal('white', *timing[seq])
         n = rng.standard_normal((2,*scan.shape), dtype=np.float32)
         n = n*np.float32(noise*white)
         gain = np.float32(rng.uniform(300,600)/white)
@@ -480,8 +496,8 @@ def measure_traits(
 _empty = '''StudyDate StudyTime AccessionNumber ReferringPhysicianName PatientBirthDate PatientSex StudyID
     PositionReferenceIndicator'''.split()
 
-def _header(v, seq, patient, uid):
-    "The elements that all slices of a series share"
+def _header(v, seq, patient, uid, derived=False):
+    "The elements that all slices of a series share; what was derived has no times of its own"
     (tr,te,ti),num = _protocol[seq],'{:.8g}'.format
     meta = FileMetaDataset()
     meta.TransferSyntaxUID,meta.ImplementationClassUID = ExplicitVRLittleEndian,uid('implementation')
@@ -489,13 +505,15 @@ def _header(v, seq, patient, uid):
     for k in _empty: setattr(ds, k, '')
     ds.SOPClassUID = meta.MediaStorageSOPClassUID = MRImageStorage
     ds.PatientID = ds.PatientName = patient
-    ds.ImageType,ds.Modality,ds.Manufacturer = ['ORIGINAL','PRIMARY','OTHER'],'MR','mgmt_fast phantom'
+    kind = ('DERIVED','SECONDARY') if derived else ('ORIGINAL','PRIMARY')
+    ds.ImageType,ds.Modality,ds.Manufacturer = [*kind,'OTHER'],'MR','mgmt_fast'+' phantom'*(not derived)
     ds.SeriesDescription,ds.SeriesNumber = seq,SEQUENCES.index(seq)+1
     ds.StudyInstanceUID,ds.SeriesInstanceUID,ds.FrameOfReferenceUID = uid('study'),uid(seq),uid('frame')
     ds.BodyPartExamined,ds.PatientPosition,ds.MRAcquisitionType = 'BRAIN','HFS','2D'
     ds.ScanningSequence,ds.SequenceVariant,ds.ScanOptions = ['SE','IR'] if ti else 'SE','SK',''
-    ds.RepetitionTime,ds.EchoTime,ds.EchoTrainLength,ds.MagneticFieldStrength = tr,te,1,1.5
-    if ti: ds.InversionTime = ti
+    if derived: ds.RepetitionTime = ds.EchoTime = ds.EchoTrainLength = None
+    else: ds.RepetitionTime,ds.EchoTime,ds.EchoTrainLength,ds.MagneticFieldStrength = tr,te,1,1.5
+    if ti and not derived: ds.InversionTime = ti
     if seq=='T1wCE': ds.ContrastBolusAgent = 'gadolinium'
     step,high,wide = v.spacing
     dirs = (v.affine[:3,:3]/v.spacing).T*[-1,-1,1]+0. # +0. turns -0 to 0
@@ -513,13 +531,14 @@ def write_series(
     patient:str, # Becomes `PatientID`, as in the competition
     numbers:list=None, # N of each slice, for the file's name and `InstanceNumber`; 1..D if none
     key:str='', # UIDs are derived from it, the patient, the sequence and the slice
+    derived:bool=False, # Computed from other images? Then the header claims no scanner's times
 ):
     "Write a volume as a DICOM MR series (DICOM PS3.3 A.4). Raises `MGMTError` on values that 16 bits do not hold."
     check_sequences(seq)
     dest,x = Path(dest),np.asarray(v)
     if x.min()<0 or x.max()>65535: raise _not_16_bits(x)
     def uid(*o): return generate_uid(entropy_srcs=['mgmt_fast', key, patient, *map(str,o)])
-    ds = _header(v, seq, patient, uid)
+    ds = _header(v, seq, patient, uid, derived)
     dest.mkdir(parents=True, exist_ok=True)
     for i,n in enumerate(range(1,len(x)+1) if numbers is None else numbers):
         ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = uid(seq, i)
@@ -627,7 +646,7 @@ def make_phantom(
     missing = _lacking(missing, table, sequences, seed, 'missing')
     blank = _lacking(blank, table, sequences, seed, 'blank')
     for p,o in blank.items(): blank[p] = tuple(s for s in o if s not in missing.get(p, ()))
-    scan = {k:v for k,v in kwargs.items() if k not in ('skull','noise')}
+    scan = {k:v for k,v in kwargs.items() if k not in ('skull','noise','decoy','protocol')}
     draw_series(table.iloc[0], sequences[0], seed, **scan)
     how = dict(seed=seed, sequences=sequences, shuffle=shuffle, missing=missing, blank=blank, **kwargs)
     settings = dict(n=n, auc=auc, test=test, prevalence=prevalence, version=__version__, **how)
