@@ -12,17 +12,18 @@ import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
 from machine import machine
 from mgmt_fast.cohort import kaggle_cohort
-from mgmt_fast.core import MGMTError, get_recipe, rng_for
+from mgmt_fast.core import MGMTError, get_recipe, make_folder, rng_for
 from mgmt_fast.explain import METHODS, aim, explain, judge
 from mgmt_fast.learner import load_model, mgmt_learner, predict, recipe_dls, save_model
 from mgmt_fast.metrics import auc_ci
 from mgmt_fast.pages import write_csv
 from mgmt_fast.phantom import make_phantom, read_side_table, render_patient
 from mgmt_fast.prepare import VolumeStore, prepare
-from mgmt_fast.viewer import plane_points, sample
+from mgmt_fast.viewer import View, plane_points, sample
 
 HERE = Path(__file__).resolve().parent
 SCANS = dict(slices=24, size=64, sequences='T1wCE', auc=.97, test=.2)
+TEXTS = dict(patient=str, labels=str) # 'true' is a word here
 SIZE,ARCH = (16,48,48),'timm/test_resnet' # the smallest ResNet that timm has
 
 
@@ -84,30 +85,29 @@ def truth(name, patient, side):
     return render_patient(side.loc[patient], 0, 'T1wCE', decoy=name=='decoy', **scan)['T1wCE'][1]
 
 
-def aims(m, store, masks, methods, about):
-    "Where each method points to in each patient, with the seconds"
+def aims(m, store, masks, method, about, path):
+    "Where a method points to in each patient, with the seconds; kept in a file"
+    if path.exists(): return pd.read_csv(path, dtype=TEXTS)
     rows = []
     for patient,mask in masks.items():
-        for method in methods:
-            start = time.perf_counter()
-            try: heat = explain(m, patient, store, method, auc=(.6,1), untested=True, progress=False).map
-            except MGMTError: heat = None # nothing speaks for the answer: it points nowhere
-            found = dict(tumour=False, decoy=False) if heat is None else aim(heat, mask)
-            rows.append(dict(about, method=method, patient=patient, seconds=time.perf_counter()-start, **found))
-    return rows
+        start = time.perf_counter()
+        try: heat = explain(m, patient, store, method, auc=(.6,1), untested=True, progress=False).map
+        except MGMTError: heat = None # the answer depends on nothing: it points nowhere
+        found = dict(tumour=False, decoy=False) if heat is None else aim(heat, mask)
+        rows.append(dict(about, method=method, patient=patient, seconds=time.perf_counter()-start, **found))
+    return pd.read_csv(write_csv(path, pd.DataFrame(rows)), dtype=TEXTS)
 
 
 def draw(root, path, method):
     "Three patients in whom a method points to the tumour, and three in whom it does not, with the decoy"
-    t = pd.read_csv(root/'aims.csv', dtype=dict(patient=str))
-    t = t[(t.method==method)&(t.phantom=='decoy')&(t.seed==0)]
+    t = pd.read_csv(root/f'aims/decoy-true-0-{method}.csv', dtype=TEXTS)
     chosen = pd.concat([t[t.tumour].head(3), t[~t.tumour].head(3)])
     store,side = VolumeStore(root/'decoy-test'),read_side_table(root/'decoy').set_index('patient', drop=False)
     m = load_model(root/'decoy-true-0')
     fig,axs = plt.subplots(2, 3, figsize=(8,6), layout='constrained')
     for ax,r in zip(axs.flat, chosen.itertuples()):
         e,mask = explain(m, r.patient, store, method, auc=(.6,1), untested=True),truth('decoy', r.patient, side)
-        shown = e.show()
+        shown = e.show() if e.map is not None else View(e.scans, at=mask.world(np.argwhere(mask.numpy()==3).mean(0)))
         points = plane_points('axial', shown.at, shown.field, shown.mm)
         inside = np.nan_to_num(sample(mask.float(), points, order=0))
         ax.imshow(shown.panel('T1wCE', 'axial').clip(0, 1))
@@ -115,8 +115,8 @@ def draw(root, path, method):
             outline = np.isin(inside, labels).astype(float)
             if outline.any(): ax.contour(outline, levels=[.5], colors=colour, linewidths=1)
         col,row = (np.argmin(abs(points[...,a]-shown.at[a]).min(b)) for a,b in ((0,0),(1,1)))
-        ax.plot(col, row, '+', color='white', ms=10)
-        where = 'tumour' if r.tumour else 'decoy' if r.decoy else 'elsewhere'
+        if e.map is not None: ax.plot(col, row, '+', color='white', ms=10)
+        where = 'tumour' if r.tumour else 'decoy' if r.decoy else 'nowhere' if e.map is None else 'elsewhere'
         ax.set_title(f"points to: {where}; {e.prob:.2f} methylated", fontsize=9)
         ax.set_axis_off()
     fig.suptitle(f'{METHODS[method]}: tumour cyan, decoy green, + the highest point', fontsize=10)
@@ -132,7 +132,7 @@ def main():
     p.add_argument('--methods', default=','.join(METHODS))
     p.add_argument('--csv', default=HERE.parent/'mgmt_fast/explain.csv')
     o = p.parse_args()
-    root,rows = Path(o.folder or tempfile.mkdtemp()),[]
+    root,tables = Path(o.folder or tempfile.mkdtemp()),[]
     print(machine(), flush=True)
     for name in ('plain','decoy'):
         with contextlib.redirect_stdout(io.StringIO()): stores = make(root, name, o.patients)
@@ -147,17 +147,15 @@ def main():
                 interval = f"{auc.auc:.3f} [{auc.lo:.3f}, {auc.hi:.3f}]"
                 print(f"{name}, seed {seed}, labels {labels}: AUC {interval}", flush=True)
                 about = dict(phantom=name, seed=seed, labels=labels)
-                rows += aims(m, stores[1], masks, o.methods.split(','), about)
-    t = pd.DataFrame(rows)
-    if (root/'aims.csv').exists(): # of other methods, which were judged before
-        before = pd.read_csv(root/'aims.csv', dtype=dict(patient=str))
-        t = pd.concat([before[~before.method.isin(t.method)], t], ignore_index=True)
-    write_csv(root/'aims.csv', t)
+                for method in o.methods.split(','):
+                    path = make_folder(root/'aims')/f'{name}-{labels}-{seed}-{method}.csv'
+                    tables.append(aims(m, stores[1], masks, method, about, path))
+    t = pd.concat(tables, ignore_index=True)
     verdicts = judge(t).round(3)
     write_csv(o.csv, verdicts)
     print(verdicts.T.to_string())
     print(t.groupby('method').seconds.median().round(3).to_string())
-    if o.picture: draw(root, o.picture, 'integrated')
+    if o.picture: draw(root, o.picture, o.methods.split(',')[0])
 
 
 if __name__=='__main__': main()

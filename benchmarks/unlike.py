@@ -4,7 +4,8 @@ usage: unlike.py [FOLDER=temporary] [--train 220] [--like 200] [--odd 40] [--csv
 Networks of three seeds are trained on FLAIR and T1wCE of the phantom, half of the patients out of fold; then they meet
 new patients scanned like these, with another contrast, by another scanner, with a wrong sequence, without a tumour, an
 organ that is no brain, and a CT. Prints and writes, for each kind, the share that is flagged (mean of the seeds) with
-the 95 % interval of Clopper and Pearson over the patients, and what was most often named."""
+the 95 % interval of Clopper and Pearson over the patients, and what was most often named. What FOLDER holds is not
+made again."""
 import argparse, contextlib, io, tempfile
 from collections import Counter
 from pathlib import Path
@@ -50,7 +51,10 @@ def exchanged(p, seed):
     return dict(FLAIR=found['T1wCE'], T1wCE=found['FLAIR'])
 
 
-def no_tumour(p, seed): return scans(p.replace({p.radius: .5, p.rim: .2, p.oedema: .2}), seed)
+def no_tumour(p, seed):
+    far = p.copy()
+    far['x'] = 400. # mm from the brain's middle
+    return scans(far, seed)
 
 
 def organ(p, seed):
@@ -83,6 +87,7 @@ KINDS = {'like training': like, 'other contrast': contrast, 'other scanner': sca
 
 
 def train(store, seed, path):
+    if path.with_suffix('.json').exists(): return load_model(path)
     r = get_recipe('default', arch='timm/test_resnet', lr=2e-3, epochs=3, bs=8, anisotropic=2)
     dls = recipe_dls(store, r, fold=0, n_folds=2, seed=seed, augs=[])
     learn = mgmt_learner(dls, recipe=r, path=path.parent/f'{path.name}-log', seed=seed,
@@ -99,7 +104,8 @@ def row_of(kind, preds):
     lo,hi = proportion_confint(round(flags.mean()*n), n, method='beta')
     said = [o.split('unlike training: ')[1] for p in preds for o in p.note if 'unlike training' in o]
     named = ', '.join(k for k,_ in Counter(said).most_common(2))
-    return dict(kind=kind, patients=n, flagged=round(flags.mean(), 3), lo=round(lo, 3), hi=round(hi, 3), named=named)
+    share,lo,hi = (round(float(o), 3) for o in (flags.mean(), lo, hi))
+    return dict(kind=kind, patients=n, flagged=share, lo=lo, hi=hi, named=named)
 
 
 def main():

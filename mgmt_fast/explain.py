@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'networks_of', 'feature_place', 'place_features', 'stage_g
            'explanation_tests', 'Explanation', 'explain']
 
 # %% ../nbs/72_explain.ipynb #15796d4a
-import copy, math, textwrap, time
+import copy, math, time
 from importlib import resources
 from pathlib import Path
 
@@ -312,7 +312,7 @@ def explanation_tests() -> pd.DataFrame: # As from `judge`
     "What each method did on the phantoms, as it was measured for this version."
     with resources.files('mgmt_fast').joinpath('explain.csv').open() as f: return pd.read_csv(f)
 
-# %% ../nbs/72_explain.ipynb #d0684724
+# %% ../nbs/72_explain.ipynb #8bc820ac
 class Explanation:
     "Why a model said what it said of one patient: `.map`, or `.why` there is none; `.show()` lays it over the scan"
     def __init__(self,
@@ -333,22 +333,20 @@ class Explanation:
         if self.map is None: return f"no map: {self.why}"
         what = f"{METHODS[self.method]}: what speaks for {self.answer!r} ({self.prob:.2f} methylated)"
         if self.method not in _one_sided: what = f"{METHODS[self.method]}: what moves the answer ({self.prob:.2f})"
-        return what+('' if self.tested else '\nUNTESTED: this method did not pass on phantoms; it may prove nothing')
+        return what if self.tested else f'{what}\n{_untested}'
     def __repr__(self): return f'Explanation by {self.note}'
 
     def show(self,
         **kwargs, # For `View`: `opacity`, `at`, ...
     ) -> View: # The scan with the map, or without one and the reason
         "The map where it lies in the patient"
-        return View(self.scans, self.map, **{'note':_folded(self.note), **kwargs})
+        return View(self.scans, self.map, **{'note':self.note, **kwargs})
 
     def _repr_mimebundle_(self, include=None, exclude=None, **kwargs): return self.show()._repr_mimebundle_()
 
-def _folded(text, width=90):
-    "Lines of a width that fits under a picture"
-    return '\n'.join('\n'.join(textwrap.wrap(o, width)) for o in text.splitlines())
+_untested = 'UNTESTED: not among the methods that passed on phantoms; it may prove nothing'
 
-# %% ../nbs/72_explain.ipynb #da18ed3b
+# %% ../nbs/72_explain.ipynb #6465c1ba
 def _auc_of(model, auc):
     "(lowest, highest) AUC of a model, as it is known; None where it is not"
     if auc is None and isinstance(model, Bundle): auc = model.validation
@@ -366,7 +364,7 @@ def _no_better(auc):
 _auc_unknown = ("nobody said how good this model is: give auc=auc_ci(labels, probs) of patients whom it was not "
     "trained on, or explain a bundle, which knows")
 
-# %% ../nbs/72_explain.ipynb #b3e33121
+# %% ../nbs/72_explain.ipynb #4d1dfbc7
 def _inputs(model, what, store, scans):
     "Volumes by key as `logit` takes them, with the affine of each key's grid"
     if store is not None:
@@ -395,7 +393,7 @@ def _lacking(lack):
     return (f"the patient lacks {', '.join(lack)}, which the model was trained on, so there is no answer to explain: "
         "complete the scans, or take a model without it")
 
-# %% ../nbs/72_explain.ipynb #a406da55
+# %% ../nbs/72_explain.ipynb #931c2141
 def _summed(nets, inputs, method, stage, **kwargs):
     "The ensemble's logit, and its signed map on the first network's grid"
     total,heat,grid = 0.,None,None
@@ -418,7 +416,7 @@ def _place(net, size, spacing, stage):
     if key not in kept: kept[key] = Place(net, size, spacing, stage)
     return kept[key]
 
-# %% ../nbs/72_explain.ipynb #e458aae9
+# %% ../nbs/72_explain.ipynb #0ba611fc
 def explain(
     model:MGMTModel|str|Path, # A learner, a model, a fusion, a bundle, or the path of one
     patient:str|pd.Series|dict, # A patient of the store, by name; or a row of a cohort, or scans by sequence
@@ -448,6 +446,7 @@ def explain(
     why = _no_better(_auc_of(m, auc))
     if why: return Explanation(scans, prob, method, why=why, tested=tested)
     heat = _finished(heat, method, 1 if prob>=.5 else -1)
+    if heat is None: return Explanation(scans, prob, method, why=_only_against, tested=tested)
     if store is None: heat = _on_scan(heat, first(scans.values()))
     return Explanation(scans, prob, method, heat, tested=tested)
 
@@ -468,19 +467,21 @@ def _passed(method):
 
 def _not_passed(method):
     good = [k for k in METHODS if _passed(k)]
-    offer = f"tested ones: {', '.join(good)}" if good else "none did"
-    return MGMTError(f"{METHODS[method]} did not pass on phantoms, where the place of the signal is known ({offer}): "
-        "with untested=True it is shown, with a line that says so; see explanation_tests()")
+    offer = f"these did: {', '.join(good)}" if good else 'none did'
+    return MGMTError(f"{METHODS[method]} is not among the methods that passed on phantoms, where the signal's place is "
+        f"known ({offer}): with untested=True it is shown, with a line that says so; see explanation_tests()")
 
 def _finished(heat, method, sign):
-    "From 0 to 1: what speaks for the answer, or the size of what moves it"
+    "From 0 to 1: what speaks for the answer, or the size of what moves it; None where all speaks against it"
+    if float(heat.abs().max())<=1e-9: raise MGMTError(_constant)
     heat = (heat*sign).clamp(min=0) if method in _one_sided else heat.abs()
     top = float(heat.max())
-    if top<=1e-9: raise MGMTError(_constant)
-    return heat/top
+    return heat/top if top>1e-9 else None
 
-_constant = ("no place speaks for the answer: the model's answer does not depend on this scan (is it constant, or did "
-    "its training fail?)")
+_constant = ("the model's answer does not depend on this scan, so nothing explains it: is the model constant, or did its "
+    "training fail?")
+_only_against = ("by this method no place speaks for the answer; what there is speaks against it, and the answer comes "
+    "from what the model says of every scan")
 
 def _on_scan(heat, scan):
     "On the scan's own grid"

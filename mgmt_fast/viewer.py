@@ -6,7 +6,7 @@
 __all__ = ['PLANES', 'field_of', 'plane_points', 'sample', 'scans_of', 'inner_slab', 'View', 'slice_sheet', 'view']
 
 # %% ../nbs/71_viewer.ipynb #698ba30f
-import base64, io, json
+import base64, io, json, textwrap
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
@@ -229,7 +229,7 @@ class View:
 
     def lines(self) -> list: # Of text
         "What is written under the picture"
-        x,y,z = self.at
+        x,y,z = self.at.round(1)+0. # -0. becomes 0.
         where = f"{x:.1f} right, {y:.1f} front, {z:.1f} up (RAS mm)"
         cut = 'skull: only 25 to 75 mm below the top of the head is shown' if self.cropped else ''
         return [o for o in (where,cut,self.note) if o]
@@ -238,7 +238,8 @@ class View:
         "The picture in a matplotlib figure, with names, place and note"
         x = self.picture()
         height,width = (o/90 for o in x.shape[:2])
-        below,above = .2*len(self.lines()),.25
+        lines = self._wrapped(max(width, 4))
+        below,above = .17*len(lines)+.05,.25
         whole = height+below+above
         fig = Figure(figsize=(max(width, 4), whole))
         share = width/fig.get_figwidth()
@@ -247,8 +248,13 @@ class View:
         ax.set_axis_off()
         share = 1/len(self.volumes)
         for i,name in enumerate(self.volumes): ax.text((i+.5)*share, 1, name, **_title, transform=ax.transAxes)
-        fig.text(.01, .01, '\n'.join(self.lines()), fontsize=8, va='bottom')
+        fig.text(.01, .01, '\n'.join(lines), fontsize=8, va='bottom')
         return fig
+
+    def _wrapped(self, inches):
+        "The lines under the picture, as wide as it is"
+        parts = '\n'.join(self.lines()).splitlines()
+        return [w for o in parts for w in textwrap.wrap(o, int(13*inches))]
 
     def png(self) -> bytes: # Of a PNG
         "The figure as a picture file"
