@@ -189,7 +189,7 @@ from .standardize import standardize
 
 @_command
 def mgmt_atlas(
-    path:Path, # The atlas' T1 image, NIfTI
+    path:Path, # The atlas' T1 image, NIfTI; you fetch it yourself, since it has a licence of its own
 ):
     "Check an atlas before scans are brought to it: grid, skull, which copy it is, licence, where it is published"
     print(read_atlas(path))
@@ -642,13 +642,14 @@ def mgmt_kaggle(
     source:Path='.', # The clone whose wheel is built, or a wheel of mgmt_fast
     weights:Path=None, # Folder that `mgmt_weights` wrote, to become a data set where it lies
     store:Path=None, # Folder that `mgmt_prepare` wrote, likewise
-    tcga:Path=None, # Folder of TCGA scans and a label table, likewise
+    tcga:Path=None, # Folder of TCGA scans, raw or prepared, and a label table, likewise
+    atlas:Path=None, # Folder with the atlas' T1 image, for raw scans, likewise
     python:str=','.join(PYTHONS), # Python versions of Kaggle's images, joined by commas, for which there must be wheels
     lacking:str=','.join(LACKING), # What Kaggle's image lacks, joined by commas; 'none' for nothing
 ):
     "Build the data sets for running without internet, check the kernels, and print the commands that send them"
     extra = () if lacking=='none' else [o.strip() for o in lacking.split(',')]
-    folders = dict(weights=weights, store=store, tcga=tcga)
+    folders = dict(weights=weights, store=store, tcga=tcga, atlas=atlas)
     commands = build_kaggle(dest, user, kernels, source, extra, python.split(','), **folders)
     print(f'{dest}: wheels and kernels, checked. {_SEND}')
     for o in commands: print(f'  {o}')

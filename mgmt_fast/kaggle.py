@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COMPETITION', 'DATASETS', 'KaggleError', 'kaggle_root', 'on_kaggle', 'find_input', 'competition_folder',
            'working_folder', 'store_gb', 'kaggle_data', 'find_weights', 'find_store', 'carry_on', 'train_bundles',
-           'find_bundles', 'phantom_bundles', 'refuse_unprepared', 'make_tcga_phantom', 'find_tcga', 'make_submission',
-           'predict_submission']
+           'find_bundles', 'phantom_bundles', 'refuse_unprepared', 'make_tcga_phantom', 'find_tcga', 'standardize_raw',
+           'make_submission', 'predict_submission']
 
 # %% ../nbs/80_kaggle.ipynb #3b328e50
 import os, shutil
@@ -26,6 +26,7 @@ from .clinical import id_key, read_labels
 from .cohort import kaggle_cohort, tcga_cohort
 from .phantom import draw_patients, make_phantom, render_patient
 from .prepare import VolumeStore, prepare
+from .standardize import standardize
 from .backbones import weights_file
 from .callbacks import Clock, OutOfTime
 from .learner import load_model
@@ -34,7 +35,8 @@ from .bundle import Bundle, cv_models, freeze_bundle
 
 # %% ../nbs/80_kaggle.ipynb #a8c4fa67
 COMPETITION = 'rsna-miccai-brain-tumor-radiogenomic-classification'
-DATASETS = dict(wheels='mgmt-fast-wheels', weights='mgmt-fast-weights', store='mgmt-fast-store', tcga='mgmt-fast-tcga')
+DATASETS = dict(wheels='mgmt-fast-wheels', weights='mgmt-fast-weights', store='mgmt-fast-store', tcga='mgmt-fast-tcga',
+    atlas='mgmt-fast-atlas')
 
 class KaggleError(MGMTError):
     "What is missing on Kaggle, or in what shall go there, and what to attach or do"
@@ -373,6 +375,29 @@ _tcga_stand_in = (f"PHANTOM: no TCGA scans attached ({DATASETS['tcga']}); synthe
 def _no_label_table(root):
     return (f"{root} has scans but no table of labels: add the published one (TCGAID,MGMT_value, or Ceccarelli 2016 "
         f"with MGMT.promoter.status) as a CSV beside the patients' folders")
+
+# %% ../nbs/80_kaggle.ipynb #24b0a002
+def standardize_raw(
+    cohort:pd.DataFrame, # From `tcga_cohort`
+    dest:str|Path, # Folder to fill, in the working folder
+    progress:bool=True, # Show a progress bar?
+) -> pd.DataFrame: # The cohort in the space of the attached atlas; as it was where none is attached
+    """Bring scans into the space of the attached atlas (`mgmt-fast-atlas`, one NIfTI file).
+
+    Raises `KaggleError` where that data set holds another number of images."""
+    folder = find_input(DATASETS['atlas']) if on_kaggle() else None
+    if folder is None: return cohort
+    images = sorted(p for p in folder.rglob('*') if p.name.lower().endswith(('.nii','.nii.gz')))
+    if len(images)!=1: raise KaggleError(_no_single_atlas(folder, images))
+    done = standardize(cohort, dest, atlas=images[0], progress=progress)
+    bad = done[done.problem.notna()]
+    print(f"{len(done)-len(bad)} of {len(done)} patients are in the space of the atlas without a problem")
+    for r in bad[:20].itertuples(): print(f'  {r.patient}: {r.problem}')
+    return done
+
+def _no_single_atlas(folder, images):
+    return (f"{folder} holds {len(images)} NIfTI files, and an atlas is one: attach a data set with the T1 image of "
+        "SRI24 alone (CC BY-SA 3.0, https://www.nitrc.org/projects/sri24)")
 
 # %% ../nbs/80_kaggle.ipynb #967a1a5a
 def make_submission(

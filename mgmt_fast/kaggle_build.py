@@ -113,7 +113,8 @@ def _no_user(user):
         "it is the last part of your profile's address")
 
 # %% ../nbs/81_kaggle_build.ipynb #918ba990
-LACKING = ('timm-3d', 'pydicom', 'python-gdcm', 'pylibjpeg', 'pylibjpeg-openjpeg')
+LACKING = ('timm-3d', 'pydicom', 'python-gdcm', 'pylibjpeg', 'pylibjpeg-openjpeg', 'picsl-greedy', 'deepbet',
+    'SimpleITK') # the last three for raw scans
 PYTHONS = ('3.11','3.12','3.13') # of Kaggle's images, old and new; pip takes the wheels that fit
 
 def build_wheels(
@@ -192,7 +193,7 @@ def build_kaggle(
     source:str|Path='.', # A clone of the library, or a wheel of it
     lacking:list|tuple=LACKING, # What else to fetch for the wheels
     pythons:str|list|tuple=PYTHONS, # Versions that the kernels may meet
-    **folders, # `weights`, `store`, `tcga`: folders that become data sets where they lie
+    **folders, # `weights`, `store`, `tcga`, `atlas`: folders that become data sets where they lie
 ) -> list: # The `kaggle` commands that send it all, in order
     """Make the data sets and the filled-in kernels; nothing is sent, and no credentials are needed.
 
@@ -215,7 +216,8 @@ def build_kaggle(
 _terms = dict(wheels='Wheels of mgmt_fast and of what Kaggle lacks for it; each keeps its own licence.',
     weights='2D ImageNet weights of timm, for inflation to 3D; each file names its licence.',
     store='Scans of the competition, prepared by mgmt_fast; the rules of the competition apply.',
-    tcga='TCGA-GBM scans, skull-stripped in one space, and a table of MGMT labels; the terms of TCIA apply.')
+    tcga='TCGA-GBM scans and a table of MGMT labels; the terms of TCIA apply.',
+    atlas='SRI24, the atlas of the public glioma collections; CC BY-SA 3.0, https://www.nitrc.org/projects/sri24.')
 
 def _in_order(paths):
     "Folders of kernels, in the order in which one needs the other's output"

@@ -24,8 +24,8 @@ def _channels(store):
     maps = [s for s in store.sequences if s in PERFUSION]
     if anatomy and maps: return anatomy,maps
     has = ', '.join(store.sequences)
-    raise MGMTError(f"experiment (c) needs sequences and maps of perfusion; the store has {has}: add maps to the cohort "
-        "with `add_perfusion`, and prepare it again")
+    raise MGMTError(f"experiment (c) needs sequences and maps of perfusion; the store has {has}: add maps to the "
+        "cohort with `add_perfusion`, and prepare it again")
 
 def _auc_row(t, k):
     t = t.dropna(subset=[k])

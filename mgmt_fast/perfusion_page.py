@@ -85,8 +85,8 @@ def _values(found):
     rows = {}
     for k,(unit,meaning) in PERFUSION_MAPS.items():
         x = found.maps[k].numpy()
-        low,median,high = np.percentile(x[found.brain], [5,50,95])
-        numbers = {'white matter':np.median(x[found.white]), 'brain, 5 %':low, 'brain, median':median, 'brain, 95 %':high}
+        numbers = {'white matter': np.median(x[found.white])}
+        for q in (5,50,95): numbers[f'brain, {q} %'] = np.percentile(x[found.brain], q)
         rows[k] = {**{a: f'{b:.3g}' for a,b in numbers.items()}, 'unit':unit, 'what it is':meaning}
     return pd.DataFrame.from_dict(rows, orient='index')
 

@@ -46,7 +46,7 @@ choice('standardize', 'interpolation', 'how values between voxels are found, onc
     Allowed.one_of('linear','cubic'), default='linear', brats='linear', published='cubic')
 choice('standardize', 'intensities', "what is written: values as scanned, or z-scores of the brain",
     Allowed.one_of('as scanned','z-score'), default='as scanned', brats='as scanned', published='z-score')
-choice('standardize', 'second_engine', 'when SimpleITK aligns the anchor with the atlas too; the better result is taken',
+choice('standardize', 'second_engine', 'when SimpleITK aligns the anchor too; the better result is taken',
     Allowed.one_of('in doubt','always','never'), default='in doubt', brats='in doubt', published='never')
 
 # %% ../nbs/32_standardize.ipynb #d842862a
@@ -268,12 +268,12 @@ def into_space(
     "Interpolate a volume once, on another grid and through a matrix."
     return _on(vol, space, matrix) if interpolation=='linear' else _cubic(vol, space, matrix)
 
-# %% ../nbs/32_standardize.ipynb #89ceed0d
+# %% ../nbs/32_standardize.ipynb #681b68ff
 def _read_all(row, sequences, budget, say):
     "The volumes that can be read"
     vols = {}
     for s in sequences:
-        if s not in row or not isinstance(row[s], Volume) and pd.isna(row[s]): continue
+        if _is_missing(row, s): continue
         try: vols[s] = read_sequence(row, s, budget)
         except MGMTError as e: say(s, f'{type(e).__name__}: {e}'.replace(str(row[s]), s))
     return vols
@@ -293,9 +293,9 @@ def _prepared(vols, anchor, atlas):
 
 def _exact(vol, space): return resample(vol, space.affine, space.shape)
 
-# %% ../nbs/32_standardize.ipynb #8f50314b
+# %% ../nbs/32_standardize.ipynb #b970c5d6
 def standardize_patient(
-    row:pd.Series|dict, # A row of a cohort: `patient`, a path or a `Volume` per sequence
+    row:pd.Series|dict, # Of a cohort: a path or `Volume` per sequence; perhaps `mask`, where the anchor's brain is
     atlas:Atlas, # Without skull
     sequences:str|list|tuple=SEQUENCES, # Which to bring along
     recipe:str|Path|Recipe='default', # Name, file or `Recipe`
@@ -312,13 +312,24 @@ def standardize_patient(
     try:
         vols = _read_all(row, check_sequences(sequences), budget, _say)
         if not vols: raise StandardizeError('no sequence can be read')
-        _run(vols, atlas, r, res, _say)
+        given = _given_mask(row, budget)
+        _run(vols, given, atlas, r, res, _say)
     except MGMTError as e: _say('', str(e))
     except Exception as e: _say('', log_fault(e, 'standardizing'))
     if not res.volumes: res.heads = vols
     return res
 
-def _run(vols, atlas, r, res, say):
+def _given_mask(row, budget):
+    "The mask of another tool, where the cohort names one"
+    if _is_missing(row, 'mask'): return None
+    try: return read_sequence(row, 'mask', budget)
+    except MGMTError as e:
+        said = f'{type(e).__name__}: {e}'.replace(str(row['mask']), 'mask')
+        raise StandardizeError(said) from None
+
+def _is_missing(row, name): return name not in row or not isinstance(row[name], Volume) and pd.isna(row[name])
+
+def _run(vols, given, atlas, r, res, say):
     res.anchor = choose_anchor(vols, r.anchor)
     if res.anchor!=r.anchor in SEQUENCES: res.scores['anchor'] = f'{res.anchor}, since {r.anchor} is missing'
     if scores := _prepared(vols, res.anchor, atlas): return _pass_through(vols, scores, atlas, res)
@@ -326,7 +337,8 @@ def _run(vols, atlas, r, res, say):
     for s,v in vols.items(): leveled[s],back[s] = level(v)
     head = isotropic(leveled[res.anchor])
     res.state = 'stripped' if has_skull(vols[res.anchor]) is False else 'raw'
-    mask = brain_mask(head) if res.state=='raw' else solid_mask(head)
+    if given is not None: mask = _on_head(given, head, back[res.anchor])
+    else: mask = brain_mask(head) if res.state=='raw' else solid_mask(head)
     res.scores['ml'] = millilitres(mask)
     if wrong := outside(dict(ml=res.scores['ml']), GATES): raise StandardizeError(_refused(wrong))
     res.found = head,mask
@@ -342,6 +354,11 @@ def _run(vols, atlas, r, res, say):
     for s,o in matrices.items():
         res.matrices[s] = back[s]@o
         _write_into(res, s, vols[s], atlas, r)
+
+def _on_head(mask, head, back):
+    "A mask in the space of the anchor's header, on the level head's grid"
+    there = np.asarray(_on((mask>0).float(), head, back))>.5
+    return Volume(torch.from_numpy(there.astype(np.uint8)), affine=head.affine)
 
 def _refused(wrong): return f"refused, since {' and '.join(wrong)}"
 
@@ -440,13 +457,12 @@ _ENTRY = record_of(dict(key=record_of({}, others=True), problems=list_of(_NOTE),
 
 def _key_of(row, sequences, recipe, atlas, dicom):
     "All that a patient's result depends on"
-    sources = {s: source_state(row.get(s), row.get(f'{s}_index')) for s in sequences if not _is_missing(row, s)}
+    named = [s for s in (*sequences,'mask') if not _is_missing(row, s)]
+    sources = {s: source_state(row[s], row.get(f'{s}_index')) for s in named}
     engines = {k: v for k,v in engine_table().set_index('engine').version.items() if isinstance(v, str)}
     key = dict(standardization=STANDARDIZATION, recipe=recipe.room('standardize'), atlas=atlas.digest, sources=sources,
         engines=engines, dicom=dicom)
     return json.loads(json.dumps(key))
-
-def _is_missing(row, s): return s not in row or pd.isna(row[s])
 
 def _folder_of(dest, patient):
     "A patient's folder. Raises `StandardizeError` where an id is no name of a folder"
@@ -516,7 +532,7 @@ def _do_patient(row, dest, atlas, recipe, sequences, key, dicom, budget):
     except Exception as e: entry.update(sequences=[], problems=[dict(sequence='', what=log_fault(e, 'standardizing'))])
     return entry
 
-def _picture_file(dest, patient): return Path(dest)/'qc'/f'{patient}.jpg'
+def _picture_file(dest, patient): return Path(dest)/'.qc'/f'{patient}.jpg'
 
 def _save_picture(picture, path):
     with atomic_path(path) as tmp: Image.fromarray(picture).save(tmp, 'JPEG', quality=85)
@@ -615,7 +631,7 @@ def _problem_of(entry):
 
 def _result(cohort, dest, entries, sequences):
     "The cohort of what was written"
-    res = cohort.drop(columns=[c for c in cohort if str(c).endswith('_index')]).reset_index(drop=True)
+    res = cohort.drop(columns=[c for c in cohort if str(c).endswith('_index') or c=='mask']).reset_index(drop=True)
     ids = res.patient.astype(str)
     for s in SEQUENCES:
         files = [str(_file_of(Path(dest)/p, s)) if s in entries[p]['sequences'] else None for p in ids]
@@ -649,7 +665,7 @@ def standardize(
         for o in dest.glob('.patient-*'): shutil.rmtree(o, ignore_errors=True)
         rows = {str(r['patient']): r for _,r in cohort.iterrows()}
         entries,jobs = _to_do(rows, dest, atlas, recipe, sequences, dicom, budget)
-        if entries: print(f'{dest}: {len(entries)} patients as they were standardized before')
+        if entries: print(f'{len(entries)} patients as they were standardized before')
         for i,entry in in_processes(_in_own_process, list(jobs.values()), n_workers, progress):
             entries[list(jobs)[i]] = entry if entry!=DIED else _died()
         entries = {p: entries[p] for p in rows}
