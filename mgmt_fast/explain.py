@@ -478,8 +478,8 @@ def _finished(heat, method, sign):
     top = float(heat.max())
     return heat/top if top>1e-9 else None
 
-_constant = ("the model's answer does not depend on this scan, so nothing explains it: is the model constant, or did its "
-    "training fail?")
+_constant = ("the model's answer does not depend on this scan, so nothing explains it: is the model constant, or did "
+    "its training fail?")
 _only_against = ("by this method no place speaks for the answer; what there is speaks against it, and the answer comes "
     "from what the model says of every scan")
 
