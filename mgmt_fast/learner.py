@@ -713,7 +713,7 @@ def _seen_file(path): return Path(f'{path}.seen.safetensors')
 
 def _like_file(path): return Path(f'{path}.unlike.safetensors')
 
-def _unlike(): return importlib.import_module('.unlike', __package__) # a later room, as those of `_homes` are
+def _unlike(): return importlib.import_module('mgmt_fast.unlike') # a later room, as those of `_homes` are
 
 def _read_like(path):
     "What training's scans were like; None where that was not written down (version 0.1)"

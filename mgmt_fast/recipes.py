@@ -84,7 +84,7 @@ _settings = dict( # choice: what the thesis has there, and where that was read
 def thesis_choices(
     recipe:str|Path|Recipe='published', # Name or `Recipe`
 ) -> pd.DataFrame: # One row per choice: choice, here, default, fault, thesis, read in
-    """Every choice in which `published` is not the default, what the thesis has there, and where that was read.
+    """Every choice of preparation and training in which `published` is not the default, and what the thesis has there.
 
     `read in` is the thesis' `'code'` or `'text'`, `'Keras'` for what its libraries do unasked, `'ours'` for what none
     of them says. `fault` is its number in `faults`, missing for what is a setting and no fault."""
@@ -92,6 +92,7 @@ def thesis_choices(
     told = {c: (n,text) for n,c,_,text in _faults}
     rows = []
     for k in choice_names():
+        if k in choice_names('standardize'): continue # of raw scans, which the thesis prepared by another's tool
         if k not in told and (k not in p.values() or k not in d.values() or p[k]==d[k]): continue
         number,text = told.get(k, (pd.NA,_settings.get(k, ('',''))[0]))
         rows.append((k, r[k], d[k], number, text, 'code' if k in told else _settings.get(k, ('',''))[1]))
