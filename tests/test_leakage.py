@@ -73,7 +73,7 @@ def test_hidden_copies_are_found_and_nobody_else(home, store, hidden):
     assert set_aside(df)==['X1','X3','X5']
     assert set(drop_patients(test, home/'out'/'set_aside.csv').patient)==set(test.patient)-{'X1','X3','X5'}
     page = (home/'out'/'leakage.html').read_text()
-    assert page.count('alt="slices"')==6 and page.count('alt="histogram"')==1 and 'src="http' not in page
+    assert page.count('alt="five slices of')==6 and page.count('<figcaption>')==1 and 'src="http' not in page
     for f in (home/'out').rglob('*'):
         if f.is_file(): assert str(home).encode() not in f.read_bytes(), f.name
 
