@@ -14,7 +14,7 @@ from fastcore.all import *
 from scipy import ndimage
 
 from .core import *
-from .grids import canonical_affine
+from .grids import canonical_affine, largest_part
 from .series import read_volume
 from .skull import air_value, has_skull
 
@@ -72,9 +72,7 @@ def solid_mask(
     x = np.asarray(vol)
     air,_ = air_value(x)
     high = np.percentile(x[x>air], 99) if (x>air).any() else air
-    parts,n = ndimage.label(abs(x-air)>.005*abs(high-air))
-    largest = parts==1+np.bincount(parts.ravel())[1:].argmax() if n else parts>0
-    solid = ndimage.binary_fill_holes(largest)
+    solid = ndimage.binary_fill_holes(largest_part(abs(x-air)>.005*abs(high-air)))
     return Volume(torch.from_numpy(solid.astype(np.uint8)), affine=vol.affine)
 
 # %% ../nbs/30_atlas.ipynb #85a93e1c

@@ -18,7 +18,7 @@ from fastcore.all import *
 from scipy import ndimage
 
 from .core import *
-from .grids import isotropic, match_axes
+from .grids import isotropic, largest_part, match_axes
 
 # %% ../nbs/31_engines.ipynb #0032989d
 class EngineError(MGMTError):
@@ -75,11 +75,6 @@ def _scaled(x, low, high):
     x = ((x-low)/(high-low).clamp(min=1e-6)).clamp(0, 1)
     return .226*(x-x.mean())/x.std()+.449
 
-def _largest(mask):
-    "The largest part, whose voxels may touch at corners"
-    parts,n = ndimage.label(mask, np.ones((3,3,3)))
-    return parts==1+np.bincount(parts.ravel())[1:].argmax() if n else mask
-
 def _resized(x, shape): return F.interpolate(x[None,None], tuple(shape), mode='nearest-exact')[0,0]
 
 def _box(small, shape, margin=.1):
@@ -111,10 +106,11 @@ def brain_mask(
     small = _resized(x, (128,)*3)
     low,high = small.quantile(.005),small.quantile(.995)
     rough = _network('bbox_model.pt')(_scaled(small, low, high)[None,None])[0,1]
-    box = _box(_largest((rough>.5).numpy()), x.shape)
+    box = _box(largest_part((rough>.5).numpy(), corners=True), x.shape)
     inside = _network('model.pt')(_scaled(_resized(x[box], (256,)*3), low, high)[None,None])[0,1]
     mask = np.zeros(x.shape, bool)
-    mask[box] = ndimage.binary_fill_holes(_largest((_resized(inside, x[box].shape)>.5).numpy()))
+    found = (_resized(inside, x[box].shape)>.5).numpy()
+    mask[box] = ndimage.binary_fill_holes(largest_part(found, corners=True))
     mask = torch.from_numpy(mask.astype(np.uint8)).flip(backwards).permute(*np.argsort(order))
     return Volume(mask.contiguous(), affine=vol.affine)
 

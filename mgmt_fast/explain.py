@@ -18,6 +18,7 @@ from torch import nn
 
 from .core import *
 from .grids import resample
+from .series import has_scan
 from .prepare import VolumeStore, prepare_patient
 from .loader import LABELS
 from .operators import InflatedConv3d
@@ -452,14 +453,12 @@ def explain(
 
 def _there(m, patient, store):
     "The sequences to show: the model's, or those of them that there are"
-    if store is None: have = [s for s in m.sequences if s in patient and _is_given(patient[s])]
+    if store is None: have = [s for s in m.sequences if has_scan(patient, s)]
     elif patient not in store.meta: return m.sequences
     else: have = [s for s in m.sequences if s in store.meta[patient]['volumes']]
     lack = [s for s in m.sequences if s not in have]
     if lack: raise MGMTError(_lacking(lack))
     return m.sequences
-
-def _is_given(v): return isinstance(v, Volume) or not pd.isna(v)
 
 def _passed(method):
     t = explanation_tests().set_index('method').passed

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PERFUSION_MAPS', 'signal_to_r2star', 'tissue_perfusion', 'Leakage', 'correct_leakage', 'Artery', 'find_aif',
-           'is_saturated', 'brain_mask', 'lesion_side', 'white_matter', 'rigid_transform', 'correct_motion',
-           'Perfusion', 'perfusion_maps']
+           'is_saturated', 'brain_mask', 'lesion_side', 'white_matter', 'correct_motion', 'Perfusion', 'perfusion_maps']
 
 # %% ../nbs/34_perfusion.ipynb #c9898513
 from typing import NamedTuple
@@ -18,8 +17,8 @@ from threadpoolctl import threadpool_limits
 
 from .core import *
 from .dsc import *
-from .grids import resample
-from .register import Structure, low_resolution, register_rigid
+from .grids import largest_part, resample
+from .register import Structure, low_resolution, rigid_transform
 
 # %% ../nbs/34_perfusion.ipynb #7a7378bb
 def signal_to_r2star(
@@ -283,8 +282,7 @@ def brain_mask(
     radius = np.maximum(1, (3/size).round().astype(int))
     disc = np.ones((1,*(2*radius+1)), bool)
     opened = ndimage.binary_opening(np.pad(mask, 4), disc)[4:-4,4:-4,4:-4]
-    parts,n = ndimage.label(opened)
-    return parts==1+np.bincount(parts.ravel())[1:].argmax() if n else mask
+    return largest_part(opened) if opened.any() else mask
 
 # %% ../nbs/34_perfusion.ipynb #01b1b898
 def lesion_side(
@@ -329,31 +327,16 @@ def white_matter(
 
 def _smooth(x, sigma=1.): return ndimage.gaussian_filter(np.asarray(x, dtype=np.float32), (0,sigma,sigma))
 
-# %% ../nbs/34_perfusion.ipynb #da8db49a
-def rigid_transform(
-    fixed:Volume, # Any grid
-    moving:Volume, # The same head
-) -> tuple: # (4,4), from RAS+ mm of `fixed` to those of `moving`; and how well they agree, -1 to 1
-    "The turn and shift from one volume to another, by `register_rigid`. Raises `MGMTError` on a blank volume."
-    lows = [low_resolution(o) for o in (fixed,moving)]
-    return _between(*map(Structure, lows), *lows)
-
-def _between(fixed, moving, low_fixed, low_moving):
-    found = register_rigid(fixed, moving, flips=False, starts=1)
-    return low_moving.affine@found.matrix@np.linalg.inv(low_fixed.affine),found.ncc
-
 # %% ../nbs/34_perfusion.ipynb #353fc7ab
 def correct_motion(
     series:Series4D, # Any
 ) -> tuple: # The series, float32, and a table: `frame`, `shift` (mm), `turn` (degrees), `agreement` (-1 to 1)
     "Bring every frame onto the mean of those before the bolus. Raises `MGMTError` where a frame is blank."
     base = series.frame(bolus_timing(head_curve(series)).baseline)
-    low = low_resolution(base)
-    fixed,rows,frames = Structure(low),[],[]
+    fixed,rows,frames = Structure(low_resolution(base)),[],[]
     for i in range(len(series.data)):
         frame = series.frame(i)
-        small = low_resolution(frame)
-        to,agreement = _between(fixed, Structure(small), low, small)
+        to,agreement = rigid_transform(fixed, frame, starts=1)
         placed = Volume(frame, affine=np.linalg.inv(to)@series.affine)
         frames.append(resample(placed, series.affine, frame.shape).numpy())
         rows.append(dict(frame=i, **_movement(to, series, base), agreement=agreement))

@@ -16,8 +16,10 @@ from .core import *
 from .cohort import add_to_report
 from .dsc import Series4D, dsc_findings, read_dsc
 from .nifti import is_nifti
-from .perfusion import Perfusion, perfusion_maps, rigid_transform
-from .series import read_sequence
+from .engines import moved
+from .perfusion import Perfusion, perfusion_maps
+from .register import rigid_transform
+from .series import has_scan, read_sequence
 
 # %% ../nbs/39_perfusion_cohort.ipynb #1afc8544
 _SAYS = re.compile(r'(?<![a-z])(dsc|pwi|perf|perfusion)(?![a-z])')
@@ -82,9 +84,9 @@ def place_maps(
     least:float=.25, # Agreement from which on the registration is believed
 ) -> tuple: # The maps with another affine, and the agreement, -1 to 1
     "Put maps where the anatomy is: only their affines change. Below `least` they stay."
-    to,agreement = rigid_transform(anatomy, maps['baseline'])
+    to,agreement = rigid_transform(anatomy, maps['baseline'], starts=1)
     if agreement<least: return maps,agreement
-    return {k: Volume(v, affine=np.linalg.inv(to)@v.affine) for k,v in maps.items()},agreement
+    return {k: moved(v, to) for k,v in maps.items()},agreement
 
 # %% ../nbs/39_perfusion_cohort.ipynb #bdfdb643
 def add_perfusion(
@@ -125,7 +127,7 @@ def _placed(row, motion):
     "Maps of a patient on the anatomy, and what is to be known"
     found = perfusion_maps(read_dsc(row['DSC']), motion=motion)
     notes = [f'{o.name}: {o.what}' for o in found.findings if o.level!='note' or o.name=='guessed_side']
-    seq = first(s for s in ('T2w','FLAIR','T1wCE','T1w') if s in row and not pd.isna(row[s]))
+    seq = first(s for s in ('T2w','FLAIR','T1wCE','T1w') if has_scan(row, s))
     maps,agreement = place_maps(found.maps, read_sequence(row, seq))
     if maps is found.maps: notes.append(_not_registered(seq, agreement))
     return maps,notes

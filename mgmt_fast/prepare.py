@@ -21,7 +21,7 @@ from .schemas import *
 from .processes import DIED, in_processes, working_in
 from .clinical import match_labels, read_labels
 from .grids import *
-from .series import read_sequence, SeriesError
+from .series import has_scan, read_sequence, SeriesError
 from .skull import has_skull
 from .slicewise import slicewise_patient
 
@@ -63,8 +63,7 @@ def foreground(
     air = _constant_air(a)
     if air is None: mask = a>_otsu(a)
     else: mask = abs(a-np.float32(air))>.01*abs(np.percentile(a[::2,::2,::2],99.5)-air)
-    parts,n = ndimage.label(mask)
-    if n>1: mask = parts==1+np.bincount(parts.ravel())[1:].argmax()
+    mask = largest_part(mask)
     if air is None: mask = ndimage.binary_fill_holes(mask)
     res = Volume(torch.from_numpy(mask.astype(np.uint8)), affine=vol.affine)
     res.air,res.stride = air,stride
@@ -223,15 +222,11 @@ def _read_all(row, sequences, _say, budget):
     "Volumes and foregrounds of the sequences that can be read"
     vols,masks = {},{}
     for seq in sequences:
-        if _is_missing(row, seq): _say(seq, 'note', 'sequence missing'); continue
+        if not has_scan(row, seq): _say(seq, 'note', 'sequence missing'); continue
         try: vols[seq],masks[seq] = _read_one(row, seq, _say, budget)
         except MGMTError as e: _say(seq, 'error', f'{type(e).__name__}: {e}'.replace(str(row[seq]), seq))
         except Exception as e: _say(seq, 'error', log_fault(e, 'preparing'))
     return vols,masks
-
-def _is_missing(row, seq):
-    if seq not in row: return True
-    return not isinstance(row[seq], Volume) and pd.isna(row[seq])
 
 def _read_one(row, seq, _say, budget):
     "A sequence's volume, without padding and spots, and its foreground"

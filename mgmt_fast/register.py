@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL_MM', 'SMALL_SHAPE', 'SMALL_CENTRE', 'smooth', 'low_resolution', 'Structure', 'sample_field', 'find_starts',
-           'refine_pose', 'pose_agreement', 'normalised_mutual_information', 'register_rigid']
+           'refine_pose', 'pose_agreement', 'normalised_mutual_information', 'register_rigid', 'rigid_transform']
 
 # %% ../nbs/28_register.ipynb #76687ecd
 import itertools
@@ -17,7 +17,7 @@ from scipy.spatial.transform import Rotation
 
 
 from .core import *
-from .grids import CANONICAL, resample
+from .grids import CANONICAL, largest_part, resample
 
 # %% ../nbs/28_register.ipynb #57ad4c77
 SMALL_MM,SMALL_SHAPE = 4.,(48,56,48) # Voxel size and shape (D,H,W) of all small copies
@@ -41,10 +41,9 @@ def _tissue(a, air, constant, high):
 def _solid(mask, constant):
     "Fill what is dark inside: ventricles of a FLAIR, and in a head as scanned all that its outer surface holds"
     if constant: return mask | (smooth(torch.from_numpy(mask).float(), 1.5)>.6).numpy()
-    parts,n = ndimage.label(ndimage.binary_opening(mask))
-    if not n: return mask
-    largest = 1+np.bincount(parts.ravel())[1:].argmax()
-    head = np.pad(parts==largest, 3)
+    opened = ndimage.binary_opening(mask)
+    if not opened.any(): return mask
+    head = np.pad(largest_part(opened), 3)
     closed = ndimage.binary_closing(head, iterations=3)
     return ndimage.binary_fill_holes(closed)[3:-3,3:-3,3:-3]
 
@@ -112,6 +111,7 @@ class Structure:
         low:Volume, # From `low_resolution`
         flip:bool=False, # Exchange left and right first?
     ):
+        self.affine = getattr(low, 'affine', None)
         x = torch.tensor(np.asarray(low)).float()
         self.x = x.flip(2) if flip else x
         m = (self.x>0).float()
@@ -353,3 +353,14 @@ def _index_matrix(turn, shift, flipped):
     if flipped: m[2] = [0,0,0,SMALL_SHAPE[2]-1]-m[2]
     return m
 
+
+# %% ../nbs/28_register.ipynb #1c5e0002
+def rigid_transform(
+    fixed:Volume|Structure, # Of any grid, or its `Structure`
+    moving:Volume|Structure, # The same head
+    starts:int=3, # Poses to refine
+) -> tuple: # (4,4), from RAS+ mm of `fixed` to those of `moving`; and how well they agree, -1 to 1
+    "The turn and shift from one volume to another, by `register_rigid`. Raises `MGMTError` on a blank volume."
+    fixed,moving = map(_structure, (fixed,moving))
+    found = register_rigid(fixed, moving, flips=False, starts=starts)
+    return moving.affine@found.matrix@np.linalg.inv(fixed.affine),found.ncc

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['place_slices', 'slice_normal', 'place_numbers', 'make_stacks', 'find_stacks', 'n_volumes', 'list_series',
-           'check_modality', 'pick_volume', 'load_volume', 'read_volume', 'read_sequence', 'series_header',
+           'check_modality', 'pick_volume', 'load_volume', 'read_volume', 'has_scan', 'read_sequence', 'series_header',
            'volume_headers']
 
 # %% ../nbs/13_series.ipynb #1cd7daca
@@ -381,6 +381,14 @@ def read_volume(
     Raises `SeriesError` for all that cannot be read correctly."""
     try: return load_volume(find_stacks(path, budget=budget), index, budget)
     except SeriesError as e: raise SeriesError(f"{path}: {e}") from None
+
+# %% ../nbs/13_series.ipynb #5e71a5c1
+def has_scan(
+    row:pd.Series|dict, # A row of a cohort: a path, or a `Volume`, per sequence
+    sequence:str, # A column of it
+) -> bool: # Is there one?
+    "Whether a row of a cohort names a scan of a sequence."
+    return sequence in row and (isinstance(row[sequence], Volume) or not pd.isna(row[sequence]))
 
 # %% ../nbs/13_series.ipynb #3004d4df
 def read_sequence(

@@ -23,14 +23,14 @@ from .core import *
 from .processes import DIED, do_alone, in_processes, working_in
 from .pages import fill_page, picture_tag, write_csv
 from .schemas import NOTHING, TEXT, list_of, read_json, record_of, table_of
-from .series import read_sequence
+from .series import has_scan, read_sequence
 from .skull import has_skull
 from .cohort import add_to_report
 from .phantom import write_series
 from .grids import CANONICAL, canonical_affine, isotropic, resample
 from .prepare import source_state
 from .audit import thumbnail
-from .register import Structure, low_resolution, normalised_mutual_information, register_rigid
+from .register import low_resolution, normalised_mutual_information, rigid_transform
 from .atlas import Atlas, millilitres, read_atlas, solid_mask
 from .engines import (ENGINES, EngineError, brain_mask, correct_bias, distances, engine_table, greedy_align,
     itk_align, moved, need_engines)
@@ -135,10 +135,8 @@ def atlas_scores(
 def _coarse(fixed, moving, matrix=None):
     "A rigid start, (4,4) from mm of `fixed` to mm of `moving`, and how alike structures are there"
     placed = moving if matrix is None else moved(moving, matrix)
-    a,b = low_resolution(fixed),low_resolution(placed)
-    found = register_rigid(Structure(a), Structure(b), flips=False)
-    start = b.affine@found.matrix@np.linalg.inv(a.affine)
-    return (start if matrix is None else matrix@start),found.ncc
+    start,ncc = rigid_transform(fixed, placed)
+    return (start if matrix is None else matrix@start),ncc
 
 def _points(mask, step=6):
     "Places in a mask, every some voxels, (N,3) mm"
@@ -273,7 +271,7 @@ def _read_all(row, sequences, budget, say):
     "The volumes that can be read"
     vols = {}
     for s in sequences:
-        if _is_missing(row, s): continue
+        if not has_scan(row, s): continue
         try: vols[s] = read_sequence(row, s, budget)
         except MGMTError as e: say(s, f'{type(e).__name__}: {e}'.replace(str(row[s]), s))
     return vols
@@ -321,13 +319,11 @@ def standardize_patient(
 
 def _given_mask(row, budget):
     "The mask of another tool, where the cohort names one"
-    if _is_missing(row, 'mask'): return None
+    if not has_scan(row, 'mask'): return None
     try: return read_sequence(row, 'mask', budget)
     except MGMTError as e:
         said = f'{type(e).__name__}: {e}'.replace(str(row['mask']), 'mask')
         raise StandardizeError(said) from None
-
-def _is_missing(row, name): return name not in row or not isinstance(row[name], Volume) and pd.isna(row[name])
 
 def _run(vols, given, atlas, r, res, say):
     res.anchor = choose_anchor(vols, r.anchor)
@@ -457,7 +453,7 @@ _ENTRY = record_of(dict(key=record_of({}, others=True), problems=list_of(_NOTE),
 
 def _key_of(row, sequences, recipe, atlas, dicom):
     "All that a patient's result depends on"
-    named = [s for s in (*sequences,'mask') if not _is_missing(row, s)]
+    named = [s for s in (*sequences,'mask') if has_scan(row, s)]
     sources = {s: source_state(row[s], row.get(f'{s}_index')) for s in named}
     engines = {k: v for k,v in engine_table().set_index('engine').version.items() if isinstance(v, str)}
     key = dict(standardization=STANDARDIZATION, recipe=recipe.room('standardize'), atlas=atlas.digest, sources=sources,

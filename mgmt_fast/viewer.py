@@ -18,7 +18,7 @@ from PIL import Image
 from .core import *
 from .pages import Markup, fill_page, write_page
 from .prepare import VolumeStore
-from .series import read_sequence, read_volume
+from .series import has_scan, read_sequence, read_volume
 from .skull import has_skull
 
 # %% ../nbs/71_viewer.ipynb #cd3098e2
@@ -82,7 +82,7 @@ def scans_of(
     if isinstance(what, (str,Path)): return dict(scan=read_volume(what))
     if not isinstance(what, (dict,pd.Series)): raise _cannot_be_shown(what)
     wanted = SEQUENCES if sequences is None else check_sequences(sequences)
-    there = [s for s in wanted if s in what and (isinstance(what[s], Volume) or not pd.isna(what[s]))]
+    there = [s for s in wanted if has_scan(what, s)]
     if not there: raise _no_scans(wanted)
     return {s: read_sequence(what, s) for s in there}
 
