@@ -174,7 +174,7 @@ def _integrated(net, x, place, steps=8, **kwargs):
     with torch.no_grad(): z = net(x).item()
     return z,place.smooth((x*total/steps)[0].sum(0))
 
-def _occlusion(net, x, place, progress=True, mm=40., batch=8, **kwargs):
+def _occlusion(net, x, place, progress=True, mm=60., batch=8, **kwargs):
     "Zeiler and Fergus 2014: how far the logit falls where a cube takes on the brain's mean"
     start = time.perf_counter()
     with torch.no_grad(): z = net(x).item()
@@ -323,19 +323,21 @@ class Explanation:
         heat:Volume=None, # The map, 0 to 1
         why:str='', # Why there is none
         tested:bool=True, # Did the method pass the judge?
+        threshold:float=.5, # From which probability on it is called methylated
     ):
-        store_attr('scans,prob,method,why,tested')
+        store_attr('scans,prob,method,why,tested,threshold')
         self.map = heat
 
     @property
-    def answer(self): return LABELS[int(self.prob>=.5)]
+    def answer(self): return LABELS[int(self.prob>=self.threshold)]
     @property
     def note(self):
         if self.map is None: return f"no map: {self.why}"
-        what = f"{METHODS[self.method]}: what speaks for {self.answer!r} ({self.prob:.2f} methylated)"
-        if self.method not in _one_sided: what = f"{METHODS[self.method]}: what moves the answer ({self.prob:.2f})"
+        said = f"{self.prob:.2f} methylated, threshold {self.threshold:.2f}"
+        what = f"what speaks for {self.answer!r}" if self.method in _one_sided else 'what moves the answer'
+        what = f"{METHODS[self.method]}: {what} ({said})"
         return what if self.tested else f'{what}\n{_untested}'
-    def __repr__(self): return f'Explanation by {self.note}'
+    def __repr__(self): return f'Explanation: {self.note}'
 
     def show(self,
         **kwargs, # For `View`: `opacity`, `at`, ...
@@ -428,7 +430,7 @@ def explain(
     stage:int=None, # For Grad-CAM and HiResCAM: which stage's features; see `Place`
     progress:bool=True, # Show occlusion's progress and say beforehand how long it takes?
 ) -> Explanation: # With a `.map` in the patient's millimetres, or `.why` there is none
-    """What a model looked at when it answered for one patient.
+    """What a model looked at when it answered for one patient; the answer of a bundle is by its own threshold.
 
     There is no map, but a reason, where the interval of the model's AUC holds .5 or is not known. Of a row of a
     cohort, the map is on the grid of the first sequence; of a store's patient, on the prepared one; both lie in the
@@ -443,13 +445,14 @@ def explain(
     scans = scans_of(patient, store, _there(m, patient, store))
     inputs = _inputs(m, patient, store, scans)
     z,heat = _summed(nets, inputs, method, stage, progress=progress)
-    prob = 1/(1+math.exp(-z))
+    prob,threshold = 1/(1+math.exp(-z)),getattr(m, 'threshold', .5)
+    said = partial(Explanation, scans, prob, method, tested=tested, threshold=threshold)
     why = _no_better(_auc_of(m, auc))
-    if why: return Explanation(scans, prob, method, why=why, tested=tested)
-    heat = _finished(heat, method, 1 if prob>=.5 else -1)
-    if heat is None: return Explanation(scans, prob, method, why=_only_against, tested=tested)
+    if why: return said(why=why)
+    heat = _finished(heat, method, 1 if prob>=threshold else -1)
+    if heat is None: return said(why=_only_against)
     if store is None: heat = _on_scan(heat, first(scans.values()))
-    return Explanation(scans, prob, method, heat, tested=tested)
+    return said(heat)
 
 def _there(m, patient, store):
     "The sequences to show: the model's, or those of them that there are"

@@ -271,8 +271,10 @@ def weights_key(
     for k in sorted(tensors):
         t = tensors[k]
         h.update(f'{k} {tuple(t.shape)} {t.dtype}'.encode())
-        h.update(t.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        h.update(_bytes(t))
     return h.hexdigest()
+
+def _bytes(t): return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 # %% ../nbs/55_learner.ipynb #29293f53
 def plan_key(
@@ -752,7 +754,17 @@ def as_model(
         key=key_digest(key))
     seen = SeenVolumes.of(store, parts, model.dls.sequences)
     return MGMTModel(model.model, recipe_that_ran(model), model.dls.sequences, prepared=store.sequences,
-        preparation_number=store.preparation_number, trained=trained, seen=seen)
+        preparation_number=store.preparation_number, trained=trained, seen=seen, like=_like_of(model))
+
+def _like_of(learn):
+    "What a learner's training was like, measured once for each state of its network"
+    dls = learn.dls
+    h = hashlib.blake2b(json.dumps([dls.store.sequences, dls.sequences, _who(dls)]).encode(), digest_size=16)
+    for t in learn.model.state_dict().values(): h.update(_bytes(t))
+    if learn.__dict__.get('like_for')!=h.hexdigest():
+        learn.like = _unlike().training_like(learn.model, dls.store, _who(dls), dls.sequences)
+        learn.like_for = h.hexdigest()
+    return learn.like
 
 # %% ../nbs/55_learner.ipynb #7865ee9c
 def save_model(
@@ -763,10 +775,7 @@ def save_model(
 
     Of a training, `path.seen.safetensors` says which volumes it has seen, and `path.unlike.safetensors` what they were
     like, so that a prediction can say of a scan that it is unlike them."""
-    m = as_model(model)
-    if isinstance(model, Learner):
-        m.like = _unlike().training_like(m.model, model.dls.store, _who(model.dls), m.sequences)
-    m.write(Path(path))
+    as_model(model).write(Path(path))
     return Path(path)
 
 # %% ../nbs/55_learner.ipynb #bc76bbdf
@@ -903,9 +912,10 @@ def predict(
     """The probability of a methylated promoter for each patient, in the cohort's order.
 
     What fails on one patient is its note, and the others go on. `unlike` flags a scan that is unlike those of training,
-    and the note says by what; it changes no probability, and is missing where the model does not know (a training that
-    was not saved, or had fewer than five scans on either side). A prediction of patients who are held out for an
-    external test is entered into the record of their store.
+    and the note says by what; it changes no probability, and is missing where the model does not know (of version
+    0.1, or trained with fewer than five scans on either side). A learner measures its training's scans when it predicts
+    for the first time after a training, which takes as long as predicting them. A prediction of patients who are held
+    out for an external test is entered into the record of their store.
     Raises `MGMTError` if the model cannot be read, or a store was prepared otherwise."""
     m = as_model(model)
     if isinstance(cohort, VolumeStore): m.note_prediction(cohort)
