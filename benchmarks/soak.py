@@ -1,7 +1,8 @@
 """Kill commands at random moments, let writes fail, and start two writers at once; count what went wrong.
 
-`nice python benchmarks/soak.py --minutes 60` writes `benchmarks/soak.csv`: rounds by command and mishap; of these the
-patients lost, the files that differ from an undisturbed run, the processes left over, and the files left over.
+`nice python benchmarks/soak.py --minutes 60` writes `benchmarks/soak.csv`: rounds by command and mishap, each finished
+by an undisturbed run; runs that were killed or stopped; patients lost, files that differ from an undisturbed run,
+processes and files left over.
 `--writes` lets the first write of every command fail, then the second, and so on to the last, and writes
 `benchmarks/soak_writes.csv`. `mgmt_demo` and `mgmt_thesis` are made of these commands; `mgmt_weights` needs the
 internet, `mgmt_kaggle` builds wheels, and neither keeps anything."""
@@ -189,13 +190,14 @@ class Soak:
             refused_wrongly=code not in (0,1))
 
     def kill(self, k, dest):
-        pid = started(COMMANDS[k], self.work, dest, self.work/'log')
-        at = self.random.random()*self.seconds[k]
-        if exit_code(pid, at) is None:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            self.count(k, 'kill', interrupted=1)
-        self.count(k, 'kill', orphans=orphans(pid))
+        "Up to five times in a row, the next run going on with what the one before left"
+        for _ in range(self.random.randint(1, 5)):
+            pid = started(COMMANDS[k], self.work, dest, self.work/'log')
+            if exit_code(pid, self.random.random()*self.seconds[k]) is None:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                self.count(k, 'kill', interrupted=1)
+            self.count(k, 'kill', orphans=orphans(pid))
         self.finish(k, 'kill', dest)
 
     def failing(self, k, dest, at):
