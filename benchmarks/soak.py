@@ -90,7 +90,7 @@ def started(f, work, dest, log, limit=None, fail_at=None):
     code = 9
     try:
         os.setpgid(0, 0)
-        out = os.open(log, os.O_WRONLY|os.O_CREAT|os.O_APPEND)
+        out = os.open(log if limit is None else os.devnull, os.O_WRONLY|os.O_CREAT|os.O_APPEND)
         for fd in (1,2): os.dup2(out, fd)
         if limit is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -245,7 +245,7 @@ class Soak:
 def random_mishaps(soak, end, out):
     "Until the clock says `end`"
     while time.monotonic()<end:
-        k, = soak.random.choices([*COMMANDS], [1/max(.5, soak.seconds[o]) for o in COMMANDS]) # quick ones more often
+        k, = soak.random.choices([*COMMANDS], [1/max(2, soak.seconds[o]) for o in COMMANDS]) # quick ones more often
         mishap = soak.random.choices([soak.kill, soak.full, soak.two, soak.small_disk], [10,2,1,1])[0]
         if mishap==soak.two and k=='predict': continue # one file, written whole by either
         dest = soak.work/'now'/k
