@@ -418,7 +418,7 @@ def freeze_once(
     tta:str|Path|Recipe=None, # As for `freeze_bundle`
     **kwargs, # For `freeze_bundle`
 ) -> Bundle: # Read back from `dest`
-    "Freeze, or read what was frozen of the same models before. Raises `ProtocolError` where a bundle of others lies there."
+    "Freeze, or read what was frozen of the same models before. Raises `ProtocolError` on a bundle of others."
     if not (Path(dest)/'bundle.json').exists(): return freeze_bundle(models, dest=dest, tta=tta, **kwargs)
     there = Bundle(dest)
     same = [m.get('key') for m in there.models]==[load_model(p).trained['key'] for p in models]
