@@ -77,9 +77,10 @@ def feature_place(
         for m in list(even.modules()): _make_even(m)
     gen = torch.Generator().manual_seed(0)
     x = torch.rand(1, net.body.in_chans, *size, generator=gen).requires_grad_()
-    found = even(x)[stage]
-    n,middle = np.array(found.shape[2:]),[o//2 for o in found.shape[2:]]
-    found[(0,slice(None),*middle)].sum().backward()
+    with torch.enable_grad():
+        found = even(x)[stage]
+        n,middle = np.array(found.shape[2:]),[o//2 for o in found.shape[2:]]
+        found[(0,slice(None),*middle)].sum().backward()
     seen,step = x.grad[0].abs().sum(0).numpy(),np.array(size)/n
     centre = np.array([_centroid(seen, axis) for axis in range(3)])
     return step,centre-np.array(middle)*step
@@ -136,9 +137,9 @@ def stage_gradients(
         return found[0]
     hook,was = net.body.net.get_submodule(name).register_forward_hook(keep),_frozen(net)
     try:
-        with torch.enable_grad(): z = net(x)
+        with torch.enable_grad(): z = net(x).sum()
         if not z.requires_grad: return z.item(),found[0][0].detach(),torch.zeros_like(found[0][0])
-        grad, = torch.autograd.grad(z.sum(), found[0])
+        grad, = torch.autograd.grad(z, found[0])
     finally: hook.remove(); _thawed(was)
     return z.item(),found[0][0].detach(),grad[0]
 
@@ -157,8 +158,9 @@ def _input_gradient(net, x):
     "Logits, and the gradient of their sum"
     x,was = x.detach().requires_grad_(),_frozen(net)
     try:
-        with torch.enable_grad(): z = net(x)
-        g, = torch.autograd.grad(z.sum(), x)
+        with torch.enable_grad():
+            z = net(x)
+            g, = torch.autograd.grad(z.sum(), x)
     finally: _thawed(was)
     return z.detach().flatten(),g
 
