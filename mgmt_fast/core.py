@@ -463,7 +463,7 @@ class Journal:
     def __enter__(self):
         make_folder(self.path.parent)
         with write_errors(self.path, self.error):
-            self.file = open(self.path, 'a+b')
+            self.file = open(self.path, 'a+b', buffering=0) # nothing is left to be written, and to fail, at the end
             _cut_rest(self.file)
         return self
 
@@ -476,7 +476,11 @@ class Journal:
         "Write lines."
         text = ''.join(json.dumps(o, default=default)+'\n' for o in entries)
         with write_errors(self.path, self.error):
-            self.file.write(text.encode()); self.file.flush(); os.fsync(self.file.fileno())
+            _write_all(self.file, text.encode())
+            os.fsync(self.file.fileno())
+
+def _write_all(f, data):
+    while data: data = data[f.write(data):]
 
 def _cut_rest(f):
     "Cut off what follows the last whole line"
