@@ -313,17 +313,19 @@ def _not_written(path, e):
 
 @contextmanager
 def atomic_path(
-    path:str|Path, # Where the file shall appear
+    path:str|Path, # Where the file, or the folder, shall appear
     record:bool=False, # Must it outlive a power cut? Then it is on the disk before it appears
 ):
-    "A temporary path, which becomes `path` on success; on any failure it is removed and the old file stays."
+    """A temporary path, which becomes `path` on success; on any failure it is removed and the old file stays.
+
+    A folder that is made there becomes `path` too, where there is none yet."""
     path = Path(path)
     folder = _temporary_folder(path)
     tmp = folder/path.name
     try:
         with write_errors(path):
             yield tmp
-            tmp.chmod(0o666 & ~_umask())
+            tmp.chmod((0o777 if tmp.is_dir() else 0o666) & ~_umask())
             if record: _to_disk(tmp)
             os.replace(tmp, path)
             if record: _to_disk(path.parent)
