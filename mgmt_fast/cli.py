@@ -15,6 +15,7 @@ from typing import Annotated
 
 import pandas as pd
 from .core import *
+from .processes import working_in
 from .pages import write_csv
 from fastcore.docments import docments
 from .dicom import files_by_number
@@ -399,7 +400,7 @@ def mgmt_sweep(
 
 # %% ../nbs/90_cli.ipynb #12989167
 from .evaluate import check_predictions, cross_validate, read_predictions, results_table, show_results
-from .bundle import FrozenPredictions, cv_models, freeze_bundle, freeze_predictions
+from .bundle import FrozenPredictions, cv_models, freeze_once, freeze_predictions
 from .external import METRICS, external_predictions, external_table, external_test, preregister
 from .card import evaluate_report, predictions_report
 
@@ -455,7 +456,7 @@ def mgmt_evaluate(
     if bundle is not None:
         real = oof[oof.arch!='selected']
         models = cv_models(dest, *(real[k].unique().tolist() for k in ('arch','sequences','recipe')))
-        print(freeze_bundle(**models, store=store, dest=bundle, tta=recipe if tta else None))
+        print(freeze_once(**models, store=store, dest=bundle, tta=recipe if tta else None))
     print(f"{page}: {oof.patient.nunique()} patients out of fold; research use only")
     return _done(oof.patient.nunique()<len(store), strict)
 
@@ -466,7 +467,7 @@ def _evaluate_table(table, dest, bundle, model, clinical, seed, columns):
     "Evaluate predictions of any making, and freeze their threshold where a folder for that is given"
     preds = read_predictions(table, **columns)
     good,name = check_predictions(preds.dropna()),model or "somebody's model"
-    page = predictions_report(preds, dest, Path(name).name, clinical=clinical, seed=seed)
+    with working_in(dest): page = predictions_report(preds, dest, Path(name).name, clinical=clinical, seed=seed)
     print(show_results(results_table(good.assign(arch=Path(name).name)), ('loss','accuracy','auc')).to_string())
     _print_findings(results_table(good))
     if bundle is not None: print(freeze_predictions(good, bundle, name))
