@@ -68,16 +68,20 @@ def pack_bundle(
 ) -> dict: # The manifest (`bundle`, its signature; `passes`; `files`), and the file's `bytes` and `sha256`
     """Write all of a bundle into one file: networks, temperatures, threshold, fingerprints, ledger, card, hashes.
 
-    The same bundle gives the same bytes. Raises `ProtocolError` where a file of the bundle was changed, where its
-    ledger lacks a test that this computer knows of, or holds one that is not finished, and `MGMTError` where `file`
-    is there already."""
+    The same bundle gives the same bytes, so a pack that is there already stands. Raises `ProtocolError` where a file
+    of the bundle was changed, where its ledger lacks a test that this computer knows of, or holds one that is not
+    finished, and `MGMTError` where another file is in the way."""
     b,file = _read_again(bundle),Path(file)
-    if file.exists(): raise MGMTError(f"{file} is there already: give another file, or move it away")
     lines = _ledger_lines(b)
     texts = {'ledger.jsonl': ''.join(json.dumps(o)+'\n' for o in lines), 'card.md': _card_text(b, card)}
     about = dict(kind=_KIND, form=_FORM, bundle=b.signature, passes=len(b.ledger.passes()))
-    with atomic_path(file, record=True) as tmp: manifest = _write_pack(b, texts, about, tmp)
+    with atomic_path(file, record=True) as tmp:
+        manifest = _write_pack(b, texts, about, tmp)
+        if file.exists() and _sha256(file)!=_sha256(tmp): raise _in_the_way(file)
     return dict(manifest, bytes=file.stat().st_size, sha256=_sha256(file))
+
+def _in_the_way(path):
+    return MGMTError(f"{path} is there already and holds something else: give another place, or move it away")
 
 def _ledger_lines(b):
     "The lines of a ledger that lacks no test and holds no unfinished one"
@@ -233,12 +237,14 @@ def unpack_bundle(
 ) -> Bundle: # Read from `dest`
     """Unpack a bundle whole, or not at all.
 
-    Says so where this computer knows of tests that its ledger lacks. Raises `MGMTError` on a file that is no pack, of
-    a newer version, cut short or changed, or not the one that was sent, and where `dest` is there already."""
+    Says so where this computer knows of tests that its ledger lacks. What an earlier call unpacked is read, also if it
+    was tested since. Raises `MGMTError` on a file that is no pack, of a newer version, cut short or changed, or not
+    the one that was sent, and where something else is in the way."""
     dest = Path(dest)
     _check_free(dest)
     if sha256 is not None and _sent(file)!=sha256.strip().lower(): raise _not_as_sent(file)
     with _opened(file) as (archive,manifest):
+        if (dest/'bundle.json').exists(): return _same_bundle(dest, archive, manifest)
         _check_room(dest, manifest)
         with atomic_path(dest, record=True) as tmp:
             tmp.mkdir()
@@ -249,8 +255,17 @@ def unpack_bundle(
     return b
 
 def _check_free(dest):
-    if dest.is_symlink() or dest.is_file() or dest.is_dir() and any(dest.iterdir()):
-        raise MGMTError(f"{dest} is there already: a bundle does not change; give another folder")
+    "A folder that is empty or holds a bundle may be named"
+    if dest.is_symlink() or dest.is_file(): raise _in_the_way(dest)
+    if dest.is_dir() and any(dest.iterdir()) and not (dest/'bundle.json').exists(): raise _in_the_way(dest)
+
+def _same_bundle(dest, archive, manifest):
+    "The bundle that is there, if it is the packed one and its ledger goes on from the packed one's"
+    b = Bundle(dest)
+    packed = archive.read('ledger.jsonl').decode()
+    lines = ''.join(json.dumps(o)+'\n' for o in b.ledger.lines())
+    if b.signature!=manifest['bundle'] or not lines.startswith(packed): raise _in_the_way(dest)
+    return b
 
 def _sent(file):
     "The hash of what arrived"

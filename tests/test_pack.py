@@ -315,11 +315,24 @@ def test_what_is_in_the_way_stays(study):
     (study/'folder').mkdir()
     (study/'folder/mine.txt').write_text('mine')
     (study/'link').symlink_to(study/'elsewhere')
-    for o in ('file','folder','link'): refused(study/'bundle.zip', study/o, 'there already')
+    for o in ('file','folder','link'): refused(study/'bundle.zip', study/o, 'something else')
     (study/'empty').mkdir()
     assert unpack_bundle(study/'bundle.zip', study/'empty').path==study/'empty'
-    with pytest.raises(MGMTError, match='there already'): pack_bundle(study/'bundle', study/'file')
+    with pytest.raises(MGMTError, match='something else'): pack_bundle(study/'bundle', study/'file')
     assert (study/'file').read_text()=='mine'
+
+
+def test_a_call_can_be_repeated(study):
+    "What was packed or unpacked before stands; a bundle that was tested since is not the older pack, nor the reverse"
+    b,store = Bundle(study/'bundle'),VolumeStore(study/'test/store')
+    first = pack_bundle(b, study/'bundle.zip')
+    arrived = unpack_bundle(study/'bundle.zip', study/'arrived')
+    external_test(arrived, store, progress=False)
+    again = unpack_bundle(study/'bundle.zip', study/'arrived')
+    assert len(again.ledger.passes())==1 and read_manifest(study/'bundle.zip')['passes']==first['passes']==0
+    with pytest.raises(MGMTError, match='something else'): pack_bundle(arrived, study/'bundle.zip')
+    pack_bundle(arrived, study/'tested.zip')
+    refused(study/'tested.zip', study/'bundle', 'something else')
 
 
 def test_a_full_disk_and_a_stop_leave_nothing(study, monkeypatch):
@@ -454,7 +467,7 @@ def test_the_commands_hand_a_bundle_on(study, capsys):
     assert Bundle(d/'bundle').signature[:8] in capsys.readouterr().out
     assert mgmt_predict(d/'arrived', d/'test/scans', d/'preds.csv', n_workers=1)==0
     assert len(pd.read_csv(d/'preds.csv'))==24
-    for wrong in (lambda: mgmt_pack(d/'bundle', d/'sent.zip'), lambda: mgmt_unpack(d/'sent.zip', d/'arrived'),
+    for wrong in (lambda: mgmt_pack(d/'bundle', d/'preds.csv'), lambda: mgmt_unpack(d/'sent.zip', d/'test'),
             lambda: mgmt_unpack(d/'sent.zip', d/'other', '0'*64), lambda: mgmt_unpack(d/'none.zip', d/'other')):
         capsys.readouterr()
         assert wrong()==2
