@@ -563,6 +563,7 @@ def mgmt_pack(
     card:Path=None, # Model card that the authors filled in, Markdown; what the bundle knows if not given
 ):
     "Write a frozen bundle into one file: networks, temperatures, threshold, fingerprints, ledger, card and hashes"
+    clear_temporaries(Path(file).parent, deep=False)
     said = pack_bundle(bundle, file, card)
     print(f"{file}: bundle {said['bundle'][:8]}, {said['bytes']:,} bytes, {said['passes']} external tests so far")
     print(f"sha256 {said['sha256']}: tell it to the receiver by another way; mgmt_unpack --sha256 compares it")
@@ -580,6 +581,7 @@ def mgmt_unpack(
     sha256:str=None, # What the sender said its hash is
 ):
     "Unpack a bundle, whole or not at all; each file must have the hash that was written down"
+    clear_temporaries(Path(dest).parent, deep=False)
     return _say_unpacked(unpack_bundle(file, dest, sha256), dest)
 
 # %% ../nbs/90_cli.ipynb #7955bbe3
@@ -607,6 +609,7 @@ def mgmt_pull(
     sha256:str=None, # As in `mgmt_unpack`
 ):
     "Fetch a bundle from a model hub, and unpack it as `mgmt_unpack` does"
+    clear_temporaries(Path(dest).parent, deep=False)
     return _say_unpacked(pull_model(repo, dest, revision, sha256), dest)
 
 # %% ../nbs/90_cli.ipynb #1eaca9e1

@@ -392,7 +392,7 @@ def pull_model(
     dest = Path(dest)
     _check_repo(repo_id)
     _check_free(dest)
-    with tempfile.TemporaryDirectory(dir=make_folder(dest.parent)) as td:
+    with tempfile.TemporaryDirectory() as td:
         with _hub_errors(repo_id):
             api = api or huggingface_hub.HfApi()
             file = api.hf_hub_download(repo_id, _PACK, revision=revision, local_dir=td)

@@ -473,3 +473,10 @@ def test_the_commands_hand_a_bundle_on(study, capsys):
         assert wrong()==2
         assert capsys.readouterr().err.count('\n')==1
     assert not (d/'other').exists()
+
+
+def test_what_a_killed_command_left_goes_with_the_next(study, capsys):
+    left = study/'.mgmt-tmp-elsewhere-1-x'
+    left.mkdir()
+    os.utime(left, (0, 0))
+    assert mgmt_unpack(study/'bundle.zip', study/'arrived')==0 and not left.exists()
