@@ -40,9 +40,9 @@ def _read_again(bundle): return Bundle(getattr(bundle, 'path', bundle))
 def _in_words(b):
     "What a bundle is, in a few paragraphs"
     v,n = b.validation,len(b.models)
-    what = f"{n} network{'s'*(n>1)} ({_plain(b.arch)}), frozen {b.created[:10]} with mgmt_fast {_plain(b.version)}."
+    what = f"{n} network{'s'*(n>1)} ({_plain(b.arch)}), frozen {_plain(b.created[:10])} with mgmt_fast {_plain(b.version)}."
     sees = f"It reads {', '.join(b.sequences)} and gives the probability of a methylated MGMT promoter."
-    by = f" ({v['interval']})" if 'interval' in v else ''
+    by = f" ({_plain(v['interval'])})" if 'interval' in v else ''
     auc = f"AUC {v['auc']:.3f} [{v['lo']:.3f}, {v['hi']:.3f}]{by} in the patients on whom its threshold was chosen"
     use = '```sh\nmgmt_unpack bundle.zip bundle\nmgmt_predict bundle SCANS\n```'
     return [f'# MGMT promoter methylation from MRI: bundle {b.signature[:8]}', f'{what} {sees}',
@@ -74,7 +74,7 @@ def pack_bundle(
     b,file = _read_again(bundle),Path(file)
     lines = _ledger_lines(b)
     texts = {'ledger.jsonl': ''.join(json.dumps(o)+'\n' for o in lines), 'card.md': _card_text(b, card)}
-    about = dict(kind=_KIND, form=_FORM, bundle=b.signature, passes=len(b.ledger.passes()))
+    about = dict(kind=_KIND, form=_FORM, bundle=b.signature, passes=sum('done' not in e for e in lines))
     with atomic_path(file, record=True) as tmp:
         manifest = _write_pack(b, texts, about, tmp)
         if file.exists() and _sha256(file)!=_sha256(tmp): raise _in_the_way(file)
