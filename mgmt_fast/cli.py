@@ -209,6 +209,7 @@ def mgmt_standardize(
     n_workers:int=None, # Processes, each of up to 2.5 GB; one per core if not given
     dicom:bool=False, # Write derived DICOM series beside the NIfTI files
     choices:Path=None, # Table that says which image is meant, as `mgmt_audit --choices` writes it
+    budget:str='', # What reading one series may cost, where the usual is too little: voxels=2e8,seconds=120
     strict:bool=False, # Exit with 3, and not 0, where patients were left out
 ):
     """Bring raw scans into an atlas' space, brain only, and say what was refused; run again to finish after a stop.
@@ -217,7 +218,8 @@ def mgmt_standardize(
     choice_of = get_recipe(recipe)
     print(f"recipe {choice_of.name}: {', '.join(f'{k} {v}' for k,v in choice_of.room('standardize').items())}")
     cohort = _cohort(root, labels=labels, choices=choices)
-    done = standardize(cohort, dest, choice_of, atlas, sequences, n_workers, dicom=dicom)
+    how = dict(dicom=dicom, budget=Budget.parse(budget))
+    done = standardize(cohort, dest, choice_of, atlas, sequences, n_workers, **how)
     bad = done[done.problem.notna()]
     for r in bad.itertuples(): print(f'  {r.patient}: {r.problem}')
     lost = int(done[list(check_sequences(sequences))].isna().all(axis=1).sum())
@@ -670,12 +672,13 @@ def mgmt_perfusion(
     side:str=None, # Side of the lesion, left or right; guessed if not given
     leakage:str='transit', # Correction of leakage: transit, bidirectional, boxerman, or none
     motion:bool=False, # Correct the motion of the head first
+    budget:str='', # What reading the series may cost, where the usual is too little: voxels=2e9,seconds=120
 ):
     "Compute blood volume, flow and transit times of a DSC series; exit code 2 where it is unfit"
-    read = read_dsc(series, te, dt)
+    read = read_dsc(series, te, dt, budget=Budget.parse(budget))
     how = dict(brain=_mask(brain), side=side, leakage=None if leakage=='none' else leakage, motion=motion)
     found = perfusion_maps(read, aif=_arterial(aif), **how)
-    write_perfusion(found, read, dest)
+    with working_in(dest): write_perfusion(found, read, dest)
     for o in found.findings: print(f'  {o.level} {o.name}: {o.what}')
     print(f'{dest}/perfusion.html: {read}')
     return 0
