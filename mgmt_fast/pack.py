@@ -40,7 +40,8 @@ def _read_again(bundle): return Bundle(getattr(bundle, 'path', bundle))
 def _in_words(b):
     "What a bundle is, in a few paragraphs"
     v,n = b.validation,len(b.models)
-    what = f"{n} network{'s'*(n>1)} ({_plain(b.arch)}), frozen {_plain(b.created[:10])} with mgmt_fast {_plain(b.version)}."
+    frozen = _plain(f'frozen {b.created[:10]} with mgmt_fast {b.version}')
+    what = f"{n} network{'s'*(n>1)} ({_plain(b.arch)}), {frozen}."
     sees = f"It reads {', '.join(b.sequences)} and gives the probability of a methylated MGMT promoter."
     by = f" ({_plain(v['interval'])})" if 'interval' in v else ''
     auc = f"AUC {v['auc']:.3f} [{v['lo']:.3f}, {v['hi']:.3f}]{by} in the patients on whom its threshold was chosen"
@@ -48,7 +49,7 @@ def _in_words(b):
     return [f'# MGMT promoter methylation from MRI: bundle {b.signature[:8]}', f'{what} {sees}',
         f'Research use only: no decision about a patient may rest on it. {auc}.', use]
 
-def _plain(text): return html.escape(str(text)).replace('|', '&#124;').replace('\n', ' ')
+def _plain(text): return html.escape(str(text), quote=False).replace('|', '&#124;').replace('\n', ' ')
 
 def _open_items(items, n):
     if not len(items): return f'All {n} items are answered.'
