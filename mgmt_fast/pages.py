@@ -119,13 +119,13 @@ def table_tag(
     "A table inside a page; what the cells hold is escaped."
     index = not isinstance(table.index, pd.RangeIndex)
     html = table.to_html(index=index, na_rep='', float_format='{:.3f}'.format, border=0, justify='left')
-    return scrolling(Markup(html))
+    return scrolling(Markup(html.replace('<th></th>', '<td></td>'))) # a heading without a word is read out as one
 
 def scrolling(
     html:Markup, # Of a table
 ) -> Markup: # In a box that scrolls, by keys too
     "Let something wide scroll on a narrow page."
-    return fill_page('<div class="wide" role="region" aria-label="table" tabindex="0">{{ html }}</div>', html=html)
+    return fill_page('<div class="wide" role="group" aria-label="table" tabindex="0">{{ html }}</div>', html=html)
 
 # %% ../nbs/03_pages.ipynb #bf68ee44
 _STYLE = """:root{color-scheme:light dark;--ink:#222;--paper:#fff;--faint:#595959;--line:#ddd;--box:#fff4d6;--edge:#c80;

@@ -6,7 +6,7 @@
 __all__ = ['patient_row', 'PatientResult', 'patient_result', 'Shown', 'three_planes', 'scan_pictures', 'plot_probability', 'Said',
            'patient_sections', 'Paper', 'patient_paper', 'write_captures', 'patient_report']
 
-# %% ../nbs/75_patient_page.ipynb #a981dfed
+# %% ../nbs/75_patient_page.ipynb #ee35de5b
 import math, textwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from .bundle import Bundle
 from .viewer import PLANES, View
 from .explain import Explanation, explain
 
-# %% ../nbs/75_patient_page.ipynb #ddcd6b94
+# %% ../nbs/75_patient_page.ipynb #098434b2
 def patient_row(
     scans:pd.DataFrame|pd.Series|dict|str|Path, # A cohort, a row of one, or a folder with series of patients
     patient:str=None, # Which of several, as the cohort calls it
@@ -57,7 +57,7 @@ def _which(scans):
     if not len(scans): return "this cohort has no patient"
     return f"there are {len(scans)} patients here: name one, e.g. patient={scans.patient.iloc[0]!r} (--patient)"
 
-# %% ../nbs/75_patient_page.ipynb #f76fbc32
+# %% ../nbs/75_patient_page.ipynb #c40597cb
 class PatientResult(NamedTuple):
     "What a model says of one patient, and what it was given"
     patient:str # As the cohort calls it
@@ -72,7 +72,7 @@ class PatientResult(NamedTuple):
     map:Volume # Of what spoke for the answer, 0 to 1; None where there is none
     why:str # What the map is, or why there is none
 
-# %% ../nbs/75_patient_page.ipynb #a1d1449a
+# %% ../nbs/75_patient_page.ipynb #92216d60
 def patient_result(
     model:object, # What `predict` takes: a model, a bundle, or the path of one
     scans:pd.DataFrame|pd.Series|dict|str|Path, # As for `patient_row`
@@ -138,7 +138,7 @@ def _map_of(m, row):
 _not_known = ("nobody measured how good this model is on patients whom it was not trained on, so what it looked at "
     "explains nothing; a bundle knows")
 
-# %% ../nbs/75_patient_page.ipynb #c4a36623
+# %% ../nbs/75_patient_page.ipynb #5cb8249b
 class Shown(NamedTuple):
     "A picture of a page"
     pixels:np.ndarray # (H,W,3) uint8
@@ -174,7 +174,7 @@ def _shown(view, sequence, caption):
     alt = f"{caption.split(',')[0]}: {where} in an axial, a coronal and a sagittal plane"
     return Shown(three_planes(view, sequence), caption, alt)
 
-# %% ../nbs/75_patient_page.ipynb #2c551ba3
+# %% ../nbs/75_patient_page.ipynb #eda9cdd9
 def plot_probability(
     prob:float, # The patient's
     groups:list, # Of validation patients: (mean probability, share methylated, lowest, highest, number)
@@ -192,7 +192,7 @@ def plot_probability(
     ax.figure.legend(loc='outside upper center', ncols=2, fontsize=8)
     return ax
 
-# %% ../nbs/75_patient_page.ipynb #3015ace4
+# %% ../nbs/75_patient_page.ipynb #c718ef64
 class Said(NamedTuple):
     "A sentence with its severity"
     text:str # A paragraph
@@ -261,7 +261,7 @@ def _nearest_group(prob, groups):
     return (f"Of the {n:.0f} validation patients with the most similar probabilities (mean {p:.2f}), {rate:.0%} were "
         f"methylated (95 % interval {lo:.0%} to {hi:.0%}).")
 
-# %% ../nbs/75_patient_page.ipynb #a99265ab
+# %% ../nbs/75_patient_page.ipynb #88b7e878
 def patient_sections(
     res:PatientResult, # Of one patient
 ) -> dict: # Heading -> list of text, `Said`, tables and `Shown`
@@ -361,7 +361,7 @@ def _version(m):
     if getattr(m, 'preparation_number', PREPARATION)==PREPARATION: return version
     return f"{version}, which prepared scans otherwise: its probabilities may differ here"
 
-# %% ../nbs/75_patient_page.ipynb #7a27f738
+# %% ../nbs/75_patient_page.ipynb #d9fd2784
 _COLOURS = dict(error='#b00020', warning='#8a4b00', note='#595959')
 
 class Paper:
@@ -474,7 +474,7 @@ def patient_paper(
 
 def _title(res): return f'MGMT methylation from MRI: patient {res.patient}'
 
-# %% ../nbs/75_patient_page.ipynb #f3521a0e
+# %% ../nbs/75_patient_page.ipynb #e48f81e7
 def write_captures(
     paper:Paper, # From `patient_paper`
     patient:str, # As the cohort calls the patient
@@ -486,7 +486,7 @@ def write_captures(
     study,series,dest,paths = hd.UID(),hd.UID(),make_folder(dest),[]
     about = dict(study_instance_uid=study, series_instance_uid=series, series_number=1, manufacturer='mgmt_fast',
         photometric_interpretation='RGB', bits_allocated=8, coordinate_system='PATIENT', patient_orientation=('L','F'),
-        patient_id=patient, patient_name=patient)
+        patient_id=patient, patient_name=f'{patient}^') # a family name and no other
     for i,page in enumerate(paper.pages, 1):
         capture = hd.sc.SCImage(_pixels(page, dpi), sop_instance_uid=hd.UID(), instance_number=i, **about)
         capture.SpecificCharacterSet,capture.BurnedInAnnotation = 'ISO_IR 192','YES'
@@ -502,7 +502,7 @@ def _highdicom():
 
 _no_highdicom = "DICOM needs highdicom: pip install mgmt_fast[dicom], or take report.html or report.pdf"
 
-# %% ../nbs/75_patient_page.ipynb #1cfb829d
+# %% ../nbs/75_patient_page.ipynb #a83afbe7
 def patient_report(
     model:object, # What `predict` takes: a model, a bundle, or the path of one
     scans:pd.DataFrame|pd.Series|dict|str|Path|PatientResult, # As for `patient_row`; or what was found already

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from fastcore.all import *
-from markupsafe import Markup
 from PIL import Image
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
@@ -21,7 +20,7 @@ from scipy.spatial.transform import Rotation
 from . import __version__
 from .core import *
 from .processes import DIED, do_alone, in_processes, working_in
-from .pages import fill_page, picture_tag, write_csv
+from .pages import fill_page, picture_tag, write_csv, write_page
 from .schemas import NOTHING, TEXT, list_of, read_json, record_of, table_of
 from .series import has_scan, read_sequence
 from .skull import has_skull
@@ -557,19 +556,15 @@ def with_brain(
     return atlas
 
 # %% ../nbs/32_standardize.ipynb #490a0182
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title><style>{{ style }}</style>
-<h1>{{ title }}</h1><p>{{ counts }}. mgmt_fast {{ version }}. Atlas: {{ atlas }} ({{ licence }}).</p>
-<p>Blue: outlines of the atlas. Red: the edge of the brain's mask. The patient's right is on the left. Nothing farther
-than 8 mm from the brain is drawn; where no brain was found, axial slices from inside the head. What to look for: blue
-lines that miss the ventricles or the brain's outline, red lines that cut brain or tumour off, or leave skull.</p>
-<p>{{ recipe }}</p>
-<table>{% for r in rows %}<tr><td><b>{{ r.patient }}</b><div class="facts">{{ r.facts }}</div>
-{% for o in r.problems %}<div class="bad">{{ o }}</div>{% endfor %}
-{% for o in r.notes %}<div class="facts">{{ o }}</div>{% endfor %}</td><td>{{ r.picture }}</td></tr>{% endfor %}
-</table></html>"""
-_STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em;color:#222} table{border-collapse:collapse}
-td{padding:.6em .8em;vertical-align:top;border-bottom:1px solid #ddd} .bad{color:#b00020}
-.facts{color:#666;font-size:12px} img{background:#000;max-width:700px}"""
+_LOOK_FOR = ("Blue: outlines of the atlas. Red: the edge of the brain's mask. The patient's right is on the left. "
+    "Nothing farther than 8 mm from the brain is drawn; where no brain was found, axial slices from inside the head. "
+    "Faults are blue lines that miss the ventricles or the brain's outline, red lines that cut brain or tumour off, "
+    "or leave skull.")
+_PLANES = 'planes of each sequence with the outlines of the atlas'
+_PATIENT = """<h3>{{ r.patient }}</h3><div class="facts">{{ r.facts }}</div>
+{% for o in r.problems %}<div class="error">{{ o }}</div>{% endfor %}
+{% for o in r.notes %}<div class="facts">{{ o }}</div>{% endfor %}
+{% if r.picture %}<figure>{{ r.picture }}<figcaption>{{ r.patient }} on the atlas</figcaption></figure>{% endif %}"""
 
 _SHOWN = ('ncc','structure','nmi','overlap','ml','starts','turn','engine','anchor')
 
@@ -584,7 +579,7 @@ def _score_lines(entry):
 def _shown(dest, patient, entry):
     "A row of the page"
     path,picture = _picture_file(dest, patient),''
-    if is_file(path): picture = picture_tag(np.asarray(Image.open(path)), 'planes of each sequence', 'JPEG')
+    if is_file(path): picture = picture_tag(np.asarray(Image.open(path)), f'{patient}: {_PLANES}', 'JPEG')
     facts = f"came {entry['state'] or 'unreadable'}; written: {', '.join(entry['sequences']) or 'nothing'}"
     problems = [f"{o['sequence']}: {o['what']}".removeprefix(': ') for o in entry['problems']]
     return dict(patient=patient, facts=facts, problems=problems, notes=list(_score_lines(entry)), picture=picture)
@@ -602,11 +597,11 @@ def _counts(entries):
     return f"{len(entries)} patients: {well} without a problem, {len(entries)-well-none} in part, {none} refused"
 
 def _write_page(dest, entries, atlas, recipe):
-    rows = [_shown(dest, p, entries[p]) for p in _worst_first(entries)]
+    shown = [fill_page(_PATIENT, r=_shown(dest, p, entries[p])) for p in _worst_first(entries)]
     choices = ', '.join(f'{k} {v}' for k,v in recipe.room('standardize').items())
-    page = fill_page(_PAGE, title='Standardized', style=Markup(_STYLE), counts=_counts(entries), version=__version__,
-        atlas=atlas.name, licence=atlas.licence, recipe=f'Recipe {recipe.name}: {choices}', rows=rows)
-    write_text(Path(dest)/'qc.html', page)
+    how = [f'{_counts(entries)}.', f'Atlas: {atlas.name} ({atlas.licence}).', f'Recipe {recipe.name}: {choices}.']
+    sections = {'What was done': how, 'What to look for': [_LOOK_FOR], 'Patients': shown}
+    write_page(Path(dest)/'qc.html', 'Standardized', sections)
 
 # %% ../nbs/32_standardize.ipynb #60a8ce39
 def _scores_table(entries):
