@@ -1,7 +1,8 @@
 """Kill commands at random moments, let writes fail, and start two writers at once; count what went wrong.
 
-`nice python benchmarks/soak.py --minutes 60` writes `benchmarks/soak.csv`: rounds by command and mishap; of these the
-patients lost, the files that differ from an undisturbed run, the processes left over, and the files left over.
+`nice python benchmarks/soak.py --minutes 60` writes `benchmarks/soak.csv`: rounds by command and mishap, each finished
+by an undisturbed run; runs that were killed or stopped; patients lost, files that differ from an undisturbed run,
+processes and files left over.
 `--writes` lets the first write of every command fail, then the second, and so on to the last, and writes
 `benchmarks/soak_writes.csv`. `mgmt_demo` and `mgmt_thesis` are made of these commands; `mgmt_weights` needs the
 internet, `mgmt_kaggle` builds wheels, and neither keeps anything."""
@@ -89,7 +90,7 @@ def started(f, work, dest, log, limit=None, fail_at=None):
     code = 9
     try:
         os.setpgid(0, 0)
-        out = os.open(log, os.O_WRONLY|os.O_CREAT|os.O_APPEND)
+        out = os.open(log if limit is None else os.devnull, os.O_WRONLY|os.O_CREAT|os.O_APPEND)
         for fd in (1,2): os.dup2(out, fd)
         if limit is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -189,13 +190,14 @@ class Soak:
             refused_wrongly=code not in (0,1))
 
     def kill(self, k, dest):
-        pid = started(COMMANDS[k], self.work, dest, self.work/'log')
-        at = self.random.random()*self.seconds[k]
-        if exit_code(pid, at) is None:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            self.count(k, 'kill', interrupted=1)
-        self.count(k, 'kill', orphans=orphans(pid))
+        "Up to five times in a row, the next run going on with what the one before left"
+        for _ in range(self.random.randint(1, 5)):
+            pid = started(COMMANDS[k], self.work, dest, self.work/'log')
+            if exit_code(pid, self.random.random()*self.seconds[k]) is None:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                self.count(k, 'kill', interrupted=1)
+            self.count(k, 'kill', orphans=orphans(pid))
         self.finish(k, 'kill', dest)
 
     def failing(self, k, dest, at):
@@ -243,7 +245,7 @@ class Soak:
 def random_mishaps(soak, end, out):
     "Until the clock says `end`"
     while time.monotonic()<end:
-        k, = soak.random.choices([*COMMANDS], [1/max(.5, soak.seconds[o]) for o in COMMANDS]) # quick ones more often
+        k, = soak.random.choices([*COMMANDS], [1/max(2, soak.seconds[o]) for o in COMMANDS]) # quick ones more often
         mishap = soak.random.choices([soak.kill, soak.full, soak.two, soak.small_disk], [10,2,1,1])[0]
         if mishap==soak.two and k=='predict': continue # one file, written whole by either
         dest = soak.work/'now'/k

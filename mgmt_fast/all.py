@@ -40,6 +40,9 @@ from .external import external_table, external_test
 from .card import evaluate_report, model_card
 from .fusion import fuse, sequence_experiments
 from .sweep import search, sweep, sweep_table
+from .standardize import standardize
+from .viewer import view
+from .explain import explain
 from .moves import MOVES, moved_from
 
 # %% ../nbs/99_all.ipynb #2123936e

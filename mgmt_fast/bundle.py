@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['preparation', 'preparation_differs', 'Ledger', 'Bundle', 'freeze_bundle', 'threshold_warning', 'cv_models',
-           'FrozenPredictions', 'freeze_predictions', 'read_frozen']
+           'freeze_once', 'FrozenPredictions', 'freeze_predictions', 'read_frozen']
 
 # %% ../nbs/65_bundle.ipynb #771ca054
 import json, re, shutil
@@ -17,6 +17,7 @@ from .schemas import *
 from fastcore.all import *
 from scipy.special import expit
 from . import __version__
+from .processes import working_in
 from .prepare import VolumeStore, prepare
 from .records import *
 from .seen import SeenVolumes
@@ -417,6 +418,25 @@ def _those(t, k, v, dest):
         if o not in set(t[k]): raise unknown_name(k, o, t[k].unique())
     return t[t[k].isin(listify(v))]
 
+# %% ../nbs/65_bundle.ipynb #b1d20a02
+def freeze_once(
+    models:list, # Paths of saved models, as for `freeze_bundle`
+    dest:str|Path, # Folder to write
+    tta:str|Path|Recipe=None, # As for `freeze_bundle`
+    **kwargs, # For `freeze_bundle`
+) -> Bundle: # Read back from `dest`
+    "Freeze, or read what was frozen of the same models before. Raises `ProtocolError` on a bundle of others."
+    if not (Path(dest)/'bundle.json').exists(): return freeze_bundle(models, dest=dest, tta=tta, **kwargs)
+    there = Bundle(dest)
+    same = [m.get('key') for m in there.models]==[load_model(p).trained['key'] for p in models]
+    views = tta and json.loads(json.dumps(get_recipe(tta).to_json()))
+    if not same or there.tta!=views: raise _other_bundle(dest)
+    return there
+
+def _other_bundle(dest):
+    return ProtocolError(f"{dest} holds a bundle of other models than those that were just trained: delete it, or give "
+        "another folder")
+
 # %% ../nbs/65_bundle.ipynb #e5017424
 class FrozenPredictions:
     "A model of any making that is frozen for an external test: its threshold and its validation patients"
@@ -465,18 +485,26 @@ def freeze_predictions(
 ) -> FrozenPredictions: # Read back from `dest`
     """Settle the threshold of a model of any making, and whom it was chosen on, before an external test.
 
-    Raises `ProtocolError` where something is frozen already, and `MGMTError` on predictions that give no number."""
+    What was frozen of the same predictions before is read back. Raises `ProtocolError` where something else is frozen,
+    and `MGMTError` on predictions that give no number."""
     v,dest = check_predictions(validation),Path(dest)
-    if any((dest/o).exists() for o in ('bundle.json',_predictions_file)): raise _bundle_there(dest)
+    if (dest/'bundle.json').exists(): raise _bundle_there(dest)
     file = Path(model)
     name,files = (file.name,{file.name: file_hash(file)}) if file.is_file() else (str(model),{})
-    about = dict(kind='predictions', version=__version__, created=utc_now(), model=name, models=[dict(files=files)])
+    about = dict(kind='predictions', model=name, models=[dict(files=files)])
     found = dict(checked=0, trained_on=None)
     chosen = dict(threshold=choose_threshold(v.label, v.prob), validation=_validation(v, found))
     record = dict(**about, **chosen, patients=sorted(v.patient.astype(str)), volumes=[])
-    make_folder(dest)
-    write_json(dest/_predictions_file, signed(json.loads(json.dumps(record))))
+    record = json.loads(json.dumps(record))
+    with working_in(dest, deep=False):
+        if (dest/_predictions_file).exists(): return _same_frozen(dest, record)
+        write_json(dest/_predictions_file, signed(dict(record, version=__version__, created=utc_now())))
     return FrozenPredictions(dest)
+
+def _same_frozen(dest, record):
+    frozen = FrozenPredictions(dest)
+    if any(getattr(frozen, k)!=v for k,v in record.items()): raise _bundle_there(dest)
+    return frozen
 
 # %% ../nbs/65_bundle.ipynb #6f1e05f9
 def read_frozen(

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import pandas as pd
 from .core import *
+from .processes import working_in
 from .pages import write_csv
 from fastcore.docments import docments
 from .dicom import files_by_number
@@ -207,6 +208,7 @@ def mgmt_standardize(
     n_workers:int=None, # Processes, each of up to 2.5 GB; one per core if not given
     dicom:bool=False, # Write derived DICOM series beside the NIfTI files
     choices:Path=None, # Table that says which image is meant, as `mgmt_audit --choices` writes it
+    budget:str='', # What reading one series may cost, where the usual is too little: voxels=2e8,seconds=120
     strict:bool=False, # Exit with 3, and not 0, where patients were left out
 ):
     """Bring raw scans into an atlas' space, brain only, and say what was refused; run again to finish after a stop.
@@ -215,7 +217,8 @@ def mgmt_standardize(
     choice_of = get_recipe(recipe)
     print(f"recipe {choice_of.name}: {', '.join(f'{k} {v}' for k,v in choice_of.room('standardize').items())}")
     cohort = _cohort(root, labels=labels, choices=choices)
-    done = standardize(cohort, dest, choice_of, atlas, sequences, n_workers, dicom=dicom)
+    how = dict(dicom=dicom, budget=Budget.parse(budget))
+    done = standardize(cohort, dest, choice_of, atlas, sequences, n_workers, **how)
     bad = done[done.problem.notna()]
     for r in bad.itertuples(): print(f'  {r.patient}: {r.problem}')
     lost = int(done[list(check_sequences(sequences))].isna().all(axis=1).sum())
@@ -423,7 +426,7 @@ def mgmt_sweep(
 
 # %% ../nbs/90_cli.ipynb #12989167
 from .evaluate import check_predictions, cross_validate, read_predictions, results_table, show_results
-from .bundle import FrozenPredictions, cv_models, freeze_bundle, freeze_predictions
+from .bundle import FrozenPredictions, cv_models, freeze_once, freeze_predictions
 from .external import METRICS, external_predictions, external_table, external_test, preregister
 from .card import evaluate_report, predictions_report
 
@@ -479,7 +482,7 @@ def mgmt_evaluate(
     if bundle is not None:
         real = oof[oof.arch!='selected']
         models = cv_models(dest, *(real[k].unique().tolist() for k in ('arch','sequences','recipe')))
-        print(freeze_bundle(**models, store=store, dest=bundle, tta=recipe if tta else None))
+        print(freeze_once(**models, store=store, dest=bundle, tta=recipe if tta else None))
     print(f"{page}: {oof.patient.nunique()} patients out of fold; research use only")
     return _done(oof.patient.nunique()<len(store), strict)
 
@@ -490,7 +493,7 @@ def _evaluate_table(table, dest, bundle, model, clinical, seed, columns):
     "Evaluate predictions of any making, and freeze their threshold where a folder for that is given"
     preds = read_predictions(table, **columns)
     good,name = check_predictions(preds.dropna()),model or "somebody's model"
-    page = predictions_report(preds, dest, Path(name).name, clinical=clinical, seed=seed)
+    with working_in(dest): page = predictions_report(preds, dest, Path(name).name, clinical=clinical, seed=seed)
     print(show_results(results_table(good.assign(arch=Path(name).name)), ('loss','accuracy','auc')).to_string())
     _print_findings(results_table(good))
     if bundle is not None: print(freeze_predictions(good, bundle, name))
@@ -634,12 +637,13 @@ def mgmt_perfusion(
     side:str=None, # Side of the lesion, left or right; guessed if not given
     leakage:str='transit', # Correction of leakage: transit, bidirectional, boxerman, or none
     motion:bool=False, # Correct the motion of the head first
+    budget:str='', # What reading the series may cost, where the usual is too little: voxels=2e9,seconds=120
 ):
     "Compute blood volume, flow and transit times of a DSC series; exit code 2 where it is unfit"
-    read = read_dsc(series, te, dt)
+    read = read_dsc(series, te, dt, budget=Budget.parse(budget))
     how = dict(brain=_mask(brain), side=side, leakage=None if leakage=='none' else leakage, motion=motion)
     found = perfusion_maps(read, aif=_arterial(aif), **how)
-    write_perfusion(found, read, dest)
+    with working_in(dest): write_perfusion(found, read, dest)
     for o in found.findings: print(f'  {o.level} {o.name}: {o.what}')
     print(f'{dest}/perfusion.html: {read}')
     return 0

@@ -51,8 +51,11 @@ class GlobalPool3d(nn.Module):
 class _SelectPool3d(tl.SelectAdaptivePool2d):
     "timm's networks ask this class for `feat_mult`; what it holds is converted on its own"
 
-class _LayerNorm3d(tl.LayerNorm2d):
+class _OnImages:
+    "Beside a 2D module: it works slice by slice"
     def forward(self, x): return as_volumes(super().forward(as_images(x)), len(x))
+
+class _LayerNorm3d(_OnImages, tl.LayerNorm2d): pass
 
 # %% ../nbs/41_convert.ipynb #2388b3ae
 def _linear(conv, s):
@@ -157,10 +160,7 @@ class _ShuffleBlock(tv.shufflenetv2.InvertedResidual):
 class _CNBlock(tv.convnext.CNBlock):
     def forward(self, x): return x + self.stochastic_depth(self.layer_scale[...,None]*self.block(x))
 
-class _ChannelNorm(tv.convnext.LayerNorm2d):
-    def forward(self, x):
-        y = F.layer_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.bias, self.eps)
-        return y.movedim(-1, 1)
+class _ChannelNorm(_OnImages, tv.convnext.LayerNorm2d): pass
 
 class _Inception(nn.Module):
     "A block of Inception v3, torchvision's or timm's; `pool` is what its code calls as a function"
@@ -190,16 +190,16 @@ class _InceptionB(_Inception):
 class _InceptionD(_InceptionB):
     branches = ('branch3x3_1 branch3x3_2', 'branch7x7x3_1 branch7x7x3_2 branch7x7x3_3 branch7x7x3_4')
 
-class _VGGHead(vgg.ConvMlp):
-    "timm's classifier of places of the plane, as convolutions: it stays 2D and sees the mean over the depth"
-    def forward(self, x): return super().forward(x.mean(2)).unsqueeze(2)
-
-class _InceptionAux(tv.inception.InceptionAux):
-    "A second classifier, in training only; it stays 2D likewise"
+class _OnMean:
+    "Beside a 2D module that classifies places of the plane: it stays 2D and sees the mean over the depth"
     def forward(self, x): return super().forward(x.mean(2))
 
-class _GoogLeNetAux(GoogLeNetAux):
-    def forward(self, x): return super().forward(x.mean(2))
+class _InceptionAux(_OnMean, tv.inception.InceptionAux): pass
+class _GoogLeNetAux(_OnMean, GoogLeNetAux): pass
+
+class _VGGHead(_OnMean, vgg.ConvMlp):
+    "timm's, made of convolutions"
+    def forward(self, x): return super().forward(x).unsqueeze(2)
 
 # %% ../nbs/41_convert.ipynb #59076b41
 class _Plan:

@@ -266,7 +266,7 @@ class Budget(NamedTuple):
         "Raise `error` where a header claims more"
         if claimed<=getattr(self, name): return
         raise error(f"the header claims {claimed:,} {_units[name]}, and {getattr(self, name):,} are allowed: a damaged "
-            f"header? If the series is sound, read it with budget=Budget({name}=...), or prepare with --budget {name}=")
+            f"header? If the series is sound, read it with budget=Budget({name}=...), or by a command with --budget {name}=")
 
     @classmethod
     def parse(cls,

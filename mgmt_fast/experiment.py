@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt, pandas as pd, torch
 from fastcore.all import *
 from . import __version__
 from .core import *
+from .processes import working_in
 from .pages import write_csv
 from .cohort import find_cohort
 from .folds import plot_balance
@@ -516,16 +517,18 @@ def run_thesis(
     store,tcga,dest = as_store(store),as_store(tcga),Path(dest)
     refuse_held_out(store)
     recipe,settings = follow_recipe(store.recipe, recipe),dict(n_folds=n_folds, inner=inner, seed=seed)
-    _claim(dest, _key(store, tcga, recipe, dict(settings, archs=list(archs), override=listify(override))))
+    key = _key(store, tcga, recipe, dict(settings, archs=list(archs), override=listify(override)))
     cells,where = thesis_cells(store.sequences, archs),dict(n_jobs=n_jobs, backend=backend, progress=progress)
-    runs = thesis_split(store, dest, cells, recipe, n_folds, seed, **where)
-    folds = thesis_folds(store, dest, cells, recipe, **where, **settings)
-    _write_runs(dest, runs, folds)
-    leaks = _leaks(store, tcga, dest, audit or {}, progress)
-    tests = thesis_external(store, tcga, dest, cells, runs, leaks.path, listify(override), progress)
-    table = _write_runs(dest, runs, folds, tests)
-    return _page(NS(store=store, tcga=tcga, dest=dest, recipe=recipe, cells=cells, runs=runs, tests=tests, table=table,
-        leaks=leaks, override=listify(override), real=real, n_folds=n_folds))
+    with working_in(dest):
+        _claim(dest, key)
+        runs = thesis_split(store, dest, cells, recipe, n_folds, seed, **where)
+        folds = thesis_folds(store, dest, cells, recipe, **where, **settings)
+        _write_runs(dest, runs, folds)
+        leaks = _leaks(store, tcga, dest, audit or {}, progress)
+        tests = thesis_external(store, tcga, dest, cells, runs, leaks.path, listify(override), progress)
+        table = _write_runs(dest, runs, folds, tests)
+        return _page(NS(store=store, tcga=tcga, dest=dest, recipe=recipe, cells=cells, runs=runs, tests=tests,
+            table=table, leaks=leaks, override=listify(override), real=real, n_folds=n_folds))
 
 # %% ../nbs/83_experiment.ipynb #8319002c
 QUICK = dict(n_folds=2, inner=2, audit=dict(sequences='FLAIR', small=100, planted=4)) # of `run_thesis`

@@ -17,6 +17,7 @@ from scipy.stats import fisher_exact
 from . import __version__
 from .clinical import id_key, patient_key
 from .prepare import VolumeStore
+from .processes import working_in
 from .records import *
 from .seen import find_seen
 from .learner import predict_unlogged
@@ -36,17 +37,24 @@ def preregister(
     metric:str='auc', # The one measure that decides, one of `METRICS`
     n:int=None, # How many patients are expected, where that is known
 ) -> dict: # The plan; post its `signature` where the date can be seen, before labels are opened
-    "Write down what will be tested, before it is. Raises `ProtocolError` if there is a plan in this place."
+    "Write down what will be tested, before it is. Raises `ProtocolError` if there is another plan in this place."
     b = read_frozen(bundle)
     if metric not in METRICS: raise unknown_name('measure', metric, METRICS)
-    if Path(path).exists(): raise ProtocolError(f"{path} is there already: a plan is not changed; give another file")
     for what,text in dict(cohort=cohort, hypothesis=hypothesis).items():
         if not str(text).strip(): raise ProtocolError(f"a plan says its {what} in words; received {text!r}")
-    said = dict(cohort=cohort, hypothesis=hypothesis, metric=metric, n=n)
-    about = dict(kind='plan', date=utc_now(), version=__version__, bundle=b.signature, threshold=b.threshold)
-    plan = signed({**about, **said})
-    write_json(path, plan)
+    frozen = dict(kind='plan', bundle=b.signature, threshold=b.threshold)
+    said = dict(frozen, cohort=cohort, hypothesis=hypothesis, metric=metric, n=n)
+    with working_in(Path(path).parent, deep=False):
+        if Path(path).exists(): return _same_plan(path, said)
+        plan = signed(dict(said, date=utc_now(), version=__version__))
+        write_json(path, plan)
     return plan
+
+def _same_plan(path, said):
+    "The plan that was written before, where it says the same"
+    plan = _read_plan(path)
+    if {k: plan[k] for k in said}==said: return plan
+    raise ProtocolError(f"{path} is there already: a plan is not changed; give another file")
 
 # %% ../nbs/66_external.ipynb #d9256bb8
 def _read_plan(path):

@@ -29,9 +29,8 @@ from .prepare import VolumeStore, prepare
 from .standardize import standardize
 from .backbones import weights_file
 from .callbacks import Clock, OutOfTime
-from .learner import load_model
 from .evaluate import cross_validate, log_odds
-from .bundle import Bundle, cv_models, freeze_bundle
+from .bundle import Bundle, cv_models, freeze_once
 
 # %% ../nbs/80_kaggle.ipynb #a8c4fa67
 COMPETITION = 'rsna-miccai-brain-tumor-radiogenomic-classification'
@@ -202,7 +201,7 @@ def train_bundles(
     """Cross-validate and freeze one model after the other, as long as there is time; what an earlier call finished is
     used, and a training that it stopped goes on.
 
-    Raises `KaggleError` where a bundle of other models lies in the way."""
+    Raises `ProtocolError` where a bundle of other models lies in the way."""
     dest,oof = Path(dest),None
     for i,cell in enumerate(cells):
         name = '+'.join(cell)
@@ -210,18 +209,8 @@ def train_bundles(
         except OutOfTime as e:
             print(f"{name}: {e}. Attach this kernel's output to itself and run it again: it goes on from there")
             break
-        _freeze_once(store, cv_models(dest/'cv', sequences=name), dest/'bundles'/name)
+        freeze_once(**cv_models(dest/'cv', sequences=name), store=store, dest=dest/'bundles'/name)
     return oof
-
-def _freeze_once(store, of, dest):
-    "Freeze models, or see that the bundle which is there holds just these"
-    if not (dest/'bundle.json').exists(): return freeze_bundle(**of, store=store, dest=dest)
-    there = [m.get('key') for m in Bundle(dest).models]
-    if there!=[load_model(p).trained['key'] for p in of['models']]: raise KaggleError(_other_bundle(dest))
-
-
-def _other_bundle(dest):
-    return f"{dest} holds a bundle of other models than those that were just trained: delete it, or give another folder"
 
 # %% ../nbs/80_kaggle.ipynb #167237b5
 def find_bundles(

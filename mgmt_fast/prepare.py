@@ -587,8 +587,7 @@ def _write_patient(row, i, dest, sequences, recipe, budget):
         _write_row(_array_file(dest, seq), i, a)
         p.meta[seq]['hash'] = _hash(a)
     affine = None if p.affine is None else p.affine.tolist()
-    made = dict(patient=str(row['patient']), row=i, affine=affine, volumes=p.meta, sources=sources, report=p.report)
-    return dict(made, budget=list(budget)) if _has_errors(made) and budget!=Budget() else made
+    return dict(patient=str(row['patient']), row=i, affine=affine, volumes=p.meta, sources=sources, report=p.report)
 
 def _has_errors(entry): return any(o['level']=='error' for o in entry['report'])
 
@@ -809,6 +808,7 @@ def _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress, budget)
     with Journal(dest/'journal.jsonl', PrepareError) as journal:
         for i,o in in_processes(_write_patient, jobs, n_workers, progress):
             if o==DIED: o = _of_died(*jobs[i][:2], key)
+            if _has_errors(o) and budget!=Budget(): o['budget'] = list(budget)
             journal.add(o)
             done[o['patient']] = o
     return done

@@ -100,6 +100,7 @@ def _fill(pool, f, jobs, todo, under, most):
 @contextmanager
 def working_in(
     folder:str|Path, # Where a run writes; made if it is not there
+    deep:bool=True, # Clear the folders below, too?
 ):
     "Hold a folder, and clear it of what killed runs left. Raises `MGMTError` that says who holds it."
     folder = make_folder(folder)
@@ -110,7 +111,7 @@ def working_in(
     release = _hold(folder)
     _held.add(key)
     try:
-        clear_temporaries(folder)
+        clear_temporaries(folder, deep)
         yield folder
     finally:
         _held.remove(key)

@@ -20,7 +20,7 @@ from scipy.spatial.transform import Rotation
 from . import __version__
 from .core import *
 from .processes import DIED, do_alone, in_processes, working_in
-from .pages import fill_page, picture_tag, write_csv, write_page
+from .pages import fill_page, picture_tag, scrolling, write_csv, write_page
 from .schemas import NOTHING, TEXT, list_of, read_json, record_of, table_of
 from .series import has_scan, read_sequence
 from .skull import has_skull
@@ -450,11 +450,10 @@ _NOTE = record_of(dict(sequence=TEXT, what=TEXT))
 _ENTRY = record_of(dict(key=record_of({}, others=True), problems=list_of(_NOTE), state=NOTHING|TEXT,
     anchor=NOTHING|TEXT, sequences=list_of(Allowed.one_of(*SEQUENCES)), scores=record_of({}, others=True)), others=True)
 
-def _key_of(row, sequences, recipe, atlas, dicom):
+def _key_of(row, sequences, recipe, atlas, engines, dicom):
     "All that a patient's result depends on"
     named = [s for s in (*sequences,'mask') if has_scan(row, s)]
     sources = {s: source_state(row[s], row.get(f'{s}_index')) for s in named}
-    engines = {k: v for k,v in engine_table().set_index('engine').version.items() if isinstance(v, str)}
     key = dict(standardization=STANDARDIZATION, recipe=recipe.room('standardize'), atlas=atlas.digest, sources=sources,
         engines=engines, dicom=dicom)
     return json.loads(json.dumps(key))
@@ -536,9 +535,7 @@ _atlases = {} # by digest: read before the processes fork, so that none has to b
 
 def _in_own_process(row, digest, path, dest, *rest):
     if digest not in _atlases: _atlases[digest] = with_brain(read_atlas(path))
-    entry = do_alone(_with_atlas, (row, digest, dest, *rest))
-    if entry!=DIED: return entry
-    return dict(problems=[dict(sequence='', what=DIED)], state=None, anchor=None, sequences=[], scores={})
+    return do_alone(_with_atlas, (row, digest, dest, *rest))
 
 def _with_atlas(row, digest, dest, *rest): return _do_patient(row, dest, _atlases[digest], *rest)
 
@@ -556,15 +553,14 @@ def with_brain(
     return atlas
 
 # %% ../nbs/32_standardize.ipynb #490a0182
-_LOOK_FOR = ("Blue: outlines of the atlas. Red: the edge of the brain's mask. The patient's right is on the left. "
+_TO_LOOK_FOR = ("Blue: outlines of the atlas. Red: the edge of the brain's mask. The patient's right is on the left. "
     "Nothing farther than 8 mm from the brain is drawn; where no brain was found, axial slices from inside the head. "
-    "Faults are blue lines that miss the ventricles or the brain's outline, red lines that cut brain or tumour off, "
-    "or leave skull.")
-_PLANES = 'planes of each sequence with the outlines of the atlas'
-_PATIENT = """<h3>{{ r.patient }}</h3><div class="facts">{{ r.facts }}</div>
+    "What to look for: blue lines that miss the ventricles or the brain's outline, red lines that cut brain or tumour "
+    "off, or leave skull.")
+_ROWS = """<table>{% for r in rows %}<tr><td><b>{{ r.patient }}</b><div class="facts">{{ r.facts }}</div>
 {% for o in r.problems %}<div class="error">{{ o }}</div>{% endfor %}
-{% for o in r.notes %}<div class="facts">{{ o }}</div>{% endfor %}
-{% if r.picture %}<figure>{{ r.picture }}<figcaption>{{ r.patient }} on the atlas</figcaption></figure>{% endif %}"""
+{% for o in r.notes %}<div class="facts">{{ o }}</div>{% endfor %}</td><td>{{ r.picture }}</td></tr>{% endfor %}
+</table>"""
 
 _SHOWN = ('ncc','structure','nmi','overlap','ml','starts','turn','engine','anchor')
 
@@ -576,13 +572,16 @@ def _score_lines(entry):
     for s in SEQUENCES:
         if isinstance(scores.get(s), dict): yield f'{s} onto {entry["anchor"]}: {_said(scores[s])}'
 
+def _problems(entry): return [f"{o['sequence']}: {o['what']}".removeprefix(': ') for o in entry['problems']]
+
 def _shown(dest, patient, entry):
     "A row of the page"
     path,picture = _picture_file(dest, patient),''
-    if is_file(path): picture = picture_tag(np.asarray(Image.open(path)), f'{patient}: {_PLANES}', 'JPEG')
+    alt = f'three planes of each sequence of {patient}'
+    if is_file(path): picture = picture_tag(np.asarray(Image.open(path)), alt, 'JPEG')
     facts = f"came {entry['state'] or 'unreadable'}; written: {', '.join(entry['sequences']) or 'nothing'}"
-    problems = [f"{o['sequence']}: {o['what']}".removeprefix(': ') for o in entry['problems']]
-    return dict(patient=patient, facts=facts, problems=problems, notes=list(_score_lines(entry)), picture=picture)
+    notes = list(_score_lines(entry))
+    return dict(patient=patient, facts=facts, problems=_problems(entry), notes=notes, picture=picture)
 
 def _worst_first(entries):
     "Patients: those with problems, then by how well they fit the atlas"
@@ -597,11 +596,12 @@ def _counts(entries):
     return f"{len(entries)} patients: {well} without a problem, {len(entries)-well-none} in part, {none} refused"
 
 def _write_page(dest, entries, atlas, recipe):
-    shown = [fill_page(_PATIENT, r=_shown(dest, p, entries[p])) for p in _worst_first(entries)]
+    rows = [_shown(dest, p, entries[p]) for p in _worst_first(entries)]
     choices = ', '.join(f'{k} {v}' for k,v in recipe.room('standardize').items())
-    how = [f'{_counts(entries)}.', f'Atlas: {atlas.name} ({atlas.licence}).', f'Recipe {recipe.name}: {choices}.']
-    sections = {'What was done': how, 'What to look for': [_LOOK_FOR], 'Patients': shown}
-    write_page(Path(dest)/'qc.html', 'Standardized', sections)
+    counts = f'{_counts(entries)}. Atlas: {atlas.name} ({atlas.licence}).'
+    said = [counts, _TO_LOOK_FOR, f'Recipe {recipe.name}: {choices}']
+    table = scrolling(fill_page(_ROWS, rows=rows))
+    write_page(Path(dest)/'qc.html', 'Standardized', {'What to look for': said, 'Patients': [table]})
 
 # %% ../nbs/32_standardize.ipynb #60a8ce39
 def _scores_table(entries):
@@ -615,11 +615,6 @@ def _scores_table(entries):
     columns = ['patient','sequence','state','anchor',*GATES,'engine']
     return pd.DataFrame(rows).reindex(columns=columns)
 
-def _problem_of(entry):
-    "A patient's problems in one cell; missing where all is well"
-    said = [f"{o['sequence']}: {o['what']}".removeprefix(': ') for o in entry['problems']]
-    return '; '.join(said) if said else pd.NA
-
 def _result(cohort, dest, entries, sequences):
     "The cohort of what was written"
     res = cohort.drop(columns=[c for c in cohort if str(c).endswith('_index') or c=='mask']).reset_index(drop=True)
@@ -627,7 +622,7 @@ def _result(cohort, dest, entries, sequences):
     for s in SEQUENCES:
         files = [str(_file_of(Path(dest)/p, s)) if s in entries[p]['sequences'] else None for p in ids]
         res[s] = pd.array(files, dtype='string')
-    res['problem'] = pd.array([_problem_of(entries[p]) for p in ids], dtype='string')
+    res['problem'] = pd.array(['; '.join(_problems(entries[p])) or pd.NA for p in ids], dtype='string')
     rows = [(p, o['sequence'], o['what'], 'see qc.html') for p in ids for o in entries[p]['problems']]
     return add_to_report(res, rows)
 
@@ -657,8 +652,9 @@ def standardize(
         rows = {str(r['patient']): r for _,r in cohort.iterrows()}
         entries,jobs = _to_do(rows, dest, atlas, recipe, sequences, dicom, budget)
         if entries: print(f'{len(entries)} patients as they were standardized before')
+        patients = list(jobs)
         for i,entry in in_processes(_in_own_process, list(jobs.values()), n_workers, progress):
-            entries[list(jobs)[i]] = entry if entry!=DIED else _died()
+            entries[patients[i]] = entry if entry!=DIED else _died()
         entries = {p: entries[p] for p in rows}
         write_csv(dest/'scores.csv', _scores_table(entries))
         _write_page(dest, entries, atlas, recipe)
@@ -668,9 +664,9 @@ def _died(): return dict(problems=[dict(sequence='', what=DIED)], state=None, an
 
 def _to_do(rows, dest, atlas, recipe, sequences, dicom, budget):
     "Entries of the patients that are done, and jobs for the others"
-    entries,jobs = {},{}
+    entries,jobs,engines = {},{},engine_table().set_index('engine').version.dropna().to_dict()
     for p,row in rows.items():
-        key = _key_of(row, sequences, recipe, atlas, dicom)
+        key = _key_of(row, sequences, recipe, atlas, engines, dicom)
         kept = _kept(dest/p, key)
         if kept is not None: entries[p] = kept
         else: jobs[p] = (row, atlas.digest, atlas.path, dest, recipe, sequences, key, dicom, budget)

@@ -38,6 +38,10 @@ def field_of(
     return np.array([corners.min(0), corners.max(0)])
 
 # %% ../nbs/71_viewer.ipynb #93469c39
+def _axes_of(plane):
+    "The patient's axes along a picture's width and height"
+    return [int(np.flatnonzero(o)[0]) for o in PLANES[plane]]
+
 def plane_points(
     plane:str, # One of `PLANES`
     at:np.ndarray|list, # (3,) RAS mm, a point of the plane
@@ -46,7 +50,7 @@ def plane_points(
 ) -> np.ndarray: # (h,w,3) RAS mm, the centres of the pixels
     "Where the pixels of a plane lie. Raises `MGMTError` on an unknown plane."
     if plane not in PLANES: raise unknown_name('plane', plane, PLANES)
-    right,down = (int(np.flatnonzero(o)[0]) for o in PLANES[plane])
+    right,down = _axes_of(plane)
     def centres(axis): return np.arange(field[1,axis]-mm/2, field[0,axis], -mm)
     w,h = centres(right),centres(down)
     points = np.empty((len(h),len(w),3))
@@ -110,13 +114,16 @@ def _no_place():
         "show the scans themselves, by a row of the cohort")
 
 # %% ../nbs/71_viewer.ipynb #f4073a0e
+def _every_3_mm(vol):
+    "A part of a volume's voxels, and their values"
+    some = vol[tuple(slice(None, None, max(1, int(3/s))) for s in vol.spacing)]
+    return some,some.numpy().astype(np.float32)
+
 def inner_slab(
     vol:Volume, # (D,H,W), a head
 ) -> tuple: # Lowest and highest height, RAS mm
     "The part of a head, from 25 to 75 mm below its top, in which no face can be seen."
-    steps = [max(1, int(3/s)) for s in vol.spacing]
-    some = vol[tuple(slice(None, None, s) for s in steps)]
-    x = some.numpy().astype(np.float32)
+    some,x = _every_3_mm(vol)
     lo,hi = float(x.min()),float(np.percentile(x, 99))
     lit = np.argwhere(x>lo+.25*(hi-lo))
     if not len(lit): return -np.inf,np.inf
@@ -136,9 +143,7 @@ def _filled(volumes):
     "The field in which volumes hold more than air, with 8 mm around it"
     box,lows,highs = field_of(volumes),[],[]
     for v in volumes:
-        steps = [max(1, int(3/s)) for s in v.spacing]
-        some = v[tuple(slice(None, None, s) for s in steps)]
-        x = some.numpy().astype(np.float32)
+        some,x = _every_3_mm(v)
         lit = np.argwhere(x>x.min()+.05*(np.percentile(x, 99.5)-x.min()))
         at = some.world(lit) if len(lit) else box
         lows.append(at.min(0)-8); highs.append(at.max(0)+8)
@@ -220,7 +225,7 @@ class View:
     def _framed(self, name, plane):
         "A panel with its crosshair, filled up to the width of the widest"
         x = self.panel(name, plane)
-        right,down = (int(np.flatnonzero(o)[0]) for o in PLANES[plane])
+        right,down = _axes_of(plane)
         col,row = (int((self.field[1,a]-self.at[a])/self.mm) for a in (right,down))
         row,col = min(row, len(x)-1),min(col, x.shape[1]-1)
         x[row,::3] = x[::3,col] = (.2,.8,1)

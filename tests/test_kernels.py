@@ -56,7 +56,7 @@ def execute(kernel, cwd, kaggle, monkeypatch, clock=None, size=None):
     memory = 'import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'
     nb.cells.append(nbformat.v4.new_code_cell(memory))
     NotebookClient(nb, timeout=900, kernel_name='python3', resources={'metadata': {'path': str(cwd)}}).execute()
-    said = [''.join(o.get('text','')) for c in nb.cells for o in c.get('outputs', [])]
+    said = [''.join(o.get('text','') for o in c.get('outputs', [])) for c in nb.cells]
     assert int(said[-1])<4*2**20, 'kilobytes'
     return ''.join(said)
 

@@ -187,3 +187,6 @@ def test_the_command_refuses_by_name(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['mgmt_perfusion', str(tmp_path/'in'), str(tmp_path/'out')])
     assert mgmt_perfusion()==2
     assert 'error: no_bolus: ' in capsys.readouterr().err and not (tmp_path/'out').exists()
+    monkeypatch.setattr(sys, 'argv', [*sys.argv, '--budget', 'voxels=1000'])
+    assert mgmt_perfusion()==2
+    assert '1,000 are allowed' in capsys.readouterr().err

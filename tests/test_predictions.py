@@ -58,6 +58,8 @@ def test_what_is_refused(frozen, tmp_path):
     with pytest.raises(MGMTError, match='in training and test'): external_predictions(frozen, tmp_path/'validation.csv')
     with pytest.raises(MGMTError, match='another folder'):
         freeze_predictions(read_predictions(tmp_path/'validation.csv'), tmp_path/'frozen')
+    again = freeze_predictions(read_predictions(tmp_path/'validation.csv'), tmp_path/'frozen', 'a forest')
+    assert again.signature==frozen.signature
     test = table(tmp_path/'B.csv', 'B')
     result = external_predictions(frozen, test)
     name = result['predictions']['file'].replace('.csv', '.json')

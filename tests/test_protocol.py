@@ -328,6 +328,7 @@ def test_a_plan_and_what_deviates_from_it(study):
     assert (r['plan']['hash'],r['plan']['deviates'],r['plan']['value'])==(plan['signature'],[],r['all']['auc'])
     r = run(frozen(d, train, 1), test.only(test.table.patient[:20]), plan=d/'plan.json')
     assert [o.split(' ')[0] for o in r['plan']['deviates']]==['another','threshold','20'] and 'deviates' in r['note']
+    assert preregister(d/'plan.json', b, 'phantoms', 'AUC above .6', n=24)==plan
     with pytest.raises(ProtocolError, match='there already'): preregister(d/'plan.json', b, 'others', 'AUC above .6')
     sign = json.loads((d/'plan.json').read_text())
     write_json(d/'plan.json', {**sign, 'hypothesis':'AUC above .5'})

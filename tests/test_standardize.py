@@ -202,7 +202,7 @@ def test_the_page_and_the_record_tell_no_places(folder):
     assert str(where) not in page+record+(where/'out/scores.csv').read_text()
     d = json.loads(record)
     assert d['state']=='prepared' and d['matrices']['T1w']==np.eye(4).tolist() and len(d['atlas']['digest'])==32
-    assert page.index('<h3>c</h3>')<page.index('<h3>a</h3>')
+    assert page.index('<b>c</b>')<page.index('<b>a</b>')
 
 
 def test_dicom_holds_the_same_voxels_at_the_same_place(folder):
