@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from identifiers import found_in, plant_slice
 from mgmt_fast import cli
 from mgmt_fast.audit import audit_cohort
 from mgmt_fast.bundle import freeze_bundle
@@ -154,6 +155,14 @@ def test_a_model_of_another_version_says_so(work, tmp_path):
     res = patient_report(changed(work, tmp_path, version='0.1.0', preparation=7), one(work, tmp_path), tmp_path/'out')
     html = (tmp_path/'out/report.html').read_text()
     assert res.prob==res.prob and 'mgmt_fast 0.1.0, which prepared scans otherwise' in html
+
+
+def test_nothing_of_a_header_is_repeated(work, tmp_path):
+    root = one(work, tmp_path)
+    for o in root.rglob('*.dcm'): plant_slice(o)
+    patient_report(work/'bundle', root, tmp_path/'out')
+    html = (tmp_path/'out/report.html').read_text()
+    assert not found_in(tmp_path/'out') and 'identifiers in the header' in html and str(tmp_path) not in html
 
 
 def test_a_name_is_shown_and_not_executed(work, tmp_path):
