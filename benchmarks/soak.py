@@ -137,7 +137,7 @@ def patients(dest):
     return {o for p in tables for o in pd.read_csv(p, dtype=str).patient}
 
 
-def litter(dest): return sum('.mgmt-' in p.name or p.name.startswith('.tmp') for p in dest.rglob('*'))
+def litter(dest): return [p.name for p in dest.rglob('*') if '.mgmt-' in p.name or p.name.startswith('.tmp')]
 
 
 def other_patients(work, dest):
@@ -185,8 +185,10 @@ class Soak:
         code = exit_code(started(COMMANDS[k], self.work, dest, self.work/'log'), 900)
         found,who = files(dest),patients(dest)
         differ = [o for o,h in self.right[k][0].items() if found.get(o)!=h and not o.startswith('sweep')]
-        if differ or code not in (0,1): print(k, mishap, code, differ[:3], (self.work/'log').read_text()[-300:])
-        self.count(k, mishap, rounds=1, lost=len(self.right[k][1]-who), differ=len(differ), litter=litter(dest),
+        left = litter(dest)
+        if differ or left or code not in (0,1):
+            print(k, mishap, code, differ[:3], left[:3], (self.work/'log').read_text()[-300:], flush=True)
+        self.count(k, mishap, rounds=1, lost=len(self.right[k][1]-who), differ=len(differ), litter=len(left),
             refused_wrongly=code not in (0,1))
 
     def kill(self, k, dest):
@@ -211,7 +213,7 @@ class Soak:
 
     def full(self, k, dest):
         "No file may become larger than a few bytes or kilobytes, as on a disk that fills"
-        limit = int(2**self.random.uniform(3, 17))
+        limit = int(2**self.random.uniform(6, 17)) # a semaphore is a file of 32 bytes
         code = exit_code(started(COMMANDS[k], self.work, dest, self.work/'log', limit), 900)
         self.count(k, 'full', interrupted=code==2, refused_wrongly=code not in (0,1,2,3))
         self.finish(k, 'full', dest)

@@ -81,15 +81,18 @@ _tripod = """1 Title
 
 # %% ../nbs/67_card.ipynb #ecadf274
 def model_card(
-    store:VolumeStore, # What was trained on
+    store:VolumeStore=None, # What was trained on; None where only the bundle is at hand
     oof:pd.DataFrame=None, # From `cross_validate`
     bundle:Bundle=None, # The frozen one, where there is one
     results:dict|str|Path|list|tuple=(), # Of `external_test`: dicts or paths
 ) -> pd.DataFrame: # item (of TRIPOD+AI), what; `'open: ...'` where only the authors know
     """A model card in the items of TRIPOD+AI, filled in as far as data and files can tell.
 
-    Source: Collins et al. 2024, BMJ 385:e078378."""
-    known = {**_card_of_store(store), **_card_of_patients(store, oof)}
+    Without a store, a bundle tells what it wrote down of it. Source: Collins et al. 2024, BMJ 385:e078378. Raises
+    `MGMTError` where neither is given."""
+    if store is None and bundle is None: raise MGMTError("a model card is that of a store or of a bundle: give one")
+    if store is None: known = _card_of_frozen(bundle)
+    else: known = {**_card_of_store(store), **_card_of_patients(store, oof)}
     if oof is not None: known.update(_card_of_study(oof[oof.arch!='selected']))
     if bundle is not None: known.update(_card_of_bundle(bundle))
     if len(listify(results)): known.update(_card_of_results(results))
@@ -98,18 +101,34 @@ def model_card(
 
 def _card_of_store(store):
     "Items that a store answers"
-    size,res = 'x'.join(map(str, store.size)),{}
-    scans = '; '.join(_scans_in_words(s, v) for s,v in preparation(store).items())
+    size,res = 'x'.join(map(str, store.size)),_card_of_inputs(store.sequences)
+    scans = _all_scans_in_words(preparation(store))
     res['5a'] = res['6a'] = f"{', '.join(sorted(set(store.table.source)))}; which hospitals these are is open"
     res['7'] = (f"{_how_prepared(store.recipe)}, {size} voxels, recipe {store.recipe.name!r}, "
         f"mgmt_fast {store.version}; as acquired: {scans}")
-    res['8a'] = 'methylation of the MGMT promoter, yes or no; assay and cut-off are open'
-    res['9a'] = res['9b'] = f"voxels of {', '.join(store.sequences)}; no others"
+    return res
+
+def _card_of_inputs(sequences):
+    "Items with the same answer for every model of these sequences"
+    res = {'8a': 'methylation of the MGMT promoter, yes or no; assay and cut-off are open'}
+    res['9a'] = res['9b'] = f"voxels of {', '.join(sequences)}; no others"
     res['15'] = 'the probability of a methylated promoter, 0 to 1; research use only'
     res['26'] = ('the truth of the labels, and what distinguishes these patients from those elsewhere, cannot be seen '
         'from here; see the baselines for what the acquisition gives away')
     res['27a'] = ('a series that cannot be read or prepared is refused with its reason, and the patient gets no '
         'probability')
+    return res
+
+def _card_of_frozen(b):
+    "Items that a bundle answers without the store it was trained on"
+    v,res = b.validation,_card_of_inputs(b.sequences)
+    res['7'] = (f"{_how_prepared(b.recipe)}, recipe {b.recipe.name!r}, mgmt_fast {b.version}; as acquired: "
+        f"{_all_scans_in_words(b.preparation)}")
+    given = f" ({v['interval']})" if 'interval' in v else ''
+    n = f"{v['n']} validation patients, " if 'n' in v else ''
+    res['20a'] = f"{len(b.patients)} prepared for training and validation"
+    res['23a'] = (f"{n}AUC {v['auc']:.3f} [{v['lo']:.3f}, {v['hi']:.3f}]{given}; the threshold was chosen on the same "
+        "patients")
     return res
 
 def _how_prepared(r):
@@ -118,6 +137,8 @@ def _how_prepared(r):
     box = dict(slice='each slice in its own box', none='slices without a box').get(r.crop_by, 'slices in one box')
     each = 'each slice with its own' if r.range_by=='slice' else 'one'
     return f'prepared slice by slice, without millimetres: {box}, {each} intensity range'
+
+def _all_scans_in_words(prepared): return '; '.join(_scans_in_words(s, v) for s,v in prepared.items())
 
 def _scans_in_words(s, v):
     if v['spacing'] is None: return f"{s}: {v['space']}, spacing, plane and skull not looked at"

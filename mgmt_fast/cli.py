@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['mgmt_audit', 'mgmt_phantom', 'mgmt_atlas', 'mgmt_standardize', 'mgmt_prepare', 'mgmt_train', 'mgmt_predict',
            'mgmt_weights', 'mgmt_report', 'mgmt_sweep', 'mgmt_evaluate', 'mgmt_preregister', 'mgmt_external',
-           'mgmt_leakage', 'mgmt_perfusion', 'mgmt_kaggle', 'mgmt_thesis', 'mgmt_demo']
+           'mgmt_pack', 'mgmt_unpack', 'mgmt_push', 'mgmt_pull', 'mgmt_leakage', 'mgmt_perfusion', 'mgmt_kaggle',
+           'mgmt_thesis', 'mgmt_demo']
 
 # %% ../nbs/90_cli.ipynb #4eea66c0
 import argparse, contextlib, functools, inspect, re, signal, sys, threading, time
@@ -578,6 +579,65 @@ def _result_line(r):
     auc = f"AUC {r.auc:.3f} [{r.auc_lo:.3f}, {r.auc_hi:.3f}] ({r.interval})"
     company = f", by Holm over {r.bundles:.0f} bundles {r.p_holm:.3g}" if r.bundles>1 else ''
     return f"{r['set']}: {auc}, accuracy {r.accuracy:.1%}, loss {r.loss:.3f}, {r.n} patients, p {r.p:.3g}{company}"
+
+# %% ../nbs/90_cli.ipynb #a2aa6f79
+from .pack import pack_bundle, pull_model, push_model, unpack_bundle
+
+@_command
+def mgmt_pack(
+    bundle:Path, # Folder that `mgmt_evaluate --bundle` wrote
+    file:Path, # File to write, e.g. bundle.zip
+    card:Path=None, # Model card that the authors filled in, Markdown; what the bundle knows if not given
+):
+    "Write a frozen bundle into one file: networks, temperatures, threshold, fingerprints, ledger, card and hashes"
+    clear_temporaries(Path(file).parent, deep=False)
+    said = pack_bundle(bundle, file, card)
+    print(f"{file}: bundle {said['bundle'][:8]}, {said['bytes']:,} bytes, {said['passes']} external tests so far")
+    print(f"sha256 {said['sha256']}: tell it to the receiver by another way; mgmt_unpack --sha256 compares it")
+    return 0
+
+# %% ../nbs/90_cli.ipynb #280f4bbb
+def _say_unpacked(bundle, dest):
+    print(f"{dest}: {bundle!r}; research use only")
+    return 0
+
+@_command
+def mgmt_unpack(
+    file:Path, # File that `mgmt_pack` wrote
+    dest:Path, # Folder to make
+    sha256:str=None, # What the sender said its hash is
+):
+    "Unpack a bundle, whole or not at all; each file must have the hash that was written down"
+    clear_temporaries(Path(dest).parent, deep=False)
+    return _say_unpacked(unpack_bundle(file, dest, sha256), dest)
+
+# %% ../nbs/90_cli.ipynb #7955bbe3
+@_command
+def mgmt_push(
+    bundle:Path, # Folder that `mgmt_evaluate --bundle` wrote
+    repo:str, # Repository on the Hugging Face hub, OWNER/NAME
+    yes:bool=False, # Send it; otherwise only say what would be sent
+    public:bool=False, # Everybody may see it; otherwise the repository is private
+    card:Path=None, # As in `mgmt_pack`
+):
+    "Send a frozen bundle to a model hub as a pack and its card; without --yes nothing is sent"
+    sent = push_model(bundle, repo, not public, yes, card)
+    for r in sent.itertuples(): print(f'{r.file}: {r.bytes:,} bytes, {r.holds}')
+    seen = 'everybody may see it' if public else 'private'
+    print(f'sent to {repo}, {seen}' if yes else f'nothing was sent: with --yes this goes to {repo}, {seen}')
+    return 0
+
+# %% ../nbs/90_cli.ipynb #6656992e
+@_command
+def mgmt_pull(
+    repo:str, # Repository on the Hugging Face hub, OWNER/NAME
+    dest:Path, # Folder to make
+    revision:str=None, # Commit, branch or tag; the newest if not given
+    sha256:str=None, # As in `mgmt_unpack`
+):
+    "Fetch a bundle from a model hub, and unpack it as `mgmt_unpack` does"
+    clear_temporaries(Path(dest).parent, deep=False)
+    return _say_unpacked(pull_model(repo, dest, revision, sha256), dest)
 
 # %% ../nbs/90_cli.ipynb #1eaca9e1
 from .leakage import leakage_audit

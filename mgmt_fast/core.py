@@ -266,7 +266,8 @@ class Budget(NamedTuple):
         "Raise `error` where a header claims more"
         if claimed<=getattr(self, name): return
         raise error(f"the header claims {claimed:,} {_units[name]}, and {getattr(self, name):,} are allowed: a damaged "
-            f"header? If the series is sound, read it with budget=Budget({name}=...), or by a command with --budget {name}=")
+            f"header? If the series is sound, read it with budget=Budget({name}=...), or by a command "
+            f"with --budget {name}=")
 
     @classmethod
     def parse(cls,
@@ -313,17 +314,19 @@ def _not_written(path, e):
 
 @contextmanager
 def atomic_path(
-    path:str|Path, # Where the file shall appear
+    path:str|Path, # Where the file, or the folder, shall appear
     record:bool=False, # Must it outlive a power cut? Then it is on the disk before it appears
 ):
-    "A temporary path, which becomes `path` on success; on any failure it is removed and the old file stays."
+    """A temporary path, which becomes `path` on success; on any failure it is removed and the old file stays.
+
+    A folder that is made there becomes `path` too, where there is none yet."""
     path = Path(path)
     folder = _temporary_folder(path)
     tmp = folder/path.name
     try:
         with write_errors(path):
             yield tmp
-            tmp.chmod(0o666 & ~_umask())
+            tmp.chmod((0o777 if tmp.is_dir() else 0o666) & ~_umask())
             if record: _to_disk(tmp)
             os.replace(tmp, path)
             if record: _to_disk(path.parent)
@@ -463,7 +466,7 @@ class Journal:
     def __enter__(self):
         make_folder(self.path.parent)
         with write_errors(self.path, self.error):
-            self.file = open(self.path, 'a+b')
+            self.file = open(self.path, 'a+b', buffering=0) # nothing is left to be written, and to fail, at the end
             _cut_rest(self.file)
         return self
 
@@ -476,7 +479,11 @@ class Journal:
         "Write lines."
         text = ''.join(json.dumps(o, default=default)+'\n' for o in entries)
         with write_errors(self.path, self.error):
-            self.file.write(text.encode()); self.file.flush(); os.fsync(self.file.fileno())
+            _write_all(self.file, text.encode())
+            os.fsync(self.file.fileno())
+
+def _write_all(f, data):
+    while data: data = data[f.write(data):]
 
 def _cut_rest(f):
     "Cut off what follows the last whole line"

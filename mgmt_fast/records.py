@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ProtocolError', 'json_hash', 'file_hash', 'volume_hashes', 'signed', 'is_signed', 'read_signed', 'utc_now',
-           'user_folder', 'locked', 'source_hash', 'held_out_file', 'CohortRecord', 'cohort_entries', 'refuse_held_out',
-           'log_prediction']
+           'user_folder', 'locked', 'source_hash', 'held_out_file', 'CohortRecord', 'cohort_entries', 'bundle_tests',
+           'refuse_held_out', 'log_prediction']
 
 # %% ../nbs/27_records.ipynb #5e32cc0a
 import hashlib, os
@@ -223,6 +223,14 @@ def cohort_entries(
     if not path.exists(): return []
     d = _read_record(path)
     return _each_once(_user_entries({*d['volumes'],*d['sources']}), kind)
+
+# %% ../nbs/27_records.ipynb #e4b5792a
+def bundle_tests(
+    bundle:str, # Its signature
+) -> list: # Of dictionaries, by date, each once; empty where this computer knows of none
+    "The tests of a bundle that the user's data folder knows of, whatever cohort they met."
+    found = {path: _read_record(path)['entries'] for path in sorted(_user_records().glob('*.json'))}
+    return [e for e in _each_once(found, 'test') if e.get('bundle')==bundle]
 
 # %% ../nbs/27_records.ipynb #f7a6f5dc
 def refuse_held_out(
