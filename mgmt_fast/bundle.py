@@ -22,7 +22,7 @@ from .prepare import VolumeStore, prepare
 from .records import *
 from .seen import SeenVolumes
 from .learner import check_preparation, load_model, model_kinds, predict
-from .metrics import AUC_METHODS, auc_ci
+from .metrics import AUC_METHODS, auc_ci, calibration, reliability
 from .evaluate import *
 
 # %% ../nbs/65_bundle.ipynb #a899ff5d
@@ -382,7 +382,14 @@ def _validation(v, checked):
     "What is known of the validation patients"
     auc = auc_ci(v.label, v.prob)
     about = dict(n=len(v), methylated=int(v.label.sum()), hash=json_hash(v.values.tolist()), **checked)
-    return dict(about, **auc.round(6).to_dict(), interval=AUC_METHODS[auc.name])
+    return dict(about, **auc.round(6).to_dict(), interval=AUC_METHODS[auc.name], **_calibrated(v))
+
+def _calibrated(v):
+    "Intercept and slope with their intervals, and five groups of patients: mean probability, share, interval, number"
+    found = calibration(v.label, v.prob, n_sim=1).loc[['intercept','slope'], ['value','lo','hi']].round(6)
+    known = found.astype(object).where(np.isfinite(found), None)
+    groups = reliability(v.label, v.prob, n_bins=5)[['prob','rate','lo','hi','n']].round(6)
+    return dict(calibration=known.T.to_dict('list'), groups=groups.values.tolist())
 
 # %% ../nbs/65_bundle.ipynb #e815f701
 def cv_models(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['mgmt_audit', 'mgmt_phantom', 'mgmt_atlas', 'mgmt_standardize', 'mgmt_prepare', 'mgmt_train', 'mgmt_predict',
-           'mgmt_weights', 'mgmt_sweep', 'mgmt_evaluate', 'mgmt_preregister', 'mgmt_external', 'mgmt_pack',
-           'mgmt_unpack', 'mgmt_push', 'mgmt_pull', 'mgmt_leakage', 'mgmt_perfusion', 'mgmt_kaggle', 'mgmt_thesis',
-           'mgmt_demo']
+           'mgmt_weights', 'mgmt_report', 'mgmt_sweep', 'mgmt_evaluate', 'mgmt_preregister', 'mgmt_external',
+           'mgmt_pack', 'mgmt_unpack', 'mgmt_push', 'mgmt_pull', 'mgmt_leakage', 'mgmt_perfusion', 'mgmt_kaggle',
+           'mgmt_thesis', 'mgmt_demo']
 
 # %% ../nbs/90_cli.ipynb #4eea66c0
 import argparse, contextlib, functools, inspect, re, signal, sys, threading, time
@@ -25,7 +25,7 @@ from .phantom import make_phantom, phantom_bound, read_side_table
 from .prepare import VolumeStore, prepare
 from .loader import mgmt_dls, show_batch
 from .backbones import mgmt_weights as fetch_weights
-from .learner import mgmt_learner, predict, save_model
+from .learner import as_model, mgmt_learner, predict, save_model
 from .metrics import AUC_METHODS, auc_ci
 from .report import plot_history, plot_roc
 from .audit import audit
@@ -348,6 +348,31 @@ def mgmt_weights(
     "Fetch 2D ImageNet weights where there is internet, for training where there is none"
     print(fetch_weights(dest, *archs.split(',')).to_string(index=False))
     return 0
+
+# %% ../nbs/90_cli.ipynb #b9505af5
+from .patient_page import patient_report
+
+@_command
+def mgmt_report(
+    model:Path, # Folder of a bundle or of a training, or a model in it, e.g. run/model
+    root:Path, # Folder with the series of one patient, or of several
+    dest:Path='report', # Folder for report.html and report.pdf
+    patient:str=None, # Which patient, where the folder holds several
+    split:str=None, # `train` or `test`, of a competition folder
+    choices:Path=None, # Table that says which image is meant, as `mgmt_audit --choices` writes it
+    dicom:bool=False, # Write the pages as DICOM secondary capture too; needs `pip install mgmt_fast[dicom]`
+    n_workers:int=None, # Processes that audit; one per core if not given
+    strict:bool=False, # Exit with 3, and not 0, where there is no probability
+):
+    "One patient on one page: what was found and read, the probability, how good the model is, what it cannot say"
+    model = as_model(model)
+    cohort = find_cohort(root, labels=False, split=split, choices=choices)
+    res = patient_report(model, cohort, dest, patient, dicom=dicom, n_workers=n_workers)
+    for r in res.findings[res.findings.level!='note'].itertuples(): print(f"  {r.level} {r.sequence}: {r.what}")
+    none = pd.isna(res.prob)
+    said = f"no probability: {res.note}" if none else f"probability of methylation {res.prob:.2f}"
+    print(f"{dest}/report.html, {dest}/report.pdf: patient {res.patient}, {said}; research use only")
+    return _done(none, strict)
 
 # %% ../nbs/90_cli.ipynb #c64c229a
 from .card import check_results

@@ -72,18 +72,25 @@ def feature_place(
     stage:int=-1, # Which of its stages, see `StageFeatures`
 ) -> tuple: # Voxels between neighbouring features, and the voxel of the first one, (3,) each, along D, H, W
     "Where on the input's grid the features of a stage lie."
-    even = StageFeatures(copy.deepcopy(net)).eval()
-    with torch.no_grad():
-        for m in list(even.modules()): _make_even(m)
+    even = StageFeatures(copy.deepcopy(net)).eval().requires_grad_(False)
+    for m in list(even.modules()): _make_even(m)
+    step,first_ = zip(*(_place_along(axis, even, net.body.in_chans, size, stage) for axis in range(3)))
+    return np.array(step),np.array(first_)
+
+def _cut_short(size, axis):
+    "A size that is whole along one axis only, where places along this axis are the same and found sooner"
+    return [n if a==axis else min(n, 32) for a,n in enumerate(size)]
+
+def _place_along(axis, even, in_chans, size, stage):
+    "Step between features, and place of the first one, along one axis"
     gen = torch.Generator().manual_seed(0)
-    x = torch.rand(1, net.body.in_chans, *size, generator=gen).requires_grad_()
+    x = torch.rand(1, in_chans, *_cut_short(size, axis), generator=gen).requires_grad_()
     with torch.enable_grad():
         found = even(x)[stage]
-        n,middle = np.array(found.shape[2:]),[o//2 for o in found.shape[2:]]
+        middle = [o//2 for o in found.shape[2:]]
         found[(0,slice(None),*middle)].sum().backward()
-    seen,step = x.grad[0].abs().sum(0).numpy(),np.array(size)/n
-    centre = np.array([_centroid(seen, axis) for axis in range(3)])
-    return step,centre-np.array(middle)*step
+    seen,step = x.grad[0].abs().sum(0).numpy(),size[axis]/found.shape[2+axis]
+    return step,_centroid(seen, axis)-middle[axis]*step
 
 def _make_even(m):
     "Equal weights in convolutions, means in place of maxima, no effect of norms"
@@ -231,11 +238,15 @@ class Place:
 
     def _deepest(self, net, cell):
         "Stages from fine to coarse"
-        with torch.no_grad(): found = StageFeatures(net)(torch.zeros(1, net.body.in_chans, *self.size))
-        for i in reversed(range(len(found))):
-            apart = np.array(self.size)/found[i].shape[2:]*self.spacing
-            if apart[1:].max()<=cell: return i
-        return 0
+        apart = [self._apart(net, axis) for axis in (1,2)]
+        near = np.flatnonzero(np.max(apart, axis=0)<=cell)
+        return int(near[-1]) if len(near) else 0
+
+    def _apart(self, net, axis):
+        "mm between the features of each stage along an axis"
+        x = torch.zeros(1, net.body.in_chans, *_cut_short(self.size, axis))
+        with torch.no_grad(): found = StageFeatures(net)(x)
+        return [self.size[axis]/o.shape[2+axis]*self.spacing[axis] for o in found]
 
     def on_input(self,
         features:torch.Tensor, # (d,h,w) of the stage

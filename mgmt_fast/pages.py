@@ -67,7 +67,7 @@ def fill_page(
 
 # %% ../nbs/03_pages.ipynb #bf68ee3d
 def picture_tag(
-    picture:np.ndarray|plt.Figure, # (H,W) uint8, or a figure, which is closed
+    picture:np.ndarray|plt.Figure, # (H,W) or (H,W,3) uint8, or a figure, which is closed
     alt:str, # What it shows, for who cannot see it
     kind:str='PNG', # `'PNG'` or `'JPEG'`; figures are PNG
     dpi:int=110, # Of a figure
@@ -100,12 +100,13 @@ def _describe_axes(ax):
 
 # %% ../nbs/03_pages.ipynb #bf68ee42
 def figure_tag(
-    figure:plt.Figure, # Which is closed
+    figure:plt.Figure|np.ndarray, # Which is closed; or pixels, as `picture_tag` takes them
     caption:str='', # Below it, after its number; its title, or what is drawn against what, if none
     dpi:int=110, # Of the picture
+    alt:str='', # What it shows, for who cannot see it; as the figure itself says it, if none
 ) -> Markup: # A `figure` that carries its picture
     "A figure inside a page, with a number, a caption, and its description for who cannot see it."
-    alt = describe_figure(figure)
+    alt = alt or describe_figure(figure)
     caption = caption or alt.split(': ')[0].split('; ')[0]
     caption = caption[:1].upper()+caption[1:]
     tag = '<figure>{{ picture }}<figcaption>{{ caption }}</figcaption></figure>'
@@ -118,13 +119,13 @@ def table_tag(
     "A table inside a page; what the cells hold is escaped."
     index = not isinstance(table.index, pd.RangeIndex)
     html = table.to_html(index=index, na_rep='', float_format='{:.3f}'.format, border=0, justify='left')
-    return scrolling(Markup(html))
+    return scrolling(Markup(html.replace('<th></th>', '<td></td>'))) # a heading without a word is read out as one
 
 def scrolling(
     html:Markup, # Of a table
 ) -> Markup: # In a box that scrolls, by keys too
     "Let something wide scroll on a narrow page."
-    return fill_page('<div class="wide" role="region" aria-label="table" tabindex="0">{{ html }}</div>', html=html)
+    return fill_page('<div class="wide" role="group" aria-label="table" tabindex="0">{{ html }}</div>', html=html)
 
 # %% ../nbs/03_pages.ipynb #bf68ee44
 _STYLE = """:root{color-scheme:light dark;--ink:#222;--paper:#fff;--faint:#595959;--line:#ddd;--box:#fff4d6;--edge:#c80;
