@@ -54,7 +54,6 @@ def evaluate(work, dest):
 def external(work, dest):
     "A bundle and a list of held-out cohorts of its own, since both count the tests"
     os.environ['MGMT_FAST_HOME'] = str(dest/'home')
-    if not (dest/'bundle').exists(): shutil.copytree(work/'bundle', dest/'bundle')
     return cli.mgmt_external(dest/'bundle', work/'others', dest/'result')
 def predictions(work, dest): return cli.mgmt_evaluate(dest=dest, predictions=work/'table.csv', bundle=dest/'bundle')
 def preregister(work, dest):
@@ -83,8 +82,14 @@ class FailingWrites:
         return _f
 
 
+def given(f, work, dest):
+    "What a command works on lies there before it starts"
+    if f==external and not (dest/'bundle').exists(): shutil.copytree(work/'bundle', dest/'bundle')
+
+
 def started(f, work, dest, log, limit=None, fail_at=None):
     "A command in a forked process, in a group of its own; no file grows beyond `limit` bytes, one write fails"
+    given(f, work, dest)
     pid = os.fork()
     if pid: return pid
     code = 9
@@ -250,6 +255,7 @@ def random_mishaps(soak, end, out):
         k, = soak.random.choices([*COMMANDS], [1/max(2, soak.seconds[o]) for o in COMMANDS]) # quick ones more often
         mishap = soak.random.choices([soak.kill, soak.full, soak.two, soak.small_disk], [10,2,1,1])[0]
         if mishap==soak.two and k=='predict': continue # one file, written whole by either
+        if mishap==soak.small_disk and k=='external': continue # its bundle would not fit
         dest = soak.work/'now'/k
         mishap(k, dest)
         shutil.rmtree(dest, ignore_errors=True)

@@ -15,6 +15,7 @@ import ctypes, difflib, gzip, hashlib, io, json, math, numbers, os, platform, re
 import tempfile, threading, time, traceback, warnings, zlib
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -334,8 +335,15 @@ def atomic_path(
 
 def _temporary_folder(path):
     "A folder beside `path`; what a library leaves beside its own files lies in it too"
-    try: return Path(tempfile.mkdtemp(dir=make_folder(path.parent), prefix=f'{_mark}{_host()}-{os.getpid()}-'))
+    folder = make_folder(path.parent)
+    _clear_once(os.getpid(), os.path.realpath(folder))
+    try: return Path(tempfile.mkdtemp(dir=folder, prefix=f'{_mark}{_host()}-{os.getpid()}-'))
     except OSError as e: raise _not_writable(path, e) from e
+
+@lru_cache
+def _clear_once(pid, folder):
+    "Whoever writes to a folder first clears it of what killed runs left"
+    clear_temporaries(folder, deep=False)
 
 _mark = '.mgmt-tmp-'
 

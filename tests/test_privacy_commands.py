@@ -74,6 +74,8 @@ def written(scans, held_out, tmp_path_factory):
     run('mgmt_evaluate', 'store', 'evaluation', '--recipe', recipe, '--folds', 2, '--inner', 2, '--bundle', 'bundle')
     run('mgmt_preregister', 'plan.json', 'bundle', 'phantoms', 'AUC above .6')
     run('mgmt_external', 'bundle', held_out, '--plan', 'plan.json')
+    run('mgmt_report', 'bundle', held_out, '--patient', min(p.name for p in (held_out/'train').iterdir()))
+    run('mgmt_pack', 'bundle', 'bundle.zip')
     if importlib.util.find_spec('tensorboard'): to_tensorboard(out/'evaluation')
     return out
 
