@@ -247,7 +247,8 @@ def plot_augmentation(
     for ax,(name,o) in zip(axs[0], shown):
         ax.imshow(o[0,0,o.shape[2]//2], cmap='gray', vmin=0, vmax=1)
         ax.set(title=name, xticks=[], yticks=[])
-    if len(shown)==1: fig.suptitle(f'recipe {recipe.name!r} augments nothing')
+    drawn = 'one slice, augmented' if len(shown)>1 else f'recipe {recipe.name!r} augments nothing'
+    fig.suptitle(drawn)
     return axs[0]
 
 # %% ../nbs/83_experiment.ipynb #8319001c
@@ -277,7 +278,7 @@ def plot_flow(
     for a,b,at,to in zip(boxes, boxes[1:], places, places[1:]):
         arrow = dict(arrowstyle='->', color='.3', patchA=a, patchB=b, shrinkA=2, shrinkB=2)
         ax.annotate('', to, at, arrowprops=arrow, zorder=4)
-    ax.set(xlim=(-.5,4.55), ylim=(-.5,1.5))
+    ax.set(xlim=(-.5,4.55), ylim=(-.5,1.5), title='from scans to the test')
     ax.set_axis_off()
     return ax
 

@@ -85,9 +85,9 @@ def picture_tag(
 # %% ../nbs/03_pages.ipynb #bf68ee41
 def describe_figure(
     figure:plt.Figure, # With axes that are labelled
-) -> str: # Of each panel: its title, what is drawn against what, and the entries of its legend
+) -> str: # Its title; of each panel: title, what is drawn against what, and the entries of its legend
     "What a figure shows, in words, as its own axes and legends say it."
-    panels = [o for o in map(_describe_axes, figure.axes) if o]
+    panels = [o for o in (figure.get_suptitle(), *map(_describe_axes, figure.axes)) if o]
     more = f'; and {len(panels)-4} more panels' if len(panels)>4 else ''
     return '; '.join(uniqueify(panels[:4]))+more or 'pictures without text'
 
