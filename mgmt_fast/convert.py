@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from fastcore.all import *
 from timm import layers as tl
 from timm.layers import adaptive_avgmax_pool as am, pool2d_same
-from timm.models import _efficientnet_blocks as eb, convnext, densenet, hgnet, resnet, senet, vgg, xception_aligned
+from timm.models import _efficientnet_blocks as eb, convnext, densenet, hgnet, inception_next, rdnet, repvit, resnet
+from timm.models import senet, vgg, xception_aligned
 from timm.models.xception import Block as _XceptionBlock
 from timm.layers.selective_kernel import SelectiveKernelAttn
 from timm.layers.split_attn import RadixSoftmax
@@ -135,6 +136,24 @@ class _ConvNeXtBlock3d(convnext.ConvNeXtBlock):
         if self.gamma is not None: y = y*self.gamma.view(-1,1,1,1)
         return self.drop_path(y) + self.shortcut(x)
 
+class _MetaNeXtBlock3d(inception_next.MetaNeXtBlock):
+    def forward(self, x):
+        y = self.mlp(self.norm(self.token_mixer(x)))
+        if self.gamma is not None: y = y*self.gamma.view(-1,1,1,1)
+        return self.drop_path(y) + x
+
+class _RDNetBlock3d(rdnet.DenseBlock):
+    def forward(self, x):
+        y = self.layers(torch.cat(x, 1))
+        if self.gamma is not None: y = y*self.gamma.view(-1,1,1,1)
+        return F.dropout(self.drop_path(y), self.drop_rate, self.training)
+
+class _RepVit3d(repvit.RepVit):
+    def forward_head(self, x, pre_logits=False):
+        if self.global_pool=='avg': x = volume_mean(x)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
 # %% ../nbs/41_convert.ipynb #59076b40
 class _MobileNetV2(tv.MobileNetV2):
     def forward(self, x): return self.classifier(volume_mean(self.features(x)))
@@ -213,6 +232,12 @@ class _Plan:
         r = self.reduction.get(m, 1)
         return max(1, r*s//self.spared)//max(1, r//self.spared)
 
+    def growth(self, m, s):
+        "By how much a module that enlarges the plane by `s` enlarges the depth"
+        if self.mode=='slice': return 1
+        r = self.reduction.get(m, 1)
+        return max(1, r//self.spared)//max(1, r//s//self.spared)
+
 # %% ../nbs/41_convert.ipynb #383904e6
 def _one(x): return x if isinstance(x, int) else x[0]
 def _two(x): return (x,x) if isinstance(x, int) else tuple(x)
@@ -270,6 +295,15 @@ def _recast(cls):
 
 def _dropout(m, plan): return nn.Dropout3d(m.p, m.inplace)
 
+def _upsample(m, plan):
+    s = m.scale_factor
+    if m.mode!='nearest' or s is None or s!=int(s): raise _odd_upsampling(m)
+    return nn.Upsample(scale_factor=(plan.growth(m, int(s)),s,s), mode='nearest')
+
+def _odd_upsampling(m):
+    return MGMTError(f"cannot inflate an upsampling with mode={m.mode!r} and scale_factor={m.scale_factor}: only "
+        "'nearest', by whole factors")
+
 def _inception(cls):
     "How to convert a block of Inception v3: its pool is as its strided convolution along the depth"
     def convert(m, plan):
@@ -293,7 +327,7 @@ def _permute(m, plan):
 _counterparts = {
     nn.Conv2d:_conv, tl.Conv2dSame:_conv,
     nn.BatchNorm2d:_bn, tl.BatchNormAct2d:_bn, tl.LayerNorm2d:_recast(_LayerNorm3d),
-    nn.Dropout2d:_dropout,
+    nn.Dropout2d:_dropout, nn.Upsample:_upsample,
     nn.MaxPool2d:_pool('max'), pool2d_same.MaxPool2dSame:_pool('max'),
     nn.AvgPool2d:_pool('avg'), pool2d_same.AvgPool2dSame:_pool('avg'),
     tl.BlurPool2d:_pool('blur'),
@@ -309,7 +343,8 @@ _counterparts = {
     tl.LayerScale2d:_recast(_LayerScale3d),
     eb.DepthwiseSeparableConv:_recast(_DepthwiseSeparable3d),
     eb.InvertedResidual:_recast(_InvertedResidual3d),
-    convnext.ConvNeXtBlock:_recast(_ConvNeXtBlock3d),
+    convnext.ConvNeXtBlock:_recast(_ConvNeXtBlock3d), inception_next.MetaNeXtBlock:_recast(_MetaNeXtBlock3d),
+    rdnet.DenseBlock:_recast(_RDNetBlock3d), repvit.RepVit:_recast(_RepVit3d),
     tv.DenseNet:_recast(_DenseNet), tv.MobileNetV2:_recast(_MobileNetV2),
     tv.MNASNet:_recast(_MNASNet), tv.ShuffleNetV2:_recast(_ShuffleNetV2),
     tv.shufflenetv2.InvertedResidual:_recast(_ShuffleBlock), tv.convnext.CNBlock:_recast(_CNBlock),
@@ -323,7 +358,8 @@ _same_in_3d = (nn.Identity, nn.Dropout, nn.Linear, nn.Flatten, nn.GroupNorm, nn.
 _files = set('''torch.nn.modules.container torch.nn.modules.activation
     timm.layers.activations timm.layers.classifier timm.layers.conv_bn_act timm.layers.mlp
     timm.models.efficientnet timm.models._efficientnet_blocks timm.models.resnet timm.models.densenet
-    timm.models.xception timm.models.xception_aligned timm.models.convnext'''.split())
+    timm.models.xception timm.models.xception_aligned timm.models.convnext timm.models.hrnet timm.models.selecsls
+    timm.models.inception_next timm.models.rdnet timm.models.repvit'''.split())
 
 # %% ../nbs/41_convert.ipynb #2e9ca987
 def is_known(
@@ -357,7 +393,7 @@ def plane_reductions(
         def hook(_, i, o): res.update({m:power(i[0]), None:max(res[None], power(o))})
         return hook
     for a,b in zip(meta.modules(), model2d.modules()):
-        if hasattr(a, 'stride'): a.register_forward_hook(note(b))
+        if hasattr(a, 'stride') or isinstance(a, nn.Upsample): a.register_forward_hook(note(b))
     try:
         with torch.no_grad(): meta(torch.empty(1, in_chans, size, size, device='meta'))
     except (RuntimeError, AssertionError) as e: # a classifier for one image size, after all convolutions, does no harm

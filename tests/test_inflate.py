@@ -193,6 +193,8 @@ def test_errors():
             (lambda: inflate_model(nn.Conv2d(3,4,3), mode='center'), "'centre'"),
             (lambda: inflate_model(nn.Conv2d(4,4,3), in_chans=2), 'only a first convolution of 3'),
             (lambda: inflate_model(nn.Conv2d(3,4,3,padding_mode='reflect')), 'reflect'),
+            (lambda: inflate_model(nn.Sequential(nn.Conv2d(3,4,3), nn.UpsamplingBilinear2d(2))), 'no 3D counterpart'),
+            (lambda: inflate_model(nn.Sequential(nn.Conv2d(3,4,3), nn.Upsample(2))), 'only .nearest., by whole'),
             (lambda: separate_depth(nn.Sequential(), 'some'), 'depthwise'),
             (lambda: checkpoint_blocks(nn.Sequential(nn.Conv3d(1,2,3))), 'no blocks')]:
         with pytest.raises(MGMTError, match=what): f()
@@ -214,9 +216,17 @@ def test_networks_of_torchvision(name):
     assert same_answer(randomise(torchvision.models.get_model(name, weights=None, **more)), 75 if more else 64)
 
 
-@pytest.mark.parametrize('name', ['legacy_seresnet18','skresnet18','resnest14d','ghostnet_050','dla46_c'])
+@pytest.mark.parametrize('name', ['legacy_seresnet18','skresnet18','resnest14d','ghostnet_050','dla46_c','selecsls42',
+    'hrnet_w18_small','inception_next_atto','rdnet_tiny','repvit_m0_9'])
 def test_networks_of_timm_whose_code_counts_axes(name):
     assert same_answer(randomise(timm.create_model(name)), 64)
+
+
+@pytest.mark.parametrize('how', [dict(anisotropic=2), dict(anisotropic=4), dict(mode='slice')], ids=str)
+def test_what_is_enlarged_again_meets_what_was_not_reduced(how):
+    "HRNet adds features of several resolutions, whatever the depth is spared"
+    net = inflate_model(timm.create_model('hrnet_w18_small', num_classes=2), 1, **how).eval()
+    with torch.no_grad(): assert net(torch.rand(1,1,16,64,64)).shape==(1,2)
 
 
 def test_second_classifiers_train():
