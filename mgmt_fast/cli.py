@@ -28,6 +28,7 @@ from .backbones import mgmt_weights as fetch_weights
 from .learner import as_model, mgmt_learner, predict, save_model
 from .metrics import AUC_METHODS, auc_ci
 from .report import plot_history, plot_roc
+from .perfusion_cohort import audit_dsc, find_dsc
 from .audit import audit
 
 # %% ../nbs/90_cli.ipynb #58687678
@@ -167,7 +168,21 @@ def mgmt_audit(
     "Say what is wrong with a cohort's series, in a table and a sheet of pictures; exit code 1 if anything was found"
     columns = dict(id_col=id_col, label_col=label_col, patient_col=patient_col)
     named = _show_names if show_names else None
-    return int(audit(root, dest, labels=labels, n_workers=n_workers, choices=choices, named=named, **columns))
+    found = audit(root, dest, labels=labels, n_workers=n_workers, choices=choices, named=named, **columns)
+    return int(_audit_perfusion(root, dest, labels=labels, choices=choices, **columns) or found)
+
+def _audit_perfusion(root, dest, **how):
+    "Audit the DSC series beside a cohort's images; was anything found?"
+    try: cohort = find_dsc(find_cohort(root, **how))
+    except MGMTError: return False # series somewhere below a folder, which are no cohort
+    doubts = cohort_report(cohort).query("sequence=='DSC'")
+    if cohort.DSC.isna().all() and doubts.empty: return False
+    table = audit_dsc(cohort)
+    write_csv(dest/'dsc.csv', table)
+    for r in table.itertuples(): print(f'  {r.patient} DSC: {r.level} {r.finding}: {r.what}')
+    for r in doubts.itertuples(): print(f'  {r.patient} DSC: {r.problem}; {r.what_to_do}')
+    print(f"{cohort.DSC.notna().sum()} DSC series; table: {dest/'dsc.csv'}")
+    return bool(len(table)+len(doubts))
 
 # %% ../nbs/90_cli.ipynb #61a6ab36
 @_command

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pydicom
 import pytest
 from mgmt_fast.core import rng_for
@@ -216,3 +217,18 @@ def test_mosaics_without_their_private_header(tmp_path):
         ds.SOPInstanceUID += f'.{i}'
         ds.save_as(tmp_path/f'{i}.dcm')
     with pytest.raises(DSCError, match='dcm2niix'): read_dsc(tmp_path)
+
+
+def test_the_audit_of_a_cohort_reads_its_perfusion(sim, small, tmp_path, capsys):
+    from mgmt_fast.cli import mgmt_audit
+    from mgmt_fast.phantom import make_phantom
+    scans = tmp_path/'scans'
+    make_phantom(scans, n=4, seed=1, test=0., slices=6, size=24, n_workers=0, progress=False)
+    good,bad,several,_ = sorted((scans/'train').iterdir())
+    for folder,series in ((good/'DSC',sim.series), (bad/'DSC',small), (several/'DSC',small), (several/'perf',small)):
+        write_dsc(series, folder, patient='ZEBBIE^ANNA')
+    assert mgmt_audit(scans, tmp_path/'audit', n_workers=0)==1
+    said = capsys.readouterr().out
+    table = pd.read_csv(tmp_path/'audit'/'dsc.csv', dtype=str)
+    assert set(table.patient[table.level=='error'])=={bad.name} and '2 DSC series' in said
+    assert f'{several.name} DSC: 2 series: none is taken' in said and 'ZEBBIE' not in said
