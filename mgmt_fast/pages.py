@@ -143,6 +143,7 @@ figure{margin:1.5em 0;counter-increment:figure} figure img{max-width:100%;backgr
 figcaption{color:var(--faint)} figcaption::before{content:"Figure " counter(figure) ". "}
 td img{display:block;margin:2px 0;max-width:none}
 @media print{body{margin:0;max-width:none;font-size:11px} nav{display:none} .wide{overflow:visible}
+.wide table{font-size:7px} .wide :is(td,th){padding:.2em .3em}
 figure,tr{break-inside:avoid} h2{break-after:avoid}}"""
 
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">

@@ -330,11 +330,8 @@ _groups_caption = ("What became of validation patients, in groups of equal size 
 
 def _map_part(res, mapped):
     if not mapped: return [f"There is no map: {res.why}."]
-    sides = [res.prob>=.5, res.prob>=getattr(res.model, 'threshold', .5)]
     return [f"{res.why}. The method was tested on phantoms, where the place of the signal is known; it was right more "
-        "often than on untrained networks, and not always.", *_other_side[:sides[0]!=sides[1]], *mapped]
-
-_other_side = ("The map takes an answer from 0.5 on as methylated, whatever the threshold.",)
+        "often than on untrained networks, and not always.", *mapped]
 
 _cannot_say = (
     "Whether this patient's tumour is methylated: that is found in tissue. The number says how often that was so among "
