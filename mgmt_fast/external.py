@@ -53,7 +53,7 @@ def preregister(
 def _same_plan(path, said):
     "The plan that was written before, where it says the same"
     plan = _read_plan(path)
-    if {k: plan[k] for k in said}==said: return plan
+    if {k: plan.get(k) for k in said}==said: return plan
     raise ProtocolError(f"{path} is there already: a plan is not changed; give another file")
 
 # %% ../nbs/66_external.ipynb #d9256bb8
