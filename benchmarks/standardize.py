@@ -1,22 +1,29 @@
 """Raw series of a real patient brought to SRI24, beside the transforms and volumes that BraTS published.
 
-    python benchmarks/standardize.py DATA [--motions 20]
+    python benchmarks/standardize.py DATA
+    python benchmarks/standardize.py DATA --motions 20 [--out benchmarks/standardize.csv]
 
-DATA is a folder with `atlas/sri24`, `tcga_lgg_raw`, `tcga_lgg_brats_space` and `tcga_lgg_2020_transforms`."""
+DATA is a folder with `atlas/sri24`, `tcga_lgg_raw`, `tcga_lgg_brats_space` and `tcga_lgg_2020_transforms`.
+
+With `--motions` the headers of the patient and of four phantoms are turned by up to 15 degrees and shifted by up to 20
+mm instead, and the table says how far the result moves: `turned` and `degrees` in degrees, `mm` at most in the brain,
+`mm_from_truth` on average in a phantom's brain, `said` how many problems were reported."""
 import argparse, tempfile, time
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace as NS
 
 import numpy as np
 import pandas as pd
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from mgmt_fast.atlas import read_atlas, solid_mask
+from mgmt_fast.atlas import Atlas, read_atlas, solid_mask
 from mgmt_fast.cohort import find_cohort
-from mgmt_fast.core import SEQUENCES, Volume, rng_for
-from mgmt_fast.engines import brain_mask, distances, greedy_align, itk_align, moved
+from mgmt_fast.core import SEQUENCES, Volume, get_recipe, rng_for
+from mgmt_fast.engines import brain_mask, correct_bias, distances, greedy_align, itk_align, moved
 from mgmt_fast.grids import isotropic, resample
+from mgmt_fast.phantom import draw_patients, draw_series, render_patient
 from mgmt_fast.register import low_resolution, register_rigid
 from mgmt_fast.series import read_sequence, read_volume
 from mgmt_fast.standardize import atlas_scores, level, standardize, standardize_patient
@@ -87,10 +94,22 @@ def registration(ref, res):
 
 
 def atlas_table(ref, res):
-    "How the result and the reference lie on the atlas"
-    rows = [dict(what='here', **{k: res.scores[k] for k in ('ncc','nmi','overlap','ml')})]
-    theirs = ref.published['T1w']
-    rows.append(dict(what='published', **atlas_scores(theirs, ref.brain, ref.atlas, np.eye(4))))
+    "How the result and the reference lie on the atlas; both with the intensities that were scanned"
+    both = dict(here=(res.volumes['T1w'],res.mask), published=(ref.published['T1w'],ref.brain))
+    rows = [dict(what=k, **atlas_scores(x, mask, ref.atlas, np.eye(4))) for k,(x,mask) in both.items()]
+    return pd.DataFrame(rows)
+
+
+def contrast_alone(ref, res):
+    "The T1 after contrast as the only T1: how far from the 2020 transform, and from where its own T1 was brought"
+    own,rows = ref.to_t1['T1wCE']@res.matrices['T1w'],[]
+    for bias in ('kept','to register'):
+        vols = dict(patient=ref.patient, T1wCE=ref.raw.T1wCE)
+        got = standardize_patient(vols, ref.atlas, recipe=get_recipe('default', bias=bias))
+        if got.problems: rows.append(dict(bias=bias, said=got.problems[0][1]))
+        for name,m in dict(of_2020=ref.matrix('T1wCE'), of_its_t1=own).items() if got.matrices else ():
+            away = distances(got.matrices['T1wCE'], m, ref.points)
+            rows.append(dict(bias=bias, against=name, mean_mm=away.mean(), most_mm=away.max(), ncc=got.scores['ncc']))
     return pd.DataFrame(rows)
 
 
@@ -120,22 +139,51 @@ def random_motion(rng, middle, degrees=15, mm=20):
     return m
 
 
-def known_motions(ref, res, n):
-    "The same patient with headers that were turned and shifted: how far the result moves"
-    vols,rows = {s: read_sequence(ref.raw, s) for s in SEQUENCES},[]
+def real_case(ref):
+    "The real patient, whose true place nobody knows"
+    vols = dict(T1w=read_sequence(ref.raw, 'T1w'))
+    return NS(what='patient', vols=vols, atlas=ref.atlas, points=ref.points, true={})
+
+
+def phantom_case(i):
+    "A raw phantom in thick tilted slices; its own brain is the atlas, so its true place is known"
+    p = draw_patients(4, seed=3).iloc[i]
+    brain = render_patient(p, 3, 'T1w', slices=95, size=136, fov=205)['T1w'][0]
+    atlas = Atlas(isotropic(brain, 1.5))
+    scan = dict(slices=26, size=144, fov=230, tilt=10, shift=5)
+    vols = {s: v for s,(v,_) in render_patient(p, 3, 'T1w', skull=True, **scan).items()}
+    true = {s: np.eye(4) for s in vols}
+    for s in vols: true[s][:3,3] = draw_series(p, s, 3, **scan).moved
+    points = atlas.brain.world(np.argwhere(np.asarray(atlas.brain)[::5,::5,::5]>0)*5)
+    return NS(what=f'phantom {i}', vols=vols, atlas=atlas, points=points, true=true)
+
+
+def degrees(m): return np.degrees(Rotation.from_matrix(m[:3,:3]).magnitude())
+
+
+def one_motion(case, base, i):
+    "The case with headers that were turned and shifted: how far the result moves, and how far it is from the truth"
+    middle = case.vols['T1w'].world(np.array(case.vols['T1w'].shape)/2)
+    whole = random_motion(rng_for(i, 'known motion'), middle)
+    turned = {s: Volume(v, affine=whole@v.affine) for s,v in case.vols.items()}
+    got = standardize_patient(dict(turned, patient='a'), case.atlas)
+    row = dict(what=case.what, draw=i, turned=degrees(whole), said=len(got.problems), sequences=len(got.matrices))
+    apart = {s: distances(m, whole@base.matrices[s], case.points).max() for s,m in got.matrices.items()}
+    off = [distances(got.matrices[s], whole@m, case.points).mean() for s,m in case.true.items() if s in got.matrices]
+    if 'T1w' in apart: row['degrees'] = degrees(np.linalg.inv(whole@base.matrices['T1w'])@got.matrices['T1w'])
+    return dict(row, mm=max(apart.values(), default=np.nan), mm_from_truth=max(off, default=np.nan))
+
+
+def known_motions(ref, n, out):
+    "Motions of the real patient and of phantoms; the table is written after each, so that a stop leaves what was found"
+    rows,cases,bases = [],[real_case(ref),*map(phantom_case, range(4))],{}
     for i in range(n):
-        rng = rng_for(i, 'known motion')
-        middle = vols['T1w'].world(np.array(vols['T1w'].shape)/2)
-        whole = random_motion(rng, middle)
-        row = {s: Volume(v, affine=whole@v.affine) for s,v in vols.items()}
-        got = standardize_patient(dict(row, patient=ref.patient), ref.atlas)
-        apart = {s: distances(got.matrices[s], whole@res.matrices[s], ref.points) for s in got.matrices}
-        turn = np.linalg.inv(whole@res.matrices['T1w'])@got.matrices['T1w']
-        degrees = np.degrees(Rotation.from_matrix(turn[:3,:3]).magnitude())
-        rows.append(dict(draw=i, problems=len(got.problems), sequences=len(got.matrices), degrees=degrees,
-            **{s: o.max() for s,o in apart.items()}))
-        print(pd.DataFrame(rows[-1:]).round(2).to_string(index=False, header=not i), flush=True)
-    return pd.DataFrame(rows)
+        for case in (cases[0],cases[1+i%4]):
+            if case.what not in bases:
+                bases[case.what] = standardize_patient(dict(case.vols, patient='a'), case.atlas)
+            rows.append(one_motion(case, bases[case.what], i))
+            print(pd.DataFrame(rows[-1:]).round(3).to_string(index=False, header=len(rows)==1), flush=True)
+            pd.DataFrame(rows).round(3).to_csv(out, index=False)
 
 
 def engines(ref):
@@ -143,7 +191,8 @@ def engines(ref):
     t1,back = level(read_sequence(ref.raw, 'T1w'))
     head = isotropic(t1)
     mask = brain_mask(head)
-    brain,fixed = Volume(np.asarray(head)*np.asarray(mask), affine=head.affine),ref.atlas.volume
+    even,fixed = correct_bias(head, mask),ref.atlas.volume
+    brain = Volume(np.asarray(even)*np.asarray(mask), affine=head.affine)
     a,b = low_resolution(fixed),low_resolution(brain)
     def own(): return b.affine@register_rigid(a, b, flips=False).matrix@np.linalg.inv(a.affine)
     start = own()
@@ -179,16 +228,17 @@ def cost(ref, atlas_path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('data', type=Path)
-    parser.add_argument('--motions', type=int, default=0, help='known motions to draw')
+    parser.add_argument('--motions', type=int, default=0, help='known motions to draw instead')
+    parser.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.csv'))
     args = parser.parse_args()
     ref = Reference(args.data)
+    if args.motions: return known_motions(ref, args.motions, args.out)
     res = standardize_patient(ref.raw, ref.atlas)
     for s,what in res.problems: print(f'{s}: {what}')
     tables = dict(registration=registration(ref, res), atlas=atlas_table(ref, res), mask=mask_table(ref, res),
-        engines=engines(ref), cost=cost(ref, ref.atlas.path))
+        contrast_alone=contrast_alone(ref, res), engines=engines(ref), cost=cost(ref, ref.atlas.path))
     for name,table in tables.items(): print(f'\n{name}\n{table.round(3).to_string(index=False)}', flush=True)
     print({k: v for k,v in res.scores.items() if k!='ml'})
-    if args.motions: known_motions(ref, res, args.motions)
 
 
 if __name__=='__main__': main()

@@ -225,6 +225,7 @@ def mgmt_standardize(
     dicom:bool=False, # Write derived DICOM series beside the NIfTI files
     choices:Path=None, # Table that says which image is meant, as `mgmt_audit --choices` writes it
     budget:str='', # What reading one series may cost, where the usual is too little: voxels=2e8,seconds=120
+    stripper:str='', # An installed program that strips heads in place of deepbet: 'hd-bet -device cpu'
     strict:bool=False, # Exit with 3, and not 0, where patients were left out
 ):
     """Bring raw scans into an atlas' space, brain only, and say what was refused; run again to finish after a stop.
@@ -233,7 +234,7 @@ def mgmt_standardize(
     choice_of = get_recipe(recipe)
     print(f"recipe {choice_of.name}: {', '.join(f'{k} {v}' for k,v in choice_of.room('standardize').items())}")
     cohort = _cohort(root, labels=labels, choices=choices)
-    how = dict(dicom=dicom, budget=Budget.parse(budget))
+    how = dict(dicom=dicom, budget=Budget.parse(budget), stripper=stripper)
     done = standardize(cohort, dest, choice_of, atlas, sequences, n_workers, **how)
     bad = done[done.problem.notna()]
     for r in bad.itertuples(): print(f'  {r.patient}: {r.problem}')

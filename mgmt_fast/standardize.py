@@ -31,14 +31,15 @@ from .prepare import source_state
 from .audit import thumbnail
 from .register import low_resolution, normalised_mutual_information, rigid_transform
 from .atlas import Atlas, millilitres, read_atlas, solid_mask
-from .engines import (ENGINES, EngineError, brain_mask, correct_bias, distances, engine_table, greedy_align,
-    itk_align, moved, need_engines)
+from .engines import (ENGINES, EngineError, brain_mask, brain_mask_by, correct_bias, distances, engine_table,
+    greedy_align, itk_align, moved, need_engines)
 
 # %% ../nbs/32_standardize.ipynb #31147f85
 choice('standardize', 'anchor', 'the sequence that is registered to the atlas: the finest T1, or one that is named',
     Allowed.one_of('finest T1', *SEQUENCES), default='finest T1', brats='T1wCE', published='finest T1')
 choice('standardize', 'bias', "the coil's unevenness (N4): kept, evened out to register only, or evened out for good",
-    Allowed.one_of('kept','to register','evened out'), default='kept', brats='to register', published='evened out')
+    Allowed.one_of('kept','to register','evened out'), default='to register', brats='to register',
+    published='evened out')
 choice('standardize', 'motion', 'what takes the anchor to the atlas', Allowed.one_of('rigid','affine'),
     default='rigid', brats='rigid', published='affine')
 choice('standardize', 'interpolation', 'how values between voxels are found, once',
@@ -297,6 +298,7 @@ def standardize_patient(
     sequences:str|list|tuple=SEQUENCES, # Which to bring along
     recipe:str|Path|Recipe='default', # Name, file or `Recipe`
     budget:Budget=Budget(), # What reading one series may cost
+    stripper:str='', # Program that finds the brain in place of deepbet, see `brain_mask_by`
 ) -> NS: # `volumes`, `mask`, `matrices`, `scores`, `problems`, `state`, `anchor`, `heads`: for the picture
     """Bring one patient's series to an atlas. What fails is in `problems`, as (sequence, what), never an exception.
 
@@ -310,7 +312,7 @@ def standardize_patient(
         vols = _read_all(row, check_sequences(sequences), budget, _say)
         if not vols: raise StandardizeError('no sequence can be read')
         given = _given_mask(row, budget)
-        _run(vols, given, atlas, r, res, _say)
+        _run(vols, given, stripper, atlas, r, res, _say)
     except MGMTError as e: _say('', str(e))
     except Exception as e: _say('', log_fault(e, 'standardizing'))
     if not res.volumes: res.heads = vols
@@ -324,7 +326,7 @@ def _given_mask(row, budget):
         said = f'{type(e).__name__}: {e}'.replace(str(row['mask']), 'mask')
         raise StandardizeError(said) from None
 
-def _run(vols, given, atlas, r, res, say):
+def _run(vols, given, stripper, atlas, r, res, say):
     res.anchor = choose_anchor(vols, r.anchor)
     if res.anchor!=r.anchor in SEQUENCES: res.scores['anchor'] = f'{res.anchor}, since {r.anchor} is missing'
     if scores := _prepared(vols, res.anchor, atlas): return _pass_through(vols, scores, atlas, res)
@@ -333,7 +335,8 @@ def _run(vols, given, atlas, r, res, say):
     head = isotropic(leveled[res.anchor])
     res.state = 'stripped' if has_skull(vols[res.anchor]) is False else 'raw'
     if given is not None: mask = _on_head(given, head, back[res.anchor])
-    else: mask = brain_mask(head) if res.state=='raw' else solid_mask(head)
+    elif res.state=='stripped': mask = solid_mask(head)
+    else: mask = brain_mask_by(head, stripper) if stripper else brain_mask(head)
     res.scores['ml'] = millilitres(mask)
     if wrong := outside(dict(ml=res.scores['ml']), GATES): raise StandardizeError(_refused(wrong))
     res.found = head,mask
@@ -450,12 +453,13 @@ _NOTE = record_of(dict(sequence=TEXT, what=TEXT))
 _ENTRY = record_of(dict(key=record_of({}, others=True), problems=list_of(_NOTE), state=NOTHING|TEXT,
     anchor=NOTHING|TEXT, sequences=list_of(Allowed.one_of(*SEQUENCES)), scores=record_of({}, others=True)), others=True)
 
-def _key_of(row, sequences, recipe, atlas, engines, dicom):
+def _key_of(row, sequences, recipe, atlas, engines, dicom, stripper):
     "All that a patient's result depends on"
     named = [s for s in (*sequences,'mask') if has_scan(row, s)]
     sources = {s: source_state(row[s], row.get(f'{s}_index')) for s in named}
     key = dict(standardization=STANDARDIZATION, recipe=recipe.room('standardize'), atlas=atlas.digest, sources=sources,
         engines=engines, dicom=dicom)
+    if stripper: key['stripper'] = stripper
     return json.loads(json.dumps(key))
 
 def _folder_of(dest, patient):
@@ -508,14 +512,14 @@ _no_dicom = ("DICOM holds whole numbers here, and these intensities are z-scores
     "intensities='as scanned', or write NIfTI only")
 
 # %% ../nbs/32_standardize.ipynb #7dccea5b
-def _do_patient(row, dest, atlas, recipe, sequences, key, dicom, budget):
+def _do_patient(row, dest, atlas, recipe, sequences, key, dicom, budget, stripper):
     "Bring one patient to the atlas and write it down; its entry"
     patient = str(row['patient'])
     entry = dict(key=key, version=__version__, atlas=atlas.about, problems=[], state=None, anchor=None, sequences=[],
         scores={}, matrices={})
     try:
         folder = _folder_of(dest, patient)
-        res = standardize_patient(row, atlas, sequences, recipe, budget)
+        res = standardize_patient(row, atlas, sequences, recipe, budget, stripper)
         entry.update(state=res.state, anchor=res.anchor, scores=res.scores, sequences=list(res.volumes),
             problems=[dict(sequence=s, what=w) for s,w in res.problems],
             matrices={k: m.tolist() for k,m in res.matrices.items()})
@@ -637,6 +641,7 @@ def standardize(
     progress:bool=True, # Show a progress bar?
     dicom:bool=False, # Write `PATIENT/dicom/SEQUENCE/` too, as derived DICOM series?
     budget:Budget=Budget(), # What reading one series may cost
+    stripper:str='', # Program that finds the brain in place of deepbet, such as `'hd-bet -device cpu'`
 ) -> pd.DataFrame: # The cohort with the new paths, and a column `problem`, missing where all is well
     """Bring a cohort's raw series into one atlas space at the atlas' voxels, brain only.
 
@@ -650,7 +655,7 @@ def standardize(
     with working_in(dest):
         for o in dest.glob('.patient-*'): shutil.rmtree(o, ignore_errors=True)
         rows = {str(r['patient']): r for _,r in cohort.iterrows()}
-        entries,jobs = _to_do(rows, dest, atlas, recipe, sequences, dicom, budget)
+        entries,jobs = _to_do(rows, dest, atlas, recipe, sequences, dicom, budget, stripper)
         if entries: print(f'{len(entries)} patients as they were standardized before')
         patients = list(jobs)
         for i,entry in in_processes(_in_own_process, list(jobs.values()), n_workers, progress):
@@ -662,14 +667,14 @@ def standardize(
 
 def _died(): return dict(problems=[dict(sequence='', what=DIED)], state=None, anchor=None, sequences=[], scores={})
 
-def _to_do(rows, dest, atlas, recipe, sequences, dicom, budget):
+def _to_do(rows, dest, atlas, recipe, sequences, dicom, budget, stripper):
     "Entries of the patients that are done, and jobs for the others"
     entries,jobs,engines = {},{},engine_table().set_index('engine').version.dropna().to_dict()
     for p,row in rows.items():
-        key = _key_of(row, sequences, recipe, atlas, engines, dicom)
+        key = _key_of(row, sequences, recipe, atlas, engines, dicom, stripper)
         kept = _kept(dest/p, key)
         if kept is not None: entries[p] = kept
-        else: jobs[p] = (row, atlas.digest, atlas.path, dest, recipe, sequences, key, dicom, budget)
+        else: jobs[p] = (row, atlas.digest, atlas.path, dest, recipe, sequences, key, dicom, budget, stripper)
     return entries,jobs
 
 _no_atlas = ("no atlas was given: pass atlas=PATH of its T1 image (mgmt_atlas PATH checks it). The public glioma "
