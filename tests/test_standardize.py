@@ -4,6 +4,7 @@ The atlas is the same phantom's brain, so that the true motion is known; the rea
 found."""
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mgmt_fast.cohort import find_cohort
 from mgmt_fast.core import SEQUENCES, MGMTError, Volume, rng_for
 from mgmt_fast.engines import distances, engine_table
 from mgmt_fast.grids import isotropic, resample
+from mgmt_fast.leakage import leakage_audit
 from mgmt_fast.phantom import draw_patients, draw_series, render_patient
 from mgmt_fast.series import read_volume
 from mgmt_fast.standardize import level, standardize, standardize_patient
@@ -121,6 +123,48 @@ def test_another_head_in_place_of_a_sequence_is_refused_alone(raw, atlas):
     noise = Volume(torch.from_numpy(mixed), raw['FLAIR'].affine)
     res = standardize_patient(dict(patient='a', T1w=raw['T1w'], FLAIR=noise), atlas)
     assert list(res.volumes)==['T1w'] and [s for s,_ in res.problems]==['FLAIR']
+
+
+@engines
+def test_another_program_finds_the_brain_in_a_process_of_its_own(raw, patient, atlas, tmp_path, monkeypatch):
+    "A stand-in for HD-BET knows the brain; deepbet is never asked"
+    monkeypatch.setattr(room, 'brain_mask', lambda vol: pytest.fail('deepbet was asked'))
+    leveled,back = level(raw['T1w'])
+    head = isotropic(leveled)
+    inside = room._inside(atlas.brain, head, np.linalg.inv(np.linalg.inv(back)@true_motion(patient, 'T1w')))
+    Volume(torch.from_numpy(inside.astype(np.uint8)), affine=head.affine).save(tmp_path/'brain.nii.gz')
+    program = tmp_path/'hd-bet.py'
+    program.write_text(f"""import sys, nibabel as nib
+assert sys.argv[1:4:2]==['-device','-i'] and sys.argv[5]=='-o'
+head,brain = nib.load(sys.argv[4]),nib.load({str(tmp_path/'brain.nii.gz')!r})
+nib.save(nib.Nifti1Image(head.get_fdata()*brain.get_fdata(), head.affine), sys.argv[6])""")
+    stripper = shlex.join([sys.executable, str(program), '-device', 'cpu'])
+    raw['T1w'].float().save(tmp_path/'T1w.nii.gz')
+    cohort = pd.DataFrame(dict(patient=['a'], T1w=[str(tmp_path/'T1w.nii.gz')]))
+    def run(by): return standardize(cohort, tmp_path/'out', atlas=atlas, n_workers=0, progress=False, stripper=by)
+    assert run(stripper).problem.isna().all()
+    mask,brain = (np.asarray(o)>0 for o in (read_volume(tmp_path/'out/a/brain_mask.nii.gz'),atlas.brain))
+    assert 2*(mask&brain).sum()/(mask.sum()+brain.sum())>.97
+    assert 'cannot be started' in run('/no/hd-bet').problem[0] # another program: the earlier result is not taken for it
+
+
+@engines
+def test_the_same_patient_prepared_by_two_pipelines_is_found(result, patient, atlas, tmp_path):
+    "Here, and elsewhere: other masks, another pose, cubic interpolation, z-scores; three others are somebody else"
+    turn = np.eye(4)
+    turn[:3,:3] = Rotation.from_euler('xyz', [3,-4,5], degrees=True).as_matrix()
+    def elsewhere(p):
+        scan = render_patient(p, 3, 'FLAIR', slices=60, size=110, fov=205)['FLAIR'][0]
+        x = room.into_space(scan, isotropic(atlas.volume, 2), turn, 'cubic')
+        brain = np.asarray(x)>1
+        x = room._stripped(room._z_scores(x, brain), brain)
+        return str(x.save(tmp_path/f'{p.patient}.nii.gz'))
+    others = [p for _,p in draw_patients(4, seed=3).iterrows() if p.patient!=patient.patient]
+    train = pd.DataFrame([dict(patient=f'T{p.patient}', FLAIR=elsewhere(p)) for p in (patient,*others)])
+    ours = str(result.volumes['FLAIR'].save(tmp_path/'ours.nii.gz'))
+    found = leakage_audit(train, pd.DataFrame(dict(patient=['X'], FLAIR=[ours])), 'FLAIR', n_workers=0, planted=0,
+        progress=False)
+    assert found.train[found.verdict=='same'].tolist()==[f'T{patient.patient}']
 
 
 def test_levelling_takes_away_any_header():
