@@ -91,7 +91,8 @@ class Uploads:
     ) -> dict: # `upload`, and which of the files are `missing`
         "Take the list of a dropped folder. Raises `AppError` where it is too large, or a name cannot be kept"
         try: wanted = [(safe_parts(str(name)),int(size)) for name,size in listed]
-        except (TypeError,OverflowError) as e: raise AppError('this is no list of files') from e
+        except AppError: raise
+        except (TypeError,ValueError,OverflowError): raise AppError('this is no list of files') from None
         self._check(wanted)
         upload = hashlib.blake2b(json.dumps(wanted).encode(), digest_size=16).hexdigest()
         tops = {parts[0] for parts,_ in wanted}
@@ -166,9 +167,11 @@ class Worker(threading.Thread):
         settings:dict, # What `PatientPages` takes, as JSON holds it
         heard:Callable, # Is called with each thing that happens, see `do_runs`; and with `kind` `'ended'`
         command:tuple=(sys.executable,'-P','-c',_WORK), # That starts the process
+        temporary:Path=None, # Folder for its temporary files, which may be left there when it is ended
     ):
         super().__init__(daemon=True)
         self.settings,self.heard,self.command,self.process,self.closed = settings,heard,command,None,False
+        self.environment = os.environ if temporary is None else {**os.environ, 'TMPDIR':str(temporary)}
 
     def run(self):
         "Start processes until one cannot use the model, or the app is closed"
@@ -176,7 +179,8 @@ class Worker(threading.Thread):
 
     def _one(self):
         "The life of one process; was it ready?"
-        how = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding='utf-8')
+        how = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environment,
+            text=True, encoding='utf-8')
         self.process = subprocess.Popen([*self.command, str(os.getpid())], start_new_session=True, **how)
         self.send(self.settings)
         kinds = set()
@@ -527,9 +531,15 @@ class _Handler(BaseHTTPRequestHandler):
             for pattern,act in routes:
                 if m := re.fullmatch(pattern, path): return act(self, *m.groups())
             raise AppError('there is nothing here', 404)
-        except AppError as e:
-            if changes: self.reply(json.dumps(dict(what=str(e))), 'application/json', e.code)
-            else: self.reply(app_page('mgmt_app', {'Not shown': fill('<p>{{ e }}</p>', e=f'{e}.')}), code=e.code)
+        except AppError as e: self._refuse(e, changes)
+        except (ConnectionError,TimeoutError): raise
+        except Exception:
+            self._refuse(AppError('a fault of this app; its place is on the terminal', 500), changes)
+            raise
+
+    def _refuse(self, e, changes):
+        if changes: self.reply(json.dumps(dict(what=str(e))), 'application/json', e.code)
+        else: self.reply(app_page('mgmt_app', {'Not shown': fill('<p>{{ e }}</p>', e=f'{e}.')}), code=e.code)
 
     def _check(self, changes):
         s = self.server
@@ -641,24 +651,25 @@ class App:
         limit:float=1., # GB of one drop
         n_workers:int=None, # Processes; one per core if None
     ):
-        self.keep,self.folder = keep,None
         _check_paths(model, root, atlas)
-        try: self.folder = _private_folder(keep)
-        except OSError as e: raise AppError(f"the folder for the pages cannot be made ({e.strerror})") from None
-        self.desk,uploads = Runs(),Uploads(self.folder/'uploads', limit*1e9)
-        try: self.server = AppServer(self.desk, self.folder/'pages', uploads, root, port)
+        self.keep,self.private = keep,_private_folder()
+        try:
+            folder = self.private if keep is None else _made(keep)
+            self.desk,uploads = Runs(),Uploads(folder/'uploads', limit*1e9)
+            self.server = AppServer(self.desk, folder/'pages', uploads, root, port)
         except AppError:
             self._wipe()
             raise
-        paths = dict(model=model, dest=self.folder/'pages', atlas=atlas)
+        paths = dict(model=model, dest=folder/'pages', atlas=atlas)
         settings = {k: None if o is None else str(Path(o).resolve()) for k,o in paths.items()}
-        self.worker = self.desk.worker = Worker(dict(settings, n_workers=n_workers), self.desk.heard)
+        settings['n_workers'] = n_workers
+        self.worker = self.desk.worker = Worker(settings, self.desk.heard, temporary=self.private)
         self.worker.start()
 
     def open(self):
         "Open the page in the user's browser, if there is a screen; its command line does not show the token"
         if sys.platform=='linux' and not {'DISPLAY','WAYLAND_DISPLAY'}&set(os.environ): return
-        page = self.folder/'open.html'
+        page = self.private/'open.html'
         page.touch(0o600)
         page.write_text(fill('<meta http-equiv="refresh" content="0;url={{ to }}">', to=self.server.address))
         webbrowser.open(page.as_uri())
@@ -672,16 +683,14 @@ class App:
         "End everything, and wipe what was not to be kept"
         self.server.server_close()
         self.worker.close()
-        if self.keep is None: return self._wipe()
-        (self.folder/'open.html').unlink(missing_ok=True)
-        return 'pages and dropped files are kept where --keep says'
+        wiped = self._wipe()
+        return wiped if self.keep is None else 'pages and dropped files are kept where --keep says'
 
     def _wipe(self):
-        if self.keep is not None: return
         for _ in range(20): # a browser may still be sending
-            shutil.rmtree(self.folder, ignore_errors=True)
-            if not self.folder.exists(): return 'pages and dropped files were wiped'
-        return f'NOT everything could be wiped: remove {self.folder}'
+            shutil.rmtree(self.private, ignore_errors=True)
+            if not self.private.exists(): return 'pages and dropped files were wiped'
+        return f'NOT everything could be wiped: remove {self.private}'
 
 def _check_paths(model, root, atlas):
     if not (Path(model).exists() or Path(f'{model}.json').exists()): raise AppError(_no_model)
@@ -691,11 +700,13 @@ def _check_paths(model, root, atlas):
 _no_model = ("there is no model at this place: give the folder of a bundle or of a training, or a model in it, e.g. "
     "run/model")
 
-def _private_folder(keep):
-    "The folder for what is written, readable by this user alone; what apps that were killed left is wiped"
-    if keep is not None:
-        Path(keep).mkdir(parents=True, exist_ok=True)
-        return Path(keep).resolve()
+def _made(keep):
+    try: Path(keep).mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise AppError(f"the folder of --keep cannot be made ({e.strerror})") from None
+    return Path(keep).resolve()
+
+def _private_folder():
+    "A folder that this user alone may read; what apps that were killed left is wiped"
     for o in Path(tempfile.gettempdir()).glob('mgmt-app-*'):
         pid = o.name.split('-')[2]
         if pid.isdecimal() and not _runs_still(int(pid)): shutil.rmtree(o, ignore_errors=True)
