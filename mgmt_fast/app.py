@@ -7,8 +7,8 @@ __all__ = ['AppError', 'folder_inside', 'list_folder', 'safe_parts', 'Uploads', 
            'run_part', 'AppServer', 'App', 'mgmt_app']
 
 # %% ../nbs/78_app.ipynb #265ab9aa
-import argparse, functools, hashlib, hmac, inspect, json, os, re, secrets, shutil, signal, subprocess, sys, tempfile
-import threading, traceback, webbrowser
+import argparse, functools, hashlib, hmac, inspect, json, os, re, secrets, shutil, signal, socket, subprocess, sys
+import tempfile, threading, traceback, webbrowser
 from collections.abc import Callable
 from datetime import date
 from http.cookies import CookieError, SimpleCookie
@@ -316,13 +316,17 @@ class Runs:
 
 _died = ("the process that works died, most likely because memory ran out; what is done is kept, and the run can go on")
 
-# %% ../nbs/78_app.ipynb #dcd50a91
+# %% ../nbs/78_app.ipynb #1dc50d77
 _environment = Environment(autoescape=True)
+def _sentence(text): return text[:1].upper()+text[1:]
+_environment.filters['sentence'] = _sentence
 _CSS,_HTML = ((files('mgmt_fast')/o).read_text('utf-8') for o in ('page.css','page.html'))
-_MORE_CSS = """button,input{font:inherit;padding:.35em .8em} input[type=text]{width:min(38em,100%);box-sizing:border-box}
+_MORE_CSS = """button,input{font:inherit;padding:.35em .8em}
+input[type=text]{width:min(38em,100%);box-sizing:border-box}
 button{cursor:pointer} label{display:block} #drop{border:2px dashed var(--line);padding:1em;margin:1em 0}
 #drop.over{border-color:var(--edge)} #folders ul{list-style:none;padding:0;display:flex;flex-wrap:wrap;gap:.4em}
-progress{width:min(30em,100%)} td ul{margin:0;padding-left:1.2em} #said:empty{display:none} .number{font-size:1.3em}"""
+button,input{margin:.2em 0} progress{width:min(30em,100%)} td ul{margin:0;padding-left:1.2em} #said{margin:0 0 1em}
+#said:empty{display:none} .number{font-size:1.3em} td a{margin-right:.5em} .told{min-width:16em}"""
 
 def fill(
     template:str, # In the language of Jinja2
@@ -353,36 +357,39 @@ _CHOOSE = """<div id="said" role="alert" class="error"></div>
 <button type="button" id="stop">Stop sending</button></p></div>"""
 
 _FOLDERS = """{% if f.up is not none %}<button type="button" data-at="{{ f.up }}">One folder up</button>{% endif %}
-<p>{{ f.folders|length + f.more }} folders, {{ f.files }} files here{% if f.more %}; {{ f.more }} folders are not listed,
+<p>Folders: {{ f.folders|length + f.more }}, files: {{ f.files }}{% if f.more %}; {{ f.more }} folders are not listed,
 type their path{% endif %}.</p><ul>{% for o in f.folders %}
 <li><button type="button" data-at="{{ o.at }}">{{ o.name }}</button></li>{% endfor %}</ul>"""
 
-_MODEL = """<p role="status"{% if d.state=='refused' %} class="error"{% endif %}>{% if d.state=='ready' %}The model is
-ready. It reads {{ d.sequences|join(', ') }}.{% elif d.state=='loading' %}The model is being read; a folder can be chosen
-already.{% else %}The model cannot be used: {{ d.what }}{% endif %}</p>"""
+_MODEL = """<p role="status"{% if d.state=='refused' %} class="error"{% endif %}>
+{% if d.state=='ready' %}The model is ready. It reads {{ d.sequences|join(', ') }}.
+{% elif d.state=='loading' %}The model is being read; a folder can be chosen already.{% else %}The model cannot be used: {{ d.what }}.{% endif %}</p>"""
 
 _RUNS = _MODEL+"""{% if d.runs %}<div class="wide" role="group" aria-label="runs" tabindex="0"><table>
 <tr><th>Patients</th><th>State</th></tr>{% for o in d.runs %}<tr><td><a href="/run/{{ o.number }}">{{ o.name }}</a></td>
-<td>{{ o.status() }} {{ o.what }}</td></tr>{% endfor %}</table></div>{% else %}<p>There is no run yet.</p>{% endif %}"""
+<td class="told">{{ o.status() }} {{ o.what|sentence }}</td></tr>
+{% endfor %}</table></div>{% else %}<p>There is no run yet.</p>{% endif %}"""
 
 _RUN = """{% if d.state!='ready' %}"""+_MODEL+"""{% endif %}<p role="status">{{ run.status() }}</p>
-{% if run.what %}<p class="error" role="alert">{{ run.what }}</p>{% endif %}
+{% if run.what %}<p class="error" role="alert">{{ run.what|sentence }}</p>{% endif %}
 {% for o in run.said %}<p class="warning">The folder: {{ o }}.</p>{% endfor %}
 {% if run.rows %}<progress aria-label="patients done" max="{{ run.rows|length }}" value="{{ run.ended }}"></progress>
 {% endif %}<p>{% if run.state in ('waiting','running') %}<button type="button" data-post="/cancel/{{ run.number }}">
 Cancel</button>{% elif run.state in ('cancelled','failed') or failed %}<button type="button"
 data-post="/again/{{ run.number }}">Go on</button>{% endif %}</p>
 {% if run.rows %}<div class="wide" role="group" aria-label="patients" tabindex="0"><table><tr><th>Patient</th>
-<th>What the audit found</th><th>Probability of methylation</th><th>Unlike training</th><th>Show</th></tr>
-{% for r in run.rows %}<tr><td>{{ r.patient }}<div class="facts">{{ r.step }}</div></td><td>{% if r.bad %}
-<ul>{% for level,sequence,what in r.bad %}<li class="{{ level }}">{{ level }}: {{ sequence }} {{ what }}</li>{% endfor %}
-</ul>{% elif r.step in ('waiting','audit') and not r.findings %}{% else %}nothing that calls for a decision{% endif %}
-{% if r.notes %}<div class="facts">{{ r.notes }} note{{ 's' if r.notes>1 }}, on the page</div>{% endif %}</td>
-<td>{% if r.prob is not none %}<span class="number">{{ '%.2f'|format(r.prob) }}</span>{% elif r.step=='done' %}none{% endif %}
+<th>What the audit found</th><th>Probability of methylation</th><th>Unlike training</th></tr>
+{% for r in run.rows %}<tr><td>{{ r.patient }}<div class="facts">{{ r.step }}</div>{% if r.place %}
+{% for k,name in shown %}<a href="/run/{{ run.number }}/{{ r.at }}/{{ name }}" target="_blank" rel="noopener"
+aria-label="{{ k }} of {{ r.patient }}">{{ k }}</a>{% endfor %}{% endif %}</td>
+<td class="told">{% if r.bad %}<ul>{% for level,sequence,what in r.bad %}
+<li class="{{ level }}">{{ level }}: {{ sequence }}{% if sequence %}: {% endif %}{{ what }}</li>{% endfor %}</ul>
+{% elif r.findings or r.step not in ('waiting','audit') %}nothing that calls for a decision{% endif %}
+{% if r.notes %}<div class="facts">{{ r.notes }} note{{ 's' if r.notes>1 }}{{ ', on the page' if r.place }}</div>
+{% endif %}</td><td{% if r.note %} class="told"{% endif %}>{% if r.prob is not none %}
+<span class="number">{{ '%.2f'|format(r.prob) }}</span>{% elif r.step=='done' %}none{% endif %}
 <div class="{{ 'error' if r.step=='failed' else 'facts' }}">{{ r.note }}</div></td>
-<td>{% if r.prob is not none %}{{ {True:'yes',False:'no'}.get(r.unlike, 'not known') }}{% endif %}</td>
-<td>{% if r.place %}{% for k,name in shown %}<a href="/run/{{ run.number }}/{{ r.at }}/{{ name }}" target="_blank"
-rel="noopener" aria-label="{{ k }} of {{ r.patient }}">{{ k }}</a> {% endfor %}{% endif %}</td></tr>
+<td>{% if r.prob is not none %}{{ {True:'yes',False:'no'}.get(r.unlike, 'not known') }}{% endif %}</td></tr>
 {% endfor %}</table></div>{% endif %}"""
 
 _SHOWN = dict(page='report.html', PDF='report.pdf', viewer='viewer.html')
@@ -424,10 +431,10 @@ const refresh = async () => {
     failed = 0
   } catch (e) { failed += 1; if (failed<3) return; text = '<p class="error" role="alert">'+gone+'</p>' }
   if (text==before) return
-  const at = document.activeElement, key = at && part.contains(at) ? at.getAttribute('data-post') || at.getAttribute('href') : null
+  const at = document.activeElement, name = o => o.getAttribute('data-post') || o.getAttribute('href')
+  const key = at && part.contains(at) ? name(at) : null
   part.innerHTML = before = text
-  if (key) for (const o of part.querySelectorAll('[data-post],[href]'))
-    if ([o.getAttribute('data-post'), o.getAttribute('href')].includes(key)) o.focus() }
+  if (key) for (const o of part.querySelectorAll('[data-post],[href]')) if (name(o)==key) o.focus() }
 if (part) { before = ''; refresh(); setInterval(refresh, 1000) }
 document.addEventListener('click', trying(async e => {
   const o = e.target.closest('[data-post],[data-at]')
@@ -466,7 +473,8 @@ if (by('choose')) {
   by('files').addEventListener('change', trying(async e => {
     const files = [...e.target.files].map(f => [f.webkitRelativePath || f.name, f])
     await send(files); }))
-  for (const o of ['dragenter','dragover']) drop.addEventListener(o, e => { e.preventDefault(); drop.classList.add('over') })
+  const over = e => { e.preventDefault(); drop.classList.add('over') }
+  for (const o of ['dragenter','dragover']) drop.addEventListener(o, over)
   for (const o of ['dragleave','drop']) drop.addEventListener(o, () => drop.classList.remove('over'))
   drop.addEventListener('drop', trying(async e => {
     e.preventDefault()
@@ -508,7 +516,10 @@ class AppServer(ThreadingHTTPServer):
         "What to open in a browser, token and all"
         return f'http://127.0.0.1:{self.server_port}/?token={self.token}'
 
-    def handle_error(self, request, client_address):
+    def handle_error(self,
+        request:socket.socket, # Whose handling failed
+        client_address:tuple, # Of the browser
+    ):
         "A browser that goes away is no fault; of others the place is said, and not the message"
         e = sys.exc_info()[1]
         if isinstance(e, (ConnectionError,TimeoutError)): return
@@ -538,8 +549,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise
 
     def _refuse(self, e, changes):
-        if changes: self.reply(json.dumps(dict(what=str(e))), 'application/json', e.code)
-        else: self.reply(app_page('mgmt_app', {'Not shown': fill('<p>{{ e }}</p>', e=f'{e}.')}), code=e.code)
+        what = _sentence(f'{e}.')
+        if changes: self.reply(json.dumps(dict(what=what)), 'application/json', e.code)
+        else: self.reply(app_page('mgmt_app', {'Not shown': fill('<p>{{ e }}</p>', e=what)}), code=e.code)
 
     def _check(self, changes):
         s = self.server

@@ -38,7 +38,7 @@ def find_patients(
     "The patients of a folder. Raises `MGMTError`, which does not name the folder, where there are none."
     with contextlib.redirect_stdout(io.StringIO()):
         try: return find_cohort(root, labels=False)
-        except MGMTError as e: raise CohortError(without_place(str(e), root)) from None
+        except MGMTError as e: raise CohortError(without_place(str(e), root).partition(_for_programs)[0]) from None
         except OSError as e: raise CohortError(_unreadable(e)) from None
 
 def without_place(
@@ -48,6 +48,8 @@ def without_place(
     "A message that says nothing of where scans lie, since folders are often called like patients."
     for o in (Path(root).resolve(),Path(root)): text = text.replace(str(o), 'this folder')
     return text
+
+_for_programs = ' Any other layout: nifti_cohort'
 
 def _unreadable(e): return f"this folder cannot be read ({e.strerror}): may you open it, and is its disk there?"
 
@@ -123,23 +125,27 @@ class PatientPages:
             for i in todo:
                 yield i,PatientRow(str(rows[i].patient), 'audit')
                 audits[i] = audit_cohort(pd.DataFrame([rows[i]]), self.n_workers, progress=False)
-                yield i,_audited(rows[i], audits[i])
+                yield i,self._audited(rows[i], audits[i])
             for i in todo: yield from ((i,o) for o in self._page(rows[i], places[i], audits.pop(i)))
 
     def _page(self, row, place, audit):
         "The steps of one patient after its audit"
-        now = _audited(row, audit)
+        now = self._audited(row, audit)
         try:
-            before,needed = [],needs_atlas(self.model, audit)
-            if needed and self.atlas is None: before = [['warning', '', _no_atlas]]
-            elif needed:
+            if self.atlas is not None and needs_atlas(self.model, audit):
                 yield now._replace(step='standardize')
-                row,audit,before = self._into_atlas(row, place),None,now.findings
+                row,audit = self._into_atlas(row, place),None
             yield now._replace(step='predict')
             res = patient_result(self.model, row, n_workers=self.n_workers, audit=audit)
-            yield self._write(_with_findings(res, before), place)
+            yield self._write(_with_findings(res, now.findings), place)
         except MGMTError as e: yield now._replace(step='failed', note=str(e))
         except Exception as e: yield now._replace(step='failed', note=log_fault(e, 'making a page'))
+
+    def _audited(self, row, audit):
+        "What the audit found, and what is to be done about it"
+        found = patient_findings(row, audit).values.tolist()
+        if self.atlas is None and needs_atlas(self.model, audit): found = [['warning', '', _no_atlas], *found]
+        return PatientRow(str(row.patient), findings=found)
 
     def _into_atlas(self, row, place):
         "The row of the same patient, in the atlas. Raises `MGMTError` where that was refused"
@@ -159,7 +165,7 @@ class PatientPages:
         if old.exists(): shutil.rmtree(old) # of a run whose record cannot be read
         with atomic_path(old) as folder:
             patient_report(None, res, folder)
-            if res.scans: View(res.scans, res.map).html(folder/'viewer.html')
+            if res.scans: View(res.scans, res.map).html(folder/'viewer.html', title=f'Patient {res.patient}')
             write_json(folder/_RECORD, row._asdict())
         return row
 
@@ -172,14 +178,11 @@ def _files_of(model):
     stem = model.with_suffix('') if model.suffix in ('.json','.safetensors') else model
     return sorted(stem.parent.glob(f'{stem.name}.*'))
 
-def _audited(row, audit):
-    return PatientRow(str(row.patient), findings=patient_findings(row, audit).values.tolist())
-
 def _with_findings(res, more):
     "The result with what was found before it"
-    found = pd.DataFrame([*more, *res.findings.values.tolist()], columns=['level','sequence','what'])
+    found = pd.DataFrame([*more, *res.findings.values.tolist()], columns=['level','sequence','what']).drop_duplicates()
     rank = found.level.map(dict(error=0, warning=1)).fillna(2)
-    return res._replace(findings=found.drop_duplicates().sort_values('level', key=lambda _: rank, kind='stable'))
+    return res._replace(findings=found.loc[rank.sort_values(kind='stable').index])
 
 # %% ../nbs/77_app_work.ipynb #ddbba5fb
 def do_runs(
