@@ -363,7 +363,8 @@ type their path{% endif %}.</p><ul>{% for o in f.folders %}
 
 _MODEL = """<p role="status"{% if d.state=='refused' %} class="error"{% endif %}>
 {% if d.state=='ready' %}The model is ready. It reads {{ d.sequences|join(', ') }}.
-{% elif d.state=='loading' %}The model is being read; a folder can be chosen already.{% else %}The model cannot be used: {{ d.what }}.{% endif %}</p>"""
+{% elif d.state=='loading' %}The model is being read; a folder can be chosen already.
+{% else %}The model cannot be used: {{ d.what }}.{% endif %}</p>"""
 
 _RUNS = _MODEL+"""{% if d.runs %}<div class="wide" role="group" aria-label="runs" tabindex="0"><table>
 <tr><th>Patients</th><th>State</th></tr>{% for o in d.runs %}<tr><td><a href="/run/{{ o.number }}">{{ o.name }}</a></td>

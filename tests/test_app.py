@@ -258,7 +258,8 @@ def test_what_is_kept_goes_on_and_names_no_place(work, scans, tmp_path):
 
 
 @pytest.mark.parametrize('args,say', [(['nowhere'],'no model at this place'),
-    (['.','--atlas','x.nii'],'--atlas is no file'),(['.','--root','x'],'--root is no folder'), (['.','--port','99999'],'port 99999')])
+    (['.','--atlas','x.nii'],'--atlas is no file'),
+    (['.','--root','x'],'--root is no folder'), (['.','--port','99999'],'port 99999')])
 def test_what_cannot_start_is_one_sentence(tmp_path, args, say):
     env = {**os.environ, 'PYTHONPATH':str(ROOT), 'TMPDIR':str(tmp_path)}
     command = [sys.executable,'-c',RUN,*args,'--no-browser']
