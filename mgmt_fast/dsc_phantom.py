@@ -7,6 +7,7 @@ __all__ = ['HAEMATOCRIT', 'RELAXIVITY', 'arterial_input', 'blood_in_tissue', 'le
            'simulate_curves', 'dsc_patients', 'DSCPhantom', 'render_dsc', 'write_dsc']
 
 # %% ../nbs/37_dsc_phantom.ipynb #634f751e
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -310,7 +311,7 @@ def write_dsc(
     "Write a series over time as DICOM (PS3.3 A.4 and A.36). Raises `MGMTError` on values that 16 bits do not hold."
     lo,hi = series.data.min(),series.data.max()
     if lo<0 or hi>65535: raise MGMTError(f"16 bits hold 0 to 65535, and the values are {lo} to {hi}: rescale first")
-    def uid(*o): return generate_uid(entropy_srcs=['mgmt_fast', 'dsc', patient, *map(str, o)])
+    def uid(*o): return generate_uid(entropy_srcs=[json.dumps(['mgmt_fast', 'dsc', patient, *o])])
     return (_write_enhanced if enhanced else _write_slices)(series, Path(dest), patient, uid, told_by)
 
 def _write_slices(s, dest, patient, uid, told_by):

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from fastcore.all import *
-from joblib import Parallel, delayed
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
@@ -22,6 +21,7 @@ from .core import *
 from .series import SeriesError, read_sequence, find_stacks
 from .grids import BRAIN_EXTENT, CANONICAL, resample
 from .prepare import VolumeStore
+from .processes import DIED, in_processes
 from .register import *
 from .runs import key_digest, volume_key
 
@@ -224,20 +224,24 @@ def in_parallel(
     n_workers:int=None, # Processes; one per core if None, 0 for this one
     progress:bool=True, # Show a progress bar?
 ): # Generator of `f(*job)`, in the order of the jobs
-    "Results as they come, by joblib, so that a dask cluster serves as well."
+    "Results in the order of the jobs, several of which travel together. Raises `LeakageError` where a process dies."
     n = os.cpu_count() if n_workers is None else max(1, n_workers)
-    done = (f(*o) for o in jobs) if min(n, total)<2 else _from_processes(f, jobs, total, n)
-    yield from track(done, total, progress)
+    size = max(1, min(16, total//(4*n)))
+    parts,n_parts = ((f,o) for o in chunked(jobs, size)),-(-total//size)
+    done = _in_order(in_processes(_each, parts, n, progress=False, total=n_parts))
+    yield from track((o for results in done for o in results), total, progress)
 
-def _from_processes(f, jobs, total, n):
-    "What the jobs of a part share travels once"
-    parts,me = chunked(jobs, max(1, min(16, total//(4*n)))),os.getpid()
-    for results in Parallel(n, return_as='generator')(delayed(_each)(f, o, me) for o in parts): yield from results
+def _in_order(done):
+    "Results by their places"
+    waiting,i = {},0
+    for k,o in done:
+        if o==DIED: raise LeakageError(f"{DIED}: run it again with fewer workers; what is done is kept")
+        waiting[k] = o
+        while i in waiting:
+            yield waiting.pop(i)
+            i += 1
 
-def _each(f, jobs, parent=None):
-    "Do several jobs, in a process that ends with the one that started it"
-    if os.getppid()==parent: end_with_parent(parent)
-    return [f(*o) for o in jobs]
+def _each(f, jobs): return [f(*o) for o in jobs]
 
 # %% ../nbs/29_fingerprints.ipynb #e00f9340
 def keep_rows(

@@ -8,7 +8,7 @@ __all__ = ['READ_BACK', 'model_kinds', 'save_mgmt', 'load_mgmt', 'body_and_head'
            'load_model', 'check_preparation', 'predict_unlogged', 'predict']
 
 # %% ../nbs/55_learner.ipynb #6689f177
-import contextlib, copy, hashlib, importlib, inspect, json, math, os
+import contextlib, copy, hashlib, importlib, inspect, json, math, os, re
 from collections import deque
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
@@ -159,6 +159,9 @@ class MGMTLearner(Learner):
         if not any(isinstance(cb, LRFinder) for cb in L(cbs)): self.fits.append(plan)
         try: super().fit(n_epoch, lr, wd, cbs, **kwargs)
         except torch.OutOfMemoryError as e: raise TrainingError(_too_large(self)) from e
+        except MGMTError as e:
+            e.args = (re.sub(_FASTAI_SAYS, '', str(e)),)
+            raise
         if self.failure: raise self.failure
 
     def lr_find(self,
@@ -252,6 +255,9 @@ _by_hand = ("schedule 'own' is that of a training that was started by hand, and 
 def _schedule(cbs):
     "What a training that was started by hand does with its rate"
     return 'own' if any(isinstance(cb, ParamScheduler) and 'lr' in cb.scheds for cb in L(cbs)) else 'flat'
+
+# what fastai writes before the message of any callback
+_FASTAI_SAYS = re.compile(r'^(Exception occured in `\w+` when calling event `\w+`:\s+)+')
 
 def _too_large(learn):
     x = learn.xb[0]

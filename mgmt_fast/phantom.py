@@ -7,13 +7,14 @@ __all__ = ['class_distance', 'draw_patients', 'phantom_bound', 'read_side_table'
            'render_patient', 'tissue_shares', 'show_phantom', 'measure_traits', 'write_series', 'make_phantom']
 
 # %% ../nbs/21_phantom.ipynb #137f6e1c
-import json, shutil, tempfile
+import io, json, shutil, tempfile
 from functools import reduce
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, torch
 from fastcore.all import *
+from pydicom import dcmread, dcmwrite
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from scipy import ndimage
@@ -538,14 +539,21 @@ def write_series(
     dest,x = Path(dest),np.asarray(v)
     if x.min()<0 or x.max()>65535: raise _not_16_bits(x)
     def uid(*o): return generate_uid(entropy_srcs=['mgmt_fast', key, patient, *map(str,o)])
-    ds = _header(v, seq, patient, uid, derived)
+    ds = _encoded(_header(v, seq, patient, uid, derived))
     dest.mkdir(parents=True, exist_ok=True)
     for i,n in enumerate(range(1,len(x)+1) if numbers is None else numbers):
         ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = uid(seq, i)
         at = v.world([i,0,0])*[-1,-1,1]
         ds.InstanceNumber,ds.ImagePositionPatient = int(n),[f'{o:.8g}' for o in at]
-        ds.PixelData = x[i].astype('<u2').tobytes()
+        ds.add_new('PixelData', 'OW', x[i].astype('<u2').tobytes())
         ds.save_as(dest/f'Image-{n}.dcm', enforce_file_format=True)
+
+def _encoded(header):
+    "A header whose elements are bytes already, so that each slice need not encode them again"
+    file = io.BytesIO()
+    dcmwrite(file, header)
+    file.seek(0)
+    return dcmread(file)
 
 def _not_16_bits(x):
     rule = "values must lie in 0..65535 to be written as 16 bits"

@@ -8,10 +8,12 @@ __all__ = ['DIED', 'process_pool', 'do_alone', 'exit_code', 'in_processes', 'wor
 # %% ../nbs/02_processes.ipynb #15a18580
 import errno, multiprocessing, os, platform, sys, time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -54,14 +56,16 @@ def exit_code(
 # %% ../nbs/02_processes.ipynb #8ae83299
 def in_processes(
     f:Callable, # Function of a job's items; a module's own, so that it can travel
-    jobs:list, # Tuples
+    jobs:Iterable, # Tuples; taken only as they are needed
     n_workers:int=None, # Processes; one per core if None, and none but this one below 2
     progress:bool=True, # Show a progress bar?
+    total:int=None, # How many jobs there are, where `jobs` has no length
 ): # Generator of (place in `jobs`, `f(*job)` or `DIED`), as they come
     "Do jobs over processes; one that dies costs the job that it was at, and no other."
-    n = min(os.cpu_count() if n_workers is None else n_workers, len(jobs))
+    total = len(jobs) if total is None else total
+    n = min(os.cpu_count() if n_workers is None else n_workers, total)
     done = _pooled(f, jobs, n) if n>1 else _here(f, jobs)
-    yield from track(done, len(jobs), progress)
+    yield from track(done, total, progress)
 
 def _here(f, jobs):
     with one_thread():
@@ -69,31 +73,34 @@ def _here(f, jobs):
 
 def _pooled(f, jobs, n):
     "Two jobs per process are under way, so that few are done again when one dies"
-    todo,under,pool = deque(range(len(jobs))),{},process_pool(n)
+    todo,ahead,under,pool = enumerate(jobs),deque(),{},process_pool(n)
     try:
-        while todo or under:
-            whole = _fill(pool, f, jobs, todo, under, 2*n)
+        while True:
+            whole = _fill(pool, f, todo, ahead, under, 2*n)
+            if not under and whole: return
             done = wait(under, return_when=FIRST_COMPLETED).done
             whole = whole and not any(map(_lost, done))
             if not whole: done = wait(under).done # a broken pool ends all of its jobs
-            again = sorted(under[o] for o in done if _lost(o))
-            for o in done:
-                i = under.pop(o)
-                if i not in again: yield i,o.result()
+            ended = [(o,*under.pop(o)) for o in done]
+            for o,i,_ in ended:
+                if not _lost(o): yield i,o.result()
             if whole: continue
             pool.shutdown()
-            for i in again: yield i,do_alone(f, jobs[i])
+            again = [(i,job) for o,i,job in ended if _lost(o)]
+            for i,job in sorted(again, key=itemgetter(0)): yield i,do_alone(f, job)
             pool = process_pool(n)
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
 def _lost(job): return isinstance(job.exception(), BrokenProcessPool)
 
-def _fill(pool, f, jobs, todo, under, most):
-    "Hand over jobs until `most` are under way; `False` where the pool takes none any more"
-    while todo and len(under)<most:
-        try: under[pool.submit(f, *jobs[todo[0]])] = todo[0]
+def _fill(pool, f, todo, ahead, under, most):
+    "Hand over jobs until `most` are under way; `False` where the pool takes none any more, and one waits in `ahead`"
+    while len(under)<most:
+        ahead.extend(islice(todo, 1-len(ahead)))
+        if not ahead: return True
+        try: under[pool.submit(f, *ahead[0][1])] = ahead[0]
         except BrokenProcessPool: return False
-        todo.popleft()
+        ahead.popleft()
     return True
 
 # %% ../nbs/02_processes.ipynb #456adf4e

@@ -276,10 +276,13 @@ def _measured(model, store, patients, sequences):
     device = next(model.parameters()).device
     model.eval()
     with torch.no_grad(), pooled_features(model) as found:
-        for p in patients:
-            x,m = store.read(p, sequences),store.meta[p]
-            model(torch.from_numpy(x)[None].to(device).float()/255)
-            rows.append({**scan_measures(dict(zip(sequences, x)), m['volumes'], m['affine']), NETWORK:found.pop()[0]})
+        for part in chunked(patients, 4): # twice as quick as one by one
+            scans = np.stack([store.read(p, sequences) for p in part])
+            model(torch.from_numpy(scans).to(device).float()/255)
+            for p,x,features in zip(part, scans, found.pop()):
+                m = store.meta[p]
+                measures = scan_measures(dict(zip(sequences, x)), m['volumes'], m['affine'])
+                rows.append({**measures, NETWORK:features})
     model.train(was)
     return {k: np.stack([r[k] for r in rows]) for k in rows[0]} if rows else {}
 

@@ -192,6 +192,15 @@ def test_a_stopped_training_ends_where_the_undisturbed_one_does(store, tmp_path,
     assert same(straight, done)
 
 
+class Fails(Callback):
+    def after_batch(self): raise MGMTError('the disk is full: make room')
+
+
+def test_an_error_of_a_callback_is_its_own_sentence(store, tmp_path):
+    with pytest.raises(MGMTError) as e: fit(learner(store, tmp_path, cbs=[Fails()]))
+    assert str(e.value)=='the disk is full: make room'
+
+
 def test_prototypes_are_those_of_the_averaged_weights(store, tmp_path):
     learn = mgmt_learner(mgmt_dls(store, bs=4), 'resnet10',
         get_recipe('default', network='siamese', average='ema', epochs=2, lr=1e-3), path=tmp_path)
