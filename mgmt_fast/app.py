@@ -182,6 +182,7 @@ class Worker(threading.Thread):
         how = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environment,
             text=True, encoding='utf-8')
         self.process = subprocess.Popen([*self.command, str(os.getpid())], start_new_session=True, **how)
+        if self.closed: self.end() # while it was being started
         self.send(self.settings)
         kinds = set()
         for line in self.process.stdout:
@@ -202,9 +203,11 @@ class Worker(threading.Thread):
 
     def end(self):
         "End the process, and all that it started, at once"
-        try: os.killpg(self.process.pid, signal.SIGKILL)
-        except AttributeError: self.process and self.process.kill() # Windows has no groups; or nothing was started yet
-        except ProcessLookupError: pass
+        if self.process is None: return
+        if hasattr(os, 'killpg'):
+            try: os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError: pass
+        self.process.kill()
 
     def close(self):
         "End the process, and start no other"

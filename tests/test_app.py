@@ -198,7 +198,7 @@ def test_dropped_files_are_kept_safely_and_run(app, work, scans):
     new = app.tell('/upload', dict(files=names))
     assert len(new['missing'])==len(files)
     for i in new['missing'][:-1]: assert app.tell(f"/upload/{new['upload']}/{i}", files[i].read_bytes())=={}
-    assert 'not all files' in app.tell(f"/upload/{new['upload']}/start")['what'], 'a browser that was closed half-way'
+    assert 'ot all files' in app.tell(f"/upload/{new['upload']}/start")['what'], 'a browser that was closed half-way'
     assert app.tell('/upload', dict(files=names))['missing']==[len(files)-1]
     assert 'has changed' in app.tell(f"/upload/{new['upload']}/{len(files)-1}", b'x')['what']
     app.tell(f"/upload/{new['upload']}/{len(files)-1}", files[-1].read_bytes())
@@ -374,6 +374,7 @@ def test_two_windows_see_one_run_and_closing_one_loses_nothing(window, app, brow
 
 def test_a_folder_is_dropped(window, work, scans):
     window.locator('#files').set_input_files(scans/'two/00005')
+    window.wait_for_url('**/run/*')
     window.get_by_text('Done: 1 of 1 patient done').wait_for()
     assert number_of(work, scans/'two/00005')==window.locator('.number').inner_text()
 
