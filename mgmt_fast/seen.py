@@ -70,7 +70,8 @@ def make_prints(
     if template is None: template = _average(scans, at, sequence)
     if template is None: return None
     jobs = [(scans, part, sequence, template) for part in chunked(at, 16)]
-    taken = dict(in_processes(_prints, jobs, progress=False))
+    n_workers = 0 if len(at)<64 else None # starting processes takes longer than so few fingerprints
+    taken = dict(in_processes(_prints, jobs, n_workers, progress=False))
     if DIED in taken.values(): raise MGMTError(f"{DIED}: run it again")
     found = [(i,o) for k,(_,part,*_) in enumerate(jobs) for i,o in zip(part, taken[k]) if o is not None]
     hashes = [store.meta[scans.patients[i]]['volumes'][sequence]['hash'] for i,_ in found]
