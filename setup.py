@@ -15,7 +15,7 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',
         *(f'Programming Language :: Python :: {o}' for o in ('3','3.11','3.12','3.13')), 'Typing :: Typed'],
-    packages=find_packages(include=[cfg['lib_name']]), package_data={cfg['lib_name']: ['*.csv','py.typed']},
+    packages=find_packages(include=[cfg['lib_name']]), package_data={cfg['lib_name']: ['*.csv','page.*','py.typed']},
     python_requires='>='+cfg['min_python'],
     install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split(),

@@ -367,6 +367,7 @@ def mgmt_weights(
 
 # %% ../nbs/90_cli.ipynb #b9505af5
 from .patient_page import patient_report
+from .app import mgmt_app
 
 @_command
 def mgmt_report(

@@ -264,7 +264,8 @@ def _why_none(s):
         ' one after its sequence']
 
 def _no_scans_in(root, s, looked_for):
-    return (f"{root} holds no scans that can be told apart ({'; '.join(_why_none(s)[:3])}). Looked for {looked_for}."
+    why = '; '.join(_why_none(s)[:3])
+    return (f"{root} holds no scans that can be told apart{f' ({why})' if why else ''}. Looked for {looked_for}."
         " Any other layout: nifti_cohort(root, pattern='{patient}/{sequence}.nii.gz')")
 
 # %% ../nbs/19_cohort.ipynb #f398b1d5

@@ -18,6 +18,7 @@ import safetensors.torch as st
 from safetensors import SafetensorError, safe_open
 from .core import *
 from .schemas import *
+from .series import has_scan
 from .processes import DIED, do_alone, process_pool, working_in
 from fastai.basics import BCEWithLogitsLossFlat, DataLoaders, Learner, accuracy_multi
 from fastai.callback.schedule import LRFinder, ParamScheduler
@@ -829,11 +830,18 @@ def _from_store(m, store):
 
 def _from_scans(m, cohort, n):
     how,ahead = (m.needs(), m.sequences),deque()
+    if all(map(_is_read, cohort.to_dict('records'))): # a process of its own is for decoders, which may die
+        for _,row in cohort.iterrows(): yield str(row['patient']),row,*one_thread()(_prepared)(row, *how)
+        return
     with closing(_Workers(n)) as workers:
         for _,row in cohort.iterrows():
             ahead.append((row, workers.submit(_prepared, row, *how)))
             if len(ahead)>2*n: yield _outcome(*ahead.popleft(), how)
         while ahead: yield _outcome(*ahead.popleft(), how)
+
+def _is_read(row):
+    "Are there volumes in place of paths?"
+    return all(isinstance(row[s], Volume) for s in SEQUENCES if has_scan(row, s))
 
 class _Workers:
     "Processes that are replaced when one of them dies"

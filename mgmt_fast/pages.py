@@ -9,6 +9,7 @@ __all__ = ['write_csv', 'plain_cells', 'fill_page', 'picture_tag', 'describe_fig
 # %% ../nbs/03_pages.ipynb #fef71bda
 import base64, io, re
 from datetime import date
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np, pandas as pd
@@ -128,35 +129,7 @@ def scrolling(
     return fill_page('<div class="wide" role="group" aria-label="table" tabindex="0">{{ html }}</div>', html=html)
 
 # %% ../nbs/03_pages.ipynb #bf68ee44
-_STYLE = """:root{color-scheme:light dark;--ink:#222;--paper:#fff;--faint:#595959;--line:#ddd;--box:#fff4d6;--edge:#c80;
---error:#b00020;--warning:#8a4b00}
-@media (prefers-color-scheme:dark){:root{--ink:#e4e4e4;--paper:#181818;--faint:#adadad;--line:#444;--box:#3a2f10;
---error:#ff9d9d;--warning:#ffc266}}
-body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;padding:0 1em;max-width:75em;color:var(--ink);
-background:var(--paper);overflow-wrap:break-word;counter-reset:figure}
-a{color:inherit} pre{white-space:pre-wrap} .made,.note,.facts{color:var(--faint);font-size:13px}
-.lead{background:var(--box);border-left:4px solid var(--edge);padding:.5em 1em}
-.error,.same{color:var(--error)} .warning,.uncertain{color:var(--warning)}
-.wide{overflow-x:auto} table{border-collapse:collapse;margin:1em 0;font-size:13px;overflow-wrap:normal}
-td,th{padding:.3em .7em;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
-figure{margin:1.5em 0;counter-increment:figure} figure img{max-width:100%;background:#fff}
-figcaption{color:var(--faint)} figcaption::before{content:"Figure " counter(figure) ". "}
-td img{display:block;margin:2px 0;max-width:none}
-@media print{body{margin:0;max-width:none;font-size:11px} nav{display:none} .wide{overflow:visible}
-.wide table{font-size:7px} .wide :is(td,th){padding:.2em .3em}
-figure,tr{break-inside:avoid} h2{break-after:avoid}}"""
-
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1"><title>{{ title }}</title><style>{{ style }}</style>
-</head><body><main><h1>{{ title }}</h1><p class="made">mgmt_fast {{ version }}, {{ date }}</p>
-{% if lead %}<div class="lead">{% for o in lead %}<p>{{ o }}</p>{% endfor %}</div>{% endif %}
-{% if sections|length>2 %}<nav aria-label="Contents"><ol>{% for o in sections %}
-<li><a href="#s{{ loop.index }}">{{ o }}</a></li>{% endfor %}</ol></nav>{% endif %}
-{% for heading,parts in sections.items() %}<section id="s{{ loop.index }}"><h2>{{ heading }}</h2>
-{% for o in parts %}{{ o }}
-{% endfor %}</section>
-{% endfor %}</main></body></html>
-"""
+_STYLE,_PAGE = ((files('mgmt_fast')/o).read_text('utf-8') for o in ('page.css','page.html'))
 
 def write_page(
     path:str|Path, # HTML file to write

@@ -18,7 +18,6 @@ from .core import *
 from .schemas import *
 from .clinical import patient_key
 from .prepare import VolumeStore
-from .processes import *
 from .records import *
 from .register import Structure
 from .runs import key_digest, volume_key
@@ -69,10 +68,10 @@ def make_prints(
     at = [i for i in range(len(scans.patients)) if scans.has(i, sequence)]
     if template is None: template = _average(scans, at, sequence)
     if template is None: return None
-    jobs = [(scans, part, sequence, template) for part in chunked(at, 16)]
-    taken = dict(in_processes(_prints, jobs, progress=False))
-    if DIED in taken.values(): raise MGMTError(f"{DIED}: run it again")
-    found = [(i,o) for k,(_,part,*_) in enumerate(jobs) for i,o in zip(part, taken[k]) if o is not None]
+    n_workers = 0 if len(at)<64 else None # starting processes takes longer than so few fingerprints
+    jobs = [(scans, i, sequence, template) for i in at]
+    found = zip(at, in_parallel(_print, jobs, len(jobs), n_workers, progress=False))
+    found = [(i,o) for i,o in found if o is not None]
     hashes = [store.meta[scans.patients[i]]['volumes'][sequence]['hash'] for i,_ in found]
     none = np.zeros((0,len(template_points(template)[0])), np.float16)
     return Prints(hashes, np.stack([o for _,o in found]) if found else none, template)
@@ -86,10 +85,10 @@ def _average(scans, at, sequence):
     t = average_brain(smalls, rounds=2)
     return _template(t.y, t.w)
 
-def _prints(scans, at, sequence, template):
-    "Fingerprints of some volumes, None where there is none to be had"
-    smalls = [small_copy(scans, i, sequence)[0] for i in at]
-    return [None if o is None else fingerprint(o, template) for o in smalls]
+def _print(scans, i, sequence, template):
+    "The fingerprint of one volume, or None where it cannot be had"
+    small,_ = small_copy(scans, i, sequence)
+    return None if small is None else fingerprint(small, template)
 
 # %% ../nbs/54_seen.ipynb #c5476570
 def kept_prints(

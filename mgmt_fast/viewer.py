@@ -355,6 +355,7 @@ def html(
     self:View,
     path:str|Path=None, # File to write as a page of its own; none if None
     mm:float=2., # Side of a voxel
+    title:str='Viewer', # Of the page
 ) -> Markup: # The viewer, for any page
     "A viewer for pages, with all it needs inside."
     pages,labels = {},self.labels
@@ -370,11 +371,12 @@ def html(
     pictures = {k: Markup(o[0]) for k,o in sheets.items()}
     said = json.dumps(said)
     res = fill_page(_VIEWER, said=said, pictures=pictures, lines=self.lines()[1:], script=Markup(_SCRIPT))
-    if path is not None: write_page(path, 'Viewer', {'Scan': [res]})
+    if path is not None: write_page(path, title, {'Scan': [res]})
     return res
 
 _VIEWER = """<div class="mgmt-view" data-said="{{ said }}"><div class="controls"></div>
-<table style="border-collapse:collapse"></table><div class="place"></div>
+<div class="wide" role="group" aria-label="slices" tabindex="0"><table style="border-collapse:collapse"></table></div>
+<div class="place"></div>
 {% for o in lines %}<div>{{ o }}</div>{% endfor %}
 {% for name,data in pictures.items() %}<img hidden alt="{{ name }}" src="data:image/png;base64,{{ data }}">
 {% endfor %}<script>{{ script }}</script></div>"""
@@ -421,6 +423,7 @@ _SCRIPT = """(() => { for (const box of document.querySelectorAll('.mgmt-view:no
     const slider = (name,lo,hi,step,value,act) => {
       const label = document.createElement('label'), s = document.createElement('input')
       Object.assign(s, {type:'range', min:lo, max:hi, step:step, value:value})
+      label.style.cssText = 'display:inline-block;margin-right:1em'
       label.append(name+' ', s); box.querySelector('.controls').append(label)
       s.addEventListener('input', () => { act(Number(s.value)); draw() })
       return s }

@@ -15,7 +15,7 @@ cfg.read(root/'settings.ini', encoding='utf-8')
 cfg = cfg['DEFAULT']
 scripts = dict(o.split('=') for o in cfg['console_scripts'].split())
 modules = sorted((root/'mgmt_fast').glob('*.py'))
-tables = sorted([*(root/'mgmt_fast').glob('*.csv'), root/'mgmt_fast/py.typed'])
+tables = sorted(p for o in ('*.csv','page.*','py.typed') for p in (root/'mgmt_fast').glob(o))
 notebooks = sorted((root/'nbs').glob('*.ipynb'))
 rooms = [p for p in notebooks if p.name[0].isdigit()]
 kernels = sorted((root/'kaggle').glob('*/*.ipynb'))
