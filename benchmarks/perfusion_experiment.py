@@ -33,14 +33,14 @@ def scans(root, patients, missing, seed):
         folder = root/'train'/p.patient
         if (folder/'done').exists(): continue
         for k,(v,_) in render_patient(p, seed, ANATOMY, **SCAN).items(): write_series(v, folder/k, k, p.patient)
-        if i%round(1/missing): write(render_dsc(p, seed, frames=50, **SCAN), folder/'DSC', p.patient, root)
+        if i%round(1/missing): write(render_dsc(p, seed, frames=50, **SCAN), folder/'DSC.dcm', p.patient, root)
         (folder/'done').touch()
     ids = patients.rename(columns=dict(patient='BraTS21ID', label='MGMT_value'))
     write_csv(root/'train_labels.csv', ids[['BraTS21ID','MGMT_value']])
 
 
 def write(sim, dest, patient, root):
-    write_dsc(sim.series, dest, patient)
+    write_dsc(sim.series, dest, patient, enhanced=True)
     (root/'rims').mkdir(exist_ok=True)
     np.save(root/'rims'/f'{patient}.npy', sim.truth['rim']>.5)
 

@@ -726,7 +726,8 @@ def _private_folder():
     for o in Path(tempfile.gettempdir()).glob('mgmt-app-*'):
         pid = o.name.split('-')[2]
         if pid.isdecimal() and not _runs_still(int(pid)): shutil.rmtree(o, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f'mgmt-app-{os.getpid()}-'))
+    try: return Path(tempfile.mkdtemp(prefix=f'mgmt-app-{os.getpid()}-'))
+    except OSError as e: raise AppError(f"no temporary folder can be made ({e.strerror}): make room") from None
 
 def _runs_still(pid):
     if os.name=='nt': return True # where a signal would end it

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SEQUENCES', 'PERFUSION', 'CHANNELS', 'MGMTError', 'unknown_name', 'check_sequences', 'Volume', 'montage', 'TensorMR',
            'rng_for', 'seed_everything', 'is_file', 'open_input', 'Budget', 'make_folder', 'write_errors',
-           'atomic_path', 'write_text', 'write_json', 'clear_temporaries', 'parse_json', 'read_json_lines', 'Journal',
-           'json_digest', 'reserve_array', 'array_start', 'map_array', 'track', 'is_watched', 'end_with_parent',
-           'worker_init', 'one_thread', 'fault_log', 'log_fault', 'Allowed', 'choice', 'check_choice', 'same_choices',
-           'choice_names', 'Recipe', 'get_recipe', 'save_recipe', 'read_recipe', 'follow_recipe']
+           'atomic_path', 'write_text', 'write_json', 'clear_temporaries', 'patient_folder', 'passing_folder',
+           'parse_json', 'read_json_lines', 'Journal', 'json_digest', 'reserve_array', 'array_start', 'map_array',
+           'track', 'is_watched', 'end_with_parent', 'worker_init', 'one_thread', 'fault_log', 'log_fault', 'Allowed',
+           'choice', 'check_choice', 'same_choices', 'choice_names', 'Recipe', 'get_recipe', 'save_recipe',
+           'read_recipe', 'follow_recipe']
 
 # %% ../nbs/00_core.ipynb #3cf4ead2
 import ctypes, difflib, gzip, hashlib, io, json, math, numbers, os, platform, re, reprlib, shutil, signal, stat, sys
@@ -405,6 +406,30 @@ def _runs(pid):
     except PermissionError: return True
     except OSError: return False
     return True
+
+# %% ../nbs/00_core.ipynb #d4188860
+def patient_folder(
+    dest:str|Path, # Where patients' folders lie
+    patient:str, # The cohort's own id
+    error:type=MGMTError, # Class of the error
+) -> Path: # The patient's; it need not exist
+    "The folder of a patient. Raises `error` where an id is no name of a folder."
+    if re.fullmatch(r'[\w][\w .+-]*', str(patient)): return Path(dest)/str(patient)
+    raise error("this patient's id cannot name a folder: use letters, digits, '_', '-' and '.'")
+
+# %% ../nbs/00_core.ipynb #56e8036c
+@contextmanager
+def passing_folder(
+    error:type=MGMTError, # Class of the error
+):
+    "A folder that is there for a while, and gone at the end. Raises `error` where none can be made."
+    try: folder = tempfile.TemporaryDirectory(prefix='mgmt-')
+    except OSError as e: raise error(_no_temporary(e)) from e
+    with folder as path: yield Path(path)
+
+def _no_temporary(e):
+    return (f"no folder for temporary files can be made ({e.strerror}): is the disk full? Make room, or let TMPDIR "
+        "name another place, and run it again")
 
 # %% ../nbs/00_core.ipynb #a3ec0d70
 @patch

@@ -6,7 +6,7 @@
 __all__ = ['cards', 'card_precision', 'free_device', 'use_device', 'side_by_side', 'as_they_finish']
 
 # %% ../nbs/49_devices.ipynb #241aa45f
-import os, tempfile
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def side_by_side(
     if len(devices)==1:
         for i,job in track(list(enumerate(jobs)), progress=progress): yield i,f(job)
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with passing_folder() as folder:
         one = partialler(_on_free_device, work=f, devices=devices, folder=folder)
         yield from as_they_finish(one, jobs, len(devices), 'loky', progress)
 

@@ -7,19 +7,19 @@ __all__ = ['HAEMATOCRIT', 'RELAXIVITY', 'arterial_input', 'blood_in_tissue', 'le
            'simulate_curves', 'dsc_patients', 'DSCPhantom', 'render_dsc', 'write_dsc']
 
 # %% ../nbs/37_dsc_phantom.ipynb #634f751e
-import json
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np, pandas as pd, torch
 from fastcore.all import *
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, MRImageStorage
 from scipy import ndimage, signal as sg
 
 from .core import *
 from .dsc import Series4D
-from .phantom import draw_patients, series_affine, tissue_shares
+from .phantom import draw_patients, phantom_uid, series_affine, tissue_shares
 
 # %% ../nbs/37_dsc_phantom.ipynb #36dd5fc3
 HAEMATOCRIT = .45 # Of large vessels: contrast is dissolved in plasma only
@@ -177,8 +177,10 @@ def _in_tube(at, a, b):
     off = at-a[:3]-along[...,None]*way
     return (off*off).sum(-1)<(a[3]+along*(b[3]-a[3]))**2
 
-def _artery_share(affine, shape, fine=(5,3,3)):
-    "Share of each voxel that arteries fill, (D,H,W)"
+@lru_cache(maxsize=4)
+def _artery_share(slices, size, fine=(5,3,3)):
+    "Share of each voxel that arteries fill, (D,H,W); it is the same in all patients"
+    affine,shape = series_affine('axial', slices, size),(slices,size,size)
     axes = [(np.arange(n*f)-(f-1)/2)/f for n,f in zip(shape, fine)]
     res = np.zeros(shape, np.float32)
     for d in range(shape[0]):
@@ -244,7 +246,7 @@ def render_dsc(
     "Simulate a DSC series of one patient of the phantom."
     affine,shape = series_affine('axial', slices, size),(slices,size,size)
     shares,mask,brain = tissue_shares(p, affine, shape, seed)
-    artery = _artery_share(affine, shape)*brain
+    artery = _artery_share(slices, size)*brain
     shares = {**{k: v*(1-artery) for k,v in shares.items()}, 'artery':artery}
     table,h = _tissue_table(p),dt/20
     ca = arterial_input(np.arange(frames*20)*h, start)
@@ -311,7 +313,7 @@ def write_dsc(
     "Write a series over time as DICOM (PS3.3 A.4 and A.36). Raises `MGMTError` on values that 16 bits do not hold."
     lo,hi = series.data.min(),series.data.max()
     if lo<0 or hi>65535: raise MGMTError(f"16 bits hold 0 to 65535, and the values are {lo} to {hi}: rescale first")
-    def uid(*o): return generate_uid(entropy_srcs=[json.dumps(['mgmt_fast', 'dsc', patient, *o])])
+    uid = partial(phantom_uid, patient)
     return (_write_enhanced if enhanced else _write_slices)(series, Path(dest), patient, uid, told_by)
 
 def _write_slices(s, dest, patient, uid, told_by):
@@ -321,7 +323,7 @@ def _write_slices(s, dest, patient, uid, told_by):
     slices = s.data.shape[1]
     for i,(t,d) in enumerate(np.ndindex(len(s.data), slices)):
         ds.ImagePositionPatient,ds.ImageOrientationPatient,ds.PixelSpacing = _place(s, d)
-        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = uid(t, d)
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = uid('DSC', t, d)
         ds.InstanceNumber,ds.PixelData = i+1,s.data[t,d].astype('<u2').tobytes()
         at = s.times[t]+s.dt*d/slices # slices are taken one after the other
         if told_by=='AcquisitionTime': ds.AcquisitionTime = _clock(at)
@@ -336,7 +338,7 @@ def _item(**elements):
 
 def _write_enhanced(s, dest, patient, uid, told_by):
     ds = _scan_header(s, patient, EnhancedMRImageStorage, uid)
-    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = uid('enhanced')
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = uid('DSC', 'enhanced')
     timing = _item(RepetitionTime=s.tr, FlipAngle=s.flip)
     ds.SharedFunctionalGroupsSequence = _item(MRTimingAndRelatedParametersSequence=timing,
         MREchoSequence=_item(EffectiveEchoTime=s.te))

@@ -6,7 +6,7 @@
 __all__ = ['published_similarity', 'leakage_audit', 'set_aside', 'planted_recall', 'plot_recall']
 
 # %% ../nbs/63_leakage.ipynb #faf4592a
-import contextlib, tempfile
+import contextlib
 from itertools import combinations
 from pathlib import Path
 
@@ -353,7 +353,7 @@ def leakage_audit(
     a,b = ScanSet(train, 'train'),ScanSet(test, 'test')
     pairs,named = _sequence_pairs(sequences, a, b),_named_pairs(a, b, ids)
     held = contextlib.nullcontext() if dest is None else working_in(dest)
-    with held, tempfile.TemporaryDirectory() as tmp:
+    with held, passing_folder(LeakageError) as tmp:
         opt = NS(alarms=alarms, small=small, candidates=candidates, planted=planted, seed=seed,
             work=dict(n_workers=n_workers, progress=progress), cache=lambda scans: _cache(scans, dest, tmp))
         facts = [_compare_sequence(a, b, s, u, named, opt) for s,u in pairs]
@@ -382,7 +382,7 @@ def _cache(side, dest, tmp):
     for o in places:
         try: return make_folder(o)
         except MGMTError: pass
-    return Path(tmp)/side.name
+    return tmp/side.name
 
 def _attrs(df, facts, named, a, b, twins):
     done = [f for f in facts if not f.reason]

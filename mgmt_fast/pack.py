@@ -6,7 +6,7 @@
 __all__ = ['bundle_card', 'pack_bundle', 'read_manifest', 'unpack_bundle', 'push_model', 'pull_model']
 
 # %% ../nbs/76_pack.ipynb #dc68cac6
-import hashlib, html, io, json, os, re, shutil, stat, struct, tempfile, zipfile
+import hashlib, html, io, json, os, re, shutil, stat, struct, zipfile
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -330,10 +330,9 @@ def push_model(
     is sent, where a private repository was meant and the one that is there is public; otherwise as `pack_bundle`."""
     b = _read_again(bundle)
     _check_repo(repo_id)
-    with tempfile.TemporaryDirectory() as td:
-        folder = Path(td)
+    with passing_folder() as folder:
         pack_bundle(b, folder/_PACK, card)
-        (folder/'README.md').write_text(_card_text(b, card), encoding='utf-8')
+        write_text(folder/'README.md', _card_text(b, card))
         holds = {_PACK: _says_what(b), 'README.md': 'the model card'}
         rows = [dict(file=k, bytes=(folder/k).stat().st_size, holds=v) for k,v in holds.items()]
         if confirm: _send(api or huggingface_hub.HfApi(), folder, repo_id, private, b)
@@ -393,8 +392,8 @@ def pull_model(
     dest = Path(dest)
     _check_repo(repo_id)
     _check_free(dest)
-    with tempfile.TemporaryDirectory() as td:
+    with passing_folder() as folder:
         with _hub_errors(repo_id):
             api = api or huggingface_hub.HfApi()
-            file = api.hf_hub_download(repo_id, _PACK, revision=revision, local_dir=td)
+            file = api.hf_hub_download(repo_id, _PACK, revision=revision, local_dir=folder)
         return unpack_bundle(file, dest, sha256)

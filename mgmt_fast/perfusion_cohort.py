@@ -13,9 +13,11 @@ import numpy as np, pandas as pd
 from fastcore.all import *
 
 from .core import *
+from .schemas import TEXT, list_of, read_json, record_of
 from .cohort import add_to_report
 from .dsc import Series4D, dsc_findings, read_dsc
 from .nifti import is_nifti
+from .prepare import source_state
 from .engines import moved
 from .perfusion import Perfusion, perfusion_maps
 from .register import rigid_transform
@@ -91,7 +93,7 @@ def place_maps(
 # %% ../nbs/39_perfusion_cohort.ipynb #bdfdb643
 def add_perfusion(
     cohort:pd.DataFrame, # With the column `DSC`
-    dest:str|Path, # Folder for the maps: `PATIENT/NAME.nii.gz`; those that are there are kept
+    dest:str|Path, # Folder for the maps, `PATIENT/NAME.nii.gz`; those of the same series and choices are kept
     maps:tuple=PERFUSION, # Which to write and add
     motion:bool=False, # Correct the motion of the head first?
     progress:bool=True, # Show a progress bar?
@@ -109,25 +111,50 @@ def add_perfusion(
     for k in maps: cohort[k] = pd.array([o.get(k, pd.NA) for o in added], dtype='string')
     return cohort
 
+_MAPS = 1 # part of the key of kept maps: raised only when the same series comes to give other maps
+_RECORD = 'maps.json'
+_ENTRY = record_of(dict(key=record_of({}, others=True), maps=list_of(TEXT), notes=list_of(TEXT)))
+
+def _key_of(row, seq, motion):
+    "All that a patient's maps depend on"
+    sources = {k: source_state(row[k], row.get(f'{k}_index')) for k in ('DSC',seq)}
+    return dict(computed_by=_MAPS, sources=sources, motion=bool(motion))
+
+def _kept_notes(folder, key, maps):
+    "What is to be known of maps that are there, where they are those that are asked for; else None"
+    if not is_file(folder/_RECORD): return None
+    try: entry = read_json(folder/_RECORD, _ENTRY)
+    except MGMTError: return None
+    there = set(maps)<=set(entry['maps']) and all(is_file(folder/f'{k}.nii.gz') for k in maps)
+    return entry['notes'] if entry['key']==key and there else None
+
 def _add_one(row, dest, maps, motion, report):
     "Paths of one patient's maps; none where there is no DSC, or it failed"
     if pd.isna(row.get('DSC')): return {}
-    paths = {k: dest/row['patient']/f'{k}.nii.gz' for k in maps}
-    if not all(p.exists() for p in paths.values()):
-        try: found,notes = _placed(row, motion)
-        except MGMTError as e:
-            name,what = _name_and_text(e, row['DSC'])
-            report.append((row['patient'], 'DSC', f'{name}: {what}', 'go on without perfusion, or correct the series'))
-            return {}
-        report += [(row['patient'], 'DSC', o, 'look at the maps') for o in notes]
-        for k,p in paths.items(): found[k].save(p)
-    return {k: str(p) for k,p in paths.items()}
+    seq = first(s for s in ('T2w','FLAIR','T1wCE','T1w') if has_scan(row, s))
+    try:
+        folder,key = patient_folder(dest, row['patient']),_key_of(row, seq, motion)
+        notes = _kept_notes(folder, key, maps)
+        if notes is None: notes = _write_maps(row, seq, folder, maps, motion, key)
+    except MGMTError as e:
+        name,what = _name_and_text(e, row['DSC'])
+        report.append((row['patient'], 'DSC', f'{name}: {what}', 'go on without perfusion, or correct the series'))
+        return {}
+    report += [(row['patient'], 'DSC', o, 'look at the maps') for o in notes]
+    return {k: str(folder/f'{k}.nii.gz') for k in maps}
 
-def _placed(row, motion):
+def _write_maps(row, seq, folder, maps, motion, key):
+    "Compute the maps of a patient and write them; what is to be known"
+    found,notes = _placed(row, seq, motion)
+    (folder/_RECORD).unlink(missing_ok=True) # of other maps, until these are complete
+    for k in maps: found[k].save(folder/f'{k}.nii.gz')
+    write_json(folder/_RECORD, dict(key=key, maps=list(maps), notes=notes))
+    return notes
+
+def _placed(row, seq, motion):
     "Maps of a patient on the anatomy, and what is to be known"
     found = perfusion_maps(read_dsc(row['DSC']), motion=motion)
     notes = [f'{o.name}: {o.what}' for o in found.findings if o.level!='note' or o.name=='guessed_side']
-    seq = first(s for s in ('T2w','FLAIR','T1wCE','T1w') if has_scan(row, s))
     maps,agreement = place_maps(found.maps, read_sequence(row, seq))
     if maps is found.maps: notes.append(_not_registered(seq, agreement))
     return maps,notes

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['class_distance', 'draw_patients', 'phantom_bound', 'read_side_table', 'series_affine', 'draw_series',
-           'render_patient', 'tissue_shares', 'show_phantom', 'measure_traits', 'write_series', 'make_phantom']
+           'render_patient', 'tissue_shares', 'show_phantom', 'measure_traits', 'phantom_uid', 'write_series',
+           'make_phantom']
 
 # %% ../nbs/21_phantom.ipynb #137f6e1c
 import io, json, shutil, tempfile
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -524,6 +525,15 @@ def _header(v, seq, patient, uid, derived=False):
     ds.BitsAllocated,ds.BitsStored,ds.HighBit,ds.PixelRepresentation = 16,16,15,0
     return ds
 
+# %% ../nbs/21_phantom.ipynb #cdd0a6c5
+def phantom_uid(
+    patient:str, # Whose image it is
+    *what, # What it names: `'study'` and `'frame'` for an exam, a sequence, a sequence and a slice
+    key:str='', # Of another rendering of the same patient
+) -> str: # DICOM UID
+    "The same UID for the same thing, and another for every other."
+    return generate_uid(entropy_srcs=[json.dumps(['mgmt_fast', key, patient, *what])])
+
 # %% ../nbs/21_phantom.ipynb #de9dcf29
 def write_series(
     v:Volume, # (D,H,W), whole numbers in 0..65535
@@ -538,7 +548,7 @@ def write_series(
     check_sequences(seq)
     dest,x = Path(dest),np.asarray(v)
     if x.min()<0 or x.max()>65535: raise _not_16_bits(x)
-    def uid(*o): return generate_uid(entropy_srcs=['mgmt_fast', key, patient, *map(str,o)])
+    uid = partial(phantom_uid, patient, key=key)
     ds = _encoded(_header(v, seq, patient, uid, derived))
     dest.mkdir(parents=True, exist_ok=True)
     for i,n in enumerate(range(1,len(x)+1) if numbers is None else numbers):

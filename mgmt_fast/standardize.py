@@ -7,7 +7,7 @@ __all__ = ['GATES', 'DOUBTS', 'StandardizeError', 'level', 'choose_anchor', 'out
            'register_to_anchor', 'into_space', 'standardize_patient', 'draw_check', 'with_brain', 'standardize']
 
 # %% ../nbs/32_standardize.ipynb #649bded1
-import json, os, re, shutil, tempfile
+import json, os, shutil, tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -462,11 +462,6 @@ def _key_of(row, sequences, recipe, atlas, engines, dicom, stripper):
     if stripper: key['stripper'] = stripper
     return json.loads(json.dumps(key))
 
-def _folder_of(dest, patient):
-    "A patient's folder. Raises `StandardizeError` where an id is no name of a folder"
-    if re.fullmatch(r'[\w][\w .+-]*', patient): return Path(dest)/patient
-    raise StandardizeError("this patient's id cannot name a folder: use letters, digits, '_', '-' and '.'")
-
 def _kept(folder, key):
     "What an earlier run wrote of a patient, where it is the same that is asked for now; else None"
     if not is_file(folder/_RECORD): return None
@@ -518,7 +513,7 @@ def _do_patient(row, dest, atlas, recipe, sequences, key, dicom, budget, strippe
     entry = dict(key=key, version=__version__, atlas=atlas.about, problems=[], state=None, anchor=None, sequences=[],
         scores={}, matrices={})
     try:
-        folder = _folder_of(dest, patient)
+        folder = patient_folder(dest, patient, StandardizeError)
         res = standardize_patient(row, atlas, sequences, recipe, budget, stripper)
         entry.update(state=res.state, anchor=res.anchor, scores=res.scores, sequences=list(res.volumes),
             problems=[dict(sequence=s, what=w) for s,w in res.problems],
