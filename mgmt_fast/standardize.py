@@ -20,7 +20,7 @@ from scipy.spatial.transform import Rotation
 from . import __version__
 from .core import *
 from .processes import DIED, do_alone, in_processes, working_in
-from .pages import fill_page, picture_tag, scrolling, write_csv, write_page
+from .pages import fill_page, picture_tag, write_csv, write_page
 from .schemas import NOTHING, TEXT, list_of, read_json, record_of, table_of
 from .series import has_scan, read_sequence
 from .skull import has_skull
@@ -93,15 +93,17 @@ def outside(
     for k,(lo,hi) in limits.items():
         v = scores.get(k)
         if v is None: continue
-        if lo is not None and not v>=lo: found.append(f'{_meanings[k]} is {v:.3g}, at least {lo:g} expected')
-        if hi is not None and not v<=hi: found.append(f'{_meanings[k]} is {v:.3g}, at most {hi:g} expected')
+        if lo is not None and not v>=lo: found.append(f'the {_meanings[k]} is {_number(v)}, at least {lo:g} expected')
+        if hi is not None and not v<=hi: found.append(f'the {_meanings[k]} is {_number(v)}, at most {hi:g} expected')
     return found
 
-_meanings = dict(ncc="the correlation with the atlas", structure="the correlation of structure with the atlas",
-    nmi="the mutual information with the atlas", overlap="the overlap with the atlas' brain (Dice)",
-    ml="the brain's volume in ml", starts="the distance between the results of two starts in mm",
-    turn="the turn against the header in degrees", sequence_nmi="the mutual information with the anchor",
-    sequence_starts="the distance between the results of two starts in mm")
+_meanings = dict(ncc="correlation with the atlas", structure="correlation of structure with the atlas",
+    nmi="mutual information with the atlas", overlap="overlap with the atlas' brain (Dice)",
+    ml="brain's volume in ml", starts="distance between the results of two starts in mm",
+    turn="turn against the header in degrees", sequence_nmi="mutual information with the anchor",
+    sequence_starts="distance between the results of two starts in mm")
+
+def _number(v): return f'{v:.0f}' if abs(v)>=100 else f'{v:.3g}'
 
 # %% ../nbs/32_standardize.ipynb #d52ca599
 def _nmi_of(a, b):
@@ -556,31 +558,38 @@ _TO_LOOK_FOR = ("Blue: outlines of the atlas. Red: the edge of the brain's mask.
     "Nothing farther than 8 mm from the brain is drawn; where no brain was found, axial slices from inside the head. "
     "What to look for: blue lines that miss the ventricles or the brain's outline, red lines that cut brain or tumour "
     "off, or leave skull.")
-_ROWS = """<table>{% for r in rows %}<tr><td><b>{{ r.patient }}</b><div class="facts">{{ r.facts }}</div>
+_ROWS = """{% for r in rows %}<div class="row"><div><b>{{ r.patient }}</b><div class="facts">{{ r.facts }}</div>
 {% for o in r.problems %}<div class="error">{{ o }}</div>{% endfor %}
-{% for o in r.notes %}<div class="facts">{{ o }}</div>{% endfor %}</td><td>{{ r.picture }}</td></tr>{% endfor %}
-</table>"""
+{% for o in r.notes %}<div class="facts">{{ o }}</div>{% endfor %}</div>
+<figure>{{ r.picture }}<figcaption>{{ r.caption }}</figcaption></figure></div>{% endfor %}"""
 
 _SHOWN = ('ncc','structure','nmi','overlap','ml','starts','turn','engine','anchor')
 
 def _score_lines(entry):
     "Scores as text: the anchor's, and one line for each other sequence"
     scores = entry['scores']
-    def _said(d): return ', '.join(f'{k} {v:.3g}' if isinstance(v, float) else f'{k} {v}' for k,v in d.items())
+    def _one(k, v): return f'{_meanings[k]} {_number(v)}' if k in _meanings else f'{k} {v}'
+    def _said(d): return ', '.join(_one(*o) for o in d.items())
     yield _said({k: scores[k] for k in _SHOWN if k in scores})
     for s in SEQUENCES:
         if isinstance(scores.get(s), dict): yield f'{s} onto {entry["anchor"]}: {_said(scores[s])}'
 
 def _problems(entry): return [f"{o['sequence']}: {o['what']}".removeprefix(': ') for o in entry['problems']]
 
+def _drawn(entry):
+    if entry['sequences']: return f"three planes of each of {', '.join(entry['sequences'])}"
+    return 'three planes of the brain that was found' if 'ncc' in entry['scores'] else 'axial slices of what was read'
+
 def _shown(dest, patient, entry):
     "A row of the page"
-    path,picture = _picture_file(dest, patient),''
-    alt = f'three planes of each sequence of {patient}'
-    if is_file(path): picture = picture_tag(np.asarray(Image.open(path)), alt, 'JPEG')
+    path,picture,caption = _picture_file(dest, patient),'','nothing could be read'
+    if is_file(path):
+        caption = f'{patient}: {_drawn(entry)}'
+        picture = picture_tag(np.asarray(Image.open(path)), caption, 'JPEG')
     facts = f"came {entry['state'] or 'unreadable'}; written: {', '.join(entry['sequences']) or 'nothing'}"
     notes = list(_score_lines(entry))
-    return dict(patient=patient, facts=facts, problems=_problems(entry), notes=notes, picture=picture)
+    return dict(patient=patient, facts=facts, problems=_problems(entry), notes=notes, picture=picture,
+        caption=caption)
 
 def _worst_first(entries):
     "Patients: those with problems, then by how well they fit the atlas"
@@ -599,8 +608,7 @@ def _write_page(dest, entries, atlas, recipe):
     choices = ', '.join(f'{k} {v}' for k,v in recipe.room('standardize').items())
     counts = f'{_counts(entries)}. Atlas: {atlas.name} ({atlas.licence}).'
     said = [counts, _TO_LOOK_FOR, f'Recipe {recipe.name}: {choices}']
-    table = scrolling(fill_page(_ROWS, rows=rows))
-    write_page(Path(dest)/'qc.html', 'Standardized', {'What to look for': said, 'Patients': [table]})
+    write_page(Path(dest)/'qc.html', 'Standardized', {'What to look for': said, 'Patients': [fill_page(_ROWS, rows=rows)]})
 
 # %% ../nbs/32_standardize.ipynb #60a8ce39
 def _scores_table(entries):
