@@ -7,7 +7,7 @@ __all__ = ['ENGINES', 'EngineError', 'engine_table', 'need_engines', 'brain_mask
            'greedy_align', 'itk_align', 'correct_bias']
 
 # %% ../nbs/31_engines.ipynb #fa43e385
-import importlib.metadata, io, os, shlex, subprocess, sys, tempfile, warnings
+import importlib.metadata, io, os, shlex, subprocess, sys, warnings
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
@@ -126,8 +126,8 @@ def brain_mask_by(
     """The brain as another program cuts it out, in a process of its own: `'hd-bet -device cpu'`, `'mri_synthstrip'`.
 
     Raises `EngineError` where it is not there, fails, takes longer, or writes no brain."""
-    with tempfile.TemporaryDirectory() as td:
-        head,brain = Path(td)/'head.nii.gz',Path(td)/'brain.nii.gz'
+    with passing_folder(EngineError) as folder:
+        head,brain = folder/'head.nii.gz',folder/'brain.nii.gz'
         vol.save(head)
         _run_stripper([*shlex.split(command), '-i', str(head), '-o', str(brain)], brain, minutes)
         try: made = read_volume(brain)

@@ -6,7 +6,7 @@
 __all__ = ['COMPETITION', 'DATASETS', 'KaggleError', 'kaggle_root', 'on_kaggle', 'find_input', 'competition_folder',
            'working_folder', 'store_gb', 'kaggle_data', 'find_weights', 'find_store', 'carry_on', 'train_bundles',
            'find_bundles', 'phantom_bundles', 'refuse_unprepared', 'make_tcga_phantom', 'find_tcga', 'standardize_raw',
-           'make_submission', 'predict_submission']
+           'say_tested', 'make_submission', 'predict_submission']
 
 # %% ../nbs/80_kaggle.ipynb #3b328e50
 import os, shutil
@@ -387,6 +387,21 @@ def standardize_raw(
 def _no_single_atlas(folder, images):
     return (f"{folder} holds {len(images)} NIfTI files, and an atlas is one: attach a data set with the T1 image of "
         "SRI24 alone (CC BY-SA 3.0, https://www.nitrc.org/projects/sri24)")
+
+# %% ../nbs/80_kaggle.ipynb #8fa7384b
+def say_tested(
+    cohort:pd.DataFrame, # Patients who can be tested
+    refused:pd.DataFrame, # The others, as `refuse_unprepared` returns them
+) -> str: # A line with both counts
+    "How many patients are tested and refused. Raises `KaggleError` where nobody is tested."
+    if not len(cohort): raise KaggleError(_nobody(refused))
+    return f"{len(cohort)} patients are tested, {refused.patient.nunique()} are refused"
+
+def _nobody(refused):
+    if not len(refused): return 'nobody is left to test: no patient has a label. Check the table of labels'
+    why = refused.groupby('why').patient.nunique().sort_values(ascending=False)
+    reasons = '; '.join(f'{n} x {k}' for k,n in why.head(3).items())
+    return f'nobody is left to test: {reasons}. Raw scans need the data set mgmt-fast-atlas; else correct the scans'
 
 # %% ../nbs/80_kaggle.ipynb #967a1a5a
 def make_submission(

@@ -608,7 +608,8 @@ def _write_page(dest, entries, atlas, recipe):
     choices = ', '.join(f'{k} {v}' for k,v in recipe.room('standardize').items())
     counts = f'{_counts(entries)}. Atlas: {atlas.name} ({atlas.licence}).'
     said = [counts, _TO_LOOK_FOR, f'Recipe {recipe.name}: {choices}']
-    write_page(Path(dest)/'qc.html', 'Standardized', {'What to look for': said, 'Patients': [fill_page(_ROWS, rows=rows)]})
+    patients = [fill_page(_ROWS, rows=rows)]
+    write_page(Path(dest)/'qc.html', 'Standardized', {'What to look for': said, 'Patients': patients})
 
 # %% ../nbs/32_standardize.ipynb #60a8ce39
 def _scores_table(entries):

@@ -14,12 +14,11 @@ UID,PRIVATE,FILE,FOLDER,DESCRIP,AUX,EXTENSION,COLUMN = ('1.2.826.0.1.8675309','Z
 NEEDLES = [o for v in PLANTED.values() for o in v.split('^')]+[UID,PRIVATE,FILE,FOLDER,DESCRIP,AUX,EXTENSION,COLUMN]
 
 
-def plant_slice(path):
-    "Identifiers in the header of a slice, in its private elements and in its name"
+def plant_slice(path, uids=True):
+    "Identifiers in the header of a slice, in its private elements and in its name; `uids`: and another exam's UIDs"
     ds = pydicom.dcmread(path)
     for k,v in PLANTED.items(): setattr(ds, k, v)
-    ds.StudyInstanceUID,ds.FrameOfReferenceUID = UID+'.1',UID+'.2'
-    ds.SeriesInstanceUID = UID+'.3'
+    if uids: ds.StudyInstanceUID,ds.FrameOfReferenceUID,ds.SeriesInstanceUID = UID+'.1',UID+'.2',UID+'.3'
     ds.private_block(0x11, 'WOMBAT', create=True).add_new(1, 'LO', PRIVATE)
     n = path.stem.partition('-')[2]
     ds.save_as(path.with_name(f'{FILE}.MR.{n}.dcm'))

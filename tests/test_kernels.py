@@ -6,20 +6,24 @@ import shutil
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from nbclient import NotebookClient
 
 from identifiers import *
 from mgmt_fast.bundle import cv_models, freeze_bundle
 from mgmt_fast.cohort import kaggle_cohort
-from mgmt_fast.core import get_recipe
+from mgmt_fast.core import SEQUENCES, Volume, get_recipe
+from mgmt_fast.engines import engine_table
 from mgmt_fast.evaluate import cross_validate
 from mgmt_fast.learner import load_model
 from mgmt_fast.external import read_result
 from mgmt_fast.kaggle import COMPETITION, make_tcga_phantom
-from mgmt_fast.phantom import make_phantom
+from mgmt_fast.phantom import draw_patients, make_phantom, render_patient, write_series
 from mgmt_fast.prepare import prepare
+from mgmt_fast.series import read_volume
 
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = """import socket
@@ -198,15 +202,76 @@ def test_kernels_take_models_of_stores_of_slices(kaggle, tmp_path, monkeypatch, 
     "The external test with its audit, and a submission, by bundles whose store has no millimetres"
     root = tmp_path/'kaggle'
     for o in ('competitions','datasets'): shutil.copytree(kaggle/'input'/o, root/'input'/o)
-    cohort = kaggle_cohort(root/'input/competitions'/COMPETITION)
-    tiny = dict(size=(8,16,16), arch='timm/test_resnet', anisotropic=2, pretrained=False, epochs=1, bs=4)
-    r = get_recipe(name, **tiny, sequences=('T1wCE',))
-    out = root/'input/mgmt-fast-train'
-    store = prepare(cohort, out/'store', recipe=r, n_workers=1, progress=False)
-    cross_validate(store, tmp_path/'cv', recipe=r, n_folds=2, inner=2, progress=False)
-    freeze_bundle(**cv_models(tmp_path/'cv'), store=store, dest=out/'train/bundles/T1wCE')
+    tiny_bundle(root, tmp_path, name, size=(8,16,16), anisotropic=2)
     said = session('tcga-eval', root, tmp_path, monkeypatch)
     result, = [read_result(p) for p in (root/'working/external').glob('*/external-*.json')]
     assert result['all']['n']==16 and not result['overridden'] and 'planted copies' in said
     said = session('submit', root, tmp_path, monkeypatch)
     assert 'submission.csv: 4 patients' in said
+
+
+def tiny_bundle(root, tmp, recipe, **choices):
+    "A bundle of tiny models of the attached competition, as the train kernel's output"
+    cohort,out = kaggle_cohort(root/'input/competitions'/COMPETITION),root/'input/mgmt-fast-train'
+    tiny = dict(arch='timm/test_resnet', pretrained=False, epochs=1, bs=4, **choices)
+    r = get_recipe(recipe, **tiny, sequences=('T1wCE',))
+    store = prepare(cohort, out/'store', recipe=r, n_workers=1, progress=False)
+    cross_validate(store, tmp/'cv', recipe=r, n_folds=2, inner=2, progress=False)
+    freeze_bundle(**cv_models(tmp/'cv'), store=store, dest=out/'train/bundles/T1wCE')
+
+
+ON_ATLAS = dict(slices=65, size=94, fov=94*142/65) # voxels of 2.2 mm each way
+SCANNED = dict(skull=True, slices=40, size=120, fov=230, tilt=10, shift=5)
+AS_TCIA = dict(FLAIR='7.000000-AX FLAIR-10001', T1w='3.000000-AX T1-10002', T1wCE='9.000000-AX T1 POST-10003',
+    T2w='4.000000-AX T2 FSE-10004')
+
+
+def write_as_tcia(root, patient, volumes):
+    "COLLECTION/PATIENT/STUDY/SERIES/*.dcm"
+    for s,v in volumes.items():
+        write_series(v, root/'TCGA-GBM'/patient/'06-08-1997-NA-MRI BRAIN-12345'/AS_TCIA[s], s, patient)
+
+
+def noise_of(v): return Volume(torch.from_numpy(np.random.default_rng(0).integers(0, 900, v.shape)), affine=v.affine)
+
+
+def mean_brain(table):
+    "An atlas of some phantoms"
+    brains = [render_patient(p, 5, 'T1w', **ON_ATLAS)['T1w'][0].float() for _,p in table.iterrows()]
+    mean = sum(v/v[v>0].median() for v in brains)/len(brains)
+    return Volume(1000*mean, affine=brains[0].affine)
+
+
+def raw_tcga(root, n=7, raw=2, noise=1):
+    "DICOM as TCIA ships it: patients as scanned, last ones of nothing but noise, and others on the attached atlas"
+    table,tcga = draw_patients(n, .95, 5, 0.),root/'input/datasets/somebody/mgmt-fast-tcga'
+    names = [f'TCGA-00-{i:04d}' for i in range(n)]
+    for i,(_,p) in enumerate(table.iterrows()):
+        kind = SCANNED if i<raw else ON_ATLAS
+        volumes = {s: v for s,(v,_) in render_patient(p, 5, **kind).items()}
+        if i>=n-noise: volumes = {s: noise_of(v) for s,v in volumes.items()}
+        write_as_tcia(tcga, names[i], volumes)
+    mean_brain(table).save(root/'input/mgmt-fast-atlas/T1.nii.gz')
+    pd.DataFrame(dict(TCGAID=names, MGMT_value=table.label)).to_csv(tcga/'labels.csv', index=False)
+    (tcga/'phantom.json').write_text('{}')
+    for o in sorted(tcga.rglob('*.dcm')): plant_slice(o, uids=False)
+    return names
+
+
+@pytest.mark.skipif(engine_table().version.isna().any(), reason='needs the extra `tcga`')
+def test_tcga_eval_brings_raw_dicom_into_the_atlas_space_first(kaggle, tmp_path, monkeypatch):
+    root = tmp_path/'kaggle'
+    shutil.copytree(kaggle/'input/competitions', root/'input/competitions')
+    tiny_bundle(root, tmp_path, 'default', size=(16,32,32))
+    names = raw_tcga(root)
+    said = session('tcga-eval', root, tmp_path, monkeypatch)
+    assert '6 of 7 patients are in the space of the atlas without a problem' in said
+    assert '6 patients are tested, 1 are refused' in said and 'planted copies were found' in said
+    result, = [read_result(p) for p in (root/'working/external').glob('*/external-*.json')]
+    assert result['all']['n']==6
+    atlas = read_volume(root/'input/mgmt-fast-atlas/T1.nii.gz')
+    for name in names[:2]:
+        folder = root/'working/atlas-space'/name
+        assert json.loads((folder/'standardized.json').read_text())['state']=='raw'
+        written = [read_volume(folder/s/f'{s}.nii.gz') for s in SEQUENCES]
+        assert all(v.shape==atlas.shape and np.allclose(v.affine, atlas.affine) for v in written)
