@@ -242,8 +242,8 @@ def mean_brain(table):
     return Volume(1000*mean, affine=brains[0].affine)
 
 
-def raw_tcga(root, n=7, raw=2, noise=1):
-    "DICOM as TCIA ships it: patients as scanned, last ones of nothing but noise, and others on the attached atlas"
+def raw_tcga(root, n=11, raw=1, noise=1):
+    "DICOM as TCIA ships it: `raw` patients as scanned, then others on the attached atlas, last `noise` of noise"
     table,tcga = draw_patients(n, .95, 5, 0.),root/'input/datasets/somebody/mgmt-fast-tcga'
     names = [f'TCGA-00-{i:04d}' for i in range(n)]
     for i,(_,p) in enumerate(table.iterrows()):
@@ -254,7 +254,8 @@ def raw_tcga(root, n=7, raw=2, noise=1):
     mean_brain(table).save(root/'input/mgmt-fast-atlas/T1.nii.gz')
     pd.DataFrame(dict(TCGAID=names, MGMT_value=table.label)).to_csv(tcga/'labels.csv', index=False)
     (tcga/'phantom.json').write_text('{}')
-    for o in sorted(tcga.rglob('*.dcm')): plant_slice(o, uids=False)
+    for name in names[:raw]:
+        for o in sorted((tcga/'TCGA-GBM'/name).rglob('*.dcm')): plant_slice(o, uids=False)
     return names
 
 
@@ -265,13 +266,13 @@ def test_tcga_eval_brings_raw_dicom_into_the_atlas_space_first(kaggle, tmp_path,
     tiny_bundle(root, tmp_path, 'default', size=(16,32,32))
     names = raw_tcga(root)
     said = session('tcga-eval', root, tmp_path, monkeypatch)
-    assert '6 of 7 patients are in the space of the atlas without a problem' in said
-    assert '6 patients are tested, 1 are refused' in said and 'planted copies were found' in said
+    assert '10 of 11 patients are in the space of the atlas without a problem' in said
+    assert '10 patients are tested, 1 are refused' in said and 'planted copies were found' in said
     result, = [read_result(p) for p in (root/'working/external').glob('*/external-*.json')]
-    assert result['all']['n']==6
+    assert result['all']['n']==10
     atlas = read_volume(root/'input/mgmt-fast-atlas/T1.nii.gz')
-    for name in names[:2]:
+    for name,state in zip(names, ['raw',*['prepared']*9]):
         folder = root/'working/atlas-space'/name
-        assert json.loads((folder/'standardized.json').read_text())['state']=='raw'
+        assert json.loads((folder/'standardized.json').read_text())['state']==state
         written = [read_volume(folder/s/f'{s}.nii.gz') for s in SEQUENCES]
         assert all(v.shape==atlas.shape and np.allclose(v.affine, atlas.affine) for v in written)
