@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['READ_BACK', 'model_kinds', 'save_mgmt', 'load_mgmt', 'body_and_head', 'MGMTLearner', 'weights_key', 'plan_key',
            'training_key', 'recipe_that_ran', 'mgmt_learner', 'recipe_dls', 'MGMTModel', 'as_model', 'save_model',
-           'load_model', 'check_preparation', 'predict_unlogged', 'predict']
+           'load_model', 'check_preparation', 'PreparedScans', 'prepare_for', 'predict_prepared', 'predict_unlogged',
+           'predict']
 
 # %% ../nbs/55_learner.ipynb #6689f177
 import contextlib, copy, hashlib, importlib, inspect, json, math, os, re
 from collections import deque
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
+from typing import NamedTuple
 
 import numpy as np, pandas as pd, torch
 import safetensors.torch as st
@@ -814,9 +816,23 @@ def check_preparation(
     for recipe,prepared in model.needs().values():
         check_prepared(store, recipe, prepared, model.preparation_number)
 
+# %% ../nbs/55_learner.ipynb #e4905475
+class PreparedScans(NamedTuple):
+    "A patient's scans as a model needs them"
+    volumes:dict # `{key: {sequence: uint8 (D,H,W)}}`, as `logit` takes them
+    facts:dict # `{key: (facts of each volume, affine of the grid)}`
+    note:str='' # What was said while they were prepared
+
+def prepare_for(
+    model:MGMTModel, # Or another of `model_kinds`
+    row:pd.Series|dict, # A row of a cohort
+) -> PreparedScans: # For `predict_prepared`; what fails is in its note
+    "Prepare one patient's scans in each way that a model needs, on one thread."
+    return one_thread()(_prepared)(row, model.needs(), model.sequences)
+
 # %% ../nbs/55_learner.ipynb #452d079b
 def _ready_patients(m, cohort, n_workers):
-    "(patient, row, volumes for `logit`, facts of them, note) of each patient, in order"
+    "(patient, row, `PreparedScans`) of each patient, in order"
     if isinstance(cohort, VolumeStore): yield from _from_store(m, cohort)
     else: yield from _from_scans(m, cohort, max(1, min(n_workers or os.cpu_count(), len(cohort))))
 
@@ -826,12 +842,12 @@ def _from_store(m, store):
         have = [s for s in m.sequences if row.get(s)]
         volumes = dict(zip(have, store.read(row.patient, have))) if have else {}
         facts = store.meta[row.patient]['volumes'],store.meta[row.patient]['affine']
-        yield row.patient,row,{k:volumes for k in m.needs()},{k:facts for k in m.needs()},''
+        yield row.patient,row,PreparedScans(dict.fromkeys(m.needs(), volumes), dict.fromkeys(m.needs(), facts))
 
 def _from_scans(m, cohort, n):
     how,ahead = (m.needs(), m.sequences),deque()
     if all(map(_is_read, cohort.to_dict('records'))): # a process of its own is for decoders, which may die
-        for _,row in cohort.iterrows(): yield str(row['patient']),row,*one_thread()(_prepared)(row, *how)
+        for _,row in cohort.iterrows(): yield str(row['patient']),row,prepare_for(m, row)
         return
     with closing(_Workers(n)) as workers:
         for _,row in cohort.iterrows():
@@ -857,38 +873,32 @@ def _outcome(row, job, how):
     "A patient as `_ready_patients` gives it; one that was under way when a process died is tried again, alone"
     try: res = job.result()
     except BrokenProcessPool: res = do_alone(_prepared, (row, *how))
-    if res==DIED: res = {k:{} for k in how[0]},{k:({},None) for k in how[0]},_DIED
-    return str(row['patient']),row,*res
+    if res==DIED: res = PreparedScans(dict.fromkeys(how[0], {}), dict.fromkeys(how[0], ({},None)), _DIED)
+    return str(row['patient']),row,res
 
 _DIED = 'the process that prepared it died, most likely because memory ran out: predict it again with n_workers=1'
 
 def _prepared(row, needs, sequences):
-    "A patient's volumes, prepared in each way that the model needs, facts of them, and what was said of it"
+    "A patient's `PreparedScans`"
     volumes,facts,notes = {},{},[]
     for k,(recipe,prepared) in needs.items():
         p = prepare_patient(row, prepared, recipe)
         volumes[k] = {s:a for s,a in p.arrays.items() if s in sequences}
         facts[k] = p.meta,p.affine
         notes += [' '.join(filter(None, (r['sequence'],r['what']))) for r in p.report]
-    return volumes,facts,'; '.join(uniqueify(notes))
+    return PreparedScans(volumes, facts, '; '.join(uniqueify(notes)))
 
-# %% ../nbs/55_learner.ipynb #58e77630
-def predict_unlogged(
+# %% ../nbs/55_learner.ipynb #2d5d7a8f
+def predict_prepared(
     m:MGMTModel, # Or another of `model_kinds`
-    cohort:pd.DataFrame|VolumeStore, # As for `predict`
-    n_workers:int=None, # Processes that prepare scans; one per core if None
-    progress:bool=True, # Show a progress bar?
-    features:pd.DataFrame=None, # As for `predict`
-) -> pd.DataFrame: # patient, prob, note, unlike
-    "As `predict`, but without an entry in a held-out cohort's record: the external test makes its own."
-    more,rows = _features_of(features),[]
-    for patient,row,volumes,facts,note in track(_ready_patients(m, cohort, n_workers), len(cohort), progress):
-        with _watched(m) as found: logit,lack = _one_logit(m, volumes, {**row, **more.get(id_key(patient), {})})
-        prob = torch.sigmoid(torch.tensor(logit, dtype=torch.float64)).item()
-        unlike,what = _is_unlike(m, volumes, facts, found)
-        rows.append((patient, prob, '; '.join(filter(None, (note,lack,what))), unlike))
-    columns = ['patient','prob','note','unlike']
-    return pd.DataFrame(rows, columns=columns).astype({'patient':'string', 'unlike':'boolean'})
+    scans:PreparedScans, # From `prepare_for`
+    row:dict|pd.Series, # The patient's row, with the features that the model needs beside images
+) -> tuple: # Probability of methylation, NaN where there is none; note; unlike, True, False or None
+    "As `predict` says it, of one patient whose scans were prepared already."
+    with _watched(m) as found: logit,lack = _one_logit(m, scans.volumes, row)
+    prob = torch.sigmoid(torch.tensor(logit, dtype=torch.float64)).item()
+    unlike,what = _is_unlike(m, scans.volumes, scans.facts, found)
+    return prob,'; '.join(filter(None, (scans.note,lack,what))),unlike
 
 @contextmanager
 def _watched(m):
@@ -904,16 +914,31 @@ def _is_unlike(m, volumes, facts, found):
     try: return _unlike().unlike_training(models, volumes, facts, features)
     except Exception as e: return None,log_fault(e, 'looking for what is unlike training')
 
-def _features_of(features):
-    "What a table knows of each patient, by `id_key`"
-    if features is None: return {}
-    return features.set_index(features.patient.map(id_key)).drop(columns='patient').to_dict('index')
-
 def _one_logit(m, volumes, row):
     "The model's logit and note; what it raises concerns this patient alone"
     try: return m.logit(volumes, row)
     except MGMTError as e: return np.nan,str(e)
     except Exception as e: return np.nan,log_fault(e, 'predicting')
+
+# %% ../nbs/55_learner.ipynb #58e77630
+def predict_unlogged(
+    m:MGMTModel, # Or another of `model_kinds`
+    cohort:pd.DataFrame|VolumeStore, # As for `predict`
+    n_workers:int=None, # Processes that prepare scans; one per core if None
+    progress:bool=True, # Show a progress bar?
+    features:pd.DataFrame=None, # As for `predict`
+) -> pd.DataFrame: # patient, prob, note, unlike
+    "As `predict`, but without an entry in a held-out cohort's record: the external test makes its own."
+    more,rows = _features_of(features),[]
+    for patient,row,scans in track(_ready_patients(m, cohort, n_workers), len(cohort), progress):
+        rows.append((patient, *predict_prepared(m, scans, {**row, **more.get(id_key(patient), {})})))
+    columns = ['patient','prob','note','unlike']
+    return pd.DataFrame(rows, columns=columns).astype({'patient':'string', 'unlike':'boolean'})
+
+def _features_of(features):
+    "What a table knows of each patient, by `id_key`"
+    if features is None: return {}
+    return features.set_index(features.patient.map(id_key)).drop(columns='patient').to_dict('index')
 
 # %% ../nbs/55_learner.ipynb #4ec15cad
 def predict(
