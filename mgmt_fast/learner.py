@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['READ_BACK', 'model_kinds', 'save_mgmt', 'load_mgmt', 'body_and_head', 'MGMTLearner', 'weights_key', 'plan_key',
            'training_key', 'recipe_that_ran', 'mgmt_learner', 'recipe_dls', 'MGMTModel', 'as_model', 'save_model',
-           'load_model', 'check_preparation', 'PreparedScans', 'prepare_for', 'predict_prepared', 'predict_unlogged',
-           'predict']
+           'load_model', 'check_preparation', 'PreparedScans', 'prepare_for', 'skull_differs', 'predict_prepared',
+           'predict_unlogged', 'predict']
 
 # %% ../nbs/55_learner.ipynb #6689f177
 import contextlib, copy, hashlib, importlib, inspect, json, math, os, re
@@ -830,6 +830,29 @@ def prepare_for(
     "Prepare one patient's scans in each way that a model needs, on one thread."
     return one_thread()(_prepared)(row, model.needs(), model.sequences)
 
+# %% ../nbs/55_learner.ipynb #0d1effa1
+def skull_differs(
+    model:MGMTModel, # Or another of `model_kinds`
+    skulls:dict, # Sequence to whether it has its skull; None where that is not known
+) -> str: # '' where nothing differs, or nobody knows
+    "Which scans are heads where training's were brains, or the reverse, and what to do: no number is given of these."
+    known = _training_skulls(model)
+    seen = {s: skulls[s] for s in model.sequences if s in known and skulls.get(s) in (True,False)}
+    odd = {s: has for s,has in seen.items() if abs(known[s]-has)>.8}
+    if not odd: return ''
+    return (_has_skull if any(odd.values()) else _has_none).format(', '.join(odd))
+
+_has_skull = ("{} with skull, and this model was trained on brains without: no number is given. Bring the scans into "
+    "an atlas first: mgmt_standardize, or mgmt_app with --atlas")
+_has_none = ("{} without skull, and this model was trained on heads with theirs: no number is given. Give the scans as "
+    "they came from the scanner")
+
+def _training_skulls(m):
+    "Sequence to the share of training's scans that had their skull; what nobody wrote down is left out"
+    if hasattr(m, 'preparation'): return {s: o['skull'] for s,o in m.preparation.items() if o['skull'] is not None}
+    known = [o.like.skulls for o in m.leaves() if o.like is not None] if hasattr(m, 'leaves') else []
+    return {s: share for o in known for s,share in o.items()}
+
 # %% ../nbs/55_learner.ipynb #452d079b
 def _ready_patients(m, cohort, n_workers):
     "(patient, row, `PreparedScans`) of each patient, in order"
@@ -893,12 +916,18 @@ def predict_prepared(
     m:MGMTModel, # Or another of `model_kinds`
     scans:PreparedScans, # From `prepare_for`
     row:dict|pd.Series, # The patient's row, with the features that the model needs beside images
+    checked:bool=False, # Was it settled already that the scans may differ from training's by their skull?
 ) -> tuple: # Probability of methylation, NaN where there is none; note; unlike, True, False or None
     "As `predict` says it, of one patient whose scans were prepared already."
-    with _watched(m) as found: logit,lack = _one_logit(m, scans.volumes, row)
+    lack = '' if checked else skull_differs(m, _skulls_of(scans))
+    with _watched(m) as found: logit,lack = (np.nan,lack) if lack else _one_logit(m, scans.volumes, row)
     prob = torch.sigmoid(torch.tensor(logit, dtype=torch.float64)).item()
     unlike,what = _is_unlike(m, scans.volumes, scans.facts, found)
     return prob,'; '.join(filter(None, (scans.note,lack,what))),unlike
+
+def _skulls_of(scans):
+    "Sequence to whether it has a skull, as it was seen when it was prepared"
+    return {s: v.get('skull') for volumes,_ in scans.facts.values() for s,v in volumes.items()}
 
 @contextmanager
 def _watched(m):
@@ -931,7 +960,8 @@ def predict_unlogged(
     "As `predict`, but without an entry in a held-out cohort's record: the external test makes its own."
     more,rows = _features_of(features),[]
     for patient,row,scans in track(_ready_patients(m, cohort, n_workers), len(cohort), progress):
-        rows.append((patient, *predict_prepared(m, scans, {**row, **more.get(id_key(patient), {})})))
+        row = {**row, **more.get(id_key(patient), {})}
+        rows.append((patient, *predict_prepared(m, scans, row, isinstance(cohort, VolumeStore))))
     columns = ['patient','prob','note','unlike']
     return pd.DataFrame(rows, columns=columns).astype({'patient':'string', 'unlike':'boolean'})
 
@@ -950,7 +980,8 @@ def predict(
 ) -> pd.DataFrame: # patient, prob (of methylation, 0 to 1, missing where there is none), note, unlike
     """The probability of a methylated promoter for each patient, in the cohort's order.
 
-    What fails on one patient is its note, and the others go on. `unlike` flags a scan that is unlike those of training,
+    What fails on one patient is its note, and the others go on. Heads with their skull have no probability where
+    training's scans were brains without (`skull_differs`); a store is taken as it is. `unlike` flags a scan that is unlike those of training,
     and the note says by what; it changes no probability, and is missing where the model does not know (of version
     0.1, or trained with fewer than five scans on either side). A learner measures its training's scans when it predicts
     for the first time after a training, which takes as long as predicting them. A prediction of patients who are held

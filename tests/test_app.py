@@ -379,6 +379,42 @@ def test_a_folder_is_dropped(window, work, scans):
     assert number_of(work, scans/'two/00005')==window.locator('.number').inner_text()
 
 
+def drop(page, *paths):
+    "Drag files and folders over the page and let go, as Chromium itself tells a page of a drop"
+    page.locator('#drop').scroll_into_view_if_needed()
+    box,cdp = page.locator('#drop').bounding_box(),page.context.new_cdp_session(page)
+    at = dict(x=box['x']+box['width']/2, y=box['y']+10)
+    data = dict(items=[], files=[str(o) for o in paths], dragOperationsMask=1)
+    for kind in ('dragEnter','dragOver'): cdp.send('Input.dispatchDragEvent', dict(type=kind, data=data, **at))
+    over = 'over' in (page.locator('#drop').get_attribute('class') or '')
+    cdp.send('Input.dispatchDragEvent', dict(type='drop', data=data, **at))
+    return over
+
+
+def test_a_folder_is_dragged_and_dropped(window, app, work, scans):
+    assert drop(window, scans/'two/00004'), 'the field shows that it would take the folder'
+    window.wait_for_url('**/run/*')
+    window.get_by_text('Done: 1 of 1 patient done').wait_for()
+    assert number_of(work, scans/'two/00004')==window.locator('.number').inner_text()
+
+
+def test_series_are_dropped_side_by_side(window, app, work, scans):
+    "More folders than one are one patient's series, below a folder of their own"
+    drop(window, *sorted((scans/'two/00005').iterdir()))
+    window.wait_for_url('**/run/*')
+    window.get_by_text('Done: 1 of 1 patient done').wait_for()
+    assert number_of(work, scans/'two/00005')==window.locator('.number').inner_text()
+
+
+def test_a_drop_beside_the_field_leaves_the_page_as_it_is(window, app, scans):
+    cdp = window.context.new_cdp_session(window)
+    data = dict(items=[], files=[str(scans/'two/00004')], dragOperationsMask=1)
+    for kind in ('dragEnter','dragOver','drop'):
+        cdp.send('Input.dispatchDragEvent', dict(type=kind, data=data, x=5, y=5))
+    window.wait_for_timeout(300)
+    assert urlsplit(window.url).path=='/' and window.get_by_role('button', name='Run', exact=True).is_visible()
+
+
 def test_too_much_is_said_before_it_is_sent(window, tmp_path):
     (tmp_path/'ct').mkdir()
     with open(tmp_path/'ct/1.dcm', 'wb') as f: f.truncate(2*10**9)
