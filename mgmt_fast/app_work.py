@@ -133,6 +133,7 @@ class PatientPages:
             if self.atlas is not None and needs_atlas(self.model, audit):
                 yield now._replace(step='standardize')
                 row,audit = self._into_atlas(row, place),None
+                now = now._replace(findings=[*now.findings, ['note','',_brought]])
             yield now._replace(step='predict')
             res = patient_result(self.model, row, n_workers=self.n_workers, audit=audit)
             yield self._write(_with_findings(res, now.findings), place)
@@ -148,7 +149,8 @@ class PatientPages:
         with contextlib.redirect_stdout(io.StringIO()):
             scans = pd.DataFrame([row.drop([o for o in row.index if o.endswith('_index')])])
             done = standardize(scans, self.dest/'atlas'/place, 'default', self.atlas, n_workers=1, progress=False)
-        res = done.iloc[0]
+        res = done.iloc[0].copy()
+        res.attrs = row.attrs # what the patient's own folder held
         if any(has_scan(res, s) for s in self.model.sequences): return res
         raise MGMTError(f"not brought into the atlas: {res.problem}")
 
@@ -164,6 +166,9 @@ class PatientPages:
             if res.scans: View(res.scans, res.map).html(folder/'viewer.html', title=f'Patient {res.patient}')
             write_json(folder/_RECORD, row._asdict())
         return row
+
+_brought = ("the scans were brought into the atlas before they were judged: notes on their skull and on their grids "
+    "tell how they came")
 
 def _files_of(model):
     "The files that make a model what it is"

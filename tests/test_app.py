@@ -20,6 +20,10 @@ import pytest
 from identifiers import FOLDER, found, found_in, plant_slice
 from mgmt_fast.cohort import find_cohort
 from mgmt_fast.learner import predict
+from mgmt_fast.phantom import make_phantom
+from mgmt_fast.series import read_volume
+from mgmt_fast.skull import has_skull
+from test_standardize import engines
 from test_patient_page import work # a phantom, a model and a bundle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -255,6 +259,35 @@ def test_what_is_kept_goes_on_and_names_no_place(work, scans, tmp_path):
         o.read_text() for o in (tmp_path/'kept').rglob('report.html'))
     kept = b''.join(o.read_bytes() for o in (tmp_path/'kept').rglob('*') if o.is_file())
     assert str(root).encode() not in kept and not (tmp_path/'app/faults.log').exists()
+
+
+def test_a_head_without_an_atlas_has_no_number(work, tmp_path):
+    make_phantom(tmp_path/'heads', n=2, test=0., seed=3, slices=24, size=64, skull=True, progress=False, n_workers=0)
+    app = Launched(tmp_path/'app', work/'bundle', '--root', tmp_path/'heads')
+    said = app.until(app.start(tmp_path/'heads/train/00000'), 'Done: 1 of 1')
+    assert 'FLAIR, T1wCE with skull' in said and 'none<' in said.replace('\n', '') and 'class="number"' not in said
+    app.end()
+
+
+@pytest.mark.real
+@engines
+def test_a_real_head_is_brought_into_the_atlas_and_judged(work, data, tmp_path):
+    "A patient as scanned: no number without an atlas, and with one that of `predict` for what was brought there"
+    raw,atlas = data/'tcga_lgg_raw',data/'atlas/sri24/sri24_t1_1mm_skull_stripped.nii.gz'
+    without = predict(work/'bundle', find_cohort(raw, labels=False), progress=False)
+    assert without.prob.isna().all() and 'with skull' in without.note[0]
+    app = Launched(tmp_path/'app', work/'bundle', '--root', raw, '--keep', tmp_path/'kept', '--atlas', atlas)
+    run = app.start(raw)
+    app.until(run, 'bringing into the atlas TCGA-FG-6692', 300)
+    said = app.until(run, 'Done: 1 of 1', 500)
+    app.end()
+    brought, = (tmp_path/'kept/pages/atlas').iterdir()
+    there = find_cohort(brought, labels=False)
+    number = predict(work/'bundle', there, progress=False).prob.item()
+    assert f'<span class="number">{number:.2f}</span>' in said
+    kept = json.loads(next((tmp_path/'kept/pages').glob('*/patient.json')).read_text())
+    assert kept['prob']==pytest.approx(number, abs=1e-6) and not has_skull(read_volume(there.FLAIR[0]))
+    assert any('brought into the atlas' in o[2] for o in kept['findings'])
 
 
 @pytest.mark.parametrize('args,say', [(['nowhere'],'no model at this place'),
