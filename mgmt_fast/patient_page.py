@@ -349,13 +349,15 @@ def _facts(m):
     "What the model is, as a table"
     rows = [('model', m.arch if hasattr(m, 'arch') else type(m).__name__), ('sequences', ', '.join(m.sequences))]
     if isinstance(m, Bundle):
-        rows += [('bundle', f"{m.signature[:8]}, {len(m.models)} networks, frozen {m.created[:10]}"),
+        rows += [('bundle', f"{m.signature[:8]}, {_networks(len(m.models))}, frozen {m.created[:10]}"),
             ('trained on', f'a store of {len(m.patients)} patients, validation patients included'),
             ('external tests so far', len(m.ledger.passes()))]
     elif getattr(m, 'trained', None) and 'train_patients' in m.trained:
         rows.append(('trained on', f"{m.trained['train_patients']} patients"))
     rows += [('made with', _version(m)), ('shown with', f'mgmt_fast {__version__}')]
     return pd.DataFrame(rows, columns=['what','is'])
+
+def _networks(n): return f"{n} network{'s'*(n!=1)}"
 
 def _version(m):
     version = f'mgmt_fast {m.version}'
