@@ -329,7 +329,7 @@ input[type=text]{width:min(38em,100%);box-sizing:border-box}
 button{cursor:pointer} label{display:block} #drop{border:2px dashed var(--line);padding:1em;margin:1em 0}
 #drop.over{border-color:var(--edge)} #folders ul{list-style:none;padding:0;display:flex;flex-wrap:wrap;gap:.4em}
 button,input{margin:.2em 0} progress{width:min(30em,100%)} td ul{margin:0;padding-left:1.2em} #said{margin:0 0 1em}
-#said:empty{display:none} .number{font-size:1.3em} td a{margin-right:.5em} .told{min-width:16em}"""
+#said:empty{display:none} .number{font-size:1.3em} td a{margin-right:.5em}"""
 
 def fill(
     template:str, # In the language of Jinja2

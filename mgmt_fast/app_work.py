@@ -27,7 +27,7 @@ from .prepare import source_state
 from .audit import audit_cohort
 from .records import file_hash
 from .standardize import standardize, with_brain
-from .learner import as_model
+from .learner import as_model, skull_differs
 from .viewer import View
 from .patient_page import patient_findings, patient_report, patient_result, patient_row
 
@@ -58,10 +58,8 @@ def needs_atlas(
     model:object, # Ready to predict
     audit:pd.DataFrame, # From `audit_cohort`, of one patient
 ) -> bool: # Has a series that the model reads its skull, where training's had none?
-    "Whether scans must be brought into an atlas before this model can judge them."
-    known = getattr(model, 'preparation', {})
-    heads = set(audit.sequence[audit.skull.eq(True)])
-    return any((known.get(s, {}).get('skull') or 0)<.5 for s in model.sequences if s in heads)
+    "Whether scans must be brought into an atlas before this model gives a number."
+    return bool(skull_differs(model, dict.fromkeys(audit.sequence[audit.skull.eq(True)], True)))
 
 # %% ../nbs/77_app_work.ipynb #024597fb
 STEPS = ('waiting','audit','standardize','predict','done','failed')
@@ -135,6 +133,7 @@ class PatientPages:
             if self.atlas is not None and needs_atlas(self.model, audit):
                 yield now._replace(step='standardize')
                 row,audit = self._into_atlas(row, place),None
+                now = now._replace(findings=[*now.findings, ['note','',_brought]])
             yield now._replace(step='predict')
             res = patient_result(self.model, row, n_workers=self.n_workers, audit=audit)
             yield self._write(_with_findings(res, now.findings), place)
@@ -142,17 +141,16 @@ class PatientPages:
         except Exception as e: yield now._replace(step='failed', note=log_fault(e, 'making a page'))
 
     def _audited(self, row, audit):
-        "What the audit found, and what is to be done about it"
-        found = patient_findings(row, audit).values.tolist()
-        if self.atlas is None and needs_atlas(self.model, audit): found = [['warning', '', _no_atlas], *found]
-        return PatientRow(str(row.patient), findings=found)
+        "What the audit found"
+        return PatientRow(str(row.patient), findings=patient_findings(row, audit).values.tolist())
 
     def _into_atlas(self, row, place):
         "The row of the same patient, in the atlas. Raises `MGMTError` where that was refused"
         with contextlib.redirect_stdout(io.StringIO()):
             scans = pd.DataFrame([row.drop([o for o in row.index if o.endswith('_index')])])
             done = standardize(scans, self.dest/'atlas'/place, 'default', self.atlas, n_workers=1, progress=False)
-        res = done.iloc[0]
+        res = done.iloc[0].copy()
+        res.attrs = row.attrs # what the patient's own folder held
         if any(has_scan(res, s) for s in self.model.sequences): return res
         raise MGMTError(f"not brought into the atlas: {res.problem}")
 
@@ -169,8 +167,8 @@ class PatientPages:
             write_json(folder/_RECORD, row._asdict())
         return row
 
-_no_atlas = ("a scan has its skull, and this model was trained on brains without: the number may mean nothing. Give an "
-    "atlas (mgmt_app --atlas), and the scan is brought there first")
+_brought = ("the scans were brought into the atlas before they were judged: notes on their skull and on their grids "
+    "tell how they came")
 
 def _files_of(model):
     "The files that make a model what it is"

@@ -298,7 +298,7 @@ _INTRODUCTION = ("Identifiers found in headers are named by kind; their values a
     "are shown by axial slices from inside it, on which no face can be seen.")
 _KINDS = """<table>{% for kind,n in kinds %}<tr><td>{{ n }}</td><td>{{ kind }}</td></tr>
 {% else %}<tr><td>nothing found</td></tr>{% endfor %}</table>"""
-_SERIES = """<table>{% for r in rows %}<tr><td>{{ r.name }}<div class="facts">{{ r.facts }}</div></td>
+_SERIES = """<table>{% for r in rows %}<tr><td class="told">{{ r.name }}<div class="facts">{{ r.facts }}</div></td>
 <td>{{ r.picture }}</td><td>{% for o in r.findings %}<div class="{{ r.severity }}">{{ o }}</div>{% endfor %}
 {% for o in r.notes %}<div class="note">{{ o }}</div>{% endfor %}</td></tr>{% endfor %}</table>"""
 

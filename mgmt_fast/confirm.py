@@ -15,6 +15,7 @@ from fastcore.all import *
 from scipy import stats
 
 from .core import *
+from .pages import legend_below
 from .register import *
 from .fingerprints import SmallCopies, in_parallel
 
@@ -167,6 +168,6 @@ def plot_null(
     ax.axvline(doubt, color='C1', ls='--', label=f'uncertain from {doubt:.2f}')
     ax.set(xlabel='score', ylabel='pairs', yscale='symlog', xlim=(0,1), title=title)
     ax.yaxis.set_major_formatter('{x:g}')
-    ax.legend(frameon=False, fontsize=7)
+    legend_below(ax)
     ax.spines[['top','right']].set_visible(False)
     return ax

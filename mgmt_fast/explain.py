@@ -19,11 +19,11 @@ from torch import nn
 from .core import *
 from .grids import resample
 from .series import has_scan
-from .prepare import VolumeStore, prepare_patient
+from .prepare import VolumeStore
 from .loader import LABELS
 from .operators import InflatedConv3d
 from .backbones import StageFeatures
-from .learner import MGMTModel, as_model, check_preparation
+from .learner import MGMTModel, PreparedScans, as_model, check_preparation, prepare_for
 from .bundle import Bundle
 from .fusion import FusionModel
 from .viewer import View, sample, scans_of, view
@@ -72,25 +72,31 @@ def feature_place(
     stage:int=-1, # Which of its stages, see `StageFeatures`
 ) -> tuple: # Voxels between neighbouring features, and the voxel of the first one, (3,) each, along D, H, W
     "Where on the input's grid the features of a stage lie."
-    even = StageFeatures(copy.deepcopy(net)).eval().requires_grad_(False)
+    return _place_of(_stages_along(net, size), size, stage)
+
+@one_thread()
+def _stages_along(net, size):
+    "For each axis an input that is whole along it alone, where places are the same and found sooner; and its features"
+    even,res = StageFeatures(copy.deepcopy(net)).eval().requires_grad_(False),[]
     for m in list(even.modules()): _make_even(m)
-    step,first_ = zip(*(_place_along(axis, even, net.body.in_chans, size, stage) for axis in range(3)))
+    for axis in range(3):
+        short = [n if a==axis else min(n, 32) for a,n in enumerate(size)]
+        x = torch.rand(1, net.body.in_chans, *short, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.enable_grad(): res.append((x,even(x)))
+    return res
+
+def _place_of(along, size, stage):
+    "Steps between the features of a stage, and places of the first ones"
+    step,first_ = zip(*(_place_along(i, x, found[stage], n) for i,((x,found),n) in enumerate(zip(along, size))))
     return np.array(step),np.array(first_)
 
-def _cut_short(size, axis):
-    "A size that is whole along one axis only, where places along this axis are the same and found sooner"
-    return [n if a==axis else min(n, 32) for a,n in enumerate(size)]
-
-def _place_along(axis, even, in_chans, size, stage):
+@one_thread()
+def _place_along(axis, x, found, n):
     "Step between features, and place of the first one, along one axis"
-    gen = torch.Generator().manual_seed(0)
-    x = torch.rand(1, in_chans, *_cut_short(size, axis), generator=gen).requires_grad_()
-    with torch.enable_grad():
-        found = even(x)[stage]
-        middle = [o//2 for o in found.shape[2:]]
-        found[(0,slice(None),*middle)].sum().backward()
-    seen,step = x.grad[0].abs().sum(0).numpy(),size[axis]/found.shape[2+axis]
-    return step,_centroid(seen, axis)-middle[axis]*step
+    middle = [o//2 for o in found.shape[2:]]
+    g, = torch.autograd.grad(found[(0,slice(None),*middle)].sum(), x)
+    step = n/found.shape[2+axis]
+    return step,_centroid(g[0].abs().sum(0).numpy(), axis)-middle[axis]*step
 
 def _make_even(m):
     "Equal weights in convolutions, means in place of maxima, no effect of norms"
@@ -233,20 +239,18 @@ class Place:
         blur:float=4., # mm, standard deviation by which maps of single voxels are smoothed
     ):
         self.size,self.spacing,self.blur = tuple(size),np.asarray(spacing, float),blur
-        self.stage = self._deepest(net, cell) if stage is None else stage
-        self.step,self.first = feature_place(net, self.size, self.stage)
+        along = _stages_along(net, self.size)
+        self.stage = self._deepest(along, cell) if stage is None else stage
+        self.step,self.first = _place_of(along, self.size, self.stage)
 
-    def _deepest(self, net, cell):
-        "Stages from fine to coarse"
-        apart = [self._apart(net, axis) for axis in (1,2)]
+    def _deepest(self, along, cell):
+        "The last stage, from fine to coarse, whose features are near each other in the plane"
+        apart = []
+        for axis in (1,2):
+            mm = self.size[axis]*self.spacing[axis]
+            apart.append([mm/o.shape[2+axis] for o in along[axis][1]])
         near = np.flatnonzero(np.max(apart, axis=0)<=cell)
         return int(near[-1]) if len(near) else 0
-
-    def _apart(self, net, axis):
-        "mm between the features of each stage along an axis"
-        x = torch.zeros(1, net.body.in_chans, *_cut_short(self.size, axis))
-        with torch.no_grad(): found = StageFeatures(net)(x)
-        return [self.size[axis]/o.shape[2+axis]*self.spacing[axis] for o in found]
 
     def on_input(self,
         features:torch.Tensor, # (d,h,w) of the stage
@@ -381,23 +385,16 @@ _auc_unknown = ("nobody said how good this model is: give auc=auc_ci(labels, pro
     "trained on, or explain a bundle, which knows")
 
 # %% ../nbs/72_explain.ipynb #4d1dfbc7
-def _inputs(model, what, store, scans):
+def _inputs(model, what, store, scans, prepared):
     "Volumes by key as `logit` takes them, with the affine of each key's grid"
     if store is not None:
         check_preparation(model, store)
         grid = store.meta[what]['affine']
         arrays = {s: v.numpy() for s,v in scans.items()}
         return {k: (arrays,grid) for k in model.needs()}
-    res = {}
-    for k,(recipe,prepared) in model.needs().items():
-        p = prepare_patient(what, prepared, recipe)
-        res[k] = p.arrays,p.affine
-        if not p.arrays: raise _not_prepared(p.report)
-    return res
-
-def _not_prepared(report):
-    why = '; '.join(' '.join(filter(None, (r['sequence'],r['what']))) for r in report)
-    return MGMTError(f"the scans could not be prepared ({why})")
+    p = prepare_for(model, what) if prepared is None else prepared
+    if not all(p.volumes.values()): raise MGMTError(f"the scans could not be prepared ({p.note})")
+    return {k: (p.volumes[k], p.facts[k][1]) for k in p.volumes}
 
 def _channels(m, arrays):
     lack = [s for s in m.sequences if s not in arrays]
@@ -442,6 +439,7 @@ def explain(
     untested:bool=False, # Show what a method says that did not pass the judge, with a line that says so?
     stage:int=None, # For Grad-CAM and HiResCAM: which stage's features; see `Place`
     progress:bool=True, # Show occlusion's progress and say beforehand how long it takes?
+    prepared:PreparedScans=None, # From `prepare_for` of this row, where that was done already
 ) -> Explanation: # With a `.map` in the patient's millimetres, or `.why` there is none
     """What a model looked at when it answered for one patient; the answer of a bundle is by its own threshold.
 
@@ -456,7 +454,7 @@ def explain(
     nets = networks_of(m)
     if store is not None: m.note_prediction(store)
     scans = scans_of(patient, store, _there(m, patient, store))
-    inputs = _inputs(m, patient, store, scans)
+    inputs = _inputs(m, patient, store, scans, prepared)
     z,heat = _summed(nets, inputs, method, stage, progress=progress)
     prob,threshold = 1/(1+math.exp(-z)),getattr(m, 'threshold', .5)
     said = partial(Explanation, scans, prob, method, tested=tested, threshold=threshold)

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['READ_BACK', 'model_kinds', 'save_mgmt', 'load_mgmt', 'body_and_head', 'MGMTLearner', 'weights_key', 'plan_key',
            'training_key', 'recipe_that_ran', 'mgmt_learner', 'recipe_dls', 'MGMTModel', 'as_model', 'save_model',
-           'load_model', 'check_preparation', 'predict_unlogged', 'predict']
+           'load_model', 'check_preparation', 'PreparedScans', 'prepare_for', 'skull_differs', 'predict_prepared',
+           'predict_unlogged', 'predict']
 
 # %% ../nbs/55_learner.ipynb #6689f177
 import contextlib, copy, hashlib, importlib, inspect, json, math, os, re
 from collections import deque
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
+from typing import NamedTuple
 
 import numpy as np, pandas as pd, torch
 import safetensors.torch as st
@@ -814,9 +816,46 @@ def check_preparation(
     for recipe,prepared in model.needs().values():
         check_prepared(store, recipe, prepared, model.preparation_number)
 
+# %% ../nbs/55_learner.ipynb #e4905475
+class PreparedScans(NamedTuple):
+    "A patient's scans as a model needs them"
+    volumes:dict # `{key: {sequence: uint8 (D,H,W)}}`, as `logit` takes them
+    facts:dict # `{key: (facts of each volume, affine of the grid)}`
+    note:str='' # What was said while they were prepared
+
+def prepare_for(
+    model:MGMTModel, # Or another of `model_kinds`
+    row:pd.Series|dict, # A row of a cohort
+) -> PreparedScans: # For `predict_prepared`; what fails is in its note
+    "Prepare one patient's scans in each way that a model needs, on one thread."
+    return one_thread()(_prepared)(row, model.needs(), model.sequences)
+
+# %% ../nbs/55_learner.ipynb #0d1effa1
+def skull_differs(
+    model:MGMTModel, # Or another of `model_kinds`
+    skulls:dict, # Sequence to whether it has its skull; None where that is not known
+) -> str: # '' where nothing differs, or nobody knows
+    "Which scans are heads where training's were brains, or the reverse, and what to do: no number is given of these."
+    known = _training_skulls(model)
+    seen = {s: skulls[s] for s in model.sequences if s in known and skulls.get(s) in (True,False)}
+    odd = {s: has for s,has in seen.items() if abs(known[s]-has)>.8}
+    if not odd: return ''
+    return (_has_skull if any(odd.values()) else _has_none).format(', '.join(odd))
+
+_has_skull = ("{} with skull, and this model was trained on brains without: no number is given. Bring the scans into "
+    "an atlas first: mgmt_standardize, or mgmt_app with --atlas")
+_has_none = ("{} without skull, and this model was trained on heads with theirs: no number is given. Give the scans as "
+    "they came from the scanner")
+
+def _training_skulls(m):
+    "Sequence to the share of training's scans that had their skull; what nobody wrote down is left out"
+    if hasattr(m, 'preparation'): return {s: o['skull'] for s,o in m.preparation.items() if o['skull'] is not None}
+    known = [o.like.skulls for o in m.leaves() if o.like is not None] if hasattr(m, 'leaves') else []
+    return {s: share for o in known for s,share in o.items()}
+
 # %% ../nbs/55_learner.ipynb #452d079b
 def _ready_patients(m, cohort, n_workers):
-    "(patient, row, volumes for `logit`, facts of them, note) of each patient, in order"
+    "(patient, row, `PreparedScans`) of each patient, in order"
     if isinstance(cohort, VolumeStore): yield from _from_store(m, cohort)
     else: yield from _from_scans(m, cohort, max(1, min(n_workers or os.cpu_count(), len(cohort))))
 
@@ -826,12 +865,12 @@ def _from_store(m, store):
         have = [s for s in m.sequences if row.get(s)]
         volumes = dict(zip(have, store.read(row.patient, have))) if have else {}
         facts = store.meta[row.patient]['volumes'],store.meta[row.patient]['affine']
-        yield row.patient,row,{k:volumes for k in m.needs()},{k:facts for k in m.needs()},''
+        yield row.patient,row,PreparedScans(dict.fromkeys(m.needs(), volumes), dict.fromkeys(m.needs(), facts))
 
 def _from_scans(m, cohort, n):
     how,ahead = (m.needs(), m.sequences),deque()
     if all(map(_is_read, cohort.to_dict('records'))): # a process of its own is for decoders, which may die
-        for _,row in cohort.iterrows(): yield str(row['patient']),row,*one_thread()(_prepared)(row, *how)
+        for _,row in cohort.iterrows(): yield str(row['patient']),row,prepare_for(m, row)
         return
     with closing(_Workers(n)) as workers:
         for _,row in cohort.iterrows():
@@ -857,38 +896,38 @@ def _outcome(row, job, how):
     "A patient as `_ready_patients` gives it; one that was under way when a process died is tried again, alone"
     try: res = job.result()
     except BrokenProcessPool: res = do_alone(_prepared, (row, *how))
-    if res==DIED: res = {k:{} for k in how[0]},{k:({},None) for k in how[0]},_DIED
-    return str(row['patient']),row,*res
+    if res==DIED: res = PreparedScans(dict.fromkeys(how[0], {}), dict.fromkeys(how[0], ({},None)), _DIED)
+    return str(row['patient']),row,res
 
 _DIED = 'the process that prepared it died, most likely because memory ran out: predict it again with n_workers=1'
 
 def _prepared(row, needs, sequences):
-    "A patient's volumes, prepared in each way that the model needs, facts of them, and what was said of it"
+    "A patient's `PreparedScans`"
     volumes,facts,notes = {},{},[]
     for k,(recipe,prepared) in needs.items():
         p = prepare_patient(row, prepared, recipe)
         volumes[k] = {s:a for s,a in p.arrays.items() if s in sequences}
         facts[k] = p.meta,p.affine
         notes += [' '.join(filter(None, (r['sequence'],r['what']))) for r in p.report]
-    return volumes,facts,'; '.join(uniqueify(notes))
+    return PreparedScans(volumes, facts, '; '.join(uniqueify(notes)))
 
-# %% ../nbs/55_learner.ipynb #58e77630
-def predict_unlogged(
+# %% ../nbs/55_learner.ipynb #2d5d7a8f
+def predict_prepared(
     m:MGMTModel, # Or another of `model_kinds`
-    cohort:pd.DataFrame|VolumeStore, # As for `predict`
-    n_workers:int=None, # Processes that prepare scans; one per core if None
-    progress:bool=True, # Show a progress bar?
-    features:pd.DataFrame=None, # As for `predict`
-) -> pd.DataFrame: # patient, prob, note, unlike
-    "As `predict`, but without an entry in a held-out cohort's record: the external test makes its own."
-    more,rows = _features_of(features),[]
-    for patient,row,volumes,facts,note in track(_ready_patients(m, cohort, n_workers), len(cohort), progress):
-        with _watched(m) as found: logit,lack = _one_logit(m, volumes, {**row, **more.get(id_key(patient), {})})
-        prob = torch.sigmoid(torch.tensor(logit, dtype=torch.float64)).item()
-        unlike,what = _is_unlike(m, volumes, facts, found)
-        rows.append((patient, prob, '; '.join(filter(None, (note,lack,what))), unlike))
-    columns = ['patient','prob','note','unlike']
-    return pd.DataFrame(rows, columns=columns).astype({'patient':'string', 'unlike':'boolean'})
+    scans:PreparedScans, # From `prepare_for`
+    row:dict|pd.Series, # The patient's row, with the features that the model needs beside images
+    checked:bool=False, # Was it settled already that the scans may differ from training's by their skull?
+) -> tuple: # Probability of methylation, NaN where there is none; note; unlike, True, False or None
+    "As `predict` says it, of one patient whose scans were prepared already."
+    lack = '' if checked else skull_differs(m, _skulls_of(scans))
+    with _watched(m) as found: logit,lack = (np.nan,lack) if lack else _one_logit(m, scans.volumes, row)
+    prob = torch.sigmoid(torch.tensor(logit, dtype=torch.float64)).item()
+    unlike,what = _is_unlike(m, scans.volumes, scans.facts, found)
+    return prob,'; '.join(filter(None, (scans.note,lack,what))),unlike
+
+def _skulls_of(scans):
+    "Sequence to whether it has a skull, as it was seen when it was prepared"
+    return {s: v.get('skull') for volumes,_ in scans.facts.values() for s,v in volumes.items()}
 
 @contextmanager
 def _watched(m):
@@ -904,16 +943,32 @@ def _is_unlike(m, volumes, facts, found):
     try: return _unlike().unlike_training(models, volumes, facts, features)
     except Exception as e: return None,log_fault(e, 'looking for what is unlike training')
 
-def _features_of(features):
-    "What a table knows of each patient, by `id_key`"
-    if features is None: return {}
-    return features.set_index(features.patient.map(id_key)).drop(columns='patient').to_dict('index')
-
 def _one_logit(m, volumes, row):
     "The model's logit and note; what it raises concerns this patient alone"
     try: return m.logit(volumes, row)
     except MGMTError as e: return np.nan,str(e)
     except Exception as e: return np.nan,log_fault(e, 'predicting')
+
+# %% ../nbs/55_learner.ipynb #58e77630
+def predict_unlogged(
+    m:MGMTModel, # Or another of `model_kinds`
+    cohort:pd.DataFrame|VolumeStore, # As for `predict`
+    n_workers:int=None, # Processes that prepare scans; one per core if None
+    progress:bool=True, # Show a progress bar?
+    features:pd.DataFrame=None, # As for `predict`
+) -> pd.DataFrame: # patient, prob, note, unlike
+    "As `predict`, but without an entry in a held-out cohort's record: the external test makes its own."
+    more,rows = _features_of(features),[]
+    for patient,row,scans in track(_ready_patients(m, cohort, n_workers), len(cohort), progress):
+        row = {**row, **more.get(id_key(patient), {})}
+        rows.append((patient, *predict_prepared(m, scans, row, isinstance(cohort, VolumeStore))))
+    columns = ['patient','prob','note','unlike']
+    return pd.DataFrame(rows, columns=columns).astype({'patient':'string', 'unlike':'boolean'})
+
+def _features_of(features):
+    "What a table knows of each patient, by `id_key`"
+    if features is None: return {}
+    return features.set_index(features.patient.map(id_key)).drop(columns='patient').to_dict('index')
 
 # %% ../nbs/55_learner.ipynb #4ec15cad
 def predict(
@@ -925,7 +980,8 @@ def predict(
 ) -> pd.DataFrame: # patient, prob (of methylation, 0 to 1, missing where there is none), note, unlike
     """The probability of a methylated promoter for each patient, in the cohort's order.
 
-    What fails on one patient is its note, and the others go on. `unlike` flags a scan that is unlike those of training,
+    What fails on one patient is its note, and the others go on. Heads with their skull have no probability where
+    training's scans were brains without (`skull_differs`); a store is taken as it is. `unlike` flags a scan that is unlike those of training,
     and the note says by what; it changes no probability, and is missing where the model does not know (of version
     0.1, or trained with fewer than five scans on either side). A learner measures its training's scans when it predicts
     for the first time after a training, which takes as long as predicting them. A prediction of patients who are held

@@ -25,7 +25,7 @@ from .clinical import id_key
 from .cohort import cohort_report, find_cohort
 from .audit import audit_cohort
 from .prepare import PREPARATION
-from .learner import as_model, predict_unlogged
+from .learner import as_model, predict_prepared, prepare_for
 from .report import HEAD
 from .bundle import Bundle
 from .viewer import PLANES, View
@@ -87,12 +87,12 @@ def patient_result(
     if audit is None: audit = audit_cohort(pd.DataFrame([row]), n_workers, progress=False)
     read = _read(row)
     volumes = _with_volumes(row, read)
-    said = predict_unlogged(m, pd.DataFrame([volumes]), 1, progress=False).iloc[0]
-    heat,why = (None,_nothing_said) if pd.isna(said.prob) else _map_of(m, volumes)
-    unlike = None if pd.isna(said.unlike) else bool(said.unlike)
+    prepared = prepare_for(m, volumes)
+    prob,note,unlike = predict_prepared(m, prepared, volumes)
+    heat,why = (None,_nothing_said) if math.isnan(prob) else _map_of(m, volumes, prepared)
     images = [o[2:6] for o in row.attrs.get('images', [])]
     given = dict(findings=patient_findings(row, audit), audit=audit, images=images, scans=read)
-    answer = dict(model=m, prob=float(said.prob), note=said.note, unlike=unlike, map=heat, why=why)
+    answer = dict(model=m, prob=prob, note=note, unlike=unlike, map=heat, why=why)
     return PatientResult(str(row['patient']), **given, **answer)
 
 _nothing_said = "there is no probability to explain"
@@ -131,10 +131,10 @@ def patient_findings(
     rank = table.level.map(dict(error=0, warning=1)).fillna(2)
     return table.iloc[np.argsort(rank, kind='stable')].reset_index(drop=True)
 
-def _map_of(m, row):
+def _map_of(m, row, prepared):
     "The map of an answer, or None, and what there is to say of it"
     if not isinstance(m, Bundle): return None,_not_known
-    try: found = explain(m, row, progress=False)
+    try: found = explain(m, row, prepared=prepared, progress=False)
     except MGMTError as e: return None,str(e)
     except Exception as e: return None,log_fault(e, 'explaining')
     return found.map,found.why or found.note
@@ -349,13 +349,15 @@ def _facts(m):
     "What the model is, as a table"
     rows = [('model', m.arch if hasattr(m, 'arch') else type(m).__name__), ('sequences', ', '.join(m.sequences))]
     if isinstance(m, Bundle):
-        rows += [('bundle', f"{m.signature[:8]}, {len(m.models)} networks, frozen {m.created[:10]}"),
+        rows += [('bundle', f"{m.signature[:8]}, {_networks(len(m.models))}, frozen {m.created[:10]}"),
             ('trained on', f'a store of {len(m.patients)} patients, validation patients included'),
             ('external tests so far', len(m.ledger.passes()))]
     elif getattr(m, 'trained', None) and 'train_patients' in m.trained:
         rows.append(('trained on', f"{m.trained['train_patients']} patients"))
     rows += [('made with', _version(m)), ('shown with', f'mgmt_fast {__version__}')]
     return pd.DataFrame(rows, columns=['what','is'])
+
+def _networks(n): return f"{n} network{'s'*(n!=1)}"
 
 def _version(m):
     version = f'mgmt_fast {m.version}'

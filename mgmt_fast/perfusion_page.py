@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from .core import *
 from .dsc import Series4D
-from .pages import figure_tag, table_tag, write_csv, write_page
+from .pages import figure_tag, legend_below, table_tag, write_csv, write_page
 from .perfusion import PERFUSION_MAPS, Perfusion, perfusion_maps
 
 # %% ../nbs/38_perfusion_page.ipynb #43d3b1e6
@@ -64,7 +64,8 @@ def show_curves(
     for i,name in ((found.bolus.arrival,'arrival'),(found.bolus.peak,'peak')):
         ctx.axvline(c.time[i], color='.7', lw=.8)
         ctx.annotate(name, (c.time[i],0), fontsize=7, rotation=90, va='bottom')
-    ctx.set(xlabel='s', ylabel='change of R2*, 1/s'); ctx.legend(fontsize=7)
+    ctx.set(xlabel='s', ylabel='change of R2*, 1/s')
+    legend_below(ctx, ncols=2)
     return ctx
 
 def show_artery(

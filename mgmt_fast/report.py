@@ -7,13 +7,12 @@ __all__ = ['HEAD', 'roc_band', 'plot_roc', 'plot_history', 'plot_pr', 'plot_reli
            'plot_forest', 'plot_losses', 'write_report']
 
 # %% ../nbs/60_report.ipynb #db3e76cb
-import textwrap
 from pathlib import Path
 
 import numpy as np, pandas as pd
 import matplotlib.pyplot as plt
 from .core import *
-from .pages import figure_tag, table_tag, write_page
+from .pages import figure_tag, legend_below, table_tag, write_page
 from fastcore.all import *
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
@@ -40,12 +39,6 @@ def roc_band(
     return at, *np.quantile(curves, [(1-level)/2,(1+level)/2], axis=0)
 
 # %% ../nbs/60_report.ipynb #97d4d700
-def _legend_below(ax, **kwargs):
-    "A legend below the axes, where it covers nothing; long names take several lines"
-    lines,names = ax.get_legend_handles_labels()
-    names = [textwrap.fill(o, 64) for o in names]
-    ax.legend(lines, names, loc='upper left', bbox_to_anchor=(0,-.13), frameon=False, fontsize=8, **kwargs)
-
 def plot_roc(
     y:np.ndarray, # Labels, (n,), 0 or 1
     p:np.ndarray, # Scores, (n,)
@@ -62,7 +55,7 @@ def plot_roc(
     ax.fill_between(at, lo, hi, color=line.get_color(), alpha=.15, lw=0)
     ax.plot([0,1], [0,1], ':', color='gray', lw=1)
     ax.set(xlabel='1 - specificity', ylabel='sensitivity', xlim=(-.01,1.01), ylim=(-.01,1.01), aspect='equal')
-    _legend_below(ax, alignment='left', title=f"95 % interval: {AUC_METHODS[r.name]}; band: bootstrap's")
+    legend_below(ax, alignment='left', title=f"95 % interval: {AUC_METHODS[r.name]}; band: bootstrap's")
     return ax
 
 # %% ../nbs/60_report.ipynb #c281f027
@@ -82,7 +75,7 @@ def plot_history(
     axs[1].set(xlabel='epoch', ylabel='AUC', ylim=(0,1.02))
     for ax in axs:
         ax.axvline(best, color='gray', lw=.8, ls='--', label='weights kept')
-        ax.legend()
+        legend_below(ax)
         ax.xaxis.get_major_locator().set_params(integer=True)
     return axs
 
@@ -100,7 +93,7 @@ def plot_pr(
     ax.step(recall, precision, where='post', label=f'{label}: average precision {average_precision_score(y,p):.3f}')
     ax.axhline(y.mean(), ls=':', color='gray', lw=1)
     ax.set(xlabel='recall (sensitivity)', ylabel='precision (PPV)', xlim=(-.01,1.01), ylim=(-.01,1.03), aspect='equal')
-    _legend_below(ax)
+    legend_below(ax)
     return ax
 
 # %% ../nbs/60_report.ipynb #b43bfda8
@@ -120,7 +113,7 @@ def plot_reliability(
     ax.bar(edges[:-1], .15*n/n.max(), .05, align='edge', color=dots[0].get_color(), alpha=.3, lw=0)
     ax.plot([0,1], [0,1], ':', color='gray', lw=1)
     ax.set(xlabel='mean probability', ylabel='share methylated', xlim=(-.01,1.01), ylim=(-.01,1.01), aspect='equal')
-    _legend_below(ax)
+    legend_below(ax)
     return ax
 
 # %% ../nbs/60_report.ipynb #7d8a80a6
@@ -139,7 +132,7 @@ def plot_calibration(
     ax.plot([0,1], [0,1], ':', color='gray', lw=1)
     limits = dict(xlim=(-.01,1.01), ylim=(-.01,1.01), aspect='equal')
     ax.set(xlabel='probability', ylabel='share methylated, by recalibration', **limits)
-    _legend_below(ax)
+    legend_below(ax)
     return ax
 
 def _recalibrated(y, p, c):
@@ -171,7 +164,7 @@ def plot_decision(
     ax.plot(t.threshold, t.treat_none, ':', color='gray', lw=1, label='nobody')
     ax.set(xlabel='threshold probability', ylabel='net benefit, per patient')
     ax.set(xlim=(0,most), ylim=(-.15, 1.3*np.mean(y)))
-    _legend_below(ax, ncols=2)
+    legend_below(ax, ncols=2)
     return ax
 
 # %% ../nbs/60_report.ipynb #9c3e8693
@@ -215,16 +208,16 @@ def plot_losses(
     if axs is None: axs = _loss_axes(len(rows), len(cols), size)
     axs = np.reshape(axs, (len(rows), len(cols)))
     for (a,s),runs in histories.items():
-        ax = axs[rows.index(a)][cols.index(s)]
-        _plot_runs(ax, [h if isinstance(h, pd.DataFrame) else pd.read_csv(h) for h in runs])
-        ax.set_title(f'{a}\n{s}', fontsize=9)
+        drawn = axs[rows.index(a)][cols.index(s)]
+        _plot_runs(drawn, [h if isinstance(h, pd.DataFrame) else pd.read_csv(h) for h in runs])
+        drawn.set_title(f'{a}\n{s}', fontsize=9)
     for ax in axs.flat: ax.axhline(np.log(2), ls=':', color='gray', lw=1)
     axs[0][0].set_ylim(0, min(axs[0][0].get_ylim()[1], 2))
     for ax in axs[-1]:
         ax.set_xlabel('epoch')
         ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in axs[:,0]: ax.set_ylabel('cross-entropy')
-    axs[0][0].legend(fontsize=8)
+    legend_below(axs[-1][0], drawn)
     return axs
 
 def _loss_axes(rows, cols, size):

@@ -9,6 +9,7 @@ __all__ = ['thesis_results', 'plot_thesis', 'beside_thesis', 'say_results']
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastcore.all import *
 from .core import *
+from .pages import legend_below
 from .consistency import patients_needed
 from .metrics import holm
 from .evaluate import show_results
@@ -57,7 +58,7 @@ def plot_thesis(
     ax.axhline(.5, color='.6', lw=1)
     ax.axvline(len(SEQUENCES)-.5, color='.8', lw=1)
     ax.set(ylabel='AUC', ylim=(.4,.85), title='as reported, without intervals')
-    ax.legend(frameon=False, fontsize=8, loc='upper left')
+    legend_below(ax, inches=.3, ncols=2)
     ax.spines[['top','right']].set_visible(False)
     return ax
 

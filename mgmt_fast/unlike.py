@@ -85,12 +85,12 @@ def scan_measures(
     for s,x in arrays.items():
         key = facts.get(s, {}).get('hash')
         res[f'{s} intensities'] = _kept_of(key, intensity_measures, x)
-        res[f'{s} geometry'] = geometry_measures(facts.get(s, {}), affine, x.shape)
+        res[s+_GEOMETRY] = geometry_measures(facts.get(s, {}), affine, x.shape)
         if s=='T1wCE': res[f'{s} {CONTRAST}'] = _kept_of(key, contrast_measure, x, affine)
     if len(names)>1: res['sequences together'] = _together(list(arrays.values()))
     return res
 
-CONTRAST = 'contrast agent'
+CONTRAST,_GEOMETRY = 'contrast agent',' geometry'
 _kept = {} # measures by the volume's hash, since every fold of a cross-validation asks for them
 
 def _kept_of(key, measure, *args):
@@ -201,6 +201,11 @@ class TrainingLike:
         if not d: return -np.inf,''
         worst = max(d, key=d.get)
         return d[worst]-self.threshold,worst
+
+    @property
+    def skulls(self) -> dict: # Sequence to the share of training's scans that had their skull
+        "How training's scans came"
+        return {k.removesuffix(_GEOMETRY): float(o.mean[6]) for k,o in self.near.items() if k.endswith(_GEOMETRY)}
 
     def write(self,
         path:str|Path, # A `.safetensors` file

@@ -20,6 +20,10 @@ import pytest
 from identifiers import FOLDER, found, found_in, plant_slice
 from mgmt_fast.cohort import find_cohort
 from mgmt_fast.learner import predict
+from mgmt_fast.phantom import make_phantom
+from mgmt_fast.series import read_volume
+from mgmt_fast.skull import has_skull
+from test_standardize import engines
 from test_patient_page import work # a phantom, a model and a bundle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -257,6 +261,35 @@ def test_what_is_kept_goes_on_and_names_no_place(work, scans, tmp_path):
     assert str(root).encode() not in kept and not (tmp_path/'app/faults.log').exists()
 
 
+def test_a_head_without_an_atlas_has_no_number(work, tmp_path):
+    make_phantom(tmp_path/'heads', n=2, test=0., seed=3, slices=24, size=64, skull=True, progress=False, n_workers=0)
+    app = Launched(tmp_path/'app', work/'bundle', '--root', tmp_path/'heads')
+    said = app.until(app.start(tmp_path/'heads/train/00000'), 'Done: 1 of 1')
+    assert 'FLAIR, T1wCE with skull' in said and 'none<' in said.replace('\n', '') and 'class="number"' not in said
+    app.end()
+
+
+@pytest.mark.real
+@engines
+def test_a_real_head_is_brought_into_the_atlas_and_judged(work, data, tmp_path):
+    "A patient as scanned: no number without an atlas, and with one that of `predict` for what was brought there"
+    raw,atlas = data/'tcga_lgg_raw',data/'atlas/sri24/sri24_t1_1mm_skull_stripped.nii.gz'
+    without = predict(work/'bundle', find_cohort(raw, labels=False), progress=False)
+    assert without.prob.isna().all() and 'with skull' in without.note[0]
+    app = Launched(tmp_path/'app', work/'bundle', '--root', raw, '--keep', tmp_path/'kept', '--atlas', atlas)
+    run = app.start(raw)
+    app.until(run, 'bringing into the atlas TCGA-FG-6692', 300)
+    said = app.until(run, 'Done: 1 of 1', 500)
+    app.end()
+    brought, = (tmp_path/'kept/pages/atlas').iterdir()
+    there = find_cohort(brought, labels=False)
+    number = predict(work/'bundle', there, progress=False).prob.item()
+    assert f'<span class="number">{number:.2f}</span>' in said
+    kept = json.loads(next((tmp_path/'kept/pages').glob('*/patient.json')).read_text())
+    assert kept['prob']==pytest.approx(number, abs=1e-6) and not has_skull(read_volume(there.FLAIR[0]))
+    assert any('brought into the atlas' in o[2] for o in kept['findings'])
+
+
 @pytest.mark.parametrize('args,say', [(['nowhere'],'no model at this place'),
     (['.','--atlas','x.nii'],'--atlas is no file'),
     (['.','--root','x'],'--root is no folder'), (['.','--port','99999'],'port 99999')])
@@ -377,6 +410,42 @@ def test_a_folder_is_dropped(window, work, scans):
     window.wait_for_url('**/run/*')
     window.get_by_text('Done: 1 of 1 patient done').wait_for()
     assert number_of(work, scans/'two/00005')==window.locator('.number').inner_text()
+
+
+def drop(page, *paths):
+    "Drag files and folders over the page and let go, as Chromium itself tells a page of a drop"
+    page.locator('#drop').scroll_into_view_if_needed()
+    box,cdp = page.locator('#drop').bounding_box(),page.context.new_cdp_session(page)
+    at = dict(x=box['x']+box['width']/2, y=box['y']+10)
+    data = dict(items=[], files=[str(o) for o in paths], dragOperationsMask=1)
+    for kind in ('dragEnter','dragOver'): cdp.send('Input.dispatchDragEvent', dict(type=kind, data=data, **at))
+    over = 'over' in (page.locator('#drop').get_attribute('class') or '')
+    cdp.send('Input.dispatchDragEvent', dict(type='drop', data=data, **at))
+    return over
+
+
+def test_a_folder_is_dragged_and_dropped(window, app, work, scans):
+    assert drop(window, scans/'two/00004'), 'the field shows that it would take the folder'
+    window.wait_for_url('**/run/*')
+    window.get_by_text('Done: 1 of 1 patient done').wait_for()
+    assert number_of(work, scans/'two/00004')==window.locator('.number').inner_text()
+
+
+def test_series_are_dropped_side_by_side(window, app, work, scans):
+    "More folders than one are one patient's series, below a folder of their own"
+    drop(window, *sorted((scans/'two/00005').iterdir()))
+    window.wait_for_url('**/run/*')
+    window.get_by_text('Done: 1 of 1 patient done').wait_for()
+    assert number_of(work, scans/'two/00005')==window.locator('.number').inner_text()
+
+
+def test_a_drop_beside_the_field_leaves_the_page_as_it_is(window, app, scans):
+    cdp = window.context.new_cdp_session(window)
+    data = dict(items=[], files=[str(scans/'two/00004')], dragOperationsMask=1)
+    for kind in ('dragEnter','dragOver','drop'):
+        cdp.send('Input.dispatchDragEvent', dict(type=kind, data=data, x=5, y=5))
+    window.wait_for_timeout(300)
+    assert urlsplit(window.url).path=='/' and window.get_by_role('button', name='Run', exact=True).is_visible()
 
 
 def test_too_much_is_said_before_it_is_sent(window, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from identifiers import found_in, plant_slice
 from mgmt_fast import cli
+from mgmt_fast.app_work import PatientPages
 from mgmt_fast.audit import audit_cohort
 from mgmt_fast.bundle import freeze_bundle
 from mgmt_fast.cohort import find_cohort, kaggle_cohort
@@ -126,6 +127,20 @@ def test_a_head_is_shown_from_inside(work, tmp_path):
     patient_report(work/'bundle', tmp_path/'heads', tmp_path/'out', '00000')
     html = (tmp_path/'out/report.html').read_text()
     assert 'only 25 to 75 mm below the top of the head is shown' in html and 'with skull' in html
+
+
+def test_no_number_stands_beside_a_head_whoever_is_asked(work, tmp_path, command):
+    "`predict`, the page of a bundle and of a model alone, and the app's rows say the same"
+    make_phantom(tmp_path/'heads', n=2, test=0., seed=3, slices=24, size=64, skull=True, progress=False, n_workers=0)
+    heads = find_cohort(tmp_path/'heads', labels=False)
+    for m in (work/'bundle', work/'model'):
+        said = predict(m, heads, progress=False)
+        assert said.prob.isna().all() and said.note.str.contains('FLAIR, T1wCE with skull').all()
+        code,text = command(m, tmp_path/'heads', '--patient', '00000', '--dest', 'out', '--strict')
+        html = (tmp_path/'out/report.html').read_text()
+        assert code==3 and said.note[0] in text and 'number is given' in html and 'There is no map' in html
+        rows = dict(PatientPages(m, tmp_path/'pages', n_workers=0).run(heads))
+        assert [(o.prob,o.note) for o in rows.values()]==[(None,o) for o in said.note]
 
 
 def changed(work, tmp_path, **changes):
