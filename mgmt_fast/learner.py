@@ -981,12 +981,11 @@ def predict(
     """The probability of a methylated promoter for each patient, in the cohort's order.
 
     What fails on one patient is its note, and the others go on. Heads with their skull have no probability where
-    training's scans were brains without (`skull_differs`); a store is taken as it is.
-    `unlike` flags a scan that is unlike those of training,
-    and the note says by what; it changes no probability, and is missing where the model does not know (of version
-    0.1, or trained with fewer than five scans on either side). A learner measures its training's scans when it predicts
-    for the first time after a training, which takes as long as predicting them. A prediction of patients who are held
-    out for an external test is entered into the record of their store.
+    training's scans were brains without (`skull_differs`); a store is taken as it is. `unlike` flags a scan that is
+    unlike those of training, and the note says by what; it changes no probability, and is missing where the model does
+    not know (of version 0.1, or trained with fewer than five scans on either side). A learner measures its training's
+    scans when it predicts for the first time after a training, which takes as long as predicting them. A prediction of
+    patients who are held out for an external test is entered into the record of their store.
     Raises `MGMTError` if the model cannot be read, or a store was prepared otherwise."""
     m = as_model(model)
     if isinstance(cohort, VolumeStore): m.note_prediction(cohort)
