@@ -3,9 +3,10 @@
 `nice python benchmarks/soak.py --minutes 60` writes `benchmarks/soak.csv`: rounds by command and mishap, each finished
 by an undisturbed run; runs that were killed or stopped; patients lost, files that differ from an undisturbed run,
 processes and files left over.
-`--writes` lets the first write of every command fail, then the second, and so on to the last, and writes
-`benchmarks/soak_writes.csv`. `mgmt_demo` and `mgmt_thesis` are made of these commands; `mgmt_weights` needs the
-internet, `mgmt_kaggle` builds wheels, and neither keeps anything."""
+`--writes` lets the first write of every command fail, then the second, and so on to the last; of the slowest two, the
+first write from each place in the code. It writes `benchmarks/soak_writes.csv`.
+`mgmt_demo` and `mgmt_thesis` are made of these commands; `mgmt_weights` needs the internet, `mgmt_kaggle` builds
+wheels, and neither keeps anything."""
 import argparse
 import builtins
 import contextlib
@@ -20,7 +21,9 @@ import signal
 import subprocess
 import tempfile
 import time
+import traceback
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 import pandas as pd
@@ -47,7 +50,7 @@ def predict(work, dest):
 def sweep(work, dest):
     how = dict(archs='timm/test_resnet', folds='0,1', epochs=1, bs=8, recipe=str(work/'recipe.yaml'))
     return cli.mgmt_sweep(work/'store', dest, **how)
-def leakage(work, dest): return cli.mgmt_leakage(work/'store', work/'other', dest, planted=2, n_workers=0)
+def leakage(work, dest): return cli.mgmt_leakage(work/'few', work/'few', dest, planted=1, n_workers=0)
 def evaluate(work, dest):
     how = dict(archs='timm/test_resnet', folds=2, inner=2, epochs=1, bs=8, recipe=str(work/'recipe.yaml'))
     return cli.mgmt_evaluate(work/'store', dest, **how, bundle=dest/'bundle')
@@ -62,12 +65,13 @@ def preregister(work, dest):
 
 COMMANDS = dict(phantom=phantom, audit=audit, prepare=prepare, train=train, predict=predict, sweep=sweep,
     leakage=leakage, evaluate=evaluate, external=external, predictions=predictions, preregister=preregister)
+SLOW = ('leakage','evaluate') # each place that writes is enough
 
 
 class FailingWrites:
     "Fails the k-th of all openings for writing, renamings, new folders and waits for the disk"
     def __init__(self, k, patch=setattr):
-        self.k,self.n = k,0
+        self.k,self.n,self.places = k,0,{}
         calls = [(builtins,'open'),(io,'open'),(safetensors.torch,'serialize_file')]
         calls += [(os,o) for o in ('replace','fsync','posix_fallocate','mkdir')]
         for module,name in calls: patch(module, name, self.counted(getattr(module, name), name))
@@ -77,9 +81,30 @@ class FailingWrites:
             mode = args[1] if len(args)>1 else kwargs.get('mode', 'r')
             if name!='open' or isinstance(mode, str) and set('wa+x')&set(mode):
                 self.n += 1
+                self.places.setdefault(place(name), self.n)
                 if self.n==self.k: raise OSError(28, 'No space left on device')
             return f(*args, **kwargs)
         return _f
+
+
+def place(name):
+    "Which lines of the library lead to a write"
+    calls = [o for o in traceback.extract_stack() if '/mgmt_fast/' in o.filename]
+    return name,*((o.filename,o.lineno) for o in calls)
+
+
+def first_writes(f, work, dest):
+    "Of a command's writes, the number of the first from each place"
+    given(f, work, dest)
+    into = work/'first_writes.json'
+    if not (pid:=os.fork()):
+        writes = FailingWrites(None)
+        f(work, dest)
+        into.write_text(json.dumps(sorted(writes.places.values())))
+        os._exit(0)
+    os.waitpid(pid, 0)
+    shutil.rmtree(dest)
+    return json.loads(into.read_text())
 
 
 def given(f, work, dest):
@@ -161,8 +186,9 @@ def made(work):
     log = work/'log'
     steps = [lambda w,d: cli.mgmt_phantom(w/'scans', n=44, seed=1, test=.1, **SMALL),
         other_patients,
+        lambda w,d: cli.mgmt_phantom(w/'few-scans', n=6, seed=2, test=0., **SMALL),
+        lambda w,d: cli.mgmt_prepare(w/'few-scans', w/'few', sequences='T1wCE', size='8x16x16'),
         lambda w,d: cli.mgmt_prepare(w/'scans', w/'store', sequences='T1wCE', size='8x16x16'),
-        lambda w,d: cli.mgmt_prepare(w/'others', w/'other', sequences='T1wCE', size='8x16x16'),
         lambda w,d: train(w, w/'run'),
         lambda w,d: evaluate(w, w/'evaluation')]
     (work/'recipe.yaml').write_text('recipe: default\nanisotropic: 2\nsize: [8, 16, 16]\n')
@@ -263,12 +289,12 @@ def random_mishaps(soak, end, out):
 
 
 def every_write(soak, end, out):
-    "Each write of each command fails once, or until the clock says `end`"
-    for k in COMMANDS:
-        dest,at = soak.work/'now'/k,1
-        while time.monotonic()<end and soak.failing(k, dest, at):
+    "Each write, or each place that writes, of each command fails once, or until the clock says `end`"
+    for k,f in COMMANDS.items():
+        dest = soak.work/'now'/k
+        for at in first_writes(f, soak.work, dest) if k in SLOW else count(1):
+            if time.monotonic()>end or not soak.failing(k, dest, at): break
             shutil.rmtree(dest, ignore_errors=True)
-            at += 1
         soak.table().to_csv(out, index=False)
 
 
