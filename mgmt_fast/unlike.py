@@ -56,6 +56,8 @@ def geometry_measures(
     plane = [float(facts.get('plane')==o) for o in _planes]
     return np.r_[spacing, extent, float(bool(facts.get('skull'))), plane]
 
+_SKULL = 6 # its place among them
+
 # %% ../nbs/56_unlike.ipynb #c0472a57
 def contrast_measure(
     x:np.ndarray, # uint8 (D,H,W), a prepared volume
@@ -205,7 +207,7 @@ class TrainingLike:
     @property
     def skulls(self) -> dict: # Sequence to the share of training's scans that had their skull
         "How training's scans came"
-        return {k.removesuffix(_GEOMETRY): float(o.mean[6]) for k,o in self.near.items() if k.endswith(_GEOMETRY)}
+        return {k.removesuffix(_GEOMETRY): float(o.mean[_SKULL]) for k,o in self.near.items() if k.endswith(_GEOMETRY)}
 
     def write(self,
         path:str|Path, # A `.safetensors` file
