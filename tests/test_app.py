@@ -351,7 +351,7 @@ def test_choose_run_read_the_number_and_open_the_viewer(window, app, work, scans
     window.get_by_text('Folders: 1, files: 0').wait_for()
     assert window.get_by_label('Path of a patient').input_value()=='one'
     window.get_by_role('button', name='Run', exact=True).click()
-    window.get_by_text('Done: 1 of 1 patient done').wait_for()
+    window.get_by_text('Done: 1 of 1 patient done').first.wait_for()
     assert window.locator('.number').inner_text()==number_of(work, scans/'one')
     with window.context.expect_page() as opened: window.get_by_role('link', name='page of 00003').click()
     assert 'patient 00003' in opened.value.get_by_role('heading', level=1).inner_text()
@@ -408,7 +408,7 @@ def test_two_windows_see_one_run_and_closing_one_loses_nothing(window, app, brow
 def test_a_folder_is_dropped(window, work, scans):
     window.locator('#files').set_input_files(scans/'two/00005')
     window.wait_for_url('**/run/*')
-    window.get_by_text('Done: 1 of 1 patient done').wait_for()
+    window.get_by_text('Done: 1 of 1 patient done').first.wait_for()
     assert number_of(work, scans/'two/00005')==window.locator('.number').inner_text()
 
 
@@ -427,7 +427,7 @@ def drop(page, *paths):
 def test_a_folder_is_dragged_and_dropped(window, app, work, scans):
     assert drop(window, scans/'two/00004'), 'the field shows that it would take the folder'
     window.wait_for_url('**/run/*')
-    window.get_by_text('Done: 1 of 1 patient done').wait_for()
+    window.get_by_text('Done: 1 of 1 patient done').first.wait_for()
     assert number_of(work, scans/'two/00004')==window.locator('.number').inner_text()
 
 
@@ -435,7 +435,7 @@ def test_series_are_dropped_side_by_side(window, app, work, scans):
     "More folders than one are one patient's series, below a folder of their own"
     drop(window, *sorted((scans/'two/00005').iterdir()))
     window.wait_for_url('**/run/*')
-    window.get_by_text('Done: 1 of 1 patient done').wait_for()
+    window.get_by_text('Done: 1 of 1 patient done').first.wait_for()
     assert number_of(work, scans/'two/00005')==window.locator('.number').inner_text()
 
 
