@@ -284,7 +284,7 @@ def _is_fact(o, contents):
 
 def _fill_rows(arrays, journal, todo, contents, facts, compute):
     "Compute rows and write them with their facts, 64 at a time and when interrupted"
-    rows,fresh = np.load(arrays, mmap_mode='r+'),[]
+    with write_errors(arrays, LeakageError): rows,fresh = np.load(arrays, mmap_mode='r+'),[]
     def _save():
         with write_errors(arrays, LeakageError): rows.flush()
         with Journal(journal, LeakageError) as j: j.add(*(facts[i] for i in fresh))
