@@ -1,6 +1,6 @@
 """Draw nbs/images/app.png: the app's page of a run with phantoms, as a headless Chromium shows it.
 
-usage: PYTHONPATH=. python .ci/app_picture.py [--chromium /usr/bin/chromium]
+usage: PYTHONPATH=.:tests python .ci/app_picture.py [--chromium /usr/bin/chromium]
 Needs playwright, and a Chromium."""
 import argparse, io, re, shutil, tempfile, threading
 from contextlib import redirect_stdout
@@ -8,30 +8,10 @@ from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
+from bundles import pair_bundle
 from mgmt_fast.app import App
-from mgmt_fast.bundle import freeze_bundle
-from mgmt_fast.cohort import kaggle_cohort
-from mgmt_fast.core import get_recipe
-from mgmt_fast.learner import mgmt_learner, predict, recipe_dls, save_model
-from mgmt_fast.phantom import make_phantom
-from mgmt_fast.prepare import prepare
 
 root = Path(__file__).parent.parent
-PAIR = ('FLAIR','T1wCE')
-
-
-def make_bundle(d):
-    "A bundle of a small network for two sequences"
-    make_phantom(d/'scans', n=48, test=0., auc=.97, seed=1, slices=24, size=64, progress=False)
-    store = prepare(kaggle_cohort(d/'scans'), d/'store', PAIR, size=(16,48,48), progress=False)
-    r = get_recipe('default', arch='timm/test_resnet', epochs=6, lr=2e-3, bs=8, anisotropic=2)
-    dls = recipe_dls(store, r, PAIR, fold=0, n_folds=3, augs=[])
-    learn = mgmt_learner(dls, recipe=r, path=d/'log', model_kwargs=dict(pretrained=False))
-    with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
-    save_model(learn, d/'model')
-    valid = store.only(dls.valid.dataset.patients)
-    known = predict(learn, valid, progress=False).merge(store.table[['patient','label']])
-    freeze_bundle(d/'model', known, store, d/'bundle')
 
 
 def choose_scans(d):
@@ -64,7 +44,7 @@ def main():
     o = p.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
         d = Path(tmp)
-        with redirect_stdout(io.StringIO()): make_bundle(d)
+        with redirect_stdout(io.StringIO()): pair_bundle(d, dict(n=48, slices=24, size=64), dict(epochs=6, lr=2e-3))
         choose_scans(d)
         app = App(d/'bundle', d, n_workers=1)
         threading.Thread(target=app.serve, daemon=True).start()

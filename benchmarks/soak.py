@@ -35,6 +35,7 @@ from mgmt_fast.processes import exit_code
 SMALL = dict(slices=8, size=32)
 KEPT = {'.npy','.safetensors','.csv','.html','.dcm','.yaml'} # compared by their bytes
 TIMED = {'history.csv','sweep.csv'} # hold seconds
+NEVER = 2**31 # no command has so many writes
 NO_MORE = 100 # the exit code of a command that has fewer writes than the one that was to fail
 COLUMNS = ['command','mishap','rounds','interrupted','lost','differ','orphans','litter','refused_wrongly']
 
@@ -95,16 +96,9 @@ def place(name):
 
 def first_writes(f, work, dest):
     "Of a command's writes, the number of the first from each place"
-    given(f, work, dest)
-    into = work/'first_writes.json'
-    if not (pid:=os.fork()):
-        writes = FailingWrites(None)
-        f(work, dest)
-        into.write_text(json.dumps(sorted(writes.places.values())))
-        os._exit(0)
-    os.waitpid(pid, 0)
+    exit_code(started(f, work, dest, work/'log', fail_at=NEVER), 900)
     shutil.rmtree(dest)
-    return json.loads(into.read_text())
+    return json.loads((work/'first_writes.json').read_text())
 
 
 def given(f, work, dest):
@@ -128,6 +122,7 @@ def started(f, work, dest, log, limit=None, fail_at=None):
         writes = None if fail_at is None else FailingWrites(fail_at)
         code = f(work, dest)
         if writes and writes.n<fail_at: code = NO_MORE
+        if fail_at==NEVER: (work/'first_writes.json').write_text(json.dumps(sorted(writes.places.values())))
     finally: os._exit(code)
 
 

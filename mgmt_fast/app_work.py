@@ -23,7 +23,7 @@ from .schemas import NOTHING, TEXT, YES_OR_NO, list_of, read_json, record_of
 from .series import has_scan
 from .clinical import CohortError
 from .cohort import cohort_report, find_cohort
-from .prepare import source_state
+from .prepare import source_states
 from .audit import audit_cohort
 from .records import file_hash
 from .standardize import standardize, with_brain
@@ -97,7 +97,7 @@ class PatientPages:
         row:pd.Series, # From `patient_row`
     ) -> str: # Name of a folder
         "Where the page of a patient belongs: another model, atlas or scan has another place"
-        sources = {s: source_state(row[s], row.get(f'{s}_index')) for s in SEQUENCES if has_scan(row, s)}
+        sources = source_states(row, [s for s in SEQUENCES if has_scan(row, s)])
         digest = json_digest([*self.key, sources, row.patient], 8)
         return f"{re.sub(r'[^0-9A-Za-z]+', '-', row.patient)[:40].strip('-')}-{digest}"
 

@@ -25,7 +25,7 @@ from .skull import has_skull
 from .grids import CANONICAL, match_axes
 from .archive import find_images, shown_name
 from .clinical import CohortError
-from .cohort import cohort_report, find_cohort, write_choices
+from .cohort import called, cohort_report, find_cohort, write_choices
 from .quality import AUDIT_COLUMNS, audit_and_read
 
 # %% ../nbs/25_audit.ipynb #b96c7554
@@ -198,8 +198,6 @@ def _odd_heads(boxes):
 # %% ../nbs/25_audit.ipynb #5ad985e3
 def _append_text(texts, i, what): texts[i] = f'{texts[i]} | {what}' if texts[i] else what
 
-def _called(r): return r.patient if pd.isna(r.sequence) else f'{r.patient} {r.sequence}'
-
 def _rows_of(keys):
     "Rows by key, in order; those without one are left out"
     return groupby([i for i,k in enumerate(keys) if k], lambda i: keys[i])
@@ -227,7 +225,7 @@ def _compare_all(df, seen, bad):
         for i in np.flatnonzero(df.skull.eq(True)): _append_text(bad, i, why)
     for rows in _rows_of([o.digest for o in seen]).values():
         if len(rows)<2: continue
-        for i in rows: _append_text(bad, i, f"same voxels as {', '.join(_called(df.iloc[j]) for j in rows if j!=i)}")
+        for i in rows: _append_text(bad, i, f"same voxels as {', '.join(called(df.iloc[j]) for j in rows if j!=i)}")
 
 def _compare_series(df, seen):
     "Add to the table what only shows beside the other series"
@@ -304,9 +302,9 @@ _SERIES = """<table>{% for r in rows %}<tr><td class="told">{{ r.name }}<div cla
 
 def _shown_row(r, picture):
     "A row of the page"
-    picture = '' if picture is None else picture_tag(picture, f'five slices of {_called(r)}', 'JPEG')
+    picture = '' if picture is None else picture_tag(picture, f'five slices of {called(r)}', 'JPEG')
     findings,notes = ([o for o in t.split(' | ') if o] for t in (r.findings,r.notes))
-    return dict(name=_called(r), facts=_facts_line(r), picture=picture, findings=findings, notes=notes,
+    return dict(name=called(r), facts=_facts_line(r), picture=picture, findings=findings, notes=notes,
         severity=r.severity)
 
 # %% ../nbs/25_audit.ipynb #bdc02f3c
@@ -338,7 +336,7 @@ def _splits(root):
 def _problems(cohort):
     "The first twenty rows of a cohort's report, as text"
     rows = cohort_report(cohort)
-    told = ''.join(f'  {r.patient} {r.sequence}: {r.problem}; {r.what_to_do}\n' for r in rows[:20].itertuples())
+    told = ''.join(f'  {called(r)}: {r.problem}; {r.what_to_do}\n' for r in rows[:20].itertuples())
     return told+(f'  and {len(rows)-20} more\n' if len(rows)>20 else '')
 
 def _find_cohort(root, **how):

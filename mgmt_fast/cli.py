@@ -20,7 +20,7 @@ from .pages import write_csv
 from fastcore.docments import docments
 from .dicom import files_by_number
 from .clinical import read_clinical, read_labels, read_table
-from .cohort import cohort_report, find_cohort, kaggle_cohort
+from .cohort import called, cohort_report, find_cohort, kaggle_cohort
 from .phantom import make_phantom, phantom_bound, read_side_table
 from .prepare import VolumeStore, prepare
 from .loader import mgmt_dls, show_batch
@@ -111,14 +111,10 @@ def _done(lost, strict):
     "The exit code of work that is done: 0, or 3 if patients were left out and that was to be told apart"
     return 3 if lost and strict else 0
 
-def _who(row):
-    "Whom a row of a report is about"
-    return ' '.join(o for o in (row.patient,row.sequence) if not pd.isna(o) and o) or 'the cohort'
-
 def _say_report(report, what):
     "Print the rows that matter, count the others; was a patient or sequence lost?"
     errors,notes = report[report.level=='error'],report[report.level!='error']
-    for r in errors.itertuples(): print(f"  {_who(r)}: {r.what}")
+    for r in errors.itertuples(): print(f"  {called(r)}: {r.what}")
     for note,n in notes.what.str.replace(r': .*','',regex=True).value_counts().items(): print(f"  {n} x {note}")
     if len(errors): print(f"{errors.patient.nunique()} patients with errors in {what}; everything else is done")
     return len(errors)>0
@@ -128,7 +124,7 @@ def _cohort(root, most=20, **kwargs):
     "The cohort of a folder, and the problems of its folders and labels, printed"
     cohort = find_cohort(root, **kwargs)
     report = cohort_report(cohort)
-    for r in report[:most].itertuples(): print(f"  {_who(r)}: {r.problem}; {r.what_to_do}")
+    for r in report[:most].itertuples(): print(f"  {called(r)}: {r.problem}; {r.what_to_do}")
     if len(report)>most: print(f'  and {len(report)-most} more')
     return cohort
 

@@ -13,11 +13,11 @@ import numpy as np, pandas as pd
 from fastcore.all import *
 
 from .core import *
-from .schemas import TEXT, list_of, read_json, record_of
+from .schemas import TEXT, list_of, read_kept, record_of
 from .cohort import add_to_report
 from .dsc import Series4D, dsc_findings, read_dsc
 from .nifti import is_nifti
-from .prepare import source_state
+from .prepare import source_states
 from .engines import moved
 from .perfusion import Perfusion, perfusion_maps
 from .register import rigid_transform
@@ -117,16 +117,13 @@ _ENTRY = record_of(dict(key=record_of({}, others=True), maps=list_of(TEXT), note
 
 def _key_of(row, seq, motion):
     "All that a patient's maps depend on"
-    sources = {k: source_state(row[k], row.get(f'{k}_index')) for k in ('DSC',seq)}
-    return dict(computed_by=_MAPS, sources=sources, motion=bool(motion))
+    return dict(computed_by=_MAPS, sources=source_states(row, ('DSC',seq)), motion=bool(motion))
 
 def _kept_notes(folder, key, maps):
     "What is to be known of maps that are there, where they are those that are asked for; else None"
-    if not is_file(folder/_RECORD): return None
-    try: entry = read_json(folder/_RECORD, _ENTRY)
-    except MGMTError: return None
-    there = set(maps)<=set(entry['maps']) and all(is_file(folder/f'{k}.nii.gz') for k in maps)
-    return entry['notes'] if entry['key']==key and there else None
+    entry = read_kept(folder/_RECORD, _ENTRY, key)
+    there = entry and set(maps)<=set(entry['maps']) and all(is_file(folder/f'{k}.nii.gz') for k in maps)
+    return entry['notes'] if there else None
 
 def _add_one(row, dest, maps, motion, report):
     "Paths of one patient's maps; none where there is no DSC, or it failed"
@@ -146,7 +143,7 @@ def _add_one(row, dest, maps, motion, report):
 def _write_maps(row, seq, folder, maps, motion, key):
     "Compute the maps of a patient and write them; what is to be known"
     found,notes = _placed(row, seq, motion)
-    (folder/_RECORD).unlink(missing_ok=True) # of other maps, until these are complete
+    with write_errors(folder): (folder/_RECORD).unlink(missing_ok=True) # of other maps, until these are complete
     for k in maps: found[k].save(folder/f'{k}.nii.gz')
     write_json(folder/_RECORD, dict(key=key, maps=list(maps), notes=notes))
     return notes

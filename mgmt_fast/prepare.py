@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAP_WINDOWS', 'PREPARATION', 'PrepareError', 'foreground', 'common_box', 'to_bytes', 'prepare_patient',
-           'source_state', 'source_content', 'same_source', 'VolumeStore', 'as_store', 'prepare', 'check_size']
+           'source_state', 'source_states', 'source_content', 'same_source', 'VolumeStore', 'as_store', 'prepare',
+           'check_size']
 
 # %% ../nbs/24_prepare.ipynb #bc9d9c92
 import contextlib, copy, hashlib, itertools, json, os, zlib
@@ -307,6 +308,14 @@ def source_state(
     if not files: return None
     which = [] if index is None or pd.isna(index) else [int(index)]
     return dict(names=_digest([f[:2] for f in files]+which), times=_digest([f[2] for f in files]))
+
+# %% ../nbs/24_prepare.ipynb #9b915553
+def source_states(
+    row:pd.Series|dict, # Of a cohort
+    names:list|tuple, # Columns with paths
+) -> dict: # Column to `source_state`
+    "What the files of a patient's series are: part of the key of whatever is made of them."
+    return {k: source_state(row.get(k), row.get(f'{k}_index')) for k in names}
 
 # %% ../nbs/24_prepare.ipynb #007fdf08
 def _checksum(f):

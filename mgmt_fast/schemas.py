@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'ANYTHING', 'TEXT', 'YES_OR_NO', 'A_SEQUENCE', 'A_NUMBER', 'AN_AFFINE', 'A_RECIPE', 'A_FILE_NAME',
-           'record_of', 'table_of', 'list_of', 'check_form', 'read_json']
+           'record_of', 'table_of', 'list_of', 'check_form', 'read_json', 'read_kept']
 
 # %% ../nbs/04_schemas.ipynb #7ad0e0e3
 import reprlib
@@ -102,3 +102,15 @@ def read_json(
     except MGMTError: raise
     except ValueError: raise error(f"{path.name} is no JSON: was it changed or cut off? Restore it") from None
     return check_form(value, form, path.name, error)
+
+# %% ../nbs/04_schemas.ipynb #7c9886d1
+def read_kept(
+    path:str|Path, # JSON file with a `key`; it need not exist
+    form:Allowed, # What it must hold
+    key:dict, # Of what the result that is wanted is made
+) -> dict: # What it holds; None where it is missing, damaged, or of something else
+    "What an earlier run wrote of a result, where it is the one that is wanted."
+    if not is_file(path): return None
+    try: entry = read_json(path, form)
+    except MGMTError: return None
+    return entry if entry['key']==key else None

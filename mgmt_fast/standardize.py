@@ -21,13 +21,13 @@ from . import __version__
 from .core import *
 from .processes import DIED, do_alone, in_processes, working_in
 from .pages import fill_page, picture_tag, write_csv, write_page
-from .schemas import NOTHING, TEXT, list_of, read_json, record_of, table_of
+from .schemas import NOTHING, TEXT, list_of, read_kept, record_of, table_of
 from .series import has_scan, read_sequence
 from .skull import has_skull
 from .cohort import add_to_report
 from .phantom import write_series
 from .grids import CANONICAL, canonical_affine, isotropic, resample
-from .prepare import source_state
+from .prepare import source_states
 from .audit import thumbnail
 from .register import low_resolution, normalised_mutual_information, rigid_transform
 from .atlas import Atlas, millilitres, read_atlas, solid_mask
@@ -458,19 +458,15 @@ _ENTRY = record_of(dict(key=record_of({}, others=True), problems=list_of(_NOTE),
 def _key_of(row, sequences, recipe, atlas, engines, dicom, stripper):
     "All that a patient's result depends on"
     named = [s for s in (*sequences,'mask') if has_scan(row, s)]
-    sources = {s: source_state(row[s], row.get(f'{s}_index')) for s in named}
-    key = dict(standardization=STANDARDIZATION, recipe=recipe.room('standardize'), atlas=atlas.digest, sources=sources,
-        engines=engines, dicom=dicom)
+    key = dict(standardization=STANDARDIZATION, recipe=recipe.room('standardize'), atlas=atlas.digest,
+        sources=source_states(row, named), engines=engines, dicom=dicom)
     if stripper: key['stripper'] = stripper
     return json.loads(json.dumps(key))
 
 def _kept(folder, key):
     "What an earlier run wrote of a patient, where it is the same that is asked for now; else None"
-    if not is_file(folder/_RECORD): return None
-    try: entry = read_json(folder/_RECORD, _ENTRY, StandardizeError)
-    except StandardizeError: return None
-    there = all(is_file(_file_of(folder, s)) for s in entry['sequences'])
-    return entry if entry['key']==key and there else None
+    entry = read_kept(folder/_RECORD, _ENTRY, key)
+    return entry if entry and all(is_file(_file_of(folder, s)) for s in entry['sequences']) else None
 
 def _file_of(folder, s): return folder/s/f'{s}.nii.gz'
 

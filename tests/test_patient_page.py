@@ -8,37 +8,22 @@ import sys
 
 import pytest
 
+from bundles import pair_bundle
 from identifiers import found_in, plant_slice
 from mgmt_fast import cli
 from mgmt_fast.app_work import PatientPages
 from mgmt_fast.audit import audit_cohort
-from mgmt_fast.bundle import freeze_bundle
-from mgmt_fast.cohort import find_cohort, kaggle_cohort
-from mgmt_fast.core import SEQUENCES, MGMTError, get_recipe
-from mgmt_fast.learner import mgmt_learner, predict, recipe_dls, save_model
+from mgmt_fast.cohort import find_cohort
+from mgmt_fast.core import SEQUENCES, MGMTError
+from mgmt_fast.learner import predict
 from mgmt_fast.patient_page import patient_report, patient_result, patient_row, write_captures
 from mgmt_fast.phantom import make_phantom
-from mgmt_fast.prepare import prepare
-
-ARCH = 'timm/test_resnet'
 
 
 @pytest.fixture(scope='module')
 def work(tmp_path_factory):
     "A phantom, a model of two of its sequences, and a bundle of it"
-    d = tmp_path_factory.mktemp('work')
-    make_phantom(d/'scans', n=36, test=0., auc=.97, seed=1, slices=16, size=48, progress=False, n_workers=0)
-    pair = ('FLAIR','T1wCE')
-    store = prepare(kaggle_cohort(d/'scans'), d/'store', pair, size=(16,48,48), progress=False, n_workers=0)
-    r = get_recipe('default', arch=ARCH, epochs=1, bs=8, anisotropic=2)
-    dls = recipe_dls(store, r, pair, fold=0, n_folds=3, augs=[])
-    learn = mgmt_learner(dls, recipe=r, path=d/'log', model_kwargs=dict(pretrained=False))
-    with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
-    save_model(learn, d/'model')
-    valid = store.only(dls.valid.dataset.patients)
-    v = predict(learn, valid, progress=False).merge(store.table[['patient','label']])
-    freeze_bundle(d/'model', v, store, d/'bundle', temperatures=2.)
-    return d
+    return pair_bundle(tmp_path_factory.mktemp('work'), dict(n=36, slices=16, size=48), dict(epochs=1), temperatures=2.)
 
 
 @pytest.fixture
