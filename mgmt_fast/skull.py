@@ -87,4 +87,4 @@ def has_skull(
     bright = air+.2*(high-air)
     dark = np.abs(some-air)<=bright-air
     noise = 1-n/dark.sum()
-    return bool(noise>.3 or _dark_band(vol, x, air, bright)>.12)
+    return bool(noise>.3 or _dark_band(vol, x, air, bright)>.25)

@@ -10,6 +10,7 @@ from series_writer import *
 
 from mgmt_fast.core import SEQUENCES, MGMTError
 from mgmt_fast.dicom import SeriesError
+from mgmt_fast.phantom import draw_patients, render_patient
 from mgmt_fast.quality import audit_series
 from mgmt_fast.series import list_series, read_volume
 from mgmt_fast.skull import has_skull
@@ -467,3 +468,9 @@ def test_heads_and_brains(data):
         *(data/'atlas').rglob('*.nii.gz')]
     assert len(heads)==7 and len(brains)==9
     assert all(has_skull(read_volume(p)) for p in heads) and not any(has_skull(read_volume(p)) for p in brains)
+
+
+def test_dark_fluid_between_bright_folds_is_no_skull():
+    p = draw_patients(1, seed=5, test=0.).iloc[0]
+    image,_ = render_patient(p, 5, 'FLAIR', slices=155, size=240, fov=240)['FLAIR']
+    assert (image.numpy()==0).mean()>.5 and has_skull(image) is False
