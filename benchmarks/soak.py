@@ -26,14 +26,20 @@ from collections import Counter
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import safetensors.torch
+import torch
 
 from mgmt_fast import cli
+from mgmt_fast.core import Volume
+from mgmt_fast.dsc_phantom import dsc_patients, render_dsc, write_dsc
+from mgmt_fast.grids import isotropic
+from mgmt_fast.phantom import draw_patients, render_patient
 from mgmt_fast.processes import exit_code
 
 SMALL = dict(slices=8, size=32)
-KEPT = {'.npy','.safetensors','.csv','.html','.dcm','.yaml'} # compared by their bytes
+KEPT = {'.npy','.safetensors','.csv','.html','.dcm','.yaml','.gz','.jpg','.zip'} # compared by their bytes
 TIMED = {'history.csv','sweep.csv'} # hold seconds
 NEVER = 2**31 # no command has so many writes
 NO_MORE = 100 # the exit code of a command that has fewer writes than the one that was to fail
@@ -62,10 +68,16 @@ def external(work, dest):
 def predictions(work, dest): return cli.mgmt_evaluate(dest=dest, predictions=work/'table.csv', bundle=dest/'bundle')
 def preregister(work, dest):
     return cli.mgmt_preregister(dest/'plan.json', work/'bundle', 'phantoms of seed 2', 'AUC above .6')
+def standardize(work, dest): return cli.mgmt_standardize(work/'heads', dest, work/'atlas.nii.gz', n_workers=2)
+def perfusion(work, dest): return cli.mgmt_perfusion(work/'dsc', dest)
+def report(work, dest): return cli.mgmt_report(work/'bundle', work/'few-scans/train/00000', dest)
+def pack(work, dest): return cli.mgmt_pack(work/'bundle', dest/'bundle.zip')
+def unpack(work, dest): return cli.mgmt_unpack(work/'bundle.zip', dest/'bundle')
 
 
 COMMANDS = dict(phantom=phantom, audit=audit, prepare=prepare, train=train, predict=predict, sweep=sweep,
-    leakage=leakage, evaluate=evaluate, external=external, predictions=predictions, preregister=preregister)
+    leakage=leakage, evaluate=evaluate, external=external, predictions=predictions, preregister=preregister,
+    standardize=standardize, perfusion=perfusion, report=report, pack=pack, unpack=unpack)
 SLOW = ('leakage','evaluate') # each place that writes is enough
 
 
@@ -176,10 +188,24 @@ def other_patients(work, dest):
     return 0
 
 
+def heads(work):
+    "One brain that lies in the atlas' space already, and one of noise, which is refused; a DSC series"
+    brain = render_patient(draw_patients(1, seed=3).iloc[0], 3, 'T1w', slices=40, size=64, fov=220)['T1w'][0]
+    brain = isotropic(brain, 3.)
+    brain.save(work/'atlas.nii.gz')
+    noise = Volume(torch.from_numpy(np.random.default_rng(0).integers(1, 900, brain.shape, dtype=np.int16)), brain.affine)
+    for name,v in dict(a=brain, b=noise).items():
+        (work/'heads'/name).mkdir(parents=True)
+        v.save(work/'heads'/name/'T1w.nii.gz')
+    sim = render_dsc(dsc_patients(4, seed=1).iloc[1], 1, slices=8, size=40, frames=40)
+    write_dsc(sim.series, work/'dsc', enhanced=False)
+    return 0
+
+
 def made(work):
     "What the commands work on"
     log = work/'log'
-    steps = [lambda w,d: cli.mgmt_phantom(w/'scans', n=44, seed=1, test=.1, **SMALL),
+    steps = [lambda w,d: heads(w), lambda w,d: cli.mgmt_phantom(w/'scans', n=44, seed=1, test=.1, **SMALL),
         other_patients,
         lambda w,d: cli.mgmt_phantom(w/'few-scans', n=6, seed=2, test=0., **SMALL),
         lambda w,d: cli.mgmt_prepare(w/'few-scans', w/'few', sequences='T1wCE', size='8x16x16'),
@@ -190,6 +216,7 @@ def made(work):
     (work/'table.csv').write_text('patient,label,prob\n'+''.join(f'{i},{i%2},{(i*7%20)/20}\n' for i in range(40)))
     for f in steps: assert exit_code(started(f, work, None, log), 600)==0, log.read_text()[-2000:]
     shutil.copytree(work/'evaluation'/'bundle', work/'bundle')
+    assert exit_code(started(lambda w,d: pack(w, w), work, None, log), 600)==0
 
 
 class Soak:
@@ -275,7 +302,7 @@ def random_mishaps(soak, end, out):
     while time.monotonic()<end:
         k, = soak.random.choices([*COMMANDS], [1/max(2, soak.seconds[o]) for o in COMMANDS]) # quick ones more often
         mishap = soak.random.choices([soak.kill, soak.full, soak.two, soak.small_disk], [10,2,1,1])[0]
-        if mishap==soak.two and k=='predict': continue # one file, written whole by either
+        if mishap==soak.two and k in ('predict','pack'): continue # one file, written whole by either
         if mishap==soak.small_disk and k=='external': continue # its bundle would not fit
         dest = soak.work/'now'/k
         mishap(k, dest)

@@ -16,7 +16,7 @@ from typing import Annotated
 import pandas as pd
 from .core import *
 from .processes import working_in
-from .pages import write_csv
+from .pages import plain_cells, write_csv
 from fastcore.docments import docments
 from .dicom import files_by_number
 from .clinical import read_clinical, read_labels, read_table
@@ -540,7 +540,7 @@ def mgmt_preregister(
 def mgmt_external(
     bundle:Path, # Folder that `mgmt_evaluate --bundle` wrote
     root:_Word=None, # Folder of scans, or a store prepared by the bundle's recipe; none with --predictions
-    dest:Path=None, # Folder for the signed result; the bundle's if not given
+    dest:Path=None, # Folder for the signed result and the page of it; the bundle's if not given
     labels:Path=None, # Label table, where the folder has none, or in place of what the store knows
     split:str=None, # `train` or `test`, of a competition folder
     leakage:Path=None, # Table of a leakage audit: test, verdict
@@ -566,10 +566,19 @@ def mgmt_external(
     if (Path(root)/'store.json').exists(): cohort = _store(root, labels, **columns)
     else: cohort = _cohort(root, labels=labels, split=split, choices=choices, patient_col=patient_col, **columns)
     res = external_test(bundle, cohort, dest, leakage, override.split(',') if override else (), plan=plan)
+    _external_page(res, cohort, Path(dest or bundle))
     return _done(_say_test(res), strict)
 
 _scans_or_table = ("give a folder of scans or a store, which the bundle's models predict, or --predictions TABLE with "
     "the columns patient, label and prob; one of the two")
+
+def _external_page(res, cohort, dest):
+    "Write tables, figures and the page of a test of scans, in a folder beside its result"
+    known = cohort.table if isinstance(cohort, VolumeStore) else cohort
+    table = dest/res['predictions']['file']
+    preds = plain_cells(pd.read_csv(table, dtype={'patient':'string'})).merge(known[['patient','label']])
+    print(predictions_report(read_predictions(preds), table.with_suffix(''), res['model']['arch'], res['threshold'],
+        results=res))
 
 def _external_table(bundle, table, dest, **kwargs):
     "Test a table of predictions, and write its page"

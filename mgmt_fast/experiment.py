@@ -416,11 +416,11 @@ def _ways(n):
 def _pictures(s):
     "Figures 7 to 11"
     both = pd.concat([_as_cohort(s.store, 'training'), _as_cohort(s.tcga, 'test')], ignore_index=True)
-    return ["Figure 7: class balance of both sets.", plot_balance(both),
-        "Figure 8: the sequences of a methylated patient, as the network sees them.", plot_patient(s.store, 1),
-        "Figure 9: those of an unmethylated one.", plot_patient(s.store, 0),
-        "Figure 10: one slice under draws of the augmentation.", plot_augmentation(s.store, s.recipe),
-        "Figure 11: the flow of training.", plot_flow(s.recipe)]
+    return ["The thesis' Figure 7: class balance of both sets.", plot_balance(both),
+        "Its Figure 8: the sequences of a methylated patient, as the network sees them.", plot_patient(s.store, 1),
+        "Its Figure 9: those of an unmethylated one.", plot_patient(s.store, 0),
+        "Its Figure 10: one slice under draws of the augmentation.", plot_augmentation(s.store, s.recipe),
+        "Its Figure 11: the flow of training.", plot_flow(s.recipe)]
 
 def _as_cohort(store, name):
     t = store.table
@@ -432,7 +432,7 @@ def _losses(s):
     for number,sequence in ((12,'FLAIR'),(13,'T2w')):
         runs = s.runs[(s.runs.sequences==sequence)&(s.runs.error.fillna('')=='')]
         histories = {(sequence,r.arch): [s.dest/'split'/r.folder/'history.csv'] for r in runs.itertuples()}
-        parts.append(f"Figure {number}: losses of all architectures on {sequence}, its split.")
+        parts.append(f"The thesis' Figure {number}: losses of all architectures on {sequence}, its split.")
         parts.append(plot_losses(histories) if histories else 'No run was finished.')
     return parts
 
@@ -472,6 +472,12 @@ def _one_or_each(tables):
     said = "The thesis found one model per sequence better, without intervals. By folds, AUC:"
     return [said, _as_there(b.add_prefix('one each: ').join(a).reset_index())]
 
+def _runs_part(table):
+    "All runs and tests; whole numbers are shown as such"
+    whole = {k: 'Int64' for k in ('fold','epoch','n_train','n_valid') if k in table}
+    shown = table.drop(columns='folder', errors='ignore').astype(whole)
+    return ["Their folders are named in runs.csv, beside this page.", shown]
+
 def _recipe_part(s):
     "What the recipe chooses, and what learns"
     t = thesis_choices(s.recipe) if s.recipe.name=='published' else compare_recipes('default', s.recipe, differ=True)
@@ -491,7 +497,7 @@ def _page(s):
         'Is any test patient known from training?': _similarity(s),
         'What cannot be in these tables': ["Of the thesis:", theirs, "Of ours:",
             ours if len(ours) else 'No figure contradicts another.'],
-        'The recipe': _recipe_part(s), 'Runs': s.table}
+        'The recipe': _recipe_part(s), 'Runs': _runs_part(s.table)}
     return write_report(s.dest/'thesis.html', 'The experiment of the thesis, once more', sections)
 
 # %% ../nbs/83_experiment.ipynb #8319002a

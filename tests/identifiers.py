@@ -1,4 +1,7 @@
 "Twenty identifiers that are planted wherever a scan or a table may hold one, and looked for in all that is written."
+import gzip
+import zipfile
+
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -20,7 +23,7 @@ def plant_slice(path, uids=True):
     for k,v in PLANTED.items(): setattr(ds, k, v)
     if uids: ds.StudyInstanceUID,ds.FrameOfReferenceUID,ds.SeriesInstanceUID = UID+'.1',UID+'.2',UID+'.3'
     ds.private_block(0x11, 'WOMBAT', create=True).add_new(1, 'LO', PRIVATE)
-    n = path.stem.partition('-')[2]
+    n = path.stem.partition('-')[2] or path.stem
     ds.save_as(path.with_name(f'{FILE}.MR.{n}.dcm'))
     path.unlink()
 
@@ -48,4 +51,13 @@ def found(raw):
 def found_in(folder):
     "The identifiers that a folder's files hold, or their names: {file: identifiers}"
     files = [p for p in folder.rglob('*') if p.is_file()]
-    return {p.name: o for p in files if (o := found(p.read_bytes()+p.name.encode()))}
+    return {p.name: o for p in files if (o := found(unpacked(p)+p.name.encode()))}
+
+
+def unpacked(path):
+    "The bytes of a file, and of what is compressed in it"
+    raw = path.read_bytes()
+    if path.suffix=='.gz': raw += gzip.decompress(raw)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as z: raw += b''.join(map(z.read, z.namelist()))
+    return raw

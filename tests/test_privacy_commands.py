@@ -12,8 +12,12 @@ import pandas as pd
 import pytest
 
 from identifiers import *
+from mgmt_fast.engines import engine_table
 from mgmt_fast.phantom import make_phantom
 from mgmt_fast.trackers import to_tensorboard
+
+sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'))
+import soak
 
 BIN = Path(sys.executable).parent
 
@@ -55,7 +59,17 @@ def held_out(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def written(scans, held_out, tmp_path_factory):
+def heads(tmp_path_factory):
+    "A brain in an atlas' space, one of noise, and a DSC series"
+    root = tmp_path_factory.mktemp('heads')
+    soak.heads(root)
+    for o in (root/'heads').rglob('*.nii.gz'): plant_nifti(o)
+    for o in sorted((root/'dsc').iterdir()): plant_slice(o, uids=False)
+    return root
+
+
+@pytest.fixture(scope='module')
+def written(scans, held_out, heads, tmp_path_factory):
     "Everything that the commands write and print"
     out = tmp_path_factory.mktemp('written')
     env = {**os.environ, 'MGMT_FAST_HOME':str(out/'home'), 'MGMT_FAST_LOG':str(out/'faults.log')}
@@ -76,6 +90,10 @@ def written(scans, held_out, tmp_path_factory):
     run('mgmt_external', 'bundle', held_out, '--plan', 'plan.json')
     run('mgmt_report', 'bundle', held_out, '--patient', min(p.name for p in (held_out/'train').iterdir()))
     run('mgmt_pack', 'bundle', 'bundle.zip')
+    run('mgmt_unpack', 'bundle.zip', 'unpacked')
+    run('mgmt_perfusion', heads/'dsc', 'perfusion')
+    if engine_table().version.notna().all():
+        run('mgmt_standardize', heads/'heads', 'standardized', '--atlas', heads/'atlas.nii.gz', '--dicom')
     if importlib.util.find_spec('tensorboard'): to_tensorboard(out/'evaluation')
     return out
 
@@ -91,6 +109,8 @@ def test_no_file_and_no_output_repeats_one(written):
     kinds = {p.suffix for p in written.rglob('*')}
     assert {'.npy','.json','.csv','.html','.png','.safetensors','.out','.yaml','.jsonl'}<=kinds
     if importlib.util.find_spec('tensorboard'): assert [p for p in written.rglob('events.out.tfevents*')]
+    page, = written.glob('bundle/external-*-1/report.html')
+    assert '12 patients, 6 methylated' in page.read_text()
     leaks = found_in(written)
     assert not leaks, leaks
 
