@@ -193,7 +193,8 @@ def heads(work):
     brain = render_patient(draw_patients(1, seed=3).iloc[0], 3, 'T1w', slices=40, size=64, fov=220)['T1w'][0]
     brain = isotropic(brain, 3.)
     brain.save(work/'atlas.nii.gz')
-    noise = Volume(torch.from_numpy(np.random.default_rng(0).integers(1, 900, brain.shape, dtype=np.int16)), brain.affine)
+    noise = np.random.default_rng(0).integers(1, 900, brain.shape, dtype=np.int16)
+    noise = Volume(torch.from_numpy(noise), brain.affine)
     for name,v in dict(a=brain, b=noise).items():
         (work/'heads'/name).mkdir(parents=True)
         v.save(work/'heads'/name/'T1w.nii.gz')
