@@ -8,11 +8,13 @@ __all__ = ['patient_row', 'PatientResult', 'patient_result', 'patient_findings',
 
 # %% ../nbs/75_patient_page.ipynb #ee35de5b
 import math, textwrap
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastcore.all import *
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
@@ -366,6 +368,14 @@ def _version(m):
 
 # %% ../nbs/75_patient_page.ipynb #d9fd2784
 _COLOURS = dict(error='#b00020', warning='#8a4b00', note='#595959')
+_EASTERN = ('Noto Sans CJK KR','Noto Sans KR','NanumGothic','Malgun Gothic','Apple SD Gothic Neo','Noto Sans CJK JP',
+    'Yu Gothic','Hiragino Sans','Noto Sans CJK SC','Microsoft YaHei','PingFang SC','WenQuanYi Zen Hei')
+
+@lru_cache
+def _families():
+    "Fonts to write with: matplotlib's own; behind it those of this machine for names in Korean, Japanese and Chinese"
+    known = {o.name for o in font_manager.fontManager.ttflist}
+    return ['DejaVu Sans', *(o for o in _EASTERN if o in known)]
 
 class Paper:
     "A4 pages that fill from the top: `.pages`, matplotlib figures"
@@ -383,7 +393,8 @@ class Paper:
         self._write(f'{self.foot}, page {len(self.pages)}', self.margin, .45, 7, color=_COLOURS['note'])
 
     def _write(self, text, x, y, size, **kwargs):
-        self.fig.text(x/self.size[0], y/self.size[1], text, fontsize=size, va='top', parse_math=False, **kwargs)
+        how = dict(fontsize=size, family=_families(), va='top', parse_math=False)
+        self.fig.text(x/self.size[0], y/self.size[1], text, **how, **kwargs)
 
     def _make_room(self, height):
         "A new page where this one is full"
@@ -458,7 +469,7 @@ class Paper:
         path:str|Path, # PDF to write
     ) -> Path: # The path
         "Write the pages as a PDF, whole or not at all"
-        with atomic_path(path) as tmp, plt.rc_context({'pdf.fonttype':42}), PdfPages(tmp) as pdf:
+        with atomic_path(path) as tmp, PdfPages(tmp) as pdf:
             for page in self.pages: pdf.savefig(page)
         return Path(path)
 
