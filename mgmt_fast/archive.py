@@ -111,7 +111,14 @@ def _search_folder(folder, parts, above, res, odd):
     for e in entries:
         if _is_dir(e): _search_folder(e.path, (*parts,e.name), {*above,real}, res, odd)
     if len(res)==before and not any(o[0][:len(parts)]==parts for o in odd):
-        odd.append((parts, 'its folder holds no DICOM or NIfTI file', 'restore the files'))
+        odd.append((parts, *_no_image(entries)))
+
+STANDARDIZED = 'standardized.json' # what `standardize` writes into the folder of each patient
+
+def _no_image(entries):
+    "What is said of a folder without images, and what to do"
+    if any(e.name==STANDARDIZED for e in entries): return 'mgmt_standardize refused it','its qc.html shows why'
+    return 'its folder holds no DICOM or NIfTI file','restore the files'
 
 # %% ../nbs/16_archive.ipynb #6c575f56
 def find_images(

@@ -24,6 +24,7 @@ from .pages import fill_page, picture_tag, write_csv, write_page
 from .schemas import NOTHING, TEXT, list_of, read_kept, record_of, table_of
 from .series import has_scan, read_sequence
 from .skull import has_skull
+from .archive import STANDARDIZED
 from .cohort import add_to_report
 from .phantom import write_series
 from .grids import CANONICAL, canonical_affine, isotropic, resample
@@ -449,7 +450,6 @@ def draw_check(
 
 # %% ../nbs/32_standardize.ipynb #211871b6
 STANDARDIZATION = 1 # part of every patient's key: raised only when the same scans and recipe come to give other voxels
-_RECORD = 'standardized.json'
 
 _NOTE = record_of(dict(sequence=TEXT, what=TEXT))
 _ENTRY = record_of(dict(key=record_of({}, others=True), problems=list_of(_NOTE), state=NOTHING|TEXT,
@@ -465,7 +465,7 @@ def _key_of(row, sequences, recipe, atlas, engines, dicom, stripper):
 
 def _kept(folder, key):
     "What an earlier run wrote of a patient, where it is the same that is asked for now; else None"
-    entry = read_kept(folder/_RECORD, _ENTRY, key)
+    entry = read_kept(folder/STANDARDIZED, _ENTRY, key)
     return entry if entry and all(is_file(_file_of(folder, s)) for s in entry['sequences']) else None
 
 def _file_of(folder, s): return folder/s/f'{s}.nii.gz'
@@ -479,7 +479,7 @@ def _for_file(x, r):
 
 def _save_patient(folder, entry, res, r, dicom):
     "Write all of a patient's files, and let them appear at once"
-    if folder.exists() and not is_file(folder/_RECORD): raise StandardizeError(_occupied(folder))
+    if folder.exists() and not is_file(folder/STANDARDIZED): raise StandardizeError(_occupied(folder))
     with write_errors(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix='.patient-') as td:
         new,old = Path(td)/'new',Path(td)/'old'
         new.mkdir()
@@ -487,7 +487,7 @@ def _save_patient(folder, entry, res, r, dicom):
             _for_file(x, r).save(_file_of(make_folder(new/s).parent, s))
             if dicom: _save_dicom(x, new/'dicom'/s, s, folder.name)
         if res.mask is not None: res.mask.save(new/'brain_mask.nii.gz')
-        write_json(new/_RECORD, entry)
+        write_json(new/STANDARDIZED, entry)
         if folder.exists(): folder.rename(old)
         new.rename(folder)
 

@@ -17,7 +17,7 @@ from scipy.spatial.transform import Rotation
 
 from mgmt_fast import standardize as room
 from mgmt_fast.atlas import Atlas, read_atlas
-from mgmt_fast.cohort import find_cohort
+from mgmt_fast.cohort import cohort_report, find_cohort
 from mgmt_fast.core import SEQUENCES, MGMTError, Volume, rng_for
 from mgmt_fast.engines import distances, engine_table
 from mgmt_fast.grids import isotropic, resample
@@ -247,6 +247,13 @@ def test_the_page_and_the_record_tell_no_places(folder):
     d = json.loads(record)
     assert d['state']=='prepared' and d['matrices']['T1w']==np.eye(4).tolist() and len(d['atlas']['digest'])==32
     assert page.index('<b>c</b>')<page.index('<b>a</b>')
+
+
+def test_who_was_refused_is_told_where_the_result_is_read(folder):
+    cohort,where = folder
+    run(cohort, where, n_workers=0)
+    said = cohort_report(find_cohort(where/'out')).problem
+    assert said.str.contains('mgmt_standardize refused it').sum()==1
 
 
 def test_dicom_holds_the_same_voxels_at_the_same_place(folder):
