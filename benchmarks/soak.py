@@ -139,12 +139,12 @@ def started(f, work, dest, log, limit=None, fail_at=None):
 
 
 def running(group):
-    "Processes of a group that are alive"
-    res = []
-    for p in Path('/proc').iterdir():
+    "Processes of a group of which a thread is alive: one that was killed holds its lock until the last has ended"
+    res = set()
+    for p in Path('/proc').glob('[0-9]*/task/*/stat'):
         with contextlib.suppress(OSError,ValueError):
-            state,_,pgrp = (p/'stat').read_text().rpartition(')')[2].split()[:3]
-            if p.name.isdigit() and int(pgrp)==group and state not in 'ZX': res.append(int(p.name))
+            state,_,pgrp = p.read_text().rpartition(')')[2].split()[:3]
+            if int(pgrp)==group and state not in 'ZX': res.add(int(p.parts[2]))
     return res
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 from .core import *
-from .pages import write_csv
+from .pages import write_csv, write_picture
 from fastcore.all import *
 from scipy.special import expit
 from .clinical import id_key
@@ -257,8 +257,7 @@ def _figures(s, tables):
 def _write_parts(dest, figures, tables):
     "Each figure as a picture, each table as a CSV"
     for k,o in figures.items():
-        with atomic_path(dest/'figures'/f'{k}.png') as tmp:
-            np.ravel(o)[0].figure.savefig(tmp, dpi=110, bbox_inches='tight')
+        write_picture(dest/'figures'/f'{k}.png', np.ravel(o)[0].figure)
     for k,o in tables.items():
         write_csv(dest/f'{k}.csv', o)
 

@@ -16,7 +16,7 @@ from typing import Annotated
 import pandas as pd
 from .core import *
 from .processes import working_in
-from .pages import plain_cells, write_csv
+from .pages import plain_cells, write_csv, write_picture
 from fastcore.docments import docments
 from .dicom import files_by_number
 from .clinical import read_clinical, read_labels, read_table
@@ -330,7 +330,7 @@ def _train(store, dest, recipe, sequences=None, fold=0, seed=0):
 
 def _save(ax, path):
     import matplotlib.pyplot as plt
-    with atomic_path(path) as tmp: ax.figure.savefig(tmp, dpi=110)
+    write_picture(path, ax.figure)
     plt.close(ax.figure)
 
 # %% ../nbs/90_cli.ipynb #665ecbf2

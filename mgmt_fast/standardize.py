@@ -20,7 +20,7 @@ from scipy.spatial.transform import Rotation
 from . import __version__
 from .core import *
 from .processes import DIED, do_alone, in_processes, working_in
-from .pages import fill_page, picture_tag, write_csv, write_page
+from .pages import fill_page, picture_tag, write_csv, write_page, write_picture
 from .schemas import NOTHING, TEXT, list_of, read_kept, record_of, table_of
 from .series import has_scan, read_sequence
 from .skull import has_skull
@@ -517,16 +517,13 @@ def _do_patient(row, dest, atlas, recipe, sequences, key, dicom, budget, strippe
             problems=[dict(sequence=s, what=w) for s,w in res.problems],
             matrices={k: m.tolist() for k,m in res.matrices.items()})
         entry = json.loads(json.dumps(entry, default=float))
-        if (picture := draw_check(res, atlas)) is not None: _save_picture(picture, _picture_file(dest, patient))
+        if (picture := draw_check(res, atlas)) is not None: write_picture(_picture_file(dest, patient), picture, 'JPEG')
         _save_patient(folder, entry, res, recipe, dicom)
     except MGMTError as e: entry.update(sequences=[], problems=[dict(sequence='', what=str(e))])
     except Exception as e: entry.update(sequences=[], problems=[dict(sequence='', what=log_fault(e, 'standardizing'))])
     return entry
 
 def _picture_file(dest, patient): return Path(dest)/'.qc'/f'{patient}.jpg'
-
-def _save_picture(picture, path):
-    with atomic_path(path) as tmp: Image.fromarray(picture).save(tmp, 'JPEG', quality=85)
 
 _atlases = {} # by digest: read before the processes fork, so that none has to be sent one
 
@@ -581,7 +578,8 @@ def _shown(dest, patient, entry):
     path,picture,caption = _picture_file(dest, patient),'','nothing could be read'
     if is_file(path):
         caption = f'{patient}: {_drawn(entry)}'
-        picture = picture_tag(np.asarray(Image.open(path)), caption, 'JPEG')
+        try: picture = picture_tag(np.asarray(Image.open(path)), caption, 'JPEG')
+        except OSError: caption = 'its picture is damaged: remove the folder of this patient, and run it again'
     facts = f"came {entry['state'] or 'unreadable'}; written: {', '.join(entry['sequences']) or 'nothing'}"
     notes = list(_score_lines(entry))
     return dict(patient=patient, facts=facts, problems=_problems(entry), notes=notes, picture=picture,

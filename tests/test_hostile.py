@@ -1,6 +1,7 @@
 "What strangers send, and what disks do: refused with a sentence, within a budget, and nothing is lost."
 import gzip
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
+from PIL import Image
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, MRImageStorage
 
@@ -20,6 +22,7 @@ from mgmt_fast import cli
 from mgmt_fast.audit import audit
 from mgmt_fast.cohort import kaggle_cohort
 from mgmt_fast.core import Budget, MGMTError
+from mgmt_fast.pages import write_picture
 from mgmt_fast.phantom import make_phantom
 from mgmt_fast.prepare import VolumeStore, prepare
 from mgmt_fast.quality import audit_series
@@ -190,6 +193,23 @@ def test_every_write_of_a_preparation_may_fail(scans, tmp_path):
         prepared(scans, dest)
         assert {p.name: p.read_bytes() for p in dest.iterdir()}==right, k
     assert failed>20
+
+
+def test_half_a_picture_is_an_error(tmp_path):
+    "Where a disk fills, the system takes a part of what is written, and says so to who asks"
+    picture = np.random.default_rng(0).integers(0, 255, (64,64,3), dtype=np.uint8)
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            write_picture(tmp_path/'a.jpg', picture, 'JPEG')
+        except MGMTError: code = 0
+        finally: os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])==0 and not [*tmp_path.iterdir()]
+    write_picture(tmp_path/'a.jpg', picture, 'JPEG')
+    assert Image.open(tmp_path/'a.jpg').size==(64,64)
 
 
 def test_two_writers_of_one_store(scans, tmp_path):

@@ -249,6 +249,15 @@ def test_the_page_and_the_record_tell_no_places(folder):
     assert page.index('<b>c</b>')<page.index('<b>a</b>')
 
 
+def test_a_damaged_picture_stops_no_page(folder):
+    cohort,where = folder
+    run(cohort, where, n_workers=0)
+    picture = where/'out/.qc/a.jpg'
+    picture.write_bytes(picture.read_bytes()[:400])
+    run(cohort, where, n_workers=0)
+    assert 'its picture is damaged' in (where/'out/qc.html').read_text()
+
+
 def test_who_was_refused_is_told_where_the_result_is_read(folder):
     cohort,where = folder
     run(cohort, where, n_workers=0)
