@@ -577,16 +577,19 @@ def _external_page(res, cohort, dest):
     known = cohort.table if isinstance(cohort, VolumeStore) else cohort
     table = dest/res['predictions']['file']
     preds = plain_cells(pd.read_csv(table, dtype={'patient':'string'})).merge(known[['patient','label']])
-    print(predictions_report(read_predictions(preds), table.with_suffix(''), res['model']['arch'], res['threshold'],
-        results=res))
+    _page_of_test(read_predictions(preds), table, res['model']['arch'], res['threshold'], res)
+
+def _page_of_test(preds, table, name, threshold, res):
+    "A page that cannot be written takes nothing from a test, which would be another pass if it were run again"
+    try: print(predictions_report(preds, table.with_suffix(''), name, threshold, results=res))
+    except MGMTError as e: print(f"the test is done and its result is written, but not its page: {e}", file=sys.stderr)
 
 def _external_table(bundle, table, dest, **kwargs):
     "Test a table of predictions, and write its page"
     res = external_predictions(bundle, table, dest, **kwargs)
     columns = {k: kwargs[k] for k in ('id_col','label_col','prob_col')}
-    folder = Path(dest or bundle)/res['predictions']['file'].removesuffix('.csv')
-    frozen = FrozenPredictions(bundle)
-    print(predictions_report(read_predictions(table, **columns), folder, frozen.model, frozen.threshold, results=res))
+    frozen,file = FrozenPredictions(bundle),Path(dest or bundle)/res['predictions']['file']
+    _page_of_test(read_predictions(table, **columns), file, frozen.model, frozen.threshold, res)
     return res
 
 def _say_test(res):
