@@ -445,9 +445,9 @@ def _say_hits(hit, found, n):
 def _say_hit(r):
     why = f' ({r.identifiers})' if r.identifiers else ''
     who = f'{r.verdict}: train {r.train}, test {r.test}, {r.sequence}'
-    return f'{who}: score {r.score:.3f}, {_alarms(r.false_alarms)}{why}'
+    return f'{who}: score {r.score:.3f}, {_say_alarms(r.false_alarms)}{why}'
 
-def _alarms(n): return f"{n:{',.0f' if n>=10 else '.1g'}} false alarms expected"
+def _say_alarms(n): return f"{n:{',.0f' if n>=10 else '.1g'}} false alarms expected"
 
 # %% ../nbs/63_leakage.ipynb #3e54922b
 def set_aside(
@@ -609,7 +609,7 @@ def _suspect(r, A, B):
     pictures = [*map(_slices_tag, _strip(A.rows[i], B.rows[j], r['matrix']), sides)]
     who = [f"train {r['train']}", f"test {r['test']}", r['sequence'], r['identifiers']]
     scores = [f"score {r['score']:.3f}", f"NCC {r['ncc']:.3f}", f"NMI {r['nmi']:.3f}",
-        _alarms(r['false_alarms'])]
+        _say_alarms(r['false_alarms'])]
     return dict(verdict=r['verdict'], who=who, scores=scores, pictures=pictures)
 
 def _write(df, facts, dest):
