@@ -75,7 +75,7 @@ def picture_tag(
     dpi:int=110, # Of a figure
 ) -> Markup: # An `img` that carries its picture
     "A picture inside a page."
-    data = base64.b64encode(_encoded(picture, kind, dpi)).decode()
+    data = base64.b64encode(_picture_bytes(picture, kind, dpi)).decode()
     if isinstance(picture, plt.Figure): plt.close(picture)
     tag = '<img alt="{{ alt }}" src="data:image/{{ kind }};base64,{{ data }}">'
     return fill_page(tag, alt=alt, kind=kind.lower(), data=data)
@@ -87,10 +87,10 @@ def write_picture(
     dpi:int=110, # Of a figure
 ):
     "Write a picture whole or not at all. Encoded in memory: Pillow does not see that a full disk took half of a file."
-    data = _encoded(picture, kind, dpi)
+    data = _picture_bytes(picture, kind, dpi)
     with atomic_path(path) as tmp: tmp.write_bytes(data)
 
-def _encoded(picture, kind, dpi):
+def _picture_bytes(picture, kind, dpi):
     f = io.BytesIO()
     if isinstance(picture, plt.Figure): picture.savefig(f, format='png', dpi=dpi, bbox_inches='tight')
     else: Image.fromarray(picture).save(f, kind, quality=80)
