@@ -26,6 +26,23 @@ def test_rooms_borrow_no_private_names(path):
     assert not borrowed(ast.parse(path.read_text(encoding='utf-8')), 'mgmt_fast')
 
 
+def named(tree):
+    "What stands at the top of a module: name and node; methods that are patched in belong to their class"
+    for o in tree.body:
+        if isinstance(o, (ast.FunctionDef,ast.ClassDef)) and not any('patch' in ast.unparse(d) for d in o.decorator_list):
+            yield o.name,o
+        if isinstance(o, ast.Assign):
+            yield from ((n.id,o) for t in o.targets for n in ast.walk(t) if isinstance(n, ast.Name))
+
+
+@pytest.mark.parametrize('path', ROOMS, ids=names(ROOMS))
+def test_no_function_takes_the_name_of_another_thing(path):
+    found = [*named(ast.parse(path.read_text(encoding='utf-8')))]
+    functions = [k for k,o in found if not isinstance(o, ast.Assign)]
+    twice = [k for k in functions if sum(k==other for other,_ in found)>1]
+    assert not twice
+
+
 def too_wide(lines): return [f'{i}: {o[:60]} ...' for i,o in enumerate(lines, 1) if len(o)>WIDTH]
 
 
