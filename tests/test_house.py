@@ -29,8 +29,8 @@ def test_rooms_borrow_no_private_names(path):
 def named(tree):
     "What stands at the top of a module: name and node; methods that are patched in belong to their class"
     for o in tree.body:
-        if isinstance(o, (ast.FunctionDef,ast.ClassDef)) and not any('patch' in ast.unparse(d) for d in o.decorator_list):
-            yield o.name,o
+        made = isinstance(o, (ast.FunctionDef,ast.ClassDef))
+        if made and not any('patch' in ast.unparse(d) for d in o.decorator_list): yield o.name,o
         if isinstance(o, ast.Assign):
             yield from ((n.id,o) for t in o.targets for n in ast.walk(t) if isinstance(n, ast.Name))
 
