@@ -32,10 +32,10 @@ def card_precision() -> str: # A value of the recipe's `precision`
 # %% ../nbs/49_devices.ipynb #807b3c91
 @contextmanager
 def tf32_on(
-    device:str|torch.device, # Where is computed; nothing changes on a CPU
+    device:str|torch.device, # Where is computed; nothing changes on a CPU, which None stands for
 ): # A context
     "TF32 in products and convolutions of float32 while a card trains; then as it was."
-    if torch.device(device).type!='cuda':
+    if torch.device(device or 'cpu').type!='cuda':
         yield
         return
     products,convolutions = torch.get_float32_matmul_precision(),torch.backends.cudnn.allow_tf32
