@@ -261,18 +261,18 @@ class KeptVolumes:
         device:torch.device, # Where the batches shall be
     ): # Yields `(TensorMR (B,C,D,H,W) uint8, labels)`
         "Batches of kept volumes, or of volumes that are read ahead."
-        volumes = self._picked(dataset, parts) if self.held is not None else self._ahead(dataset, parts, device)
+        volumes = self._kept_ones(dataset, parts) if self.held is not None else self._ahead(dataset, parts, device)
         for x,part in volumes:
             y = torch.from_numpy(dataset.labels[part])
             yield TensorMR(x),y.to(device, non_blocking=True)
 
-    def _picked(self, dataset, parts):
+    def _kept_ones(self, dataset, parts):
         all_rows = np.array([self.at[p] for p in dataset.patients])
         for part in parts:
             rows = all_rows[part]
             self.fill(rows)
             rows = torch.from_numpy(rows).to(self.device, non_blocking=True)
-            yield self.held.index_select(0, rows),part
+            yield _picked(self.held, rows),part
 
     def _ahead(self, dataset, parts, device, n=2):
         "`n` batches are read while another is used"
@@ -283,6 +283,12 @@ class KeptVolumes:
                 jobs.append((pool.submit(_read, part), part))
                 if len(jobs)>n: yield _arrived(*jobs.popleft(), device)
             while jobs: yield _arrived(*jobs.popleft(), device)
+
+def _picked(held, rows):
+    "Rows of bytes, eight at a time where they are so many"
+    flat = held.view(len(held), -1)
+    wide = flat.view(torch.int64) if flat.shape[1]%8==0 else flat
+    return wide.index_select(0, rows).view(torch.uint8).view(len(rows), *held.shape[1:])
 
 def _arrived(job, part, device): return job.result().to(device, non_blocking=True),part
 

@@ -216,7 +216,7 @@ def light_(
     S,N = C*D,H*W
     c,b = np.asarray(contrast, dtype=float),np.asarray(brightness, dtype=float)
     rows = _sent(np.stack([at, c*b, (1-c)*b, gamma], 1), x)
-    sums,counts = torch.empty(2, len(at), S, device=x.device).unbind()
+    sums,counts = (torch.empty(len(at), S, device=x.device) for _ in range(2))
     with _at(x):
         _sum_slices[S,len(at)](x, rows, sums, counts, S, N, 1024)
         _light[triton.cdiv(N, 2048),S,len(at)](x, rows, sums, counts, least, D, S, N, bool(brain), _up(D), 2048)
@@ -378,6 +378,7 @@ def _thicken(x, rows, mix, least, C, D, N, BD:tl.constexpr, BN:tl.constexpr):
     at = v+d[:,None]*N+j[None,:]
     o = tl.load(at, mask=here, other=0.)
     y = tl.minimum(tl.maximum(total/tl.maximum(brain, 1e-6), least), 1.)
+    tl.debug_barrier() # no thread may overwrite a slice that another one still reads
     tl.store(at, tl.where(o>0, y, 0.), mask=here)
 
 # %% ../nbs/09_passes.ipynb #0fea5578
