@@ -10,10 +10,10 @@ import contextlib, io, math, tempfile
 from pathlib import Path
 
 import torch
+from .core import *
 from fastai.callback.core import Callback, CancelFitException
 from fastai.torch_core import default_device, num_distrib
 from fastcore.all import *
-from .core import *
 from .learner import mgmt_learner, recipe_dls
 from .loader import free_bytes
 from .prepare import VolumeStore
