@@ -166,7 +166,8 @@ class Body(nn.Module):
         if x.shape[2]<self.depth_stride: raise _too_shallow(self, x)
         x = self.inside(self.adapter(x.contiguous(memory_format=torch.channels_last_3d)))
         features = getattr(self.net, 'forward_features', self.net)
-        return ChannelsInside.apply(features(x))
+        f = features(x)
+        return f if route(f)=='plain' else ChannelsInside.apply(f)
 
 def _wrong_batch(body, x):
     what = f"{body.arch} takes batches (B,{body.in_chans},D,H,W); received shape {tuple(x.shape)}"
@@ -232,7 +233,8 @@ class Backbone(nn.Module):
     def forward(self,
         x:torch.Tensor, # (B,C,D,H,W), 0 to 1
     ) -> torch.Tensor: # (B,1)
-        if type(x) is not torch.Tensor: x = x.as_subclass(torch.Tensor) # fastai's tensor types cannot be compiled
+        if not (type(x) is torch.Tensor or _is_exported()): # fastai's tensor types cannot be compiled
+            x = x.as_subclass(torch.Tensor)
         return self.head(self.body(self.standardize(x)))
 
     def train(self,
@@ -241,6 +243,8 @@ class Backbone(nn.Module):
         super().train(mode)
         for n in self.frozen_norms: self.get_submodule(n).eval()
         return self
+
+def _is_exported(): return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 def _from_monai(model, state, prefix, *args):
     "Rename the keys of MONAI's `resnet10`, in place"

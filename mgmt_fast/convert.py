@@ -54,7 +54,7 @@ class _SelectPool3d(tl.SelectAdaptivePool2d):
 
 class _OnImages:
     "Beside a 2D module: it works slice by slice"
-    def forward(self, x): return as_volumes(super().forward(as_images(x)), len(x))
+    def forward(self, x): return as_volumes(super().forward(as_images(x)), x.shape[0])
 
 class _LayerNorm3d(_OnImages, tl.LayerNorm2d): pass
 
@@ -106,7 +106,7 @@ class _SplitAttn3d(tl.SplitAttn):
     def forward(self, x):
         y = self.act0(self.drop(self.bn0(self.conv(x)))).unflatten(1, (self.radix,-1))
         s = self.act1(self.bn1(self.fc1(_mean(y.sum(1)))))
-        s = self.rsoftmax(self.fc2(s)).reshape(len(y), self.radix, -1, 1, 1, 1)
+        s = self.rsoftmax(self.fc2(s)).reshape(y.shape[0], self.radix, -1, 1, 1, 1)
         return (y*s).sum(1)
 
 class _LayerScale3d(tl.LayerScale2d):
@@ -518,6 +518,7 @@ def _no_blocks(model):
 def _recompute(m, x):
     f = partial(type(m).forward, m)
     if not torch.is_grad_enabled() or x[0,0].numel()<2048: return f(x)
+    if torch.compiler.is_compiling(): return checkpoint(f, x, use_reentrant=False) # moves statistics once by itself
     return checkpoint(f, x, use_reentrant=False, context_fn=_contexts)
 
 def _contexts(): return nullcontext(),_second_time()
