@@ -360,6 +360,7 @@ class InflatedConv3d(nn.Module):
         super().__init__()
         store_attr('in_channels,out_channels,kernel_size,stride,dilation,groups,padding,same')
         self.along = _Depth(kernel_size[0], stride[0], dilation[0], padding[0], same, depth_padding)
+        self.geometries = {} # by size of the input, for the kernels of a card
         self._new_weight(bias)
 
     def _new_weight(self, bias):
@@ -385,7 +386,7 @@ class InflatedConv3d(nn.Module):
         "What cuDNN is slow at goes to kernels of our own, or is put as what it is fast at"
         if _is_pointwise(self): return _across(x, lambda rows: F.linear(rows, w.flatten(1), self.bias))
         x, = _cast(x)
-        if _is_depthwise(self): return self._biased(card_depthwise(x, w, self._geometry(x)))
+        if _is_depthwise(self): return self._biased(card_depthwise(x, w, self._geometry(x)[0]))
         if self.groups==1 and self.in_channels<=4 and max(self.dilation)==1: return self._biased(self._folded(x, w))
         if self.along.k>1: return self._conv3d(x)
         return as_volumes(self._biased(self._plane(as_images(_skip(x, self.along.s)), w[:,:,0])), len(x))
@@ -400,9 +401,14 @@ class InflatedConv3d(nn.Module):
         return tuple((n//2,n-n//2) for n in (max((-(-n//s)-1)*s+d*(k-1)+1-n, 0) for n,k,s,d in each))
 
     def _geometry(self, x):
-        before,after = zip(*self._pads(x))
-        return geometry(tuple(x.shape[2:]), self.kernel_size, self.stride, self.dilation, before, after,
-            self.along.mode=='replicate')
+        "Of the whole convolution, its part in the plane and that along the depth"
+        size = tuple(x.shape[2:])
+        if size not in self.geometries:
+            before,after = zip(*self._pads(x))
+            how = self.kernel_size,self.stride,self.dilation,before,after,self.along.mode=='replicate'
+            whole = geometry(size, *how)
+            self.geometries[size] = whole,whole.in_plane(),whole.along_depth()
+        return self.geometries[size]
 
     def _folded(self, x, w):
         "Each block of stride voxels as channels of one: cuDNN computes few channels slowly"
@@ -488,10 +494,10 @@ class SeparableConv3d(InflatedConv3d):
         return self._biased(y)
 
     def _apart_on_card(self, x):
-        geo = self._geometry(x)
-        if _is_depthwise(self): y = card_depthwise(x, self.weight[:,:,None], geo.in_plane())
+        _,plane,depth = self._geometry(x)
+        if _is_depthwise(self): y = card_depthwise(x, self.weight[:,:,None], plane)
         else: y = as_volumes(self._plane(as_images(x), self.weight), len(x))
-        return card_depthwise(y, self.depth[:,None,:,None,None], geo.along_depth())
+        return card_depthwise(y, self.depth[:,None,:,None,None], depth)
 
     def _through(self, lines):
         "The convolution along the depth, (B,O,D,N)"
