@@ -6,11 +6,12 @@
 __all__ = ['LateNumbers', 'card_mark', 'CardClock', 'put_back', 'own_leaves', 'GraphMemory', 'StepGraph', 'why_eager',
            'check_card', 'CapturedSteps']
 
-# %% ../nbs/48_graphs.ipynb #ef34ad92
+# %% ../nbs/48_graphs.ipynb #503318a2
 import random, time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
+from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np, torch
@@ -22,7 +23,7 @@ from torch import nn
 
 from .core import *
 
-# %% ../nbs/48_graphs.ipynb #ab6a2166
+# %% ../nbs/48_graphs.ipynb #19fc2a85
 class LateNumbers:
     "Numbers that a card computes, read when they have arrived; those of a CPU are there at once"
     def __init__(self): self.numbers,self.coming,self.there = None,None,None
@@ -45,7 +46,7 @@ class LateNumbers:
         if self.coming is not None and self.there.query(): self.numbers,self.coming = self.coming.tolist(),None
         return self.numbers
 
-# %% ../nbs/48_graphs.ipynb #02ee5721
+# %% ../nbs/48_graphs.ipynb #2f18f24d
 def card_mark() -> torch.cuda.Event: # With the time at which the card passes it
     "A mark in what the card has to do."
     mark = torch.cuda.Event(enable_timing=True)
@@ -78,7 +79,7 @@ class CardClock:
     @property
     def share(self): return self.worked/self.passed if self.passed else None
 
-# %% ../nbs/48_graphs.ipynb #e77e0388
+# %% ../nbs/48_graphs.ipynb #3b1ff3d5
 def _host_generators():
     "Where the generators of torch, Python and numpy on the CPU are"
     kind,keys,*rest = np.random.get_state()
@@ -107,7 +108,7 @@ def _set_host_generators(of_torch, of_python, of_numpy):
     random.setstate(of_python)
     np.random.set_state(of_numpy)
 
-# %% ../nbs/48_graphs.ipynb #f314ea91
+# %% ../nbs/48_graphs.ipynb #257ef8f2
 @contextmanager
 def own_leaves(
     model:nn.Module, # Whose parameters stay what they are, and are put back
@@ -123,10 +124,10 @@ def own_leaves(
     finally:
         for d,k,p in places: d[k] = p
 
-# %% ../nbs/48_graphs.ipynb #1a739d33
+# %% ../nbs/48_graphs.ipynb #b6b45ce2
 class GraphMemory:
     "What the graphs of one training share, whose steps never overlap"
-    def __init__(self): self.pool,self.turn = None,0
+    def __init__(self): self.pool,self.turn,self.size = None,0,0 # torch's handle; steps so far; bytes
 
 class StepGraph:
     """A model's forward and backward pass for one shape of batch as two CUDA graphs; called as the model is.
@@ -144,9 +145,12 @@ class StepGraph:
         self.graphs = torch.cuda.CUDAGraph(),torch.cuda.CUDAGraph()
         with torch.cuda.device(x.device), put_back(model, x.device) as drew, own_leaves(model) as leaves:
             self.leaves = [leaves[p] for p in self.params]
-            side = torch.cuda.Stream()
+            side = _side_stream(x.device)
             self._warm_up(model, drew, side)
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info()[0]
             self._capture(model, side)
+            memory.size += free-torch.cuda.mem_get_info()[0]
         del self.leaves
 
     def _warm_up(self, model, drew, side):
@@ -221,6 +225,11 @@ class _Replay(torch.autograd.Function):
         if step is None: raise MGMTError(_other_turn)
         return None,None,*step.backward(g, ctx.turn)
 
+@lru_cache
+def _side_stream(device):
+    "One for all captures: libraries keep memory for each stream"
+    return torch.cuda.Stream(device)
+
 def _autocast_without_cache():
     "The autocast that is on, casting weights anew each time: what it keeps would not be the graph's"
     if not torch.is_autocast_enabled('cuda'): return nullcontext()
@@ -239,7 +248,7 @@ _draws_again = "it draws random numbers (dropout) in blocks that are recomputed,
 _other_turn = ("a captured step is one forward pass and then one backward pass; another step came between, or it was "
     "the second backward pass: use graphs=False")
 
-# %% ../nbs/48_graphs.ipynb #d2fd6ae2
+# %% ../nbs/48_graphs.ipynb #fcf86fff
 def why_eager(
     model:nn.Module, # Of a learner
     xb:tuple, # Its inputs
@@ -257,7 +266,7 @@ def _has_hooks(m): return m._forward_hooks or m._forward_pre_hooks or m._backwar
 
 _several = "several processes share a batch, and what they tell each other is not captured"
 
-# %% ../nbs/48_graphs.ipynb #97d0c2fe
+# %% ../nbs/48_graphs.ipynb #6b602f83
 def check_card(
     device:torch.device, # Where a training is to run
 ):
@@ -267,7 +276,7 @@ def check_card(
 _no_card = ("CUDA graphs need a CUDA card, and this training is on a CPU: leave graphs='auto', which captures where "
     "there is one, or graphs=False")
 
-# %% ../nbs/48_graphs.ipynb #1e2c1d48
+# %% ../nbs/48_graphs.ipynb #f4e3f3c4
 class CapturedSteps(Callback):
     """Run the training steps of a learner as CUDA graphs, one for each shape of batch that comes often.
 
@@ -284,10 +293,9 @@ class CapturedSteps(Callback):
     ):
         store_attr()
         self.known = {}
-        self.release()
+        self._release()
 
-    def release(self):
-        "Give the memory of the graphs back"
+    def _release(self): # the memory of the graphs
         self.steps,self.memory = {},GraphMemory()
 
     def before_fit(self):
@@ -295,7 +303,7 @@ class CapturedSteps(Callback):
         self.run = card or self.capture is not None
         if not (self.run or self.auto): check_card(self._device())
         if not self.run: return
-        self.release()
+        self._release()
         self.known,self.took,self.eager,self.refused,self.said = {},{},Counter(),{},set()
         self.clock = CardClock(self.mark or card_mark) if card or self.mark else None
 
@@ -309,9 +317,9 @@ class CapturedSteps(Callback):
     def _look_again(self):
         "What the model consists of, once an epoch"
         model = self.learn.model
-        self.modules = list(model.modules())
+        self.parts = list(model.modules())
         self.tensors = [*model.parameters(), *model.buffers()]
-        found = [getattr(m, k, None) for m in self.modules for k in _constants]
+        found = [getattr(m, k, None) for m in self.parts for k in _constants]
         self.fixed = [o for o in found if not isinstance(o, torch.Tensor)]
 
     def before_batch(self):
@@ -337,7 +345,7 @@ class CapturedSteps(Callback):
     def end(self):
         "Leave nothing behind: the model has its own forward pass, and the graphs' memory is free; also after an error"
         self.after_cancel_batch()
-        self.release()
+        self._release()
         self.known = {}
 
     def after_batch(self):
@@ -349,7 +357,7 @@ class CapturedSteps(Callback):
         if why: return self._say(_eagerly+why)
         x,now = xb[0],self._state()
         if now!=self.known:
-            self.release()
+            self._release()
             self.refused = {}
         self.known,key = now,(tuple(x.shape),x.dtype,type(x),*_cast_to())
         self.seen[key] += 1
@@ -359,7 +367,7 @@ class CapturedSteps(Callback):
 
     def _state(self):
         "What a graph is made of and would not notice a change of"
-        flags = [m.training for m in self.modules]
+        flags = [m.training for m in self.parts]
         return [*flags, *((t.data_ptr(),t.requires_grad) for t in self.tensors), *self.fixed]
 
     def _add(self, model, x, key):
@@ -368,9 +376,24 @@ class CapturedSteps(Callback):
             if len(self.steps)>=self.most: del self.steps[k]
         if len(self.steps)>=self.most: return self._say(f"{_size(key)} runs eagerly: {_enough.format(self.most)}")
         began = time.perf_counter()
-        try: self.steps[key] = (self.capture or StepGraph)(model, x, self.memory)
-        except (MGMTError,RuntimeError) as e: self._refuse(key, e)
-        else: self.took[_size(key)] = time.perf_counter()-began
+        try:
+            step = (self.capture or StepGraph)(model, x, self.memory)
+            self._check_room()
+        except (MGMTError,RuntimeError) as e: return self._refuse(key, e)
+        self.steps[key],self.took[_size(key)] = step,time.perf_counter()-began
+
+    def _check_room(self):
+        "Refuse graphs that leave no memory for the epoch's last batch, which needs its own"
+        held,device = self.memory.size,self._device()
+        if not held: return
+        dl = self.learn.dl
+        n,bs = len(getattr(dl, 'dataset', ())),getattr(dl, 'bs', None) or 1
+        last = 0. if getattr(dl, 'drop_last', False) else n%bs/bs
+        need = held*max(last, _evaluation)
+        free = torch.cuda.mem_get_info(device)[0]
+        if free>=need: return
+        self._release()
+        raise MGMTError(_no_room(held, free))
 
     def _refuse(self, key, e):
         self.refused[key] = why = _cause(e)
@@ -405,13 +428,21 @@ class CapturedSteps(Callback):
         more = f"; {rest} other shape{' runs' if rest==1 else 's run'} eagerly" if rest else ''
         return f"{what} ({times} s to capture){more}"
 
-    def report(self) -> dict: # `captured`: seconds by shape; `eager`: batches by shape; `busy`: share of the loop, or None
-        "What the last training did"
+    def report(self) -> dict: # See below
+        """What the last training did: `captured`, seconds by shape; `eager`, batches by shape; `busy`, share of the loop.
+
+        Where there is no card the last is None."""
         return dict(captured=dict(self.took), eager=dict(self.eager), busy=self.clock and self.clock.share)
 
 _constants = 'p','drop_prob','momentum','eps' # numbers of modules that a graph takes for constants
 _eagerly = "training steps run eagerly, not as CUDA graphs: "
 _rare = "no shape of batch came twice in an epoch"
+_evaluation = .3 # of a training step's memory, which an evaluation may take
+
+def _no_room(held, free):
+    return (f"the graph holds {held/2**30:.1f} GiB, and the {free/2**30:.1f} GiB that are left do not do for the other "
+        "batches: a smaller bs, or checkpoint=True, makes room")
+
 _enough = "{} shapes are captured already"
 def _size(key): return 'x'.join(map(str, key[0]))
 

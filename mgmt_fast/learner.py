@@ -546,8 +546,8 @@ def mgmt_learner(
 ) -> MGMTLearner: # Train it with `learn.fit_recipe()`, or any of fastai's own; `learn.recipe` is the plan
     """A fastai `Learner` for methylation; nothing in it is hidden from fastai's own methods.
 
-    How a card is driven is no choice of a recipe: the weights are the same. Raises `MGMTError` if a choice is given that
-    the store or the loaders have settled otherwise, and on graphs=True without a card."""
+    How a card is driven is no choice of a recipe, for the weights are the same. Raises `MGMTError` if a choice is given
+    that the store or the loaders have settled otherwise, and on graphs=True without a card."""
     asked = {'arch':arch, **(model_kwargs or {})}
     names = choice_names('backbones','learner')
     r = follow_recipe(dls.recipe, recipe, **{k:v for k,v in asked.items() if v is not None and k in names})

@@ -456,6 +456,13 @@ def test_card_gives_the_memory_back(store, tmp_path):
     assert torch.cuda.memory_allocated()<8*held+50e6
 
 
+@pytest.mark.cuda
+def test_card_gives_a_graph_up_for_the_last_batch(store, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('mgmt_fast.graphs._evaluation', 1e9)
+    learn = train(store, tmp_path, 'card')
+    assert not captured(learn) and 'GiB that are left do not do' in capsys.readouterr().out
+
+
 class NoWaits(Callback):
     "Any wait for the card between a batch's first event and its last raises, once the step was captured"
     order,run_valid = -100,False
