@@ -7,10 +7,11 @@ __all__ = ['RandAug', 'RandAffine', 'RandLighting', 'RandBiasField', 'RandNoise'
            'RandCutOut', 'RandCropResize', 'ComposeAugs', 'mgmt_augs', 'tta_views', 'tta']
 
 # %% ../nbs/36_augment.ipynb #e0ec77c8
-import inspect, itertools, math
+import inspect, itertools, math, zlib
 from typing import Any
 
 from .core import *
+from .passes import *
 from .grids import BRAIN_EXTENT
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
@@ -144,6 +145,7 @@ def _out_of_range(lo, hi):
 class RandAug(ItemTransform):
     "A fastai batch transform for training: a random draw, one row per patient, and apart from it a pure application"
     split_idx,order,bounded = 0,30,True
+    in_few_passes = False # has it `pass_`, or `in_passes` of its own?
     neutral = {} # values of parameters that change nothing; None where the parameter is irrelevant then
     limits = {} # smallest, largest and unit of magnitudes
     def __init__(self,
@@ -233,7 +235,7 @@ class RandAug(ItemTransform):
     def row(self,
         k:int, # Which draw
     ) -> dict: # Parameter -> value, of one patient
-        return self.sample(rng_for(self.seed, 'augment', type(self).__name__, k))
+        return self.sample(_rng(self.seed, type(self).__name__, k))
 
     def sample(self,
         rng:np.random.Generator, # Of this draw alone
@@ -258,6 +260,7 @@ class RandAug(ItemTransform):
         mm:np.ndarray, # (B,3) spacing
     ):
         "On a GPU rows that fit go together, or by the same arithmetic alone, with the same bits"
+        if self.in_few_passes and passes_fit(src): return self.in_passes(src, out, rows, mm)
         fits = [src.device.type!='cpu' and self.fits(r) for r in rows]
         if all(fits): return self.together(src, out, rows, mm)
         for i,r in enumerate(rows):
@@ -266,6 +269,26 @@ class RandAug(ItemTransform):
             s = o if src is out else src[k]
             if fits[i]: self.together(s, o, [r], mm[k])
             else: self.run(s, o, r, mm[i])
+
+    def in_passes(self,
+        src:torch.Tensor, # (B,C,D,H,W), not changed unless it is `out`
+        out:torch.Tensor, # (B,C,D,H,W), to be filled
+        rows:list, # Parameters of each patient
+        mm:np.ndarray, # (B,3) spacing
+    ):
+        "All patients in one or two passes over memory, on a card with Triton"
+        if src is not out: out.copy_(src)
+        at = [i for i,r in enumerate(rows) if self.acts(r)]
+        if at: self.pass_(out, at, [rows[i] for i in at], mm[at])
+
+    def pass_(self,
+        x:torch.Tensor, # (B,C,D,H,W), changed in place
+        at:list, # Which patients
+        rows:list, # Their parameters
+        mm:np.ndarray, # (len(at),3) spacing
+    ):
+        "What the kernels of `passes` do for a subclass"
+        raise NotImplementedError
 
     def together(self,
         src:torch.Tensor, # (B,C,D,H,W), not changed unless it is `out`
@@ -308,6 +331,12 @@ class RandAug(ItemTransform):
         return f"{type(self).__name__}({said})"
     @property
     def name(self): return repr(self)
+
+def _rng(seed, name, k):
+    "`rng_for(seed, 'augment', name, k)`, which a batch asks for fifty times, at half its price"
+    if not 0<=seed<2**32: return rng_for(seed, 'augment', name, k)
+    keys = (zlib.crc32(o) for o in (b'augment', name.encode(), b'%d'%k))
+    return np.random.default_rng(np.array([seed,*keys], dtype=np.uint32))
 
 def _no_mask_of(m, x):
     return MGMTError(f"a mask has one number per voxel, (B,D,H,W) or (B,1,D,H,W); received {tuple(m.shape)} beside "
@@ -459,6 +488,18 @@ class RandAffine(RandAug):
             bs.append(b[1:])
         _resample_batch(src, out, ms, bs, self.outside)
 
+    in_few_passes = True
+    def in_passes(self, src, out, rows, mm):
+        if src is out and not any(map(self.acts, rows)): return
+        src = src.clone() if src is out else src.contiguous()
+        maps = [np.c_[self.matrix(r, src.shape[2:], o)] for r,o in zip(rows, mm)]
+        solid = [i for i,r in enumerate(rows) if self.across(r)]
+        flat = [i for i in range(len(rows)) if i not in solid]
+        if solid and src.shape[2]<2: raise _single_slice(src[0])
+        if solid: warp_volumes(src, out, solid, np.stack([maps[i] for i in solid]), self.outside)
+        mirror,planes = [rows[i]['flip_d'] for i in flat],[maps[i][1:,1:] for i in flat]
+        if flat: warp_slices(src, out, flat, np.stack(planes), mirror, self.outside)
+
     def matrix(self,
         r:dict, # One patient's parameters
         shape:tuple, # (D,H,W) voxels
@@ -559,6 +600,11 @@ class RandLighting(RandAug):
         out.mul_(scale).add_(mean).clamp_(0 if brain is None else _least, 1).pow_(gamma)
         if brain is not None: out.mul_(brain)
 
+    in_few_passes = True
+    def pass_(self, x, at, rows, mm):
+        brain = self.over=='brain'
+        light_(x, at, *([r[k] for r in rows] for k in ('contrast','brightness','gamma')), _least if brain else 0., brain)
+
     def change_(self, x, r, mm):
         c,b = r['contrast'],r['brightness']
         if c==1: add = x.new_zeros(()).expand(x.shape[0]*x.shape[1],1,1)
@@ -599,10 +645,7 @@ class RandBiasField(RandAug):
     ) -> torch.Tensor: # (D,H,W), factors
         "Cosines of random weights, up to `waves` half waves along the three axes together"
         k = int(self.waves)+1
-        weights = np.random.default_rng(int(r['bias_seed'] or 0)).standard_normal((k,k,k))
-        i = np.indices(weights.shape).sum(0)
-        weights = np.where((i>0)&(i<k), weights, 0)
-        f = torch.from_numpy(weights).to(like.device, like.dtype, non_blocking=True)
+        f = torch.from_numpy(self.weights(r)).to(like.device, like.dtype, non_blocking=True)
         halves = torch.arange(k, device=like.device)
         for n in shape:
             at = (torch.arange(n, device=like.device)[:,None]+.5)*(math.pi/n)
@@ -611,6 +654,19 @@ class RandBiasField(RandAug):
         lo,hi = f.aminmax()
         most = torch.maximum(hi, -lo).clamp_min(1e-6)
         return f.mul_(r['bias']/most).exp_()
+
+    def weights(self,
+        r:dict, # One patient's parameters
+    ) -> np.ndarray: # (k,k,k), of 0 to k-1 half waves along each axis
+        "How much of each wave the field has"
+        k = int(self.waves)+1
+        weights = np.random.default_rng(int(r['bias_seed'] or 0)).standard_normal((k,k,k))
+        i = np.indices(weights.shape).sum(0)
+        return np.where((i>0)&(i<k), weights, 0)
+
+    in_few_passes = True
+    def pass_(self, x, at, rows, mm):
+        shade_(x, at, [r['bias'] for r in rows], np.stack([self.weights(r) for r in rows]))
 
     def change_(self, x, r, mm): x.mul_(self.field(r, x.shape[1:], x)).clamp_(max=1)
 
@@ -634,6 +690,11 @@ class RandNoise(RandAug):
         hit = rng.random()<self.p
         u,s = rng.random(),_bits(rng)
         return dict(noise=self.noise*u if hit else 0., noise_seed=s)
+
+    in_few_passes = True
+    def pass_(self, x, at, rows, mm):
+        seeds = [int(r['noise_seed'] or 0) for r in rows]
+        add_noise_(x, at, [r['noise'] for r in rows], seeds, _least, self.kind=='rician')
 
     def change_(self, x, r, mm):
         g = torch.Generator(x.device).manual_seed(int(r['noise_seed'] or 0))
@@ -696,6 +757,10 @@ class RandBlur(RandAug):
         hit,u = rng.random()<self.p,rng.random()
         return dict(blur=self.blur*u if hit else 0.)
 
+    in_few_passes = True
+    def pass_(self, x, at, rows, mm):
+        blur_(x, at, [r['blur']/o[1:] for r,o in zip(rows, mm)], _least)
+
     def change_(self, x, r, mm):
         sh,sw = r['blur']/mm[1:]
         _weigh_(x, lambda o: _gauss(_gauss(o, sh, 2), sw, 3), slab=1)
@@ -718,10 +783,28 @@ class RandThickSlices(RandAug):
         hit,u,start = rng.random()<self.p,rng.random(),rng.random()
         return dict(thick=self.thick*u if hit else 0., thick_start=start)
 
-    def change_(self, x, r, mm):
+    def mix(self,
+        r:dict, # One patient's parameters
+        depth:int, # Slices
+        mm:np.ndarray, # (3,) spacing
+    ) -> np.ndarray: # (depth,depth); None where slices are no thicker than they were
+        "Which slices each slice becomes a mean of"
         t = r['thick']/mm[0]
-        if t<=1 or x.shape[1]<2: return
-        a = torch.from_numpy(_thick(x.shape[1], t, r['thick_start'] or 0.))
+        return None if t<=1 or depth<2 else _thick(depth, t, r['thick_start'] or 0.)
+
+    in_few_passes = True
+    def pass_(self, x, at, rows, mm):
+        D = x.shape[2]
+        if D>128: # more than a program of the kernel holds
+            for i,r,o in zip(at, rows, mm): self.change_(x[i], r, o)
+            return
+        mixes = {i:m for i,r,o in zip(at, rows, mm) if (m := self.mix(r, D, o)) is not None}
+        if mixes: thicken_(x, list(mixes), np.stack(list(mixes.values())), _least)
+
+    def change_(self, x, r, mm):
+        a = self.mix(r, x.shape[1], mm)
+        if a is None: return
+        a = torch.from_numpy(a)
         a = a.to(x.device, x.dtype, non_blocking=True)
         def thicken(o): return (a@o.reshape(*o.shape[:2],-1)).view(o.shape)
         _weigh_(x, thicken, slab=2)
@@ -772,6 +855,12 @@ class RandEqualize(RandAug):
         each = out[0,:,:,0,0].numel()
         slices = (at[:,None]*each+torch.arange(each)).view(-1).to(out.device, non_blocking=True)
         self.flatten_(out.view(-1,out[0,0,0].numel()), out.shape[2], slices)
+
+    in_few_passes = True
+    def pass_(self, x, at, rows, mm):
+        counts = count_levels(x, at).long()
+        table = _flatten_slices(counts) if self.over=='slice' else _flatten_brain(counts, x.shape[2])
+        look_up_(x, at, table.to(x.dtype).contiguous())
 
     def change_(self, x, r, mm): self.flatten_(x.view(-1,x[0,0].numel()), x.shape[1])
 
@@ -845,13 +934,27 @@ class RandCropResize(RandAug):
     def choices(self) -> dict: # Choice of a recipe to its value
         return dict(crop_resize=self.crop_resize, crop_after_contrast=True)
 
+    def box(self,
+        r:dict, # One patient's parameters
+        sizes:tuple, # Voxels along H and W
+    ) -> list: # First voxel and number of voxels, along H and W
+        "What is cut out"
+        kept = [int(n*r['window']) for n in sizes]
+        return [(int((r[f'window_{a}'] or 0.)*(n-k+1)), k) for a,n,k in zip('hw', sizes, kept)]
+
+    in_few_passes = True
+    def pass_(self, x, at, rows, mm):
+        maps,windows = [],[]
+        for r in rows:
+            (h,nh),(w,nw) = self.box(r, x.shape[3:])
+            sh,sw = nh/x.shape[3],nw/x.shape[4]
+            maps.append([[sh,0,h+(sh-1)/2],[0,sw,w+(sw-1)/2]])
+            windows.append([h,h+nh-1,w,w+nw-1])
+        warp_slices(x.clone(), x, at, np.array(maps), outside='border', windows=np.array(windows))
+
     def change_(self, x, r, mm):
-        box = [slice(None)]*2
-        for a,n in zip('hw', x.shape[2:]):
-            size = int(n*r['window'])
-            start = int((r[f'window_{a}'] or 0.)*(n-size+1))
-            box.append(slice(start, start+size))
-        x.copy_(F.interpolate(x[tuple(box)], size=x.shape[2:], mode='bilinear'))
+        (h,nh),(w,nw) = self.box(r, x.shape[2:])
+        x.copy_(F.interpolate(x[:,:,h:h+nh,w:w+nw], size=x.shape[2:], mode='bilinear'))
 
 # %% ../nbs/36_augment.ipynb #eb3087df
 class ComposeAugs(RandAug):
@@ -874,7 +977,7 @@ class ComposeAugs(RandAug):
         for p in self.parts: m = p.move_mask(m, r, mm)
         return m
     def run_batch(self, src, out, rows, mm):
-        if src.device.type=='cpu': return super().run_batch(src, out, rows, mm)
+        if src.device.type=='cpu' and not passes_fit(src): return super().run_batch(src, out, rows, mm)
         for p in self.parts:
             p.run_batch(src, out, rows, mm)
             src = out

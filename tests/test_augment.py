@@ -1,5 +1,6 @@
 "Laws of augmentation over random shapes, draws and settings, in the pipeline as a user runs it."
-import json, pickle
+import json, os, pickle, subprocess, sys
+from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
 from fastai.data.core import TfmdDL
@@ -209,6 +210,65 @@ def test_patients_together_as_a_gpu_takes_them_come_out_as_alone(t):
     torch.testing.assert_close(out, alone, atol=0 if isinstance(t, RandEqualize) else 1e-5, rtol=0)
     assert len(at)>1 and not torch.equal(out, src)
 
+
+KERNELS = """import os, sys
+os.environ['TRITON_INTERPRET'] = '1'
+import torch, mgmt_fast.augment as augment
+from test_augment import MAKERS, brains
+
+def apply(t, x, p, kernels):
+    augment.passes_fit = lambda x: kernels
+    return t.apply(x, p)
+
+for shape in ((2,9,37,30), (1,5,16,16)):
+    t,x = MAKERS[sys.argv[1]](),brains(5,*shape)
+    p = t.draw(5, start=11)
+    quiet = p.assign(noise=0.) if 'noise' in p else p
+    plain,y = apply(t, x, quiet, False),apply(t, x, quiet, True)
+    torch.testing.assert_close(y, plain, atol=1e-4, rtol=0)
+    assert torch.equal(y==0, plain==0) and not torch.equal(y, x)
+    noisy = apply(t, x, p, True)
+    for i in range(5): assert torch.equal(noisy[i:i+1], apply(t, x[i:i+1], p.iloc[[i]], True))
+"""
+
+
+@pytest.mark.parametrize('maker', MAKERS)
+def test_kernels_of_a_card_do_what_a_cpu_does(maker):
+    pytest.importorskip('triton')
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    subprocess.run([sys.executable, '-c', KERNELS, maker], check=True, env=env)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('maker', MAKERS)
+def test_on_a_gpu_bits_do_not_depend_on_the_batch(maker):
+    t,x = MAKERS[maker](),brains(5).cuda()
+    p = t.draw(5, start=11)
+    y = t.apply(x, p)
+    assert y.isfinite().all() and 0<=y.min() and y.max()<=1 and not torch.equal(y, x)
+    for i in range(5): assert torch.equal(y[i:i+1], t.apply(x[i:i+1], p.iloc[[i]]))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('maker', MAKERS)
+def test_without_triton_a_gpu_does_it_in_more_passes(maker, monkeypatch):
+    t,x = MAKERS[maker](),brains(5).cuda()
+    p = t.draw(5, start=11)
+    quiet = p.assign(noise=0.) if 'noise' in p else p
+    y = t.apply(x, quiet)
+    monkeypatch.setattr('mgmt_fast.augment.passes_fit', lambda x: False)
+    torch.testing.assert_close(t.apply(x, quiet), y, atol=.02 if 'equalize' in p else 1e-4, rtol=0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('kind', ['rician','gaussian'])
+def test_noise_of_a_gpu_has_its_size_and_its_seed(kind):
+    t,x = RandNoise(kind=kind),torch.full((2,1,16,64,64), .5, device='cuda')
+    p = pd.DataFrame(dict(noise=[.04,.02], noise_seed=[3,4]))
+    y = t.apply(x, p)
+    for i,s in enumerate(p.noise): assert abs(y[i].std()-s)<.03*s and abs(y[i].mean()-.5)<.003
+    assert torch.equal(t.apply(x, p), y)
+    assert not torch.equal(t.apply(x, p.assign(noise_seed=[3,5]))[1], y[1])
 
 @pytest.mark.cuda
 @pytest.mark.parametrize('maker', MAKERS)
