@@ -624,11 +624,12 @@ class BatchNormAct3d(nn.BatchNorm3d):
         x:torch.Tensor, # (B,C,D,H,W)
     ) -> torch.Tensor: # Like `x`
         w,b,mean,var,own,*rest = self._now()
-        own = own and (mean is None or x.numel()>x.shape[1])
+        if own and mean is not None and _is_single(x): own = False
         if _ends_in_silu(self) and _large(x) and torch.is_grad_enabled():
             return _BatchNormSiLU.apply(x, w, b, mean, var, own, *rest)
         return self.act(self.drop(F.batch_norm(x, mean, var, w, b, own, *rest)))
 
+def _is_single(x): "Is there one value per channel?"; return x.shape[2:].numel()==1 and x.shape[0]==1
 def _ends_in_silu(norm): return type(norm.act) is nn.SiLU and type(norm.drop) is nn.Identity
 
 # %% ../nbs/41_operators.ipynb #399bdf01
