@@ -695,7 +695,7 @@ class BatchNormAct3d(nn.BatchNorm3d):
     ) -> torch.Tensor: # Like `x`
         if route(x)=='card' and _on_one_pass(self, self.act): return self.on_card(x, self.act)
         w,b,mean,var,own,*rest = self._now()
-        own = own and (mean is None or x.numel()>x.shape[1])
+        if own and mean is not None and _is_single(x): own = False
         if _ends_in_silu(self) and _large(x) and torch.is_grad_enabled():
             return _BatchNormSiLU.apply(x, w, b, mean, var, own, *rest)
         return self.act(self.drop(F.batch_norm(x, mean, var, w, b, own, *rest)))
@@ -707,10 +707,11 @@ class BatchNormAct3d(nn.BatchNorm3d):
     ) -> torch.Tensor: # Like `x`
         "Norm, addition and activation in one pass."
         w,b,mean,var,own,*rest = self._now()
-        own = own and (mean is None or x.numel()>x.shape[1])
+        if own and mean is not None and _is_single(x): own = False
         return card_norm(x, w, b, mean, var, own, *rest, ACTIVATIONS[type(act)], add)
 
 def _on_one_pass(norm, act): return type(act) in ACTIVATIONS and type(norm.drop) is nn.Identity
+def _is_single(x): "Is there one value per channel?"; return x.shape[2:].numel()==1 and x.shape[0]==1
 def _ends_in_silu(norm): return type(norm.act) is nn.SiLU and type(norm.drop) is nn.Identity
 
 # %% ../nbs/41_operators.ipynb #0a0a0a03
