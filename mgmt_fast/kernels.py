@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['in_kernel', 'ACTIVATIONS', 'on_card', 'kernels_fit', 'interpreted', 'tile', 'channel_moments', 'card_norm',
-           'geometry', 'card_depthwise', 'card_mean', 'card_scale']
+           'geometry', 'card_depthwise', 'card_max_pool', 'card_mean', 'card_scale']
 
 # %% ../nbs/40_kernels.ipynb #49a3f901
 import inspect, os
@@ -510,6 +510,88 @@ def card_depthwise(
 ) -> torch.Tensor: # (B,C,d,h,w)
     "A convolution of each channel with a kernel of its own."
     return _CardDepthwise.apply(x, w, geo)
+
+# %% ../nbs/40_kernels.ipynb #0b0b0b02
+@on_card
+def _pool_forward(x, y, best, C, D, H, W, d, h, v, KD:tl.constexpr, KH:tl.constexpr, KW:tl.constexpr,
+    SD:tl.constexpr, SH:tl.constexpr, SW:tl.constexpr, DD:tl.constexpr, DH:tl.constexpr, DW:tl.constexpr,
+    PD:tl.constexpr, PH:tl.constexpr, PW:tl.constexpr, REPLICATE:tl.constexpr, BN:tl.constexpr, BC:tl.constexpr):
+    c = tl.program_id(1)*BC+tl.arange(0, BC)
+    tiles = tl.cdiv(h*v, BN)
+    plane = tl.program_id(0)//tiles
+    at = (tl.program_id(0)%tiles)*BN+tl.arange(0, BN)
+    row,col,o,b = at//v,at%v,plane%d,plane//d
+    some = (c<C)[None,:]
+    most = tl.full([BN,BC], float('-inf'), tl.float32)
+    where = tl.zeros([BN,BC], tl.int32)
+    for i in range(KD):
+        z = o*SD+i*DD-PD
+        start = x+(b*D+z).to(tl.int64)*H*W*C
+        for j in tl.static_range(KH):
+            for k in tl.static_range(KW):
+                r,q = row*SH+j*DH-PH,col*SW+k*DW-PW
+                inside = (r>=0)&(r<H)&(q>=0)&(q<W)&(at<h*v)&(z>=0)&(z<D)
+                value = tl.load(start+(r*W+q)[:,None]*C+c[None,:], mask=inside[:,None]&some, other=float('-inf'))
+                value = value.to(tl.float32)
+                larger = (value>most)|(value!=value)
+                most = tl.where(larger, value, most)
+                where = tl.where(larger, (i*KH+j)*KW+k, where)
+    to = plane.to(tl.int64)*h*v*C+at[:,None]*C+c[None,:]
+    tl.store(y+to, most.to(y.dtype.element_ty), mask=(at<h*v)[:,None]&some)
+    tl.store(best+to, where.to(tl.uint8), mask=(at<h*v)[:,None]&some)
+
+@on_card
+def _pool_backward(g, best, y, C, D, H, W, d, h, v, KD:tl.constexpr, KH:tl.constexpr, KW:tl.constexpr,
+    SD:tl.constexpr, SH:tl.constexpr, SW:tl.constexpr, DD:tl.constexpr, DH:tl.constexpr, DW:tl.constexpr,
+    PD:tl.constexpr, PH:tl.constexpr, PW:tl.constexpr, REPLICATE:tl.constexpr, BN:tl.constexpr, BC:tl.constexpr):
+    c = tl.program_id(1)*BC+tl.arange(0, BC)
+    tiles = tl.cdiv(H*W, BN)
+    plane = tl.program_id(0)//tiles
+    at = (tl.program_id(0)%tiles)*BN+tl.arange(0, BN)
+    row,col,z,b = at//W,at%W,plane%D,plane//D
+    total = tl.zeros([BN,BC], tl.float32)
+    for i in range(KD):
+        t = z+PD-i*DD
+        o = t//SD
+        if (t>=0)&(o*SD==t)&(o<d):
+            start = (b*d+o).to(tl.int64)*h*v*C
+            for j in tl.static_range(KH):
+                for k in tl.static_range(KW):
+                    r,q = row+PH-j*DH,col+PW-k*DW
+                    p,u = r//SH,q//SW
+                    met = (r>=0)&(p*SH==r)&(p<h)&(q>=0)&(u*SW==q)&(u<v)&(at<H*W)
+                    from_ = start+(p*v+u)[:,None]*C+c[None,:]
+                    inside = met[:,None]&(c<C)[None,:]
+                    chosen = tl.load(best+from_, mask=inside, other=255).to(tl.int32)==(i*KH+j)*KW+k
+                    total += tl.load(g+from_, mask=inside&chosen, other=0.).to(tl.float32)
+    to = y+plane.to(tl.int64)*H*W*C+at[:,None]*C+c[None,:]
+    tl.store(to, total.to(y.dtype.element_ty), mask=(at<H*W)[:,None]&(c<C)[None,:])
+
+# %% ../nbs/40_kernels.ipynb #0b0b0b03
+class _CardMaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, geo):
+        x,B,C = _inside(x),*x.shape[:2]
+        y,best = _new(x, B, C, *geo.out),_new(x, B, C, *geo.out, dtype=torch.uint8)
+        _start(_pool_forward, x, y, best, B*geo.out[0], geo.out[1]*geo.out[2], geo, 1024)
+        ctx.geo = geo
+        ctx.save_for_backward(best)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (best,),geo,g = ctx.saved_tensors,ctx.geo,_inside(g)
+        gx,(D,H,W) = _new(g, *g.shape[:2], *geo.size),geo.size
+        _start(_pool_backward, g, best, gx, len(g)*D, H*W, geo, 2048)
+        return gx,None
+
+def card_max_pool(
+    x:torch.Tensor, # (B,C,D,H,W)
+    geo:geometry, # Of windows of at most 255 voxels
+) -> torch.Tensor: # (B,C,d,h,w)
+    "The largest voxel of each window; padding never is."
+    return _CardMaxPool.apply(x, geo)
 
 # %% ../nbs/40_kernels.ipynb #22b4e241
 @on_card

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['plain_operators', 'route', 'as_images', 'as_volumes', 'ChannelsInside', 'channels_inside', 'pad_depth', 'fold_stride',
-           'InflatedConv3d', 'SeparableConv3d', 'depth_profiles', 'separate_depth', 'merge_depth', 'BatchNormAct3d',
-           'norm_act', 'conv_norm', 'InflatedPool3d', 'volume_mean', 'scale_channels', 'scaled_conv',
+           'slices_as_channels', 'InflatedConv3d', 'SeparableConv3d', 'depth_profiles', 'separate_depth', 'merge_depth',
+           'BatchNormAct3d', 'norm_act', 'conv_norm', 'InflatedPool3d', 'volume_mean', 'scale_channels', 'scaled_conv',
            'keep_freed_memory']
 
 # %% ../nbs/41_operators.ipynb #d19e72ed
@@ -342,6 +342,16 @@ def _blocks(x, stride):
     x = x.unflatten(4, (-1,u)).unflatten(3, (-1,t)).unflatten(2, (-1,s)).permute(0,2,4,6,1,3,5,7).flatten(4)
     return F.pad(x, (0,-x.shape[-1]%8)).movedim(-1, 1)
 
+# %% ../nbs/41_operators.ipynb #0a0a0a05
+def slices_as_channels(
+    x:torch.Tensor, # (B,I,D,H,W)
+    w:torch.Tensor, # (O,I,k,H,W)
+) -> tuple: # (B*(D-k+1),k*I,H,W) and (O,k*I,H,W): the same convolution, without stride, of images
+    "Put the slices that a kernel meets beside each other in channels."
+    k,x = w.shape[2],x.movedim(1, -1)
+    images = torch.cat([x[:,i:x.shape[1]-k+1+i] for i in range(k)], -1).flatten(0,1).movedim(-1, 1)
+    return images,w.transpose(1, 2).flatten(1, 2)
+
 # %% ../nbs/41_operators.ipynb #ae7b4813
 class InflatedConv3d(nn.Module):
     "A 3D convolution with the 2D network's padding in the plane and replication along the depth"
@@ -411,10 +421,11 @@ class InflatedConv3d(nn.Module):
         return self.geometries[size]
 
     def _folded(self, x, w):
-        "Each block of stride voxels as channels of one: cuDNN computes few channels slowly"
+        "A few channels as many: each block of stride voxels, then the slices that a kernel meets, so that images do"
         (lo,hi),*plane = self._pads(x)
         x = F.pad(pad_depth(x, lo, hi, self.along.mode), [o for p in reversed(plane) for o in p])
-        return F.conv3d(*_cast(*fold_stride(x, w, self.stride)))
+        images,w = slices_as_channels(*_cast(*fold_stride(x, w, self.stride)))
+        return as_volumes(F.conv2d(images, w), len(x))
 
     def _biased(self, y): return y if self.bias is None else y+self.bias.view(-1, *[1]*(y.ndim-2))
 
@@ -770,6 +781,7 @@ class InflatedPool3d(nn.Module):
         x:torch.Tensor, # (B,C,D,H,W)
     ) -> torch.Tensor: # (B,C,d,h,w)
         if self._is_max_pool3d(x): return self._max_pool3d(x)
+        if self._is_on_card(x): return card_max_pool(x, self._geometry(x))
         y = as_volumes(self.plane(as_images(x)), x.shape[0])
         if self.along.k==1: return _skip(y, self.along.s)
         return _planes(self._through(_lines(self.along.pad(y))), y.shape[3:])
@@ -778,6 +790,18 @@ class InflatedPool3d(nn.Module):
         "Does torch's own pool do? An end slice that counts twice does not change a maximum"
         m,(lo,hi) = self.plane,self.along.pads(x.shape[2])
         return route(x)!='card' and type(m) is nn.MaxPool2d and lo==hi<=self.along.k//2 and not m.ceil_mode
+
+    def _is_on_card(self, x):
+        "Does a card's kernel do? It numbers at most 255 voxels of a window"
+        m = self.plane
+        plain = self.kind=='max' and type(m) is nn.MaxPool2d and not m.ceil_mode
+        return plain and route(x)=='card' and self.along.k*math.prod(_pair(m.kernel_size))<=255
+
+    def _geometry(self, x):
+        o,m = self.along,self.plane
+        (lo,hi),pad = o.pads(x.shape[2]),_pair(m.padding)
+        every = (o.k,*_pair(m.kernel_size)),(o.s,*_pair(m.stride)),(o.d,*_pair(m.dilation))
+        return geometry(tuple(x.shape[2:]), *every, (lo,*pad), (hi,*pad), False)
 
     def _max_pool3d(self, x):
         o,m = self.along,self.plane
