@@ -25,6 +25,7 @@ from .phantom import make_phantom, phantom_bound, read_side_table
 from .prepare import VolumeStore, prepare
 from .loader import mgmt_dls, show_batch
 from .backbones import mgmt_weights as fetch_weights
+from .memory import auto_batch
 from .learner import as_model, mgmt_learner, predict, save_model
 from .metrics import AUC_METHODS, auc_ci
 from .report import plot_history, plot_roc
@@ -279,7 +280,7 @@ def mgmt_train(
     fold:int=0, # Fold that validates, of 5
     epochs:int=None, # Passes over the patients, at most; the recipe's if not given
     lr:float=None, # Learning rate; the recipe's if not given
-    bs:int=None, # Patients per batch; the recipe's if not given
+    bs:str=None, # Patients per batch, or 'auto': what the card has memory for, with the same step; else the recipe's
     seed:int=0, # Of folds, order and initial weights
     recipe:str=None, # Recipe, by name or as a YAML file such as a training writes; the store's if not given
     labels:Path=None, # Label table, in place of what the store knows
@@ -291,11 +292,22 @@ def mgmt_train(
 
     Run it again to finish after a stop; with `accelerate launch` before it, it trains on several processes."""
     store = _store(store, labels, id_col, label_col)
-    recipe = _recipe(store, recipe, arch=arch, epochs=epochs, lr=lr, bs=bs)
-    learn = _train(store, dest, recipe, sequences, fold=fold, seed=seed)
+    recipe,again = _recipe(store, recipe, arch=arch, epochs=epochs, lr=lr, bs=_number(bs)),False
+    if bs=='auto': recipe,again = _auto(store, dest, recipe, sequences)
+    learn = _train(store, dest, recipe, sequences, fold=fold, seed=seed, checkpoint=again)
     if rank_distrib(): return 0
     print(f'{dest}/model: {_best_epoch(learn)}')
     return _done(len(learn.dls.left_out), strict)
+
+def _number(bs): return None if bs=='auto' else int(bs) if str(bs).isdecimal() else bs
+
+def _auto(store, dest, recipe, sequences):
+    "The recipe with the batch that fits, or with that of a training that goes on; are activations to be recomputed?"
+    found,then = auto_batch(store, recipe, sequences),Path(dest)/'recipe.yaml'
+    bs,accumulate,again = found.values()
+    if then.is_file() and (r := read_recipe(then)).bs*r.accumulate==bs*accumulate:
+        bs,accumulate,again = r.bs,r.accumulate,again or r.bs>bs
+    return get_recipe(recipe, bs=bs, accumulate=accumulate),again
 
 def _best_epoch(learn):
     best = learn.save_best.best_epoch
@@ -313,11 +325,12 @@ def _recipe(store, recipe, **given):
     "The recipe of a command on a store: the store's or another, with what was given"
     return get_recipe(store.recipe if recipe is None else recipe, **{k:v for k,v in given.items() if v is not None})
 
-def _train(store, dest, recipe, sequences=None, fold=0, seed=0):
+def _train(store, dest, recipe, sequences=None, fold=0, seed=0, checkpoint=False):
     if num_distrib()>1: DistributedTraining()
     keep_freed_memory()
     dls = recipe_dls(store, recipe, sequences, fold=fold, seed=seed)
-    learn = mgmt_learner(dls, recipe=recipe, path=dest, seed=seed)
+    model_kwargs = dict(checkpoint=True) if checkpoint else None
+    learn = mgmt_learner(dls, recipe=recipe, path=dest, seed=seed, model_kwargs=model_kwargs)
     batch = dls.train.one_batch()
     if rank_distrib(): # the first process speaks for all
         with learn.no_bar(), learn.no_logging(): learn.fit_recipe(resume=True)

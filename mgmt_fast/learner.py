@@ -39,6 +39,7 @@ from .prepare import PREPARATION, VolumeStore, prepare_patient
 from .runs import key_digest, run_key
 from .loader import LABELS, StoreDL, StoreDataLoaders, ToUnit, check_prepared, mgmt_dls
 from .augment import mgmt_augs
+from .devices import tf32_on
 from .backbones import Standardize, create_backbone, read_weights, rescales_inside
 from .seen import SeenVolumes
 from .networks import PairLoss, Prototypes, create_network
@@ -156,12 +157,15 @@ class MGMTLearner(Learner):
         cbs:list=None, # More callbacks, for this training
         **kwargs, # For fastai's `fit`
     ):
-        "As fastai's. Raises `TrainingError` where a loss is not finite or the memory too small."
+        """As fastai's; what stays in float32 is multiplied in TF32 on a card.
+
+        Raises `TrainingError` where a loss is not finite or the memory too small."""
         self.first_epoch,self.failure = 0,None
         for cb in self.cbs: cb.run = True # what was interrupted may have switched it off
         plan = self._plan or dict(epochs=n_epoch, lr=lr, schedule=_schedule(cbs))
         if not any(isinstance(cb, LRFinder) for cb in L(cbs)): self.fits.append(plan)
-        try: super().fit(n_epoch, lr, wd, cbs, **kwargs)
+        try:
+            with tf32_on(self.dls.device): super().fit(n_epoch, lr, wd, cbs, **kwargs)
         except torch.OutOfMemoryError as e: raise TrainingError(_too_large(self)) from e
         except MGMTError as e:
             e.args = (re.sub(_FASTAI_SAYS, '', str(e)),)
