@@ -73,6 +73,7 @@ def interpreted() -> bool: # Is the variable TRITON_INTERPRET set to 1, as for t
 
 # %% ../nbs/40_kernels.ipynb #3b2f9157
 def _up(n): "The next power of two"; return 1<<(max(n, 1)-1).bit_length()
+def _ceil(a, b): return -(-a//b)
 
 def tile(
     C:int, # Channels
@@ -168,21 +169,21 @@ def _known_moments(table, w, b, running, running_var, C, eps, BC:tl.constexpr):
 # %% ../nbs/40_kernels.ipynb #0ae8fddd
 def _shares(N, C, BN, BC, programs=1056):
     "How many rows each program takes, and how many shares that makes"
-    P = max(1, min(programs//triton.cdiv(C, BC), triton.cdiv(N, BN)))
-    share = triton.cdiv(triton.cdiv(N, P), BN)*BN
-    return share,triton.cdiv(N, share)
+    P = max(1, min(programs//_ceil(C, BC), _ceil(N, BN)))
+    share = _ceil(_ceil(N, P), BN)*BN
+    return share,_ceil(N, share)
 
 def _norm_table(x, w=None, b=None, mean=None, var=None, own=True, momentum=0., eps=0.):
     "What the kernels of a norm have to know of each channel, (5,C): see `_join_moments`"
     C = x.shape[1]
-    N,table,wide = x.numel()//C,_floats(x, 5, C),(triton.cdiv(C, 32),)
+    N,table,wide = x.numel()//C,_floats(x, 5, C),(_ceil(C, 32),)
     if not own:
         _known_moments[wide](table, w, b, mean, var, C, eps, 32)
         return table
     BN,BC = tile(C, 4096)
     share,P = _shares(N, C, BN, BC)
     means,m2 = _floats(x, 2, P, C)
-    _moments_of_shares[P,triton.cdiv(C, BC)](x, means, m2, N, C, share, BN, BC)
+    _moments_of_shares[P,_ceil(C, BC)](x, means, m2, N, C, share, BN, BC)
     sample = N/max(N-1, 1)
     _join_moments[wide](means, m2, table, w, b, mean, var, N, C, share, P, momentum, eps, sample, 32, 32)
     return table
@@ -301,7 +302,7 @@ class _CardNorm(torch.autograd.Function):
         C,y = x.shape[1],torch.empty_like(x)
         table = _norm_table(x, w, b, mean, var, own, momentum, eps)
         N,(BN,BC) = x.numel()//C,tile(C)
-        _norm_forward[triton.cdiv(N, BN),triton.cdiv(C, BC)](x, r, y, table, N, C, act, r is not None, BN, BC)
+        _norm_forward[_ceil(N, BN),_ceil(C, BC)](x, r, y, table, N, C, act, r is not None, BN, BC)
         ctx.how = own,act
         ctx.save_for_backward(x, r, w, b, table)
         return y
@@ -313,11 +314,11 @@ class _CardNorm(torch.autograd.Function):
         g,C,add = _inside(g),x.shape[1],r is not None
         N,(BN,BC) = x.numel()//C,tile(C)
         share,P = _shares(N, C, BN, BC)
-        (sg,sgx),grads,wide = _floats(x, 2, P, C),_floats(x, 4, C),triton.cdiv(C, BC)
+        (sg,sgx),grads,wide = _floats(x, 2, P, C),_floats(x, 4, C),_ceil(C, BC)
         _norm_sums[P,wide](x, r, g, table, sg, sgx, N, C, share, act, add, BN, BC)
-        _join_sums[triton.cdiv(C, 32),](sg, sgx, table, grads, N, C, P, own, 32, 32)
+        _join_sums[_ceil(C, 32),](sg, sgx, table, grads, N, C, P, own, 32, 32)
         gx,gr = torch.empty_like(x),torch.empty_like(r) if add else None
-        _norm_backward[triton.cdiv(N, BN),wide](x, r, g, gx, gr, table, grads, N, C, act, add, own, BN, BC)
+        _norm_backward[_ceil(N, BN),wide](x, r, g, gx, gr, table, grads, N, C, act, add, own, BN, BC)
         return gx,gr,_like(grads[0], w),_like(grads[1], b),*(None,)*6
 
 def _like(g, w): return None if w is None else g.to(w.dtype)
@@ -469,7 +470,7 @@ def _start(kernel, a, b, out, planes, pixels, geo, elements, widest=32):
     C = a.shape[1]
     BN,BC = tile(C, elements, widest)
     BN = min(BN, _up(pixels))
-    kernel[planes*triton.cdiv(pixels, BN),triton.cdiv(C, BC)](a, b, out, C, *geo.args, *geo.fixed, BN, BC)
+    kernel[planes*_ceil(pixels, BN),_ceil(C, BC)](a, b, out, C, *geo.args, *geo.fixed, BN, BC)
 
 def _table(w): "(C,1,k,H,W) as (k*H*W,C) float32"; return w.flatten(1).t().float().contiguous()
 
@@ -498,7 +499,7 @@ def _weight_grad(x, g, geo):
     "(k*H*W,C)"
     C,(d,h,v) = x.shape[1],geo.out
     BN = min(tile(C, 4096, 32)[0], _up(h*v))
-    part = _floats(x, len(x)*d*triton.cdiv(h*v, BN), geo.kernel[0]*geo.kernel[1]*geo.kernel[2], C)
+    part = _floats(x, len(x)*d*_ceil(h*v, BN), geo.kernel[0]*geo.kernel[1]*geo.kernel[2], C)
     _start(_depthwise_weight_grad, x, g, part, len(x)*d, h*v, geo, 4096)
     return part.sum(0)
 
@@ -616,7 +617,7 @@ class _CardMean(torch.autograd.Function):
         V,(BN,BC) = x[0,0].numel(),tile(x.shape[1])
         share,P = _shares(V, C*B, BN, BC)
         part = _floats(x, B, P, C)
-        _volume_sums[P,triton.cdiv(C, BC),B](x, part, V, C, share, BN, BC)
+        _volume_sums[P,_ceil(C, BC),B](x, part, V, C, share, BN, BC)
         return (part.sum(1)/V).to(x.dtype)
 
     @staticmethod
@@ -665,7 +666,7 @@ class _CardScale(torch.autograd.Function):
         x,B,C = _inside(x),*x.shape[:2]
         ctx.save_for_backward(x, s)
         V,(BN,BC),y = x[0,0].numel(),tile(C),torch.empty_like(x)
-        _scale_forward[triton.cdiv(V, BN),triton.cdiv(C, BC),B](x, s.contiguous(), y, V, C, BN, BC)
+        _scale_forward[_ceil(V, BN),_ceil(C, BC),B](x, s.contiguous(), y, V, C, BN, BC)
         return y
 
     @staticmethod
@@ -676,7 +677,7 @@ class _CardScale(torch.autograd.Function):
         V,(BN,BC),gx = x[0,0].numel(),tile(C),torch.empty_like(x)
         share,P = _shares(V, C*B, BN, BC)
         part = _floats(x, B, P, C)
-        _scale_backward[P,triton.cdiv(C, BC),B](x, s.contiguous(), g, gx, part, V, C, share, BN, BC)
+        _scale_backward[P,_ceil(C, BC),B](x, s.contiguous(), g, gx, part, V, C, share, BN, BC)
         return gx,part.sum(1).to(s.dtype)
 
 def card_scale(
