@@ -603,7 +603,8 @@ class RandLighting(RandAug):
     in_few_passes = True
     def pass_(self, x, at, rows, mm):
         brain = self.over=='brain'
-        light_(x, at, *([r[k] for r in rows] for k in ('contrast','brightness','gamma')), _least if brain else 0., brain)
+        each = ([r[k] for r in rows] for k in ('contrast','brightness','gamma'))
+        light_(x, at, *each, _least if brain else 0., brain)
 
     def change_(self, x, r, mm):
         c,b = r['contrast'],r['brightness']

@@ -207,7 +207,7 @@ class KeptVolumes:
     @property
     def shape(self): return len(self.at),len(self.sequences),*self.store.size
     @property
-    def where(self): "In words"; return _where(self)
+    def where(self): return _where(self)
 
     def has(self,
         dataset:Samples, # Of any kind
@@ -456,7 +456,7 @@ class StoreDataLoaders(DataLoaders):
     "fastai's `DataLoaders` over a store; `recipe` says what they are set to, and what the store had settled"
     shuffled_by = 'shuffle' # the choice that decided the order
     @property
-    def where(self): "Where the volumes are, in words"; return self.train.kept.where
+    def where(self): return self.train.kept.where # in words
     @property
     def recipe(self):
         t = self.train

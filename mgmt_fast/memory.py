@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit_batch', 'gigabytes', 'train_a_little', 'training_bytes', 'auto_batch']
 
-# %% ../nbs/57_memory.ipynb #1d6aaea6
+# %% ../nbs/57_memory.ipynb #eadc99f9
 import contextlib, io, math, tempfile
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .learner import mgmt_learner, recipe_dls
 from .loader import free_bytes
 from .prepare import VolumeStore
 
-# %% ../nbs/57_memory.ipynb #093c11ba
+# %% ../nbs/57_memory.ipynb #126a9e18
 def fit_batch(
     measure:callable, # (bs, checkpoint) to the bytes that training takes; infinite where it ran out of them
     step:int, # Patients per step: `bs` times `accumulate`
@@ -50,10 +50,10 @@ def gigabytes(
     return f'{n/1e9:.1f} GB' if math.isfinite(n) else 'more than there is'
 
 def _too_small(bs, need, room):
-    return (f"training takes {gigabytes(need)} with {bs} patients at a time and activations recomputed, and the card has "
-        f"room for {gigabytes(room)}: prepare a smaller size, choose a smaller arch, or precision='bf16'")
+    return (f"training takes {gigabytes(need)} with {bs} patients at a time and activations recomputed, and the card "
+        f"has room for {gigabytes(room)}: prepare a smaller size, choose a smaller arch, or precision='bf16'")
 
-# %% ../nbs/57_memory.ipynb #48fe6dcb
+# %% ../nbs/57_memory.ipynb #736f0b8a
 class _Stop(Callback):
     "Two batches are enough: from the second on, the optimiser's means are there"
     order = 1000
@@ -76,7 +76,7 @@ def train_a_little(
             model_kwargs=dict(checkpoint=True) if checkpoint else None)
         with learn.no_bar(), learn.no_logging(): learn.fit(1)
 
-# %% ../nbs/57_memory.ipynb #818cb681
+# %% ../nbs/57_memory.ipynb #67ec999a
 def training_bytes(
     store:VolumeStore, # As for `train_a_little`
     recipe:Recipe, # As for `train_a_little`
@@ -96,7 +96,7 @@ def training_bytes(
     finally: torch.cuda.empty_cache()
     return torch.cuda.max_memory_reserved(device)-before
 
-# %% ../nbs/57_memory.ipynb #02e3dfff
+# %% ../nbs/57_memory.ipynb #7acc24d8
 def auto_batch(
     store:VolumeStore, # Prepared cohort with labels
     recipe:str|Path|Recipe=None, # Name, file or `Recipe`; that of the store if None
@@ -115,7 +115,7 @@ def auto_batch(
     if recipe.summed_batches>1: raise MGMTError(_summed)
     step,room = recipe.bs*recipe.accumulate,share*_left(store, recipe, sequences, device)
     def measure(bs, checkpoint):
-        if checkpoint and recipe.network=='2d': return math.inf # it keeps few activations, and has no blocks to recompute
+        if checkpoint and recipe.network=='2d': return math.inf # it has no blocks to recompute
         tried = get_recipe(recipe, bs=bs, accumulate=1, drop_last=False)
         return training_bytes(store, tried, sequences, checkpoint, device)
     found = fit_batch(measure, step, room, _least(recipe))
@@ -133,8 +133,8 @@ def _least(recipe):
     "Pairs need two patients, and so does a batch norm over patients alone"
     return 2 if recipe.network=='siamese' or recipe.values().get('head')=='published' else 1
 
-_no_card = ("bs='auto' asks a card how much memory it has, and training is on a CPU here, whose memory is shared with all "
-    "else: give bs as a number")
+_no_card = ("bs='auto' asks a card how much memory it has, and training is on a CPU here, whose memory is shared with "
+    "all else: give bs as a number")
 _summed = "summed_batches counts batches as they are, so their size is part of the training: give bs as a number"
 
 def _say_batch(found, step, room):

@@ -1,5 +1,5 @@
-"""Volumes that stay on a device, and the batch that a card has memory for. What needs a card is marked so; the rest forces
-the same ways on a CPU, where the usual one stands beside them."""
+"""Volumes that stay on a device, and the batch that a card has memory for. What needs a card is marked so; the rest
+forces the same ways on a CPU, where the usual one stands beside them."""
 import math
 
 import numpy as np
@@ -45,8 +45,9 @@ def loaders(store, **kwargs):
     return mgmt_dls(store, **{**dict(bs=4, seed=5, augs=mgmt_augs('default', seed=5)), **kwargs})
 
 
-HOW = dict(plain={}, workers=dict(num_workers=2), drop=dict(drop_last=True), alone=dict(bs=1), one=dict(sequences='T1wCE'),
-    turned=dict(sequences=['T1wCE','FLAIR']), whole=dict(bs=100), in_order=dict(shuffle=False))
+HOW = dict(plain={}, workers=dict(num_workers=2), drop=dict(drop_last=True), alone=dict(bs=1),
+    one=dict(sequences='T1wCE'), turned=dict(sequences=['T1wCE','FLAIR']), whole=dict(bs=100),
+    in_order=dict(shuffle=False))
 
 
 @pytest.mark.parametrize('how', HOW)
