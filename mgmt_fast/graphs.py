@@ -7,7 +7,7 @@ __all__ = ['LateNumbers', 'card_mark', 'CardClock', 'put_back', 'own_leaves', 'G
            'check_card', 'CapturedSteps']
 
 # %% ../nbs/48_graphs.ipynb #503318a2
-import random, time
+import gc, os, random, time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
@@ -47,6 +47,9 @@ class LateNumbers:
         return self.numbers
 
 # %% ../nbs/48_graphs.ipynb #2f18f24d
+# A process that was forked must not free what belongs to a card: the card is not its own, and torch would end it.
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=gc.freeze)
+
 def card_mark() -> torch.cuda.Event: # With the time at which the card passes it
     "A mark in what the card has to do."
     mark = torch.cuda.Event(enable_timing=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['in_kernel', 'ACTIVATIONS', 'on_card', 'kernels_fit', 'interpreted', 'tile', 'channel_moments', 'card_norm',
-           'geometry', 'card_depthwise', 'card_max_pool', 'card_mean', 'card_scale']
+           'geometry', 'card_depthwise', 'card_max_pool', 'card_pad', 'card_mean', 'card_scale']
 
 # %% ../nbs/40_kernels.ipynb #49a3f901
 import inspect, os
@@ -23,18 +23,21 @@ except ImportError: # Triton comes with torch on Linux only
 in_kernel = triton.jit if triton else noop # for what kernels call
 
 # %% ../nbs/40_kernels.ipynb #df3d2097
-_sizes = {'N','P','V','share','D','H','W','d','h','v','momentum','eps','sample'}
+_sizes = {'N','P','V','M','share','D','H','W','d','h','v','momentum','eps','sample','lo','hi'}
 
 class on_card:
     """A function that runs on a card, `f[grid](*args)`: compiled once for all sizes, and anew for types and constants.
 
-    What was compiled is kept by what it depends on, since Triton's own search for it takes longer than small kernels."""
+    Its arguments are tensors (or None), then numbers, then constants. What was compiled is kept by what it depends on,
+    since Triton's own search for it takes longer than small kernels do."""
     def __init__(self,
         f:callable, # A kernel in Triton's language
     ):
-        names = list(inspect.signature(f).parameters)
-        self.free = [o in _sizes for o in names]
-        self.jit = triton.jit(f, do_not_specialize=[o for o in names if o in _sizes]) if triton else f
+        params = list(inspect.signature(f).parameters.values())
+        self.constants = sum('constexpr' not in str(o.annotation) for o in params)
+        self.numbers = next(i for i,o in enumerate(params) if o.name in _sizes or o.name=='C')
+        self.channels = next((i for i,o in enumerate(params) if o.name=='C'), None)
+        self.jit = triton.jit(f, do_not_specialize=[o.name for o in params if o.name in _sizes]) if triton else f
         self.compiled = {}
 
     def __getitem__(self,
@@ -48,16 +51,18 @@ class on_card:
     ):
         "Run it"
         if interpreted(): return self.jit[grid](*args)
-        key = torch.cuda.current_device(),*[_kind(o, free) for o,free in zip(args, self.free)]
+        key = self.key(args)
         known = self.compiled.get(key)
         if known is None: self.compiled[key] = self.jit[grid](*args)
         else: known[(*grid,1,1)[:3]](*args)
 
-def _kind(o, free):
-    "What of an argument a compiled kernel depends on"
-    if torch.is_tensor(o): return o.dtype,o.data_ptr()%16
-    if not free: return o
-    return type(o) is int and o>=2**31
+    def key(self,
+        args:tuple, # Of the kernel
+    ) -> tuple: # What a compiled kernel depends on: card, types, large numbers, channels and constants
+        types = [None if o is None else (o.dtype,o.data_ptr()%16) for o in args[:self.numbers]]
+        large = max(args[self.numbers:self.constants])>=2**31
+        channels = self.channels and args[self.channels]
+        return torch.cuda.current_device(),large,channels,*types,*args[self.constants:]
 
 # %% ../nbs/40_kernels.ipynb #93d1f4d6
 def kernels_fit(
@@ -96,7 +101,7 @@ def _floats(x, *size): return torch.empty(size, dtype=torch.float32, device=x.de
 
 # %% ../nbs/40_kernels.ipynb #b5501479
 @on_card
-def _moments_of_shares(x, mean, m2, N, C, share, BN:tl.constexpr, BC:tl.constexpr):
+def _moments_of_shares(x, means, N, C, share, BN:tl.constexpr, BC:tl.constexpr):
     p = tl.program_id(0)
     c = tl.program_id(1)*BC+tl.arange(0, BC)
     n = tl.minimum(share, N-p*share)
@@ -112,12 +117,12 @@ def _moments_of_shares(x, mean, m2, N, C, share, BN:tl.constexpr, BC:tl.constexp
         s += v
         ss += v*v
     s,ss = tl.sum(s, 0),tl.sum(ss, 0)
-    tl.store(mean+p*C+c, first+s/n, mask=c<C)
-    tl.store(m2+p*C+c, tl.maximum(ss-s*s/n, 0.), mask=c<C)
+    tl.store(means+p*C+c, first+s/n, mask=c<C)
+    tl.store(means+(tl.num_programs(0)+p)*C+c, tl.maximum(ss-s*s/n, 0.), mask=c<C)
 
 # %% ../nbs/40_kernels.ipynb #668479ed
 @on_card
-def _join_moments(mean, m2, table, w, b, running, running_var, N, C, share, P, momentum, eps, sample,
+def _join_moments(mean, table, w, b, running, running_var, N, C, share, P, momentum, eps, sample,
     BP:tl.constexpr, BC:tl.constexpr):
     "To mean, variance, 1/deviation, factor and offset of each channel, the rows of `table`; moves running statistics"
     c = tl.program_id(0)*BC+tl.arange(0, BC)
@@ -136,7 +141,7 @@ def _join_moments(mean, m2, table, w, b, running, running_var, N, C, share, P, m
         inside = (p<P)[:,None]&(c<C)[None,:]
         n = tl.minimum(share, N-p*share).to(tl.float32)
         far = tl.load(mean+p[:,None]*C+c[None,:], mask=inside, other=0.)-mu[None,:]
-        own = tl.load(m2+p[:,None]*C+c[None,:], mask=inside, other=0.)
+        own = tl.load(mean+(P+p[:,None])*C+c[None,:], mask=inside, other=0.)
         total += tl.where(inside, own+far*far*n[:,None], 0.)
     var = tl.sum(total, 0)/N
     _factors(table, w, b, c, C, mu, var, eps)
@@ -182,10 +187,10 @@ def _norm_table(x, w=None, b=None, mean=None, var=None, own=True, momentum=0., e
         return table
     BN,BC = tile(C, 4096)
     share,P = _shares(N, C, BN, BC)
-    means,m2 = _floats(x, 2, P, C)
-    _moments_of_shares[P,_ceil(C, BC)](x, means, m2, N, C, share, BN, BC)
+    means = _floats(x, 2, P, C)
+    _moments_of_shares[P,_ceil(C, BC)](x, means, N, C, share, BN, BC)
     sample = N/max(N-1, 1)
-    _join_moments[wide](means, m2, table, w, b, mean, var, N, C, share, P, momentum, eps, sample, 32, 32)
+    _join_moments[wide](means, table, w, b, mean, var, N, C, share, P, momentum, eps, sample, 32, 32)
     return table
 
 def channel_moments(
@@ -221,7 +226,7 @@ def _through_act(g, z, ACT:tl.constexpr):
     return g
 
 @on_card
-def _norm_sums(x, r, g, table, sg, sgx, N, C, share, ACT:tl.constexpr, ADD:tl.constexpr, BN:tl.constexpr,
+def _norm_sums(x, r, g, table, sums, N, C, share, ACT:tl.constexpr, ADD:tl.constexpr, BN:tl.constexpr,
     BC:tl.constexpr):
     "Of each share: the gradient's sum, and its sum times the distance from the mean"
     p = tl.program_id(0)
@@ -245,12 +250,12 @@ def _norm_sums(x, r, g, table, sg, sgx, N, C, share, ACT:tl.constexpr, ADD:tl.co
             d = _through_act(d, z, ACT)
         s += d
         sx += d*(v-mu)
-    tl.store(sg+p*C+c, tl.sum(s, 0), mask=c<C)
-    tl.store(sgx+p*C+c, tl.sum(sx, 0), mask=c<C)
+    tl.store(sums+p*C+c, tl.sum(s, 0), mask=c<C)
+    tl.store(sums+(tl.num_programs(0)+p)*C+c, tl.sum(sx, 0), mask=c<C)
 
 # %% ../nbs/40_kernels.ipynb #528a09ed
 @on_card
-def _join_sums(sg, sgx, table, grads, N, C, P, OWN:tl.constexpr, BP:tl.constexpr, BC:tl.constexpr):
+def _join_sums(sums, table, grads, N, C, P, OWN:tl.constexpr, BP:tl.constexpr, BC:tl.constexpr):
     "Rows of `grads`: gradients of weight and bias, and `k`, `l` such that a*g+k*x+l is the input's gradient"
     c = tl.program_id(0)*BC+tl.arange(0, BC)
     t = tl.zeros([BP,BC], tl.float32)
@@ -259,8 +264,8 @@ def _join_sums(sg, sgx, table, grads, N, C, P, OWN:tl.constexpr, BP:tl.constexpr
         p = i+tl.arange(0, BP)
         inside = (p<P)[:,None]&(c<C)[None,:]
         at = p[:,None]*C+c[None,:]
-        t += tl.load(sg+at, mask=inside, other=0.)
-        tx += tl.load(sgx+at, mask=inside, other=0.)
+        t += tl.load(sums+at, mask=inside, other=0.)
+        tx += tl.load(sums+P*C+at, mask=inside, other=0.)
     gb = tl.sum(t, 0)
     s = tl.load(table+2*C+c, mask=c<C, other=0.)
     gw = tl.sum(tx, 0)*s
@@ -314,9 +319,9 @@ class _CardNorm(torch.autograd.Function):
         g,C,add = _inside(g),x.shape[1],r is not None
         N,(BN,BC) = x.numel()//C,tile(C)
         share,P = _shares(N, C, BN, BC)
-        (sg,sgx),grads,wide = _floats(x, 2, P, C),_floats(x, 4, C),_ceil(C, BC)
-        _norm_sums[P,wide](x, r, g, table, sg, sgx, N, C, share, act, add, BN, BC)
-        _join_sums[_ceil(C, 32),](sg, sgx, table, grads, N, C, P, own, 32, 32)
+        sums,grads,wide = _floats(x, 2, P, C),_floats(x, 4, C),_ceil(C, BC)
+        _norm_sums[P,wide](x, r, g, table, sums, N, C, share, act, add, BN, BC)
+        _join_sums[_ceil(C, 32),](sums, table, grads, N, C, P, own, 32, 32)
         gx,gr = torch.empty_like(x),torch.empty_like(r) if add else None
         _norm_backward[_ceil(N, BN),wide](x, r, g, gx, gr, table, grads, N, C, act, add, own, BN, BC)
         return gx,gr,_like(grads[0], w),_like(grads[1], b),*(None,)*6
@@ -593,6 +598,54 @@ def card_max_pool(
 ) -> torch.Tensor: # (B,C,d,h,w)
     "The largest voxel of each window; padding never is."
     return _CardMaxPool.apply(x, geo)
+
+# %% ../nbs/40_kernels.ipynb #0c0c0c02
+@on_card
+def _pad_forward(x, y, C, D, d, lo, BC:tl.constexpr):
+    at = tl.program_id(1)*BC+tl.arange(0, BC)
+    b,z = tl.program_id(0)//d,tl.program_id(0)%d
+    from_ = b*D+tl.minimum(tl.maximum(z-lo, 0), D-1)
+    value = tl.load(x+from_.to(tl.int64)*C+at, mask=at<C, other=0.)
+    tl.store(y+tl.program_id(0).to(tl.int64)*C+at, value, mask=at<C)
+
+@on_card
+def _pad_backward(g, y, C, D, d, lo, BC:tl.constexpr):
+    at = tl.program_id(1)*BC+tl.arange(0, BC)
+    b,z = tl.program_id(0)//D,tl.program_id(0)%D
+    first,last = z+lo,z+lo
+    if z==0: first = 0
+    if z==D-1: last = d-1
+    total = tl.zeros([BC], tl.float32)
+    for i in range(first, last+1):
+        total += tl.load(g+(b*d+i).to(tl.int64)*C+at, mask=at<C, other=0.).to(tl.float32)
+    tl.store(y+tl.program_id(0).to(tl.int64)*C+at, total.to(y.dtype.element_ty), mask=at<C)
+
+class _CardPad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, lo, hi):
+        x,(B,C,D,H,W) = _inside(x),x.shape
+        y = _new(x, B, C, lo+D+hi, H, W)
+        ctx.how = D,lo,H*W*C
+        _pad_forward[B*(lo+D+hi),_ceil(H*W*C, 2048)](x, y, H*W*C, D, lo+D+hi, lo, 2048)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (D,lo,n),g = ctx.how,_inside(g)
+        B,C,d,H,W = g.shape
+        gx = _new(g, B, C, D, H, W)
+        _pad_backward[B*D,_ceil(n, 2048)](g, gx, n, D, d, lo, 2048)
+        return gx,None,None
+
+# %% ../nbs/40_kernels.ipynb #0c0c0c03
+def card_pad(
+    x:torch.Tensor, # (B,C,D,H,W)
+    lo:int, # Slices to add before the first
+    hi:int, # Slices to add after the last
+) -> torch.Tensor: # (B,C,lo+D+hi,H,W)
+    "Repeat the end slices of a volume."
+    return _CardPad.apply(x, lo, hi)
 
 # %% ../nbs/40_kernels.ipynb #22b4e241
 @on_card

@@ -135,7 +135,9 @@ def pad_depth(
     "Pad a volume along its depth."
     if not (lo or hi): return x
     if mode!='replicate': return F.pad(x, (0,0)*(x.ndim-3)+(lo,hi))
-    if route(x)!='plain': return _PadDepth.apply(x, lo, hi)
+    way = route(x)
+    if way=='card' and x.ndim==5: return card_pad(x, lo, hi)
+    if way!='plain': return _PadDepth.apply(x, lo, hi)
     def ends(i, n): return x.narrow(2, i, 1).expand(-1, -1, n, *x.shape[3:])
     return torch.cat([ends(0, lo), x, ends(x.shape[2]-1, hi)], 2)
 

@@ -489,7 +489,7 @@ def test_card_is_not_waited_for(store, tmp_path, graphs):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize('graphs', [True,False])
-def test_card_stops_before_the_weights_are_lost(store, tmp_path, graphs):
+def test_card_stops_before_the_weights_are_lost(store, tmp_path, repeatable, graphs):
     class Spoil(Callback):
         order = StopOnNaN.order-1
         def after_loss(self):
