@@ -114,6 +114,7 @@ def on_gpu(reps):
     x = brain(8, device='cuda')
     work = {f'{k}, batch of 8': augmenter(k, x) for k in ('published','default')}
     work['published, equalisation drawn, batch of 8'] = augmenter('published', x, equalize_p=1.)
+    work['default in 3D, batch of 8'] = augmenter('default', x, in_plane=False)
     work['RandAffine(in_plane=False), batch of 8'] = affine_3d(x)
     work['copy of the batch'] = x.clone
     try: work['kornia: flip, affine, batch of 8'] = kornia(x)

@@ -12,6 +12,7 @@ import math, os, random
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import numpy as np, pandas as pd, torch
@@ -228,7 +229,7 @@ class KeptVolumes:
         size,free = math.prod(self.shape),free_bytes(device)
         if self.kept is True and size>free: raise MGMTError(_too_many(self, device, free))
         fits = self.kept is True or size<=free/2
-        if device.type!='cpu' and not rank_distrib(): print(_say_kept(self, device, fits, free))
+        if device.type!='cpu' and not rank_distrib(): _say_once(_say_kept(self, device, fits, free))
         self.there = np.zeros(len(self.at), dtype=bool)
         return torch.empty(self.shape, dtype=torch.uint8, device=device) if fits else None
 
@@ -294,6 +295,9 @@ def free_bytes(
         return torch.cuda.mem_get_info(device)[0]+unused
     try: return os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
     except (AttributeError,ValueError,OSError): return math.inf # Windows has no sysconf
+
+@lru_cache
+def _say_once(text): print(text) # and not in each of eighty trainings
 
 def _gb(n): return f'{n/1e9:.1f} GB'
 def _what(k): return f"{len(k.at)} patients' {', '.join(k.sequences)} ({_gb(math.prod(k.shape))})"
@@ -522,7 +526,7 @@ def mgmt_dls(
     """fastai `DataLoaders` over a store; no patient is dropped unseen.
 
     `.left_out` is a table (patient, why), `.folds` a table (patient, label, fold), `.where` says where the volumes
-    are. On a card it is printed too.
+    are. On a card that is printed, once per process.
 
     Raises `ProtocolError` on a store that an external test has met, `MGMTError` on a fold or sequences that it
     lacks; the first batch does if `kept=True` and the memory is too small."""

@@ -6,7 +6,7 @@
 __all__ = ['passes_fit', 'warp_slices', 'warp_volumes', 'light_', 'shade_', 'add_noise_', 'blur_', 'thicken_', 'count_levels',
            'look_up_']
 
-# %% ../nbs/09_passes.ipynb #396dba8a
+# %% ../nbs/09_passes.ipynb #c88a6c87
 import math
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -19,14 +19,14 @@ try:
 except ImportError: # Triton comes with torch on Linux only
     triton,tl = None,SimpleNamespace(constexpr=object)
 
-# %% ../nbs/09_passes.ipynb #3d512a15
+# %% ../nbs/09_passes.ipynb #ec0ee90d
 def passes_fit(
     x:torch.Tensor, # Batch (B,C,D,H,W)
 ) -> bool: # Can the kernels of this page compute with it?
     "Whether this is float32 on a card with Triton."
     return triton is not None and x.is_cuda and x.dtype==torch.float32
 
-# %% ../nbs/09_passes.ipynb #62097ab3
+# %% ../nbs/09_passes.ipynb #61d4e5b7
 def _compiled(f): return triton.jit(f) if triton else f
 
 def _at(x): return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
@@ -45,7 +45,7 @@ def _check(*xs):
 def _not_plain(x):
     return f"kernels take float32, contiguous in memory; received {x.dtype} with strides {x.stride()}: use contiguous()"
 
-# %% ../nbs/09_passes.ipynb #a54d304d
+# %% ../nbs/09_passes.ipynb #cf231abd
 @_compiled
 def _inside(y, lo, hi, n, MODE:tl.constexpr):
     "Bring coordinates back to where there are voxels"
@@ -89,7 +89,7 @@ def _warp_slices(src, out, rows, C, D, H, W, per, MODE:tl.constexpr, BH:tl.const
         y_ = (a*(1-tx)+b*tx)*(1-ty)+(e*(1-tx)+f*tx)*ty
         tl.store(out+(p*C*D+s)*H*W+to, y_, mask=here)
 
-# %% ../nbs/09_passes.ipynb #c462395d
+# %% ../nbs/09_passes.ipynb #10bf6bd1
 _modes = dict(zeros=0, border=1, reflection=2)
 
 def warp_slices(
@@ -112,7 +112,7 @@ def warp_slices(
     grid = triton.cdiv(H, BH)*triton.cdiv(W, BW),triton.cdiv(C*D, per),len(at)
     with _at(src): _warp_slices[grid](src, out, rows, C, D, H, W, per, _modes[outside], BH, BW)
 
-# %% ../nbs/09_passes.ipynb #d9c41380
+# %% ../nbs/09_passes.ipynb #d2b67feb
 @_compiled
 def _row_of(v, at, y0, x0, ty, tx, H, W, here):
     "A slice between its four pixels"
@@ -150,7 +150,7 @@ def _warp_volumes(src, out, rows, C, D, H, W, MODE:tl.constexpr, BH:tl.constexpr
         b = _row_of(v, at+H*W, y0, x0, ty, tx, H, W, far)
         tl.store(out+((p*C+c)*D+d)*H*W+h*W+w, a*(1-tz)+b*tz, mask=here)
 
-# %% ../nbs/09_passes.ipynb #305fa30d
+# %% ../nbs/09_passes.ipynb #173aef41
 def warp_volumes(
     src:torch.Tensor, # (B,C,D,H,W)
     out:torch.Tensor, # (B,C,D,H,W), to be filled for the patients of the table; not `src`
@@ -166,7 +166,7 @@ def warp_volumes(
     grid = triton.cdiv(H, BH)*triton.cdiv(W, BW),D,len(at)
     with _at(src): _warp_volumes[grid](src, out, rows, C, D, H, W, _modes[outside], BH, BW)
 
-# %% ../nbs/09_passes.ipynb #151b19b7
+# %% ../nbs/09_passes.ipynb #beb0b59d
 @_compiled
 def _sum_slices(x, rows, sums, counts, S, N, BLOCK:tl.constexpr):
     k,s = tl.program_id(1),tl.program_id(0)
@@ -200,7 +200,7 @@ def _light(x, rows, sums, counts, least, D, S, N, BRAIN:tl.constexpr, BD:tl.cons
     if BRAIN: y = tl.where(o>0, y, 0.)
     tl.store(v, y, mask=j<N)
 
-# %% ../nbs/09_passes.ipynb #1763d2a3
+# %% ../nbs/09_passes.ipynb #809a06fb
 def light_(
     x:torch.Tensor, # (B,C,D,H,W), changed in place
     at:list, # Which patients
@@ -221,7 +221,7 @@ def light_(
         _sum_slices[S,len(at)](x, rows, sums, counts, S, N, 1024)
         _light[triton.cdiv(N, 2048),S,len(at)](x, rows, sums, counts, least, D, S, N, bool(brain), _up(D), 2048)
 
-# %% ../nbs/09_passes.ipynb #1e6fb2dc
+# %% ../nbs/09_passes.ipynb #15d7490f
 @_compiled
 def _field(g, n, h, w, H, W, BH:tl.constexpr, BW:tl.constexpr):
     "Cosines of a slice"
@@ -256,7 +256,7 @@ def _shade(x, rows, most, g, n, C, D, H, W, BH:tl.constexpr, BW:tl.constexpr):
         v = x+((p*C+c)*D+d)*H*W+h*W+w
         tl.store(v, tl.minimum(tl.load(v, mask=here, other=0.)*f, 1.), mask=here)
 
-# %% ../nbs/09_passes.ipynb #0496a76d
+# %% ../nbs/09_passes.ipynb #be75255b
 def shade_(
     x:torch.Tensor, # (B,C,D,H,W), changed in place
     at:list, # Which patients
@@ -276,7 +276,7 @@ def shade_(
         _field_extent[grid](most, g, n, D, H, W, BH, BW)
         _shade[grid](x, rows, most, g, n, C, D, H, W, BH, BW)
 
-# %% ../nbs/09_passes.ipynb #8c53f211
+# %% ../nbs/09_passes.ipynb #796c6c8f
 @_compiled
 def _add_noise(x, rows, seeds, least, N, RICIAN:tl.constexpr, BLOCK:tl.constexpr):
     k = tl.program_id(1)
@@ -289,7 +289,7 @@ def _add_noise(x, rows, seeds, least, N, RICIAN:tl.constexpr, BLOCK:tl.constexpr
     if RICIAN: y = tl.sqrt(y*y+s*s*b*b)
     tl.store(v, tl.where(o>0, tl.minimum(tl.maximum(y, least), 1.), 0.), mask=j<N)
 
-# %% ../nbs/09_passes.ipynb #a6900e87
+# %% ../nbs/09_passes.ipynb #2e4a0fac
 def add_noise_(
     x:torch.Tensor, # (B,C,D,H,W), changed in place
     at:list, # Which patients
@@ -304,7 +304,7 @@ def add_noise_(
     rows,seeds = _sent(np.stack([at, noise], 1), x),_sent(seeds, x, np.int32)
     with _at(x): _add_noise[triton.cdiv(N, 1024),len(at)](x, rows, seeds, least, N, bool(rician), 1024)
 
-# %% ../nbs/09_passes.ipynb #f39c333d
+# %% ../nbs/09_passes.ipynb #51d62b45
 @_compiled
 def _blur_rows(x, rows, a, b, S, H, W, BLOCK:tl.constexpr):
     k,s = tl.program_id(2),tl.program_id(1)
@@ -342,7 +342,7 @@ def _blur_columns(x, rows, a, b, least, S, H, W, BLOCK:tl.constexpr):
     y = tl.minimum(tl.maximum(total/tl.maximum(brain, 1e-6), least), 1.)
     tl.store(v, tl.where(o>0, y, 0.), mask=j<H*W)
 
-# %% ../nbs/09_passes.ipynb #45868be1
+# %% ../nbs/09_passes.ipynb #9d263ecf
 def blur_(
     x:torch.Tensor, # (B,C,D,H,W), changed in place
     at:list, # Which patients
@@ -361,7 +361,7 @@ def blur_(
         _blur_rows[grid](x, rows, a, b, C*D, H, W, 1024)
         _blur_columns[grid](x, rows, a, b, least, C*D, H, W, 1024)
 
-# %% ../nbs/09_passes.ipynb #67c3c436
+# %% ../nbs/09_passes.ipynb #ce7ca4eb
 @_compiled
 def _thicken(x, rows, mix, least, C, D, N, BD:tl.constexpr, BN:tl.constexpr):
     k,c = tl.program_id(2),tl.program_id(1)
@@ -380,7 +380,7 @@ def _thicken(x, rows, mix, least, C, D, N, BD:tl.constexpr, BN:tl.constexpr):
     y = tl.minimum(tl.maximum(total/tl.maximum(brain, 1e-6), least), 1.)
     tl.store(at, tl.where(o>0, y, 0.), mask=here)
 
-# %% ../nbs/09_passes.ipynb #dfa2507d
+# %% ../nbs/09_passes.ipynb #0fea5578
 def thicken_(
     x:torch.Tensor, # (B,C,D,H,W), changed in place
     at:list, # Which patients
@@ -395,7 +395,7 @@ def thicken_(
     BN = max(16, 4096//BD)
     with _at(x): _thicken[triton.cdiv(H*W, BN),C,len(at)](x, rows, mix, least, C, D, H*W, BD, BN)
 
-# %% ../nbs/09_passes.ipynb #3089359d
+# %% ../nbs/09_passes.ipynb #3330a115
 @_compiled
 def _level(x): return tl.minimum(tl.maximum((x*255+.5).to(tl.int32), 0), 255)
 
@@ -419,7 +419,7 @@ def _look_up(x, rows, table, S, N, BLOCK:tl.constexpr):
     level = _level(tl.load(v, mask=j<N, other=0.))
     tl.store(v, tl.load(table+(k*S+s)*256+level, mask=j<N, other=0.), mask=j<N)
 
-# %% ../nbs/09_passes.ipynb #d41abd57
+# %% ../nbs/09_passes.ipynb #1dbc863b
 def count_levels(
     x:torch.Tensor, # (B,C,D,H,W), 0 to 1
     at:list, # Which patients

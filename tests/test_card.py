@@ -10,8 +10,9 @@ from fasttransform import Transform
 
 from mgmt_fast.augment import mgmt_augs
 from mgmt_fast.callbacks import Checkpoint
+from mgmt_fast.cli import mgmt_train
 from mgmt_fast.cohort import kaggle_cohort
-from mgmt_fast.core import MGMTError, TensorMR, get_recipe
+from mgmt_fast.core import MGMTError, TensorMR, get_recipe, read_recipe
 from mgmt_fast.devices import tf32_on
 from mgmt_fast.learner import mgmt_learner, predict, recipe_dls
 from mgmt_fast.loader import mgmt_dls
@@ -142,14 +143,14 @@ def test_what_does_not_fit_is_said(store, monkeypatch):
 
 
 @pytest.mark.cuda
-def test_a_card_keeps_what_fits_and_reads_the_rest_ahead(store, monkeypatch, capsys):
+def test_a_card_keeps_what_fits_and_reads_the_rest_ahead(store, monkeypatch):
     usual,kept = (loaders(store, device='cuda', augs=None, kept=o) for o in (False,'auto'))
     same(batches(usual), batches(kept))
-    assert kept.train.at_hand=='kept' and 'are kept on cuda' in capsys.readouterr().out
+    assert kept.train.at_hand=='kept' and 'kept on cuda' in kept.where
     monkeypatch.setattr('mgmt_fast.loader.free_bytes', lambda device: 1e5)
     ahead = loaders(store, device='cuda', augs=None)
     same(batches(usual), batches(ahead))
-    assert ahead.train.at_hand=='ahead' and 'read ahead' in capsys.readouterr().out
+    assert ahead.train.at_hand=='ahead' and 'read from the store in every epoch' in ahead.where
 
 
 @pytest.mark.cuda
@@ -189,6 +190,22 @@ def test_a_card_says_which_batch_fits(store, monkeypatch, capsys):
     monkeypatch.setattr('mgmt_fast.memory.training_bytes', lambda s, r, q, again, device: math.inf if r.bs>2 else 1.)
     assert auto_batch(store, get_recipe(RECIPE, bs=4, accumulate=2), device='cuda')==dict(bs=2, accumulate=4,
         checkpoint=False)
+
+
+def test_a_command_trains_with_the_batch_that_fits_and_goes_on_with_it(store, tmp_path, monkeypatch, capsys):
+    def run(found, epochs):
+        monkeypatch.setattr('mgmt_fast.cli.auto_batch', lambda *_: found)
+        assert mgmt_train(store.path, tmp_path, arch='resnet10', epochs=epochs, bs='auto')==0
+        return read_recipe(tmp_path/'recipe.yaml')
+    r = run(dict(bs=2, accumulate=4, checkpoint=True), 1)
+    assert (r.bs,r.accumulate)==(2,4)
+    r = run(dict(bs=1, accumulate=8, checkpoint=False), 2)
+    assert (r.bs,r.accumulate,r.epochs)==(2,4,2) and 'resumed: 1 of 2' in capsys.readouterr().out
+
+
+def test_without_a_card_a_command_says_so(store, tmp_path, capsys):
+    if torch.cuda.is_available(): pytest.skip('a card is here')
+    assert mgmt_train(store.path, tmp_path, bs='auto')==2 and 'give bs as a number' in capsys.readouterr().err
 
 
 def test_without_a_card_a_number_is_asked_for(store):
