@@ -2,9 +2,9 @@
 
 usage: gpu.py steps|compiled|train|thesis|race [FOLDER] [--out gpu.csv] [--size 8x64x256x256 ...] [--archs a,b]
 
-steps     one step (forward, loss, backward), eagerly and as a CUDA graph: ours, timm_3d and MONAI. B1 and B3 stand there
-          twice: by default their kernels are split into one in the plane and one along the depth; `ours, full` is the
-          very network of the peers.
+steps     one step (forward, loss, backward), eagerly and as a CUDA graph: ours, timm_3d and MONAI. B1 and B3 stand
+          there twice: by default their kernels are split into one in the plane and one along the depth; `ours, full`
+          is the very network of the peers.
 compiled  the same of what `torch.compile` makes of B1.
 train     an epoch of B1 from a store of 585 patients (468 train, 117 validate): eight phantoms, again and again.
 thesis    seconds an epoch of the thesis' four networks, and what its experiment would take: ten epochs, four sequences.
@@ -263,8 +263,8 @@ def thesis(rows, o):
             rows.add(row, epoch_s=epoch, training_s=training, first_two_s=first, ten_epochs_s=first+8*epoch)
         t = rows.table
         total += 4*t[(t.part=='thesis')&(t.card==rows.card)&(t.arch==arch)].ten_epochs_s.iloc[-1]
-    print(f"projected: {total/60:.1f} minutes for 16 models of ten epochs, {5*total/3600:.2f} hours with five folds: four "
-        "times the first two and eight more epochs of each network")
+    print(f"projected: {total/60:.1f} minutes for 16 models of ten epochs, {5*total/3600:.2f} hours with five folds: "
+        "four times the first two and eight more epochs of each network")
 
 
 def race(rows, o):

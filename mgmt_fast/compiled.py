@@ -47,33 +47,25 @@ class on_card:
     def __getitem__(self,
         grid:tuple, # How many programs, along up to three axes
     ) -> callable: # Takes the kernel's arguments, in their order
-        return partial(self.start, grid)
+        return partial(self._start, grid)
 
-    def start(self,
-        grid:tuple, # How many programs
-        *args, # Of the kernel
-    ):
-        "Run it"
-        if not self.compiled: self.jit = self.first(args)
+    def _start(self, grid, *args):
+        if not self.compiled: self.jit = self._first(args)
         if interpreted(): return self.jit[grid](*args)
-        key = self.key(args)
+        key = self._key(args)
         known = self.compiled.get(key)
         if known is None: self.compiled[key] = self.jit[grid](*args)
         else: known[(*grid,1,1)[:3]](*args)
 
-    def first(self,
-        args:tuple, # Of the first call
-    ) -> object: # What Triton compiles
-        "Learn from a call which arguments are numbers; the channels alone are compiled in"
+    def _first(self, args):
+        "Learn from the first call which arguments are numbers; of these the channels alone are compiled in"
         self.numbers = next(i for i,o in enumerate(args) if isinstance(o, (int,float)))
         free = self.names[self.numbers:self.constants]
         self.channels = self.names.index('C') if 'C' in free else None
         return triton.jit(self.f, do_not_specialize=[o for o in free if o!='C'])
 
-    def key(self,
-        args:tuple, # Of the kernel
-    ) -> tuple: # What a compiled kernel depends on
-        "Card, whether numbers are large, channels, types and where they begin in memory, and constants"
+    def _key(self, args):
+        "Card, whether numbers are large, channels, types and where tensors begin in memory, and constants"
         types = [None if o is None else (o.dtype,o.data_ptr()%16) for o in args[:self.numbers]]
         large = max(args[self.numbers:self.constants])>=2**31
         channels = None if self.channels is None else args[self.channels]

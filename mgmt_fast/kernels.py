@@ -314,8 +314,8 @@ class geometry:
     def along_depth(self) -> 'geometry':
         "Its part along the depth, after that in the plane"
         def only(o, n): return (o[0],n,n)
-        return geometry((self.size[0],*self.out[1:]), only(self.kernel, 1), only(self.stride, 1), only(self.dilation, 1),
-            only(self.before, 0), only(self.after, 0), self.replicate)
+        steps = only(self.kernel, 1),only(self.stride, 1),only(self.dilation, 1)
+        return geometry((self.size[0],*self.out[1:]), *steps, only(self.before, 0), only(self.after, 0), self.replicate)
 
     @property
     def args(self): return *self.size,*self.out

@@ -329,7 +329,7 @@ def fold_stride(
     x:torch.Tensor, # (B,I,D,H,W), padded
     w:torch.Tensor, # (O,I,k,H,W)
     stride:tuple, # (s,t,u), along D, H and W
-) -> tuple: # (B,J,ceil(D/s),ceil(H/t),ceil(W/u)) and (O,J,...): the same convolution without a stride, J from I*s*t*u to a multiple of 8
+) -> tuple: # (B,J,...) and (O,J,...), sides divided by the stride; J is I*s*t*u or up to a multiple of 8
     "Put the voxels that a stride steps over into channels, for kernels that want many channels and no stride."
     out = [(n-k)//s+1 for n,k,s in zip(x.shape[2:], w.shape[2:], stride)]
     taps = [-(-k//s)*s for k,s in zip(w.shape[2:], stride)]
@@ -706,18 +706,14 @@ class BatchNormAct3d(nn.BatchNorm3d):
     def forward(self,
         x:torch.Tensor, # (B,C,D,H,W)
     ) -> torch.Tensor: # Like `x`
-        if route(x)=='card' and _on_one_pass(self, self.act): return self.on_card(x, self.act)
+        if route(x)=='card' and _on_one_pass(self, self.act): return self._on_card(x, self.act)
         w,b,mean,var,own,*rest = self._now()
         if own and mean is not None and _is_single(x): own = False
         if _ends_in_silu(self) and _large(x) and torch.is_grad_enabled():
             return _BatchNormSiLU.apply(x, w, b, mean, var, own, *rest)
         return self.act(self.drop(F.batch_norm(x, mean, var, w, b, own, *rest)))
 
-    def on_card(self,
-        x:torch.Tensor, # (B,C,D,H,W)
-        act:nn.Module, # Activation, a kind of `ACTIVATIONS`
-        add:torch.Tensor=None, # Like `x`, added before it
-    ) -> torch.Tensor: # Like `x`
+    def _on_card(self, x, act, add=None):
         "Norm, addition and activation in one pass."
         w,b,mean,var,own,*rest = self._now()
         if own and mean is not None and _is_single(x): own = False
@@ -737,7 +733,7 @@ def norm_act(
     "A norm, a shortcut and an activation, in one pass on a card."
     bare = isinstance(norm, BatchNormAct3d) and type(norm).forward is BatchNormAct3d.forward
     bare = bare and type(norm.act) is nn.Identity and _on_one_pass(norm, act)
-    if bare and route(x)=='card': return norm.on_card(x, act, add)
+    if bare and route(x)=='card': return norm._on_card(x, act, add)
     y = norm(x)
     return act(y if add is None else y+add)
 

@@ -58,4 +58,5 @@ def test_networks_on_a_card(arch, how, train, monkeypatch):
     with plain_operators():
         plain,exact = (gradients(model, x, o) for o in (torch.float32,torch.float64))
     print(arch, how, train, *[f'{far(a, c):.1e} ({far(b, c):.1e})' for a,b,c in zip(card, plain, exact)])
-    for a,b,c in zip(card, plain, exact): assert far(a, c)<=4*far(b, c)+1e-4 # a rectifier near zero may fall to the other side
+    for a,b,c in zip(card, plain, exact):
+        assert far(a, c)<=4*far(b, c)+1e-4 # a rectifier near zero may fall to the other side
