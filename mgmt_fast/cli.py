@@ -692,7 +692,7 @@ def mgmt_export(
 ):
     """Write each network of a model as an ONNX file, which other programs run without this library.
 
-    Needs `pip install mgmt_fast[onnx]`. In goes a prepared volume, out comes the logit; the JSON says the rest."""
+    Needs `pip install mgmt_fast[onnx]`. In goes a prepared volume, out comes the logit; the JSON says the rest"""
     clear_temporaries(Path(dest).parent, deep=False)
     with passing_folder() as folder:
         model = unpack_bundle(model, folder/'bundle') if is_file(model) and model.suffix=='.zip' else as_model(model)

@@ -139,8 +139,8 @@ def describe_network(
     return dict(kind='onnx', form=1, **made, input=_input_of(m), output=_OUTPUT, prepare=_prepared_as(m, model),
         calibrate=calibrate)
 
-_OUTPUT = dict(name='logit', type='float32', axes=['batch',1], what='log-odds of a methylated MGMT promoter, before any '
-    'calibration')
+_OUTPUT = dict(name='logit', type='float32', axes=['batch',1],
+    what='log-odds of a methylated MGMT promoter, before any calibration')
 
 def _input_of(m):
     axes = ['batch',len(m.sequences),*m.size]

@@ -1,5 +1,6 @@
 "What other programs run gives our logits, and what torch writes down is our networks, gradients too."
 import copy
+import importlib.util
 import json
 import subprocess
 import sys
@@ -23,8 +24,8 @@ from mgmt_fast.operators import plain_operators, route
 from mgmt_fast.pack import pack_bundle
 from mgmt_fast.prepare import VolumeStore
 
-needs_onnx = pytest.mark.skipif(any(__import__('importlib').util.find_spec(o) is None for o in
-    ('onnx','onnxruntime','onnxscript')), reason='packages of the extra `onnx` are absent')
+LACKING = [o for o in ('onnx','onnxruntime','onnxscript') if importlib.util.find_spec(o) is None]
+needs_onnx = pytest.mark.skipif(LACKING!=[], reason=f'of the extra `onnx`, {LACKING} are absent')
 SMALL = dict(in_chans=2, anisotropic=2)
 ALL = list(list_backbones().arch)
 
@@ -62,11 +63,11 @@ def same(a, b, eps=1e-7):
 
 KINDS = [dict(), dict(depth='full'), dict(depth='full', depth_padding='zeros'), dict(depth='separable_all'),
     dict(mode='slice'), dict(anisotropic=2), dict(stem='adapter', head='published'), dict(checkpoint=True)]
-NETS = ['timm/test_efficientnet', 'timm/test_resnet', 'timm/test_convnext', 'densenet121', 'efficientnetv2_b0']
+NETS = ['timm/test_efficientnet', 'timm/test_resnet', 'timm/test_convnext']
 
 
 @pytest.mark.parametrize('kind', KINDS, ids=str)
-@pytest.mark.parametrize('arch', NETS[:3])
+@pytest.mark.parametrize('arch', NETS)
 def test_the_plain_route_is_the_fast_one(arch, kind):
     net = moved(create_backbone(arch, in_chans=2, **kind), (32,32,32)).double()
     twin,x = copy.deepcopy(net),torch.rand(3,2,32,48,48).double()
@@ -117,6 +118,8 @@ def test_a_compiled_training_is_the_eager_one(checkpoint):
 def test_a_compiled_training_of_the_usual_networks(arch): compiled_is_eager(arch, (32,64,64), (2,3,2))
 
 
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning',
+    'ignore::torch.jit.TracerWarning')
 def test_a_batch_of_any_size_is_traced_and_exported():
     net = moved(create_backbone('timm/test_efficientnet', **SMALL))
     x,other = torch.rand(2,2,8,32,32),torch.rand(5,2,8,32,32)
@@ -160,7 +163,7 @@ def test_networks_of_other_kinds(how):
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     "A trained model of two sequences, and a bundle of it at a temperature"
-    return pair_bundle(tmp_path_factory.mktemp('made'), dict(n=24, slices=12, size=48, sequences='FLAIR,T1wCE'),
+    return pair_bundle(tmp_path_factory.mktemp('made'), dict(n=36, slices=12, size=48, sequences='FLAIR,T1wCE'),
         dict(epochs=1), temperatures=1.7)
 
 
