@@ -432,9 +432,9 @@ class CapturedSteps(Callback):
         return f"{what} ({times} s to capture){more}"
 
     def report(self) -> dict: # See below
-        """What the last training did: `captured`, seconds by shape; `eager`, batches by shape; `busy`, share of the loop.
+        """What the last training did: `captured`, seconds by shape; `eager`, batches by shape; `busy`, a share.
 
-        Where there is no card the last is None."""
+        That is the share of the training loop in which the card worked on steps; None where there is no card."""
         return dict(captured=dict(self.took), eager=dict(self.eager), busy=self.clock and self.clock.share)
 
 _constants = 'p','drop_prob','momentum','eps' # numbers of modules that a graph takes for constants

@@ -7,7 +7,6 @@ import os
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # before torch asks for a card: it repeats itself then
 
 import random
-import warnings
 
 import numpy as np
 import pytest
@@ -15,11 +14,9 @@ import torch
 from fastai.basics import DataLoaders, Learner
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
-from fastai.callback.training import GradientClip
 from timm.layers import DropPath
 from torch import nn
 
-from mgmt_fast import callbacks
 from mgmt_fast.augment import mgmt_augs
 from mgmt_fast.callbacks import *
 from mgmt_fast.cohort import kaggle_cohort
@@ -29,7 +26,6 @@ from mgmt_fast.learner import mgmt_learner, recipe_that_ran, training_key
 from mgmt_fast.loader import mgmt_dls
 from mgmt_fast.phantom import make_phantom
 from mgmt_fast.prepare import prepare
-from mgmt_fast.recipes import SummedGradients
 
 
 @pytest.fixture(scope='module')
