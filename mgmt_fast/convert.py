@@ -519,7 +519,14 @@ def _recompute(m, x):
     f = partial(type(m).forward, m)
     if not torch.is_grad_enabled() or x[0,0].numel()<2048: return f(x)
     if torch.compiler.is_compiling(): return checkpoint(f, x, use_reentrant=False) # moves statistics once by itself
-    return checkpoint(f, x, use_reentrant=False, context_fn=_contexts)
+    return checkpoint(f, x, use_reentrant=False, context_fn=_contexts, preserve_rng_state=_draws(m))
+
+def _draws(block):
+    "Does a block draw random numbers? A CUDA graph cannot put the generator back"
+    def share(m): return getattr(m, 'drop_prob', None) or getattr(m, 'drop_rate', None) or _dropped(m)
+    return any(share(m) for m in block.modules())
+
+def _dropped(m): return isinstance(m, nn.modules.dropout._DropoutNd) and m.p>0
 
 def _contexts(): return nullcontext(),_second_time()
 

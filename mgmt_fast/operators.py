@@ -11,6 +11,7 @@ __all__ = ['plain_operators', 'route', 'as_images', 'as_volumes', 'ChannelsInsid
 # %% ../nbs/41_operators.ipynb #d19e72ed
 import ctypes, math, sys
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch, torch.nn.functional as F
@@ -813,7 +814,7 @@ class InflatedPool3d(nn.Module):
         if self.kind=='max': return F.max_pool2d(lines, (o.k,1), (o.s,1), 0, (o.d,1))
         if self.kind=='avg': return F.avg_pool2d(lines, (o.k,1), (o.s,1))
         C = lines.shape[1]
-        w = torch.tensor(_binomial(o.k)).to(lines).view(1,1,-1,1).expand(C,1,-1,1)
+        w = _binomial_on(o.k, lines.device, lines.dtype).view(1,1,-1,1).expand(C,1,-1,1)
         return F.conv2d(lines, w, None, (o.s,1), groups=C)
 
     def extra_repr(self) -> str: # For `repr`
@@ -821,6 +822,9 @@ class InflatedPool3d(nn.Module):
 
 def _pair(x): return (x,x) if isinstance(x, int) else tuple(x)
 def _binomial(k): "Weights of a blur over k slices"; return [math.comb(k-1, i)/2**(k-1) for i in range(k)]
+
+@lru_cache
+def _binomial_on(k, device, dtype): return torch.tensor(_binomial(k)).to(device, dtype)
 
 # %% ../nbs/41_operators.ipynb #c3d6f345
 class _Mean(torch.autograd.Function):
