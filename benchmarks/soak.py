@@ -73,11 +73,13 @@ def perfusion(work, dest): return cli.mgmt_perfusion(work/'dsc', dest)
 def report(work, dest): return cli.mgmt_report(work/'bundle', work/'few-scans/train/00000', dest)
 def pack(work, dest): return cli.mgmt_pack(work/'bundle', dest/'bundle.zip')
 def unpack(work, dest): return cli.mgmt_unpack(work/'bundle.zip', dest/'bundle')
+def export(work, dest): return cli.mgmt_export(work/'bundle.zip', dest/'onnx')
 
 
 COMMANDS = dict(phantom=phantom, audit=audit, prepare=prepare, train=train, predict=predict, sweep=sweep,
     leakage=leakage, evaluate=evaluate, external=external, predictions=predictions, preregister=preregister,
-    standardize=standardize, perfusion=perfusion, report=report, pack=pack, unpack=unpack)
+    standardize=standardize, perfusion=perfusion, report=report, pack=pack, unpack=unpack,
+    export=export)
 SLOW = ('leakage','evaluate') # each place that writes is enough
 
 

@@ -72,9 +72,8 @@ class _BasicBlock(nn.Module):
         self.downsample = shortcut(ni, nf, stride, bias) if ni!=nf else None
 
     def forward(self, x):
-        y = self.act(self.bn1(self.conv1(x)))
-        if self.downsample is not None: x = self.downsample(x)
-        return self.act(self.bn2(self.conv2(y)) + x)
+        y = self.conv2(norm_act(self.bn1, self.act, self.conv1(x)))
+        return norm_act(self.bn2, self.act, y, x if self.downsample is None else self.downsample(x))
 
 class _Bottleneck(nn.Module):
     expansion = 4
@@ -87,10 +86,9 @@ class _Bottleneck(nn.Module):
         self.downsample = shortcut(ni, 4*nf, stride, bias) if ni!=4*nf else None
 
     def forward(self, x):
-        y = self.act(self.bn1(self.conv1(x)))
-        y = self.bn3(self.conv3(self.act(self.bn2(self.conv2(y)))))
-        if self.downsample is not None: x = self.downsample(x)
-        return self.act(y + x)
+        y = self.conv2(norm_act(self.bn1, self.act, self.conv1(x)))
+        y = self.conv3(norm_act(self.bn2, self.act, y))
+        return norm_act(self.bn3, self.act, y, x if self.downsample is None else self.downsample(x))
 
 known_blocks.extend([_BasicBlock, _Bottleneck])
 
@@ -102,7 +100,8 @@ class _ResNet3d(nn.Module):
         self.depth_stride = math.prod(o[0] for o in s)
         first,(pool,*rest) = (s[0],s[1:]) if stem==2 else ((1,1,1),s)
         self.conv1,self.bn1,self.act = _conv3(in_chans, 64, 7, first),BatchNormAct3d(64),nn.ReLU(inplace=True)
-        self.maxpool,self.feature_info,ni = nn.MaxPool3d(3, pool, 1),[],64
+        self.maxpool = InflatedPool3d(nn.MaxPool2d(3, pool[1:], 1), 'max', 3, pool[0], padding=1)
+        self.feature_info,ni = [],64
         for i,(n,stride) in enumerate(zip(depths, ((1,1,1),*rest))):
             nf = 64*2**i
             blocks = [block(ni if j==0 else nf*block.expansion, nf, stride if j==0 else (1,1,1), shortcut, bias)
@@ -113,7 +112,7 @@ class _ResNet3d(nn.Module):
         self.num_features = ni
 
     def forward(self, x):
-        x = self.maxpool(self.act(self.bn1(self.conv1(x))))
+        x = self.maxpool(norm_act(self.bn1, self.act, self.conv1(x)))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 _RESNETS = dict( # block, blocks in each stage, shortcut, a bias in it, stride of the first convolution
@@ -166,7 +165,8 @@ class Body(nn.Module):
         if x.shape[2]<self.depth_stride: raise _too_shallow(self, x)
         x = self.inside(self.adapter(x.contiguous(memory_format=torch.channels_last_3d)))
         features = getattr(self.net, 'forward_features', self.net)
-        return ChannelsInside.apply(features(x))
+        f = features(x)
+        return f if route(f)=='plain' else ChannelsInside.apply(f)
 
 def _wrong_batch(body, x):
     what = f"{body.arch} takes batches (B,{body.in_chans},D,H,W); received shape {tuple(x.shape)}"
@@ -232,7 +232,8 @@ class Backbone(nn.Module):
     def forward(self,
         x:torch.Tensor, # (B,C,D,H,W), 0 to 1
     ) -> torch.Tensor: # (B,1)
-        if type(x) is not torch.Tensor: x = x.as_subclass(torch.Tensor) # fastai's tensor types cannot be compiled
+        if not (type(x) is torch.Tensor or _is_exported()): # fastai's tensor types cannot be compiled
+            x = x.as_subclass(torch.Tensor)
         return self.head(self.body(self.standardize(x)))
 
     def train(self,
@@ -241,6 +242,8 @@ class Backbone(nn.Module):
         super().train(mode)
         for n in self.frozen_norms: self.get_submodule(n).eval()
         return self
+
+def _is_exported(): return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 def _from_monai(model, state, prefix, *args):
     "Rename the keys of MONAI's `resnet10`, in place"

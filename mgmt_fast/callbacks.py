@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GradientAccumulation', 'FusedAdam', 'Precision', 'set_norms', 'lower_is_better', 'SaveBest', 'HistoryLogger',
-           'TrainingError', 'StopOnNaN', 'ProgressiveSize', 'AverageWeights', 'BinaryFocalLoss', 'Checkpoint',
-           'OutOfTime', 'Clock', 'StopInTime', 'DistributedTraining']
+           'TrainingError', 'StopOnNaN', 'LateRecords', 'ProgressiveSize', 'AverageWeights', 'BinaryFocalLoss',
+           'Checkpoint', 'OutOfTime', 'Clock', 'StopInTime', 'DistributedTraining']
 
 # %% ../nbs/52_callbacks.ipynb #8f8f10de
 import hashlib, json, math, random, time
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 import safetensors.torch as st
 from .core import *
+from .graphs import LateNumbers
 from .runs import key_changes
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
@@ -38,6 +39,10 @@ def _n_in_batch(learn):
     "Patients in the batch under way, those of other processes included"
     return learn.dl.n_in_batch(learn.iter) if hasattr(learn.dl,'n_in_batch') else find_bs(learn.yb)
 
+def _on_one_card(learn):
+    "Does a learner train on a card, and on no other?"
+    return next(learn.model.parameters()).device.type=='cuda' and _n_processes()<2
+
 class _GroupLoss(AvgSmoothLoss):
     "fastai's smoothed training loss, over optimiser steps in place of batches"
     def reset(self):
@@ -47,10 +52,11 @@ class _GroupLoss(AvgSmoothLoss):
     def accumulate(self, learn):
         n = _n_in_batch(learn)
         self.count += 1
-        self.sum += to_detach(learn.loss.mean(), gather=False)*n
+        self.sum += to_detach(learn.loss.mean(), cpu=not _on_one_card(learn), gather=False)*n
         self.n += n
         if not learn.gradient_accumulation.last: return
-        self.val = torch.lerp(self.sum/self.n, self.val, self.beta)
+        mean = self.sum/self.n
+        self.val = torch.lerp(mean, self.val.to(mean.device), self.beta)
         self.steps,self.sum,self.n = self.steps+1,0.,0
 
     @property
@@ -133,7 +139,7 @@ class FusedAdam(Optimizer):
         wd:float=.01, # Decay of the weights per step, as a share of `lr`
         keras:bool=False, # Add `eps` before that mean is corrected for its start at zero, as Keras does?
     ):
-        self.keras = keras
+        self.keras,self.stopped = keras,None # a number on the parameters' device: while it is 1, steps change nothing
         super().__init__(params, [], lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
     def zero_grad(self):
@@ -145,7 +151,7 @@ class FusedAdam(Optimizer):
     ):
         "Change all parameters that have a gradient"
         if closure is not None: raise NotImplementedError("fastai's optimisers take no closure")
-        for how,items in self._alike().items(): _adam_step(*how, items)
+        for how,items in self._alike().items(): _adam_step(*how, items, self.stopped)
 
     def _alike(self):
         "Parameters with their states, by the settings that one call of torch's Adam shares"
@@ -159,14 +165,14 @@ class FusedAdam(Optimizer):
             alike.setdefault(how, []).append((p,state))
         return alike
 
-def _adam_step(n, device, lr, mom, sqr_mom, eps, decay, items):
+def _adam_step(n, device, lr, mom, sqr_mom, eps, decay, items, stopped):
     "One call of torch's Adam; it walks parameters, gradients and both means side by side, so their layouts must agree"
     params = [p for p,_ in items]
     grads = [p.grad if p.grad.stride()==p.stride() else torch.empty_like(p).copy_(p.grad) for p in params]
     means,squares = ([s[k] for _,s in items] for k in ('grad_avg','sqr_avg'))
     steps = list(torch.full((len(items),), n-1., device=device).unbind())
-    adamw(params, grads, means, squares, [], steps, fused=True, amsgrad=False, beta1=mom, beta2=sqr_mom, lr=lr,
-        weight_decay=decay, eps=eps, maximize=False)
+    adamw(params, grads, means, squares, [], steps, fused=True, found_inf=stopped, amsgrad=False, beta1=mom,
+        beta2=sqr_mom, lr=lr, weight_decay=decay, eps=eps, maximize=False)
 
 # %% ../nbs/52_callbacks.ipynb #9c00000b
 class Precision(MixedPrecision):
@@ -328,25 +334,111 @@ class TrainingError(MGMTError):
 
 # %% ../nbs/52_callbacks.ipynb #9c000014
 class StopOnNaN(Callback):
-    "Stop before a loss that is not finite reaches the weights, and say in `learn.failure` whose batch it was"
-    order = MixedPrecision.order+2
-    def before_fit(self): self.fitting,self.run = False,not hasattr(self.learn,'lr_finder')
-    def before_train(self): self.fitting = True
-    def after_loss(self):
-        if not self.fitting or torch.isfinite(self.loss).all(): return
-        self.learn.failure = TrainingError(self._say_why())
-        raise CancelFitException
-    def after_fit(self): self.fitting = False
+    """Stop before a loss that is not finite reaches the weights, and say in `learn.failure` whose batch it was.
 
-    def _say_why(self):
-        who = ', '.join(self.dl.batch_patients(self.iter)) if hasattr(self.dl,'batch_patients') else 'unknown'
+    To look at a loss is to wait for the card. Where that can be spared, the card itself holds the weights and Adam's
+    means as they are from such a batch on, and the training stops when this has become known, at the end of the epoch
+    at the latest; batch norm's statistics may have followed a few batches more by then."""
+    order = MixedPrecision.order+2
+    def __init__(self,
+        wait:bool=None, # For each loss? None: on a CPU, several cards, or with `'ema'`; always unless `FusedAdam` steps
+    ): self.wait = wait
+
+    def before_fit(self):
+        self.fitting,self.run = False,not hasattr(self.learn,'lr_finder')
+        if isinstance(self.opt, FusedAdam): self.opt.stopped = None
+        self.waits = self._better_waits() if self.wait is None else self.wait
+        if not isinstance(self.opt, FusedAdam): self.waits = True
+        self._look_anew()
+
+    def _better_waits(self):
+        averaged = any(cb.name=='average_weights' and cb.kind=='ema' for cb in self.learn.cbs)
+        return averaged or not _on_one_card(self.learn)
+
+    def _look_anew(self): self.first,self.late = None,LateNumbers()
+
+    def before_train(self):
+        self.fitting = True
+        self._look_anew()
+
+    def after_loss(self):
+        if not self.fitting: return
+        if not self.waits: self._note()
+        elif not torch.isfinite(self.loss).all(): self._stop(self.loss.mean().item(), self.iter)
+
+    def _note(self):
+        "Keep the first batch whose loss is not finite where the losses are, and ask for what is known of it"
+        loss = self.loss.detach().as_subclass(torch.Tensor).float()
+        bad,mean = ~torch.isfinite(loss).all(),loss.mean()
+        now = torch.stack([bad.to(mean.dtype), mean, torch.full_like(mean, self.iter)])
+        self.first = now if self.first is None else torch.where(self.first[:1]>0, self.first, now)
+        self.opt.stopped = self.first[0]
+        self.late.send(self.first)
+        self._check(self.late.read())
+
+    def _check(self, known):
+        if known and known[0]: self._stop(known[1], int(known[2]))
+
+    def after_train(self): self._see_all()
+    def before_validate(self): self._look_anew()
+    def after_validate(self): self._see_all()
+    def _see_all(self):
+        if self.fitting and self.first is not None: self._check(self.first.tolist())
+
+    def after_fit(self):
+        self.fitting = False
+        if isinstance(self.opt, FusedAdam): self.opt.stopped = None
+
+    def _stop(self, loss, i):
+        self.learn.failure = TrainingError(self._say_why(loss, i))
+        raise CancelFitException
+
+    def _say_why(self, loss, i):
+        who = ', '.join(self.dl.batch_patients(i)) if hasattr(self.dl,'batch_patients') else 'unknown'
         finite = all(torch.isfinite(p).all() for p in self.model.parameters())
         part = 'training' if self.training else 'validation'
-        where = f"the {part} loss is {self.loss.mean().item()} in epoch {self.epoch}, batch {self.iter}, patients {who}"
+        where = f"the {part} loss is {loss} in epoch {self.epoch}, batch {i}, patients {who}"
         return f"{where}: {_bad_batch if finite else _overflowed}; the last good weights are kept"
 
 _bad_batch = "look at these volumes, lower lr, or use precision='bf16' in place of 'fp16'"
 _overflowed = "the weights are not finite either, so an earlier step overflowed: lower lr, or set clip_norm"
+
+# %% ../nbs/52_callbacks.ipynb #09583def
+class LateRecords(Callback):
+    """On a card, leave an epoch's losses there until it ends: fastai's records and its bar fetch each, and wait for it.
+
+    The bar shows the newest that has arrived. On a CPU, and with several processes, nothing is changed."""
+    order = Recorder.order+5 # before the progress bar
+    def before_fit(self):
+        self.run = _on_one_card(self.learn) and not hasattr(self.learn, 'lr_finder')
+        if self.run: self.leave_losses()
+
+    def leave_losses(self):
+        "Where it is fastai's, let the smoothed loss stay on the card"
+        old = self.recorder.smooth_loss
+        if type(old) is not AvgSmoothLoss: return
+        self.recorder.smooth_loss = _LateLoss(old.beta)
+        self.recorder.smooth_loss.reset()
+
+    def before_train(self): self.late,self.n = LateNumbers(),len(self.recorder.losses)
+    def after_batch(self):
+        if not self.training: return
+        self.late.send(self.smooth_loss.detach().view(1))
+        known = self.late.read()
+        if known: self.learn.smooth_loss = torch.tensor(known[0])
+        else: del self.learn.smooth_loss
+
+    def after_train(self):
+        losses = self.recorder.losses[self.n:]
+        if not losses: return
+        self.recorder.losses[self.n:] = torch.stack(losses).cpu().unbind()
+        self.learn.smooth_loss = self.recorder.losses[-1]
+
+class _LateLoss(AvgSmoothLoss):
+    "fastai's smoothed training loss, which stays where it was computed"
+    def accumulate(self, learn):
+        loss = learn.loss.detach().mean()
+        self.count,self.val = self.count+1,torch.lerp(loss, self.val.to(loss.device), self.beta)
 
 # %% ../nbs/52_callbacks.ipynb #9c000016
 class ProgressiveSize(Callback):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['mgmt_audit', 'mgmt_phantom', 'mgmt_atlas', 'mgmt_standardize', 'mgmt_prepare', 'mgmt_train', 'mgmt_predict',
            'mgmt_weights', 'mgmt_report', 'mgmt_sweep', 'mgmt_evaluate', 'mgmt_preregister', 'mgmt_external',
-           'mgmt_pack', 'mgmt_unpack', 'mgmt_push', 'mgmt_pull', 'mgmt_leakage', 'mgmt_perfusion', 'mgmt_kaggle',
-           'mgmt_thesis', 'mgmt_demo']
+           'mgmt_pack', 'mgmt_unpack', 'mgmt_push', 'mgmt_pull', 'mgmt_export', 'mgmt_leakage', 'mgmt_perfusion',
+           'mgmt_kaggle', 'mgmt_thesis', 'mgmt_demo']
 
 # %% ../nbs/90_cli.ipynb #4eea66c0
 import argparse, contextlib, functools, inspect, re, signal, sys, threading, time
@@ -680,6 +680,30 @@ def mgmt_pull(
     "Fetch a bundle from a model hub, and unpack it as `mgmt_unpack` does"
     clear_temporaries(Path(dest).parent, deep=False)
     return _say_unpacked(pull_model(repo, dest, revision, sha256), dest)
+
+# %% ../nbs/90_cli.ipynb #40dba8cd
+from .export import export_model
+
+@_command
+def mgmt_export(
+    model:Path, # Folder of a training or of a bundle, a model in it, or a file that `mgmt_pack` wrote
+    dest:Path='onnx', # Folder to make: an ONNX file and its JSON for each network, and a script that runs them
+    opset:int=18, # Version of ONNX's operators
+):
+    """Write each network of a model as an ONNX file, which other programs run without this library.
+
+    Needs `pip install mgmt_fast[onnx]`. In goes a prepared volume, out comes the logit; the JSON says the rest"""
+    clear_temporaries(Path(dest).parent, deep=False)
+    with passing_folder() as folder:
+        model = unpack_bundle(model, folder/'bundle') if is_file(model) and model.suffix=='.zip' else as_model(model)
+        table = export_model(model, dest, opset)
+    for r in table.itertuples():
+        print(f"{Path(dest)/r.file}: {r.bytes:,} bytes, logits within {r.difference:.1e} of torch's")
+    if getattr(model, 'tta', None): print(_no_views)
+    print(f"python {Path(dest)/'predict.py'} PREPARED.npz prints the probability; research use only")
+    return 0
+
+_no_views = "this bundle averages over views of each volume, and a network sees one: probabilities may differ slightly"
 
 # %% ../nbs/90_cli.ipynb #1eaca9e1
 from .leakage import leakage_audit

@@ -54,7 +54,7 @@ class _SelectPool3d(tl.SelectAdaptivePool2d):
 
 class _OnImages:
     "Beside a 2D module: it works slice by slice"
-    def forward(self, x): return as_volumes(super().forward(as_images(x)), len(x))
+    def forward(self, x): return as_volumes(super().forward(as_images(x)), x.shape[0])
 
 class _LayerNorm3d(_OnImages, tl.LayerNorm2d): pass
 
@@ -68,11 +68,11 @@ class _SqueezeExcite3d(eb.SqueezeExcite):
         "(B,C)"
         s = self.act1(_linear(self.conv_reduce, volume_mean(x)))
         return self.gate(_linear(self.conv_expand, s))
-    def forward(self, x): return x*self.scale(x)[...,None,None,None]
+    def forward(self, x): return scale_channels(x, self.scale(x))
 
 def _excite(se, conv, x):
     "`conv(se(x))`"
-    if isinstance(se, _SqueezeExcite3d) and x.device.type=='cpu': return scaled_conv(conv, x, se.scale(x))
+    if isinstance(se, _SqueezeExcite3d) and route(x)=='cpu': return scaled_conv(conv, x, se.scale(x))
     return conv(se(x))
 
 def _mean(x):
@@ -106,7 +106,7 @@ class _SplitAttn3d(tl.SplitAttn):
     def forward(self, x):
         y = self.act0(self.drop(self.bn0(self.conv(x)))).unflatten(1, (self.radix,-1))
         s = self.act1(self.bn1(self.fc1(_mean(y.sum(1)))))
-        s = self.rsoftmax(self.fc2(s)).reshape(len(y), self.radix, -1, 1, 1, 1)
+        s = self.rsoftmax(self.fc2(s)).reshape(y.shape[0], self.radix, -1, 1, 1, 1)
         return (y*s).sum(1)
 
 class _LayerScale3d(tl.LayerScale2d):
@@ -126,6 +126,33 @@ class _InvertedResidual3d(eb.InvertedResidual):
         y = self.conv_dw(conv_norm(self.conv_pw, self.bn1, y))
         y = self.bn3(_excite(self.se, self.conv_pwl, self.aa(self.bn2(y))))
         return self.drop_path(y)+x if self.has_skip else y
+
+class _BasicBlock3d(resnet.BasicBlock):
+    def forward(self, x):
+        if type(self.drop_block) is nn.Identity: y = norm_act(self.bn1, self.act1, self.conv1(x))
+        else: y = self.act1(self.drop_block(self.bn1(self.conv1(x))))
+        return _residual(self, self.bn2, self.act2, self.conv2(self.aa(y)), x)
+
+class _Bottleneck3d(resnet.Bottleneck):
+    def forward(self, x):
+        y = self.conv2(norm_act(self.bn1, self.act1, self.conv1(x)))
+        if type(self.drop_block) is nn.Identity: y = norm_act(self.bn2, self.act2, y)
+        else: y = self.act2(self.drop_block(self.bn2(y)))
+        return _residual(self, self.bn3, self.act3, self.conv3(self.aa(y)), x)
+
+def _residual(block, norm, act, y, x):
+    "The end of a residual block of ResNet"
+    shortcut = x if block.downsample is None else block.downsample(x)
+    if block.se is None and block.drop_path is None: return norm_act(norm, act, y, shortcut)
+    y = norm(y)
+    if block.se is not None: y = block.se(y)
+    if block.drop_path is not None: y = block.drop_path(y)
+    return act(y+shortcut)
+
+class _ResNet3d(resnet.ResNet):
+    def forward_features(self, x):
+        x = self.maxpool(norm_act(self.bn1, self.act1, self.conv1(x)))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 class _ConvNeXtBlock3d(convnext.ConvNeXtBlock):
     "Only its depthwise convolution sees more than one slice"
@@ -343,6 +370,8 @@ _counterparts = {
     tl.LayerScale2d:_recast(_LayerScale3d),
     eb.DepthwiseSeparableConv:_recast(_DepthwiseSeparable3d),
     eb.InvertedResidual:_recast(_InvertedResidual3d),
+    resnet.BasicBlock:_recast(_BasicBlock3d), resnet.Bottleneck:_recast(_Bottleneck3d),
+    resnet.ResNet:_recast(_ResNet3d),
     convnext.ConvNeXtBlock:_recast(_ConvNeXtBlock3d), inception_next.MetaNeXtBlock:_recast(_MetaNeXtBlock3d),
     rdnet.DenseBlock:_recast(_RDNetBlock3d), repvit.RepVit:_recast(_RepVit3d),
     tv.DenseNet:_recast(_DenseNet), tv.MobileNetV2:_recast(_MobileNetV2),
@@ -489,7 +518,15 @@ def _no_blocks(model):
 def _recompute(m, x):
     f = partial(type(m).forward, m)
     if not torch.is_grad_enabled() or x[0,0].numel()<2048: return f(x)
-    return checkpoint(f, x, use_reentrant=False, context_fn=_contexts)
+    if torch.compiler.is_compiling(): return checkpoint(f, x, use_reentrant=False) # moves statistics once by itself
+    return checkpoint(f, x, use_reentrant=False, context_fn=_contexts, preserve_rng_state=_draws(m))
+
+def _draws(block):
+    "Does a block draw random numbers? A CUDA graph cannot put the generator back"
+    def share(m): return getattr(m, 'drop_prob', None) or getattr(m, 'drop_rate', None) or _dropped(m)
+    return any(share(m) for m in block.modules())
+
+def _dropped(m): return isinstance(m, nn.modules.dropout._DropoutNd) and m.p>0
 
 def _contexts(): return nullcontext(),_second_time()
 

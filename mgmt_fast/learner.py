@@ -43,6 +43,7 @@ from .devices import tf32_on
 from .backbones import Standardize, create_backbone, read_weights, rescales_inside
 from .seen import SeenVolumes
 from .networks import PairLoss, Prototypes, create_network
+from .graphs import CapturedSteps, check_card
 from .callbacks import *
 from .recipes import L2Penalty, StepRate, SummedGradients, faults
 from .metrics import AUC
@@ -169,6 +170,9 @@ class MGMTLearner(Learner):
         except MGMTError as e:
             e.args = (re.sub(_FASTAI_SAYS, '', str(e)),)
             raise
+        finally:
+            for cb in self.cbs:
+                if isinstance(cb, CapturedSteps): cb.end()
         if self.failure: raise self.failure
 
     def lr_find(self,
@@ -184,6 +188,15 @@ class MGMTLearner(Learner):
             if opt is None: self.opt = None
             else: self.opt.load_state_dict(opt)
             raise
+
+    def to_detach(self,
+        b:torch.Tensor|list, # Or several
+        cpu:bool=True, # Bring it there? A single number of a card stays, so that nobody waits for each
+        gather:bool=True, # Those of several processes?
+    ) -> torch.Tensor|list: # Without gradient
+        "As fastai's, but for single numbers: losses and metrics are read when an epoch ends"
+        alone = isinstance(b, torch.Tensor) and b.ndim==0 and num_distrib()<2
+        return super().to_detach(b, cpu=cpu and not alone, gather=gather)
 
     def show_results(self,
         ds_idx:int=1, # Loader of `dls`: 0 that of training, 1 that of validation
@@ -401,6 +414,12 @@ def _watchers(r):
     if r.network=='siamese': res.append(Prototypes())
     return [*res, *_engine(r)]
 
+def _on_card(graphs, dls):
+    "What lets a card work without waiting"
+    if graphs not in ('auto',True,False): raise unknown_name('choice of graphs', graphs, ('auto',True,False))
+    if graphs is True: check_card(dls.device)
+    return [LateRecords(), *([CapturedSteps(auto=graphs=='auto')] if graphs else [])]
+
 # %% ../nbs/55_learner.ipynb #bbe133d3
 _plan = object() # the choice did not come into play
 
@@ -526,11 +545,13 @@ def mgmt_learner(
     seed:int=0, # Of the initial weights
     cbs:list=None, # More callbacks
     model_kwargs:dict=None, # For `create_network`, beyond what the recipe decides
+    graphs:bool|str='auto', # Run training steps as CUDA graphs: `'auto'` where there is a card; see `CapturedSteps`
     **kwargs, # For fastai's `Learner`
 ) -> MGMTLearner: # Train it with `learn.fit_recipe()`, or any of fastai's own; `learn.recipe` is the plan
     """A fastai `Learner` for methylation; nothing in it is hidden from fastai's own methods.
 
-    Raises `MGMTError` if a choice is given that the store or the loaders have settled otherwise."""
+    How a card is driven is no choice of a recipe, for the weights are the same. Raises `MGMTError` if a choice is given
+    that the store or the loaders have settled otherwise, and on graphs=True without a card."""
     asked = {'arch':arch, **(model_kwargs or {})}
     names = choice_names('backbones','learner')
     r = follow_recipe(dls.recipe, recipe, **{k:v for k,v in asked.items() if v is not None and k in names})
@@ -539,8 +560,8 @@ def mgmt_learner(
     model = _make_model(r, dls, seed, **rest)
     settings = dict(opt_func=_adam(r.adam), lr=r.lr, wd=r.wd, splitter=body_and_head)
     metrics = [AUC(), partialler(accuracy_multi, thresh=.5, sigmoid=True)]
-    learn = MGMTLearner(dls, model, loss_func=_loss_of(r, dls, model), path=make_folder(path), cbs=_watchers(r)+L(cbs),
-        metrics=metrics, **{**settings, **kwargs})
+    learn = MGMTLearner(dls, model, loss_func=_loss_of(r, dls, model), path=make_folder(path),
+        cbs=[*_watchers(r), *_on_card(graphs, dls), *L(cbs)], metrics=metrics, **{**settings, **kwargs})
     learn.recipe,learn.seed,learn.n_train = r,seed,sum(p.requires_grad for p in model.parameters())
     learn.recipe = recipe_that_ran(learn)
     if r.name=='published': _say_once(_with_faults(r))

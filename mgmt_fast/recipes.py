@@ -122,8 +122,22 @@ class L2Penalty(Callback):
         l2:float=1e-5, # How strongly
     ): self.l2 = l2
     def after_loss(self):
-        squares = sum(p.float().square().sum() for p in self.model.parameters() if p.requires_grad)
-        self.learn.loss_grad = self.loss_grad+self.l2/2*squares
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        if params and params[0].is_cuda: penalty = _HalfSquares.apply(self.l2, *params)
+        else: penalty = self.l2/2*sum(p.float().square().sum() for p in params)
+        self.learn.loss_grad = self.loss_grad+penalty
+
+class _HalfSquares(torch.autograd.Function):
+    "`l2` times half the sum of squares, in a few launches for all parameters"
+    @staticmethod
+    def forward(ctx, l2, *params):
+        ctx.l2 = l2
+        ctx.save_for_backward(*params)
+        return l2/2*torch.stack(torch._foreach_norm(params)).square().sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): return None,*torch._foreach_mul(ctx.saved_tensors, g*ctx.l2)
 
 # %% ../nbs/53_recipes.ipynb #1ffdfc3a
 class StepRate(Callback):

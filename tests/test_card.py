@@ -144,12 +144,11 @@ def test_what_does_not_fit_is_said(store, monkeypatch):
 
 @pytest.mark.cuda
 def test_a_card_keeps_what_fits_and_reads_the_rest_ahead(store, monkeypatch):
-    usual = loaders(store, device='cpu', augs=None)
-    kept = loaders(store, device='cuda', augs=None)
+    usual,kept = (loaders(store, device='cuda', augs=None, kept=o) for o in (False,'auto'))
     same(batches(usual), batches(kept))
     assert kept.train.at_hand=='kept' and 'kept on cuda' in kept.where
     monkeypatch.setattr('mgmt_fast.loader.free_bytes', lambda device: 1e5)
-    usual,ahead = loaders(store, device='cpu', augs=None),loaders(store, device='cuda', augs=None)
+    ahead = loaders(store, device='cuda', augs=None)
     same(batches(usual), batches(ahead))
     assert ahead.train.at_hand=='ahead' and 'read from the store in every epoch' in ahead.where
 

@@ -91,6 +91,7 @@ def written(scans, held_out, heads, tmp_path_factory):
     run('mgmt_report', 'bundle', held_out, '--patient', min(p.name for p in (held_out/'train').iterdir()))
     run('mgmt_pack', 'bundle', 'bundle.zip')
     run('mgmt_unpack', 'bundle.zip', 'unpacked')
+    if importlib.util.find_spec('onnxruntime'): run('mgmt_export', 'bundle.zip', 'onnx')
     run('mgmt_perfusion', heads/'dsc', 'perfusion')
     if engine_table().version.notna().all():
         run('mgmt_standardize', heads/'heads', 'standardized', '--atlas', heads/'atlas.nii.gz', '--dicom')

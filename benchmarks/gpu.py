@@ -1,0 +1,302 @@
+"""What training costs on one card, ours beside its peers in one process, and what it leaves of the card idle.
+
+usage: gpu.py steps|compiled|train|thesis|race [FOLDER] [--out gpu.csv] [--size 8x64x256x256 ...] [--archs a,b]
+
+steps     one step (forward, loss, backward), eagerly and as a CUDA graph: ours, timm_3d and MONAI. B1 and B3 stand
+          there twice: by default their kernels are split into one in the plane and one along the depth; `ours, full`
+          is the very network of the peers.
+compiled  the same of what `torch.compile` makes of B1.
+train     an epoch of B1 from a store of 585 patients (468 train, 117 validate): eight phantoms, again and again.
+thesis    seconds an epoch of the thesis' four networks, and what its experiment would take: ten epochs, four sequences.
+race      seconds to the same validation AUC, see train.py; ours against MONAI, both on the card.
+
+bf16 autocast, batch norm in training mode, medians of ten steps. Memory is what the card has reserved, from before the
+graph was captured. Rows are printed and written to `--out` when they are measured; what is there for this card is not
+measured again. Without a card the parts run on the CPU with small sizes, in float32 and without graphs: figures of
+that kind say nothing about cards. Peers that are not installed are left out with a line that says so."""
+import argparse, gc, importlib.util, json, statistics, sys, tempfile, time, warnings
+from pathlib import Path
+
+import numpy as np, pandas as pd, torch, torch.nn.functional as F
+from machine import machine
+from step import MONAI
+
+CUDA = torch.cuda.is_available()
+DEVICE = 'cuda' if CUDA else 'cpu'
+SIZES = [(8,32,128,128),(8,64,256,256)] if CUDA else [(2,32,64,64)]
+ARCHS = 'efficientnet_b1','efficientnet_b3','densenet121','resnet18'
+KEY = ['part','card','arch','who','mode','size']
+
+
+class Rows:
+    "What was measured, in a file"
+    def __init__(self, path, part):
+        self.path,self.part,self.card = Path(path),part,torch.cuda.get_device_name() if CUDA else 'CPU'
+        self.table = pd.read_csv(self.path) if self.path.exists() else pd.DataFrame(columns=KEY)
+
+    def has(self, **row):
+        same = pd.Series(True, index=self.table.index)
+        for k,v in self._key(row).items(): same &= self.table[k]==v
+        return same.any()
+
+    def _key(self, row): return dict(part=self.part, card=self.card, **row)
+
+    def add(self, row, **found):
+        new = pd.DataFrame([{**self._key(row), **found, 'torch':torch.__version__}])
+        self.table = pd.concat([self.table, new], ignore_index=True) if len(self.table) else new
+        self.table.to_csv(self.path, index=False)
+        said = ' '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in found.items())
+        print(f"{row['arch']:16} {row['who']:14} {row['mode']:16} {row['size']:14} {said}", flush=True)
+
+
+def network(who, arch, size):
+    "A network and a batch, its axes as the network's library wants them"
+    B,D,H,W = size
+    if who.startswith('ours'):
+        from mgmt_fast.backbones import create_backbone
+        return create_backbone(arch, depth='full' if 'full' in who else 'separable'),torch.rand(B,1,D,H,W)
+    if who=='timm_3d':
+        import timm_3d
+        return timm_3d.create_model(arch, in_chans=1, num_classes=1),torch.rand(B,1,H,W,D)
+    import monai.networks.nets as nets
+    return MONAI[arch](nets),torch.rand(B,1,H,W,D)
+
+
+def whos(arch):
+    "Who is measured on an architecture"
+    split = arch.startswith('efficientnet')
+    for who in ('ours',*(('ours, full',) if split else ()),'timm_3d','monai'):
+        if who.startswith('ours') or importlib.util.find_spec(who): yield who
+
+
+def wait():
+    if CUDA: torch.cuda.synchronize()
+
+
+def reserved(): return torch.cuda.max_memory_reserved()/2**30 if CUDA else float('nan')
+
+
+class Step:
+    "One step of a network, in a mode: 'eager', 'graph', or one of `torch.compile`'s"
+    def __init__(self, who, arch, size, mode):
+        torch.manual_seed(0)
+        model,x = network(who, arch, size)
+        self.model,self.x,self.y = model.to(DEVICE).train(),x.to(DEVICE),torch.ones(size[0], 1, device=DEVICE)
+        self.cached = mode!='graph'
+        self.net = self.model if mode in ('eager','graph') else torch.compile(self.model, mode=mode)
+        self.run = self.fresh
+        if mode=='graph': self._capture()
+
+    def step(self):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA, cache_enabled=self.cached): out = self.net(self.x)
+        F.binary_cross_entropy_with_logits(out.float(), self.y).backward()
+
+    def fresh(self):
+        for p in self.model.parameters(): p.grad = None
+        self.step()
+
+    def _capture(self):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3): self.fresh()
+        torch.cuda.current_stream().wait_stream(side)
+        for p in self.model.parameters(): p.grad = None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph): self.step()
+        self.run = graph.replay
+
+
+def measure(who, arch, size, mode, reps=10):
+    "Milliseconds and the rest of one row"
+    gc.collect()
+    if CUDA: torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+    torch._dynamo.reset()
+    start,times = time.perf_counter(),[]
+    step = Step(who, arch, size, mode)
+    for _ in range(reps+3):
+        wait(); t = time.perf_counter(); step.run(); wait()
+        times.append(time.perf_counter()-t)
+    ms = 1000*statistics.median(times[3:])
+    first = time.perf_counter()-start-sum(times[3:])
+    return dict(ms=ms, volumes_per_s=1000*size[0]/ms, reserved_GiB=reserved(), first_s=first)
+
+
+def table(rows, plan):
+    "Measure what is not there yet; what fails is a row too"
+    for who,arch,size,mode in plan:
+        row = dict(arch=arch, who=who, mode=mode, size='x'.join(map(str, size)))
+        if rows.has(**row): continue
+        try: rows.add(row, **measure(who, arch, size, mode))
+        except Exception as e: rows.add(row, failed=f'{type(e).__name__} {str(e)[:100]}')
+
+
+def steps(rows, o):
+    modes = ('eager','graph') if CUDA else ('eager',)
+    table(rows, [(w,a,s,m) for s in o.sizes for a in o.archs for w in whos(a) for m in modes])
+    compare(rows)
+
+
+def compiled(rows, o):
+    plan = [(w,'efficientnet_b1',s,m) for s in o.sizes for w,m in
+        (('timm_3d','reduce-overhead'),('ours','graph'),('timm_3d','default'),('ours','default'))]
+    table(rows, plan)
+
+
+def compare(rows):
+    "Ours against the faster of the peers in eager mode"
+    t = rows.table
+    if 'ms' not in t: return
+    t = t[(t.part=='steps')&(t.card==rows.card)&t.ms.notna()]
+    for (arch,size),g in t.groupby(['arch','size'], sort=False):
+        peers = g[~g.who.str.startswith('ours')&(g['mode']=='eager')]
+        if not len(peers): continue
+        for r in g[g.who.str.startswith('ours')].itertuples():
+            print(f"{arch:16} {r.size:14} {r.who:10} {r.mode:6} {peers.ms.min()/r.ms:5.2f} x the faster eager peer "
+                f"({peers.loc[peers.ms.idxmin()].who}); reserved {r.reserved_GiB:.1f} GiB, theirs "
+                f"{peers.reserved_GiB.min():.1f}")
+
+
+def repeated_store(folder, size, sequences, n, kinds=8):
+    "A store of n patients, a few phantoms again and again: their pictures do not matter here, their bytes do"
+    from mgmt_fast.cohort import kaggle_cohort
+    from mgmt_fast.phantom import make_phantom
+    from mgmt_fast.prepare import VolumeStore, prepare
+    few,many = folder/f'few{kinds}',folder/f"store-{n}-{'x'.join(map(str, size))}-{'-'.join(sequences)}"
+    if (many/'store.json').exists(): return VolumeStore(many)
+    make_phantom(folder/f'phantom{kinds}', n=kinds, test=0., slices=24, size=80, sequences=sequences, progress=False)
+    store = prepare(kaggle_cohort(folder/f'phantom{kinds}'), few, sequences, size=size, progress=False)
+    many.mkdir(exist_ok=True)
+    for file in few.glob('*.npy'):
+        once = np.load(file, mmap_mode='r')
+        out = np.lib.format.open_memmap(many/file.name, 'w+', np.uint8, (n,*size))
+        for i in range(n): out[i] = once[i%kinds]
+    names = [f'P{i:05}' for i in range(n)]
+    for name in ('store.json','patients.json'):
+        d = json.loads((few/name).read_text())
+        each = list(d['patients'].values())
+        d['patients'] = {p: {**each[i%kinds], **({'row':i} if name=='store.json' else {'label':i%2})}
+            for i,p in enumerate(names)}
+        (many/name).write_text(json.dumps(d))
+    return VolumeStore(many)
+
+
+def learner(store, arch, folder, epochs=10, sequences=None):
+    "As `mgmt_train` makes it, on this card"
+    from mgmt_fast.core import get_recipe
+    from mgmt_fast.devices import card_precision
+    from mgmt_fast.learner import mgmt_learner, recipe_dls
+    recipe = get_recipe('default', size=store.size, arch=arch, epochs=epochs, precision=card_precision())
+    return mgmt_learner(recipe_dls(store, recipe=recipe, sequences=sequences), recipe=recipe, path=folder)
+
+
+class Watch:
+    "Seconds of the epochs after the first, which captures and compiles"
+    def __new__(cls):
+        from fastai.callback.core import Callback
+        class Epochs(Callback):
+            order,seconds,training = 90,[],[]
+            def before_epoch(self): wait(); self.t = time.perf_counter()
+            def after_train(self): wait(); self.training.append(time.perf_counter()-self.t)
+            def after_epoch(self): wait(); self.seconds.append(time.perf_counter()-self.t)
+        return Epochs()
+
+
+def epochs_of(store, arch, n=4, sequences=None):
+    "Seconds of an epoch, and of its training part"
+    with tempfile.TemporaryDirectory() as d:
+        learn,watch = learner(store, arch, d, n, sequences),Watch()
+        watch.seconds,watch.training = [],[]
+        learn.add_cb(watch)
+        with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
+        found = statistics.median(watch.seconds[2:]),statistics.median(watch.training[2:]),sum(watch.seconds[:2])
+        return *found,len(learn.dls.train.dataset)
+
+
+def busy(store, arch):
+    "Share of an epoch's training in which a kernel ran, by the profiler"
+    from torch.profiler import ProfilerActivity, profile
+    from fastai.callback.core import Callback
+    class Profile(Callback):
+        order,run_valid = 80,False
+        def before_train(self):
+            if self.epoch==2: wait(); self.p = profile(activities=[ProfilerActivity.CUDA]); self.p.__enter__()
+        def after_train(self):
+            if self.epoch==2: wait(); self.p.__exit__(None, None, None)
+    with tempfile.TemporaryDirectory() as d:
+        learn,p = learner(store, arch, d, 3),Profile()
+        learn.add_cb(p)
+        with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
+    return share(p.p.events())
+
+
+def share(events):
+    "Of the time between the first kernel and the end of the last one"
+    spans = sorted((e.time_range.start,e.time_range.end) for e in events
+        if e.device_type==torch.autograd.DeviceType.CUDA)
+    total,end = 0.,spans[0][0]
+    for a,b in spans: total,end = total+max(0., b-max(a, end)),max(end, b)
+    return total/(end-spans[0][0])
+
+
+def train(rows, o):
+    size,n = ((64,256,256),585) if CUDA else ((32,32,32),24)
+    store = repeated_store(o.folder, size, ('T1wCE',), n)
+    row = dict(arch='efficientnet_b1', who='ours', mode='epoch', size='x'.join(map(str, size)))
+    if rows.has(**row): return
+    epoch,training,first,patients = epochs_of(store, 'efficientnet_b1' if CUDA else 'resnet10')
+    found = dict(epoch_s=epoch, training_s=training, volumes_per_s=patients/training, first_two_s=first,
+        reserved_GiB=reserved())
+    if CUDA: found['busy'] = busy(store, 'efficientnet_b1')
+    rows.add(row, **found)
+
+
+def thesis(rows, o):
+    """Each network's epoch on one sequence is measured and stands for all four; its first two epochs, with what they
+    compile and capture, count once for each training."""
+    size,n = ((64,256,256),585) if CUDA else ((32,32,32),24)
+    store,total = repeated_store(o.folder, size, ('T1wCE',), n),0.
+    for arch in ('efficientnet_b1','efficientnet_b3','xception','densenet121') if CUDA else ('resnet10',):
+        row = dict(arch=arch, who='ours', mode='epoch', size='x'.join(map(str, size)))
+        if not rows.has(**row):
+            epoch,training,first,_ = epochs_of(store, arch)
+            rows.add(row, epoch_s=epoch, training_s=training, first_two_s=first, ten_epochs_s=first+8*epoch)
+        t = rows.table
+        total += 4*t[(t.part=='thesis')&(t.card==rows.card)&(t.arch==arch)].ten_epochs_s.iloc[-1]
+    print(f"projected: {total/60:.1f} minutes for 16 models of ten epochs, {5*total/3600:.2f} hours with five folds: "
+        "four times the first two and eight more epochs of each network")
+
+
+def race(rows, o):
+    import train as racing
+    settings = argparse.Namespace(patients=160 if CUDA else 24, size='32x64x64', limit=90 if CUDA else 20,
+        who='ours,bf16,monai')
+    for seed in range(3 if CUDA else 1):
+        row = dict(arch='resnet18', who='ours', mode=f'seed {seed}', size=settings.size)
+        if rows.has(**row): continue
+        curves = racing.race(o.folder/f'seed{seed}', settings, seed)
+        if 'monai' not in curves: continue
+        rows.add(row, **{f'{k}_times_faster': float(racing.ratio(curves[k], curves['monai'])) for k in ('ours','bf16')})
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('part', choices=['steps','compiled','train','thesis','race'])
+    p.add_argument('folder', nargs='?', type=Path)
+    p.add_argument('--out', default='gpu.csv')
+    p.add_argument('--size', nargs='*')
+    p.add_argument('--archs', default=','.join(ARCHS) if CUDA else 'resnet18')
+    o = p.parse_args()
+    warnings.simplefilter('ignore')
+    o.sizes = [tuple(map(int, s.split('x'))) for s in o.size or []] or SIZES
+    o.archs = o.archs.split(',')
+    print(machine(), flush=True)
+    for name in ('timm_3d','monai'):
+        if not importlib.util.find_spec(name): print(f'{name} is not installed: left out')
+    with tempfile.TemporaryDirectory() as d:
+        o.folder = o.folder or Path(d)
+        o.folder.mkdir(parents=True, exist_ok=True)
+        globals()[o.part](Rows(o.out, o.part), o)
+
+
+if __name__ == '__main__': main()

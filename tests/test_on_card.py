@@ -1,0 +1,62 @@
+"""What runs on a card gives what torch's own operators give."""
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mgmt_fast.backbones import create_backbone
+from mgmt_fast.operators import plain_operators, route
+
+
+def test_kernels_give_what_torch_gives():
+    run = subprocess.run([sys.executable, Path(__file__).parent/'interpreted.py'], capture_output=True, text=True,
+        env={**os.environ, 'TRITON_INTERPRET':'1'})
+    assert not run.returncode, run.stderr
+    assert run.stdout.split()==['72','convolutions']
+
+
+def test_route():
+    x = torch.zeros(1)
+    assert route(x)=='cpu'
+    with plain_operators(): assert route(x)=='plain'
+    assert route(torch.zeros(1, device='meta'))=='plain'
+
+
+def gradients(model, x, dtype):
+    model = copy.deepcopy(model).to(dtype)
+    y = model(x.to(dtype))
+    F.binary_cross_entropy_with_logits(y, torch.tensor([[0.],[1],[1],[0]], device=x.device, dtype=dtype)).backward()
+    grads = [p.grad.flatten().double() for p in model.parameters() if p.grad is not None]
+    return y.detach().double(),torch.cat(grads),torch.cat([b.flatten().double() for b in model.buffers()])
+
+
+def far(a, b): return ((a-b).norm()/(b.norm()+1e-9)).item()
+
+
+NETS = [('resnet10',{}),('resnet18',{}),('resnet50',{}),('efficientnet_b0',{}),('efficientnet_b0',dict(depth='full')),
+    ('efficientnet_b0',dict(depth_padding='zeros')),('densenet121',{}),('xception',{}),
+    ('resnet18',dict(depth='separable_all')),('resnet10',dict(checkpoint=True))]
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('train', [True,False])
+@pytest.mark.parametrize('arch,how', NETS)
+def test_networks_on_a_card(arch, how, train, monkeypatch):
+    "float32 on a card is as near to float64 as torch's own operators are, up to a factor"
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    torch.manual_seed(0)
+    model = create_backbone(arch, pretrained=False, **how).cuda().train(train)
+    for name,p in model.named_parameters():
+        if name.endswith('.depth'): p.data += .1*torch.randn_like(p)
+    x = torch.rand(4, 1, 32, 64, 64, device='cuda')
+    assert route(x)=='card'
+    card = gradients(model, x, torch.float32)
+    with plain_operators():
+        plain,exact = (gradients(model, x, o) for o in (torch.float32,torch.float64))
+    print(arch, how, train, *[f'{far(a, c):.1e} ({far(b, c):.1e})' for a,b,c in zip(card, plain, exact)])
+    for a,b,c in zip(card, plain, exact):
+        assert far(a, c)<=4*far(b, c)+1e-4 # a rectifier near zero may fall to the other side
