@@ -33,7 +33,6 @@ def tile(
     return max(elements//wide, 1),wide
 
 # %% ../nbs/40_kernels.ipynb #fb5265db
-def _ceil(a, b): return -(-a//b)
 def _inside(x): "`x` with channels innermost"; return x.contiguous(memory_format=torch.channels_last_3d)
 
 def _new(x, *size, dtype=None):
@@ -118,21 +117,21 @@ def _known_moments(table, w, b, running, running_var, C, eps, BC:tl.constexpr):
 # %% ../nbs/40_kernels.ipynb #0ae8fddd
 def _shares(N, C, BN, BC, programs=1056):
     "How many rows each program takes, and how many shares that makes"
-    P = max(1, min(programs//_ceil(C, BC), _ceil(N, BN)))
-    share = _ceil(_ceil(N, P), BN)*BN
-    return share,_ceil(N, share)
+    P = max(1, min(programs//ceil_div(C, BC), ceil_div(N, BN)))
+    share = ceil_div(ceil_div(N, P), BN)*BN
+    return share,ceil_div(N, share)
 
 def _norm_table(x, w=None, b=None, mean=None, var=None, own=True, momentum=0., eps=0.):
     "What the kernels of a norm have to know of each channel, (5,C): see `_join_moments`"
     C = x.shape[1]
-    N,table,wide = x.numel()//C,_floats(x, 5, C),(_ceil(C, 32),)
+    N,table,wide = x.numel()//C,_floats(x, 5, C),(ceil_div(C, 32),)
     if not own:
         _known_moments[wide](table, w, b, mean, var, C, eps, 32)
         return table
     BN,BC = tile(C, 4096)
     share,P = _shares(N, C, BN, BC)
     means = _floats(x, 2, P, C)
-    _moments_of_shares[P,_ceil(C, BC)](x, means, N, C, share, BN, BC)
+    _moments_of_shares[P,ceil_div(C, BC)](x, means, N, C, share, BN, BC)
     sample = N/max(N-1, 1)
     _join_moments[wide](means, table, w, b, mean, var, N, C, share, P, momentum, eps, sample, 32, 32)
     return table
@@ -251,7 +250,7 @@ class _CardNorm(torch.autograd.Function):
         C,y = x.shape[1],torch.empty_like(x)
         table = _norm_table(x, w, b, mean, var, own, momentum, eps)
         N,(BN,BC) = x.numel()//C,tile(C)
-        _norm_forward[_ceil(N, BN),_ceil(C, BC)](x, r, y, table, N, C, act, r is not None, BN, BC)
+        _norm_forward[ceil_div(N, BN),ceil_div(C, BC)](x, r, y, table, N, C, act, r is not None, BN, BC)
         ctx.how = own,act
         ctx.save_for_backward(x, r, w, b, table)
         return y
@@ -263,11 +262,11 @@ class _CardNorm(torch.autograd.Function):
         g,C,add = _inside(g),x.shape[1],r is not None
         N,(BN,BC) = x.numel()//C,tile(C)
         share,P = _shares(N, C, BN, BC)
-        sums,grads,wide = _floats(x, 2, P, C),_floats(x, 4, C),_ceil(C, BC)
+        sums,grads,wide = _floats(x, 2, P, C),_floats(x, 4, C),ceil_div(C, BC)
         _norm_sums[P,wide](x, r, g, table, sums, N, C, share, act, add, BN, BC)
-        _join_sums[_ceil(C, 32),](sums, table, grads, N, C, P, own, 32, 32)
+        _join_sums[ceil_div(C, 32),](sums, table, grads, N, C, P, own, 32, 32)
         gx,gr = torch.empty_like(x),torch.empty_like(r) if add else None
-        _norm_backward[_ceil(N, BN),wide](x, r, g, gx, gr, table, grads, N, C, act, add, own, BN, BC)
+        _norm_backward[ceil_div(N, BN),wide](x, r, g, gx, gr, table, grads, N, C, act, add, own, BN, BC)
         return gx,gr,_like(grads[0], w),_like(grads[1], b),*(None,)*6
 
 def _like(g, w): return None if w is None else g.to(w.dtype)
@@ -419,7 +418,7 @@ def _start(kernel, a, b, out, planes, pixels, geo, elements, widest=32):
     C = a.shape[1]
     BN,BC = tile(C, elements, widest)
     BN = min(BN, next_power(pixels))
-    kernel[planes*_ceil(pixels, BN),_ceil(C, BC)](a, b, out, C, *geo.args, *geo.fixed, BN, BC)
+    kernel[planes*ceil_div(pixels, BN),ceil_div(C, BC)](a, b, out, C, *geo.args, *geo.fixed, BN, BC)
 
 def _table(w): "(C,1,k,H,W) as (k*H*W,C) float32"; return w.flatten(1).t().float().contiguous()
 
@@ -448,7 +447,7 @@ def _weight_grad(x, g, geo):
     "(k*H*W,C)"
     C,(d,h,v) = x.shape[1],geo.out
     BN = min(tile(C, 4096, 32)[0], next_power(h*v))
-    part = _floats(x, len(x)*d*_ceil(h*v, BN), geo.kernel[0]*geo.kernel[1]*geo.kernel[2], C)
+    part = _floats(x, len(x)*d*ceil_div(h*v, BN), geo.kernel[0]*geo.kernel[1]*geo.kernel[2], C)
     _start(_depthwise_weight_grad, x, g, part, len(x)*d, h*v, geo, 4096)
     return part.sum(0)
 
@@ -570,7 +569,7 @@ class _CardPad(torch.autograd.Function):
         x,(B,C,D,H,W) = _inside(x),x.shape
         y = _new(x, B, C, lo+D+hi, H, W)
         ctx.how = D,lo,H*W*C
-        _pad_forward[B*(lo+D+hi),_ceil(H*W*C, 2048)](x, y, H*W*C, D, lo+D+hi, lo, 2048)
+        _pad_forward[B*(lo+D+hi),ceil_div(H*W*C, 2048)](x, y, H*W*C, D, lo+D+hi, lo, 2048)
         return y
 
     @staticmethod
@@ -579,7 +578,7 @@ class _CardPad(torch.autograd.Function):
         (D,lo,n),g = ctx.how,_inside(g)
         B,C,d,H,W = g.shape
         gx = _new(g, B, C, D, H, W)
-        _pad_backward[B*D,_ceil(n, 2048)](g, gx, n, D, d, lo, 2048)
+        _pad_backward[B*D,ceil_div(n, 2048)](g, gx, n, D, d, lo, 2048)
         return gx,None,None
 
 # %% ../nbs/40_kernels.ipynb #0c0c0c03
@@ -614,7 +613,7 @@ class _CardMean(torch.autograd.Function):
         V,(BN,BC) = x[0,0].numel(),tile(x.shape[1])
         share,P = _shares(V, C*B, BN, BC)
         part = _floats(x, B, P, C)
-        _volume_sums[P,_ceil(C, BC),B](x, part, V, C, share, BN, BC)
+        _volume_sums[P,ceil_div(C, BC),B](x, part, V, C, share, BN, BC)
         return (part.sum(1)/V).to(x.dtype)
 
     @staticmethod
@@ -663,7 +662,7 @@ class _CardScale(torch.autograd.Function):
         x,B,C = _inside(x),*x.shape[:2]
         ctx.save_for_backward(x, s)
         V,(BN,BC),y = x[0,0].numel(),tile(C),torch.empty_like(x)
-        _scale_forward[_ceil(V, BN),_ceil(C, BC),B](x, s.contiguous(), y, V, C, BN, BC)
+        _scale_forward[ceil_div(V, BN),ceil_div(C, BC),B](x, s.contiguous(), y, V, C, BN, BC)
         return y
 
     @staticmethod
@@ -674,7 +673,7 @@ class _CardScale(torch.autograd.Function):
         V,(BN,BC),gx = x[0,0].numel(),tile(C),torch.empty_like(x)
         share,P = _shares(V, C*B, BN, BC)
         part = _floats(x, B, P, C)
-        _scale_backward[P,_ceil(C, BC),B](x, s.contiguous(), g, gx, part, V, C, share, BN, BC)
+        _scale_backward[P,ceil_div(C, BC),B](x, s.contiguous(), g, gx, part, V, C, share, BN, BC)
         return gx,part.sum(1).to(s.dtype)
 
 def card_scale(

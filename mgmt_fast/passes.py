@@ -9,15 +9,10 @@ __all__ = ['passes_fit', 'warp_slices', 'warp_volumes', 'light_', 'shade_', 'add
 # %% ../nbs/09_passes.ipynb #c88a6c87
 import math
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import numpy as np, torch
 from .core import *
-try:
-    import triton
-    from triton import language as tl
-except ImportError: # Triton comes with torch on Linux only
-    triton,tl = None,SimpleNamespace(constexpr=object)
+from .compiled import *
 
 # %% ../nbs/09_passes.ipynb #ec0ee90d
 def passes_fit(
@@ -27,16 +22,12 @@ def passes_fit(
     return triton is not None and x.is_cuda and x.dtype==torch.float32
 
 # %% ../nbs/09_passes.ipynb #61d4e5b7
-def _compiled(f): return triton.jit(f) if triton else f
-
 def _at(x): return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 def _sent(table, x, dtype=np.float32):
     "A small table on the device of `x`, without waiting"
     t = torch.from_numpy(np.ascontiguousarray(table, dtype=dtype))
     return t.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else t
-
-def _up(n): "The next power of two"; return 1<<(max(n, 1)-1).bit_length()
 
 def _check(*xs):
     for x in xs:
@@ -46,7 +37,7 @@ def _not_plain(x):
     return f"kernels take float32, contiguous in memory; received {x.dtype} with strides {x.stride()}: use contiguous()"
 
 # %% ../nbs/09_passes.ipynb #cf231abd
-@_compiled
+@in_kernel
 def _inside(y, lo, hi, n, MODE:tl.constexpr):
     "Bring coordinates back to where there are voxels"
     if MODE==2:
@@ -57,7 +48,7 @@ def _inside(y, lo, hi, n, MODE:tl.constexpr):
     if MODE>0: y = tl.minimum(tl.maximum(y, lo), hi)
     return y
 
-@_compiled
+@on_card
 def _warp_slices(src, out, rows, C, D, H, W, per, MODE:tl.constexpr, BH:tl.constexpr, BW:tl.constexpr):
     r = rows+tl.program_id(2)*13
     p = tl.load(r).to(tl.int64)
@@ -109,11 +100,11 @@ def warp_slices(
     order = np.stack([at, 1-2*turned, turned*(D-1)], 1)
     rows = _sent(np.concatenate([order, np.reshape(maps, (-1,6)), windows], 1), src)
     BH,BW,per = 8,64,8
-    grid = triton.cdiv(H, BH)*triton.cdiv(W, BW),triton.cdiv(C*D, per),len(at)
+    grid = ceil_div(H, BH)*ceil_div(W, BW),ceil_div(C*D, per),len(at)
     with _at(src): _warp_slices[grid](src, out, rows, C, D, H, W, per, _modes[outside], BH, BW)
 
 # %% ../nbs/09_passes.ipynb #d2b67feb
-@_compiled
+@in_kernel
 def _row_of(v, at, y0, x0, ty, tx, H, W, here):
     "A slice between its four pixels"
     top,bottom = here&(y0>=0)&(y0<H),here&(y0>=-1)&(y0<H-1)
@@ -124,10 +115,10 @@ def _row_of(v, at, y0, x0, ty, tx, H, W, here):
     f = tl.load(v+at+W+1, mask=bottom&right, other=0.)
     return (a*(1-tx)+b*tx)*(1-ty)+(e*(1-tx)+f*tx)*ty
 
-@_compiled
+@in_kernel
 def _along(r, d, h, w): return tl.load(r)*d+tl.load(r+1)*h+tl.load(r+2)*w+tl.load(r+3)
 
-@_compiled
+@on_card
 def _warp_volumes(src, out, rows, C, D, H, W, MODE:tl.constexpr, BH:tl.constexpr, BW:tl.constexpr):
     r = rows+tl.program_id(2)*13
     p,d = tl.load(r).to(tl.int64),tl.program_id(1)
@@ -163,11 +154,11 @@ def warp_volumes(
     B,C,D,H,W = src.shape
     rows = _sent(np.concatenate([np.reshape(at, (-1,1)), np.reshape(maps, (-1,12))], 1), src)
     BH,BW = 4,64
-    grid = triton.cdiv(H, BH)*triton.cdiv(W, BW),D,len(at)
+    grid = ceil_div(H, BH)*ceil_div(W, BW),D,len(at)
     with _at(src): _warp_volumes[grid](src, out, rows, C, D, H, W, _modes[outside], BH, BW)
 
 # %% ../nbs/09_passes.ipynb #beb0b59d
-@_compiled
+@on_card
 def _sum_slices(x, rows, sums, counts, S, N, BLOCK:tl.constexpr):
     k,s = tl.program_id(1),tl.program_id(0)
     v = x+(tl.load(rows+k*4).to(tl.int64)*S+s)*N
@@ -180,7 +171,7 @@ def _sum_slices(x, rows, sums, counts, S, N, BLOCK:tl.constexpr):
     tl.store(sums+k*S+s, tl.sum(total))
     tl.store(counts+k*S+s, tl.sum(brain))
 
-@_compiled
+@on_card
 def _light(x, rows, sums, counts, least, D, S, N, BRAIN:tl.constexpr, BD:tl.constexpr, BLOCK:tl.constexpr):
     k,s = tl.program_id(2),tl.program_id(1)
     r = rows+k*4
@@ -219,10 +210,10 @@ def light_(
     sums,counts = (torch.empty(len(at), S, device=x.device) for _ in range(2))
     with _at(x):
         _sum_slices[S,len(at)](x, rows, sums, counts, S, N, 1024)
-        _light[triton.cdiv(N, 2048),S,len(at)](x, rows, sums, counts, least, D, S, N, bool(brain), _up(D), 2048)
+        _light[ceil_div(N, 2048),S,len(at)](x, rows, sums, counts, least, D, S, N, bool(brain), next_power(D), 2048)
 
 # %% ../nbs/09_passes.ipynb #15d7490f
-@_compiled
+@in_kernel
 def _field(g, n, h, w, H, W, BH:tl.constexpr, BW:tl.constexpr):
     "Cosines of a slice"
     ph,pw = (h.to(tl.float32)+.5)*(3.141592653589793/H),(w.to(tl.float32)+.5)*(3.141592653589793/W)
@@ -233,7 +224,7 @@ def _field(g, n, h, w, H, W, BH:tl.constexpr, BW:tl.constexpr):
         f += part*tl.cos(ph*j)
     return f
 
-@_compiled
+@on_card
 def _field_extent(most, g, n, D, H, W, BH:tl.constexpr, BW:tl.constexpr):
     k,d = tl.program_id(2),tl.program_id(1)
     across = (W+BW-1)//BW
@@ -242,7 +233,7 @@ def _field_extent(most, g, n, D, H, W, BH:tl.constexpr, BW:tl.constexpr):
     f = tl.abs(_field(g+(k*D+d)*n*n, n, h, w, H, W, BH, BW))
     tl.atomic_max(most+k, tl.max(tl.max(tl.where((h<H)&(w<W), f, 0.), 1), 0))
 
-@_compiled
+@on_card
 def _shade(x, rows, most, g, n, C, D, H, W, BH:tl.constexpr, BW:tl.constexpr):
     k,d = tl.program_id(2),tl.program_id(1)
     across = (W+BW-1)//BW
@@ -271,13 +262,13 @@ def shade_(
     g = _sent(np.einsum('kijl,di->kdjl', weights, waves), x)
     rows,most = _sent(np.stack([at, strength], 1), x),torch.zeros(len(at), device=x.device)
     BH,BW = 16,64
-    grid = triton.cdiv(H, BH)*triton.cdiv(W, BW),D,len(at)
+    grid = ceil_div(H, BH)*ceil_div(W, BW),D,len(at)
     with _at(x):
         _field_extent[grid](most, g, n, D, H, W, BH, BW)
         _shade[grid](x, rows, most, g, n, C, D, H, W, BH, BW)
 
 # %% ../nbs/09_passes.ipynb #796c6c8f
-@_compiled
+@on_card
 def _add_noise(x, rows, seeds, least, N, RICIAN:tl.constexpr, BLOCK:tl.constexpr):
     k = tl.program_id(1)
     j = tl.program_id(0)*BLOCK+tl.arange(0, BLOCK)
@@ -302,10 +293,10 @@ def add_noise_(
     _check(x)
     N = x[0].numel()
     rows,seeds = _sent(np.stack([at, noise], 1), x),_sent(seeds, x, np.int32)
-    with _at(x): _add_noise[triton.cdiv(N, 1024),len(at)](x, rows, seeds, least, N, bool(rician), 1024)
+    with _at(x): _add_noise[ceil_div(N, 1024),len(at)](x, rows, seeds, least, N, bool(rician), 1024)
 
 # %% ../nbs/09_passes.ipynb #51d62b45
-@_compiled
+@on_card
 def _blur_rows(x, rows, a, b, S, H, W, BLOCK:tl.constexpr):
     k,s = tl.program_id(2),tl.program_id(1)
     j = tl.program_id(0)*BLOCK+tl.arange(0, BLOCK)
@@ -323,7 +314,7 @@ def _blur_rows(x, rows, a, b, S, H, W, BLOCK:tl.constexpr):
     tl.store(a+to, total, mask=j<H*W)
     tl.store(b+to, brain, mask=j<H*W)
 
-@_compiled
+@on_card
 def _blur_columns(x, rows, a, b, least, S, H, W, BLOCK:tl.constexpr):
     k,s = tl.program_id(2),tl.program_id(1)
     j = tl.program_id(0)*BLOCK+tl.arange(0, BLOCK)
@@ -356,13 +347,13 @@ def blur_(
     reach = np.minimum(np.ceil(3*sigmas), [H-1,W-1])
     rows = _sent(np.stack([at, reach[:,0], sigmas[:,0], reach[:,1], sigmas[:,1]], 1), x)
     a,b = torch.empty(2, len(at), *x.shape[1:], device=x.device).unbind()
-    grid = triton.cdiv(H*W, 1024),C*D,len(at)
+    grid = ceil_div(H*W, 1024),C*D,len(at)
     with _at(x):
         _blur_rows[grid](x, rows, a, b, C*D, H, W, 1024)
         _blur_columns[grid](x, rows, a, b, least, C*D, H, W, 1024)
 
 # %% ../nbs/09_passes.ipynb #ce7ca4eb
-@_compiled
+@on_card
 def _thicken(x, rows, mix, least, C, D, N, BD:tl.constexpr, BN:tl.constexpr):
     k,c = tl.program_id(2),tl.program_id(1)
     j = tl.program_id(0)*BN+tl.arange(0, BN)
@@ -392,15 +383,15 @@ def thicken_(
     _check(x)
     B,C,D,H,W = x.shape
     rows,mix = _sent(at, x),_sent(mixes, x)
-    BD = _up(D)
+    BD = next_power(D)
     BN = max(16, 4096//BD)
-    with _at(x): _thicken[triton.cdiv(H*W, BN),C,len(at)](x, rows, mix, least, C, D, H*W, BD, BN)
+    with _at(x): _thicken[ceil_div(H*W, BN),C,len(at)](x, rows, mix, least, C, D, H*W, BD, BN)
 
 # %% ../nbs/09_passes.ipynb #3330a115
-@_compiled
+@in_kernel
 def _level(x): return tl.minimum(tl.maximum((x*255+.5).to(tl.int32), 0), 255)
 
-@_compiled
+@on_card
 def _count_levels(x, rows, counts, S, N, BLOCK:tl.constexpr):
     k,s = tl.program_id(1),tl.program_id(0)
     v = x+(tl.load(rows+k).to(tl.int64)*S+s)*N
@@ -412,7 +403,7 @@ def _count_levels(x, rows, counts, S, N, BLOCK:tl.constexpr):
     bins = tl.arange(0, 256)
     tl.store(counts+(k*S+s)*256+bins, n-tl.where(bins==0, lost, 0))
 
-@_compiled
+@on_card
 def _look_up(x, rows, table, S, N, BLOCK:tl.constexpr):
     k,s = tl.program_id(2),tl.program_id(1)
     j = tl.program_id(0)*BLOCK+tl.arange(0, BLOCK)
@@ -440,4 +431,4 @@ def look_up_(
     "Replace the levels of slices."
     _check(x, table)
     S,N = x.shape[1]*x.shape[2],x[0,0,0].numel()
-    with _at(x): _look_up[triton.cdiv(N, 2048),S,len(at)](x, _sent(at, x), table, S, N, 2048)
+    with _at(x): _look_up[ceil_div(N, 2048),S,len(at)](x, _sent(at, x), table, S, N, 2048)
