@@ -36,9 +36,9 @@ def tile(
 def _inside(x): "`x` with channels innermost"; return x.contiguous(memory_format=torch.channels_last_3d)
 
 def _new(x, *size, dtype=None):
-    "An empty volume (B,C,D,H,W), channels innermost"
-    B,C,*space = size
-    return torch.empty(B, *space, C, dtype=dtype or x.dtype, device=x.device).movedim(-1, 1)
+    "An empty volume (B,C,D,H,W), channels innermost; no view of another tensor, since it may be changed in place"
+    form = dict(dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    return torch.empty(size, **form)
 
 def _floats(x, *size): return torch.empty(size, dtype=torch.float32, device=x.device)
 
