@@ -191,7 +191,7 @@ def learner(store, arch, folder, epochs=10, sequences=None):
 
 
 class Watch:
-    "Seconds of the epochs after the first, which captures and compiles"
+    "Seconds of each epoch; the first three compile and capture"
     def __new__(cls):
         from fastai.callback.core import Callback
         class Epochs(Callback):
@@ -202,14 +202,14 @@ class Watch:
         return Epochs()
 
 
-def epochs_of(store, arch, n=4, sequences=None):
+def epochs_of(store, arch, n=5, sequences=None):
     "Seconds of an epoch, and of its training part"
     with tempfile.TemporaryDirectory() as d:
         learn,watch = learner(store, arch, d, n, sequences),Watch()
         watch.seconds,watch.training = [],[]
         learn.add_cb(watch)
         with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
-        found = statistics.median(watch.seconds[2:]),statistics.median(watch.training[2:]),sum(watch.seconds[:2])
+        found = statistics.median(watch.seconds[3:]),statistics.median(watch.training[3:]),sum(watch.seconds[:3])
         return *found,len(learn.dls.train.dataset)
 
 
@@ -220,11 +220,11 @@ def busy(store, arch):
     class Profile(Callback):
         order,run_valid = 80,False
         def before_train(self):
-            if self.epoch==2: wait(); self.p = profile(activities=[ProfilerActivity.CUDA]); self.p.__enter__()
+            if self.epoch==3: wait(); self.p = profile(activities=[ProfilerActivity.CUDA]); self.p.__enter__()
         def after_train(self):
-            if self.epoch==2: wait(); self.p.__exit__(None, None, None)
+            if self.epoch==3: wait(); self.p.__exit__(None, None, None)
     with tempfile.TemporaryDirectory() as d:
-        learn,p = learner(store, arch, d, 3),Profile()
+        learn,p = learner(store, arch, d, 4),Profile()
         learn.add_cb(p)
         with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
     return share(p.p.events())
@@ -245,14 +245,14 @@ def train(rows, o):
     row = dict(arch='efficientnet_b1', who='ours', mode='epoch', size='x'.join(map(str, size)))
     if rows.has(**row): return
     epoch,training,first,patients = epochs_of(store, 'efficientnet_b1' if CUDA else 'resnet10')
-    found = dict(epoch_s=epoch, training_s=training, volumes_per_s=patients/training, first_two_s=first,
+    found = dict(epoch_s=epoch, training_s=training, volumes_per_s=patients/training, first_three_s=first,
         reserved_GiB=reserved())
     if CUDA: found['busy'] = busy(store, 'efficientnet_b1')
     rows.add(row, **found)
 
 
 def thesis(rows, o):
-    """Each network's epoch on one sequence is measured and stands for all four; its first two epochs, with what they
+    """Each network's epoch on one sequence is measured and stands for all four; its first three epochs, with what they
     compile and capture, count once for each training."""
     size,n = ((64,256,256),585) if CUDA else ((32,32,32),24)
     store,total = repeated_store(o.folder, size, ('T1wCE',), n),0.
@@ -260,11 +260,11 @@ def thesis(rows, o):
         row = dict(arch=arch, who='ours', mode='epoch', size='x'.join(map(str, size)))
         if not rows.has(**row):
             epoch,training,first,_ = epochs_of(store, arch)
-            rows.add(row, epoch_s=epoch, training_s=training, first_two_s=first, ten_epochs_s=first+8*epoch)
+            rows.add(row, epoch_s=epoch, training_s=training, first_three_s=first, ten_epochs_s=first+7*epoch)
         t = rows.table
         total += 4*t[(t.part=='thesis')&(t.card==rows.card)&(t.arch==arch)].ten_epochs_s.iloc[-1]
     print(f"projected: {total/60:.1f} minutes for 16 models of ten epochs, {5*total/3600:.2f} hours with five folds: "
-        "four times the first two and eight more epochs of each network")
+        "four times the first three and seven more epochs of each network")
 
 
 def race(rows, o):

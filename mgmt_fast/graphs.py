@@ -283,6 +283,8 @@ _no_card = ("CUDA graphs need a CUDA card, and this training is on a CPU: leave 
 class CapturedSteps(Callback):
     """Run the training steps of a learner as CUDA graphs, one for each shape of batch that comes often.
 
+    That is twice in an epoch, or, as an epoch's last batch does, a third time in a training.
+
     The losses and weights are those of a training without, to the bit where torch's kernels repeat themselves. A
     line says what was captured, and one for each reason why something was not. `report()` has the numbers.
     Raises `MGMTError` when a training begins on a CPU, unless `auto`."""
@@ -307,7 +309,8 @@ class CapturedSteps(Callback):
         if not (self.run or self.auto): check_card(self._device())
         if not self.run: return
         self._release()
-        self.known,self.took,self.eager,self.refused,self.said = {},{},Counter(),{},set()
+        self.known,self.took,self.refused,self.said = {},{},{},set()
+        self.eager,self.met = Counter(),Counter()
         self.clock = CardClock(self.mark or card_mark) if card or self.mark else None
 
     def _device(self): return next(self.learn.model.parameters()).device
@@ -364,7 +367,9 @@ class CapturedSteps(Callback):
             self.refused = {}
         self.known,key = now,(tuple(x.shape),x.dtype,type(x),*_cast_to())
         self.seen[key] += 1
-        if key not in self.steps and self.seen[key]>1 and key not in self.refused: self._add(model, x, key)
+        self.met[key] += 1
+        often = self.seen[key]>1 or self.met[key]>2
+        if often and key not in self.steps and key not in self.refused: self._add(model, x, key)
         if key not in self.steps: self.eager[_size(key)] += 1
         return self.steps.get(key)
 
