@@ -7,8 +7,6 @@ __all__ = ['ACTIVATIONS', 'kernels_fit', 'tile', 'channel_moments', 'card_norm',
            'card_pad', 'card_mean', 'card_scale']
 
 # %% ../nbs/40_kernels.ipynb #49a3f901
-from typing import Any
-
 import torch
 from torch import nn
 from fastcore.all import *
