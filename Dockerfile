@@ -4,7 +4,8 @@
 # It was not built where the library is tested, for want of an engine; the tests hold its parts against each other.
 FROM nvidia/cuda:13.0.1-runtime-ubi9
 
-RUN dnf install -y --nodocs python3.11 python3.11-pip && dnf clean all && useradd --create-home user
+# gcc and the headers: kernels are compiled on the card's first use
+RUN dnf install -y --nodocs gcc python3.11 python3.11-devel python3.11-pip && dnf clean all && useradd --create-home user
 
 WORKDIR /opt/mgmt_fast
 COPY requirements.lock ./

@@ -16,9 +16,8 @@ from .compiled import *
 def kernels_fit(
     x:torch.Tensor, # What is computed with
 ) -> bool: # Can the kernels of this page do it?
-    "Whether this is a card with Triton, or Triton interprets its kernels, and a type that they compute with."
-    where = triton is not None and (x.is_cuda or interpreted())
-    return where and x.dtype in (torch.bfloat16,torch.float16,torch.float32)
+    "Whether this is where kernels run, and a type that they compute with."
+    return x.dtype in (torch.bfloat16,torch.float16,torch.float32) and runs_kernels(x)
 
 # %% ../nbs/40_kernels.ipynb #3b2f9157
 def tile(

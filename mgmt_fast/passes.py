@@ -18,8 +18,8 @@ from .compiled import *
 def passes_fit(
     x:torch.Tensor, # Batch (B,C,D,H,W)
 ) -> bool: # Can the kernels of this page compute with it?
-    "Whether this is float32 on a card with Triton."
-    return triton is not None and x.is_cuda and x.dtype==torch.float32
+    "Whether this is float32 on a card that runs kernels."
+    return x.is_cuda and x.dtype==torch.float32 and runs_kernels(x)
 
 # %% ../nbs/09_passes.ipynb #61d4e5b7
 def _at(x): return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
