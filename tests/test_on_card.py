@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mgmt_fast import kernels
 from mgmt_fast.backbones import create_backbone
 from mgmt_fast.operators import plain_operators, route
 
@@ -18,6 +19,38 @@ def test_kernels_give_what_torch_gives():
         env={**os.environ, 'TRITON_INTERPRET':'1'})
     assert not run.returncode, run.stderr
     assert run.stdout.split()==['72','convolutions']
+
+
+HALF,FULL = '*fp16','*fp32'
+TILE,WINDOW = dict(BN=64, BC=32),dict(KD=1, KH=3, KW=3, SD=1, SH=2, SW=2, DD=1, DH=1, DW=1, PD=0, PH=1, PW=1,
+    REPLICATE=True, BN=32, BC=32)
+KERNELS = dict( # name: types of what are no integers, and constants
+    moments_of_shares=(dict(x=HALF, means=FULL), TILE),
+    join_moments=({**dict.fromkeys(('mean','table','w','b','running','running_var'), FULL),
+        **dict.fromkeys(('momentum','eps','sample'), 'fp32')}, dict(BP=32, BC=32)),
+    norm_forward=(dict(x=HALF, r=HALF, y=HALF, table=FULL), dict(ACT=2, ADD=True, **TILE)),
+    norm_sums=(dict(x=HALF, r=HALF, g=HALF, table=FULL, sums=FULL), dict(ACT=2, ADD=True, **TILE)),
+    norm_backward=(dict(x=HALF, r=HALF, g=HALF, gx=HALF, gr=HALF, table=FULL, grads=FULL),
+        dict(ACT=2, ADD=True, OWN=True, **TILE)),
+    depthwise_forward=(dict(x=HALF, w=FULL, y=HALF), WINDOW),
+    depthwise_input_grad=(dict(g=HALF, w=FULL, y=HALF), WINDOW),
+    depthwise_weight_grad=(dict(x=HALF, g=HALF, part=FULL), WINDOW),
+    pool_forward=(dict(x=HALF, y=HALF, best='*u8'), WINDOW), pool_backward=(dict(g=HALF, best='*u8', y=HALF), WINDOW),
+    scale_backward=(dict(x=HALF, s=HALF, g=HALF, gx=HALF, part=FULL), TILE),
+    pad_backward=(dict(g=HALF, y=HALF), dict(BC=2048)))
+
+@pytest.mark.parametrize('capability', [75,90])
+def test_kernels_compile_without_a_card(capability):
+    "For a T4, as Kaggle lends it, and for an H100"
+    triton = pytest.importorskip('triton')
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    for name,(types,constants) in KERNELS.items():
+        f = getattr(kernels, f'_{name}')
+        signature = {o: 'constexpr' if o in constants else types.get(o, 'i32') for o in f.names}
+        fixed = {(f.names.index(o),):v for o,v in constants.items()}
+        source = ASTSource(triton.jit(f.f), signature=signature, constexprs=fixed)
+        assert triton.compile(source, target=GPUTarget('cuda', capability, 32)).asm['cubin'], name
 
 
 def test_route():
