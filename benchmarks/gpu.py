@@ -138,6 +138,7 @@ def steps(rows, o):
 
 
 def compiled(rows, o):
+    if not CUDA: return print('compiled: only on a card')
     plan = [(w,'efficientnet_b1',s,m) for s in o.sizes for w,m in
         (('timm_3d','reduce-overhead'),('ours','graph'),('timm_3d','default'),('ours','default'))]
     table(rows, plan)
