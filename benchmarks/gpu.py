@@ -5,7 +5,7 @@ usage: gpu.py steps|compiled|train|thesis|race [FOLDER] [--out gpu.csv] [--size 
 steps     one step (forward, loss, backward), eagerly and as a CUDA graph: ours, timm_3d and MONAI. B1 and B3 stand
           there twice: by default their kernels are split into one in the plane and one along the depth; `ours, full`
           is the very network of the peers.
-compiled  the same of what `torch.compile` makes of B1.
+compiled  the same of what `torch.compile` makes of B1; only on a card.
 train     an epoch of B1 from a store of 585 patients (468 train, 117 validate): eight phantoms, again and again.
 thesis    seconds an epoch of the thesis' four networks, and what its experiment would take: ten epochs, four sequences.
 race      seconds to the same validation AUC, see train.py; ours against MONAI, both on the card.
@@ -270,7 +270,7 @@ def thesis(rows, o):
 
 def race(rows, o):
     import train as racing
-    settings = argparse.Namespace(patients=160 if CUDA else 24, size='32x64x64', limit=90 if CUDA else 20,
+    settings = argparse.Namespace(patients=160 if CUDA else 60, size='32x64x64', limit=90 if CUDA else 20,
         who='ours,bf16,monai')
     for seed in range(3 if CUDA else 1):
         row = dict(arch='resnet18', who='ours', mode=f'seed {seed}', size=settings.size)
