@@ -21,7 +21,7 @@ from .grids import resample
 from .series import has_scan
 from .prepare import VolumeStore
 from .loader import LABELS
-from .operators import InflatedConv3d
+from .operators import InflatedConv3d, InflatedPool3d
 from .backbones import StageFeatures
 from .learner import MGMTModel, PreparedScans, as_model, check_preparation, prepare_for
 from .bundle import Bundle
@@ -101,12 +101,19 @@ def _place_along(axis, x, found, n):
 def _make_even(m):
     "Equal weights in convolutions, means in place of maxima, no effect of norms"
     for name,o in m.named_children():
-        if not isinstance(o, nn.MaxPool3d): continue
-        setattr(m, name, nn.AvgPool3d(o.kernel_size, o.stride, o.padding, o.ceil_mode))
+        if means := _means(o): setattr(m, name, means)
     for name,p in m.named_parameters(recurse=False):
         if p.ndim>2: p.fill_(1/p[0].numel())
         elif hasattr(m, 'running_mean'): p.fill_(float(name=='weight'))
     if hasattr(m, 'running_mean'): m.running_mean.zero_(); m.running_var.fill_(1)
+
+def _means(pool):
+    "Means over the windows of a pool of maxima; None of any other module"
+    if isinstance(pool, nn.MaxPool3d): return nn.AvgPool3d(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
+    if not (isinstance(pool, InflatedPool3d) and pool.kind=='max' and type(pool.plane) is nn.MaxPool2d): return None
+    along,plane = pool.along,pool.plane
+    windows = (along.k,plane.kernel_size),(along.s,plane.stride),(along.pads(along.k)[0],plane.padding)
+    return nn.AvgPool3d(*((d,*(hw if isinstance(hw, tuple) else (hw,hw))) for d,hw in windows))
 
 def _centroid(x, axis):
     w = x.sum(tuple({0,1,2}-{axis}))
