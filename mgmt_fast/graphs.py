@@ -15,13 +15,12 @@ from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np, torch
+from .core import *
 from fastai.callback.core import Callback
 from fastai.learner import Recorder
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.all import *
 from torch import nn
-
-from .core import *
 
 # %% ../nbs/48_graphs.ipynb #19fc2a85
 class LateNumbers:
