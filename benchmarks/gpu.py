@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from machine import machine
-from step import MONAI
+from step import build
 
 CUDA = torch.cuda.is_available()
 DEVICE = 'cuda' if CUDA else 'cpu'
@@ -49,19 +49,6 @@ class Rows:
         print(f"{row['arch']:16} {row['who']:14} {row['mode']:16} {row['size']:14} {said}", flush=True)
 
 
-def network(who, arch, size):
-    "A network and a batch, its axes as the network's library wants them"
-    B,D,H,W = size
-    if who.startswith('ours'):
-        from mgmt_fast.backbones import create_backbone
-        return create_backbone(arch, depth='full' if 'full' in who else 'separable'),torch.rand(B,1,D,H,W)
-    if who=='timm_3d':
-        import timm_3d
-        return timm_3d.create_model(arch, in_chans=1, num_classes=1),torch.rand(B,1,H,W,D)
-    import monai.networks.nets as nets
-    return MONAI[arch](nets),torch.rand(B,1,H,W,D)
-
-
 def whos(arch):
     "Who is measured on an architecture"
     split = arch.startswith('efficientnet')
@@ -80,7 +67,7 @@ class Step:
     "One step of a network, in a mode: 'eager', 'graph', or one of `torch.compile`'s"
     def __init__(self, who, arch, size, mode):
         torch.manual_seed(0)
-        model,x = network(who, arch, size)
+        model,x = build(who, arch, size)
         self.model,self.x,self.y = model.to(DEVICE).train(),x.to(DEVICE),torch.ones(size[0], 1, device=DEVICE)
         self.cached = mode!='graph'
         self.net = self.model if mode in ('eager','graph') else torch.compile(self.model, mode=mode)
@@ -191,26 +178,25 @@ def learner(store, arch, folder, epochs=10, sequences=None):
     return mgmt_learner(recipe_dls(store, recipe=recipe, sequences=sequences), recipe=recipe, path=folder)
 
 
-class Watch:
-    "Seconds of each epoch; the first three compile and capture"
-    def __new__(cls):
-        from fastai.callback.core import Callback
-        class Epochs(Callback):
-            order,seconds,training = 90,[],[]
-            def before_epoch(self): wait(); self.t = time.perf_counter()
-            def after_train(self): wait(); self.training.append(time.perf_counter()-self.t)
-            def after_epoch(self): wait(); self.seconds.append(time.perf_counter()-self.t)
-        return Epochs()
+def watch():
+    "A callback that notes the seconds of each epoch; the first three compile and capture"
+    from fastai.callback.core import Callback
+    class Epochs(Callback):
+        order = 90
+        def before_fit(self): self.seconds,self.training = [],[]
+        def before_epoch(self): wait(); self.t = time.perf_counter()
+        def after_train(self): wait(); self.training.append(time.perf_counter()-self.t)
+        def after_epoch(self): wait(); self.seconds.append(time.perf_counter()-self.t)
+    return Epochs()
 
 
 def epochs_of(store, arch, n=5, sequences=None):
     "Seconds of an epoch, and of its training part"
     with tempfile.TemporaryDirectory() as d:
-        learn,watch = learner(store, arch, d, n, sequences),Watch()
-        watch.seconds,watch.training = [],[]
-        learn.add_cb(watch)
+        learn,times = learner(store, arch, d, n, sequences),watch()
+        learn.add_cb(times)
         with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
-        found = statistics.median(watch.seconds[3:]),statistics.median(watch.training[3:]),sum(watch.seconds[:3])
+        found = statistics.median(times.seconds[3:]),statistics.median(times.training[3:]),sum(times.seconds[:3])
         return *found,len(learn.dls.train.dataset)
 
 

@@ -7,7 +7,7 @@ __all__ = ['RandAug', 'RandAffine', 'RandLighting', 'RandBiasField', 'RandNoise'
            'RandCutOut', 'RandCropResize', 'ComposeAugs', 'mgmt_augs', 'tta_views', 'tta']
 
 # %% ../nbs/36_augment.ipynb #e0ec77c8
-import inspect, itertools, math, zlib
+import inspect, itertools, math
 from typing import Any
 
 from .core import *
@@ -235,7 +235,7 @@ class RandAug(ItemTransform):
     def row(self,
         k:int, # Which draw
     ) -> dict: # Parameter -> value, of one patient
-        return self.sample(_rng(self.seed, type(self).__name__, k))
+        return self.sample(rng_for(self.seed, 'augment', type(self).__name__, k))
 
     def sample(self,
         rng:np.random.Generator, # Of this draw alone
@@ -331,12 +331,6 @@ class RandAug(ItemTransform):
         return f"{type(self).__name__}({said})"
     @property
     def name(self): return repr(self)
-
-def _rng(seed, name, k):
-    "`rng_for(seed, 'augment', name, k)`, which a batch asks for fifty times, at half its price"
-    if not 0<=seed<2**32: return rng_for(seed, 'augment', name, k)
-    keys = (zlib.crc32(o) for o in (b'augment', name.encode(), b'%d'%k))
-    return np.random.default_rng(np.array([seed,*keys], dtype=np.uint32))
 
 def _no_mask_of(m, x):
     return MGMTError(f"a mask has one number per voxel, (B,D,H,W) or (B,1,D,H,W); received {tuple(m.shape)} beside "

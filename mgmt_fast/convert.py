@@ -129,16 +129,18 @@ class _InvertedResidual3d(eb.InvertedResidual):
 
 class _BasicBlock3d(resnet.BasicBlock):
     def forward(self, x):
-        if type(self.drop_block) is nn.Identity: y = norm_act(self.bn1, self.act1, self.conv1(x))
-        else: y = self.act1(self.drop_block(self.bn1(self.conv1(x))))
+        y = _dropped_act(self.bn1, self.drop_block, self.act1, self.conv1(x))
         return _residual(self, self.bn2, self.act2, self.conv2(self.aa(y)), x)
 
 class _Bottleneck3d(resnet.Bottleneck):
     def forward(self, x):
         y = self.conv2(norm_act(self.bn1, self.act1, self.conv1(x)))
-        if type(self.drop_block) is nn.Identity: y = norm_act(self.bn2, self.act2, y)
-        else: y = self.act2(self.drop_block(self.bn2(y)))
+        y = _dropped_act(self.bn2, self.drop_block, self.act2, y)
         return _residual(self, self.bn3, self.act3, self.conv3(self.aa(y)), x)
+
+def _dropped_act(norm, drop, act, x):
+    "`act(drop(norm(x)))`"
+    return norm_act(norm, act, x) if type(drop) is nn.Identity else act(drop(norm(x)))
 
 def _residual(block, norm, act, y, x):
     "The end of a residual block of ResNet"

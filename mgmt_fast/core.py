@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEQUENCES', 'PERFUSION', 'CHANNELS', 'MGMTError', 'unknown_name', 'check_sequences', 'Volume', 'montage', 'TensorMR',
-           'rng_for', 'seed_everything', 'is_file', 'open_input', 'Budget', 'make_folder', 'write_errors',
+           'rng_for', 'seed_everything', 'say_once', 'is_file', 'open_input', 'Budget', 'make_folder', 'write_errors',
            'atomic_path', 'write_text', 'write_json', 'clear_temporaries', 'patient_folder', 'passing_folder',
            'parse_json', 'read_json_lines', 'Journal', 'json_digest', 'reserve_array', 'array_start', 'map_array',
            'track', 'is_watched', 'end_with_parent', 'worker_init', 'one_thread', 'fault_log', 'log_fault', 'Allowed',
@@ -222,7 +222,9 @@ def rng_for(
     *keys, # What the draws are for, e.g. `'phantom', '00012', 'FLAIR'`
 ) -> np.random.Generator: # Independent of every generator with another seed or other keys
     "A random generator for one purpose, the same in whichever process and order it is asked for."
-    return np.random.default_rng([seed, *(zlib.crc32(str(k).encode()) for k in keys)])
+    words = [seed, *(zlib.crc32(str(k).encode()) for k in keys)]
+    plain = isinstance(seed, (int,np.integer)) and 0<=seed<2**32
+    return np.random.default_rng(np.array(words, dtype=np.uint32) if plain else words) # the same, in half the time
 
 # %% ../nbs/00_core.ipynb #693118b3
 def seed_everything(
@@ -230,6 +232,14 @@ def seed_everything(
 ):
     "Seed all global generators, and ask cuDNN to repeat itself; for training, where fastai and torch draw globally."
     set_seed(seed, reproducible=True)
+
+# %% ../nbs/00_core.ipynb #7a7a7a01
+@lru_cache
+def say_once(
+    text:str, # A line
+):
+    "Print a line once per process, and not in each of a hundred trainings."
+    print(text)
 
 # %% ../nbs/00_core.ipynb #60cebf8a
 def is_file(

@@ -111,9 +111,7 @@ def _means(pool):
     "Means over the windows of a pool of maxima; None of any other module"
     if isinstance(pool, nn.MaxPool3d): return nn.AvgPool3d(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
     if not (isinstance(pool, InflatedPool3d) and pool.kind=='max' and type(pool.plane) is nn.MaxPool2d): return None
-    along,plane = pool.along,pool.plane
-    windows = (along.k,plane.kernel_size),(along.s,plane.stride),(along.pads(along.k)[0],plane.padding)
-    return nn.AvgPool3d(*((d,*(hw if isinstance(hw, tuple) else (hw,hw))) for d,hw in windows))
+    return nn.AvgPool3d(*pool.windows(pool.along.k)[:3])
 
 def _centroid(x, axis):
     w = x.sum(tuple({0,1,2}-{axis}))

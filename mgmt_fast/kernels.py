@@ -319,16 +319,20 @@ class geometry:
     def fixed(self): return *self.kernel,*self.stride,*self.dilation,*self.before,self.replicate
 
 # %% ../nbs/40_kernels.ipynb #9ca2cce5
+@in_kernel
+def _tile_under_way(slices, pixels, width, BN:tl.constexpr, BC:tl.constexpr):
+    "A program's slice of all, volume, slice of that, pixels of the slice, their rows and columns, and channels"
+    tiles = tl.cdiv(pixels, BN)
+    plane = tl.program_id(0)//tiles
+    at = (tl.program_id(0)%tiles)*BN+tl.arange(0, BN)
+    return plane,plane//slices,plane%slices,at,at//width,at%width,tl.program_id(1)*BC+tl.arange(0, BC)
+
 @on_card
 def _depthwise_forward(x, w, y, C, D, H, W, d, h, v, KD:tl.constexpr, KH:tl.constexpr, KW:tl.constexpr,
     SD:tl.constexpr, SH:tl.constexpr, SW:tl.constexpr, DD:tl.constexpr, DH:tl.constexpr, DW:tl.constexpr,
     PD:tl.constexpr, PH:tl.constexpr, PW:tl.constexpr, REPLICATE:tl.constexpr, BN:tl.constexpr, BC:tl.constexpr):
     "One tile of voxels of one slice of the result"
-    c = tl.program_id(1)*BC+tl.arange(0, BC)
-    tiles = tl.cdiv(h*v, BN)
-    plane = tl.program_id(0)//tiles
-    at = (tl.program_id(0)%tiles)*BN+tl.arange(0, BN)
-    row,col,o,b = at//v,at%v,plane%d,plane//d
+    plane,b,o,at,row,col,c = _tile_under_way(d, h*v, v, BN, BC)
     some = (c<C)[None,:]
     total = tl.zeros([BN,BC], tl.float32)
     for i in range(KD):
@@ -353,11 +357,7 @@ def _depthwise_input_grad(g, w, y, C, D, H, W, d, h, v, KD:tl.constexpr, KH:tl.c
     SD:tl.constexpr, SH:tl.constexpr, SW:tl.constexpr, DD:tl.constexpr, DH:tl.constexpr, DW:tl.constexpr,
     PD:tl.constexpr, PH:tl.constexpr, PW:tl.constexpr, REPLICATE:tl.constexpr, BN:tl.constexpr, BC:tl.constexpr):
     "One tile of voxels of one slice of the input"
-    c = tl.program_id(1)*BC+tl.arange(0, BC)
-    tiles = tl.cdiv(H*W, BN)
-    plane = tl.program_id(0)//tiles
-    at = (tl.program_id(0)%tiles)*BN+tl.arange(0, BN)
-    row,col,z,b = at//W,at%W,plane%D,plane//D
+    plane,b,z,at,row,col,c = _tile_under_way(D, H*W, W, BN, BC)
     some = (c<C)[None,:]
     first,last = z,z
     if REPLICATE:
@@ -387,11 +387,7 @@ def _depthwise_weight_grad(x, g, part, C, D, H, W, d, h, v, KD:tl.constexpr, KH:
     SD:tl.constexpr, SH:tl.constexpr, SW:tl.constexpr, DD:tl.constexpr, DH:tl.constexpr, DW:tl.constexpr,
     PD:tl.constexpr, PH:tl.constexpr, PW:tl.constexpr, REPLICATE:tl.constexpr, BN:tl.constexpr, BC:tl.constexpr):
     "What one tile of voxels of one slice of the result adds to each weight"
-    c = tl.program_id(1)*BC+tl.arange(0, BC)
-    tiles = tl.cdiv(h*v, BN)
-    plane = tl.program_id(0)//tiles
-    at = (tl.program_id(0)%tiles)*BN+tl.arange(0, BN)
-    row,col,o,b = at//v,at%v,plane%d,plane//d
+    plane,b,o,at,row,col,c = _tile_under_way(d, h*v, v, BN, BC)
     some = (c<C)[None,:]
     from_ = g+plane.to(tl.int64)*h*v*C+at[:,None]*C+c[None,:]
     grad = tl.load(from_, mask=(at<h*v)[:,None]&some, other=0.).to(tl.float32)
@@ -410,11 +406,15 @@ def _depthwise_weight_grad(x, g, part, C, D, H, W, d, h, v, KD:tl.constexpr, KH:
                 tl.store(to+((i*KH+j)*KW+k)*C, tl.sum(value.to(tl.float32)*grad, 0), mask=c<C)
 
 # %% ../nbs/40_kernels.ipynb #65d07122
-def _start(kernel, a, b, out, planes, pixels, geo, elements, widest=32):
+def _tiles(C, pixels, elements):
+    "As `tile`, within a slice"
+    BN,BC = tile(C, elements, 32)
+    return min(BN, next_power(pixels)),BC
+
+def _start(kernel, a, b, out, planes, pixels, geo, elements):
     "Run a kernel of this section over all tiles of so many slices of so many pixels"
     C = a.shape[1]
-    BN,BC = tile(C, elements, widest)
-    BN = min(BN, next_power(pixels))
+    BN,BC = _tiles(C, pixels, elements)
     kernel[planes*ceil_div(pixels, BN),ceil_div(C, BC)](a, b, out, C, *geo.args, *geo.fixed, BN, BC)
 
 def _table(w): "(C,1,k,H,W) as (k*H*W,C) float32"; return w.flatten(1).t().float().contiguous()
@@ -443,7 +443,7 @@ class _CardDepthwise(torch.autograd.Function):
 def _weight_grad(x, g, geo):
     "(k*H*W,C)"
     C,(d,h,v) = x.shape[1],geo.out
-    BN = min(tile(C, 4096, 32)[0], next_power(h*v))
+    BN,_ = _tiles(C, h*v, 4096)
     part = _floats(x, len(x)*d*ceil_div(h*v, BN), geo.kernel[0]*geo.kernel[1]*geo.kernel[2], C)
     _start(_depthwise_weight_grad, x, g, part, len(x)*d, h*v, geo, 4096)
     return part.sum(0)
@@ -462,11 +462,7 @@ def card_depthwise(
 def _pool_forward(x, y, best, C, D, H, W, d, h, v, KD:tl.constexpr, KH:tl.constexpr, KW:tl.constexpr,
     SD:tl.constexpr, SH:tl.constexpr, SW:tl.constexpr, DD:tl.constexpr, DH:tl.constexpr, DW:tl.constexpr,
     PD:tl.constexpr, PH:tl.constexpr, PW:tl.constexpr, REPLICATE:tl.constexpr, BN:tl.constexpr, BC:tl.constexpr):
-    c = tl.program_id(1)*BC+tl.arange(0, BC)
-    tiles = tl.cdiv(h*v, BN)
-    plane = tl.program_id(0)//tiles
-    at = (tl.program_id(0)%tiles)*BN+tl.arange(0, BN)
-    row,col,o,b = at//v,at%v,plane%d,plane//d
+    plane,b,o,at,row,col,c = _tile_under_way(d, h*v, v, BN, BC)
     some = (c<C)[None,:]
     most = tl.full([BN,BC], float('-inf'), tl.float32)
     where = tl.zeros([BN,BC], tl.int32)
@@ -490,11 +486,7 @@ def _pool_forward(x, y, best, C, D, H, W, d, h, v, KD:tl.constexpr, KH:tl.conste
 def _pool_backward(g, best, y, C, D, H, W, d, h, v, KD:tl.constexpr, KH:tl.constexpr, KW:tl.constexpr,
     SD:tl.constexpr, SH:tl.constexpr, SW:tl.constexpr, DD:tl.constexpr, DH:tl.constexpr, DW:tl.constexpr,
     PD:tl.constexpr, PH:tl.constexpr, PW:tl.constexpr, REPLICATE:tl.constexpr, BN:tl.constexpr, BC:tl.constexpr):
-    c = tl.program_id(1)*BC+tl.arange(0, BC)
-    tiles = tl.cdiv(H*W, BN)
-    plane = tl.program_id(0)//tiles
-    at = (tl.program_id(0)%tiles)*BN+tl.arange(0, BN)
-    row,col,z,b = at//W,at%W,plane%D,plane//D
+    plane,b,z,at,row,col,c = _tile_under_way(D, H*W, W, BN, BC)
     total = tl.zeros([BN,BC], tl.float32)
     for i in range(KD):
         t = z+PD-i*DD

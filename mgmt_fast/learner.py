@@ -13,7 +13,6 @@ import contextlib, copy, hashlib, importlib, inspect, json, math, os, re
 from collections import deque
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np, pandas as pd, torch
@@ -564,15 +563,12 @@ def mgmt_learner(
         cbs=[*_watchers(r), *_on_card(graphs, dls), *L(cbs)], metrics=metrics, **{**settings, **kwargs})
     learn.recipe,learn.seed,learn.n_train = r,seed,sum(p.requires_grad for p in model.parameters())
     learn.recipe = recipe_that_ran(learn)
-    if r.name=='published': _say_once(_with_faults(r))
+    if r.name=='published': say_once(_with_faults(r))
     return learn
 
 _adams = dict(fastai={}, torch=dict(sqr_mom=.999, eps=1e-8), keras=dict(sqr_mom=.999, eps=1e-7, keras=True))
 
 def _adam(name): return partial(FusedAdam, **_adams[name]) if _adams[name] else FusedAdam
-
-@lru_cache
-def _say_once(text): print(text) # and not before each of a hundred trainings
 
 def _with_faults(r):
     on = ', '.join(faults(r).query('on').choice)

@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'Samples', 'label_name', 'StoreDataset', 'sample_of', 'NewSamples', 'ToUnit', 'KeptVolumes', 'free_bytes',
-           'StoreDL', 'usable_patients', 'augmentation', 'check_prepared', 'StoreDataLoaders', 'mgmt_dls', 'show_batch',
-           'show_montages']
+           'gigabytes', 'StoreDL', 'usable_patients', 'augmentation', 'check_prepared', 'StoreDataLoaders', 'mgmt_dls',
+           'show_batch', 'show_montages']
 
 # %% ../nbs/35_loader.ipynb #75bf8a36
 import math, os, random
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
 from typing import Any
 
 import numpy as np, pandas as pd, torch
@@ -229,7 +228,7 @@ class KeptVolumes:
         size,free = math.prod(self.shape),free_bytes(device)
         if self.kept is True and size>free: raise MGMTError(_too_many(self, device, free))
         fits = self.kept is True or size<=free/2
-        if device.type!='cpu' and not rank_distrib(): _say_once(_say_kept(self, device, fits, free))
+        if device.type!='cpu' and not rank_distrib(): say_once(_say_kept(self, device, fits, free))
         self.there = np.zeros(len(self.at), dtype=bool)
         return torch.empty(self.shape, dtype=torch.uint8, device=device) if fits else None
 
@@ -302,11 +301,7 @@ def free_bytes(
     try: return os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
     except (AttributeError,ValueError,OSError): return math.inf # Windows has no sysconf
 
-@lru_cache
-def _say_once(text): print(text) # and not in each of eighty trainings
-
-def _gb(n): return f'{n/1e9:.1f} GB'
-def _what(k): return f"{len(k.at)} patients' {', '.join(k.sequences)} ({_gb(math.prod(k.shape))})"
+def _what(k): return f"{len(k.at)} patients' {', '.join(k.sequences)} ({gigabytes(math.prod(k.shape))})"
 
 def _where(k):
     if k.device is None: return f"{_what(k)}: not read yet"
@@ -315,13 +310,21 @@ def _where(k):
 
 def _say_kept(k, device, fits, free):
     if fits: return f"{_what(k)} are kept on {device} once they were read"
-    return f"{_what(k)} are more than half of the {_gb(free)} free on {device}: they are read ahead in every epoch"
+    return (f"{_what(k)} are more than half of the {gigabytes(free)} free on {device}: they are read ahead in every "
+        "epoch")
 
 def _no_kept(kept): return f"kept must be 'auto', True or False; received {kept!r}"
 
 def _too_many(k, device, free):
-    return (f"{_what(k)} do not fit into the {_gb(free)} of {device}: use kept='auto', which reads them ahead, fewer "
-        "sequences, or a smaller size")
+    return (f"{_what(k)} do not fit into the {gigabytes(free)} of {device}: use kept='auto', which reads them ahead, "
+        "fewer sequences, or a smaller size")
+
+# %% ../nbs/35_loader.ipynb #7a7a7a03
+def gigabytes(
+    n:float, # Bytes
+) -> str: # As people read it
+    "How much memory that is."
+    return f'{n/1e9:.1f} GB' if math.isfinite(n) else 'more than there is'
 
 # %% ../nbs/35_loader.ipynb #5d1c0a12
 class StoreDL(TfmdDL):

@@ -44,7 +44,7 @@ def route(
 
 def _is_watched():
     "Does torch write down the operators that run?"
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 # %% ../nbs/41_operators.ipynb #f3159630
 def as_images(
@@ -410,8 +410,8 @@ class InflatedConv3d(nn.Module):
 
     def _plane_pads(self, x):
         if not self.same: return tuple((p,p) for p in self.padding[1:])
-        each = zip(x.shape[3:], self.kernel_size[1:], self.stride[1:], self.dilation[1:])
-        return tuple((n//2,n-n//2) for n in (max((-(-n//s)-1)*s+d*(k-1)+1-n, 0) for n,k,s,d in each))
+        totals = map(tl.get_same_padding, x.shape[3:], self.kernel_size[1:], self.stride[1:], self.dilation[1:])
+        return tuple((n//2,n-n//2) for n in totals)
 
     def _geometry(self, x):
         "Of the whole convolution, its part in the plane and that along the depth"
@@ -797,16 +797,19 @@ class InflatedPool3d(nn.Module):
         return plain and route(x)=='card' and self.along.k*math.prod(_pair(m.kernel_size))<=255
 
     def _geometry(self, x):
-        o,m = self.along,self.plane
-        (lo,hi),pad = o.pads(x.shape[2]),_pair(m.padding)
-        every = (o.k,*_pair(m.kernel_size)),(o.s,*_pair(m.stride)),(o.d,*_pair(m.dilation))
-        return geometry(tuple(x.shape[2:]), *every, (lo,*pad), (hi,*pad), False)
+        kernel,stride,before,dilation = self.windows(x.shape[2])
+        after = self.along.pads(x.shape[2])[1],*before[1:]
+        return geometry(tuple(x.shape[2:]), kernel, stride, dilation, before, after, False)
 
-    def _max_pool3d(self, x):
+    def _max_pool3d(self, x): return F.max_pool3d(x, *self.windows(x.shape[2]))
+
+    def windows(self,
+        D:int, # Slices of the input
+    ) -> tuple: # Kernel, stride, padding before the first voxel and dilation, (3,) each, along D, H and W
+        "What is pooled, of a pool whose plane is one of torch's"
         o,m = self.along,self.plane
-        lo,_ = o.pads(x.shape[2])
-        both = ((o.k,m.kernel_size), (o.s,m.stride), (lo,m.padding), (o.d,m.dilation))
-        return F.max_pool3d(x, *((d,*_pair(p)) for d,p in both))
+        both = ((o.k,m.kernel_size), (o.s,m.stride), (o.pads(D)[0],m.padding), (o.d,m.dilation))
+        return tuple((d,*_pair(p)) for d,p in both)
 
     def _through(self, lines):
         "The pool along the depth, (B,C,D,N)"
