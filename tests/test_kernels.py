@@ -47,6 +47,10 @@ def disk_usage(path):
     return namedtuple('usage', 'total used free')({size}, used, {size}-used)
 shutil.disk_usage = disk_usage
 """
+# getrusage would count the memory of the process that started this one too
+PEAK = """from pathlib import Path
+print(next(o.split()[1] for o in Path('/proc/self/status').read_text().splitlines() if o.startswith('VmHWM')))
+"""
 
 
 def execute(kernel, cwd, kaggle, monkeypatch, clock=None, size=None):
@@ -57,8 +61,7 @@ def execute(kernel, cwd, kaggle, monkeypatch, clock=None, size=None):
     monkeypatch.setenv('MGMT_KAGGLE_ROOT', str(kaggle))
     nb = nbformat.read(ROOT/'kaggle'/kernel/f'{kernel}.ipynb', as_version=4)
     if clock: nb.cells[3].source = COUNTING+nb.cells[3].source.replace('Clock(hours=11)', clock)
-    memory = 'import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'
-    nb.cells.append(nbformat.v4.new_code_cell(memory))
+    nb.cells.append(nbformat.v4.new_code_cell(PEAK))
     NotebookClient(nb, timeout=900, kernel_name='python3', resources={'metadata': {'path': str(cwd)}}).execute()
     said = [''.join(o.get('text','') for o in c.get('outputs', [])) for c in nb.cells]
     assert int(said[-1])<4*2**20, 'kilobytes'
