@@ -51,7 +51,8 @@ __all__ = [k for k in globals() if not k.startswith('_') and k not in _not_ours]
 
 def __getattr__(name):
     "A name of version 0.1 that a workflow rarely needs"
-    if name.startswith('_'): raise AttributeError(f"module 'mgmt_fast.all' has no attribute {name!r}")
+    if name.startswith('_'):
+        raise AttributeError(f"module 'mgmt_fast.all' has no attribute {name!r}")
     if name in MOVES['all']: return moved_from('all')(name)
     for room in _rooms():
         module = import_module(f'mgmt_fast.{room}')

@@ -40,8 +40,10 @@ def folder_inside(
 ) -> Path: # Resolved
     "The folder that a text names. Raises `AppError` where there is none inside `root`."
     try: path = (root/Path(text.strip()).expanduser()).resolve(strict=True)
-    except (OSError,RuntimeError,ValueError): raise AppError(_no_folder, 404) from None
-    if not path.is_relative_to(root): raise AppError(_no_folder, 404)
+    except (OSError,RuntimeError,ValueError):
+        raise AppError(_no_folder, 404) from None
+    if not path.is_relative_to(root):
+        raise AppError(_no_folder, 404)
     if path.is_dir(): return path
     raise AppError("this is a file: choose the folder that holds it, or the patient's folder above")
 
@@ -56,7 +58,8 @@ def list_folder(
     "What stands in the list of folders."
     def _from_root(path): return path.relative_to(root).as_posix()
     try: found = sorted(o for o in at.iterdir() if not o.name.startswith('.'))
-    except OSError: raise AppError("this folder may not be read by whoever started the app", 403) from None
+    except OSError:
+        raise AppError("this folder may not be read by whoever started the app", 403) from None
     folders = [dict(name=o.name, at=_from_root(o)) for o in found if o.is_dir() and o.resolve().is_relative_to(root)]
     up = None if at==root else _from_root(at.parent)
     counted = dict(files=sum(o.is_file() for o in found), more=max(0, len(folders)-most))
@@ -68,7 +71,8 @@ def safe_parts(
 ) -> list: # Of text
     "The parts of a file's name. Raises `AppError` where it could lead anywhere but down."
     parts = name.split('/')
-    if len(parts)<=32 and all(map(_is_plain, parts)): return parts
+    if len(parts)<=32 and all(map(_is_plain, parts)):
+        return parts
     raise AppError("a file's name cannot be kept here: names are no longer than 255 bytes, and hold no backslash, '..' "
         "or control characters; rename it, or choose the folder on this machine")
 
@@ -92,24 +96,31 @@ class Uploads:
         "Take the list of a dropped folder. Raises `AppError` where it is too large, or a name cannot be kept"
         try: wanted = [(safe_parts(str(name)),int(size)) for name,size in listed]
         except AppError: raise
-        except (TypeError,ValueError,OverflowError): raise AppError('this is no list of files') from None
+        except (TypeError,ValueError,OverflowError):
+            raise AppError('this is no list of files') from None
         self._check(wanted)
         upload = hashlib.blake2b(json.dumps(wanted).encode(), digest_size=16).hexdigest()
         tops = {parts[0] for parts,_ in wanted}
         below = self.folder/upload
-        if len(tops)>1 or any(len(parts)<2 for parts,_ in wanted): below = below/'dropped'
+        if len(tops)>1 or any(len(parts)<2 for parts,_ in wanted):
+            below = below/'dropped'
         self.known[upload] = [(below.joinpath(*parts),size) for parts,size in wanted]
         self.known[upload,'root'] = below if below.name=='dropped' else below/min(tops)
         return dict(upload=upload, missing=[i for i,o in enumerate(self.known[upload]) if not _is_there(*o)])
 
     def _check(self, wanted):
         total = sum(size for _,size in wanted)
-        if not wanted: raise AppError("there is no file in what was dropped: drop the patient's folder")
-        if min(size for _,size in wanted)<0: raise AppError('this is no list of files')
-        if len(wanted)>self.most_files: raise AppError(_too_many(len(wanted), self.most_files), 413)
-        if total>self.most: raise AppError(_too_much(total, self.most), 413)
+        if not wanted:
+            raise AppError("there is no file in what was dropped: drop the patient's folder")
+        if min(size for _,size in wanted)<0:
+            raise AppError('this is no list of files')
+        if len(wanted)>self.most_files:
+            raise AppError(_too_many(len(wanted), self.most_files), 413)
+        if total>self.most:
+            raise AppError(_too_much(total, self.most), 413)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if total>shutil.disk_usage(self.folder).free: raise AppError(_no_room, 413)
+        if total>shutil.disk_usage(self.folder).free:
+            raise AppError(_no_room, 413)
 
     def put(self,
         upload:str, # From `begin`
@@ -118,23 +129,28 @@ class Uploads:
         length:int, # Bytes that will come
     ):
         "Keep one file, whole or not at all"
-        if upload not in self.known or i>=len(self.known[upload]): raise AppError('this was not announced', 404)
+        if upload not in self.known or i>=len(self.known[upload]):
+            raise AppError('this was not announced', 404)
         path,size = self.known[upload][i]
-        if length!=size: raise AppError("a file has changed since it was dropped: drop the folder again")
+        if length!=size:
+            raise AppError("a file has changed since it was dropped: drop the folder again")
         part = self.folder/upload/f'.part-{i}-{secrets.token_hex(4)}'
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(part, 'wb') as f: _copy(body, f, size)
             os.replace(part, path)
-        except OSError as e: raise AppError(_not_kept(e), 507) from None
+        except OSError as e:
+            raise AppError(_not_kept(e), 507) from None
         finally: part.unlink(missing_ok=True)
 
     def root(self,
         upload:str, # From `begin`
     ) -> Path: # Which holds the files
         "The folder of an upload that is complete"
-        if upload not in self.known: raise AppError('this was not announced', 404)
-        if all(_is_there(*o) for o in self.known[upload]): return self.known[upload,'root']
+        if upload not in self.known:
+            raise AppError('this was not announced', 404)
+        if all(_is_there(*o) for o in self.known[upload]):
+            return self.known[upload,'root']
         raise AppError("not all files have come: drop the folder again, and only the others are sent")
 
 def _is_there(path, size): return path.is_file() and path.stat().st_size==size
@@ -142,7 +158,8 @@ def _is_there(path, size): return path.is_file() and path.stat().st_size==size
 def _copy(body, f, size):
     while size>0:
         part = body.read(min(size, 2**20))
-        if not part: raise AppError('the browser stopped half-way: drop the folder again, and only the rest is sent')
+        if not part:
+            raise AppError('the browser stopped half-way: drop the folder again, and only the rest is sent')
         f.write(part)
         size -= len(part)
 
@@ -190,7 +207,8 @@ class Worker(threading.Thread):
             kinds.add(told['kind'])
             self.heard(told)
         code = self.process.wait()
-        if not kinds and not self.closed and code>=0: self.heard(dict(kind='refused', what=_never_ready(code)))
+        if not kinds and not self.closed and code>=0:
+            self.heard(dict(kind='refused', what=_never_ready(code)))
         self.heard(dict(kind='ended'))
         return 'ready' in kinds or code<0
 
@@ -234,12 +252,14 @@ class Run:
     def name(self):
         "The patients, for a list of runs"
         names = [r['patient'] for r in self.rows]
-        if len(names)>2: return f'{names[0]} to {names[-1]}, {len(names)} patients'
+        if len(names)>2:
+            return f'{names[0]} to {names[-1]}, {len(names)} patients'
         return ' and '.join(names) or f'run {self.number}'
 
     def status(self) -> str: # For whoever waits
         "How far it is, in a sentence"
-        if self.state=='running' and not self.rows: return 'Looking for patients.'
+        if self.state=='running' and not self.rows:
+            return 'Looking for patients.'
         done = f"{self.ended} of {len(self.rows)} patient{'s'*(len(self.rows)!=1)} done"
         under = [r for r in self.rows if r['step'] in _DOING]
         doing = f"; {_DOING[under[0]['step']]} {under[0]['patient']}" if under and self.state=='running' else ''
@@ -258,7 +278,8 @@ class Runs:
         number:int, # From 1
     ) -> Run: # Or `AppError`
         "A run by its number"
-        if 1<=number<=len(self.runs): return self.runs[number-1]
+        if 1<=number<=len(self.runs):
+            return self.runs[number-1]
         raise AppError("there is no such run", 404)
 
     def start(self,
@@ -270,7 +291,8 @@ class Runs:
             if run is None:
                 run = Run(len(self.runs)+1, root)
                 self.runs.append(run)
-            if run.state!='running': run.state,run.what = 'waiting',''
+            if run.state!='running':
+                run.state,run.what = 'waiting',''
             self._next()
             return run
 
@@ -284,13 +306,15 @@ class Runs:
             if run.state!='running': return
             run.state,self.current,self.state = 'cancelled',None,'loading'
             for r in run.rows:
-                if r['step'] in _DOING: r['step'] = 'waiting'
+                if r['step'] in _DOING:
+                    r['step'] = 'waiting'
             self.worker.end()
 
     def _next(self):
         "Hand over the next run, if there is one and somebody to do it"
         run = next((o for o in self.runs if o.state=='waiting'), None)
-        if run is None or self.state!='ready' or self.current: return
+        if run is None or self.state!='ready' or self.current:
+            return
         self.current,run.state = run,'running'
         self.worker.send(dict(run=run.number, root=str(run.root)))
 
@@ -300,22 +324,27 @@ class Runs:
         "Take in what the process tells"
         with self.lock:
             kind,run = told['kind'],self.current
-            if kind=='ready': self.state,self.sequences = 'ready',told['sequences']
-            elif kind=='refused': self.state,self.what = 'refused',told['what']
+            if kind=='ready':
+                self.state,self.sequences = 'ready',told['sequences']
+            elif kind=='refused':
+                self.state,self.what = 'refused',told['what']
             elif kind=='ended': self._ended(run)
-            elif run and told['run']==run.number: self._of_run(kind, told, run)
+            elif run and told['run']==run.number:
+                self._of_run(kind, told, run)
             self._next()
 
     def _ended(self, run):
         if self.state!='refused': self.state = 'loading'
-        if run: run.state,run.what,self.current = 'failed',_died,None
+        if run:
+            run.state,run.what,self.current = 'failed',_died,None
 
     def _of_run(self, kind, told, run):
         if kind=='found':
             blank = dict(step='waiting', findings=[], prob=None, unlike=None, note='', place='')
             run.rows,run.said = [dict(blank, patient=p) for p in told['patients']],told['said']
         elif kind=='row': run.rows[told['at']] = told['row']
-        else: run.state,run.what,self.current = kind,told.get('what', ''),None
+        else:
+            run.state,run.what,self.current = kind,told.get('what', ''),None
 
 _died = ("the process that works died, most likely because memory ran out; what is done is kept, and the run can go on")
 
@@ -344,7 +373,8 @@ def app_page(
 ) -> Markup: # HTML
     "A page of the app."
     parts = {k: [v] for k,v in sections.items()}
-    style,today = Markup(_CSS+_MORE_CSS),date.today().isoformat()
+    style = Markup(_CSS+_MORE_CSS)
+    today = date.today().isoformat()
     about = dict(title=title, style=style, version=__version__, date=today, lead=[_RESEARCH])
     return fill(_HTML, sections=parts, **about)+Markup('<script src="/app.js"></script>')
 
@@ -511,7 +541,8 @@ class AppServer(ThreadingHTTPServer):
         self.desk,self.pages,self.uploads,self.root = desk,Path(pages),uploads,Path(root).resolve()
         self.token = secrets.token_urlsafe(32)
         try: super().__init__(('127.0.0.1',port), _Handler)
-        except (OSError,OverflowError): raise AppError(f"port {port} cannot be used: give another, or none") from None
+        except (OSError,OverflowError):
+            raise AppError(f"port {port} cannot be used: give another, or none") from None
         self.hosts = {f'{o}:{self.server_port}' for o in ('127.0.0.1','localhost')}
         self.cookie = f'mgmt_app_{self.server_port}' # a browser does not tell the ports of one host apart
 
@@ -526,7 +557,8 @@ class AppServer(ThreadingHTTPServer):
     ):
         "A browser that goes away is no fault; of others the place is said, and not the message"
         e = sys.exc_info()[1]
-        if isinstance(e, (ConnectionError,TimeoutError)): return
+        if isinstance(e, (ConnectionError,TimeoutError)):
+            return
         at = traceback.extract_tb(e.__traceback__)[-1]
         print(f'a fault of this app ({type(e).__name__}, {Path(at.filename).name}:{at.lineno}): please report it',
             file=sys.stderr)
@@ -544,7 +576,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._check(changes)
             path = urlsplit(self.path).path
             for pattern,act in routes:
-                if m := re.fullmatch(pattern, path): return act(self, *m.groups())
+                if m := re.fullmatch(pattern, path):
+                    return act(self, *m.groups())
             raise AppError('there is nothing here', 404)
         except AppError as e: self._refuse(e, changes)
         except (ConnectionError,TimeoutError): raise
@@ -554,16 +587,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, e, changes):
         what = _sentence(f'{e}.')
-        if changes: self.reply(json.dumps(dict(what=what)), 'application/json', e.code)
-        else: self.reply(app_page('mgmt_app', {'Not shown': fill('<p>{{ e }}</p>', e=what)}), code=e.code)
+        if changes:
+            self.reply(json.dumps(dict(what=what)), 'application/json', e.code)
+        else:
+            self.reply(app_page('mgmt_app', {'Not shown': fill('<p>{{ e }}</p>', e=what)}), code=e.code)
 
     def _check(self, changes):
         s = self.server
-        if self.headers.get('Host') not in s.hosts: raise AppError('this app has another address', 403)
+        if self.headers.get('Host') not in s.hosts:
+            raise AppError('this app has another address', 403)
         own = self.headers.get('Origin','').removeprefix('http://') in s.hosts
-        if changes and not own: raise AppError('only the pages of this app may do this', 403)
+        if changes and not own:
+            raise AppError('only the pages of this app may do this', 403)
         self.by_address = _same(parse_qs(urlsplit(self.path).query).get('token', [''])[0], s.token)
-        if not self.by_address and not _same(self._cookie(), s.token): raise AppError(_no_token, 403)
+        if not self.by_address and not _same(self._cookie(), s.token):
+            raise AppError(_no_token, 403)
 
     def _cookie(self):
         try: found = SimpleCookie(self.headers.get('Cookie','')).get(self.server.cookie)
@@ -587,13 +625,15 @@ class _Handler(BaseHTTPRequestHandler):
     def length(self, most):
         "Bytes that a request brings"
         text = self.headers.get('Content-Length','')
-        if not text.isdecimal() or int(text)>most: raise AppError('this is too long', 413)
+        if not text.isdecimal() or int(text)>most:
+            raise AppError('this is too long', 413)
         return int(text)
 
     def told(self, name, kind=str):
         "A value of the JSON that a request brings"
         try: value = json.loads(self.rfile.read(self.length(2**24)))[name]
-        except (ValueError,KeyError,TypeError,RecursionError): value = None
+        except (ValueError,KeyError,TypeError,RecursionError):
+            value = None
         if isinstance(value, kind): return value
         raise AppError('this request is not of this app')
 
@@ -608,7 +648,8 @@ def _home(h):
     h.reply(app_page('MGMT methylation from MRI', {'Choose a folder': choose, 'Runs': live}))
 
 def _runs(h):
-    with h.server.desk.lock: html = fill(_RUNS, d=h.server.desk)
+    with h.server.desk.lock:
+        html = fill(_RUNS, d=h.server.desk)
     h.reply(html)
 
 def _run_page(h, number):
@@ -624,7 +665,8 @@ def _shown(h, number, at, name):
     rows = h.server.desk.of(int(number)).rows
     place = rows[int(at)]['place'] if int(at)<len(rows) else ''
     path = h.server.pages/place/name
-    if not place or not path.is_file(): raise AppError('there is no such page; perhaps no series could be read', 404)
+    if not place or not path.is_file():
+        raise AppError('there is no such page; perhaps no series could be read', 404)
     kind,rules = _PAGES[name]
     h.reply(path.read_bytes(), kind, rules=rules)
 
@@ -684,7 +726,8 @@ class App:
 
     def open(self):
         "Open the page in the user's browser, if there is a screen; its command line does not show the token"
-        if sys.platform=='linux' and not {'DISPLAY','WAYLAND_DISPLAY'}&set(os.environ): return
+        if sys.platform=='linux' and not {'DISPLAY','WAYLAND_DISPLAY'}&set(os.environ):
+            return
         page = self.private/'open.html'
         page.touch(0o600)
         page.write_text(fill('<meta http-equiv="refresh" content="0;url={{ to }}">', to=self.server.address))
@@ -705,29 +748,36 @@ class App:
     def _wipe(self):
         for _ in range(20): # a browser may still be sending
             shutil.rmtree(self.private, ignore_errors=True)
-            if not self.private.exists(): return 'pages and dropped files were wiped'
+            if not self.private.exists():
+                return 'pages and dropped files were wiped'
         return f'NOT everything could be wiped: remove {self.private}'
 
 def _check_paths(model, root, atlas):
-    if not (Path(model).exists() or Path(f'{model}.json').exists()): raise AppError(_no_model)
-    if not Path(root).is_dir(): raise AppError("--root is no folder: give the one below which scans lie")
-    if atlas is not None and not Path(atlas).is_file(): raise AppError("--atlas is no file: give the atlas' T1 image")
+    if not (Path(model).exists() or Path(f'{model}.json').exists()):
+        raise AppError(_no_model)
+    if not Path(root).is_dir():
+        raise AppError("--root is no folder: give the one below which scans lie")
+    if atlas is not None and not Path(atlas).is_file():
+        raise AppError("--atlas is no file: give the atlas' T1 image")
 
 _no_model = ("there is no model at this place: give the folder of a bundle or of a training, or a model in it, e.g. "
     "run/model")
 
 def _made(keep):
     try: Path(keep).mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise AppError(f"the folder of --keep cannot be made ({e.strerror})") from None
+    except OSError as e:
+        raise AppError(f"the folder of --keep cannot be made ({e.strerror})") from None
     return Path(keep).resolve()
 
 def _private_folder():
     "A folder that this user alone may read; what apps that were killed left is wiped"
     for o in Path(tempfile.gettempdir()).glob('mgmt-app-*'):
         pid = o.name.split('-')[2]
-        if pid.isdecimal() and not _runs_still(int(pid)): shutil.rmtree(o, ignore_errors=True)
+        if pid.isdecimal() and not _runs_still(int(pid)):
+            shutil.rmtree(o, ignore_errors=True)
     try: return Path(tempfile.mkdtemp(prefix=f'mgmt-app-{os.getpid()}-'))
-    except OSError as e: raise AppError(f"no temporary folder can be made ({e.strerror}): make room") from None
+    except OSError as e:
+        raise AppError(f"no temporary folder can be made ({e.strerror}): make room") from None
 
 def _runs_still(pid):
     if os.name=='nt': return True # where a signal would end it
@@ -742,16 +792,21 @@ def _as_typed(f):
     @functools.wraps(f)
     def _f(*args, **kwargs):
         try: return f(*args, **(kwargs if args or kwargs else _from_command_line(f)))
-        except AppError as e: print(f'error: {e}', file=sys.stderr)
+        except AppError as e:
+            print(f'error: {e}', file=sys.stderr)
         return 2
     return _f
 
 def _from_command_line(f):
-    parser,about = argparse.ArgumentParser(f.__name__, description=f.__doc__),docments(f)
+    parser = argparse.ArgumentParser(f.__name__, description=f.__doc__)
+    about = docments(f)
     for k,p in inspect.signature(f).parameters.items():
-        if p.default is p.empty: parser.add_argument(k, type=p.annotation, help=about[k])
-        elif p.annotation is bool: parser.add_argument(*_spelt(k), action='store_true', help=about[k])
-        else: parser.add_argument(*_spelt(k), type=p.annotation, default=p.default, help=about[k])
+        if p.default is p.empty:
+            parser.add_argument(k, type=p.annotation, help=about[k])
+        elif p.annotation is bool:
+            parser.add_argument(*_spelt(k), action='store_true', help=about[k])
+        else:
+            parser.add_argument(*_spelt(k), type=p.annotation, default=p.default, help=about[k])
     return vars(parser.parse_args())
 
 def _spelt(k): return dict.fromkeys((f"--{k.replace('_','-')}",f'--{k}'))

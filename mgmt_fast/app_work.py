@@ -38,15 +38,18 @@ def find_patients(
     "The patients of a folder. Raises `MGMTError`, which does not name the folder, where there are none."
     with contextlib.redirect_stdout(io.StringIO()):
         try: return find_cohort(root, labels=False)
-        except MGMTError as e: raise CohortError(without_place(str(e), root).partition(_for_programs)[0]) from None
-        except OSError as e: raise CohortError(_unreadable(e)) from None
+        except MGMTError as e:
+            raise CohortError(without_place(str(e), root).partition(_for_programs)[0]) from None
+        except OSError as e:
+            raise CohortError(_unreadable(e)) from None
 
 def without_place(
     text:str, # A message
     root:str|Path, # A folder that it may name
 ) -> str: # With "this folder" in its place
     "A message that says nothing of where scans lie, since folders are often called like patients."
-    for o in (Path(root).resolve(),Path(root)): text = text.replace(str(o), 'this folder')
+    for o in (Path(root).resolve(),Path(root)):
+        text = text.replace(str(o), 'this folder')
     return text
 
 _for_programs = ' Any other layout: nifti_cohort'
@@ -106,7 +109,8 @@ class PatientPages:
     ) -> PatientRow: # None where there is none
         "What an earlier run wrote"
         folder = self.dest/place
-        if not (is_file(folder/_RECORD) and is_file(folder/_PAGE)): return None
+        if not (is_file(folder/_RECORD) and is_file(folder/_PAGE)):
+            return None
         try: return PatientRow(**read_json(folder/_RECORD, _ROW))
         except MGMTError: return None
 
@@ -118,13 +122,15 @@ class PatientPages:
         places = [self.place(o) for o in rows]
         kept = [self.kept(o) for o in places]
         yield from ((i,o) for i,o in enumerate(kept) if o)
-        todo,audits = [i for i,o in enumerate(kept) if not o],{}
+        todo = [i for i,o in enumerate(kept) if not o]
+        audits = {}
         with working_in(self.dest, deep=False):
             for i in todo:
                 yield i,PatientRow(str(rows[i].patient), 'audit')
                 audits[i] = audit_cohort(pd.DataFrame([rows[i]]), self.n_workers, progress=False)
                 yield i,self._audited(rows[i], audits[i])
-            for i in todo: yield from ((i,o) for o in self._page(rows[i], places[i], audits.pop(i)))
+            for i in todo:
+                yield from ((i,o) for o in self._page(rows[i], places[i], audits.pop(i)))
 
     def _page(self, row, place, audit):
         "The steps of one patient after its audit"
@@ -132,13 +138,16 @@ class PatientPages:
         try:
             if self.atlas is not None and needs_atlas(self.model, audit):
                 yield now._replace(step='standardize')
-                row,audit = self._into_atlas(row, place),None
+                row = self._into_atlas(row, place)
+                audit = None
                 now = now._replace(findings=[*now.findings, ['note','',_brought]])
             yield now._replace(step='predict')
             res = patient_result(self.model, row, n_workers=self.n_workers, audit=audit)
             yield self._write(_with_findings(res, now.findings), place)
-        except MGMTError as e: yield now._replace(step='failed', note=str(e))
-        except Exception as e: yield now._replace(step='failed', note=log_fault(e, 'making a page'))
+        except MGMTError as e:
+            yield now._replace(step='failed', note=str(e))
+        except Exception as e:
+            yield now._replace(step='failed', note=log_fault(e, 'making a page'))
 
     def _audited(self, row, audit):
         "What the audit found"
@@ -151,7 +160,8 @@ class PatientPages:
             done = standardize(scans, self.dest/'atlas'/place, 'default', self.atlas, n_workers=1, progress=False)
         res = done.iloc[0].copy()
         res.attrs = row.attrs # what the patient's own folder held
-        if any(has_scan(res, s) for s in self.model.sequences): return res
+        if any(has_scan(res, s) for s in self.model.sequences):
+            return res
         raise MGMTError(f"not brought into the atlas: {res.problem}")
 
     def _write(self, res, place):
@@ -163,7 +173,8 @@ class PatientPages:
         if old.exists(): shutil.rmtree(old) # of a run whose record cannot be read
         with atomic_path(old) as folder:
             patient_report(None, res, folder)
-            if res.scans: View(res.scans, res.map).html(folder/'viewer.html', title=f'Patient {res.patient}')
+            if res.scans:
+                View(res.scans, res.map).html(folder/'viewer.html', title=f'Patient {res.patient}')
             write_json(folder/_RECORD, row._asdict())
         return row
 
@@ -172,7 +183,8 @@ _brought = ("the scans were brought into the atlas before they were judged: note
 
 def _files_of(model):
     "The files that make a model what it is"
-    if model.is_dir(): return sorted(o for k in ('*.json','*.safetensors') for o in model.glob(k))
+    if model.is_dir():
+        return sorted(o for k in ('*.json','*.safetensors') for o in model.glob(k))
     stem = model.with_suffix('') if model.suffix in ('.json','.safetensors') else model
     return sorted(stem.parent.glob(f'{stem.name}.*'))
 
@@ -193,20 +205,25 @@ def do_runs(
     `'refused'` (`what`: why the model cannot be used) or `'ready'`; then of each `run` `'found'` (`patients`, `said`),
     `'row'` (`at` and a `PatientRow`) and `'done'`, or `'failed'` (`what`)."""
     try: pages = PatientPages(**settings)
-    except MGMTError as e: return tell(dict(kind='refused', what=str(e)))
-    except Exception as e: return tell(dict(kind='refused', what=log_fault(e, 'reading the model')))
+    except MGMTError as e:
+        return tell(dict(kind='refused', what=str(e)))
+    except Exception as e:
+        return tell(dict(kind='refused', what=log_fault(e, 'reading the model')))
     tell(dict(kind='ready', sequences=pages.model.sequences))
     for line in jobs:
         job = parse_json(line)
         def say(kind, **kwargs): tell(dict(kind=kind, run=job['run'], **kwargs))
         try: _do_run(pages, job['root'], say)
-        except MGMTError as e: say('failed', what=without_place(str(e), job['root']))
-        except Exception as e: say('failed', what=log_fault(e, 'working on a folder'))
+        except MGMTError as e:
+            say('failed', what=without_place(str(e), job['root']))
+        except Exception as e:
+            say('failed', what=log_fault(e, 'working on a folder'))
 
 def _do_run(pages, root, say):
     cohort = find_patients(root)
     say('found', patients=cohort.patient.astype(str).tolist(), said=_of_folder(cohort))
-    for i,row in pages.run(cohort): say('row', at=i, row=row._asdict())
+    for i,row in pages.run(cohort):
+        say('row', at=i, row=row._asdict())
     say('done')
 
 def _of_folder(cohort):
@@ -220,7 +237,8 @@ def work_for_app(
     parent:int, # Number of the process to end with
 ):
     "Do what comes in through standard input, whose first line holds the settings, and tell through standard output."
-    told,null = os.fdopen(os.dup(1), 'w', encoding='utf-8'),os.open(os.devnull, os.O_RDWR)
+    told = os.fdopen(os.dup(1), 'w', encoding='utf-8')
+    null = os.open(os.devnull, os.O_RDWR)
     for o in (1,2): os.dup2(null, o) # what libraries print may name files
     end_with_parent(parent)
     def tell(what): print(json.dumps(what), file=told, flush=True)
@@ -234,10 +252,15 @@ def pages_widget(
     **kwargs, # For `PatientPages`
 ): # An `ipywidgets.VBox`
     "A form for a notebook: a folder's patients, their audit, probabilities, pages and viewers."
-    w,pages = _ipywidgets(),PatientPages(model, dest, **kwargs)
-    field,button = w.Text(str(root), description='Folder'),w.Button(description='Run')
-    bar,table,said = w.IntProgress(0, 0, 1),w.HTML(),w.HTML()
-    which,shown = w.Dropdown(options=[], description='Show'),w.HTML()
+    w = _ipywidgets()
+    pages = PatientPages(model, dest, **kwargs)
+    field = w.Text(str(root), description='Folder')
+    button = w.Button(description='Run')
+    bar = w.IntProgress(0, 0, 1)
+    table = w.HTML()
+    said = w.HTML()
+    which = w.Dropdown(options=[], description='Show')
+    shown = w.HTML()
     def run(_):
         rows,said.value,which.options = {},'',[]
         try:
@@ -247,8 +270,10 @@ def pages_widget(
                 rows[i] = row
                 table.value = table_tag(rows_table(rows.values()))
                 bar.value = sum(o.step in ('done','failed') for o in rows.values())
-        except MGMTError as e: said.value = fill_page('<p role="alert">{{ e }}</p>', e=e)
-        except KeyboardInterrupt: said.value = 'stopped; what is done is kept, and the button goes on'
+        except MGMTError as e:
+            said.value = fill_page('<p role="alert">{{ e }}</p>', e=e)
+        except KeyboardInterrupt:
+            said.value = 'stopped; what is done is kept, and the button goes on'
         which.options = _shown_of(rows.values())
     def show(_): shown.value = _frame(pages.dest/which.value) if which.value else ''
     button.on_click(run)
@@ -257,7 +282,8 @@ def pages_widget(
 
 def _ipywidgets():
     try: import ipywidgets
-    except ImportError: raise MGMTError("the form needs ipywidgets: pip install mgmt_fast[view]") from None
+    except ImportError:
+        raise MGMTError("the form needs ipywidgets: pip install mgmt_fast[view]") from None
     return ipywidgets
 
 def rows_table(
@@ -281,6 +307,7 @@ _FILES = dict(page=_PAGE, viewer='viewer.html')
 
 def _frame(path):
     "A page inside a page, which cannot reach out of it"
-    if not is_file(path): return 'no series of this patient could be read'
+    if not is_file(path):
+        return 'no series of this patient could be read'
     tag = '<iframe title="page" sandbox="allow-scripts" style="width:100%;height:40em" srcdoc="{{ page }}"></iframe>'
     return fill_page(tag, page=path.read_text(encoding='utf-8'))

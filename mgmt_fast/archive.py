@@ -37,7 +37,8 @@ _OTHERS = ('.nrrd','.nhdr','.mha','.mhd')
 def _kind_of(name):
     "`'nifti'`, `'other'`, or `None` for a name that does not say that it is an image"
     low = name.lower()
-    if low.endswith(('.nii','.nii.gz','.hdr')): return 'nifti'
+    if low.endswith(('.nii','.nii.gz','.hdr')):
+        return 'nifti'
     return 'other' if low.endswith(_OTHERS) else None
 
 # %% ../nbs/16_archive.ipynb #92454ed2
@@ -58,7 +59,8 @@ def _is_slice(e):
 def _folder_entries(folder):
     "What a folder holds, without what systems leave there"
     junk = ('__macosx','lost+found','$recycle.bin','system volume information')
-    with os.scandir(folder) as it: found = [e for e in it if not e.name.startswith('.') and e.name.lower() not in junk]
+    with os.scandir(folder) as it:
+        found = [e for e in it if not e.name.startswith('.') and e.name.lower() not in junk]
     return sorted(found, key=lambda e: e.name)
 
 def _is_dir(e):
@@ -84,16 +86,20 @@ def _slices(folder, parts, entries):
     files = _slice_files(entries)
     told = {sequence_of(re.sub(r'\.(dcm|dicom|ima)$', '', e.name, flags=re.I)) for e in files}
     if not files: return []
-    if len(told)<len(files) or None in told: return [_Image(parts, str(folder), 'slices')]
+    if len(told)<len(files) or None in told:
+        return [_Image(parts, str(folder), 'slices')]
     return [_Image((*parts,e.name), e.path, 'slices') for e in files]
 
 def _look_at(e, parts, res, odd):
     "One entry of a folder: an image, or something that must be reported"
     parts,kind = (*parts,e.name),_kind_of(e.name)
     if kind and not _is_dir(e):
-        if _dead(e): odd.append((parts, 'a link that leads nowhere', 'restore what it points to'))
-        elif stat.S_ISREG(os.stat(e.path).st_mode): res.append(_Image(parts, e.path, kind))
-    elif e.name.lower().endswith(_ARCHIVES): odd.append((parts, 'a packed archive', 'unpack it, if it holds scans'))
+        if _dead(e):
+            odd.append((parts, 'a link that leads nowhere', 'restore what it points to'))
+        elif stat.S_ISREG(os.stat(e.path).st_mode):
+            res.append(_Image(parts, e.path, kind))
+    elif e.name.lower().endswith(_ARCHIVES):
+        odd.append((parts, 'a packed archive', 'unpack it, if it holds scans'))
     elif _dead(e) and not e.name.lower().endswith(_SLICES):
         odd.append((parts, 'a link that leads nowhere', 'restore what it points to'))
 
@@ -109,7 +115,8 @@ def _search_folder(folder, parts, above, res, odd):
     for e in entries: _look_at(e, parts, res, odd)
     res += _slices(folder, parts, entries)
     for e in entries:
-        if _is_dir(e): _search_folder(e.path, (*parts,e.name), {*above,real}, res, odd)
+        if _is_dir(e):
+            _search_folder(e.path, (*parts,e.name), {*above,real}, res, odd)
     if len(res)==before and not any(o[0][:len(parts)]==parts for o in odd):
         odd.append((parts, *_no_image(entries)))
 
@@ -117,7 +124,8 @@ STANDARDIZED = 'standardized.json' # what `standardize` writes into the folder o
 
 def _no_image(entries):
     "What is said of a folder without images, and what to do"
-    if any(e.name==STANDARDIZED for e in entries): return 'mgmt_standardize refused it','its qc.html shows why'
+    if any(e.name==STANDARDIZED for e in entries):
+        return 'mgmt_standardize refused it','its qc.html shows why'
     return 'its folder holds no DICOM or NIfTI file','restore the files'
 
 # %% ../nbs/16_archive.ipynb #6c575f56
@@ -144,7 +152,8 @@ def _known(name):
     for k,pattern in _COLLECTIONS:
         if m := pattern.match(name):
             rest = name[m.end():]
-            if not rest or not rest[0].isalnum(): return k, m['p'], m.groupdict().get('s'), rest.lstrip('_-. ')
+            if not rest or not rest[0].isalnum():
+                return k, m['p'], m.groupdict().get('s'), rest.lstrip('_-. ')
 
 # %% ../nbs/16_archive.ipynb #3dbde33b
 def shown_name(
@@ -202,7 +211,8 @@ def _patient_level(images, at, known, shared=()):
     "Level of the patients' folders for `images`, which share all names up to `at`"
     name,inner = images[0].parts[at],_inner(images, at)
     here = {i.parts: at for i in images}
-    if not inner or not _deeper(name, inner, images, at, known, shared): return here
+    if not inner or not _deeper(name, inner, images, at, known, shared):
+        return here
     return merge(here, *(_patient_level(o, at+1, known, shared) for o in inner.values()))
 
 def _deeper(name, inner, images, at, known, shared):
@@ -210,10 +220,13 @@ def _deeper(name, inner, images, at, known, shared):
     all_digits = all(_has_digit(o) and not _is_session(o) and o not in shared for o in inner)
     if not _has_digit(name) and not known(name):
         return not any(map(_is_session, inner)) and (all_digits or _conflict(images, at))
-    if not all_digits or not _conflict(images, at) or len(inner)<2: return False
-    if any(map(known, inner)) != known(name): return not known(name)
+    if not all_digits or not _conflict(images, at) or len(inner)<2:
+        return False
+    if any(map(known, inner)) != known(name):
+        return not known(name)
     says = _says_patient_id(inner)
-    if says is None: raise ArchiveError(_tie(name, list(inner)))
+    if says is None:
+        raise ArchiveError(_tie(name, list(inner)))
     return says=='patients'
 
 def _tie(name, inner):
@@ -249,14 +262,19 @@ def _owner(parts, root_name, levels):
 def _placed(image, root_name, levels):
     "Whose an image is: by the name of a collection, or by the level of its folder; `None` if nobody's"
     parts = image.parts
-    if (owner := _owner(parts, root_name, levels)) is None: return None
+    if (owner := _owner(parts, root_name, levels)) is None:
+        return None
     at,layout,patient,session,names = owner
     for i,o in enumerate(parts[at+1:], at+2):
         k = _known(o)
-        if k and k[1].lower()==patient.lower(): session,o = session or k[2],k[3]
-        else: o = _without(patient, o)
-        if m := re.fullmatch(r'ses-([A-Za-z0-9]+)', o): session = session or m[1]
-        elif i<len(parts) and _is_session(o) and name_testimony(o).can==SEQUENCES: session = session or o
+        if k and k[1].lower()==patient.lower():
+            session,o = session or k[2],k[3]
+        else:
+            o = _without(patient, o)
+        if m := re.fullmatch(r'ses-([A-Za-z0-9]+)', o):
+            session = session or m[1]
+        elif i<len(parts) and _is_session(o) and name_testimony(o).can==SEQUENCES:
+            session = session or o
         elif o: names.append(o)
     return Placed(shown_name(patient), session and shown_name(session), layout, tuple(reversed(names)), image)
 
@@ -298,8 +316,10 @@ def _on_medium(images):
 
 def _is_patient(root_name, tops, images):
     "Is the root one patient: are the folders in it sequences or sessions?"
-    if any(_sequence_in(i, 0) and sequence_of(i.parts[0]) for i in images): return True
-    if not _has_digit(root_name) or any(map(_has_digit, tops)): return False
+    if any(_sequence_in(i, 0) and sequence_of(i.parts[0]) for i in images):
+        return True
+    if not _has_digit(root_name) or any(map(_has_digit, tops)):
+        return False
     return all(map(_is_session, tops)) or not _conflict(images, -1)
 
 def _patient_levels(images, root_name, known):
@@ -307,7 +327,8 @@ def _patient_levels(images, root_name, known):
     inside = [i for i in images if i.parts]
     tops = groupby(inside, lambda i: i.parts[0])
     if levels := _on_medium(inside): return levels
-    if _is_patient(root_name, tops, inside): return {i.parts: -1 for i in inside}
+    if _is_patient(root_name, tops, inside):
+        return {i.parts: -1 for i in inside}
     seen = Counter(o for images in tops.values() for o in _inner(images, 0))
     shared = {o for o,n in seen.items() if n>1}
     groups = [o for k,o in tops.items() if len(o[0].parts)>1 or _known(k) or _several(o[0])]
@@ -323,7 +344,9 @@ def place_images(
     "Say of each image whose it is. Raises `ArchiveError` where two layouts explain the same folders."
     name = Path(root).resolve().name
     strange = [i for i in images if not _derived(i) and not any(map(_known, i.parts)) and not _known(name)]
-    if patients is not None: levels = {i.parts: 0 for i in images if i.parts and i.parts[0] in patients}
-    else: levels = _patient_levels(strange, name, known)
+    if patients is not None:
+        levels = {i.parts: 0 for i in images if i.parts and i.parts[0] in patients}
+    else:
+        levels = _patient_levels(strange, name, known)
     placed = [(None if _derived(i) else _placed(i, name, levels), i) for i in images]
     return _sub_sessions([p for p,_ in placed if p]), [i for p,i in placed if not p]

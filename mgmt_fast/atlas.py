@@ -91,16 +91,19 @@ class Atlas:
         self.about = dict(name=self.name, licence=self.licence, digest=self.digest, shape=list(volume.shape),
             affine=volume.affine.tolist())
         self.brain = None if self.skull else solid_mask(volume)
-        if self.brain is not None: _check_brain(millilitres(self.brain))
+        if self.brain is not None:
+            _check_brain(millilitres(self.brain))
 
     def __repr__(self): return '\n'.join(f'{k:<9} {v}' for k,v in _lines(self))
 
 def _name(o):
-    if o.facts is None: return 'an atlas that is not known here'
+    if o.facts is None:
+        return 'an atlas that is not known here'
     return o.facts['name'] if o.same else f"on the grid of {o.facts['name']}, but with other voxels"
 
 def _licence(o):
-    if o.facts is None: return 'not known here: see where it came from'
+    if o.facts is None:
+        return 'not known here: see where it came from'
     return o.facts['licence'] if o.same else f"not certain; that of this grid's atlas is {o.facts['licence']}"
 
 def _lines(o):
@@ -112,7 +115,8 @@ def _lines(o):
     yield 'voxels', f'{o.digest} (the same in every copy)'
     if o.sha256: yield 'file', f'SHA-256 {o.sha256}'
     yield 'licence', o.licence
-    if o.facts: yield 'published', f"{o.facts['url']}; {o.facts['paper']}"
+    if o.facts:
+        yield 'published', f"{o.facts['url']}; {o.facts['paper']}"
 
 def _check_grid(vol, skull):
     if skull is None: raise AtlasError(_no_image)
@@ -143,7 +147,8 @@ def read_atlas(
     path = Path(path)
     if not is_file(path): raise AtlasError(_no_file(path))
     vol = read_volume(path)
-    with open_input(path, AtlasError) as f: sha256 = hashlib.file_digest(f, 'sha256').hexdigest()
+    with open_input(path, AtlasError) as f:
+        sha256 = hashlib.file_digest(f, 'sha256').hexdigest()
     return Atlas(vol, sha256, path)
 
 def _no_file(path):

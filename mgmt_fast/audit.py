@@ -52,7 +52,8 @@ def _inner(x, step, n):
 
 def _upright(x, h, w):
     "Slices (n,H,W) turned upright, and the steps along their axes, from steps `h` and `w` in RAS+ mm"
-    if np.abs(h).argmax()<np.abs(w).argmax(): x,h,w = x.swapaxes(1,2),w,h
+    if np.abs(h).argmax()<np.abs(w).argmax():
+        x,h,w = x.swapaxes(1,2),w,h
     flips = [-1 if step[np.abs(step).argmax()]>0 else 1 for step in (h,w)]
     return x[:, ::flips[0], ::flips[1]],h,w
 
@@ -68,7 +69,8 @@ def thumbnail(
     x,step = _axial(vol) if head else (vol.numpy(),vol.affine[:3,:3])
     at = _inner(x, np.linalg.norm(step[:,0]), n) if head else _evenly(x, n)
     x,h,w = _upright(x[at].astype(np.float32), step[:,1], step[:,2])
-    lo,hi = x.min(),max(np.percentile(x, 99.5), x.min()+1e-6)
+    lo = x.min()
+    hi = max(np.percentile(x, 99.5), x.min()+1e-6)
     x = ((x-lo)/(hi-lo)*255).clip(0,255).astype(np.uint8)
     aspect = x.shape[2]*np.linalg.norm(w)/(x.shape[1]*np.linalg.norm(h))
     size = max(1, min(round(height*aspect), 4*height)),height
@@ -101,16 +103,19 @@ def _look(patient, sequence, path, index):
 def _one(job):
     "Audit one series, `(patient, sequence, path, index)`, in a worker"
     patient,sequence,path,index = job
-    if pd.isna(path): return _absent('missing', 'the patient has no such series')
+    if pd.isna(path):
+        return _absent('missing', 'the patient has no such series')
     try: return _look(patient, sequence, path, index)
-    except Exception as e: return _absent(type(e).__name__, log_fault(e, 'auditing'))
+    except Exception as e:
+        return _absent(type(e).__name__, log_fault(e, 'auditing'))
 
 def _head_box(vol):
     "Box of what is brighter than air, [[x,y,z],[x,y,z]] in RAS+ mm; `None` if nothing is"
     step = [max(1, int(4/s)) for s in vol.spacing]
     small = vol[tuple(slice(None, None, o) for o in step)]
     x = small.numpy().astype(np.float32)
-    air,usual = float(np.median(x[:,[0,-1]])),float(np.percentile(x, 99))
+    air = float(np.median(x[:,[0,-1]]))
+    usual = float(np.percentile(x, 99))
     at = np.argwhere(x>air+.15*(usual-air))
     if not len(at): return None
     lo,hi = np.percentile(at, [1,99], axis=0)
@@ -150,7 +155,8 @@ def _left_by_run(journal):
         try:
             key,row,grid,digest,picture,box = o
             res[key] = _Seen({k: row[k] for k in AUDIT_COLUMNS}, grid, digest, _picture_of(picture), box)
-        except (KeyError,OSError,TypeError,ValueError): continue
+        except (KeyError,OSError,TypeError,ValueError):
+            continue
     return res
 
 def _resumed(jobs, n_workers, progress, journal=None):
@@ -184,7 +190,8 @@ def _apart(a, b): return _box_overlap(a, b)<.3
 def _most_different(boxes, differ):
     "Boxes (by position) that differ from more than half of the others, and most of all"
     n = {}
-    for i,a in boxes.items(): n[i] = sum(differ(a, b) for j,b in boxes.items() if j!=i)
+    for i,a in boxes.items():
+        n[i] = sum(differ(a, b) for j,b in boxes.items() if j!=i)
     most = max(n.values(), default=0)
     return [i for i in boxes if n[i] and n[i]==most and n[i]>(len(boxes)-1)/2]
 
@@ -192,7 +199,8 @@ def _odd_heads(boxes):
     "Which series of a patient do not fit the others, and why; `boxes` by position. Two that differ are both named"
     res = []
     for what,differ in (('lies elsewhere than',_apart), ('is of another size than',_sizes_differ)):
-        for i in _most_different(boxes, differ): res.append((i, f"its head {what} in the patient's other series"))
+        for i in _most_different(boxes, differ):
+            res.append((i, f"its head {what} in the patient's other series"))
     return res
 
 # %% ../nbs/25_audit.ipynb #5ad985e3
@@ -209,30 +217,36 @@ def _ranks(grids):
 
 def _compare_patient(df, rows, seen, bad, note):
     "Add letters for grids and findings on the series of one patient, the rows `rows`"
-    at,patient = df.columns.get_loc('grid'),df.patient.iat[rows[0]]
+    at = df.columns.get_loc('grid')
+    patient = df.patient.iat[rows[0]]
     for i,rank in zip(rows, _ranks([seen[i].grid for i in rows])):
         if rank is None: continue
         df.iat[i,at] = chr(65+min(rank,25))
-        if patient and rank: _append_text(note, i, "on another grid than the patient's other series")
+        if patient and rank:
+            _append_text(note, i, "on another grid than the patient's other series")
     boxes = {i: seen[i].box for i in rows if seen[i].box and patient and pd.notna(df.sequence.iat[i])}
-    for i,what in _odd_heads(boxes): _append_text(bad, i, what)
+    for i,what in _odd_heads(boxes):
+        _append_text(bad, i, what)
 
 def _compare_all(df, seen, bad):
     "Add findings on skulls among brains, and on scans that come twice"
     skull = df.skull.dropna().astype(bool)
     if 0<skull.sum()<=len(skull)/2:
         why = f'not skull-stripped, as {(~skull).sum()} others are'
-        for i in np.flatnonzero(df.skull.eq(True)): _append_text(bad, i, why)
+        for i in np.flatnonzero(df.skull.eq(True)):
+            _append_text(bad, i, why)
     for rows in _rows_of([o.digest for o in seen]).values():
         if len(rows)<2: continue
-        for i in rows: _append_text(bad, i, f"same voxels as {', '.join(called(df.iloc[j]) for j in rows if j!=i)}")
+        for i in rows:
+            _append_text(bad, i, f"same voxels as {', '.join(called(df.iloc[j]) for j in rows if j!=i)}")
 
 def _compare_series(df, seen):
     "Add to the table what only shows beside the other series"
     bad,note = df.findings.tolist(),df.notes.tolist()
     df['grid'] = None
     patients = groupby(range(len(df)), lambda i: df.patient.iat[i])
-    for rows in patients.values(): _compare_patient(df, rows, seen, bad, note)
+    for rows in patients.values():
+        _compare_patient(df, rows, seen, bad, note)
     _compare_all(df, seen, bad)
     df['findings'],df['notes'] = bad,note
     df.loc[(df.findings!='')&(df.severity!='error'), 'severity'] = 'warning'
@@ -345,10 +359,12 @@ def _find_cohort(root, **how):
     with contextlib.redirect_stdout(io.StringIO()) as said:
         try: parts = [find_cohort(root, split=s, **(how if s!='test' else unlabelled)) for s in _splits(root)]
         except CohortError as e:
-            if how.get('labels') is not None or how.get('choices') is not None: raise
+            if how.get('labels') is not None or how.get('choices') is not None:
+                raise
             return None,f'{e}\n' if 'two layouts' in str(e) else ''
     cohort = pd.concat(parts, ignore_index=True)
-    for k in ('report','images'): cohort.attrs[k] = sum((o.attrs[k] for o in parts), [])
+    for k in ('report','images'):
+        cohort.attrs[k] = sum((o.attrs[k] for o in parts), [])
     return cohort,said.getvalue()+_problems(cohort)
 
 # %% ../nbs/25_audit.ipynb #8d21c7fb
@@ -359,7 +375,8 @@ def _add_doubts(table, start, doubts):
         at = table.columns.get_loc('notes' if silent else 'findings')
         if o[5] in table.iat[i,at]: continue
         table.iat[i,at] = ' | '.join(filter(None, (table.iat[i,at], f'no sequence: {o[5]}')))
-        if table.severity.iat[i]!='error' and not silent: table.iat[i,table.columns.get_loc('severity')] = 'warning'
+        if table.severity.iat[i]!='error' and not silent:
+            table.iat[i,table.columns.get_loc('severity')] = 'warning'
 
 def _any_named(cohort):
     "Does a name on any path tell a sequence, and not headers alone?"
@@ -383,7 +400,8 @@ def _no_series(root, odd):
 # %% ../nbs/25_audit.ipynb #828c114e
 def _plan(root, choices, how):
     "What to audit below a folder: `jobs`, the images in `doubt` (the last jobs), those left out, what there is to say"
-    if not root.is_dir(): raise MGMTError(f"no folder at {root}: a misspelt path?")
+    if not root.is_dir():
+        raise MGMTError(f"no folder at {root}: a misspelt path?")
     series,odd = find_images(root)
     if not series: raise MGMTError(_no_series(root, odd))
     given = choices if choices is not None and Path(choices).exists() else None
@@ -404,7 +422,8 @@ def _plan(root, choices, how):
 def _say_audited(plan, root, dest, table):
     left = f'; {plan.n_others} images below it were left out: other sessions, maps, segmentations'
     print(f"{plan.said}{root}: {_counts_line(table)}" + (left if plan.n_others else ''))
-    for k,n in _kinds(table.findings): print(f'{n:6d} x {k}')
+    for k,n in _kinds(table.findings):
+        print(f'{n:6d} x {k}')
     print(f"table: {dest/'audit.csv'}; pictures: {dest/'audit.html'}")
 
 # %% ../nbs/25_audit.ipynb #aa8055aa
@@ -433,5 +452,6 @@ def audit(
         write_sheet(table, pictures, dest/'audit.html', f'Audit of {root.resolve().name}')
         journal.unlink()
     _say_audited(plan, root, dest, table)
-    for job,said in zip(plan.jobs, table.findings if named else ()): named(*job[:3], said)
+    for job,said in zip(plan.jobs, table.findings if named else ()):
+        named(*job[:3], said)
     return bool((table.findings!='').any())

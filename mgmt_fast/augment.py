@@ -100,7 +100,8 @@ same_choices('augment', 'winner', like='none')
 def _within(name, value, lo, hi, unit):
     "`value` as a number between two limits"
     number = isinstance(value, (int,float,np.number))
-    if number and not isinstance(value, bool) and lo<=value<=hi: return float(value)
+    if number and not isinstance(value, bool) and lo<=value<=hi:
+        return float(value)
     raise MGMTError(f"{name} must be a number from {lo:g} to {hi:g} {unit}; received {value!r}")
 
 def _one_of(name, value, known):
@@ -116,9 +117,11 @@ def _check_spacing(spacing, name='spacing'):
     raise MGMTError(f"{name} must be (3,) or (B,3) positive mm along D, H and W; received {s.tolist()}")
 
 def _check_batch(x):
-    if not isinstance(x, torch.Tensor): raise MGMTError(f"a batch is a tensor (B,C,D,H,W); received {type(x).__name__}")
+    if not isinstance(x, torch.Tensor):
+        raise MGMTError(f"a batch is a tensor (B,C,D,H,W); received {type(x).__name__}")
     if x.ndim!=5 or 0 in x.shape: raise _bad_shape(x)
-    if x.dtype not in (torch.float32,torch.float64): raise _bad_dtype(x)
+    if x.dtype not in (torch.float32,torch.float64):
+        raise _bad_dtype(x)
 
 def _bad_shape(x):
     rule = "a batch has 5 axes (B,C,D,H,W), none empty"
@@ -130,8 +133,10 @@ def _bad_dtype(x):
 
 def _check_values(x, bounded):
     lo,hi = map(float, x.aminmax())
-    if not (math.isfinite(lo) and math.isfinite(hi)): raise _not_finite(lo, hi)
-    if bounded and (lo<0 or hi>1+1e-5): raise _out_of_range(lo, hi)
+    if not (math.isfinite(lo) and math.isfinite(hi)):
+        raise _not_finite(lo, hi)
+    if bounded and (lo<0 or hi>1+1e-5):
+        raise _out_of_range(lo, hi)
 
 def _not_finite(lo, hi):
     why = "NaN or infinity in a volume, from a failed normalisation?"
@@ -153,7 +158,8 @@ class RandAug(ItemTransform):
         spacing:np.ndarray=None, # mm along D, H and W, (3,) or (B,3); else `x.spacing`, else a brain fills the box
     ):
         super().__init__()
-        for k,(lo,hi,unit) in self.limits.items(): setattr(self, k, _within(k, getattr(self,k), lo, hi, unit))
+        for k,(lo,hi,unit) in self.limits.items():
+            setattr(self, k, _within(k, getattr(self,k), lo, hi, unit))
         self.seed,self.drawn,self.looked = seed,0,False
         self.spacing = None if spacing is None else _check_spacing(spacing)
 
@@ -180,24 +186,29 @@ class RandAug(ItemTransform):
     ) -> torch.Tensor: # As x: type, attributes and dtype kept; x itself if nothing is to be done
         "Apply a draw. Raises `MGMTError` on a batch or parameters that break the rules above."
         _check_batch(x)
-        for c in params.columns: self._check_column(c, params[c].min())
-        if len(params)!=len(x): raise _not_one_per_patient('a draw', params, x)
+        for c in params.columns:
+            self._check_column(c, params[c].min())
+        if len(params)!=len(x):
+            raise _not_one_per_patient('a draw', params, x)
         rows = [{k:v for k,v in r.items() if v==v} for r in params.to_dict('records')]
         return self._apply(x, rows, spacing)
 
     def _check_column(self, name, least):
-        if name not in self.neutral: raise unknown_name(f'parameter of {type(self).__name__}', name, self.neutral)
+        if name not in self.neutral:
+            raise unknown_name(f'parameter of {type(self).__name__}', name, self.neutral)
         if self.neutral[name]!=1. or not least<=0: return
         raise MGMTError(f"{name} is a factor and must be above 0; received {least:g}")
 
     def _apply(self, x, rows, spacing=None):
-        if x.device.type=='cpu' or not self.looked: _check_values(x, self.bounded)
+        if x.device.type=='cpu' or not self.looked:
+            _check_values(x, self.bounded)
         self.looked = True
         rows = [{**self.neutral, **r} for r in rows]
         if not any(map(self.acts, rows)): return x
         mm = self._spacing(x, spacing)
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-            src,out = x.detach(),torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            src = x.detach()
+            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
             self.run_batch(src, out, rows, mm)
         if type(x) is torch.Tensor: return out
         out = out.as_subclass(type(x))
@@ -216,7 +227,8 @@ class RandAug(ItemTransform):
     def _with_mask(self, m, x, rows):
         "A mask, moved as the volumes of its batch"
         if not isinstance(m, TensorMask): return m
-        if len(m)!=len(x) or m.shape[-3:]!=x.shape[-3:] or m.numel()*x.shape[1]!=x.numel(): raise _no_mask_of(m, x)
+        if len(m)!=len(x) or m.shape[-3:]!=x.shape[-3:] or m.numel()*x.shape[1]!=x.numel():
+            raise _no_mask_of(m, x)
         each = m.as_subclass(torch.Tensor).reshape(len(x), *x.shape[-3:])
         places = zip(each, rows, self._spacing(x, None))
         moved = torch.stack([self.move_mask(o, {**self.neutral, **r}, mm) for o,r,mm in places])
@@ -260,9 +272,11 @@ class RandAug(ItemTransform):
         mm:np.ndarray, # (B,3) spacing
     ):
         "On a GPU rows that fit go together, or by the same arithmetic alone, with the same bits"
-        if self.in_few_passes and passes_fit(src): return self.in_passes(src, out, rows, mm)
+        if self.in_few_passes and passes_fit(src):
+            return self.in_passes(src, out, rows, mm)
         fits = [src.device.type!='cpu' and self.fits(r) for r in rows]
-        if all(fits): return self.together(src, out, rows, mm)
+        if all(fits):
+            return self.together(src, out, rows, mm)
         for i,r in enumerate(rows):
             k = slice(i,i+1) if fits[i] else i
             o = out[k]
@@ -279,7 +293,8 @@ class RandAug(ItemTransform):
         "All patients in one or two passes over memory, on a card with Triton"
         if src is not out: out.copy_(src)
         at = [i for i,r in enumerate(rows) if self.acts(r)]
-        if at: self.pass_(out, at, [rows[i] for i in at], mm[at])
+        if at:
+            self.pass_(out, at, [rows[i] for i in at], mm[at])
 
     def pass_(self,
         x:torch.Tensor, # (B,C,D,H,W), changed in place
@@ -322,7 +337,8 @@ class RandAug(ItemTransform):
         s = next((o for o in known if o is not None), None)
         if s is None: s = BRAIN_EXTENT/np.array(x.shape[2:])
         else: s = _check_spacing(s)
-        if s.ndim==2 and len(s)!=len(x): raise _not_one_per_patient('spacing (B,3)', s, x)
+        if s.ndim==2 and len(s)!=len(x):
+            raise _not_one_per_patient('spacing (B,3)', s, x)
         return np.broadcast_to(s, (len(x),3))
     def __repr__(self):
         names = inspect.signature(type(self).__init__).parameters
@@ -368,13 +384,15 @@ def _matrix(r, shape, mm, in_plane):
 # %% ../nbs/36_augment.ipynb #c4c666e7
 def _grid(m, b, sizes, axes, like):
     "Normalised coordinates `(*axes, k)`, last axis first as `grid_sample` wants, of `m@(voxel along axes)+b`"
-    k,where = len(sizes),dict(dtype=like.dtype, device=like.device)
+    k = len(sizes)
+    where = dict(dtype=like.dtype, device=like.device)
     grid = torch.empty(*map(len,axes), k, **where)
     def along(i, a): return torch.arange(a.start, a.stop, **where).view(-1,*[1]*(k-1-i))
     *axes,last = [along(i, a) for i,a in enumerate(axes)]
     for i,n in enumerate(sizes):
         part = float((2*b[i]+1)/n-1)
-        for j,a in enumerate(axes): part = part+a*float(2*m[i,j]/n)
+        for j,a in enumerate(axes):
+            part = part+a*float(2*m[i,j]/n)
         torch.add(part, last*float(2*m[i,-1]/n), out=grid[...,k-1-i])
     return grid
 
@@ -397,7 +415,8 @@ def _resample2d(src, out, m, b, outside):
     grid = _grid(m, b, (H,W), (range(H),range(W)), src)[None]
     src,out = src.reshape(-1,H,W),out.view(-1,H,W)
     for s in _slabs(len(src), H*W, src.device):
-        k,part = _groups(len(s), src.device),slice(s.start, s.stop)
+        k = _groups(len(s), src.device)
+        part = slice(s.start, s.stop)
         y = _sample(src[part].view(k,-1,H,W), grid.expand(k,-1,-1,-1), outside)
         out[part] = y.view(-1,H,W)
 
@@ -462,16 +481,21 @@ class RandAffine(RandAug):
         return bool(self.flip or moves or self.zoom or self.crop_resize<1)
 
     def sample(self, rng):
-        u,hits,place = rng.uniform(-1,1,9),rng.random(3)<.5,rng.uniform(-1,1,3)
+        u = rng.uniform(-1,1,9)
+        hits = rng.random(3)<.5
+        place = rng.uniform(-1,1,3)
         r = {f'flip_{a}': int(h) for a,h in zip('dhw',hits) if a in self.flip}
         turns,on = ('d','hw') if self.in_plane else ('dhw','dhw')
         turn,shift,place = (dict(zip('dhw', o)) for o in (u[:3],u[3:6],place))
-        if self.rotation: r |= {f'turn_{a}': self.rotation*turn[a] for a in turns}
-        if self.shift: r |= {f'shift_{a}': self.shift*shift[a] for a in on}
+        if self.rotation:
+            r |= {f'turn_{a}': self.rotation*turn[a] for a in turns}
+        if self.shift:
+            r |= {f'shift_{a}': self.shift*shift[a] for a in on}
         for a,f,v in zip('hw', self.shift_fraction, u[6:8]):
             if f: r[f'frac_{a}'] = f*v
         if self.zoom: r['zoom'] = 1+self.zoom*u[8]
-        if self.crop_resize<1: r |= dict(crop=self.crop_resize, **{f'crop_{a}': place[a] for a in on})
+        if self.crop_resize<1:
+            r |= dict(crop=self.crop_resize, **{f'crop_{a}': place[a] for a in on})
         return r
 
     def together(self, src, out, rows, mm):
@@ -484,15 +508,20 @@ class RandAffine(RandAug):
 
     in_few_passes = True
     def in_passes(self, src, out, rows, mm):
-        if src is out and not any(map(self.acts, rows)): return
+        if src is out and not any(map(self.acts, rows)):
+            return
         src = src.clone() if src is out else src.contiguous()
         maps = [np.c_[self.matrix(r, src.shape[2:], o)] for r,o in zip(rows, mm)]
         solid = [i for i,r in enumerate(rows) if self.across(r)]
         flat = [i for i in range(len(rows)) if i not in solid]
-        if solid and src.shape[2]<2: raise _single_slice(src[0])
-        if solid: warp_volumes(src, out, solid, np.stack([maps[i] for i in solid]), self.outside)
-        mirror,planes = [rows[i]['flip_d'] for i in flat],[maps[i][1:,1:] for i in flat]
-        if flat: warp_slices(src, out, flat, np.stack(planes), mirror, self.outside)
+        if solid and src.shape[2]<2:
+            raise _single_slice(src[0])
+        if solid:
+            warp_volumes(src, out, solid, np.stack([maps[i] for i in solid]), self.outside)
+        mirror = [rows[i]['flip_d'] for i in flat]
+        planes = [maps[i][1:,1:] for i in flat]
+        if flat:
+            warp_slices(src, out, flat, np.stack(planes), mirror, self.outside)
 
     def matrix(self,
         r:dict, # One patient's parameters
@@ -518,9 +547,11 @@ class RandAffine(RandAug):
     def fits(self, r): return not (r['flip_d'] or self.across(r) or self.only_flips(r))
 
     def run(self, src, out, r, mm):
-        if not self.acts(r): return super().run(src, out, r, mm)
+        if not self.acts(r):
+            return super().run(src, out, r, mm)
         flips = [1+'dhw'.index(a) for a in 'dhw' if r[f'flip_{a}']]
-        if self.only_flips(r): return out.copy_(src.flip(flips))
+        if self.only_flips(r):
+            return out.copy_(src.flip(flips))
         m,b = self.matrix(r, src.shape[1:], mm)
         if not self.across(r):
             if r['flip_d']: src = src.flip(1)
@@ -547,7 +578,8 @@ _least = 1/255 # the store's least intensity of a brain voxel: clipping a dark o
 def _means(x, over):
     "(N,1,1) mean for each slice of x (C,D,H,W): of its sequence's brain, or of the slice with its air"
     s = x.sum((-2,-1)).double()
-    if over=='slice': return (s/x[0,0].numel()).to(x.dtype).view(-1,1,1)
+    if over=='slice':
+        return (s/x[0,0].numel()).to(x.dtype).view(-1,1,1)
     flat = x.view(-1,*x.shape[2:])
     slabs = _slabs(len(flat), flat[0].numel(), x.device)
     brain = [flat[i.start:i.stop].sign().sum((-2,-1)) for i in slabs]
@@ -602,8 +634,10 @@ class RandLighting(RandAug):
 
     def change_(self, x, r, mm):
         c,b = r['contrast'],r['brightness']
-        if c==1: add = x.new_zeros(()).expand(x.shape[0]*x.shape[1],1,1)
-        else: add = _means(x, self.over)*((1-c)*b)
+        if c==1:
+            add = x.new_zeros(()).expand(x.shape[0]*x.shape[1],1,1)
+        else:
+            add = _means(x, self.over)*((1-c)*b)
         least = _least if self.over=='brain' else 0
         x = x.view(-1,*x.shape[2:])
         for s in _slabs(len(x), x[0].numel(), x.device):
@@ -699,7 +733,8 @@ class RandNoise(RandAug):
             y = x[s.start:s.stop]
             brain = y.sign()
             y.add_(normal(y), alpha=r['noise'])
-            if self.kind=='rician': y.copy_(y.hypot(normal(y).mul_(r['noise'])))
+            if self.kind=='rician':
+                y.copy_(y.hypot(normal(y).mul_(r['noise'])))
             y.clamp_(_least,1).mul_(brain)
 
 # %% ../nbs/36_augment.ipynb #77667012
@@ -775,7 +810,9 @@ class RandThickSlices(RandAug):
         super().__init__(seed, spacing)
 
     def sample(self, rng):
-        hit,u,start = rng.random()<self.p,rng.random(),rng.random()
+        hit = rng.random()<self.p
+        u = rng.random()
+        start = rng.random()
         return dict(thick=self.thick*u if hit else 0., thick_start=start)
 
     def mix(self,
@@ -791,10 +828,12 @@ class RandThickSlices(RandAug):
     def pass_(self, x, at, rows, mm):
         D = x.shape[2]
         if D>128: # more than a program of the kernel holds
-            for i,r,o in zip(at, rows, mm): self.change_(x[i], r, o)
+            for i,r,o in zip(at, rows, mm):
+                self.change_(x[i], r, o)
             return
         mixes = {i:m for i,r,o in zip(at, rows, mm) if (m := self.mix(r, D, o)) is not None}
-        if mixes: thicken_(x, list(mixes), np.stack(list(mixes.values())), _least)
+        if mixes:
+            thicken_(x, list(mixes), np.stack(list(mixes.values())), _least)
 
     def change_(self, x, r, mm):
         a = self.mix(r, x.shape[1], mm)
@@ -880,7 +919,8 @@ class RandEqualize(RandAug):
         counts = counts.view(n,lanes,256).sum(1)
         lut = _flatten_slices(counts) if self.over=='slice' else _flatten_brain(counts, depth)
         lut = lut.to(x.dtype)
-        for s in slabs: x[rows(s)] = lut[s.start:s.stop].gather(1, level(s))
+        for s in slabs:
+            x[rows(s)] = lut[s.start:s.stop].gather(1, level(s))
 
 # %% ../nbs/36_augment.ipynb #29565b38
 class RandCutOut(RandAug):
@@ -962,7 +1002,8 @@ class ComposeAugs(RandAug):
         super().__init__(seed, spacing)
         self.parts = list(parts)
         self.neutral = {k:v for p in self.parts for k,v in p.neutral.items()}
-        if len(self.neutral)<sum(len(p.neutral) for p in self.parts): raise _same_class(self.parts)
+        if len(self.neutral)<sum(len(p.neutral) for p in self.parts):
+            raise _same_class(self.parts)
         self.bounded = any(p.bounded for p in self.parts)
         for p in self.parts: p.seed = seed
 
@@ -972,7 +1013,8 @@ class ComposeAugs(RandAug):
         for p in self.parts: m = p.move_mask(m, r, mm)
         return m
     def run_batch(self, src, out, rows, mm):
-        if src.device.type=='cpu' and not passes_fit(src): return super().run_batch(src, out, rows, mm)
+        if src.device.type=='cpu' and not passes_fit(src):
+            return super().run_batch(src, out, rows, mm)
         for p in self.parts:
             p.run_batch(src, out, rows, mm)
             src = out
@@ -1023,7 +1065,8 @@ def choices(
     self:RandAug,
 ) -> dict: # Choice of a recipe to its value
     "What this transform does, as choices of a recipe."
-    if hasattr(self, 'parts'): return {k:v for p in self.parts for k,v in p.choices().items()}
+    if hasattr(self, 'parts'):
+        return {k:v for p in self.parts for k,v in p.choices().items()}
     name = _as_choices.get(type(self).__name__, {})
     given = inspect.signature(type(self).__init__).parameters
     own = [k for k in given if k not in ('self','seed','spacing','waves')]
@@ -1038,7 +1081,8 @@ def tta_views(
     RandAffine(flip=r.tta_flip, shift=r.tta_shift)
     flips = [{}]+[{f'flip_{a}': 1} for a in r.tta_flip]
     shifts = [{}]
-    if r.tta_shift: shifts += [{f'shift_{a}': k*r.tta_shift} for a in 'hw' for k in (-1,1)]
+    if r.tta_shift:
+        shifts += [{f'shift_{a}': k*r.tta_shift} for a in 'hw' for k in (-1,1)]
     neutral = dict(flip_d=0, flip_h=0, flip_w=0, shift_h=0., shift_w=0.)
     return pd.DataFrame([{**neutral,**f,**s} for f in flips for s in shifts])
 

@@ -38,8 +38,10 @@ def timm_name(
     "What timm calls a 2D network. Raises `MGMTError` with near matches if there is none of that name."
     if arch.startswith('timm/'): arch = arch[5:]
     elif arch in ARCHS: return ARCHS[arch]
-    elif arch not in ARCHS.values(): raise unknown_name('backbone', arch, [*ARCHS,'resnet10',*MEDICALNETS])
-    if not timm.is_model(arch): raise unknown_name('network of timm', arch, timm.list_models())
+    elif arch not in ARCHS.values():
+        raise unknown_name('backbone', arch, [*ARCHS,'resnet10',*MEDICALNETS])
+    if not timm.is_model(arch):
+        raise unknown_name('network of timm', arch, timm.list_models())
     return arch
 
 # %% ../nbs/44_backbones.ipynb #3096bb44
@@ -130,13 +132,15 @@ class Standardize(nn.Module):
         std:float|tuple=1., # Divides
     ):
         super().__init__()
-        for k,v in dict(mean=mean, std=std).items(): self.register_buffer(k, torch.tensor(v, dtype=torch.float32))
+        for k,v in dict(mean=mean, std=std).items():
+            self.register_buffer(k, torch.tensor(v, dtype=torch.float32))
 
     def forward(self,
         x:torch.Tensor, # Any shape; (B,C,...) where there is a number for each channel
     ) -> torch.Tensor: # Like `x`
         mean,std = self.mean,self.std
-        if mean.ndim: mean,std = (o.view(-1, *[1]*(x.ndim-2)) for o in (mean,std))
+        if mean.ndim:
+            mean,std = (o.view(-1, *[1]*(x.ndim-2)) for o in (mean,std))
         return (x-mean)/std
 
     def extra_repr(self) -> str: # For `repr`
@@ -161,8 +165,10 @@ class Body(nn.Module):
     def forward(self,
         x:torch.Tensor, # (B,C,D,H,W)
     ) -> torch.Tensor: # (B,F,d,h,w)
-        if x.ndim!=5 or x.shape[1]!=self.in_chans: raise _wrong_batch(self, x)
-        if x.shape[2]<self.depth_stride: raise _too_shallow(self, x)
+        if x.ndim!=5 or x.shape[1]!=self.in_chans:
+            raise _wrong_batch(self, x)
+        if x.shape[2]<self.depth_stride:
+            raise _too_shallow(self, x)
         x = self.inside(self.adapter(x.contiguous(memory_format=torch.channels_last_3d)))
         features = getattr(self.net, 'forward_features', self.net)
         f = features(x)
@@ -173,7 +179,8 @@ def _wrong_batch(body, x):
     return MGMTError(f"{what}: another number of sequences, or no batch axis?")
 
 def _too_shallow(body, x):
-    n,way_out = body.depth_stride,"give more slices, or anisotropic=n to halve the depth n times less"
+    n = body.depth_stride
+    way_out = "give more slices, or anisotropic=n to halve the depth n times less"
     rule = f"{body.arch} divides the depth by {n}, so D must be {n} or more"
     return MGMTError(f"{rule}; received D={x.shape[2]}: {way_out}")
 
@@ -195,8 +202,10 @@ class Head(nn.Sequential):
         norm:nn.Module=None, # Norm of the pooled features, where the network has one
         num_classes:int=1, # Logits, n
     ):
-        if kind not in _heads: raise unknown_name('head', kind, _heads)
-        if not isinstance(num_classes, int) or num_classes<1: raise _no_classes(num_classes)
+        if kind not in _heads:
+            raise unknown_name('head', kind, _heads)
+        if not isinstance(num_classes, int) or num_classes<1:
+            raise _no_classes(num_classes)
         parts = OrderedDict(pool=GlobalPool3d('avg', True))
         if norm: parts['norm'] = norm
         super().__init__(parts | _heads[kind](nf, num_classes))
@@ -204,7 +213,8 @@ class Head(nn.Sequential):
     def forward(self,
         x:torch.Tensor, # (B,F,d,h,w)
     ) -> torch.Tensor: # (B,1), or (B,n)
-        if self.training and len(x)==1 and hasattr(self, 'bn1') and self.bn1.training: raise _one_volume()
+        if self.training and len(x)==1 and hasattr(self, 'bn1') and self.bn1.training:
+            raise _one_volume()
         return super().forward(x)
 
 def _no_classes(n): return MGMTError(f"num_classes must be a whole number of 1 or more; received {n!r}")
@@ -227,7 +237,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.standardize,self.body,self.head = Standardize(config['mean'], config['std']),body,head
         self.arch,self.config,self.report,self.frozen_norms = arch,config,None,[]
-        if arch in _RESNETS: self.register_load_state_dict_pre_hook(_from_monai)
+        if arch in _RESNETS:
+            self.register_load_state_dict_pre_hook(_from_monai)
 
     def forward(self,
         x:torch.Tensor, # (B,C,D,H,W), 0 to 1
@@ -240,7 +251,8 @@ class Backbone(nn.Module):
         mode:bool=True, # Train, or evaluate; frozen norms always evaluate
     ) -> nn.Module: # Itself
         super().train(mode)
-        for n in self.frozen_norms: self.get_submodule(n).eval()
+        for n in self.frozen_norms:
+            self.get_submodule(n).eval()
         return self
 
 def _is_exported(): return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
@@ -252,7 +264,8 @@ def _from_monai(model, state, prefix, *args):
         name = k[len(prefix):]
         part = 'head.' if name.startswith('fc.') else 'body.net.'
         state[prefix+part+name] = state.pop(k)
-    for k,b in model.standardize.named_buffers(): state.setdefault(f'{prefix}standardize.{k}', b)
+    for k,b in model.standardize.named_buffers():
+        state.setdefault(f'{prefix}standardize.{k}', b)
 
 # %% ../nbs/44_backbones.ipynb #20af5671
 def read_weights(
@@ -269,11 +282,14 @@ def read_weights(
         found = weights_file(path, arch)
         if found is None: raise _no_such_weights(path, arch)
         path = found
-    if not path.exists(): raise MGMTError(f"no weights at {path}: on Kaggle, is the data set attached?")
+    if not path.exists():
+        raise MGMTError(f"no weights at {path}: on Kaggle, is the data set attached?")
     state = _load_tensors(path)
     for k in _wrappers:
-        if isinstance(state, dict) and isinstance(state.get(k), dict): state = state[k]
-    if not isinstance(state, dict): raise MGMTError(f"{path.name} holds {type(state).__name__}, not a state dict")
+        if isinstance(state, dict) and isinstance(state.get(k), dict):
+            state = state[k]
+    if not isinstance(state, dict):
+        raise MGMTError(f"{path.name} holds {type(state).__name__}, not a state dict")
     state = _without_prefixes(state)
     return {_dense.sub(r'\1\2', k):v for k,v in state.items()}
 
@@ -284,7 +300,8 @@ _dense = re.compile(r'(denselayer\d+\.(?:norm|relu|conv))\.(\d\.)') # norm.1 in 
 def _without_prefixes(state):
     "Names without what all of them begin with, where that is a wrapper"
     for p in _prefixes:
-        if not state or not all(k.startswith(p) for k in state): continue
+        if not state or not all(k.startswith(p) for k in state):
+            continue
         return _without_prefixes({k[len(p):]:v for k,v in state.items()})
     return state
 
@@ -298,11 +315,13 @@ def weights_file(
     names = uniqueify([arch.replace('/','_'),arch.removeprefix('timm/'),ARCHS.get(arch, arch)])
     for name in names:
         for s in _suffixes:
-            if (folder/f'{name}{s}').is_file(): return folder/f'{name}{s}'
+            if (folder/f'{name}{s}').is_file():
+                return folder/f'{name}{s}'
         hashed = [p for p in sorted(folder.glob(f'{name}-*.pth')) if re.fullmatch(r'[0-9a-f]{8}', p.stem[len(name)+1:])]
         if hashed: return hashed[0]
     for p in (folder/'model.safetensors', folder/'pytorch_model.bin'):
-        if p.is_file() and _architecture(folder) in names: return p
+        if p.is_file() and _architecture(folder) in names:
+            return p
 
 _suffixes = ('.safetensors','.pth','.pt','.bin')
 
@@ -321,9 +340,11 @@ _unreadable = (safetensors.SafetensorError, RuntimeError, EOFError, OSError, Key
 def _load_tensors(path):
     "What a file holds, tensors only"
     try:
-        if path.suffix=='.safetensors': return st.load_file(path)
+        if path.suffix=='.safetensors':
+            return st.load_file(path)
         return torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as e: raise _not_only_tensors(path) from e
+    except pickle.UnpicklingError as e:
+        raise _not_only_tensors(path) from e
     except _unreadable as e: raise _damaged(path, e) from e
 
 def _not_only_tensors(path):
@@ -339,7 +360,8 @@ def _damaged(path, e):
 def _quick_offline():
     "Ask once whether the hub can be reached; its own client asks five times, for a minute, before it gives up"
     c = huggingface_hub.constants
-    hub,old = urllib.parse.urlparse(c.ENDPOINT),c.HF_HUB_OFFLINE
+    hub = urllib.parse.urlparse(c.ENDPOINT)
+    old = c.HF_HUB_OFFLINE
     if not urllib.request.getproxies():
         try: socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
         except OSError: c.HF_HUB_OFFLINE = True
@@ -353,7 +375,8 @@ def imagenet_network(
     "A 2D network with its ImageNet weights, from timm's cache or its hub. Raises `MGMTError` if there are none."
     with _quick_offline():
         try: return timm.create_model(name, pretrained=True, num_classes=0)
-        except (OSError, huggingface_hub.errors.HfHubHTTPError) as e: raise _no_hub(arch) from e
+        except (OSError, huggingface_hub.errors.HfHubHTTPError) as e:
+            raise _no_hub(arch) from e
         except RuntimeError as e:
             if 'No pretrained weights' not in str(e): raise
             raise MGMTError(f"timm has no ImageNet weights of {name!r}; use pretrained=False or a path") from e
@@ -370,11 +393,13 @@ def medicalnet_weights(
     arch:str, # One of `MEDICALNETS`
 ) -> dict: # State dict on the CPU, of the version that was trained on 23 data sets
     "MedicalNet's weights, from the hub or its cache; prints their licence. Raises `MGMTError` if there are none."
-    if arch not in MEDICALNETS: raise unknown_name('network of MedicalNet', arch, MEDICALNETS)
+    if arch not in MEDICALNETS:
+        raise unknown_name('network of MedicalNet', arch, MEDICALNETS)
     name = f"resnet_{arch.removeprefix('medicalnet')}_23dataset.pth"
     with _quick_offline():
         try: path = huggingface_hub.hf_hub_download(MEDICALNETS[arch], name)
-        except (OSError, huggingface_hub.errors.HfHubHTTPError) as e: raise _no_hub(arch, "MedicalNet's") from e
+        except (OSError, huggingface_hub.errors.HfHubHTTPError) as e:
+            raise _no_hub(arch, "MedicalNet's") from e
     print(f"{arch}: {MEDICALNETS[arch]}, licence {_MEDICALNET_LICENSE}")
     return read_weights(path)
 
@@ -390,16 +415,19 @@ def mgmt_weights(
 
 def _fetched(arch, name):
     "Tensors, where they are from, and their licence"
-    if arch in MEDICALNETS: return medicalnet_weights(arch),MEDICALNETS[arch],_MEDICALNET_LICENSE
+    if arch in MEDICALNETS:
+        return medicalnet_weights(arch),MEDICALNETS[arch],_MEDICALNET_LICENSE
     net = imagenet_network(name, arch)
     cfg = net.pretrained_cfg
     return net.state_dict(),f"{name}.{cfg.get('tag','')}",str(cfg.get('license',''))
 
 def _write_weights(dest, arch, state, source, license):
     "Write one file; its row of the table"
-    file,meta = dest/f"{arch.replace('/','_')}.safetensors",dict(arch=arch, source=source, license=license)
+    file = dest/f"{arch.replace('/','_')}.safetensors"
+    meta = dict(arch=arch, source=source, license=license)
     state = {k:v.contiguous() for k,v in state.items()}
-    with atomic_path(file) as tmp: st.save_file(state, tmp, metadata=meta)
+    with atomic_path(file) as tmp:
+        st.save_file(state, tmp, metadata=meta)
     return arch,str(file),round(file.stat().st_size/1e6, 1),source,license
 
 def _with_weights(arch):
@@ -425,7 +453,8 @@ def freeze_body(
     model.frozen_norms = [f'body.{layers[i][0]}' for i in sorted(cold) if _is_norm(layers[i][1])]
     rows = []
     for i,(n,m) in enumerate(layers):
-        own,trains = _own_params(m),not (only_norms or i in cold)
+        own = _own_params(m)
+        trains = not (only_norms or i in cold)
         for p in own: p.requires_grad_(trains)
         statistics = ('frozen' if i in cold else 'trained') if _is_norm(m) else None
         rows.append((n, type(m).__name__, sum(p.numel() for p in own), 'trained' if trains else 'frozen', statistics))
@@ -439,12 +468,16 @@ def _chosen(what, layers, arch):
     "Indices of the layers that one choice freezes"
     kind,_,n = what.partition('=')
     known = ('none','all','all_but_last=15','all_but_keras=15','batchnorm','weights')
-    if kind not in [o.partition('=')[0] for o in known]: raise unknown_name('choice of layers to freeze', what, known)
-    if kind.startswith('all_but')!=n.isdigit(): raise unknown_name('choice of layers to freeze', what, known)
+    if kind not in [o.partition('=')[0] for o in known]:
+        raise unknown_name('choice of layers to freeze', what, known)
+    if kind.startswith('all_but')!=n.isdigit():
+        raise unknown_name('choice of layers to freeze', what, known)
     all_ = set(range(len(layers)))
     if kind=='all': return all_
-    if kind=='all_but_last': return set(range(len(layers)-int(n)))
-    if kind=='all_but_keras': return all_-_last_in_keras([k for k,_ in layers], arch, int(n))
+    if kind=='all_but_last':
+        return set(range(len(layers)-int(n)))
+    if kind=='all_but_keras':
+        return all_-_last_in_keras([k for k,_ in layers], arch, int(n))
     return {i for i,(_,m) in enumerate(layers) if kind=='batchnorm' and _is_norm(m)}
 
 _keras_layers = dict( # the last layers in Keras, last first; `.` where one has no weights, `+` those of a residual sum
@@ -458,7 +491,8 @@ _keras_layers = dict( # the last layers in Keras, last first; `.` where one has 
 def _last_in_keras(names, arch, n):
     "Numbers of the layers with weights among the last `n` that a network has in Keras"
     family = next((k for k in _keras_layers if k in arch and arch not in ('xception41','xception65')), None)
-    if family is None: return set(range(len(names)-n, len(names)))
+    if family is None:
+        return set(range(len(names)-n, len(names)))
     blocks = [o for o in names if o.startswith('net.blocks.')]
     block = '.'.join(blocks[-1].split('.')[1:4]) if blocks else ''
     alone = block.endswith('.0') # then nothing is added to its result
@@ -506,10 +540,12 @@ choice('backbones', 'batch_norm', _norms, Allowed.one_of('torch','keras'), witho
 def _make(arch, in_chans, pretrained, mode, anisotropic, depth_padding):
     "The network to its features: (net, report, mean, std)"
     kw = dict(in_chans=in_chans, mode=mode, depth_padding=depth_padding, anisotropic=anisotropic)
-    if arch in _RESNETS: return _ResNet3d(*_RESNETS[arch], in_chans, anisotropic),None,0.,1.
+    if arch in _RESNETS:
+        return _ResNet3d(*_RESNETS[arch], in_chans, anisotropic),None,0.,1.
     if isinstance(arch, str) and arch.startswith('timm_3d/'):
         return _make_timm_3d(arch[8:], in_chans, pretrained, mode, anisotropic)
-    if callable(arch): return _make_own(arch, pretrained, kw)
+    if callable(arch):
+        return _make_own(arch, pretrained, kw)
     name = timm_name(arch)
     net = imagenet_network(name, arch) if pretrained is True else timm.create_model(name, num_classes=0)
     net3 = inflate_model(net, **kw)
@@ -531,7 +567,8 @@ def _make_own(make, pretrained, kw):
     if any(isinstance(m, nn.Conv2d) for m in net.modules()):
         net3 = inflate_model(net, **kw)
         return net3,net3.report if pretrained is False else _fill(net3, pretrained, '', kw['mode']),0.,1.
-    if pretrained is False and not kw['anisotropic']: return net,None,0.,1.
+    if pretrained is False and not kw['anisotropic']:
+        return net,None,0.,1.
     what = "a network that is 3D already takes neither pretrained= nor anisotropic="
     raise MGMTError(f"{what}: let your function see to them")
 
@@ -544,14 +581,19 @@ def _make_timm_3d(name, in_chans, pretrained, mode, anisotropic):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)
         import timm_3d
-    if not timm_3d.is_model(name): raise unknown_name('network of timm-3d', name, timm_3d.list_models())
-    if anisotropic: raise MGMTError("timm-3d's networks halve all axes alike; anisotropic= needs an inflated one")
-    net,cfg = timm_3d.create_model(name, in_chans=in_chans, num_classes=0, global_pool=''),timm.get_pretrained_cfg(name)
+    if not timm_3d.is_model(name):
+        raise unknown_name('network of timm-3d', name, timm_3d.list_models())
+    if anisotropic:
+        raise MGMTError("timm-3d's networks halve all axes alike; anisotropic= needs an inflated one")
+    net = timm_3d.create_model(name, in_chans=in_chans, num_classes=0, global_pool='')
+    cfg = timm.get_pretrained_cfg(name)
     net.depth_stride = max(o['reduction'] for o in net.feature_info)
     mean,std = _grey(vars(cfg)) if cfg else (0.,1.)
     if pretrained is False: return net,None,mean,std
-    if pretrained is True: state = imagenet_network(name, f'timm/{name}').state_dict()
-    else: state = read_weights(pretrained, name)
+    if pretrained is True:
+        state = imagenet_network(name, f'timm/{name}').state_dict()
+    else:
+        state = read_weights(pretrained, name)
     return net,inflate_weights(state, net, mode),mean,std
 
 # %% ../nbs/44_backbones.ipynb #37eb72e5
@@ -568,10 +610,14 @@ def take_norm(
 # %% ../nbs/44_backbones.ipynb #aad046dc
 def _measure(net, in_chans):
     "(F, depth stride) of a network, by running it if it does not say"
-    if hasattr(net, 'num_features') and hasattr(net, 'depth_stride'): return net.num_features,net.depth_stride
-    D,twin = max(64, getattr(net, 'depth_stride', 1)),copy.deepcopy(net).eval()
-    with torch.no_grad(): f = getattr(twin, 'forward_features', twin)(torch.zeros(1, in_chans, D, 64, 64))
-    if not torch.is_tensor(f) or f.ndim!=5: raise _no_features(f)
+    if hasattr(net, 'num_features') and hasattr(net, 'depth_stride'):
+        return net.num_features,net.depth_stride
+    D = max(64, getattr(net, 'depth_stride', 1))
+    twin = copy.deepcopy(net).eval()
+    with torch.no_grad():
+        f = getattr(twin, 'forward_features', twin)(torch.zeros(1, in_chans, D, 64, 64))
+    if not torch.is_tensor(f) or f.ndim!=5:
+        raise _no_features(f)
     return f.shape[1],getattr(net, 'depth_stride', -(-D//f.shape[2]))
 
 def _no_features(f):
@@ -594,17 +640,22 @@ def as_keras(
 ) -> nn.Module: # The same network
     "Keras' conventions, where they differ from PyTorch's. Raises `MGMTError` on others."
     for k,v in dict(init=init, batch_norm=batch_norm).items():
-        if v not in ('torch','keras'): raise unknown_name(f'choice of {k}', v, ('torch','keras'))
+        if v not in ('torch','keras'):
+            raise unknown_name(f'choice of {k}', v, ('torch','keras'))
     if init=='keras':
-        for m in [*model.body.adapter.modules(), *model.head.modules()]: _glorot(m)
+        for m in [*model.body.adapter.modules(), *model.head.modules()]:
+            _glorot(m)
     if batch_norm=='keras':
-        for m in filter(_is_norm, model.body.modules()): m.eps,m.momentum = _keras_norm(model.arch)
-        for m in filter(_is_norm, model.head.modules()): m.eps,m.momentum = 1e-3,.01
+        for m in filter(_is_norm, model.body.modules()):
+            m.eps,m.momentum = _keras_norm(model.arch)
+        for m in filter(_is_norm, model.head.modules()):
+            m.eps,m.momentum = 1e-3,.01
     return model
 
 def _glorot(m):
     "Start a dense layer or a convolution as Keras does"
-    if not isinstance(m, (nn.Linear,nn.Conv2d,nn.Conv3d)): return
+    if not isinstance(m, (nn.Linear,nn.Conv2d,nn.Conv3d)):
+        return
     nn.init.xavier_uniform_(m.weight)
     if m.bias is not None: nn.init.zeros_(m.bias)
 
@@ -629,7 +680,8 @@ def _names_3d(model):
     names = {}
     for k,v in model.state_dict().items():
         if k.startswith('body.net.'): names[k[9:]] = v
-        elif k.startswith('head.fc.') and model.config['head']=='plain': names[k[5:]] = v
+        elif k.startswith('head.fc.') and model.config['head']=='plain':
+            names[k[5:]] = v
     return names
 
 def _action_3d(k, t, state, share):
@@ -637,17 +689,20 @@ def _action_3d(k, t, state, share):
     if k not in state: return _without(k)
     w = state[k]
     if w.shape==t.shape: return 'copied',''
-    if share and _one_channel(w, t): return 'adapted',f'one channel, shared out among {t.shape[1]}'
+    if share and _one_channel(w, t):
+        return 'adapted',f'one channel, shared out among {t.shape[1]}'
     return 'wrong',f'has shape {tuple(w.shape)}, the network wants {tuple(t.shape)}'
 
 def _without(k):
-    if k.endswith('downsample.0.bias'): return 'set','to zero: the checkpoint was made without this bias'
+    if k.endswith('downsample.0.bias'):
+        return 'set','to zero: the checkpoint was made without this bias'
     return ('kept','the checkpoint has no classifier') if k.startswith('fc.') else ('missing','not in the checkpoint')
 
 def _one_channel(w, t): return w.ndim==t.ndim==5 and w.shape[1]==1<t.shape[1] and w.shape[::2]==t.shape[::2]
 
 def _left_out_3d(k):
-    if k.startswith('fc.'): return 'classifier; the published head has its own'
+    if k.startswith('fc.'):
+        return 'classifier; the published head has its own'
     return 'head of a segmentation' if k.startswith('conv_seg') else 'unknown to the 3D network'
 
 # %% ../nbs/44_backbones.ipynb #21dd64cf
@@ -667,7 +722,8 @@ def load_3d(
     with torch.no_grad():
         for k,a in zip(report.key, report.action):
             if a=='copied': target[k].copy_(state[k])
-            if a=='adapted': target[k].copy_(state[k]/target[k].shape[1])
+            if a=='adapted':
+                target[k].copy_(state[k]/target[k].shape[1])
             if a=='set': target[k].zero_()
     return report
 
@@ -678,7 +734,8 @@ def _renamed(k, keys):
 
 def _fill_3d(model, arch, pretrained):
     "A 3D network's weights, by name or from a file"
-    if pretrained is True: return load_3d(model, medicalnet_weights(arch))
+    if pretrained is True:
+        return load_3d(model, medicalnet_weights(arch))
     return load_3d(model, read_weights(pretrained, arch))
 
 # %% ../nbs/44_backbones.ipynb #ce9e3023
@@ -705,17 +762,26 @@ def create_backbone(
 
     Raises `MGMTError` on an unknown name or choice, and on weights that cannot be found or do not fit."""
     config = {k:v for k,v in locals().items() if k!='pretrained' and (k,v)!=('num_classes',1)}
-    if not isinstance(arch, str): config['arch'] = _full_name(arch)
-    if depth not in _depths: raise unknown_name('choice of depth', depth, _depths)
-    if stem not in _stems: raise unknown_name('choice of stem', stem, _stems)
-    if standardize not in _places: raise unknown_name('place to standardize', standardize, _places)
-    if arch in _RESNETS and pretrained is True and arch not in MEDICALNETS: _with_weights(arch)
+    if not isinstance(arch, str):
+        config['arch'] = _full_name(arch)
+    if depth not in _depths:
+        raise unknown_name('choice of depth', depth, _depths)
+    if stem not in _stems:
+        raise unknown_name('choice of stem', stem, _stems)
+    if standardize not in _places:
+        raise unknown_name('place to standardize', standardize, _places)
+    if arch in _RESNETS and pretrained is True and arch not in MEDICALNETS:
+        _with_weights(arch)
     C = 3 if stem=='adapter' else in_chans
     net,report,m,s = _make(arch, C, pretrained, mode, anisotropic, depth_padding)
     inside = None
-    if standardize=='backbone': inside,m,s = inside_scale(net, config['arch'], C),0.,1.
+    if standardize=='backbone':
+        inside = inside_scale(net, config['arch'], C)
+        m = 0.
+        s = 1.
     config.update(mean=m if mean is None else mean, std=s if std is None else std)
-    if depth!='full': separate_depth(net, 'all' if depth=='separable_all' else 'depthwise')
+    if depth!='full':
+        separate_depth(net, 'all' if depth=='separable_all' else 'depthwise')
     norm,(nf,stride) = take_norm(net),_measure(net, C)
     adapter = nn.Conv3d(in_chans, 3, 3, padding=1) if stem=='adapter' else None
     body = Body(net, in_chans, nf, stride, config['arch'], adapter, inside)
@@ -772,7 +838,8 @@ def _backbone_table(size):
 def _backbone_row(arch, size):
     "Counted on torch's meta device, without numbers"
     with torch.device('meta'): m = create_backbone(arch)
-    with FlopCounterMode(display=False) as flops, torch.no_grad(): m.eval()(torch.empty(1, 1, *size, device='meta'))
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        m.eval()(torch.empty(1, 1, *size, device='meta'))
     params = sum(p.numel() for p in m.parameters())
     sizes = round(params/1e6, 1),round(flops.get_total_flops()/1e9, 1)
     return arch,ARCHS.get(arch),*sizes,m.body.depth_stride,m.body.num_features

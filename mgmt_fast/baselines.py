@@ -36,7 +36,8 @@ def shortcut_features(
 def _features(store, patient, meta):
     "One patient's features: (shortcut, feature) -> value"
     r = {('header',f'has {s}'): float(s in meta['volumes']) for s in store.sequences}
-    for s,v in meta['volumes'].items(): r |= _series_features(s, v)
+    for s,v in meta['volumes'].items():
+        r |= _series_features(s, v)
     return r | _brain_features(store, patient, meta) if meta['volumes'] else r
 
 def _series_features(s, v):
@@ -45,14 +46,16 @@ def _series_features(s, v):
     if v['spacing'] is None: return known
     mm = {f'{s} mm {a}': x for a,x in zip('DHW', v['spacing'])}
     planes = {f'{s} {o}': float(v['plane']==o) for o in ('sagittal','coronal')}
-    header,(lo,hi) = {**mm, **planes, f'{s} skull': float(v['skull'])},v['window']
+    header = {**mm, **planes, f'{s} skull': float(v['skull'])}
+    lo,hi = v['window']
     return {**known, **{('header',k): x for k,x in header.items()},
         ('intensity scale',f'{s} low'): lo, ('intensity scale',f'{s} high'): hi}
 
 def _brain_features(store, patient, meta):
     "Volume of the brain and extent of its box, from the first sequence; its share of the voxels without millimetres"
     x = store.read(patient, next(iter(meta['volumes'])))
-    if meta['affine'] is None: return {('brain volume','share'): np.count_nonzero(x)/x.size}
+    if meta['affine'] is None:
+        return {('brain volume','share'): np.count_nonzero(x)/x.size}
     A = np.array(meta['affine'])[:3,:3]
     ml = np.count_nonzero(x)*abs(np.linalg.det(A))/1000
     extent = np.array(x.shape[1:])*np.linalg.norm(A, axis=0)
@@ -71,8 +74,10 @@ def _classify(name, X, y, n_folds, seed):
     "The row of one baseline"
     row = dict(baseline=name, n=len(y), auc=np.nan, lo=np.nan, hi=np.nan, p=np.nan)
     p = _score(X, y, n_folds, seed)
-    if p is None: return {**row, 'note':'equal for all patients'}
-    auc,chance = auc_ci(y, p),permutation_test(y, p, alternative='greater', seed=seed)
+    if p is None:
+        return {**row, 'note':'equal for all patients'}
+    auc = auc_ci(y, p)
+    chance = permutation_test(y, p, alternative='greater', seed=seed)
     return {**row, **auc, 'interval':AUC_METHODS[auc.name], 'p':chance.p, 'note':''}
 
 # %% ../nbs/61_baselines.ipynb #3dbdd556
@@ -91,11 +96,15 @@ def baselines(
     Raises `MGMTError` on fewer than `n_folds` patients of a class."""
     t = store.table[store.table.label.notna()]
     y = t.label.astype(int).to_numpy()
-    if min(y.sum(),(1-y).sum())<n_folds: raise _too_few(y, n_folds)
+    if min(y.sum(),(1-y).sum())<n_folds:
+        raise _too_few(y, n_folds)
     rows = [_prevalence(y)]
-    if preds is not None: rows.append(_permuted(preds, seed))
-    for k,X in shortcut_features(store, progress).items(): rows.append(_classify(k, X.loc[t.patient], y, n_folds, seed))
-    if clinical is not None: rows += _clinical(t.patient, y, clinical, n_folds, seed)
+    if preds is not None:
+        rows.append(_permuted(preds, seed))
+    for k,X in shortcut_features(store, progress).items():
+        rows.append(_classify(k, X.loc[t.patient], y, n_folds, seed))
+    if clinical is not None:
+        rows += _clinical(t.patient, y, clinical, n_folds, seed)
     return _judged(pd.DataFrame(rows, columns=['baseline','n','auc','lo','hi','interval','p','note']))
 
 def _too_few(y, n_folds):
@@ -117,7 +126,8 @@ def _judged(t):
     "The table with Holm's p-values, and what they say"
     t.insert(7, 'p_holm', np.nan)
     tested = t.p.notna()
-    if tested.any(): t.loc[tested,'p_holm'] = holm(t.p[tested])
+    if tested.any():
+        t.loc[tested,'p_holm'] = holm(t.p[tested])
     beats = tested & (t.p_holm<.05) & ~t.baseline.isin(_clinical_names)
     t.loc[beats,'note'] = _leak
     t.loc[beats & t.baseline.isin(['brain volume','intensity scale']),'note'] = _shift
@@ -134,8 +144,10 @@ def _clinical(patients, y, clinical, n_folds, seed):
         known = X[cols].notna().all(axis=1).to_numpy()
         few = min(y[known].sum(),(1-y[known]).sum()) if known.any() else 0
         name = ' and '.join(cols)
-        if few<max(n_folds,5): yield dict(baseline=name, n=int(known.sum()), note='known for too few patients')
-        else: yield _classify(name, X[cols][known], y[known], n_folds, seed)
+        if few<max(n_folds,5):
+            yield dict(baseline=name, n=int(known.sum()), note='known for too few patients')
+        else:
+            yield _classify(name, X[cols][known], y[known], n_folds, seed)
 
 def _numbers(clinical, patients):
     "Age in years and sex as a number, one row per patient; NaN where not known"
@@ -163,7 +175,8 @@ def _groups(table):
     t = pd.DataFrame(dict(key=table.patient.map(id_key)))
     for c in ('site','scanner','sex'):
         if c in table: t[c] = table[c].astype('string')
-    if 'site' not in t and t.key.str.startswith('TCGA-').all(): t['site'] = t.key.str.split('-').str[1]
+    if 'site' not in t and t.key.str.startswith('TCGA-').all():
+        t['site'] = t.key.str.split('-').str[1]
     if 'age' in table:
         bands = pd.cut(pd.to_numeric(table.age), _ages, right=False, labels=_age_names)
         t['age'] = bands.astype('string')
@@ -180,7 +193,9 @@ def subgroups(
 
     `said` is the mean probability, `seen` the share methylated; `interval` is the method of the AUC's interval.
     Limits of intervals end in `_lo` and `_hi`."""
-    g,t,rows = _groups(table),preds.assign(key=preds.patient.map(id_key)),[]
+    g = _groups(table)
+    t = preds.assign(key=preds.patient.map(id_key))
+    rows = []
     unknown = sorted(set(t.key)-set(g.key))
     if unknown: raise _not_in_table(unknown)
     t = t.merge(g, on='key')
@@ -208,5 +223,6 @@ def _judge(y, p, least, least_class):
     except MGMTError as e: return dict(**row, note=str(e))
     how = AUC_METHODS[auc.name]
     row |= dict(**auc.rename(dict(lo='auc_lo',hi='auc_hi')), interval=how, said=p.mean(), seen=y.mean())
-    for k in ('intercept','slope'): row |= {k:cal.value[k], f'{k}_lo':cal.lo[k], f'{k}_hi':cal.hi[k]}
+    for k in ('intercept','slope'):
+        row |= {k:cal.value[k], f'{k}_lo':cal.lo[k], f'{k}_hi':cal.hi[k]}
     return row

@@ -45,7 +45,8 @@ def _as_acquired(volumes):
     "What most volumes of one sequence share"
     grid,n = Counter(map(_grid_name, volumes)).most_common(1)[0]
     space = grid if n>=.9*len(volumes) else 'native'
-    if any(v['spacing'] is None for v in volumes): return dict(skull=None, spacing=None, space=space, plane=None)
+    if any(v['spacing'] is None for v in volumes):
+        return dict(skull=None, spacing=None, space=space, plane=None)
     plane,_ = Counter(v['plane'] for v in volumes).most_common(1)[0]
     spacing = np.median([v['spacing'] for v in volumes], axis=0).round(3).tolist()
     skull = round(np.mean([v['skull'] for v in volumes]).item(), 3)
@@ -68,17 +69,24 @@ def preparation_differs(
     rows = []
     for s,a in train.items():
         b = test.get(s)
-        if b is None: rows.append(('sequences', s, 'there', 'absent')); continue
-        if None not in (a['spacing'],b['spacing']): rows += _mm_differ(s, a, b)
+        if b is None:
+            rows.append(('sequences', s, 'there', 'absent'))
+            continue
+        if None not in (a['spacing'],b['spacing']):
+            rows += _mm_differ(s, a, b)
         there,here = (', '.join(filter(None, (o['space'],o['plane']))) for o in (a,b))
-        if there!=here: rows.append(('space', s, there, here))
+        if there!=here:
+            rows.append(('space', s, there, here))
     return pd.DataFrame(rows, columns=['what','sequence','train','test'])
 
 def _mm_differ(s, a, b):
     "Rows of a sequence whose skulls or spacings differ"
-    rows,ratio = [],np.log(np.array(a['spacing'])/b['spacing'])
-    if abs(a['skull']-b['skull'])>.2: rows.append(('skull', s, a['skull'], b['skull']))
-    if abs(ratio).max()>np.log(1.25): rows.append(('spacing', s, a['spacing'], b['spacing']))
+    rows = []
+    ratio = np.log(np.array(a['spacing'])/b['spacing'])
+    if abs(a['skull']-b['skull'])>.2:
+        rows.append(('skull', s, a['skull'], b['skull']))
+    if abs(ratio).max()>np.log(1.25):
+        rows.append(('spacing', s, a['spacing'], b['spacing']))
     return rows
 
 # %% ../nbs/65_bundle.ipynb #0412c336
@@ -94,14 +102,16 @@ class Ledger:
         lines,res,last = self._whole_lines(),[],self.first
         for i,line in enumerate(lines):
             e = _parsed(line)
-            if e.get('previous')!=last or not is_signed(e): raise _by_hand(i+1, self.path)
+            if e.get('previous')!=last or not is_signed(e):
+                raise _by_hand(i+1, self.path)
             res.append(e)
             last = e['signature']
         return res
 
     def _whole_lines(self):
         if not self.path.exists(): return []
-        with open_input(self.path, ProtocolError) as f: return f.read().split(b'\n')[:-1]
+        with open_input(self.path, ProtocolError) as f:
+            return f.read().split(b'\n')[:-1]
 
     def passes(self) -> list: # Of dictionaries
         "The passes that were begun"
@@ -145,19 +155,22 @@ class Bundle:
         path:str|Path, # Folder that `freeze_bundle` wrote
     ):
         path = Path(path)
-        if not (path/'bundle.json').exists(): raise _no_bundle(path)
+        if not (path/'bundle.json').exists():
+            raise _no_bundle(path)
         d = check_form(read_signed(path/'bundle.json'), _BUNDLE, 'bundle.json', ProtocolError)
         for m in d['models']: _check_files(path, m)
         sequences = tuple(uniqueify(s for m in d['models'] for s in m['sequences']))
         self.__dict__.update(d, path=path, sequences=sequences, recipe=Recipe.from_json(d['recipe']), parts=[])
         self.__dict__['ledger'] = Ledger(path, self.signature)
-        if self.tta: self.__dict__['views'] = Recipe.from_json(self.tta)
+        if self.tta:
+            self.__dict__['views'] = Recipe.from_json(self.tta)
 
     def __setattr__(self, k, v):
         raise ProtocolError(f"a bundle is frozen: {k} was settled on validation patients before the test. "
             "Freeze another bundle, from the training cohort")
     def __repr__(self):
-        archs,v = ', '.join(uniqueify(m['arch'] for m in self.models)),self.validation
+        archs = ', '.join(uniqueify(m['arch'] for m in self.models))
+        v = self.validation
         auc = f"{v['auc']:.3f} [{v['lo']:.3f}, {v['hi']:.3f}]"+(f" ({v['interval']})" if 'interval' in v else '')
         return (f"Bundle {self.signature[:8]} of {len(self.models)} models ({archs}; {', '.join(self.sequences)}), "
             f"threshold {self.threshold:.3f}, validation AUC {auc}, {len(self.ledger.passes())} tests so far")
@@ -166,7 +179,8 @@ class Bundle:
         "The frozen models, read once; with test-time augmentation, by the spacing of training's store"
         if self.parts: return self.parts
         models = [load_model(self.path/o['name']) for o in self.models]
-        if self.tta: models = [with_views(m, self.__dict__.get('spacing'), self.views) for m in models]
+        if self.tta:
+            models = [with_views(m, self.__dict__.get('spacing'), self.views) for m in models]
         self.parts.extend(models)
         return self.parts
 
@@ -300,14 +314,17 @@ def _check_again(v, models, temperatures, store, most=16):
     """How many predictions were computed again, and how many patients all models were trained on.
 
     Raises `ProtocolError` if the predictions are not those of these models."""
-    if any(m.seen is None for m in models): return dict(checked=0, trained_on=None)
-    parts,order = [_parts_of(m) for m in models],rng_for(0, 'freeze_bundle').permutation(len(v))
+    if any(m.seen is None for m in models):
+        return dict(checked=0, trained_on=None)
+    parts = [_parts_of(m) for m in models]
+    order = rng_for(0, 'freeze_bundle').permutation(len(v))
     unseen = {p: _unseen_by(p, models, store, parts) for p in v.patient}
     some = v.iloc[order[:most]]
     for patient,given in zip(some.patient, some.prob):
         use = unseen[patient] or range(len(models))
         prob = _again(patient, use, models, temperatures, store)
-        if not abs(prob-given)<=.02: raise _not_theirs(patient, given, prob)
+        if not abs(prob-given)<=.02:
+            raise _not_theirs(patient, given, prob)
     return dict(checked=len(some), trained_on=sum(not use for use in unseen.values()))
 
 def _not_theirs(patient, given, prob):
@@ -331,14 +348,16 @@ def freeze_bundle(
     be checked: `validation['checked']` is then 0."""
     refuse_held_out(store)
     v,dest = check_predictions(validation),Path(dest)
-    if (dest/'bundle.json').exists(): raise _bundle_there(dest)
+    if (dest/'bundle.json').exists():
+        raise _bundle_there(dest)
     _check_validation(v, store)
     paths = [re.sub(r'\.(json|safetensors)$', '', str(p)) for p in listify(models)]
     temperatures = _one_each(temperatures, paths)
     loaded = [load_model(p) for p in paths]
     for m in loaded: check_preparation(m, store)
     checked = _check_again(v, loaded, temperatures, store)
-    if checked['trained_on']: print(threshold_warning(checked['trained_on'], len(v)))
+    if checked['trained_on']:
+        print(threshold_warning(checked['trained_on'], len(v)))
     make_folder(dest)
     entries = [_copied(*o, dest, i) for i,o in enumerate(zip(paths, loaded, temperatures))]
     views = None if tta is None else get_recipe(tta).to_json()
@@ -364,7 +383,8 @@ def _bundle_there(dest):
 
 def _one_each(temperatures, paths):
     ts = listify(temperatures)*len(paths) if np.isscalar(temperatures) else list(temperatures)
-    if len(ts)==len(paths) and paths: return [float(t) for t in ts]
+    if len(ts)==len(paths) and paths:
+        return [float(t) for t in ts]
     raise ProtocolError(f"a bundle has at least one model, and one temperature per model; "
         f"received {len(paths)} and {len(ts)}")
 
@@ -372,8 +392,10 @@ def _copied(path, model, temperature, dest, i):
     "Copy a model's files into the bundle; its entry"
     name,files = f'model-{i}',{}
     for suffix in _SUFFIXES:
-        if suffix in _OPTIONAL and not Path(path+suffix).exists(): continue
-        with atomic_path(dest/f'{name}{suffix}', record=True) as tmp: shutil.copyfile(path+suffix, tmp)
+        if suffix in _OPTIONAL and not Path(path+suffix).exists():
+            continue
+        with atomic_path(dest/f'{name}{suffix}', record=True) as tmp:
+            shutil.copyfile(path+suffix, tmp)
         files[suffix] = file_hash(dest/f'{name}{suffix}')
     about = dict(arch=model.arch, sequences=list(model.sequences), key=(model.trained or {}).get('key'))
     return dict(name=name, **about, temperature=temperature, files=files)
@@ -401,7 +423,8 @@ def cv_models(
     "The models of a cross-validation, all folds and seeds, and the out-of-fold predictions that give the threshold."
     t = read_oof(dest)
     t = t[t.arch!='selected']
-    for k,v in dict(arch=arch, sequences=sequences, recipe=recipe).items(): t = _those(t, k, v, dest)
+    for k,v in dict(arch=arch, sequences=sequences, recipe=recipe).items():
+        t = _those(t, k, v, dest)
     runs = t.drop_duplicates('run')
     models = [Path(dest)/'runs'/r/'model' for r in runs.run]
     return dict(models=models, temperatures=runs.temperature.tolist(), validation=ensemble(t))
@@ -415,7 +438,8 @@ def _those(t, k, v, dest):
     if v is None and t[k].nunique()<2: return t
     if v is None: raise _say_which(dest, k, t[k].unique())
     for o in listify(v):
-        if o not in set(t[k]): raise unknown_name(k, o, t[k].unique())
+        if o not in set(t[k]):
+            raise unknown_name(k, o, t[k].unique())
     return t[t[k].isin(listify(v))]
 
 # %% ../nbs/65_bundle.ipynb #b1d20a02
@@ -426,11 +450,13 @@ def freeze_once(
     **kwargs, # For `freeze_bundle`
 ) -> Bundle: # Read back from `dest`
     "Freeze, or read what was frozen of the same models before. Raises `ProtocolError` on a bundle of others."
-    if not (Path(dest)/'bundle.json').exists(): return freeze_bundle(models, dest=dest, tta=tta, **kwargs)
+    if not (Path(dest)/'bundle.json').exists():
+        return freeze_bundle(models, dest=dest, tta=tta, **kwargs)
     there = Bundle(dest)
     same = [m.get('key') for m in there.models]==[load_model(p).trained['key'] for p in models]
     views = tta and json.loads(json.dumps(get_recipe(tta).to_json()))
-    if not same or there.tta!=views: raise _other_bundle(dest)
+    if not same or there.tta!=views:
+        raise _other_bundle(dest)
     return there
 
 def _other_bundle(dest):
@@ -444,7 +470,8 @@ class FrozenPredictions:
         path:str|Path, # Folder that `freeze_predictions` wrote
     ):
         path = Path(path)
-        if not (path/_predictions_file).exists(): raise _nothing_frozen(path)
+        if not (path/_predictions_file).exists():
+            raise _nothing_frozen(path)
         self.__dict__.update(read_signed(path/_predictions_file), path=path)
         self.__dict__['ledger'] = Ledger(path, self.signature)
 
@@ -488,7 +515,8 @@ def freeze_predictions(
     What was frozen of the same predictions before is read back. Raises `ProtocolError` where something else is frozen,
     and `MGMTError` on predictions that give no number."""
     v,dest = check_predictions(validation),Path(dest)
-    if (dest/'bundle.json').exists(): raise _bundle_there(dest)
+    if (dest/'bundle.json').exists():
+        raise _bundle_there(dest)
     file = Path(model)
     name,files = (file.name,{file.name: file_hash(file)}) if file.is_file() else (str(model),{})
     about = dict(kind='predictions', model=name, models=[dict(files=files)])
@@ -497,13 +525,15 @@ def freeze_predictions(
     record = dict(**about, **chosen, patients=sorted(v.patient.astype(str)), volumes=[])
     record = json.loads(json.dumps(record))
     with working_in(dest, deep=False):
-        if (dest/_predictions_file).exists(): return _same_frozen(dest, record)
+        if (dest/_predictions_file).exists():
+            return _same_frozen(dest, record)
         write_json(dest/_predictions_file, signed(dict(record, version=__version__, created=utc_now())))
     return FrozenPredictions(dest)
 
 def _same_frozen(dest, record):
     frozen = FrozenPredictions(dest)
-    if any(getattr(frozen, k)!=v for k,v in record.items()): raise _bundle_there(dest)
+    if any(getattr(frozen, k)!=v for k,v in record.items()):
+        raise _bundle_there(dest)
     return frozen
 
 # %% ../nbs/65_bundle.ipynb #6f1e05f9

@@ -80,15 +80,18 @@ class GradientAccumulation(Callback):
     ):
         asked = dict(n_batches=n_batches, n_samples=n_samples, n_acc=n_acc)
         given = {k:v for k,v in asked.items() if v is not None}
-        if len(given)!=1: raise MGMTError(_one_of_both(given))
+        if len(given)!=1:
+            raise MGMTError(_one_of_both(given))
         (k,v), = given.items()
-        if not isinstance(v, (int,np.integer)) or v<1: raise MGMTError(_no_count(k, v))
+        if not isinstance(v, (int,np.integer)) or v<1:
+            raise MGMTError(_no_count(k, v))
         self.n_batches = n_batches
         self.n_samples = self.n_acc = n_samples or n_acc
 
     def before_fit(self):
         recorder = getattr(self.learn, 'recorder', None)
-        if recorder is None or isinstance(recorder.smooth_loss, _GroupLoss): return
+        if recorder is None or isinstance(recorder.smooth_loss, _GroupLoss):
+            return
         recorder.smooth_loss = _GroupLoss(recorder.smooth_loss.beta)
 
     def before_train(self):
@@ -97,18 +100,22 @@ class GradientAccumulation(Callback):
         self.n_steps = self._steps_per_epoch(len(self.dl), getattr(self.dl, 'bs', None))
 
     def _steps_per_epoch(self, n, bs):
-        if self.n_batches: return math.ceil(n/self.n_batches)
-        if not bs: return math.ceil(len(self.dl.dataset)/self.n_samples)
+        if self.n_batches:
+            return math.ceil(n/self.n_batches)
+        if not bs:
+            return math.ceil(len(self.dl.dataset)/self.n_samples)
         return math.ceil(n/math.ceil(self.n_samples/bs))
 
     def before_batch(self):
         n = _n_in_batch(self.learn)
-        if not self.batches: self.full = self.n_samples or self.n_batches*n
+        if not self.batches:
+            self.full = self.n_samples or self.n_batches*n
         self.batches,self.seen,self.weight = self.batches+1,self.seen+n,n/self.full
         whole = self.batches==self.n_batches if self.n_batches else self.seen>=self.n_samples
         self.last = whole or self.iter==self.n_iter-1
         self.learn.pct_train = (self.epoch+min(self.steps/self.n_steps, 1))/self.n_epoch
-        if isinstance(self.model, DistributedDataParallel): self.model.require_backward_grad_sync = self.last
+        if isinstance(self.model, DistributedDataParallel):
+            self.model.require_backward_grad_sync = self.last
 
     def after_loss(self): self.learn.loss_grad = self.loss_grad*self.weight
 
@@ -150,14 +157,17 @@ class FusedAdam(Optimizer):
         closure:None=None, # None: fastai's optimisers take none
     ):
         "Change all parameters that have a gradient"
-        if closure is not None: raise NotImplementedError("fastai's optimisers take no closure")
-        for how,items in self._alike().items(): _adam_step(*how, items, self.stopped)
+        if closure is not None:
+            raise NotImplementedError("fastai's optimisers take no closure")
+        for how,items in self._alike().items():
+            _adam_step(*how, items, self.stopped)
 
     def _alike(self):
         "Parameters with their states, by the settings that one call of torch's Adam shares"
         alike = {}
         for p,_,state,h in self.all_params(with_grad=True):
-            if 'step' not in state: state.update(step=0, grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p))
+            if 'step' not in state:
+                state.update(step=0, grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p))
             state['step'] += 1
             decay = h['wd']*state.get('do_wd', True)
             eps = h['eps']/math.sqrt(1-h['sqr_mom']**state['step']) if self.keras else h['eps']
@@ -180,7 +190,8 @@ class Precision(MixedPrecision):
 
     Training raises `MGMTError` on a GPU that does not compute in bfloat16."""
     def before_fit(self):
-        device,half = self.dls.device.type,self.amp_mode.value=='fp16'
+        device = self.dls.device.type
+        half = self.amp_mode.value=='fp16'
         if device=='cuda' and not half and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise MGMTError(_no_bfloat16)
         self.autocast = torch.autocast(device, dtype=torch.float16 if half else torch.bfloat16)
@@ -213,14 +224,17 @@ class SyncNorm:
     def forward(self,
         x:torch.Tensor, # (B,C,...), this process' part of the batch
     ) -> torch.Tensor: # Of the same shape
-        if not (self.training and _n_processes()>1): return super().forward(x)
+        if not (self.training and _n_processes()>1):
+            return super().forward(x)
         dtype,x = x.dtype,x.float()
         shape = [1,-1]+[1]*(x.ndim-2)
         mean,n = self._mean(x)
-        if x.numel()==x.shape[1] and n<2: return super().forward(x.to(dtype)) # a batch of one value per channel
+        if x.numel()==x.shape[1] and n<2:
+            return super().forward(x.to(dtype)) # a batch of one value per channel
         x = x-mean.view(shape)
         var,_ = self._mean(x*x)
-        if not getattr(self, 'recomputing', False): self._track(mean, var*n/(n-1))
+        if not getattr(self, 'recomputing', False):
+            self._track(mean, var*n/(n-1))
         x = x*(var+self.eps).rsqrt().view(shape)*self.weight.view(shape)+self.bias.view(shape)
         drop,act = (getattr(self, k, nn.Identity()) for k in ('drop','act'))
         return act(drop(x.to(dtype)))
@@ -237,7 +251,8 @@ class SyncNorm:
     def _track(self, mean, var):
         "Move the running statistics; not where activations are computed a second time, as `BatchNormAct3d` is told"
         self.num_batches_tracked.add_(1)
-        for old,new in ((self.running_mean,mean),(self.running_var,var)): old.lerp_(new.to(old.dtype), self.momentum)
+        for old,new in ((self.running_mean,mean),(self.running_var,var)):
+            old.lerp_(new.to(old.dtype), self.momentum)
 
 def _n_processes(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -252,15 +267,19 @@ def set_norms(
     several processes, `'batch'` is `'sync'`. Raises `MGMTError` on another kind.
     Source: Wu and He 2018, arXiv:1803.08494, for group norm."""
     kinds = 'batch','frozen','group','sync'
-    if kind not in kinds: raise unknown_name('choice of norms', kind, kinds)
+    if kind not in kinds:
+        raise unknown_name('choice of norms', kind, kinds)
     model.norms = kind
     if kind=='batch' and num_distrib()>1: kind = 'sync'
     norms = {n:m for n,m in model.named_modules() if isinstance(m, _BatchNorm)}
-    if kind=='frozen': model.frozen_norms = [n for n in norms if n.startswith('body.')]
+    if kind=='frozen':
+        model.frozen_norms = [n for n in norms if n.startswith('body.')]
     for n,m in norms.items():
         parent,_,name = n.rpartition('.')
-        if kind=='group': setattr(model.get_submodule(parent), name, GroupNormAct(m))
-        if kind=='sync': m.__class__ = type(f'Sync{type(m).__name__}', (SyncNorm,type(m)), {})
+        if kind=='group':
+            setattr(model.get_submodule(parent), name, GroupNormAct(m))
+        if kind=='sync':
+            m.__class__ = type(f'Sync{type(m).__name__}', (SyncNorm,type(m)), {})
     return model.train(model.training)
 
 # %% ../nbs/52_callbacks.ipynb #97d6795d
@@ -291,7 +310,8 @@ class SaveBest(TrackerCallback):
 
     def before_fit(self):
         falls = lower_is_better(self.monitor, self.learn.metrics)
-        if self.given is None: self.comp = np.less if falls else np.greater
+        if self.given is None:
+            self.comp = np.less if falls else np.greater
         super().before_fit()
         if self.run: self.best_epoch = None
 
@@ -300,11 +320,13 @@ class SaveBest(TrackerCallback):
         if not self.new_best: return
         self.best_epoch = self.epoch
         if rank_distrib(): return
-        with atomic_path(self.path/self.fname) as tmp: save_weights(get_model(self.model), str(tmp))
+        with atomic_path(self.path/self.fname) as tmp:
+            save_weights(get_model(self.model), str(tmp))
 
     def after_fit(self):
         if _n_processes()>1: dist.barrier()
-        if self.best_epoch is not None: load_weights(get_model(self.model), str(self.path/self.fname))
+        if self.best_epoch is not None:
+            load_weights(get_model(self.model), str(self.path/self.fname))
 
 # %% ../nbs/52_callbacks.ipynb #9c000011
 class HistoryLogger(CSVLogger):
@@ -346,9 +368,11 @@ class StopOnNaN(Callback):
 
     def before_fit(self):
         self.fitting,self.run = False,not hasattr(self.learn,'lr_finder')
-        if isinstance(self.opt, FusedAdam): self.opt.stopped = None
+        if isinstance(self.opt, FusedAdam):
+            self.opt.stopped = None
         self.waits = self._better_waits() if self.wait is None else self.wait
-        if not isinstance(self.opt, FusedAdam): self.waits = True
+        if not isinstance(self.opt, FusedAdam):
+            self.waits = True
         self._look_anew()
 
     def _better_waits(self):
@@ -364,7 +388,8 @@ class StopOnNaN(Callback):
     def after_loss(self):
         if not self.fitting: return
         if not self.waits: self._note()
-        elif not torch.isfinite(self.loss).all(): self._stop(self.loss.mean().item(), self.iter)
+        elif not torch.isfinite(self.loss).all():
+            self._stop(self.loss.mean().item(), self.iter)
 
     def _note(self):
         "Keep the first batch whose loss is not finite where the losses are, and ask for what is known of it"
@@ -377,17 +402,20 @@ class StopOnNaN(Callback):
         self._check(self.late.read())
 
     def _check(self, known):
-        if known and known[0]: self._stop(known[1], int(known[2]))
+        if known and known[0]:
+            self._stop(known[1], int(known[2]))
 
     def after_train(self): self._see_all()
     def before_validate(self): self._look_anew()
     def after_validate(self): self._see_all()
     def _see_all(self):
-        if self.fitting and self.first is not None: self._check(self.first.tolist())
+        if self.fitting and self.first is not None:
+            self._check(self.first.tolist())
 
     def after_fit(self):
         self.fitting = False
-        if isinstance(self.opt, FusedAdam): self.opt.stopped = None
+        if isinstance(self.opt, FusedAdam):
+            self.opt.stopped = None
 
     def _stop(self, loss, i):
         self.learn.failure = TrainingError(self._say_why(loss, i))
@@ -425,8 +453,10 @@ class LateRecords(Callback):
         if not self.training: return
         self.late.send(self.smooth_loss.detach().view(1))
         known = self.late.read()
-        if known: self.learn.smooth_loss = torch.tensor(known[0])
-        else: del self.learn.smooth_loss
+        if known:
+            self.learn.smooth_loss = torch.tensor(known[0])
+        else:
+            del self.learn.smooth_loss
 
     def after_train(self):
         losses = self.recorder.losses[self.n:]
@@ -450,10 +480,12 @@ class ProgressiveSize(Callback):
         scales:tuple|list=(.5,.75,1.), # Shares of H and W, above 0 and at most 1
     ):
         self.scales = tuple(scales)
-        if not all(0<s<=1 for s in self.scales): raise MGMTError(_no_shares(self.scales))
+        if not all(0<s<=1 for s in self.scales):
+            raise MGMTError(_no_shares(self.scales))
 
     def before_batch(self):
-        s,x = self.scales[self.epoch*len(self.scales)//self.n_epoch],self.xb[0]
+        s = self.scales[self.epoch*len(self.scales)//self.n_epoch]
+        x = self.xb[0]
         if s==1: return
         size = [x.shape[2], *(max(1, round(n*s)) for n in x.shape[3:])]
         self.learn.xb = (F.adaptive_avg_pool3d(x, size),*self.xb[1:])
@@ -471,7 +503,8 @@ class AverageWeights(Callback):
         decay:float=.99, # Of `'ema'`, per step
         start:float=.5, # Share of the training after which `'swa'` begins
     ):
-        if kind not in ('ema','swa'): raise unknown_name('average of weights', kind, ('ema','swa'))
+        if kind not in ('ema','swa'):
+            raise unknown_name('average of weights', kind, ('ema','swa'))
         store_attr()
         self.fitting = False
 
@@ -479,18 +512,22 @@ class AverageWeights(Callback):
         self.run = not hasattr(self.learn,'lr_finder')
         self.fitting,self.shown = False,False
         average = get_ema_multi_avg_fn(self.decay) if self.kind=='ema' else get_swa_multi_avg_fn()
-        with torch.no_grad(): self.avg = AveragedModel(get_model(self.model), multi_avg_fn=average, use_buffers=True)
+        with torch.no_grad():
+            self.avg = AveragedModel(get_model(self.model), multi_avg_fn=average, use_buffers=True)
 
     def before_train(self): self.fitting = True
     def after_step(self):
-        if self.kind=='ema': self.avg.update_parameters(get_model(self.model))
+        if self.kind=='ema':
+            self.avg.update_parameters(get_model(self.model))
 
     def after_train(self):
         late = self.epoch+1>self.start*self.n_epoch or self.epoch==self.n_epoch-1
-        if self.kind=='swa' and late: self.avg.update_parameters(get_model(self.model))
+        if self.kind=='swa' and late:
+            self.avg.update_parameters(get_model(self.model))
 
     def before_validate(self):
-        if self.fitting and self.avg.n_averaged: self._show(True)
+        if self.fitting and self.avg.n_averaged:
+            self._show(True)
 
     def after_epoch(self):
         if self.shown: self._show(False)
@@ -499,7 +536,8 @@ class AverageWeights(Callback):
         self.fitting = False
         best = getattr(self.learn, 'save_best', None)
         kept = best is not None and best.best_epoch is not None
-        if not self.shown and self.avg.n_averaged and not kept: self.swap()
+        if not self.shown and self.avg.n_averaged and not kept:
+            self.swap()
         self.avg = None
 
     def _show(self, averaged):
@@ -560,7 +598,8 @@ class BinaryFocalLoss(nn.Module):
 # %% ../nbs/52_callbacks.ipynb #9c00001b
 def _all_ranks(t):
     "(W,...) rows of all processes"
-    if not (dist.is_available() and dist.is_initialized()): return t[None]
+    if not (dist.is_available() and dist.is_initialized()):
+        return t[None]
     out = [torch.empty_like(t) for _ in range(dist.get_world_size())]
     dist.all_gather(out, t)
     return torch.stack(out)
@@ -570,15 +609,18 @@ _carried = {TrackerCallback:('best','wait'), ParamScheduler:('hps',)}
 
 def _cb_state(cb):
     "What a callback carries from one epoch to the next: its `state_dict`, or the attributes named in `carries`"
-    if hasattr(type(cb),'state_dict'): return cb.state_dict()
+    if hasattr(type(cb),'state_dict'):
+        return cb.state_dict()
     names = [*getattr(cb,'carries',())]
     for c,ks in _carried.items():
         if isinstance(cb, c): names += ks
     return {k:vars(cb)[k] for k in names if k in vars(cb)}
 
 def _set_cb_state(cb, state):
-    if hasattr(type(cb),'load_state_dict'): cb.load_state_dict(state)
-    else: vars(cb).update(state)
+    if hasattr(type(cb),'load_state_dict'):
+        cb.load_state_dict(state)
+    else:
+        vars(cb).update(state)
 
 class _State:
     "Nested states as `tensors` by their full name, and `plain`, what JSON holds"
@@ -586,7 +628,8 @@ class _State:
     def add(self, prefix, state):
         "Take the tensors of a state; returns the rest"
         for k,v in state.items():
-            if torch.is_tensor(v): self.tensors[f'{prefix}.{k}'] = v
+            if torch.is_tensor(v):
+                self.tensors[f'{prefix}.{k}'] = v
         return {k:v for k,v in state.items() if not torch.is_tensor(v)}
     def get(self, prefix, plain=None):
         "A state as it was: its rest, and its tensors"
@@ -598,7 +641,8 @@ def _rng_state(device):
     "Python's and numpy's generators as JSON, torch's as tensors with one row per process"
     py,(kind,keys,*rest) = random.getstate(),np.random.get_state()
     tensors = {'rng.torch': torch.get_rng_state()}
-    if device.type=='cuda': tensors['rng.cuda'] = torch.cuda.get_rng_state(device)
+    if device.type=='cuda':
+        tensors['rng.cuda'] = torch.cuda.get_rng_state(device)
     rows = {k:_all_ranks(v.to(device)) for k,v in tensors.items()}
     return rows,dict(python=_plain_random(py), numpy=[kind,keys.tolist(),*rest])
 
@@ -608,7 +652,8 @@ def _set_rng_state(tensors, plain, device):
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     rank = rank_distrib()%len(tensors['rng.torch'])
     torch.set_rng_state(tensors['rng.torch'][rank].clone()) # it reads from the start of the storage, whatever the view
-    if 'rng.cuda' in tensors and device.type=='cuda': torch.cuda.set_rng_state(tensors['rng.cuda'][rank], device)
+    if 'rng.cuda' in tensors and device.type=='cuda':
+        torch.cuda.set_rng_state(tensors['rng.cuda'][rank], device)
 
 def _plain_random(state): return [state[0],list(state[1]),state[2]]
 def _set_random(r, state): r.setstate((state[0],tuple(state[1]),state[2]))
@@ -632,9 +677,12 @@ class Checkpoint(Callback):
         file = Path(path)/self.fname
         if not file.exists(): return None
         try:
-            with safe_open(str(file), framework='pt') as f: said = f.metadata()
-            if 'digest' not in said: return dict(parse_json(said['state']), key=None) # of version 0.1
-            if said['digest']!=_digest(said['state'], st.load_file(str(file))): raise ValueError('changed')
+            with safe_open(str(file), framework='pt') as f:
+                said = f.metadata()
+            if 'digest' not in said:
+                return dict(parse_json(said['state']), key=None) # of version 0.1
+            if said['digest']!=_digest(said['state'], st.load_file(str(file))):
+                raise ValueError('changed')
             return parse_json(said['state'])
         except (SafetensorError,OSError,LookupError,TypeError,ValueError) as e:
             raise TrainingError(_no_checkpoint(file, e)) from e
@@ -651,13 +699,16 @@ class Checkpoint(Callback):
         differ = key_changes(d['key'], self.key, but=('epochs',)) if self.key or d['key'] is None else []
         done = d['epoch']+1
         limit = self.key.get('recipe', {}).get('epochs', done)
-        if limit<done: differ.append(f"'epochs': {done} are done there, {limit} asked for now")
-        if differ: raise TrainingError(_other_training(path, self.fname, differ))
+        if limit<done:
+            differ.append(f"'epochs': {done} are done there, {limit} asked for now")
+        if differ:
+            raise TrainingError(_other_training(path, self.fname, differ))
         return done
 
     def before_fit(self):
         self.run = not (hasattr(self.learn,'lr_finder') or hasattr(self.learn,'gather_preds'))
-        if self.run and self.check(self.path): self.restore()
+        if self.run and self.check(self.path):
+            self.restore()
 
     def after_epoch(self):
         rows,rng = _rng_state(self.dls.device)
@@ -670,7 +721,8 @@ class Checkpoint(Callback):
         tensors = {k:_on_cpu(v) for k,v in state.tensors.items()}
         said = json.dumps(d, default=lambda o: o.item())
         about = dict(state=said, digest=_digest(said, tensors))
-        with atomic_path(self.path/self.fname) as tmp: st.save_file(tensors, str(tmp), metadata=about)
+        with atomic_path(self.path/self.fname) as tmp:
+            st.save_file(tensors, str(tmp), metadata=about)
 
     def _loaders(self):
         "Where the loaders' order and the augmentation are"
@@ -679,7 +731,8 @@ class Checkpoint(Callback):
 
     def _optimiser(self, state):
         "Rates and the like; moments go to the tensors"
-        opt,scaler = self.opt.state_dict(),getattr(self.learn, 'scaler', None)
+        opt = self.opt.state_dict()
+        scaler = getattr(self.learn, 'scaler', None)
         moments = [state.add(f'opt.{i}', s) for i,s in enumerate(opt['state'])]
         return dict(hypers=[dict(h) for h in opt['hypers']], opt=moments, scaler=scaler and scaler.state_dict())
 
@@ -693,21 +746,26 @@ class Checkpoint(Callback):
 
     def restore(self):
         "Put everything back where the checkpoint says it was"
-        d,state = self.read(self.path),_State(st.load_file(str(self.path/self.fname)))
+        d = self.read(self.path)
+        state = _State(st.load_file(str(self.path/self.fname)))
         get_model(self.model).load_state_dict(state.get('model'))
         self._restore_optimiser(d, state)
-        for cb in self.learn.cbs: _set_cb_state(cb, state.get(f'cbs.{cb.name}', d['cbs'].get(cb.name)))
+        for cb in self.learn.cbs:
+            _set_cb_state(cb, state.get(f'cbs.{cb.name}', d['cbs'].get(cb.name)))
         self._restore_recorder(d, state)
         self.learn.first_epoch,self.learn.train_iter = d['epoch']+1,d['train_iter']
-        for dl,s in zip(self.dls, d['loaders']): _set_random(dl.rng, s)
-        for t,k in zip(getattr(self.dls.train,'augs',()), d['drawn']): t.drawn = k
+        for dl,s in zip(self.dls, d['loaders']):
+            _set_random(dl.rng, s)
+        for t,k in zip(getattr(self.dls.train,'augs',()), d['drawn']):
+            t.drawn = k
         _set_rng_state(state.tensors, d['rng'], self.dls.device)
 
     def _restore_optimiser(self, d, state):
         params = [p for p,*_ in self.opt.all_params()]
         moments = [_laid_out(state.get(f'opt.{i}', s), p) for i,(p,s) in enumerate(zip(params, d['opt']))]
         self.opt.load_state_dict(dict(hypers=L(d['hypers']), state=moments))
-        if d['scaler']: self.learn.scaler.load_state_dict(d['scaler'])
+        if d['scaler']:
+            self.learn.scaler.load_state_dict(d['scaler'])
 
     def _restore_recorder(self, d, state):
         rec,seen = self.recorder,d['recorder']
@@ -769,7 +827,8 @@ class StopInTime(Callback):
     def after_epoch(self):
         self.longest = max(self.longest, time.monotonic()-self.began)
         done,left = self.epoch+1,3600*self.clock.left
-        if done<self.n_epoch and left<self.margin*self.longest: raise OutOfTime(self._say(done, left))
+        if done<self.n_epoch and left<self.margin*self.longest:
+            raise OutOfTime(self._say(done, left))
 
     def _say(self, done, left):
         return (f"stopped after {done} of {self.n_epoch} epochs: an epoch takes {self.longest:.0f} s, and "
@@ -783,15 +842,18 @@ class DistributedTraining(Callback):
     order = MixedPrecision.order-2
     def __init__(self):
         try: from accelerate import Accelerator
-        except ImportError as e: raise MGMTError(_no_accelerate) from e
+        except ImportError as e:
+            raise MGMTError(_no_accelerate) from e
         self.accelerator = Accelerator(mixed_precision='no')
 
     def before_fit(self):
         a = self.accelerator
         self.world,self.me = a.num_processes,a.process_index
-        for dl in self.dls: dl.rank,dl.world = self.me,self.world
+        for dl in self.dls:
+            dl.rank,dl.world = self.me,self.world
         self.learn.model = a.prepare_model(self.model)
-        if self.me: torch.manual_seed(torch.initial_seed()+self.me)
+        if self.me:
+            torch.manual_seed(torch.initial_seed()+self.me)
 
     def sizes(self) -> list: # One number per process
         "Patients of the batch under way that each process has"
@@ -799,7 +861,8 @@ class DistributedTraining(Callback):
 
     def before_batch(self):
         for m in self.model.modules():
-            if isinstance(m, SyncNorm): m.counts = self.sizes()[self.me]>0
+            if isinstance(m, SyncNorm):
+                m.counts = self.sizes()[self.me]>0
 
     def after_pred(self):
         if self.training: return
@@ -809,7 +872,8 @@ class DistributedTraining(Callback):
         t:torch.Tensor, # (b,...) this process' rows of a batch
     ) -> torch.Tensor: # (B,...)
         "The rows of all processes, in the order of the batch"
-        sizes,t = self.sizes(),t.detach().as_subclass(torch.Tensor)
+        sizes = self.sizes()
+        t = t.detach().as_subclass(torch.Tensor)
         row = t.new_zeros(max(1,max(sizes)), *t.shape[1:])
         row[:len(t)] = t
         return torch.cat([o[:n] for o,n in zip(_all_ranks(row), sizes)])

@@ -90,18 +90,24 @@ def model_card(
 
     Without a store, a bundle tells what it wrote down of it. Source: Collins et al. 2024, BMJ 385:e078378. Raises
     `MGMTError` where neither is given."""
-    if store is None and bundle is None: raise MGMTError("a model card is that of a store or of a bundle: give one")
+    if store is None and bundle is None:
+        raise MGMTError("a model card is that of a store or of a bundle: give one")
     if store is None: known = _card_of_frozen(bundle)
-    else: known = {**_card_of_store(store), **_card_of_patients(store, oof)}
-    if oof is not None: known.update(_card_of_study(oof[oof.arch!='selected']))
-    if bundle is not None: known.update(_card_of_bundle(bundle))
-    if len(listify(results)): known.update(_card_of_results(results))
+    else:
+        known = {**_card_of_store(store), **_card_of_patients(store, oof)}
+    if oof is not None:
+        known.update(_card_of_study(oof[oof.arch!='selected']))
+    if bundle is not None:
+        known.update(_card_of_bundle(bundle))
+    if len(listify(results)):
+        known.update(_card_of_results(results))
     rows = [(o, known.get(o.split(' ')[0], 'open: for the authors to fill in')) for o in _tripod.split('\n')]
     return pd.DataFrame(rows, columns=['item','what'])
 
 def _card_of_store(store):
     "Items that a store answers"
-    size,res = 'x'.join(map(str, store.size)),_card_of_inputs(store.sequences)
+    size = 'x'.join(map(str, store.size))
+    res = _card_of_inputs(store.sequences)
     scans = _all_scans_in_words(preparation(store))
     res['5a'] = res['6a'] = f"{', '.join(sorted(set(store.table.source)))}; which hospitals these are is open"
     res['7'] = (f"{_how_prepared(store.recipe)}, {size} voxels, recipe {store.recipe.name!r}, "
@@ -133,7 +139,8 @@ def _card_of_frozen(b):
 
 def _how_prepared(r):
     "What shares a box and a range of intensities"
-    if r.prepare_by=='patient': return 'one box, grid and intensity range per volume'
+    if r.prepare_by=='patient':
+        return 'one box, grid and intensity range per volume'
     box = dict(slice='each slice in its own box', none='slices without a box').get(r.crop_by, 'slices in one box')
     each = 'each slice with its own' if r.range_by=='slice' else 'one'
     return f'prepared slice by slice, without millimetres: {box}, {each} intensity range'
@@ -141,7 +148,8 @@ def _how_prepared(r):
 def _all_scans_in_words(prepared): return '; '.join(_scans_in_words(s, v) for s,v in prepared.items())
 
 def _scans_in_words(s, v):
-    if v['spacing'] is None: return f"{s}: {v['space']}, spacing, plane and skull not looked at"
+    if v['spacing'] is None:
+        return f"{s}: {v['space']}, spacing, plane and skull not looked at"
     return f"{s}: {v['plane']}, {' x '.join(f'{o:g}' for o in v['spacing'])} mm, {v['skull']:.0%} with skull"
 
 def _card_of_patients(store, oof):
@@ -211,7 +219,8 @@ def _as_cohort(store):
 def _main(oof):
     "The one model that is looked at closely, without having been chosen by its result"
     chosen = oof[oof.arch=='selected']
-    if len(chosen): return 'models selected inside',ensemble(chosen, RUN_AXES)
+    if len(chosen):
+        return 'models selected inside',ensemble(chosen, RUN_AXES)
     one = oof.run.nunique()==oof.groupby(list(RUN_AXES)).fold.nunique().iloc[0]
     return (oof.arch.iloc[0] if one else 'mean of all models'),ensemble(oof)
 
@@ -237,7 +246,8 @@ def _tables(s):
     res = dict(results=pd.concat([s.table, external], ignore_index=True) if s.results else s.table,
         gains=gains(s.oof), baselines=baselines(s.store, s.main, s.clinical, seed=s.seed, progress=False),
         card=model_card(s.store, s.oof, s.bundle, s.results))
-    if s.clinical is not None: res['subgroups'] = subgroups(s.main, s.clinical)
+    if s.clinical is not None:
+        res['subgroups'] = subgroups(s.main, s.clinical)
     elif s.main.patient.map(id_key).str.startswith('TCGA-').all():
         res['subgroups'] = subgroups(s.main, s.main[['patient']])
     return res,external
@@ -251,7 +261,8 @@ def _figures(s, tables):
         calibration=plot_calibration(y, scores), decision=plot_decision(y, {name:p}),
         losses=plot_losses(_histories(s.oof, s.table, s.dest)))
     who = tables.get('subgroups')
-    if who is not None and who.auc.notna().any(): res['subgroups'] = plot_forest(who, ['group','level'])
+    if who is not None and who.auc.notna().any():
+        res['subgroups'] = plot_forest(who, ['group','level'])
     return res
 
 def _write_parts(dest, figures, tables):
@@ -275,7 +286,8 @@ def _results_part(s, tables, external, figures):
     t = tables['results']
     faults = check_results(t[t.arch!='selected'], [*s.oof.threshold, .5])
     found = ["No figure of these tables contradicts another."]
-    if len(faults): found = ["What cannot be, or should not, in these tables:", faults]
+    if len(faults):
+        found = ["What cannot be, or should not, in these tables:", faults]
     return [text, show_results(s.table), figures['forest'], *_external_part(s, external), *found]
 
 def _external_part(s, external):
@@ -288,12 +300,14 @@ def _external_part(s, external):
 
 def _gains_part(tables):
     t = tables['gains']
-    if not len(t): return ["One model per patient: nothing to compare."]
+    if not len(t):
+        return ["One model per patient: nothing to compare."]
     return ["Paired intervals of DeLong, p by Holm.", t]
 
 def _groups_part(tables, figures):
     who = tables.get('subgroups')
-    if who is None: return ["No table of sites, scanners, sex or age was given."]
+    if who is None:
+        return ["No table of sites, scanners, sex or age was given."]
     return [who, *([figures['subgroups']] if 'subgroups' in figures else [])]
 
 def _sections(s, tables, external, figures):
@@ -343,20 +357,25 @@ def _prediction_tables(t, threshold, name, clinical):
     at = classification_ci(y, p, threshold).reset_index(names='figure')
     res = dict(results=results_table(named), at_threshold=at, calibration=calibration(y, p).reset_index(names='figure'),
         reliability=reliability(y, p), decision=decision_curve(y, p))
-    if clinical is not None: res['subgroups'] = subgroups(t, clinical)
+    if clinical is not None:
+        res['subgroups'] = subgroups(t, clinical)
     return res
 
 def _prediction_figures(t, name, tables, seed):
     "Its figures, as axes"
-    y,p,who = t.label.to_numpy(),t.prob.to_numpy(),tables.get('subgroups')
+    y = t.label.to_numpy()
+    p = t.prob.to_numpy()
+    who = tables.get('subgroups')
     res = dict(roc=plot_roc(y, p, name, seed=seed), pr=plot_pr(y, p, name), reliability=plot_reliability(y, p, name),
         calibration=plot_calibration(y, {name:p}), decision=plot_decision(y, {name:p}))
-    if who is not None and who.auc.notna().any(): res['subgroups'] = plot_forest(who, ['group','level'])
+    if who is not None and who.auc.notna().any():
+        res['subgroups'] = plot_forest(who, ['group','level'])
     return res
 
 def _prediction_sections(t, threshold, chosen, tables, figures, results):
     "The page's sections in order"
-    y,notes = t.label,[_as_result(r)['note'] for r in results]
+    y = t.label
+    notes = [_as_result(r)['note'] for r in results]
     half = expected_ci(.6, len(t), y.mean())
     patients = (f"{len(t)} patients, {y.sum()} methylated. With as many, an AUC of .600 comes with an interval of "
         f"about {half.lo:.3f} to {half.hi:.3f}.")
@@ -382,7 +401,8 @@ def predictions_report(
     seed:int=0, # Of bootstraps
 ) -> Path: # The page
     "Tables, figures and one self-contained page of somebody's predictions, without any image."
-    dest,t = Path(dest),check_predictions(preds[preds.label.notna()&preds.prob.notna()])
+    dest = Path(dest)
+    t = check_predictions(preds[preds.label.notna()&preds.prob.notna()])
     at,chosen = (.5,'not chosen') if threshold is None else (threshold,'chosen on other patients')
     tables = _prediction_tables(t, at, name, clinical)
     figures = _prediction_figures(t, name, tables, seed)

@@ -45,9 +45,11 @@ def _named(placed, h, index=None):
 # %% ../nbs/18_cases.ipynb #aaeef4a1
 def _date(o):
     "When an image was acquired, as far as header or folder tell; for comparing only"
-    if re.fullmatch(r'\d{8}', d := o.header.get('StudyDate') or ''): return d
+    if re.fullmatch(r'\d{8}', d := o.header.get('StudyDate') or ''):
+        return d
     s = o.placed.session or ''
-    if m := re.match(r'(\d{2})-(\d{2})-(\d{4})', s): return m[3]+m[1]+m[2]
+    if m := re.match(r'(\d{2})-(\d{2})-(\d{4})', s):
+        return m[3]+m[1]+m[2]
     m = re.match(r'((?:19|20)\d{2})[-_.]?(\d{2})[-_.]?(\d{2})', s)
     return ''.join(m.groups()) if m else ''
 
@@ -58,7 +60,8 @@ def _split_exams(images):
     dates = {_date(o) for o in images}-{''}
     studies = {_study_of(o) for o in images}-{''}
     if len(dates)>1: return groupby(images, _date)
-    if not dates and 1<len(studies)<len(images): return groupby(images, _study_of)
+    if not dates and 1<len(studies)<len(images):
+        return groupby(images, _study_of)
     return {'':images}
 
 def _by_exam(images):
@@ -104,7 +107,8 @@ def _plainest(same):
     "The one image of which all others are derived copies by their names, else all"
     files = {os.path.dirname(o.placed.image.path) for o in same if o.placed.image.kind=='nifti'}
     same = [o for o in same if o.placed.image.path not in files] # slices beside the NIfTI that was made of them
-    if len(same)<2 or any(o.placed.image.kind!='nifti' for o in same): return same
+    if len(same)<2 or any(o.placed.image.kind!='nifti' for o in same):
+        return same
     plain = min(same, key=lambda o: len(_words_of(o)))
     extra = [_words_of(o)-_words_of(plain) for o in same if o is not plain]
     return [plain] if all(o and o<=_DERIVED for o in extra) else same
@@ -119,7 +123,8 @@ def _contradicts(o): return any(s in o.verdict.why for s in (', but ', 'modality
 
 def _unnamed(images):
     "Problems of images without a sequence; those whose name says that they are something else have none"
-    clear,silent = [o for o in images if _contradicts(o)],[o for o in images if o.verdict.why.startswith('neither')]
+    clear = [o for o in images if _contradicts(o)]
+    silent = [o for o in images if o.verdict.why.startswith('neither')]
     what = 'look at it; say what it is in a table of `choices`'
     rows = [('', f'an image is no sequence: {o.verdict.why}', what) for o in clear]
     if silent:
@@ -149,8 +154,10 @@ def _pick_images(by, empty, expect):
     for seq in SEQUENCES:
         same = _plainest(by.get(seq, []))
         if len(same)==1: images[seq] = same[0]
-        elif len(same)>1: problems.append((seq, f'{len(same)} images, and no telling which to use', _WAY_OUT))
-        elif seq in empty: problems.append((seq, *empty[seq][1:]))
+        elif len(same)>1:
+            problems.append((seq, f'{len(same)} images, and no telling which to use', _WAY_OUT))
+        elif seq in empty:
+            problems.append((seq, *empty[seq][1:]))
         elif seq in expect: problems.append((seq, *MISSING))
     return images,problems
 
@@ -163,11 +170,13 @@ def choose_images(
     "What becomes of one patient's images."
     unread = [('', *o[1:]) for o in odd if 'cannot be read' in o[1]]
     empty = {s: o for o in odd if (s := sequence_of(o[0][-1]) if o[0] else None)}
-    if not images and not empty: return NS(paths={}, session=None, images=[], problems=unread or [_no_sequence()])
+    if not images and not empty:
+        return NS(paths={}, session=None, images=[], problems=unread or [_no_sequence()])
     session,chosen,told = _choose_exam(images) if images else (None,[],[])
     by = groupby(chosen, lambda o: o.verdict.sequence)
     picked,problems = _pick_images(by, empty, () if unread else expect)
-    if not any(by.get(s) for s in SEQUENCES) and not empty: problems = [_no_sequence()]
+    if not any(by.get(s) for s in SEQUENCES) and not empty:
+        problems = [_no_sequence()]
     paths = {s: o.placed.image.path for s,o in picked.items()}
     index = {s: o.index for s,o in picked.items() if o.index is not None}
     problems = [*unread, *told, *problems, *_unnamed(by.get(None, []))]

@@ -43,7 +43,8 @@ def _terminate(*_): raise _Terminated
 
 def _listen():
     "Let SIGTERM end this command as Ctrl-C does; only a main thread hears signals"
-    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, _terminate)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
 
 _Word = Annotated[Path, 'given without the name of an option, and may be left out']
 
@@ -53,25 +54,35 @@ def _parser(f):
     comments = docments(f)
     for k,p in inspect.signature(f).parameters.items():
         about = comments[k].replace('%','%%')
-        if p.default not in (p.empty, None) and p.annotation is not bool: about += f' (default: {p.default})'
-        if p.default is p.empty: parser.add_argument(k, type=p.annotation, help=about)
-        elif p.annotation is _Word: parser.add_argument(k, type=Path, nargs='?', help=about)
-        elif p.annotation is bool: parser.add_argument(f'--{k}', action='store_true', help=about)
-        else: parser.add_argument(f'--{k}', type=p.annotation, default=p.default, help=about)
+        if p.default not in (p.empty, None) and p.annotation is not bool:
+            about += f' (default: {p.default})'
+        if p.default is p.empty:
+            parser.add_argument(k, type=p.annotation, help=about)
+        elif p.annotation is _Word:
+            parser.add_argument(k, type=Path, nargs='?', help=about)
+        elif p.annotation is bool:
+            parser.add_argument(f'--{k}', action='store_true', help=about)
+        else:
+            parser.add_argument(f'--{k}', type=p.annotation, default=p.default, help=about)
     return parser
 
 def _from_command_line(f):
     "The arguments of a command as they were typed, with `-` or `_` in the names of options"
     typed = [re.sub(r'^--[a-z-]+', lambda m: '--'+m[0][2:].replace('-','_'), o) for o in sys.argv[1:]]
-    parser,params = _parser(f),inspect.signature(f).parameters
+    parser = _parser(f)
+    params = inspect.signature(f).parameters
     required = [k for k,p in params.items() if p.default is p.empty]
-    if 'dest' in required: typed = _dest_as_word(typed, required[0]=='dest')
-    elif 'dest' in params: parser.add_argument('word', nargs='?', type=Path, metavar='dest', help='the same as --dest')
+    if 'dest' in required:
+        typed = _dest_as_word(typed, required[0]=='dest')
+    elif 'dest' in params:
+        parser.add_argument('word', nargs='?', type=Path, metavar='dest', help='the same as --dest')
     given = vars(parser.parse_args(typed))
     word = given.pop('word', None)
-    if word is not None and str(given['dest'])!=str(params['dest'].default): parser.error('dest is given twice')
+    if word is not None and str(given['dest'])!=str(params['dest'].default):
+        parser.error('dest is given twice')
     if word is not None: given['dest'] = word
-    if isinstance(given.get('sequences'), str): given['sequences'] = _as_spelt(given['sequences'])
+    if isinstance(given.get('sequences'), str):
+        given['sequences'] = _as_spelt(given['sequences'])
     return given
 
 def _dest_as_word(typed, first):
@@ -114,10 +125,14 @@ def _done(lost, strict):
 
 def _say_report(report, what):
     "Print the rows that matter, count the others; was a patient or sequence lost?"
-    errors,notes = report[report.level=='error'],report[report.level!='error']
-    for r in errors.itertuples(): print(f"  {called(r)}: {r.what}")
-    for note,n in notes.what.str.replace(r': .*','',regex=True).value_counts().items(): print(f"  {n} x {note}")
-    if len(errors): print(f"{errors.patient.nunique()} patients with errors in {what}; everything else is done")
+    errors = report[report.level=='error']
+    notes = report[report.level!='error']
+    for r in errors.itertuples():
+        print(f"  {called(r)}: {r.what}")
+    for note,n in notes.what.str.replace(r': .*','',regex=True).value_counts().items():
+        print(f"  {n} x {note}")
+    if len(errors):
+        print(f"{errors.patient.nunique()} patients with errors in {what}; everything else is done")
     return len(errors)>0
 
 # %% ../nbs/90_cli.ipynb #2a6d3d5f
@@ -125,13 +140,16 @@ def _cohort(root, most=20, **kwargs):
     "The cohort of a folder, and the problems of its folders and labels, printed"
     cohort = find_cohort(root, **kwargs)
     report = cohort_report(cohort)
-    for r in report[:most].itertuples(): print(f"  {called(r)}: {r.problem}; {r.what_to_do}")
-    if len(report)>most: print(f'  and {len(report)-most} more')
+    for r in report[:most].itertuples():
+        print(f"  {called(r)}: {r.problem}; {r.what_to_do}")
+    if len(report)>most:
+        print(f'  and {len(report)-most} more')
     return cohort
 
 def _store(path, labels=None, id_col=None, label_col=None):
     "A store, with the labels of a table in place of those that it knows"
-    if labels is None and (id_col or label_col): raise MGMTError(_no_table(id_col or label_col))
+    if labels is None and (id_col or label_col):
+        raise MGMTError(_no_table(id_col or label_col))
     return VolumeStore(path, labels if labels is None else read_labels(labels, id_col, label_col))
 
 _LABEL = re.compile(r'slice (\d+) of (\d+)')
@@ -141,7 +159,8 @@ def _show_names(patient, sequence, path, said):
     if not sys.stdout.isatty() or pd.isna(path): return
     files = files_by_number(path)
     for i,n in sorted({(int(i),int(n)) for i,n in _LABEL.findall(said)}):
-        if n==len(files): print(f'  {patient} {sequence} slice {i} of {n}: {files[i-1]}')
+        if n==len(files):
+            print(f'  {patient} {sequence} slice {i} of {n}: {files[i-1]}')
 
 def _show_all_names(cohort, report):
     "Print which files the rows of a report mean"
@@ -149,7 +168,8 @@ def _show_all_names(cohort, report):
     for r in report.itertuples():
         sequences = [r.sequence] if 'sequence' in report else SEQUENCES
         for s in sequences:
-            if r.patient in rows.index and s in rows: _show_names(r.patient, s, rows.at[r.patient,s], r.what)
+            if r.patient in rows.index and s in rows:
+                _show_names(r.patient, s, rows.at[r.patient,s], r.what)
 
 def _no_table(column): return f"{column!r} names a column of a label table, and none was given: add --labels TABLE"
 
@@ -177,11 +197,14 @@ def _audit_perfusion(root, dest, **how):
     try: cohort = find_dsc(find_cohort(root, **how))
     except MGMTError: return False # series somewhere below a folder, which are no cohort
     doubts = cohort_report(cohort).query("sequence=='DSC'")
-    if cohort.DSC.isna().all() and doubts.empty: return False
+    if cohort.DSC.isna().all() and doubts.empty:
+        return False
     table = audit_dsc(cohort)
     write_csv(dest/'dsc.csv', table)
-    for r in table.itertuples(): print(f'  {r.patient} DSC: {r.level} {r.finding}: {r.what}')
-    for r in doubts.itertuples(): print(f'  {r.patient} DSC: {r.problem}; {r.what_to_do}')
+    for r in table.itertuples():
+        print(f'  {r.patient} DSC: {r.level} {r.finding}: {r.what}')
+    for r in doubts.itertuples():
+        print(f'  {r.patient} DSC: {r.problem}; {r.what_to_do}')
     print(f"{cohort.DSC.notna().sum()} DSC series; table: {dest/'dsc.csv'}")
     return bool(len(table)+len(doubts))
 
@@ -238,7 +261,8 @@ def mgmt_standardize(
     how = dict(dicom=dicom, budget=Budget.parse(budget), stripper=stripper)
     done = standardize(cohort, dest, choice_of, atlas, sequences, n_workers, **how)
     bad = done[done.problem.notna()]
-    for r in bad.itertuples(): print(f'  {r.patient}: {r.problem}')
+    for r in bad.itertuples():
+        print(f'  {r.patient}: {r.problem}')
     lost = int(done[list(check_sequences(sequences))].isna().all(axis=1).sum())
     print(f"{dest}: {len(done)-lost} of {len(done)} patients, {len(bad)} with problems; look at {dest/'qc.html'}")
     return _done(len(bad), strict)
@@ -292,8 +316,10 @@ def mgmt_train(
 
     Run it again to finish after a stop; with `accelerate launch` before it, it trains on several processes."""
     store = _store(store, labels, id_col, label_col)
-    recipe,again = _recipe(store, recipe, arch=arch, epochs=epochs, lr=lr, bs=_number(bs)),False
-    if bs=='auto': recipe,again = _auto(store, dest, recipe, sequences)
+    recipe = _recipe(store, recipe, arch=arch, epochs=epochs, lr=lr, bs=_number(bs))
+    again = False
+    if bs=='auto':
+        recipe,again = _auto(store, dest, recipe, sequences)
     learn = _train(store, dest, recipe, sequences, fold=fold, seed=seed, checkpoint=again)
     if rank_distrib(): return 0
     print(f'{dest}/model: {_best_epoch(learn)}')
@@ -303,7 +329,8 @@ def _number(bs): return None if bs=='auto' else int(bs) if str(bs).isdecimal() e
 
 def _auto(store, dest, recipe, sequences):
     "The recipe with the batch that fits, or with that of a training that goes on; are activations to be recomputed?"
-    found,then = auto_batch(store, recipe, sequences),Path(dest)/'recipe.yaml'
+    found = auto_batch(store, recipe, sequences)
+    then = Path(dest)/'recipe.yaml'
     bs,accumulate,again = found.values()
     if then.is_file() and (r := read_recipe(then)).bs*r.accumulate==bs*accumulate:
         bs,accumulate,again = r.bs,r.accumulate,again or r.bs>bs
@@ -333,10 +360,12 @@ def _train(store, dest, recipe, sequences=None, fold=0, seed=0, checkpoint=False
     learn = mgmt_learner(dls, recipe=recipe, path=dest, seed=seed, model_kwargs=model_kwargs)
     batch = dls.train.one_batch()
     if rank_distrib(): # the first process speaks for all
-        with learn.no_bar(), learn.no_logging(): learn.fit_recipe(resume=True)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit_recipe(resume=True)
         return learn
     _save(show_batch(*batch, None, max_n=4, sequences=dls.sequences).flat[0], Path(dest)/'batch.png')
-    with contextlib.nullcontext() if is_watched() else learn.no_bar(): learn.fit_recipe(resume=True)
+    with contextlib.nullcontext() if is_watched() else learn.no_bar():
+        learn.fit_recipe(resume=True)
     save_model(learn, Path(dest)/'model')
     _save(plot_history(Path(dest)/'history.csv')[0], Path(dest)/'history.png')
     return learn
@@ -365,7 +394,8 @@ def mgmt_predict(
     write_csv(out, preds)
     print(preds.to_string(index=False, max_rows=20, max_colwidth=60))
     print(f"{out}: {preds.prob.notna().sum()} of {len(preds)} patients; research use only")
-    if show_names: _show_all_names(cohort, preds.rename(columns=dict(note='what')))
+    if show_names:
+        _show_all_names(cohort, preds.rename(columns=dict(note='what')))
     return _done(preds.prob.isna().any(), strict)
 
 # %% ../nbs/90_cli.ipynb #b9505af4
@@ -398,7 +428,8 @@ def mgmt_report(
     model = as_model(model)
     cohort = find_cohort(root, labels=False, split=split, choices=choices)
     res = patient_report(model, cohort, dest, patient, dicom=dicom, n_workers=n_workers)
-    for r in res.findings[res.findings.level!='note'].itertuples(): print(f"  {r.level} {r.sequence}: {r.what}")
+    for r in res.findings[res.findings.level!='note'].itertuples():
+        print(f"  {r.level} {r.sequence}: {r.what}")
     none = pd.isna(res.prob)
     said = f"no probability: {res.note}" if none else f"probability of methylation {res.prob:.2f}"
     print(f"{dest}/report.html, {dest}/report.pdf: patient {res.patient}, {said}; research use only")
@@ -410,8 +441,10 @@ from .card import check_results
 # %% ../nbs/90_cli.ipynb #174485bd
 def _print_findings(table, thresholds=(.5,)):
     found = check_results(table, thresholds)
-    for r in found.itertuples(): print(f'{r.verdict}: {r.where}: {r.finding}')
-    if not len(found): print(f"consistency: {len(table)} row{'s'*(len(table)!=1)}, no figure that cannot be")
+    for r in found.itertuples():
+        print(f'{r.verdict}: {r.where}: {r.finding}')
+    if not len(found):
+        print(f"consistency: {len(table)} row{'s'*(len(table)!=1)}, no figure that cannot be")
 
 # %% ../nbs/90_cli.ipynb #90c00001
 from .sweep import sweep, sweep_table
@@ -442,14 +475,17 @@ def mgmt_sweep(
     store = _store(store, labels, id_col, label_col)
     recipe = _recipe(store, recipe, epochs=epochs, lr=lr, bs=bs)
     if table: runs = pd.read_csv(table)
-    else: runs = sweep_table(archs.split(','), sequences.split(','), [int(f) for f in folds.split(',')])
+    else:
+        runs = sweep_table(archs.split(','), sequences.split(','), [int(f) for f in folds.split(',')])
     where = dict(n_jobs=n_jobs)
     if scheduler:
         from dask.distributed import Client
-        client,where = Client(scheduler),dict(n_jobs=-1, backend='dask')
+        client = Client(scheduler)
+        where = dict(n_jobs=-1, backend='dask')
     res = sweep(runs, store, dest, recipe, n_folds=n_folds, seed=seed, **where)
     print(res.drop(columns='folder', errors='ignore').to_string(index=False, max_colwidth=60))
-    if 'auc' in res: _print_findings(res.dropna(subset='auc').rename(columns=dict(valid_loss='loss')))
+    if 'auc' in res:
+        _print_findings(res.dropna(subset='auc').rename(columns=dict(valid_loss='loss')))
     print('auc: of the epoch that was chosen on the same patients, so no estimate for others; mgmt_evaluate gives one')
     failed = res.error.fillna('').astype(bool).sum()
     print(f'{dest}/sweep.csv: {len(res)-failed} of {len(res)} runs')
@@ -493,13 +529,15 @@ def mgmt_evaluate(
     """Cross-validate, and write what can be said of it: tables, figures and one page; run again to finish after a stop.
 
     With --predictions nothing is trained: the table is evaluated, and with --bundle its threshold is frozen."""
-    if (store is None)==(predictions is None): raise MGMTError(_store_or_table)
+    if (store is None)==(predictions is None):
+        raise MGMTError(_store_or_table)
     if predictions is not None:
         known = None if clinical is None else read_clinical(clinical, clinical_id_col)
         columns = dict(id_col=id_col, label_col=label_col, prob_col=prob_col)
         return _done(_evaluate_table(predictions, dest, bundle, model, known, seed, columns), strict)
     keep_freed_memory()
-    dest,store = Path(dest),_store(store, labels, id_col, label_col)
+    dest = Path(dest)
+    store = _store(store, labels, id_col, label_col)
     recipe = _recipe(store, recipe, epochs=epochs, lr=lr, bs=bs)
     save_recipe(recipe, dest/'recipe.yaml')
     channels = store.sequences if sequences=='all' else sequences
@@ -523,11 +561,14 @@ _store_or_table = ("give the folder of a store, whose patients are predicted out
 def _evaluate_table(table, dest, bundle, model, clinical, seed, columns):
     "Evaluate predictions of any making, and freeze their threshold where a folder for that is given"
     preds = read_predictions(table, **columns)
-    good,name = check_predictions(preds.dropna()),model or "somebody's model"
-    with working_in(dest): page = predictions_report(preds, dest, Path(name).name, clinical=clinical, seed=seed)
+    good = check_predictions(preds.dropna())
+    name = model or "somebody's model"
+    with working_in(dest):
+        page = predictions_report(preds, dest, Path(name).name, clinical=clinical, seed=seed)
     print(show_results(results_table(good.assign(arch=Path(name).name)), ('loss','accuracy','auc')).to_string())
     _print_findings(results_table(good))
-    if bundle is not None: print(freeze_predictions(good, bundle, name))
+    if bundle is not None:
+        print(freeze_predictions(good, bundle, name))
     print(f"{page}: {len(good)} of {len(preds)} patients with a label and a probability; research use only")
     return len(good)<len(preds)
 
@@ -571,13 +612,16 @@ def mgmt_external(
     """Test a frozen bundle on patients from elsewhere, once; whatever would be chosen there was chosen before.
 
     With --predictions no image is needed: what is frozen is a threshold and a model of any making."""
-    if (root is None)==(predictions is None): raise MGMTError(_scans_or_table)
+    if (root is None)==(predictions is None):
+        raise MGMTError(_scans_or_table)
     columns = dict(id_col=id_col, label_col=label_col)
     if predictions is not None:
         more = dict(leakage=leakage, plan=plan, model=model, prob_col=prob_col)
         return _done(_say_test(_external_table(bundle, predictions, dest, **more, **columns)), strict)
-    if (Path(root)/'store.json').exists(): cohort = _store(root, labels, **columns)
-    else: cohort = _cohort(root, labels=labels, split=split, choices=choices, patient_col=patient_col, **columns)
+    if (Path(root)/'store.json').exists():
+        cohort = _store(root, labels, **columns)
+    else:
+        cohort = _cohort(root, labels=labels, split=split, choices=choices, patient_col=patient_col, **columns)
     res = external_test(bundle, cohort, dest, leakage, override.split(',') if override else (), plan=plan)
     _external_page(res, cohort, Path(dest or bundle))
     return _done(_say_test(res), strict)
@@ -595,24 +639,29 @@ def _external_page(res, cohort, dest):
 def _page_of_test(preds, table, name, threshold, res):
     "A page that cannot be written takes nothing from a test, which would be another pass if it were run again"
     try: print(predictions_report(preds, table.with_suffix(''), name, threshold, results=res))
-    except MGMTError as e: print(f"the test is done and its result is written, but not its page: {e}", file=sys.stderr)
+    except MGMTError as e:
+        print(f"the test is done and its result is written, but not its page: {e}", file=sys.stderr)
 
 def _external_table(bundle, table, dest, **kwargs):
     "Test a table of predictions, and write its page"
     res = external_predictions(bundle, table, dest, **kwargs)
     columns = {k: kwargs[k] for k in ('id_col','label_col','prob_col')}
-    frozen,file = FrozenPredictions(bundle),Path(dest or bundle)/res['predictions']['file']
+    frozen = FrozenPredictions(bundle)
+    file = Path(dest or bundle)/res['predictions']['file']
     _page_of_test(read_predictions(table, **columns), file, frozen.model, frozen.threshold, res)
     return res
 
 def _say_test(res):
     "Print what an external test found; were patients left out?"
     for part in ('all','without_suspected','without_uncertain'):
-        if res[part] and 'why' in res[part]: print(f"{part}: {res[part]['why']}")
+        if res[part] and 'why' in res[part]:
+            print(f"{part}: {res[part]['why']}")
     table = external_table(res)
     for _,r in table.iterrows(): print(_result_line(r))
-    if len(table): _print_findings(table[table['set']=='external'], [res['threshold']])
-    name,left_out = res['predictions']['file'].removesuffix('.csv'),len(res['cohort']['left_out'])
+    if len(table):
+        _print_findings(table[table['set']=='external'], [res['threshold']])
+    name = res['predictions']['file'].removesuffix('.csv')
+    left_out = len(res['cohort']['left_out'])
     print(f"{name}: {res['note']}; {left_out} patients left out; research use only")
     return left_out>0
 
@@ -664,7 +713,8 @@ def mgmt_push(
 ):
     "Send a frozen bundle to a model hub as a pack and its card; without --yes nothing is sent"
     sent = push_model(bundle, repo, not public, yes, card)
-    for r in sent.itertuples(): print(f'{r.file}: {r.bytes:,} bytes, {r.holds}')
+    for r in sent.itertuples():
+        print(f'{r.file}: {r.bytes:,} bytes, {r.holds}')
     seen = 'everybody may see it' if public else 'private'
     print(f'sent to {repo}, {seen}' if yes else f'nothing was sent: with --yes this goes to {repo}, {seen}')
     return 0
@@ -714,10 +764,12 @@ def _images(path):
 
 def _two_columns(path, train_col, test_col):
     "The two columns of ids of a table; the first two where none are named"
-    if path is None or not (train_col or test_col): return path
+    if path is None or not (train_col or test_col):
+        return path
     table = read_table(path)
     missing = [k for k in (train_col,test_col) if k not in table]
-    if missing: raise MGMTError(_name_both(missing, table.columns))
+    if missing:
+        raise MGMTError(_name_both(missing, table.columns))
     return table[[train_col,test_col]]
 
 def _name_both(missing, columns):
@@ -740,7 +792,8 @@ def mgmt_leakage(
     "Say whether any test patient is in the training set, and how sure that is; exit code 1 if one may be"
     table = leakage_audit(_images(train), _images(test), sequences, _two_columns(ids, train_col, test_col), dest,
         planted=planted, published=published, n_workers=n_workers)
-    for r in table.attrs['report'][:20]: print(f"  {r['side']} {r['patient']} {r['sequence']}: {r['what']}")
+    for r in table.attrs['report'][:20]:
+        print(f"  {r['side']} {r['patient']} {r['sequence']}: {r['what']}")
     print(table.attrs['summary'])
     print(f'{dest}: leakage.csv, leakage.html, set_aside.csv, report.csv, leakage.json')
     return int((table.verdict!='different').any() or len(table.attrs['report'])>0)
@@ -769,8 +822,10 @@ def mgmt_perfusion(
     read = read_dsc(series, te, dt, budget=Budget.parse(budget))
     how = dict(brain=_mask(brain), side=side, leakage=None if leakage=='none' else leakage, motion=motion)
     found = perfusion_maps(read, aif=_arterial(aif), **how)
-    with working_in(dest): write_perfusion(found, read, dest)
-    for o in found.findings: print(f'  {o.level} {o.name}: {o.what}')
+    with working_in(dest):
+        write_perfusion(found, read, dest)
+    for o in found.findings:
+        print(f'  {o.level} {o.name}: {o.what}')
     print(f'{dest}/perfusion.html: {read}')
     return 0
 
@@ -780,7 +835,8 @@ def _arterial(path):
     "The arterial input that a file gives: a mask, or the column `artery` of a table"
     if path is None or is_nifti(path): return _mask(path)
     table = read_table(path)
-    if 'artery' not in table: raise MGMTError(f"{path} has no column 'artery', as curves.csv of this command has")
+    if 'artery' not in table:
+        raise MGMTError(f"{path} has no column 'artery', as curves.csv of this command has")
     return table['artery'].astype(float).to_numpy()
 
 # %% ../nbs/90_cli.ipynb #66829b58
@@ -838,18 +894,21 @@ def mgmt_thesis(
     chosen = {k:v for k,v in dict(epochs=epochs, pretrained=weights).items() if v is not None}
     made = quick and not ((store/'store.json').exists() and (tcga_store/'store.json').exists())
     phantoms = made or (Path(dest)/'phantoms').exists()
-    if quick: recipe = quick_stores(store, tcga_store, recipe)
+    if quick:
+        recipe = quick_stores(store, tcga_store, recipe)
     if phantoms: (make_folder(dest)/'phantoms').touch()
     where = dict(n_jobs=n_jobs, backend=None)
     if scheduler:
         from dask.distributed import Client
-        client,where = Client(scheduler),dict(n_jobs=-1, backend='dask')
+        client = Client(scheduler)
+        where = dict(n_jobs=-1, backend='dask')
     settings = {**dict(n_folds=folds, inner=inner), **(QUICK if quick else {}), **where}
     page = run_thesis(store, tcga_store, dest, get_recipe(recipe, **chosen), archs.split(','), seed=seed,
         override=override.split(',') if override else (), real=not phantoms, **settings)
     runs = pd.read_csv(page.parent/'runs.csv')
     failed = runs[runs.error.notna()]
-    for r in failed.itertuples(): print(f'  {r.part}, {r.arch}, {r.sequences}: {r.error}')
+    for r in failed.itertuples():
+        print(f'  {r.part}, {r.arch}, {r.sequences}: {r.error}')
     print(f"{page}: {len(runs)-len(failed)} of {len(runs)} runs and tests; research use only")
     return _done(len(failed), strict)
 
@@ -877,8 +936,11 @@ def mgmt_demo(
     strict:bool=False, # Exit with 3, and not 0, where patients were left out
 ):
     "Phantom cohort, store, training, prediction of held-out patients, and its AUC beside the best attainable"
-    laps,dest,sequences = _Laps(),Path(dest)/f'auc{auc:g}-seed{seed}',('FLAIR','T1wCE')
-    patients,scans = dict(n=n, auc=auc, seed=seed, test=1/4),dict(slices=24, size=80, sequences=sequences)
+    laps = _Laps()
+    dest = Path(dest)/f'auc{auc:g}-seed{seed}'
+    sequences = 'FLAIR','T1wCE'
+    patients = dict(n=n, auc=auc, seed=seed, test=1/4)
+    scans = dict(slices=24, size=80, sequences=sequences)
     _show_both_classes(draw_patients(**patients), seed, scans, dest/'patients.png')
     laps.lap('first pictures')
     print(f"{dest}/patients.png: two patients of each class, after {laps.of['first pictures']:.0f} s")
@@ -912,7 +974,8 @@ def _show_both_classes(patients, seed, scans, path):
 def _say_demo(dest, preds):
     "The model's AUC on held-out phantoms beside the best attainable, printed and drawn"
     y = read_side_table(dest/'cohort').set_index('patient').label.loc[preds.patient].to_numpy()
-    r,bound = auc_ci(y, preds.prob),phantom_bound(dest/'cohort','test')
+    r = auc_ci(y, preds.prob)
+    bound = phantom_bound(dest/'cohort','test')
     _save(plot_roc(y, preds.prob, label='held-out patients'), dest/'roc.png')
     interval = f"{r.lo:.3f} to {r.hi:.3f} ({AUC_METHODS[r.name]})"
     print(f"held-out AUC   {r.auc:.3f}  95 % interval {interval}, {len(y)} patients")

@@ -27,10 +27,13 @@ def id_key(
 ) -> str: # Equal for ids that differ in padding, BraTS 2021's prefix, a TCGA sample code or UCSF-PDGM's spellings
     "What an id names, without the way it is written."
     s = str(id).strip()
-    if m := re.fullmatch(r'(?:brats(?:20)?21[-_])?(\d+)(?:\.0)?', s, re.I): return str(int(m[1]))
+    if m := re.fullmatch(r'(?:brats(?:20)?21[-_])?(\d+)(?:\.0)?', s, re.I):
+        return str(int(m[1]))
     barcode = r'TCGA[-._]([A-Z0-9]{2})[-._]([A-Z0-9]{4})(?![A-Z0-9])'
-    if m := re.match(barcode, s, re.I): return f'TCGA-{m[1]}-{m[2]}'.upper()
-    if m := re.fullmatch(r'UCSF-PDGM-(\d+)(?:_nifti)?', s, re.I): return f'UCSF-PDGM-{int(m[1]):04d}'
+    if m := re.match(barcode, s, re.I):
+        return f'TCGA-{m[1]}-{m[2]}'.upper()
+    if m := re.fullmatch(r'UCSF-PDGM-(\d+)(?:_nifti)?', s, re.I):
+        return f'UCSF-PDGM-{int(m[1]):04d}'
     return s
 
 # %% ../nbs/17_clinical.ipynb #b9ff1358
@@ -46,7 +49,8 @@ _ENCODINGS = ((codecs.BOM_UTF8,'utf-8-sig'), (codecs.BOM_UTF16_LE,'utf-16'), (co
 def _decoded(path, escape=False):
     "The text of a table, whichever encoding it was saved in; with `escape` bytes that are no text survive"
     raw = path.read_bytes()
-    if escape: return os.fsdecode(raw.removeprefix(codecs.BOM_UTF8))
+    if escape:
+        return os.fsdecode(raw.removeprefix(codecs.BOM_UTF8))
     for bom,name in _ENCODINGS:
         if raw.startswith(bom): return raw.decode(name)
     if any(o<9 for o in raw): raise ValueError('binary')
@@ -62,7 +66,8 @@ def _table_cells(text):
     "Rows of cells, blank rows left out"
     lines = [o for o in text.splitlines() if o.strip(' ,;\t')]
     sep = None
-    if lines and (m := re.fullmatch(r'"?sep=(.)"?[,;\t]*', lines[0].strip(), re.I)): sep,lines = m[1],lines[1:]
+    if lines and (m := re.fullmatch(r'"?sep=(.)"?[,;\t]*', lines[0].strip(), re.I)):
+        sep,lines = m[1],lines[1:]
     if not lines: raise ValueError('empty')
     rows = csv.reader(lines, delimiter=sep or _separator(lines), skipinitialspace=True)
     return [[c.strip() for c in row] for row in rows]
@@ -72,7 +77,8 @@ def _width(rows, header):
     "Number of columns; empty ones at the end, which spreadsheets add, do not count"
     if not header: return max(map(len, rows))
     n = len(rows[0])
-    while n>1 and not rows[0][n-1] and not any(o[n-1:] and o[n-1] for o in rows): n -= 1
+    while n>1 and not rows[0][n-1] and not any(o[n-1:] and o[n-1] for o in rows):
+        n -= 1
     return n
 
 def _check_widths(path, rows, width):
@@ -97,9 +103,11 @@ def read_table(
 ) -> pd.DataFrame: # Of text
     "Read a table as text. Raises `CohortError` on a file that is none, or a row with more cells than the header."
     path = Path(path)
-    if not path.is_file(): raise CohortError(f"no table at {path}: is the path right, and the download complete?")
+    if not path.is_file():
+        raise CohortError(f"no table at {path}: is the path right, and the download complete?")
     try: rows = _table_cells(_decoded(path, escape))
-    except (ValueError,csv.Error) as e: raise _not_a_table(path, e) from None
+    except (ValueError,csv.Error) as e:
+        raise _not_a_table(path, e) from None
     width = _width(rows, header)
     _check_widths(path, rows, width)
     rows = [(o+['']*width)[:width] for o in rows]
@@ -164,8 +172,10 @@ class _Unknown(ValueError):
 def _label_value(v):
     "0, 1 or missing. Raises `_Unknown` on an unknown word, `ValueError` on another number"
     s = re.sub(r'\s+', ' ', str(v).strip().lower().translate(_SUB)).strip('[]() ')
-    if s in _blank or re.sub(r'[^a-z]', ' ', s).strip() in _blank-{''}: return pd.NA
-    if (word := s.replace(' ','-')) in _words: return _words[word]
+    if s in _blank or re.sub(r'[^a-z]', ' ', s).strip() in _blank-{''}:
+        return pd.NA
+    if (word := s.replace(' ','-')) in _words:
+        return _words[word]
     if re.fullmatch(r'-?\d+,\d*', s): s = s.replace(',','.')
     try: f = float(s)
     except ValueError: raise _Unknown(v) from None
@@ -175,9 +185,11 @@ def _label_value(v):
 # %% ../nbs/17_clinical.ipynb #c4d01a80
 def _ids_of(df, id_col, patient_col):
     "The column of ids; that of patients, where another is named so, is not it"
-    if patient_col is None: return id_column(df.columns, id_col)
+    if patient_col is None:
+        return id_column(df.columns, id_col)
     _find_column(df.columns, patient_col, (), 'patients of the ids')
-    if patient_col==id_col: raise CohortError(_same_column(id_col))
+    if patient_col==id_col:
+        raise CohortError(_same_column(id_col))
     return id_column(df.columns.drop(patient_col), id_col)
 
 def _same_column(name):
@@ -188,9 +200,11 @@ def _people(ids, patients):
     "The patient of each id by `id_key`, one spelling each; ids whose patient is blank are patients themselves"
     res,spelt = {},{}
     for i,p in zip(ids, patients):
-        if pd.isna(i) or pd.isna(p) or not str(p).strip(): continue
+        if pd.isna(i) or pd.isna(p) or not str(p).strip():
+            continue
         p = spelt.setdefault(id_key(p), str(p).strip())
-        if res.setdefault(id_key(i), p)!=p: raise CohortError(_two_people(i))
+        if res.setdefault(id_key(i), p)!=p:
+            raise CohortError(_two_people(i))
     return res
 
 def _two_people(id):
@@ -205,8 +219,10 @@ def _labels_of(ids, values, where):
         except _Unknown:
             labels.append(pd.NA)
             odd.append((i,v))
-        except ValueError: raise CohortError(_bad_label(where, i, v)) from None
-    if odd and not any(pd.notna(labels)): raise CohortError(_bad_label(where, odd[0][0], str(odd[0][1])[:40]))
+        except ValueError:
+            raise CohortError(_bad_label(where, i, v)) from None
+    if odd and not any(pd.notna(labels)):
+        raise CohortError(_bad_label(where, odd[0][0], str(odd[0][1])[:40]))
     return labels,[(i, '', _odd_label(v), 'write 0, 1, Methylated, Unmethylated or nothing') for i,v in odd]
 
 def _odd_label(v): return f"the label {str(v)[:40]!r} is no word that is known: taken as unlabelled"
@@ -273,9 +289,12 @@ def entry_of(
 def _one_row(rows, report):
     "One row of the several that a patient has; without label where they disagree"
     labels = {r['label'] for r in rows if not pd.isna(r['label'])}
-    what,n = f'{len(rows)} rows in the label table',len(labels)
-    if n>1: row = f'{what} that disagree: taken as unlabelled','find out which is right, delete the others'
-    else: row = f'{what}, with one label','nothing; delete the others to silence this'
+    what = f'{len(rows)} rows in the label table'
+    n = len(labels)
+    if n>1:
+        row = f'{what} that disagree: taken as unlabelled','find out which is right, delete the others'
+    else:
+        row = f'{what}, with one label','nothing; delete the others to silence this'
     report.append((rows[0]['patient'], '', *row))
     return {**rows[0], 'label': labels.pop() if n==1 else pd.NA}
 
@@ -321,6 +340,7 @@ def match_labels(
     sessions:list=None, # The session of each, where one is known
 ) -> tuple: # A row of the table for each patient (None where it has none), and problems as `cohort_report` shows them
     "Which row of a label table is whose. Rows of one patient that disagree are a problem, and give no label."
-    if 'label' not in table: table = table.assign(label=pd.NA)
+    if 'label' not in table:
+        table = table.assign(label=pd.NA)
     labels = LabelRows(table)
     return [labels.of(p, s) for p,s in zip(patients, sessions or repeat(None))],labels.problems

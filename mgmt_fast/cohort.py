@@ -52,7 +52,8 @@ def called(
 # %% ../nbs/19_cohort.ipynb #d083749b
 def _label_table(labels, id_col=None, label_col=None, patient_col=None):
     "The label table; `None` if there is none"
-    if labels is not None and labels is not False: return read_labels(labels, id_col, label_col, patient_col)
+    if labels is not None and labels is not False:
+        return read_labels(labels, id_col, label_col, patient_col)
     if patient_col is None: return None
     raise CohortError(f"patient_col={patient_col!r} names a column of the label table, and there is no label table: "
         "give one as labels=")
@@ -71,7 +72,8 @@ def _missing_together(report, df):
 
 # %% ../nbs/19_cohort.ipynb #1eadf046
 def _counts(df):
-    n,has = df.label.value_counts(),df[[*SEQUENCES]].notna().sum()
+    n = df.label.value_counts()
+    has = df[[*SEQUENCES]].notna().sum()
     labels = f"{n.get(1,0)} methylated, {n.get(0,0)} unmethylated, {df.label.isna().sum()} without label"
     scans = ', '.join(f'{k} {v}' for k,v in has.items()) if has.any() else 'no scans'
     return f"{len(df)} patient{'s'*(len(df)!=1)}, {labels if n.sum() else 'none labelled'}; {scans}"
@@ -84,7 +86,8 @@ def _kinds_of_problems(report):
 
 def _say_cohort(df, labels):
     lines = [_counts(df)]
-    if report := df.attrs.get('report'): lines.append(_kinds_of_problems(report))
+    if report := df.attrs.get('report'):
+        lines.append(_kinds_of_problems(report))
     said = "; labels of column {1!r}, ids of {0!r}".format(*labels.columns) if labels.columns else ''
     print('\n'.join(lines)+said)
 
@@ -101,12 +104,16 @@ def _scanned(scans, labels, source, keep, report):
     "Rows of the patients that have folders"
     rows,seen = [],{}
     for patient,scan in scans.items():
-        key,row = id_key(patient),labels.of(patient, scan.session)
-        if key in seen: report.append(_same_patient(patient, seen[key]))
+        key = id_key(patient)
+        row = labels.of(patient, scan.session)
+        if key in seen:
+            report.append(_same_patient(patient, seen[key]))
         seen[key] = patient
-        if row is None and labels.known: report.append(_not_labelled(patient))
+        if row is None and labels.known:
+            report.append(_not_labelled(patient))
         new = _patient_row(patient, scan, row, source, report)
-        if keep or row is not None or any(s in new for s in SEQUENCES): rows.append(new)
+        if keep or row is not None or any(s in new for s in SEQUENCES):
+            rows.append(new)
     return rows
 
 def _same_patient(patient, other):
@@ -118,9 +125,11 @@ def _not_labelled(patient):
 
 def _not_scanned(scans, labels, source, pad, report):
     "Rows of the patients that only the label table knows"
-    met,rows = {*map(id_key, scans),*map(patient_key, scans)},[]
+    met = {*map(id_key, scans),*map(patient_key, scans)}
+    rows = []
     for k,r in labels.known.items():
-        if k in met or patient_key(r['patient']) in met: continue
+        if k in met or patient_key(r['patient']) in met:
+            continue
         patient = r['patient'].zfill(pad) if r['patient'].isdigit() else r['patient']
         report.append((patient, '', 'labelled, but has no folder', 'restore the scans, or ignore the label'))
         rows.append(dict(patient=patient, label=r['label'], source=source))
@@ -148,15 +157,18 @@ def _assemble(scans, table, source, report=(), keep=False, pad=0):
 
 # %% ../nbs/19_cohort.ipynb #88621f47
 def _visible_entries(folder):
-    with os.scandir(folder) as it: return sorted((e for e in it if not e.name.startswith('.')), key=lambda e: e.name)
+    with os.scandir(folder) as it:
+        return sorted((e for e in it if not e.name.startswith('.')), key=lambda e: e.name)
 
 def _subfolders(folder): return [Path(folder)/e.name for e in _visible_entries(folder) if e.is_dir()]
 
 def _folder(root):
     "`root` as a path, known to be a folder with something in it"
     root = Path(root)
-    if not root.is_dir(): raise CohortError(f"no folder at {root}: is the path right, and the archive unpacked?")
-    if not _visible_entries(root): raise CohortError(f"the folder {root} is empty: was the archive unpacked elsewhere?")
+    if not root.is_dir():
+        raise CohortError(f"no folder at {root}: is the path right, and the archive unpacked?")
+    if not _visible_entries(root):
+        raise CohortError(f"the folder {root} is empty: was the archive unpacked elsewhere?")
     return root
 
 # %% ../nbs/19_cohort.ipynb #75b16be8
@@ -168,8 +180,10 @@ def _under(placed, who, several):
 
 def _under_people(found, people):
     "Images under the patient whom a label table names for their id; where a patient has several, each is a session"
-    whose,ids = [entry_of(people, o.placed.patient, o.placed.session) for o in found],{}
-    for o,who in zip(found, whose): ids.setdefault(who, set()).add(o.placed.patient)
+    whose = [entry_of(people, o.placed.patient, o.placed.session) for o in found]
+    ids = {}
+    for o,who in zip(found, whose):
+        ids.setdefault(who, set()).add(o.placed.patient)
     return [o._replace(placed=_under(o.placed, who, len(ids[who])>1)) for o,who in zip(found, whose)]
 
 _FILLER = re.compile(r'anon|none|unk|unspec|de-?id|removed|n/?a$|patient|subject|test|[0x]+$', re.I)
@@ -179,8 +193,10 @@ def _folders_by_id(found, settled):
     res = {}
     for o in found:
         who = o.header.get('PatientID')
-        if o.placed.layout!='folder' or o.placed.patient in settled: continue
-        if who and not _FILLER.match(who): res.setdefault(who, {})[o.placed.patient] = True
+        if o.placed.layout!='folder' or o.placed.patient in settled:
+            continue
+        if who and not _FILLER.match(who):
+            res.setdefault(who, {})[o.placed.patient] = True
     return [list(o) for o in res.values()]
 
 def _stem(name): return re.sub(r'[-_ .][A-Za-z0-9]+$', '', name)
@@ -191,7 +207,8 @@ def _merged(found, settled=()):
     for names in of:
         stem = _stem(names[0])
         one = len(names)>1 and len(of)>1 and all(_stem(n)==stem for n in names)
-        if one: rename.update({n: (stem,n[len(stem)+1:]) for n in names})
+        if one:
+            rename.update({n: (stem,n[len(stem)+1:]) for n in names})
     def to(p):
         if p.patient not in rename: return p
         patient,session = rename[p.patient]
@@ -215,7 +232,8 @@ def _find_named(root, patients, table):
     ids = set() if table is None else {*map(id_key, table.patient), *map(patient_key, table.patient)}
     def known(name): return id_key(name) in ids or patient_key(name) in ids
     try: placed,left = place_images(root, images, patients, known)
-    except ArchiveError as e: raise CohortError(f'{root}: {e}') from None
+    except ArchiveError as e:
+        raise CohortError(f'{root}: {e}') from None
     people = people_of(table)
     found = _under_people([f for o in placed for f in name_image(o)], people)
     return NS(found=found if patients is not None else _merged(found, set(people.values())), left=left,
@@ -225,7 +243,8 @@ def _lost(here, whose, scans, name):
     "Problems of the folder that are no patient's"
     rows = []
     for parts,what,todo in here.odd:
-        if not parts or whose[parts] is not None or name(parts[0]) in scans: continue
+        if not parts or whose[parts] is not None or name(parts[0]) in scans:
+            continue
         rows.append(('', '', f'{what}: {"/".join(parts[:1])}', todo))
     if here.left:
         what = f'{len(here.left)} images below it belong to no patient'
@@ -238,26 +257,31 @@ def _scan(root, patients=None, table=None, choices=None, base=None):
     def name(folder): return people.get(id_key(folder), folder)
     here = _find_named(root, patients, table)
     chosen,report = _read_choices(choices, base, here.found)
-    by,whose = groupby(here.found, lambda o: o.placed.patient),{}
+    by = groupby(here.found, lambda o: o.placed.patient)
+    whose = {}
     for o in here.odd:
         whose[o[0]] = first(p.placed.patient for p in here.found if p.placed.image.parts[:1]==o[0][:1])
     scans = {}
     for p in uniqueify([*map(name, patients or ()), *by]):
-        mine,odd = by.get(p, []),[o for o in here.odd if o[0] and (name(o[0][0])==p or whose[o[0]]==p)]
+        mine = by.get(p, [])
+        odd = [o for o in here.odd if o[0] and (name(o[0][0])==p or whose[o[0]]==p)]
         scan = scans[p] = chosen[p] if p in chosen else choose_images(mine, odd)
         scan.table = _table_rows(base, mine, scan.paths, getattr(scan, 'index', {}), p)
         scan.source = None if patients is not None or not mine else mine[0].placed.layout
-    if not patients: report = report+_lost(here, whose, scans, name)
+    if not patients:
+        report = report+_lost(here, whose, scans, name)
     return NS(scans=scans, images=here.images, odd=here.odd, report=report)
 
 # %% ../nbs/19_cohort.ipynb #d5c969a4
 def _folder_cohort(root, labels, source, looked_for, layout=None, **kwargs):
     "Cohort of the folders in `root`, or of `root`; with `layout`, only if an image is named as that layout says"
     root = _folder(root)
-    choices,table = kwargs.pop('choices', None),_label_table(labels, **kwargs)
+    choices = kwargs.pop('choices', None)
+    table = _label_table(labels, **kwargs)
     s = _scan(root, table=table, choices=choices)
     fits = layout is None or any(o.source==layout for o in s.scans.values())
-    if not fits or not any(o.paths for o in s.scans.values()): raise CohortError(_no_scans_in(root, s, looked_for))
+    if not fits or not any(o.paths for o in s.scans.values()):
+        raise CohortError(_no_scans_in(root, s, looked_for))
     return _assemble(s.scans, table, source, s.report)
 
 def _why_none(s):
@@ -265,7 +289,8 @@ def _why_none(s):
     problems = [o for scan in s.scans.values() for o in scan.problems]
     why = uniqueify([f'{seq} {problem}'.strip() for seq,problem,_ in problems if problem!='missing'])
     packed = sum(o[1]=='a packed archive' for o in s.odd)
-    if packed: why = [f'{packed} packed archives: unpack them first', *why]
+    if packed:
+        why = [f'{packed} packed archives: unpack them first', *why]
     if why or all(o.parts for o in s.images): return why
     return ['files, but no folders: if they are the slices of one series, give the folder above, and name this'
         ' one after its sequence']
@@ -299,7 +324,9 @@ def _read_choices(choices, root, found):
     if lack:
         raise CohortError(f"a table of choices has columns patient, sequence, use and path; {', '.join(lack)} is"
             f" missing")
-    at,res,report = {os.path.relpath(o.placed.image.path, root): o for o in found},{},[]
+    at = {os.path.relpath(o.placed.image.path, root): o for o in found}
+    res = {}
+    report = []
     for patient,rows in df.groupby('patient'):
         used = [r for r in rows.to_dict('records') if str(r['use']).strip().lower() in _YES]
         res[str(patient)] = _one_choice(str(patient), used, at, report)
@@ -309,7 +336,8 @@ def _check_choice(patient, seq, paths):
     if seq not in SEQUENCES:
         raise CohortError(f"the table of choices uses an image of {patient} as {seq!r}: use one of"
             f" {', '.join(SEQUENCES)}")
-    if seq in paths: raise CohortError(f"the table of choices uses two images of {patient} as {seq}: leave one")
+    if seq in paths:
+        raise CohortError(f"the table of choices uses two images of {patient} as {seq}: leave one")
 
 def _cell(r, k):
     "A cell of a row; `None` where it is missing or blank"
@@ -326,14 +354,16 @@ def _one_choice(patient, used, at, report):
     "Paths, indices and session of the images that are used of one patient"
     paths,index,sessions,problems = {},{},set(),[]
     for r in used:
-        o,seq = at.get(str(r['path'])),str(r['sequence']).strip()
+        o = at.get(str(r['path']))
+        seq = str(r['sequence']).strip()
         if o is None:
             report.append((patient, '', 'an image of the table of choices is not there', 'correct its path'))
             continue
         _check_choice(patient, seq, paths)
         paths[seq] = o.placed.image.path
         sessions.add(r.get('session') if pd.notna(r.get('session')) else None)
-        if _cell(r, 'index') is not None: index[seq] = _whole_number(r['index'], patient, seq)
+        if _cell(r, 'index') is not None:
+            index[seq] = _whole_number(r['index'], patient, seq)
     if len(sessions)>1:
         problems.append(('', 'the choices mix sessions: none is taken', 'choose images of one session'))
         paths = {}
@@ -371,17 +401,21 @@ def kaggle_cohort(
     Raises `CohortError` if there are neither scans nor labels, or if `train` has no label table."""
     root = Path(root)
     _check_split(split)
-    if root.is_file(): root,labels = root.parent, root if labels is None else labels
+    if root.is_file():
+        root,labels = root.parent, root if labels is None else labels
     _folder(root)
     patients = [p.name for p in _subfolders(root/split)] if (root/split).is_dir() else []
     if labels is None and split=='train':
         labels = root/'train_labels.csv'
-        if not labels.is_file(): raise CohortError(_no_labels(root))
+        if not labels.is_file():
+            raise CohortError(_no_labels(root))
     table = _label_table(labels, id_col, label_col, patient_col)
     scans = _scan(root/split, patients, table, choices, base=root).scans if patients else {}
     if split=='test' and (root/'sample_submission.csv').is_file():
-        for o in set(read_ids(root/'sample_submission.csv')) - set(scans): scans[o] = _submitted()
-    if not scans and table is None: raise CohortError(_no_patients_in(root, split))
+        for o in set(read_ids(root/'sample_submission.csv')) - set(scans):
+            scans[o] = _submitted()
+    if not scans and table is None:
+        raise CohortError(_no_patients_in(root, split))
     return _assemble(scans, table, f'kaggle/{split}', keep=True, pad=5)
 
 # %% ../nbs/19_cohort.ipynb #f432805b
@@ -440,18 +474,25 @@ def tcga_cohort(
 
     Source: the published table is that of Ceccarelli et al. 2016.
     Raises `CohortError` if there are neither scans nor labels, or none of the study asked for."""
-    if study not in ('GBM','LGG',None): raise CohortError(f"study must be 'GBM', 'LGG' or None; received {study!r}")
-    if root is None and labels is None: raise CohortError("tcga_cohort needs a folder, a label table, or both")
+    if study not in ('GBM','LGG',None):
+        raise CohortError(f"study must be 'GBM', 'LGG' or None; received {study!r}")
+    if root is None and labels is None:
+        raise CohortError("tcga_cohort needs a folder, a label table, or both")
     table = _label_table(labels, id_col, label_col, patient_col)
     found = NS(scans={}, report=[]) if root is None else _scan(_folder(root), table=table, choices=choices)
-    scans,report,studies = found.scans,found.report,_studies(table)
-    if root is not None and not any(o.paths for o in scans.values()): raise CohortError(_no_tcga(root))
+    scans = found.scans
+    report = found.report
+    studies = _studies(table)
+    if root is not None and not any(o.paths for o in scans.values()):
+        raise CohortError(_no_tcga(root))
     if studies is not None:
-        other,whose = _other_study(studies, study),_patients_of(table)
+        other = _other_study(studies, study)
+        whose = _patients_of(table)
         report = report+_left_out(scans or uniqueify(whose), studies, other, study)
         table = table[[id_key(p) not in other for p in whose]]
         scans = {p:o for p,o in scans.items() if id_key(p) not in other}
-        if (root is not None and not scans) or table.empty: raise CohortError(_none_of(study, report))
+        if (root is not None and not scans) or table.empty:
+            raise CohortError(_none_of(study, report))
     df = _assemble(scans, table, 'tcga', report=report, keep=root is None)
     if not studies: return df
     return df.assign(study=df.patient.map(lambda p: studies.get(id_key(p))).astype('string'))
@@ -466,14 +507,16 @@ def _bad_pattern(pattern):
 def _regex_of(part, before):
     "A part of a pattern as a regular expression; a name that stands `before` must be the same again"
     if part=='*': return '[^/]*'
-    if part not in ('{patient}','{sequence}'): return re.escape(part)
+    if part not in ('{patient}','{sequence}'):
+        return re.escape(part)
     name = part[1:-1]
     return f'(?P={name})' if f'<{name}>' in before else f'(?P<{name}>[^/]+)'
 
 def _pattern(pattern):
     "The pattern as a glob and as a regular expression"
     rest = ''.join(re.split(_HOLES, pattern)[::2])
-    if '{patient}' not in pattern or '**' in pattern or '{' in rest or '}' in rest: raise _bad_pattern(pattern)
+    if '{patient}' not in pattern or '**' in pattern or '{' in rest or '}' in rest:
+        raise _bad_pattern(pattern)
     as_glob,as_regex = '',''
     for o in re.split(_HOLES, pattern):
         as_glob += '*' if re.fullmatch(_HOLES, o) else glob.escape(o)
@@ -483,14 +526,18 @@ def _pattern(pattern):
 # %% ../nbs/19_cohort.ipynb #d438cecc
 def _given_images(path, seq, patient):
     "The images at a path that a pattern names as sequence `seq`, and problems; the header may only object"
-    if not path.is_dir(): images = [NS(path=str(path), kind='nifti', parts=(path.name,))]
-    else: images,_ = find_images(path)
+    if not path.is_dir():
+        images = [NS(path=str(path), kind='nifti', parts=(path.name,))]
+    else:
+        images,_ = find_images(path)
     res = []
     for o in images:
         f = name_image(Placed(patient, None, 'pattern', (seq,), o))[0]
         says = header_testimony(f.header)
-        if seq in says.can: verdict = Verdict(seq, 'name', '')
-        else: verdict = Verdict(None, None, f'called {seq}, but {says.why}')
+        if seq in says.can:
+            verdict = Verdict(seq, 'name', '')
+        else:
+            verdict = Verdict(None, None, f'called {seq}, but {says.why}')
         res.append(f._replace(verdict=verdict))
     return res,[] if images else [(seq, 'its folder holds no DICOM or NIfTI file', 'restore the files')]
 
@@ -507,7 +554,8 @@ def _matches(root, as_glob, as_regex):
     "Paths that match a pattern, with the patient and, where it has one, the sequence's name"
     for p in sorted(root.glob(as_glob)):
         m = as_regex.fullmatch(p.relative_to(root).as_posix())
-        if m and not p.name.startswith('.'): yield p,m['patient'],m.groupdict().get('sequence')
+        if m and not p.name.startswith('.'):
+            yield p,m['patient'],m.groupdict().get('sequence')
 
 def _no_match(root, pattern, names):
     here = sorted(names)
@@ -515,7 +563,8 @@ def _no_match(root, pattern, names):
     return CohortError(f"nothing in {root} matches {pattern!r} with a sequence that is known{hint}")
 
 def _unknown_names(names):
-    what,todo = 'images are called so, which is no known sequence: left out','nothing, or name it in `sequences`'
+    what = 'images are called so, which is no known sequence: left out'
+    todo = 'nothing, or name it in `sequences`'
     return [('', k, f'{n} {what}', todo) for k,n in names.items() if n]
 
 # %% ../nbs/19_cohort.ipynb #c52ae1a2
@@ -548,7 +597,8 @@ def nifti_cohort(
     whose = {k: people.get(id_key(k), k) for k in found}
     by = groupby(_under_people(sum(found.values(), []), people), lambda o: o.placed.patient)
     scans = {p: choose_images(by.get(p, []), [], expect) for p in uniqueify(whose.values())}
-    for k,v in problems.items(): scans[whose[k]].problems += v
+    for k,v in problems.items():
+        scans[whose[k]].problems += v
     return _assemble(scans, table, source, report=_unknown_names(names))
 
 # %% ../nbs/19_cohort.ipynb #323c8d56
@@ -584,11 +634,14 @@ def find_cohort(
     Raises `CohortError` if nothing can be told apart, or if two layouts explain the same folders."""
     root = Path(root)
     how = dict(id_col=id_col, label_col=label_col, patient_col=patient_col, choices=choices)
-    if root.is_file() and root.suffix.lower() in ('.csv','.tsv'): return kaggle_cohort(root, labels=labels, **how)
-    if root.is_file(): raise CohortError(f"{root} is a file: give the folder that holds the patient's sequences")
+    if root.is_file() and root.suffix.lower() in ('.csv','.tsv'):
+        return kaggle_cohort(root, labels=labels, **how)
+    if root.is_file():
+        raise CohortError(f"{root} is a file: give the folder that holds the patient's sequences")
     _folder(root)
     root,split = _root_and_split(root, split)
-    if not _is_competition(root): return _folder_cohort(root, labels, 'folder', _LOOKED_FOR, **how)
+    if not _is_competition(root):
+        return _folder_cohort(root, labels, 'folder', _LOOKED_FOR, **how)
     split = split or ('train' if (root/'train').is_dir() or not (root/'test').is_dir() else 'test')
     own = labels is not None or (root/'train_labels.csv').is_file()
     return kaggle_cohort(root, split, labels if own else False, **how)
@@ -600,7 +653,8 @@ def drop_patients(
 ) -> pd.DataFrame: # The others; ids that were not found are in its report
     "Leave patients out, whichever way their ids are padded."
     ids = read_ids(ids) if isinstance(ids, (str,Path)) else list(ids)
-    out,have = set(map(id_key, ids)), set(cohort.patient.map(id_key))
+    out = set(map(id_key, ids))
+    have = set(cohort.patient.map(id_key))
     missed = [str(o) for o in ids if id_key(o) not in have]
     rows = [(o, '', 'to be left out, but not in the cohort', 'nothing, or check the id') for o in missed]
     return add_to_report(cohort[~cohort.patient.map(id_key).isin(out)].reset_index(drop=True), rows)

@@ -54,8 +54,10 @@ class on_card:
         if interpreted(): return self.jit[grid](*args)
         key = self._key(args)
         known = self.compiled.get(key)
-        if known is None: self.compiled[key] = self.jit[grid](*args)
-        else: known[(*grid,1,1)[:3]](*args)
+        if known is None:
+            self.compiled[key] = self.jit[grid](*args)
+        else:
+            known[(*grid,1,1)[:3]](*args)
 
     def _first(self, args):
         "Learn from the first call which arguments are numbers; of these the channels alone are compiled in"
@@ -83,11 +85,13 @@ def card_compiles(
 ) -> bool: # Do kernels compile and run there?
     "Whether a card runs kernels; prints why where it does not."
     try:
-        if triton is None: raise ImportError('Triton is not installed')
+        if triton is None:
+            raise ImportError('Triton is not installed')
         with torch.cuda.device(i):
             x = torch.zeros(8, device='cuda')
             _ones[1,](x, 8, 8)
-            if not (x==1).all(): raise RuntimeError('a kernel gave wrong numbers')
+            if not (x==1).all():
+                raise RuntimeError('a kernel gave wrong numbers')
     except Exception as e: # a compiler, a driver or Triton may fail in any way
         print(_no_kernels(torch.cuda.get_device_name(i), e))
         return False

@@ -36,11 +36,13 @@ def confirm_pairs(
 ) -> dict: # For each key: `ncc`, `nmi`, `overlap`, `flipped`, `score`, `matrix`
     "Register pairs of small copies; what a fixed brain needs is computed once for all its pairs."
     groups = {}
-    for key,A,i,B,j in jobs: groups.setdefault((id(A),i), []).append((key,A,i,B,j))
+    for key,A,i,B,j in jobs:
+        groups.setdefault((id(A),i), []).append((key,A,i,B,j))
     parts = [o[k:k+most] for o in groups.values() for k in range(0, len(o), most)]
     done = in_parallel(_confirm, map(_pictures, parts), len(parts), n_workers, progress)
     res = {}
-    for part,results in zip(parts, done): res.update(zip([o[0] for o in part], results))
+    for part,results in zip(parts, done):
+        res.update(zip([o[0] for o in part], results))
     return res
 
 def _pictures(part):
@@ -159,10 +161,12 @@ def plot_null(
     title:str='', # Of the axes
 ): # The axes
     "Draw the null distribution, the thresholds, and where planted copies lie."
-    if ax is None: ax = plt.subplots(figsize=(5,2.6), layout='constrained')[1]
+    if ax is None:
+        ax = plt.subplots(figsize=(5,2.6), layout='constrained')[1]
     bins = np.linspace(0, 1, 81)
     ax.hist(null.scores, bins, color='.6', label=f'{len(null.scores)} pairs known to differ')
-    if len(hits): ax.hist(list(hits), bins, color='C2', alpha=.8, label=f'{len(hits)} planted copies')
+    if len(hits):
+        ax.hist(list(hits), bins, color='C2', alpha=.8, label=f'{len(hits)} planted copies')
     by = '' if null.source==Null.source else f', by {null.source}'
     ax.axvline(same, color='C3', label=f'same from {same:.2f}{by}')
     ax.axvline(doubt, color='C1', ls='--', label=f'uncertain from {doubt:.2f}')

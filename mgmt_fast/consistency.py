@@ -42,7 +42,8 @@ def expected_ci(
     It holds the true AUCs that give `auc` with reasonable probability. Source: Newcombe 2006, method 5.
     Raises `MGMTError` on arguments out of range."""
     possible = 0<=auc<=1 and 0<share<1
-    if not (possible and n*min(share,1-share)>=2): raise _no_interval(auc, n, share)
+    if not (possible and n*min(share,1-share)>=2):
+        raise _no_interval(auc, n, share)
     z,ones,zeros = norm.ppf(.5+level/2),n*share,n*(1-share)
     def far(t): return abs(auc-t)-z*auc_se(t, ones, zeros)
     tiny = 1e-9 # at 0 and 1 an AUC has no spread, so a root lies there too, which is none of the interval's
@@ -64,7 +65,8 @@ def patients_needed(
     """How many patients it takes to tell an AUC from chance.
 
     Source: Hanley and McNeil 1982, with `auc_se`. Raises `MGMTError` on arguments out of range."""
-    if not (.5<auc<1 and 0<power<1 and 0<alpha<1 and 0<share<1): raise _no_power(auc, power, alpha, share)
+    if not (.5<auc<1 and 0<power<1 and 0<alpha<1 and 0<share<1):
+        raise _no_power(auc, power, alpha, share)
     def se(t, n): return auc_se(t, n*share, n*(1-share))
     def short(n):
         needed = norm.isf(alpha/2)*se(.5, n) + norm.ppf(power)*se(auc, n)
@@ -117,7 +119,8 @@ def as_numbers(
 ) -> np.ndarray: # float64, one axis
     "Bring a column to floats. Raises `MGMTError` if it holds none."
     try: return np.asarray(x, dtype=float).ravel()
-    except (TypeError,ValueError): raise _no_numbers(x, what) from None
+    except (TypeError,ValueError):
+        raise _no_numbers(x, what) from None
 
 def _no_numbers(x, what):
     return MGMTError(f"{what} must be numbers; received {np.asarray(x).dtype}: is it the right column?")
@@ -140,7 +143,8 @@ def _one_per_row(t):
         named = [i for i,names in enumerate(levels) if names&set(_figures)]
         others = [i for i in range(len(levels)) if i not in named[:1]]
         if named: t = t.stack(others)
-    if not isinstance(t.index, pd.RangeIndex): t = t.reset_index()
+    if not isinstance(t.index, pd.RangeIndex):
+        t = t.reset_index()
     loss = {'log_loss':'loss', 'log loss':'loss'}
     def figure(c): return loss.get(str(c).lower(), str(c).lower())
     return t.rename(columns={c: figure(c) for c in t})
@@ -148,10 +152,12 @@ def _one_per_row(t):
 def _as_shares(t):
     "Figures as numbers, per cent as shares"
     seen = [o for o in _figures if o in t]
-    if not seen: raise MGMTError(f"a table to check has columns of {', '.join(_figures)}; received {list(t.columns)}")
+    if not seen:
+        raise MGMTError(f"a table to check has columns of {', '.join(_figures)}; received {list(t.columns)}")
     for o in seen: t[o] = as_numbers(t[o], o)
     for o in seen:
-        if o!='loss' and t[o].median()>2: t[o] = (t[o]/100).round(12)
+        if o!='loss' and t[o].median()>2:
+            t[o] = (t[o]/100).round(12)
     return t
 
 def _tidy(table, minority, threshold):
@@ -159,9 +165,12 @@ def _tidy(table, minority, threshold):
     t = _as_shares(_one_per_row(pd.DataFrame(table)))
     rest = [o for o in t if o not in (*_figures,*_about,'interval')]
     names = [o for o in rest if not pd.api.types.is_numeric_dtype(t[o])]
-    if names: t['where'] = t[names].astype(str).agg(', '.join, axis=1)
-    else: t['where'] = [f'row {i}' for i in range(len(t))]
-    if isinstance(minority, dict): t['minority'] = t['set'].map(minority)
+    if names:
+        t['where'] = t[names].astype(str).agg(', '.join, axis=1)
+    else:
+        t['where'] = [f'row {i}' for i in range(len(t))]
+    if isinstance(minority, dict):
+        t['minority'] = t['set'].map(minority)
     elif minority is not None: t['minority'] = minority
     t = t.reindex(columns=uniqueify([*names,'where',*_figures,*_about]))
     t = t.fillna(dict(runs=1, thresholds=1, threshold=threshold))
@@ -177,15 +186,20 @@ def _ranges(r):
     "Figures that do not exist"
     for o in _figures:
         above = o!='loss' and r[o]>1
-        if r[o]<0 or above: yield 'range','impossible',f"{o} {r[o]:g}: no such figure exists"
+        if r[o]<0 or above:
+            yield 'range','impossible',f"{o} {r[o]:g}: no such figure exists"
 
 def _auc_and_sensitivity(r):
     "One threshold's sensitivity and specificity against the AUC"
-    s,c,auc,averaged = r.sensitivity,r.specificity,r.auc,r.runs>1
+    s = r.sensitivity
+    c = r.specificity
+    auc = r.auc
+    averaged = r.runs>1
     hs,hc,u = _half_unit(s),_half_unit(c),_half_unit(auc)
     lo,_ = auc_bounds(max(0,s-hs), max(0,c-hc), averaged)
     _,hi = auc_bounds(min(1,s+hs), min(1,c+hc), averaged)
-    if auc+u<lo or auc-u>hi: yield 'auc and sensitivity','impossible',_left_for_auc(s, c, lo, hi, auc)
+    if auc+u<lo or auc-u>hi:
+        yield 'auc and sensitivity','impossible',_left_for_auc(s, c, lo, hi, auc)
 
 def _left_for_auc(s, c, lo, hi, auc):
     limits = f"{lo:.4f} to {hi:.4f} for the AUC, whatever the scores"
@@ -202,20 +216,28 @@ def _auc_and_accuracy(r):
     need = f"accuracy {a:g} with AUC {auc:g} needs a minority share of at most {limit:.2%}, whatever the scores"
     few = f"{need}; {n:.0f} patients of both classes have at least {1/n:.2%}"
     what = 'auc and accuracy'
-    if share-_half_unit(share)>limit: yield what,'impossible',f"{need}; it is {share:.2%}"
+    if share-_half_unit(share)>limit:
+        yield what,'impossible',f"{need}; it is {share:.2%}"
     elif n*limit<1: yield what,'impossible',few
-    elif np.isnan(share) and limit<.5: yield what,'condition',need
+    elif np.isnan(share) and limit<.5:
+        yield what,'condition',need
 
 def _accuracy_and_sensitivity(r):
     "The accuracy as a mean of sensitivity and specificity, however the patients were called"
-    a,s,c,share = r.accuracy,r.sensitivity,r.specificity,r.minority
+    a = r.accuracy
+    s = r.sensitivity
+    c = r.specificity
+    share = r.minority
     tol = _half_unit(a)+max(_half_unit(s), _half_unit(c))
     gap = min(abs(o-a) for o in _mean_rates(s, c, share))
     apart,what = abs(s-c),'accuracy and sensitivity'
     below,above = a<min(s,c)-tol,a>max(s,c)+tol
-    if below or above: yield what,'impossible',_outside(a, s, c)
-    elif gap>tol+_half_unit(share)*apart: yield what,'impossible',_no_mean(a, s, c, share)
-    elif np.isnan(share) and apart>10*tol: yield what,'condition',_needed_share(a, s, c)
+    if below or above:
+        yield what,'impossible',_outside(a, s, c)
+    elif gap>tol+_half_unit(share)*apart:
+        yield what,'impossible',_no_mean(a, s, c, share)
+    elif np.isnan(share) and apart>10*tol:
+        yield what,'condition',_needed_share(a, s, c)
 
 def _mean_rates(s, c, share):
     "The accuracies that the two rates make if the minority is the methylated, or the unmethylated"
@@ -236,14 +258,20 @@ def _needed_share(a, s, c):
 # %% ../nbs/50_consistency.ipynb #99e24ce9
 def _loss_and_accuracy(r):
     "The log loss against the errors, at the threshold farthest from .5"
-    a,loss,n,what = r.accuracy,r.loss,r.n,'loss and accuracy'
+    a = r.accuracy
+    loss = r.loss
+    n = r.n
+    what = 'loss and accuracy'
     ha,hl = _half_unit(a),_half_unit(loss)
     low,_ = loss_bounds(min(1,a+ha), r.threshold)
     _,high = loss_bounds(1., r.threshold)
     much,no_error = loss-hl>high,n*(1-a+ha)<1
-    if loss+hl<low: yield what,'impossible',_too_low(1-a, low, loss)
-    if much and no_error: yield what,'impossible',_too_high(high, loss)
-    elif much and np.isnan(n) and a==1: yield what,'condition',_hidden_error(loss, ha)
+    if loss+hl<low:
+        yield what,'impossible',_too_low(1-a, low, loss)
+    if much and no_error:
+        yield what,'impossible',_too_high(high, loss)
+    elif much and np.isnan(n) and a==1:
+        yield what,'condition',_hidden_error(loss, ha)
 
 def _too_low(errors, low, loss):
     return f"{errors:.2%} errors cost a log loss of at least {low:.4f}, whatever the probabilities; it says {loss:g}"
@@ -273,7 +301,8 @@ def _equal_rows(t):
     figures = list(_figures)
     stated = t[figures].notna().sum(axis=1)
     for k,g in t[stated>=2].groupby(figures, dropna=False, sort=False):
-        if len(g)>1: yield ' = '.join(g['where']),'equal rows','suspect',_equal_figures(k)
+        if len(g)>1:
+            yield ' = '.join(g['where']),'equal rows','suspect',_equal_figures(k)
 
 def _equal_figures(values):
     stated = [(o,v) for o,v in zip(_figures, values) if not np.isnan(v)]
@@ -325,6 +354,7 @@ def check_consistency(
     Raises `MGMTError` on a table without any of the figures, or a minority of more than half."""
     t,names = _tidy(table, minority, threshold)
     rows = []
-    for _,r in t.iterrows(): rows += [(r['where'],*o) for o in _row_findings(r)]
+    for _,r in t.iterrows():
+        rows += [(r['where'],*o) for o in _row_findings(r)]
     rows += [*_equal_rows(t), *_external_above(t, names, gap)]
     return pd.DataFrame(rows, columns=['where','check','verdict','finding'])

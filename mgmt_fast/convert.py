@@ -43,9 +43,12 @@ class GlobalPool3d(nn.Module):
         x:torch.Tensor, # (B,C,D,H,W)
     ) -> torch.Tensor: # (B,C) or (B,C,1,1,1); twice the channels for `'catavgmax'`
         dims,keep = (2,3,4),not self.flatten
-        if self.kind=='avg': return x.mean(dims, keepdim=keep)
-        if self.kind=='max': return x.amax(dims, keepdim=keep)
-        avg,mx = x.mean(dims, keepdim=keep),x.amax(dims, keepdim=keep)
+        if self.kind=='avg':
+            return x.mean(dims, keepdim=keep)
+        if self.kind=='max':
+            return x.amax(dims, keepdim=keep)
+        avg = x.mean(dims, keepdim=keep)
+        mx = x.amax(dims, keepdim=keep)
         return torch.cat([avg,mx], 1) if self.kind=='catavgmax' else .5*(avg+mx)
 
 # %% ../nbs/42_convert.ipynb #02bba150
@@ -72,7 +75,8 @@ class _SqueezeExcite3d(eb.SqueezeExcite):
 
 def _excite(se, conv, x):
     "`conv(se(x))`"
-    if isinstance(se, _SqueezeExcite3d) and route(x)=='cpu': return scaled_conv(conv, x, se.scale(x))
+    if isinstance(se, _SqueezeExcite3d) and route(x)=='cpu':
+        return scaled_conv(conv, x, se.scale(x))
     return conv(se(x))
 
 def _mean(x):
@@ -145,7 +149,8 @@ def _dropped_act(norm, drop, act, x):
 def _residual(block, norm, act, y, x):
     "The end of a residual block of ResNet"
     shortcut = x if block.downsample is None else block.downsample(x)
-    if block.se is None and block.drop_path is None: return norm_act(norm, act, y, shortcut)
+    if block.se is None and block.drop_path is None:
+        return norm_act(norm, act, y, shortcut)
     y = norm(y)
     if block.se is not None: y = block.se(y)
     if block.drop_path is not None: y = block.drop_path(y)
@@ -161,20 +166,24 @@ class _ConvNeXtBlock3d(convnext.ConvNeXtBlock):
     def forward(self, x):
         y = self.conv_dw(x)
         if self.use_conv_mlp: y = self.mlp(self.norm(y))
-        else: y = self.mlp(self.norm(y.permute(0,2,3,4,1))).permute(0,4,1,2,3)
-        if self.gamma is not None: y = y*self.gamma.view(-1,1,1,1)
+        else:
+            y = self.mlp(self.norm(y.permute(0,2,3,4,1))).permute(0,4,1,2,3)
+        if self.gamma is not None:
+            y = y*self.gamma.view(-1,1,1,1)
         return self.drop_path(y) + self.shortcut(x)
 
 class _MetaNeXtBlock3d(inception_next.MetaNeXtBlock):
     def forward(self, x):
         y = self.mlp(self.norm(self.token_mixer(x)))
-        if self.gamma is not None: y = y*self.gamma.view(-1,1,1,1)
+        if self.gamma is not None:
+            y = y*self.gamma.view(-1,1,1,1)
         return self.drop_path(y) + x
 
 class _RDNetBlock3d(rdnet.DenseBlock):
     def forward(self, x):
         y = self.layers(torch.cat(x, 1))
-        if self.gamma is not None: y = y*self.gamma.view(-1,1,1,1)
+        if self.gamma is not None:
+            y = y*self.gamma.view(-1,1,1,1)
         return F.dropout(self.drop_path(y), self.drop_rate, self.training)
 
 class _RepVit3d(repvit.RepVit):
@@ -274,15 +283,18 @@ def _two(x): return (x,x) if isinstance(x, int) else tuple(x)
 def _padding(m):
     "Zeros before and behind a convolution's input, or an error"
     if m.padding=='valid': return 0,0
-    if m.padding_mode!='zeros' or m.padding=='same' and not all(k%2 for k in m.kernel_size): raise _odd_padding(m)
-    if m.padding=='same': return tuple(d*(k//2) for d,k in zip(m.dilation, m.kernel_size))
+    if m.padding_mode!='zeros' or m.padding=='same' and not all(k%2 for k in m.kernel_size):
+        raise _odd_padding(m)
+    if m.padding=='same':
+        return tuple(d*(k//2) for d,k in zip(m.dilation, m.kernel_size))
     return _two(m.padding)
 
 def _conv(m, plan):
     k,s,d = map(_two, (m.kernel_size,m.stride,m.dilation))
     p = _padding(m)
     kd = k[0] if k[0]==k[1] and plan.mode!='slice' else 1
-    pd,same = p[0] if kd>1 else 0,isinstance(m, tl.Conv2dSame)
+    pd = p[0] if kd>1 else 0
+    same = isinstance(m, tl.Conv2dSame)
     args = ((kd,*k), (plan.stride(m, s[0]),*s), (d[0],*d), m.groups, m.bias is not None, (pd,*p), same)
     return InflatedConv3d(m.in_channels, m.out_channels, *args, plan.depth_padding)
 
@@ -301,7 +313,8 @@ def _pool(kind):
         if plan.mode=='slice': k,p = 1,0
         same = type(m) in (pool2d_same.MaxPool2dSame,pool2d_same.AvgPool2dSame)
         padding = 'replicate' if kind=='max' else plan.depth_padding
-        dilation,ceil = _one(getattr(m, 'dilation', 1)),getattr(m, 'ceil_mode', False)
+        dilation = _one(getattr(m, 'dilation', 1))
+        ceil = getattr(m, 'ceil_mode', False)
         return InflatedPool3d(m, kind, k, plan.stride(m, s), dilation, p, same, padding, ceil)
     return convert
 
@@ -309,9 +322,12 @@ def _global(kind):
     "How to convert a pool over the whole plane"
     def convert(m, plan):
         size = _two(getattr(m, 'output_size', 1))
-        if size==(1,1): return GlobalPool3d(kind, bool(getattr(m, 'flatten', False)))
-        if kind=='avg': return nn.AdaptiveAvgPool3d((1,*size)) # a classifier for places of the plane follows
-        if kind=='max': return nn.AdaptiveMaxPool3d((1,*size))
+        if size==(1,1):
+            return GlobalPool3d(kind, bool(getattr(m, 'flatten', False)))
+        if kind=='avg':
+            return nn.AdaptiveAvgPool3d((1,*size)) # a classifier for places of the plane follows
+        if kind=='max':
+            return nn.AdaptiveMaxPool3d((1,*size))
         raise MGMTError(f"cannot inflate {type(m).__name__} with output_size={size}: only 1")
     return convert
 
@@ -326,7 +342,8 @@ def _dropout(m, plan): return nn.Dropout3d(m.p, m.inplace)
 
 def _upsample(m, plan):
     s = m.scale_factor
-    if m.mode!='nearest' or s is None or s!=int(s): raise _odd_upsampling(m)
+    if m.mode!='nearest' or s is None or s!=int(s):
+        raise _odd_upsampling(m)
     return nn.Upsample(scale_factor=(plan.growth(m, int(s)),s,s), mode='nearest')
 
 def _odd_upsampling(m):
@@ -349,7 +366,8 @@ _permutations = {(0,2,3,1):[0,2,3,4,1], (0,3,1,2):[0,4,1,2,3]}
 
 def _permute(m, plan):
     dims = _permutations.get(tuple(m.dims))
-    if dims is None: raise MGMTError(f"cannot inflate Permute{tuple(m.dims)}: only channels last, and back")
+    if dims is None:
+        raise MGMTError(f"cannot inflate Permute{tuple(m.dims)}: only channels last, and back")
     return Permute(dims)
 
 # %% ../nbs/42_convert.ipynb #0b6655ed
@@ -398,7 +416,8 @@ def is_known(
 ) -> bool: # Does this page know what the module does?
     "Whether a module's conversion is known to be right; the children of a module are asked on their own."
     kind = type(module)
-    if kind in _counterparts or kind in _staying_2d or isinstance(module, _same_in_3d): return True
+    if kind in _counterparts or kind in _staying_2d or isinstance(module, _same_in_3d):
+        return True
     return kind.__module__ in _files
 
 def converted_whole(
@@ -416,19 +435,24 @@ def plane_reductions(
 ) -> dict: # Module with a stride -> how many times smaller its input is than the image; None -> the most
     "By how much the plane is reduced before each strided module, in powers of two. Raises `MGMTError` if nothing runs."
     _refuse_transformer(model2d)
-    meta,res = copy.deepcopy(model2d).to('meta').eval(),{None:1}
+    meta = copy.deepcopy(model2d).to('meta').eval()
+    res = {None:1}
     def power(x):
-        if not torch.is_tensor(x) or x.ndim!=4 or x.shape[-1]<=1: return 1
+        if not torch.is_tensor(x) or x.ndim!=4 or x.shape[-1]<=1:
+            return 1
         return 2**round(math.log2(size/x.shape[-1]))
     def note(m):
         def hook(_, i, o): res.update({m:power(i[0]), None:max(res[None], power(o))})
         return hook
     for a,b in zip(meta.modules(), model2d.modules()):
-        if hasattr(a, 'stride') or isinstance(a, nn.Upsample): a.register_forward_hook(note(b))
+        if hasattr(a, 'stride') or isinstance(a, nn.Upsample):
+            a.register_forward_hook(note(b))
     try:
-        with torch.no_grad(): meta(torch.empty(1, in_chans, size, size, device='meta'))
+        with torch.no_grad():
+            meta(torch.empty(1, in_chans, size, size, device='meta'))
     except (RuntimeError, AssertionError) as e: # a classifier for one image size, after all convolutions, does no harm
-        if len(res)==1: raise _cannot_run(model2d, in_chans, size, e) from e
+        if len(res)==1:
+            raise _cannot_run(model2d, in_chans, size, e) from e
     return res
 
 _positions = ('pos_embed','pos_embedding','position_embedding','position_embeddings','absolute_pos_embed',
@@ -454,9 +478,11 @@ def first_convolution(
 ) -> nn.Conv2d: # The one that sees the image
     "A 2D network's first convolution. Raises `MGMTError` if there is none, or it cannot take so many channels."
     stem = first(m for m in model2d.modules() if isinstance(m, nn.Conv2d))
-    if stem is None: raise MGMTError(f"{type(model2d).__name__} has no 2D convolution to inflate: is it 3D already?")
+    if stem is None:
+        raise MGMTError(f"{type(model2d).__name__} has no 2D convolution to inflate: is it 3D already?")
     rgb = stem.in_channels
-    if not in_chans or in_chans==rgb or rgb==3 and stem.groups==1: return stem
+    if not in_chans or in_chans==rgb or rgb==3 and stem.groups==1:
+        return stem
     has = f"this one has {rgb}, groups={stem.groups}, in_chans={in_chans} is asked for"
     raise MGMTError(f"only a first convolution of 3 channels can be adapted to others; {has}")
 
@@ -470,7 +496,8 @@ def convert_modules(
 ) -> nn.Module: # 3D network without weights; `.depth_stride` says by how much D is divided
     "Replace every module by its 3D counterpart. Raises `MGMTError` that names a module without one."
     stem = first_convolution(model2d, in_chans)
-    reduction,m3 = plane_reductions(model2d, stem.in_channels),copy.deepcopy(model2d)
+    reduction = plane_reductions(model2d, stem.in_channels)
+    m3 = copy.deepcopy(model2d)
     twin = dict(zip(model2d.modules(), m3.modules()))
     twin[stem].in_channels = in_chans
     plan = _Plan(mode, depth_padding, anisotropic, {twin[m]:r for m,r in reduction.items() if m})
@@ -483,10 +510,14 @@ def _convert(m, plan, done, name=''):
     "The counterpart of a module, its children first; a module that is used twice stays one"
     if m in done: return done[m]
     old = m
-    if type(m) in _staying_2d: return _recast(_staying_2d[type(m)])(m, plan)
-    for n,c in list(m.named_children()): setattr(m, n, _convert(c, plan, done, f'{name}.{n}'.lstrip('.')))
-    if type(m) in _counterparts: m = _counterparts[type(m)](m, plan)
-    elif not (is_known(m) or any(True for _ in m.children())): raise _no_counterpart(m, name)
+    if type(m) in _staying_2d:
+        return _recast(_staying_2d[type(m)])(m, plan)
+    for n,c in list(m.named_children()):
+        setattr(m, n, _convert(c, plan, done, f'{name}.{n}'.lstrip('.')))
+    if type(m) in _counterparts:
+        m = _counterparts[type(m)](m, plan)
+    elif not (is_known(m) or any(True for _ in m.children())):
+        raise _no_counterpart(m, name)
     done[old] = m
     return m
 
@@ -519,8 +550,10 @@ def _no_blocks(model):
 
 def _recompute(m, x):
     f = partial(type(m).forward, m)
-    if not torch.is_grad_enabled() or x[0,0].numel()<2048: return f(x)
-    if torch.compiler.is_compiling(): return checkpoint(f, x, use_reentrant=False) # moves statistics once by itself
+    if not torch.is_grad_enabled() or x[0,0].numel()<2048:
+        return f(x)
+    if torch.compiler.is_compiling():
+        return checkpoint(f, x, use_reentrant=False) # moves statistics once by itself
     return checkpoint(f, x, use_reentrant=False, context_fn=_contexts, preserve_rng_state=_draws(m))
 
 def _draws(block):

@@ -61,7 +61,8 @@ def check_sequences(
     names = sequences.split(',') if isinstance(sequences, str) else list(sequences)
     names = tuple(o.strip() for o in names)
     for o in names:
-        if o not in CHANNELS: raise unknown_name('sequence', o, CHANNELS)
+        if o not in CHANNELS:
+            raise unknown_name('sequence', o, CHANNELS)
     if names and len(set(names))==len(names): return names
     raise MGMTError(f"sequences must be distinct and at least one; received {names}")
 
@@ -80,13 +81,15 @@ _keeps_affine = set('''to type type_as float double half bfloat16 int long short
 # %% ../nbs/00_core.ipynb #1fd8bf1b
 def _plain(x):
     "`x` as a plain tensor with nothing attached; fastai's own cast would share the attributes"
-    with torch._C.DisableTorchFunctionSubclass(): return x.view_as(x)
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.view_as(x)
 
 def _checked_affine(affine):
     "`affine` as float64, if it takes voxels to millimetres"
     affine = np.array(affine, dtype=np.float64)
     ok = affine.shape==(4,4) and np.isfinite(affine).all() and np.array_equal(affine[3], [0,0,0,1])
-    if ok and abs(np.linalg.det(affine[:3,:3]))>=1e-9: return affine
+    if ok and abs(np.linalg.det(affine[:3,:3]))>=1e-9:
+        return affine
     raise MGMTError(f"a volume's affine must be (4,4), finite, invertible, last row 0 0 0 1; received "
         f"{affine.tolist()}: a damaged header?")
 
@@ -97,7 +100,8 @@ def _not_3_axes(x):
 def _three_slices(idx):
     "An index as three slices, one per axis; `None` if it is something else"
     idx = idx if isinstance(idx, tuple) else (idx,)
-    if not all(isinstance(i, slice) or i is Ellipsis for i in idx): return None
+    if not all(isinstance(i, slice) or i is Ellipsis for i in idx):
+        return None
     if Ellipsis in idx:
         at = idx.index(Ellipsis)
         idx = idx[:at] + (slice(None),)*(4-len(idx)) + idx[at+1:]
@@ -111,7 +115,8 @@ class Volume(TensorBase):
         affine:np.ndarray=None, # (4,4), from voxel `(d,h,w,1)` to RAS+ mm; that of `x`, or else no turn and 1 mm
         **kwargs, # For the tensor
     ):
-        if affine is None: affine = getattr(x, 'affine', np.eye(4))
+        if affine is None:
+            affine = getattr(x, 'affine', np.eye(4))
         if isinstance(x, Volume): x = _plain(x)
         affine = _checked_affine(affine)
         if np.ndim(x)!=3: raise _not_3_axes(x)
@@ -123,15 +128,18 @@ class Volume(TensorBase):
         given = (*args, *(kwargs or {}).values())
         vols = [a for a in given if isinstance(a, Volume) and 'affine' in a.__dict__]
         def _fix(r):
-            if not isinstance(r, Volume) or any(r is v for v in vols): return r
+            if not isinstance(r, Volume) or any(r is v for v in vols):
+                return r
             same = vols and r.shape==vols[0].shape and all(np.array_equal(v.affine, vols[0].affine) for v in vols[1:])
-            if not same or func.__name__ not in _keeps_affine: return _plain(r)
+            if not same or func.__name__ not in _keeps_affine:
+                return _plain(r)
             r.affine = vols[0].affine.copy()
             return r
         return type(res)(map(_fix, res)) if isinstance(res, (tuple,list)) else _fix(res)
 
     def __getitem__(self, idx):
-        res,slices = super().__getitem__(idx),_three_slices(idx)
+        res = super().__getitem__(idx)
+        slices = _three_slices(idx)
         if slices is None or res.ndim!=3: return res
         start,_,step = np.array([s.indices(n) for s,n in zip(slices, self.shape)]).T
         affine = self.affine.copy()
@@ -166,7 +174,8 @@ class Volume(TensorBase):
         return np.asarray(idx)@self.affine[:3,:3].T + self.affine[:3,3]
 
     def __repr__(self):
-        size,kind = 'x'.join(map(str,self.shape)),str(self.dtype).removeprefix('torch.')
+        size = 'x'.join(map(str,self.shape))
+        kind = str(self.dtype).removeprefix('torch.')
         mm = ' x '.join(f'{s:.2f}' for s in self.spacing)
         return f"Volume {size} {kind}, {mm} mm, {self.plane} ({self.orientation})"
     __str__ = __repr__
@@ -201,7 +210,8 @@ def show(
     **kwargs, # For `imshow`: `vmin`, `vmax`, ...
 ): # The axes
     "Draw a montage of slices, with the true pixel aspect."
-    tiles,aspect = montage(self.detach().cpu().float(), n, cols), self.spacing[1]/self.spacing[2]
+    tiles = montage(self.detach().cpu().float(), n, cols)
+    aspect = self.spacing[1]/self.spacing[2]
     if ctx is None:
         size = figsize or (10, 10*tiles.shape[0]*aspect/tiles.shape[1])
         ctx = plt.figure(figsize=size).add_axes([0,0,1,1])
@@ -258,7 +268,8 @@ def open_input(
 ) -> io.BufferedReader|io.FileIO: # Opened for reading bytes
     "Open a file of a user. Raises `error` on a pipe or a device, without waiting for it, and `OSError` as `open` does."
     fd = os.open(path, _READING)
-    if stat.S_ISREG(os.fstat(fd).st_mode): return open(fd, 'rb', buffering)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return open(fd, 'rb', buffering)
     os.close(fd)
     raise error("this is no ordinary file, but a pipe, a device or a folder: it is not read; move it away")
 
@@ -288,9 +299,11 @@ class Budget(NamedTuple):
         "A budget as it is typed. Raises `MGMTError` on a name or number that is none."
         given = dict(o.strip().partition('=')[::2] for o in text.split(',') if o.strip())
         for k in given:
-            if k not in cls._fields: raise unknown_name('limit of a budget', k, cls._fields)
+            if k not in cls._fields:
+                raise unknown_name('limit of a budget', k, cls._fields)
         try: return cls(**{k:float(v) if k=='seconds' else int(float(v)) for k,v in given.items()})
-        except (ValueError,OverflowError) as e: raise MGMTError(f"budget {text!r}: numbers, as in voxels=2e8") from e
+        except (ValueError,OverflowError) as e:
+            raise MGMTError(f"budget {text!r}: numbers, as in voxels=2e8") from e
 
 _units = dict(voxels='voxels', inflated='bytes once unpacked', frames='frames in one file')
 
@@ -317,7 +330,8 @@ def write_errors(
 ):
     "Whatever keeps a file from being written, a full disk or a lost right, is one sentence with what is kept."
     try: yield
-    except (OSError,SafetensorError) as e: raise error(_not_written(path, e)) from e
+    except (OSError,SafetensorError) as e:
+        raise error(_not_written(path, e)) from e
 
 def _not_written(path, e):
     why = getattr(e, 'strerror', None) or str(e).splitlines()[0][:200]
@@ -380,7 +394,8 @@ def write_text(
     text:str, # All of it
 ):
     "Write a text as a record: whole, and on the disk when this returns, or not at all."
-    with atomic_path(path, record=True) as tmp: tmp.write_text(text, encoding='utf-8')
+    with atomic_path(path, record=True) as tmp:
+        tmp.write_text(text, encoding='utf-8')
 
 # %% ../nbs/00_core.ipynb #5da7f2b4
 def write_json(
@@ -407,7 +422,8 @@ def _is_left(folder):
     except OSError: return False
     host,_,rest = folder.name.removeprefix(_mark).partition('-')
     pid = rest.partition('-')[0]
-    if host!=_host() or not pid.isdigit(): return age>7*86400
+    if host!=_host() or not pid.isdigit():
+        return age>7*86400
     return not _runs(int(pid))
 
 def _runs(pid):
@@ -424,7 +440,8 @@ def patient_folder(
     error:type=MGMTError, # Class of the error
 ) -> Path: # The patient's; it need not exist
     "The folder of a patient. Raises `error` where an id is no name of a folder."
-    if re.fullmatch(r'[\w][\w .+-]*', str(patient)): return Path(dest)/str(patient)
+    if re.fullmatch(r'[\w][\w .+-]*', str(patient)):
+        return Path(dest)/str(patient)
     raise error("this patient's id cannot name a folder: use letters, digits, '_', '-' and '.'")
 
 # %% ../nbs/00_core.ipynb #56e8036c
@@ -434,7 +451,8 @@ def passing_folder(
 ):
     "A folder that is there for a while, and gone at the end. Raises `error` where none can be made."
     try: folder = tempfile.TemporaryDirectory(prefix='mgmt-')
-    except OSError as e: raise error(_no_temporary(e)) from e
+    except OSError as e:
+        raise error(_no_temporary(e)) from e
     with folder as path: yield Path(path)
 
 def _no_temporary(e):
@@ -452,14 +470,16 @@ def save(
     Of types that NIfTI lacks or few programs read, bool becomes uint8, half precision float32, int64 int32.
     Raises `MGMTError` on another suffix, and on integers that need 64 bits."""
     path = Path(path)
-    if not path.name.lower().endswith(('.nii','.nii.gz')): raise MGMTError(_no_nifti_name(path))
+    if not path.name.lower().endswith(('.nii','.nii.gz')):
+        raise MGMTError(_no_nifti_name(path))
     x = _for_nifti(_plain(self).detach().cpu())
     img = nib.Nifti1Image(x.numpy().transpose(2,1,0), self.affine[:,[2,1,0,3]])
     img.set_sform(img.affine, code='scanner')
     img.header.set_dim_info(slice=2)
     img.header.set_xyzt_units('mm')
     data = img.to_bytes()
-    if path.name.lower().endswith('.gz'): data = gzip.compress(data, mtime=0)
+    if path.name.lower().endswith('.gz'):
+        data = gzip.compress(data, mtime=0)
     with atomic_path(path) as tmp: tmp.write_bytes(data)
     return path
 
@@ -467,7 +487,8 @@ def _for_nifti(x):
     "A tensor in a type that any program reads"
     wide = {torch.bool:torch.uint8, torch.float16:torch.float32, torch.bfloat16:torch.float32, torch.int64:torch.int32}
     to = wide.get(x.dtype, x.dtype)
-    if x.dtype==torch.int64 and (x!=x.to(to)).any(): raise MGMTError(_too_large_for_nifti(x))
+    if x.dtype==torch.int64 and (x!=x.to(to)).any():
+        raise MGMTError(_too_large_for_nifti(x))
     return x.to(to)
 
 def _no_nifti_name(path):
@@ -483,16 +504,19 @@ def parse_json(
     most:int=2**27, # Characters at most
 ): # What it holds
     "Parse JSON that anybody may have written. Raises `ValueError`, and nothing else, on what is none."
-    if len(text)>most: raise ValueError(f'{len(text)} characters')
+    if len(text)>most:
+        raise ValueError(f'{len(text)} characters')
     try: return json.loads(text)
-    except RecursionError: raise ValueError('nested too deeply') from None
+    except RecursionError:
+        raise ValueError('nested too deeply') from None
 
 def read_json_lines(
     path:str|Path, # A journal; it need not be there
 ) -> list: # What its lines hold, up to the first that is cut off or changed
     "The entries that an earlier run left."
     if not is_file(path): return []
-    with open_input(path) as f: lines,res = f.read().split(b'\n')[:-1],[]
+    with open_input(path) as f:
+        lines,res = f.read().split(b'\n')[:-1],[]
     for line in lines:
         try: res.append(parse_json(line))
         except ValueError: break
@@ -564,11 +588,14 @@ def reserve_array(
     keep = old is not None and old.dtype==dtype and old.shape[1:]==shape[1:] and len(old)<=shape[0]
     try:
         make_folder(path.parent)
-        if not keep: np.lib.format.open_memmap(path, mode='w+', dtype=dtype, shape=shape).flush()
+        if not keep:
+            np.lib.format.open_memmap(path, mode='w+', dtype=dtype, shape=shape).flush()
         with open(path,'r+b') as f:
             start = array_start(f)
-            if hasattr(os,'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, start+_n_bytes(shape, dtype))
-            if keep and len(old)<shape[0]: _set_header(f, start, shape, dtype)
+            if hasattr(os,'posix_fallocate'):
+                os.posix_fallocate(f.fileno(), 0, start+_n_bytes(shape, dtype))
+            if keep and len(old)<shape[0]:
+                _set_header(f, start, shape, dtype)
     except OSError as e:
         if not keep: path.unlink(missing_ok=True)
         raise error(_no_space(path, _n_bytes(shape, dtype), e)) from e
@@ -600,7 +627,8 @@ def _set_header(f, start, shape, dtype):
     head = io.BytesIO()
     descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
     np.lib.format.write_array_header_1_0(head, dict(descr=descr, fortran_order=False, shape=shape))
-    if head.tell()!=start: raise OSError(0, 'the file was made by an older numpy, whose header cannot grow')
+    if head.tell()!=start:
+        raise OSError(0, 'the file was made by an older numpy, whose header cannot grow')
     f.truncate(start+_n_bytes(shape, dtype))
     f.seek(0); f.write(head.getvalue()); f.flush(); os.fsync(f.fileno())
 
@@ -615,9 +643,11 @@ def map_array(
     try:
         if not is_file(path): raise ValueError('no file')
         x = np.load(path, mmap_mode='r')
-    except Exception as e: raise error(_no_array(path, type(e).__name__)) from None # its header is Python text
+    except Exception as e:
+        raise error(_no_array(path, type(e).__name__)) from None # its header is Python text
     rows_fit = shape is None or x.ndim==len(shape) and len(x)>=shape[0] and x.shape[1:]==tuple(shape[1:])
-    if isinstance(x, np.memmap) and x.flags.c_contiguous and rows_fit and dtype in (None,x.dtype): return x
+    if isinstance(x, np.memmap) and x.flags.c_contiguous and rows_fit and dtype in (None,x.dtype):
+        return x
     raise error(_no_array(path, f'it holds {x.shape} {x.dtype}, and {shape} {np.dtype(dtype)} was written'))
 
 def _no_array(path, why):
@@ -644,7 +674,8 @@ def end_with_parent(
     "End this process when its parent ends, however that ends: on Linux at once, elsewhere within two seconds."
     if sys.platform=='linux': _signal_at_parents_end()
     if os.getppid()!=parent: os._exit(1)
-    if sys.platform!='linux': threading.Thread(target=_watch_parent, args=[parent], daemon=True).start()
+    if sys.platform!='linux':
+        threading.Thread(target=_watch_parent, args=[parent], daemon=True).start()
 
 def _signal_at_parents_end():
     ctypes.CDLL(None).prctl(1, signal.SIGKILL) # PR_SET_PDEATHSIG
@@ -688,7 +719,8 @@ def log_fault(
         with open(make_folder(fault_log().parent)/fault_log().name, 'a', encoding='utf-8') as f:
             f.write(f"{doing}: {type(e).__name__}\n" + ''.join(f'  {o}\n' for o in places))
         kept = 'its traceback is in the log, see fault_log()'
-    except (OSError,MGMTError): kept = f"the log cannot be written; it came from {places[-1] if places else 'nowhere'}"
+    except (OSError,MGMTError):
+        kept = f"the log cannot be written; it came from {places[-1] if places else 'nowhere'}"
     return f"a fault of this library while {doing} ({type(e).__name__}): please report it; {kept}"
 
 # %% ../nbs/00_core.ipynb #18f82240
@@ -709,11 +741,13 @@ class Allowed:
 
 # %% ../nbs/00_core.ipynb #17495d4e
 def _limits(lo, hi):
-    if hi is None: return '' if lo is None else f'from {lo:g}'
+    if hi is None:
+        return '' if lo is None else f'from {lo:g}'
     return f'up to {hi:g}' if lo is None else f'from {lo:g} to {hi:g}'
 
 def _between(v, lo, hi):
-    if not math.isfinite(v) or (lo is not None and v<lo) or (hi is not None and v>hi): raise ValueError(v)
+    if not math.isfinite(v) or (lo is not None and v<lo) or (hi is not None and v>hi):
+        raise ValueError(v)
     return v
 
 def _exactly(names):
@@ -739,7 +773,8 @@ def whole(cls:Allowed,
 ) -> Allowed:
     "A whole number; one that a table holds as 8.0 too"
     def _take(v):
-        if isinstance(v, (bool,np.bool_)) or not isinstance(v, numbers.Real) or v!=int(v): raise ValueError(v)
+        if isinstance(v, (bool,np.bool_)) or not isinstance(v, numbers.Real) or v!=int(v):
+            raise ValueError(v)
         return _between(int(v), lo, hi)
     return cls(f'a whole number {_limits(lo,hi)}'.strip(), _take)
 
@@ -751,7 +786,8 @@ def number(cls:Allowed,
 ) -> Allowed:
     "A finite number"
     def _take(v):
-        if isinstance(v, (bool,np.bool_)) or not isinstance(v, numbers.Real): raise ValueError(v)
+        if isinstance(v, (bool,np.bool_)) or not isinstance(v, numbers.Real):
+            raise ValueError(v)
         return _between(float(v), lo, hi)
     return cls(f'a number {_limits(lo,hi)}'.strip(), _take)
 
@@ -763,7 +799,8 @@ def several(cls:Allowed,
 ) -> Allowed:
     "A tuple of values of one kind; a list becomes one"
     def _take(v):
-        if not isinstance(v, (tuple,list,np.ndarray)) or n is not None and len(v)!=n: raise ValueError(v)
+        if not isinstance(v, (tuple,list,np.ndarray)) or n is not None and len(v)!=n:
+            raise ValueError(v)
         return tuple(kind(o) for o in v)
     return cls(f"{'several' if n is None else n} values, each {kind.text}", _take)
 
@@ -783,7 +820,8 @@ def text(cls:Allowed,
 def path(cls:Allowed) -> Allowed:
     "A file or folder; text becomes a `Path`"
     def _take(v):
-        if not isinstance(v, (str,os.PathLike)): raise ValueError(v)
+        if not isinstance(v, (str,os.PathLike)):
+            raise ValueError(v)
         return Path(v)
     return cls('a path', _take)
 
@@ -805,7 +843,8 @@ def choice(
     if owner!=room:
         raise MGMTError(f"choice {name!r} belongs to room {owner!r} already; choose another name in {room!r}")
     _choices[name] = NS(room=room, doc=doc, allowed=allowed, values={}, without=without)
-    for k,v in values.items(): _choices[name].values[k] = check_choice(name, v)
+    for k,v in values.items():
+        _choices[name].values[k] = check_choice(name, v)
 
 # %% ../nbs/00_core.ipynb #8d714f53
 def check_choice(
@@ -813,7 +852,8 @@ def check_choice(
     value:object, # What it is to be
 ): # The value to keep, e.g. a tuple for a list
     "A value that a choice takes. Raises `MGMTError` on an unknown choice, a wrong type or a value out of range."
-    if name not in _choices: raise unknown_name('choice of a recipe', name, _choices)
+    if name not in _choices:
+        raise unknown_name('choice of a recipe', name, _choices)
     allowed = _choices[name].allowed
     try: return allowed(value)
     except (ValueError,TypeError,OverflowError):
@@ -852,8 +892,10 @@ class Recipe:
         self.changed = {k: tuple(v) if isinstance(v, list) else v for k,v in (changed or {}).items()}
 
     def __getitem__(self, choice):
-        if choice in self.changed: return self.changed[choice]
-        if choice not in _choices: raise unknown_name('choice of a recipe', choice, _choices)
+        if choice in self.changed:
+            return self.changed[choice]
+        if choice not in _choices:
+            raise unknown_name('choice of a recipe', choice, _choices)
         c = _choices[choice]
         if self.name in c.values: return c.values[self.name]
         supported = ', '.join(map(repr, c.values))
@@ -862,7 +904,8 @@ class Recipe:
     def __getattr__(self, k):
         if k.startswith('_'): raise AttributeError(k)
         try: return self[k]
-        except MGMTError as e: raise AttributeError(str(e)) from None
+        except MGMTError as e:
+            raise AttributeError(str(e)) from None
 
     def room(self,
         room:str, # Room (module)
@@ -923,8 +966,10 @@ def from_json(cls:Recipe,
 def _as_written(name, value):
     "The value of a choice that a file gives"
     known = _choices.get(name)
-    if known and known.room in ('prepare','augment','loader'): return check_choice(name, value)
-    if isinstance(value, (str,int,float,list,tuple,type(None))) and len(str(value))<1000: return value
+    if known and known.room in ('prepare','augment','loader'):
+        return check_choice(name, value)
+    if isinstance(value, (str,int,float,list,tuple,type(None))) and len(str(value))<1000:
+        return value
     raise MGMTError(f"{name} cannot be {reprlib.repr(value)}, as the file says: was it changed?")
 
 # %% ../nbs/00_core.ipynb #4076a3e3
@@ -956,10 +1001,12 @@ def get_recipe(
 
     Raises `MGMTError` with near matches on a name that does not exist, and on a value of the wrong type or range."""
     is_file = isinstance(recipe, str) and recipe.endswith(('.yaml','.yml'))
-    if is_file or isinstance(recipe, Path): recipe = read_recipe(recipe)
+    if is_file or isinstance(recipe, Path):
+        recipe = read_recipe(recipe)
     if not isinstance(recipe, Recipe):
         known = uniqueify([k for c in _choices.values() for k in c.values])
-        if recipe not in known: raise unknown_name('recipe', recipe, known)
+        if recipe not in known:
+            raise unknown_name('recipe', recipe, known)
         recipe = Recipe(recipe)
     changes = {k: check_choice(k,v) for k,v in changes.items()}
     _refuse_contrary(recipe, {k:v for k,v in changes.items() if k in recipe.settled})
@@ -992,11 +1039,15 @@ def read_recipe(
 ) -> Recipe:
     "Read a recipe. Raises `MGMTError` on a file that is none, and on choices as `get_recipe` does."
     try:
-        with open_input(path) as f: d = yaml.safe_load(f.read(2**16).decode())
-    except OSError as e: raise _no_recipe_file(path, e) from None
-    except (yaml.YAMLError,ValueError,RecursionError): d = None
+        with open_input(path) as f:
+            d = yaml.safe_load(f.read(2**16).decode())
+    except OSError as e:
+        raise _no_recipe_file(path, e) from None
+    except (yaml.YAMLError,ValueError,RecursionError):
+        d = None
     name = d.pop('recipe', None) if isinstance(d, dict) else None
-    if not isinstance(name, str) or name.endswith(('.yaml','.yml')): raise _no_recipe(path)
+    if not isinstance(name, str) or name.endswith(('.yaml','.yml')):
+        raise _no_recipe(path)
     choices = {k: _plain_number(v) for k,v in d.items() if isinstance(k, str)}
     if len(choices)<len(d): raise _no_recipe(path)
     return get_recipe(name, **choices)
@@ -1022,7 +1073,8 @@ def follow_recipe(
     asked = earlier if asked is None else get_recipe(asked)
     changes = {k: check_choice(k,v) for k,v in changes.items()}
     _refuse_contrary(earlier, {k:v for k,v in {**asked.differs(), **changes}.items() if k in earlier.settled})
-    values,kept = asked.values(),{k: earlier[k] for k in earlier.settled}
+    values = asked.values()
+    kept = {k: earlier[k] for k in earlier.settled}
     named = asked.changed if asked.name==earlier.name else values
     other = [k for k,v in kept.items() if k in named and k not in changes and named[k]!=v]
     if other: print(_as_settled(earlier, asked.name, other))
@@ -1031,6 +1083,7 @@ def follow_recipe(
 def _as_settled(earlier, name, choices):
     "What stays as earlier stages have it"
     by = {}
-    for k in choices: by.setdefault(earlier.settled[k], []).append(f'{k} {earlier[k]!r}')
+    for k in choices:
+        by.setdefault(earlier.settled[k], []).append(f'{k} {earlier[k]!r}')
     kept = '; '.join(f"by {o}: {', '.join(v)}" for o,v in by.items())
     return f"not as recipe {name!r} has them, but as settled before: {kept}"

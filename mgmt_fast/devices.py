@@ -38,7 +38,8 @@ def tf32_on(
     if torch.device(device or 'cpu').type!='cuda':
         yield
         return
-    products,convolutions = torch.get_float32_matmul_precision(),torch.backends.cudnn.allow_tf32
+    products = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision('high')
     torch.backends.cudnn.allow_tf32 = True
     try: yield
@@ -86,7 +87,8 @@ def side_by_side(
     "Do jobs in one process per device; with a single device, here and in order."
     devices = devices or cards()
     if len(devices)==1:
-        for i,job in track(list(enumerate(jobs)), progress=progress): yield i,f(job)
+        for i,job in track(list(enumerate(jobs)), progress=progress):
+            yield i,f(job)
         return
     with passing_folder() as folder:
         one = partialler(_on_free_device, work=f, devices=devices, folder=folder)

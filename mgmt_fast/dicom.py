@@ -63,11 +63,14 @@ def _parse(k, v, little):
     "The bytes `v` of element `k` as a tuple of numbers or a string; `None` where they are blank"
     vr = _KNOWN[k][1]
     try:
-        if vr in _CODE: return tuple(np.frombuffer(v, ('<' if little else '>')+_CODE[vr]).tolist())
+        if vr in _CODE:
+            return tuple(np.frombuffer(v, ('<' if little else '>')+_CODE[vr]).tolist())
         v = v.strip(b' \0')
-        if vr not in _NUM: return v.decode('latin-1') or None
+        if vr not in _NUM:
+            return v.decode('latin-1') or None
         return tuple(float(o) for o in v.split(b'\\')) if v else None
-    except ValueError: raise SeriesError(f"{k} is not a number: {_DAMAGED}") from None
+    except ValueError:
+        raise SeriesError(f"{k} is not a number: {_DAMAGED}") from None
 
 _DAMAGED = 'a damaged header; export the series again'
 
@@ -80,7 +83,8 @@ def _value(ds, k):
     if vr=='SQ':
         _check_items(k, raw.value)
         return ds[tag].value
-    if isinstance(raw.value, bytes): return _parse(k, raw.value, raw.is_little_endian)
+    if isinstance(raw.value, bytes):
+        return _parse(k, raw.value, raw.is_little_endian)
     raise SeriesError(f"{k} is not of the type that the standard asks for: {_DAMAGED}")
 
 _ITEMS = (b'\xfe\xff\0\xe0',b'\xff\xfe\xe0\0') # with which an item begins, in either byte order
@@ -98,11 +102,14 @@ _ALIAS = dict(EffectiveEchoTime='EchoTime', FrameType='ImageType', InversionTime
 
 def _frames(h, budget):
     "A `dict` for each frame from the header `h` of a file; without functional groups there is one place, so one frame"
-    shared,each = h.pop('SharedFunctionalGroupsSequence'),h.pop('PerFrameFunctionalGroupsSequence')
+    shared = h.pop('SharedFunctionalGroupsSequence')
+    each = h.pop('PerFrameFunctionalGroupsSequence')
     said = h['NumberOfFrames']
-    if not each: return [{**h, 'frame':0, 'frames':int((said or (1,))[0])}]
+    if not each:
+        return [{**h, 'frame':0, 'frames':int((said or (1,))[0])}]
     budget.check('frames', len(each), SeriesError)
-    if said and said[0]!=len(each): raise _frames_differ(int(said[0]), len(each))
+    if said and said[0]!=len(each):
+        raise _frames_differ(int(said[0]), len(each))
     common = {**h, 'frames':len(each), **_in_groups([*(shared or [])[:1]])}
     return [{**common, 'frame':i, **_in_groups([o])} for i,o in enumerate(each)]
 
@@ -133,26 +140,32 @@ def _walk_elements(file):
     raw,at,last,syntax,res = file.read(2**13),132,0,b'',{}
     if raw[128:132]!=b'DICM': return None
     while True:
-        if at+12>len(raw): raw += file.read(max(2**13, len(raw)//8))
+        if at+12>len(raw):
+            raw += file.read(max(2**13, len(raw)//8))
         if at+12>len(raw) or at>2**24: return None
         group,element,vr,n,far = _HEAD.unpack_from(raw, at)
         tag = group<<16|element
         if tag<=last: return None
         if group!=2 and last>>16<=2: # the file's own header ends here
-            if syntax not in (b'1.2.840.10008.1.2',b'1.2.840.10008.1.2.1'): return None
-            if (syntax==b'1.2.840.10008.1.2')==(vr in _TYPES): return None
+            if syntax not in (b'1.2.840.10008.1.2',b'1.2.840.10008.1.2.1'):
+                return None
+            if (syntax==b'1.2.840.10008.1.2')==(vr in _TYPES):
+                return None
         if group!=2 and syntax==b'1.2.840.10008.1.2':
             head,n = 8,int.from_bytes(vr,'little')|n<<16
         elif vr in _TYPES:
             head = _TYPES[vr]
             n = n if head==8 else far
-        else: return None
+        else:
+            return None
         at,last = at+head,tag
         if tag==0x7fe00010: return res,syntax.decode(),at,n
         if tag>0x7fe00000 or n>2**24: return None
-        if at+n>len(raw): raw += file.read(at+n+2**13-len(raw))
+        if at+n>len(raw):
+            raw += file.read(at+n+2**13-len(raw))
         if at+n>len(raw): return None
-        if tag==0x00020010: syntax = raw[at:at+n].rstrip(b' \0')
+        if tag==0x00020010:
+            syntax = raw[at:at+n].rstrip(b' \0')
         if k:=_TAGS.get(tag):
             if _KNOWN[k][1]=='SQ': return None
             res[k] = raw[at:at+n]
@@ -168,7 +181,8 @@ def _plain_frame(path):
         raw,syntax,at,n = found
         try: h = {**_ABSENT, **{k: _parse(k, v, True) if v else None for k,v in raw.items()}}
         except SeriesError: return None
-        if n==2**32-1 or (h['NumberOfFrames'] or (1,))!=(1,): return None
+        if n==2**32-1 or (h['NumberOfFrames'] or (1,))!=(1,):
+            return None
         size = min(n, os.fstat(f.fileno()).st_size-at)
         return {**h, 'path':path, 'little':True, 'syntax':syntax, 'at':at, 'size':size, 'looked':None,
             'native':True, 'frame':0, 'frames':1}
@@ -217,7 +231,8 @@ def _too_many_steps():
 def _unpacked(raw, budget):
     "A deflated data set, unpacked within the budget and packed again without compression, which costs nothing to undo"
     body = zlib.decompressobj(-zlib.MAX_WBITS).decompress(raw, budget.inflated+1)
-    if len(body)>budget.inflated: raise _unfolds(len(raw), budget)
+    if len(body)>budget.inflated:
+        raise _unfolds(len(raw), budget)
     _check_items('the deflated header', body[:2**24])
     plain = zlib.compressobj(0, zlib.DEFLATED, -zlib.MAX_WBITS)
     return plain.compress(body)+plain.flush()
@@ -231,7 +246,8 @@ def _full_header(f, look):
     tags = [*(_KNOWN[k][0] for k in _NAMES), *(look.tags if look else ())]
     ds = pydicom.dcmread(f, specific_tags=tags, stop_before_pixels=True, force=True)
     h = {k: _value(ds, k) for k in _NAMES}
-    (implicit,little),uid = ds.original_encoding,ds.file_meta.get('TransferSyntaxUID')
+    implicit,little = ds.original_encoding
+    uid = ds.file_meta.get('TransferSyntaxUID')
     syntax = str(uid) if uid else '1.2.840.10008.1.2'
     native = syntax in _NATIVE and (little or h['BitsAllocated']!=(8,))
     h.update(little=little, syntax=syntax, at=None, size=0, looked=look and look(ds), native=native)
@@ -239,7 +255,8 @@ def _full_header(f, look):
 
 def _find_pixels(f, implicit, little):
     "Where the pixels begin and their bytes, if the open file `f` stands before pixels that need no decoder"
-    if f.read(4)!=(b'\xe0\x7f\x10\0' if little else b'\x7f\xe0\0\x10'): return {}
+    if f.read(4)!=(b'\xe0\x7f\x10\0' if little else b'\x7f\xe0\0\x10'):
+        return {}
     length = int.from_bytes(f.read(4 if implicit else 8)[-4:], 'little' if little else 'big')
     if length==2**32-1: return {}
     return dict(at=f.tell(), size=min(length, os.fstat(f.fileno()).st_size-f.tell()))
@@ -258,12 +275,15 @@ def file_frames(
     if look is None and (h:=_plain_frame(path)): return [h]
     with open_input(path, _NotAFile) as f:
         head = f.read(132)
-        if head[128:]!=b'DICM' and head[:2] not in (b'\x08\0',b'\x02\0'): return None
+        if head[128:]!=b'DICM' and head[:2] not in (b'\x08\0',b'\x02\0'):
+            return None
         try:
             h,implicit = _full_header(_Steps(f, budget), look)
             frames = _frames({**h, 'path':path}, budget)
-        except SeriesError as e: raise SeriesError(f"{slice_label(path)}: {e}") from None
-        except Exception as e: raise _bad_header(path, e) from None
+        except SeriesError as e:
+            raise SeriesError(f"{slice_label(path)}: {e}") from None
+        except Exception as e:
+            raise _bad_header(path, e) from None
         found = _find_pixels(f, implicit, h['little']) if h['native'] else {}
     for o in frames: o.update(found)
     return frames
@@ -291,8 +311,10 @@ def _is_index(p):
     name = p.name
     if name[:8].upper()=='DICOMDIR': return True
     if name[-4:]=='.dcm': return False
-    if p.suffix[1:] and not p.suffix[1:].isdigit() or not is_file(p): return False
-    with open_input(p, SeriesError) as f: return b'1.2.840.10008.1.3.10\0' in f.read(512)
+    if p.suffix[1:] and not p.suffix[1:].isdigit() or not is_file(p):
+        return False
+    with open_input(p, SeriesError) as f:
+        return b'1.2.840.10008.1.3.10\0' in f.read(512)
 
 def _is_text_file(p):
     if not is_file(p): return True
@@ -302,7 +324,8 @@ def _is_text_file(p):
 # %% ../nbs/11_dicom.ipynb #ef2a43fc
 def _files(path):
     "Files of a folder that may be slices, or the file itself; sub-folders are not entered"
-    if not path.is_dir(): return [] if _is_index(path) else [path]
+    if not path.is_dir():
+        return [] if _is_index(path) else [path]
     names = sorted(o.name for o in os.scandir(path) if not o.name.startswith('.') and not _leads_to_folder(o))
     return [p for o in names if not _is_index(p := path/o)]
 
@@ -317,7 +340,8 @@ def _file_images(p, look, budget):
     except OSError as e: raise _unopened(p, e) from None
     if found is None: return None
     f = found[0]
-    if f['SOPClassUID'] is None and f['Rows'] is None: raise _says_nothing(p)
+    if f['SOPClassUID'] is None and f['Rows'] is None:
+        raise _says_nothing(p)
     if not is_image(f): return []
     if f['native'] and f['at'] is None: raise _no_pixels(p)
     return found
@@ -379,7 +403,8 @@ def shared_value(
     first_ = stack[0]
     for f in stack:
         if f[k] is None: raise _missing(f, k, why)
-        if f[k]!=first_[k] and not _close(f[k], first_[k]): raise _value_differs(f, first_, k)
+        if f[k]!=first_[k] and not _close(f[k], first_[k]):
+            raise _value_differs(f, first_, k)
     return first_[k]
 
 def _close(v, w): return len(v)==len(w) and all(abs(a-b)<=1e-4*abs(b) for a,b in zip(v,w))
@@ -403,9 +428,11 @@ def torch_type(
     x:np.ndarray, # Numbers of any type and byte order
 ) -> np.ndarray: # The same numbers: int16 before int32 before int64, floats as float32
     "Bring numbers to a type that torch computes with, and that loses nothing it can hold."
-    if x.dtype.kind=='f': return x.astype(np.float32, copy=False)
+    if x.dtype.kind=='f':
+        return x.astype(np.float32, copy=False)
     x = x.astype(x.dtype.newbyteorder('='), copy=False)
-    if x.dtype==np.uint16 and x.max(initial=0)<2**15: return x.view(np.int16)
+    if x.dtype==np.uint16 and x.max(initial=0)<2**15:
+        return x.view(np.int16)
     if x.dtype.itemsize<4 and x.dtype!=np.uint16: return x
     small = x.dtype==np.uint16 or -2**31<=x.min(initial=0) and x.max(initial=0)<2**31
     return x.astype(np.int32 if small else np.int64, copy=False)
@@ -424,12 +451,14 @@ def _stored(x, f, alloc):
     "Bring the integers `x` (H,W) of frame `f` to their stored bits, in place"
     bits = int((f['BitsStored'] or (alloc,))[0])
     low = int((f['HighBit'] or (bits-1,))[0])+1-bits
-    if not 0<bits<=alloc or not 0<=low<=alloc-bits: raise _bad_bits(f, bits, low, alloc)
+    if not 0<bits<=alloc or not 0<=low<=alloc-bits:
+        raise _bad_bits(f, bits, low, alloc)
     signed = x.dtype.kind=='i'
     if bits<alloc and (low or x.max()>2**(bits-signed)-1 or signed and x.min()<-2**(bits-1)):
         x <<= alloc-bits-low
         x >>= alloc-bits
-    if f['PhotometricInterpretation']=='MONOCHROME1': np.subtract(-1 if signed else 2**bits-1, x, out=x)
+    if f['PhotometricInterpretation']=='MONOCHROME1':
+        np.subtract(-1 if signed else 2**bits-1, x, out=x)
 
 def _bad_bits(f, bits, low, alloc):
     return SeriesError(f"{slice_label(f['path'])} claims {bits} bits from bit {low} on, of {alloc}: {_DAMAGED}")
@@ -439,7 +468,8 @@ def _read_native(f, out):
     "Pixels of frame `f` into `out`, straight from the file"
     with open_input(f['path'], SeriesError, 0) as file:
         file.seek(f['at']+f['frame']*out.nbytes)
-        if file.readinto(memoryview(out).cast('B'))==out.nbytes: return
+        if file.readinto(memoryview(out).cast('B'))==out.nbytes:
+            return
     raise SeriesError(f"{slice_label(f['path'])} ended while it was read: is it still being written?")
 
 def _stream_header(raw):
@@ -447,10 +477,12 @@ def _stream_header(raw):
 
     Source: JPEG, ITU-T T.81 B.2.2; JPEG-LS, T.87 C.2.2; JPEG 2000, T.800 A.5.1."""
     def n(at, size=2): return int.from_bytes(raw[at:at+size], 'big')
-    if raw[:4]==b'\xff\x4f\xff\x51': return (raw[42]&127)+1,n(12,4)-n(20,4),n(8,4)-n(16,4),n(40)
+    if raw[:4]==b'\xff\x4f\xff\x51':
+        return (raw[42]&127)+1,n(12,4)-n(20,4),n(8,4)-n(16,4),n(40)
     at = 2
     while raw[at]==0xff: # segment after segment, up to the start of a frame
-        if raw[at+1] in {*range(0xc0,0xd0),0xf7}-{0xc4,0xc8,0xcc}: return raw[at+4],n(at+5),n(at+7),raw[at+9]
+        if raw[at+1] in {*range(0xc0,0xd0),0xf7}-{0xc4,0xc8,0xcc}:
+            return raw[at+4],n(at+5),n(at+7),raw[at+9]
         at += 2+n(at+2)
     raise ValueError('no frame header')
 
@@ -459,20 +491,25 @@ def _check_streams(ds, shape, dtype):
     "Raise if the compressed streams of `ds` do not hold what its header says"
     for raw in generate_frames(ds.PixelData, number_of_frames=shape[0]):
         bits,*size = _stream_header(raw)
-        if size!=[*shape[1:],1] or bits>8*dtype.itemsize: raise ValueError('the stream and the header differ')
+        if size!=[*shape[1:],1] or bits>8*dtype.itemsize:
+            raise ValueError('the stream and the header differ')
 
 def _decode(path, shape, dtype, budget):
     "All frames of a compressed file, (n,H,W)"
     budget.check('voxels', math.prod(shape), SeriesError)
     try:
-        with open_input(path, SeriesError) as f: ds = pydicom.dcmread(_Steps(f, budget), force=True)
+        with open_input(path, SeriesError) as f:
+            ds = pydicom.dcmread(_Steps(f, budget), force=True)
         syntax = ds.file_meta.TransferSyntaxUID
-        if syntax.startswith('1.2.840.10008.1.2.4.'): _check_streams(ds, shape, dtype)
+        if syntax.startswith('1.2.840.10008.1.2.4.'):
+            _check_streams(ds, shape, dtype)
         x = pixel_array(ds, raw=True, decoding_plugin='pylibjpeg' if syntax in _JPEG_2000 else '')
     except SeriesError: raise
-    except Exception as e: raise SeriesError(_why_not(path, locals().get('syntax'), e)) from None
+    except Exception as e:
+        raise SeriesError(_why_not(path, locals().get('syntax'), e)) from None
     x = x.reshape(-1,*x.shape[-2:])
-    if x.shape==shape and x.dtype.newbyteorder('=')==dtype.newbyteorder('='): return x
+    if x.shape==shape and x.dtype.newbyteorder('=')==dtype.newbyteorder('='):
+        return x
     raise SeriesError(f"{slice_label(path)} announces {shape} {dtype} and holds {x.shape} {x.dtype}: {_DAMAGED}")
 
 def _why_not(path, syntax, e):
@@ -480,7 +517,8 @@ def _why_not(path, syntax, e):
     start = f"pixel data of {slice_label(path)} cannot be decoded ({type(e).__name__}): "
     try: known = syntax is None or syntax in _NATIVE or get_decoder(syntax).is_available
     except NotImplementedError: known = False
-    if known and not isinstance(e, NotImplementedError): return start+"absent, damaged or cut short; copy it again"
+    if known and not isinstance(e, NotImplementedError):
+        return start+"absent, damaged or cut short; copy it again"
     way = "convert the series with `gdcmconv -w IN OUT`, or export it uncompressed"
     return start+f"no decoder here knows this variant of {uid_name(syntax)}; {way}"
 
@@ -497,15 +535,19 @@ def _in_fork(work, seconds):
     if not hasattr(os, 'fork'): return work()
     says,tell = os.pipe()
     parent = os.getpid()
-    if not (pid:=os.fork()): _work_and_exit(work, tell, seconds, parent)
+    if not (pid:=os.fork()):
+        _work_and_exit(work, tell, seconds, parent)
     status,said = None,''
     try:
         status = exit_code(pid, _PATIENCE*seconds)
         if status==1: said = os.read(says, 4096).decode()
     finally:
-        if status is None: os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+        if status is None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
         os.close(tell); os.close(says)
-    if status!=0: raise SeriesError(said or _no_answer(status, seconds))
+    if status!=0:
+        raise SeriesError(said or _no_answer(status, seconds))
 
 _PATIENCE = 60 # times as long by the clock, on a machine that is busy, before a process is taken to hang
 
@@ -527,7 +569,8 @@ def _limit_processor_time(seconds):
     "The system ends this process once it has used so many seconds of processor time"
     limit = math.ceil(seconds+time.process_time())
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    if hard==resource.RLIM_INFINITY or limit<hard: resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
+    if hard==resource.RLIM_INFINITY or limit<hard:
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
 
 
 def _no_answer(status, seconds):
@@ -542,12 +585,14 @@ _SIGXCPU = getattr(signal, 'SIGXCPU', 24)
 # %% ../nbs/11_dicom.ipynb #04ad0599
 def _check_one_channel(f):
     kind = f['PhotometricInterpretation'] or 'MONOCHROME2'
-    if (f['SamplesPerPixel'] or (1,))[0]==1 and kind.startswith('MONOCHROME'): return
+    if (f['SamplesPerPixel'] or (1,))[0]==1 and kind.startswith('MONOCHROME'):
+        return
     raise SeriesError(f"{slice_label(f['path'])} holds colours: a screenshot (secondary capture), not a scan; move it "
         "out of the folder")
 
 def _check_no_table(stack):
-    if not any(f['ModalityLUTSequence'] for f in stack): return
+    if not any(f['ModalityLUTSequence'] for f in stack):
+        return
     raise SeriesError("the intensities go through a table (Modality LUT), which is not applied here; export the"
         " series without it, or as NIfTI")
 
@@ -560,7 +605,8 @@ def _check_size(f, shape, dtype):
 def _rescale(stack):
     "Slope and intercept of each slice, (D,2)"
     res = np.array([((f['RescaleSlope'] or (1.,))[0], (f['RescaleIntercept'] or (0.,))[0]) for f in stack])
-    if np.isfinite(res).all() and (res[:,0]!=0).all(): return res
+    if np.isfinite(res).all() and (res[:,0]!=0).all():
+        return res
     raise SeriesError(f"RescaleSlope and RescaleIntercept must be finite numbers and the slope not 0: {_DAMAGED}")
 
 # %% ../nbs/11_dicom.ipynb #444c3cd2
@@ -569,7 +615,8 @@ def _pixel_type(stack):
     shape = tuple(_shared_int(stack, k, 'the pixels have no shape') for k in ('Rows','Columns'))
     alloc = _shared_int(stack, 'BitsAllocated', 'the pixels have no type')
     signed = _shared_int(stack, 'PixelRepresentation', 'the pixels have no sign')
-    if alloc not in (8,16,32,64) or not 0<min(shape)<=max(shape)<=8192: raise _no_mr_image(shape, alloc)
+    if alloc not in (8,16,32,64) or not 0<min(shape)<=max(shape)<=8192:
+        raise _no_mr_image(shape, alloc)
     return shape,np.dtype(f"{'<' if stack[0]['little'] else '>'}{'ui'[signed==1]}{alloc//8}")
 
 def _no_mr_image(shape, alloc):
@@ -578,15 +625,19 @@ def _no_mr_image(shape, alloc):
 
 def _fill_slices(out, stack, at, dtype, scale, budget):
     "Read the slices `at` of a stack, all from one file, into `out` (D,H,W); without `scale` as they are stored"
-    f,little,shape = stack[at[0]],stack[0]['little'],out.shape[1:]
+    f = stack[at[0]]
+    little = stack[0]['little']
+    shape = out.shape[1:]
     coded = None if f['native'] else _decode(f['path'], (f['frames'],*shape), dtype, budget)
     for i in at:
         x = out[i] if scale is None else np.empty(shape, dtype)
         if coded is None: _read_native(stack[i], x)
         else: x[:] = coded[stack[i]['frame']]
-        if f['native'] and f['little']!=little: x.byteswap(inplace=True)
+        if f['native'] and f['little']!=little:
+            x.byteswap(inplace=True)
         _stored(x, stack[i], 8*dtype.itemsize)
-        if scale is not None: out[i] = x*scale[i,0]+scale[i,1]
+        if scale is not None:
+            out[i] = x*scale[i,0]+scale[i,1]
 
 # %% ../nbs/11_dicom.ipynb #42f49b06
 def read_pixels(
@@ -605,7 +656,8 @@ def read_pixels(
     out = (np.empty if native else _shared_array)((len(stack),*shape), dtype if scale is None else np.float32)
     files = groupby(range(len(stack)), lambda i: stack[i]['path'])
     def work():
-        for at in files.values(): _fill_slices(out, stack, at, dtype, scale, budget)
+        for at in files.values():
+            _fill_slices(out, stack, at, dtype, scale, budget)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         if native: work()

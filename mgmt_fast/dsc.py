@@ -95,7 +95,8 @@ def _without_copies(frames):
 
 def _seconds(k, v):
     "A time of a header in seconds; `None` if it is none"
-    if k in ('TriggerTime','FrameReferenceTime'): return v[0]/1000
+    if k in ('TriggerTime','FrameReferenceTime'):
+        return v[0]/1000
     digits = re.fullmatch(r'(\d{8})?(\d\d)(\d\d)(\d\d)(\.\d+)?.*', v)
     if not digits: return None
     date,h,m,s,part = digits.groups()
@@ -111,7 +112,8 @@ def _told_apart(frames, place):
         number = {v:i for i,v in enumerate(sorted(set(values)))}
         one_each = len(set(zip(place, values)))>=.95*len(frames)
         full = len(frames)>.5*len(number)*n_places
-        if len(number)>1 and one_each and full: return np.array([number[v] for v in values])
+        if len(number)>1 and one_each and full:
+            return np.array([number[v] for v in values])
     return None
 
 def _by_clock(frames, place):
@@ -129,7 +131,8 @@ def _by_clock(frames, place):
         part = np.array([np.angle(turn[place==i].mean())/(2*np.pi) for i in range(place.max()+1)])
         part = (part-part[place[t.argmin()]]+.001)%1-.001 # a cycle begins with the slice that was taken first
         number = (t/cycle-part[place]).round().astype(int)
-        if len(set(zip(place, number)))>=.95*len(frames): return number-number.min()
+        if len(set(zip(place, number)))>=.95*len(frames):
+            return number-number.min()
     return None
 
 def _counted(frames, place):
@@ -151,7 +154,8 @@ def _table_of(frames):
     "Frames by time and place, (T,D) objects, `None` where one is missing; and findings"
     kept = _without_copies(frames)
     place = place_numbers(kept, slice_normal(kept))
-    if place.max()<2: raise DSCError(_few_slices(place.max()+1))
+    if place.max()<2:
+        raise DSCError(_few_slices(place.max()+1))
     time = _told_apart(kept, place)
     if time is None: time = _by_clock(kept, place)
     if time is None: time = _counted(kept, place)
@@ -175,7 +179,8 @@ def _complete(table):
     whole = np.array([all(f is not None for f in row) for row in table])
     if whole.all(): return table,[]
     n,lost = len(table),int((~whole).sum())
-    if lost>.2*n: raise DSCError(f"frames_missing: {_lost_frames(lost, n)}; copy the series again")
+    if lost>.2*n:
+        raise DSCError(f"frames_missing: {_lost_frames(lost, n)}; copy the series again")
     return table[whole],[Finding('frames_missing', 'warning', _lost_frames(lost, n)+'; they are left out')]
 
 def _lost_frames(lost, n): return f"slices lack at {lost} of {n} time points"
@@ -184,23 +189,28 @@ def _lost_frames(lost, n): return f"slices lack at {lost} of {n} time points"
 def _times_by(k, table):
     "The time of each row by one header value, (T,) s; `None` if it does not tell"
     values = [[f.get(k) for f in row] for row in table]
-    if any(v is None for row in values for v in row): return None
+    if any(v is None for row in values for v in row):
+        return None
     each = [[_seconds(k, v) for v in row] for row in values]
-    if any(v is None for row in each for v in row): return None
+    if any(v is None for row in each for v in row):
+        return None
     t = np.array([min(row) for row in each])
-    if k=='AcquisitionTime': t = t+86400*np.cumsum(np.r_[0, np.diff(t)<-43200]) # past midnight
+    if k=='AcquisitionTime':
+        t = t+86400*np.cumsum(np.r_[0, np.diff(t)<-43200]) # past midnight
     return t-t[0] if (np.diff(t)>0).all() else None
 
 def _header_times(table, tr, dt=None):
     "Times of the rows, (T,) s, and findings"
-    if dt is not None: return np.arange(len(table))*float(dt),[]
+    if dt is not None:
+        return np.arange(len(table))*float(dt),[]
     for k in _TOLD_BY[2:]:
         t = _times_by(k, table)
         if t is None: continue
         by_tr = np.arange(len(t))*(tr or 0)/1000
         whole = (t==t.round()).all() and abs(t-by_tr).max()<=1
         return (by_tr if whole else t),[]
-    if tr: return np.arange(len(table))*tr/1000,[Finding('times_from_tr', 'note', _by_tr(tr))]
+    if tr:
+        return np.arange(len(table))*tr/1000,[Finding('times_from_tr', 'note', _by_tr(tr))]
     raise DSCError("times_unknown: no header says when a frame was taken, and there is no repetition time: give dt=")
 
 def _by_tr(tr):
@@ -212,7 +222,8 @@ class _MosaicLook:
     tags = [Tag(0x0029,o) for o in (0x10,0x11,0x12,0x1010,0x1020,0x1110,0x1120,0x1210,0x1220)]+[Tag(0x0019,0x100a)]
     def __call__(self, ds):
         try: w = wrapper_from_data(ds)
-        except (WrapperError,ValueError,KeyError,TypeError,AttributeError): return None
+        except (WrapperError,ValueError,KeyError,TypeError,AttributeError):
+            return None
         if not getattr(w, 'is_mosaic', False): return None
         h,wide,d = w.image_shape[:3]
         return np.diag([-1.,-1,1,1])@w.affine[:,[2,0,1,3]],(d,h,wide)
@@ -227,10 +238,12 @@ def _untiled(x, shape):
 def _read_mosaics(path, budget):
     frames = _without_copies(folder_frames(path, _MosaicLook(), budget))
     places = [f['looked'] for f in frames]
-    if any(p is None for p in places): raise DSCError(_no_private())
+    if any(p is None for p in places):
+        raise DSCError(_no_private())
     affine,shape = places[0]
     same = all(p[1]==shape and np.allclose(p[0], affine, atol=1e-3) for p in places)
-    if not same or len({(f['SeriesInstanceUID'],f['EchoTime']) for f in frames})>1: raise _several(len(frames))
+    if not same or len({(f['SeriesInstanceUID'],f['EchoTime']) for f in frames})>1:
+        raise _several(len(frames))
     def acquired(f): return f['AcquisitionNumber'] or (0,),f['InstanceNumber'] or (0,)
     table = np.array(sorted(frames, key=acquired), object)
     return table[:,None],affine,[],lambda stack: _untiled(read_pixels(stack, budget), shape)
@@ -250,7 +263,8 @@ def _read_slices(frames, budget):
     "Table of frames (T,D), affine, findings, and how to read the pixels of a list of frames"
     kinds = {(f['SeriesInstanceUID'],f['EchoTime'],f['Rows'],f['Columns'],f['ImageOrientationPatient']) for f in frames}
     if len(kinds)>1: raise _several(len(frames))
-    if slice_normal(frames) is None: raise DSCError("several_series: no header says where the slices lie")
+    if slice_normal(frames) is None:
+        raise DSCError("several_series: no header says where the slices lie")
     table,said = _table_of(frames)
     table,more = _complete(table)
     order,affine = place_slices([*table[0]])
@@ -280,7 +294,8 @@ def _sidecar(path):
     if not is_file(p): return {}
     with open_input(p, SeriesError) as f:
         try: d = parse_json(f.read(2**22))
-        except ValueError: raise SeriesError("the JSON beside it cannot be read: correct it, or move it away") from None
+        except ValueError:
+            raise SeriesError("the JSON beside it cannot be read: correct it, or move it away") from None
     return d if isinstance(d, dict) else {}
 
 def _number_in(d, k, factor=1):
@@ -292,7 +307,8 @@ def _from_nifti(path, dt, budget):
     d = _sidecar(path)
     how = dict(te=_number_in(d,'EchoTime',1000), tr=_number_in(d,'RepetitionTime',1000), flip=_number_in(d,'FlipAngle'))
     step = dt or step or (how['tr'] or 0)/1000
-    if not step: raise DSCError("times_unknown: the NIfTI names no step between its time points: give dt=")
+    if not step:
+        raise DSCError("times_unknown: the NIfTI names no step between its time points: give dt=")
     return Series4D(data, affine, np.arange(len(data))*step, **how)
 
 # %% ../nbs/33_dsc.ipynb #409af57b
@@ -310,7 +326,8 @@ def _uneven_steps(steps, usual):
 
 def _reading_findings(s):
     res = _timing_findings(s.times)
-    if s.te is None: res.append(Finding('no_echo_time', 'warning', _no_te()))
+    if s.te is None:
+        res.append(Finding('no_echo_time', 'warning', _no_te()))
     return res
 
 def _no_te():
@@ -330,7 +347,8 @@ def read_dsc(
     `SeriesError` as `read_volume` does.
     Source: DICOM PS3.3 C.7.6.16.2.2 (frame content), C.8.3 (MR image); BIDS for the JSON beside a NIfTI."""
     try: s = _read_any(Path(path), dt, budget)
-    except SeriesError as e: raise type(e)(f"{path}: {e}") from None
+    except SeriesError as e:
+        raise type(e)(f"{path}: {e}") from None
     if te is not None: s = s._replace(te=float(te))
     return s._replace(findings=(*s.findings,*_reading_findings(s)))
 
@@ -338,9 +356,12 @@ def _read_any(path, dt, budget):
     nifti = is_nifti(path) and path.is_file()
     frames = [] if nifti else folder_frames(path, None, budget)
     if frames: s = _from_dicom(path, frames, dt, budget)
-    else: s = _from_nifti(path if nifti else find_stacks(path), dt, budget)
-    if len(s.data)<10: raise DSCError(f"too_few_times: {len(s.data)} time points, and a bolus needs ten or more")
-    if s.data.shape[1]<3: raise DSCError(_few_slices(s.data.shape[1]))
+    else:
+        s = _from_nifti(path if nifti else find_stacks(path), dt, budget)
+    if len(s.data)<10:
+        raise DSCError(f"too_few_times: {len(s.data)} time points, and a bolus needs ten or more")
+    if s.data.shape[1]<3:
+        raise DSCError(_few_slices(s.data.shape[1]))
     return s
 
 # %% ../nbs/33_dsc.ipynb #0434d89d
@@ -364,14 +385,16 @@ def bolus_timing(
 
     Raises `DSCError` on a signal that is not finite or never positive."""
     x = np.asarray(signal, dtype=float)
-    if not np.isfinite(x).all() or x.max()<=0: raise DSCError("no_bolus: the signal is empty or not finite")
+    if not np.isfinite(x).all() or x.max()<=0:
+        raise DSCError("no_bolus: the signal is empty or not finite")
     peak = int(x[1:].argmin())+1
     s0 = float(np.percentile(x[:peak+1], 70))
     first = _steady_from(x[:peak], s0)
     for _ in range(2):
         above = np.flatnonzero(x[:peak]>s0-.1*(s0-x[peak]))
         arrival = int(above[-1])+1 if len(above) else first
-        if arrival>first: s0 = float(x[first:arrival].mean())
+        if arrival>first:
+            s0 = float(x[first:arrival].mean())
     return Bolus(first, arrival, peak, s0, float(1-x[peak]/s0))
 
 def _steady_from(x, s0):
@@ -385,7 +408,8 @@ def head_mask(
 ) -> np.ndarray: # (D,H,W) bool
     "Where there is a head. Raises `DSCError` on a blank series."
     try: return np.asarray(foreground(series.frame(slice(None)), step=.1))>0
-    except MGMTError as e: raise DSCError(f"no_bolus: {e}") from None
+    except MGMTError as e:
+        raise DSCError(f"no_bolus: {e}") from None
 
 def head_curve(
     series:Series4D, # Any
@@ -412,10 +436,14 @@ def dsc_findings(
     start,end = x[:3].mean(),x[-max(3,len(x)//10):].mean()
     bolus = bolus_timing(x)
     res = list(series.findings)
-    if end/start>1+max(.05, 6*noise) and bolus.drop<.03: res.append(_rises(end/start-1, series.te))
-    elif not _has_bolus(bolus, noise, series.dt): res.append(_nothing_comes(bolus.drop))
-    elif (share:=_share_brighter(series, mask, bolus))>.15: res.append(_head_moved(share, bolus))
-    else: res += _bolus_findings(x, bolus, series.dt)
+    if end/start>1+max(.05, 6*noise) and bolus.drop<.03:
+        res.append(_rises(end/start-1, series.te))
+    elif not _has_bolus(bolus, noise, series.dt):
+        res.append(_nothing_comes(bolus.drop))
+    elif (share:=_share_brighter(series, mask, bolus))>.15:
+        res.append(_head_moved(share, bolus))
+    else:
+        res += _bolus_findings(x, bolus, series.dt)
     return res
 
 def _has_bolus(b, noise, dt):
@@ -426,7 +454,8 @@ def _bolus_findings(x, b, dt):
     if b.arrival-b.first<3:
         res.append(Finding('no_baseline', 'error', _late_start(max(0, b.arrival-b.first))))
     came_back = (x[-3:].mean()-x[b.peak])/(b.s0-x[b.peak])
-    if left<10 or came_back<.5: res.append(Finding('bolus_cut_off', 'error', _cut_off(left, came_back)))
+    if left<10 or came_back<.5:
+        res.append(Finding('bolus_cut_off', 'error', _cut_off(left, came_back)))
     return res
 
 def _rises(by, te):
@@ -457,7 +486,8 @@ def check_dsc(
     "Raise `DSCError` with the first finding that rules perfusion out."
     found = dsc_findings(series)
     for o in found:
-        if o.level=='error': raise DSCError(f'{o.name}: {o.what}')
+        if o.level=='error':
+            raise DSCError(f'{o.name}: {o.what}')
     return found
 
 # %% ../nbs/33_dsc.ipynb #fc8aa19e

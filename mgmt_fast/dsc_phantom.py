@@ -54,7 +54,8 @@ def blood_in_tissue(
     "Contrast in the vessels of a tissue: flow times the arterial curve convolved with a residue function."
     s = np.arange(len(aif))*h
     kinds = dict(exponential=np.exp(-s/mtt), linear=np.clip(1-s/(2*mtt), 0, None), plug=(s<mtt)*1.)
-    if residue not in kinds: raise unknown_name('residue function', residue, kinds)
+    if residue not in kinds:
+        raise unknown_name('residue function', residue, kinds)
     r = kinds[residue]
     r = r*mtt/(h*(r.sum()-.5*r[0])) # the area is the transit time
     c = (sg.fftconvolve(aif, r)[:len(aif)]-.5*r[0]*aif)*h*cbv/100/mtt
@@ -146,8 +147,10 @@ def dsc_patients(
     """Patients of the phantom whose label is in the rim's blood volume alone.
 
     What tells the label in anatomical images is exchanged among the patients at random."""
-    t,rng = draw_patients(n, auc, seed, test),rng_for(seed, 'dsc', 'patients')
-    for k in ('gadolinium','unevenness'): t[k] = t[k].to_numpy()[rng.permutation(n)]
+    t = draw_patients(n, auc, seed, test)
+    rng = rng_for(seed, 'dsc', 'patients')
+    for k in ('gadolinium','unevenness'):
+        t[k] = t[k].to_numpy()[rng.permutation(n)]
     t['rcbv'] = _RIM_RCBV*np.exp(_RIM_RATE*t.latent)
     t['mtt'],t['ktrans'] = rng.uniform(5, 8, n),rng.uniform(.01, .06, n)
     return t.assign(leak=rng.choice(['T1','T2*'], n))
@@ -180,7 +183,8 @@ def _in_tube(at, a, b):
 @lru_cache(maxsize=4)
 def _artery_share(slices, size, fine=(5,3,3)):
     "Share of each voxel that arteries fill, (D,H,W); it is the same in all patients"
-    affine,shape = series_affine('axial', slices, size),(slices,size,size)
+    affine = series_affine('axial', slices, size)
+    shape = slices,size,size
     axes = [(np.arange(n*f)-(f-1)/2)/f for n,f in zip(shape, fine)]
     res = np.zeros(shape, np.float32)
     for d in range(shape[0]):
@@ -188,7 +192,8 @@ def _artery_share(slices, size, fine=(5,3,3)):
         at = (np.stack(part, -1)@affine[:3,:3].T+affine[:3,3]).astype(np.float32)
         inside = np.zeros(at.shape[:3], bool)
         for path in _all_paths():
-            for a,b in zip(path, path[1:]): inside |= _in_tube(at, a, b)
+            for a,b in zip(path, path[1:]):
+                inside |= _in_tube(at, a, b)
         res[d] = inside.reshape(fine[0], shape[1], fine[1], shape[2], fine[2]).mean((0,2,4))
     return res
 
@@ -213,9 +218,11 @@ def _tissue_signals(t, ca, h, te, tr, flip):
     res = {}
     for k,o in t.iterrows():
         blood = blood_in_tissue(ca, h, o.cbv, max(o.mtt, .1), o.delay)
-        rate,leaked = RELAXIVITY['tissue']*blood,leaked_contrast(ca, h, o.ktrans, o.ve, o.delay)
+        rate = RELAXIVITY['tissue']*blood
+        leaked = leaked_contrast(ca, h, o.ktrans, o.ve, o.delay)
         if k=='artery': rate = RELAXIVITY['blood']*ca
-        if k=='vessel': rate = RELAXIVITY['blood']*blood/(o.cbv/100)
+        if k=='vessel':
+            rate = RELAXIVITY['blood']*blood/(o.cbv/100)
         rate = rate+_LEAK_RATE[o.leak]*leaked
         res[k] = o.density*np.exp(-te/o.t2star)*dsc_signal(rate, leaked, o.t1, te, tr, flip)
     return res
@@ -244,7 +251,8 @@ def render_dsc(
     moves:np.ndarray=None, # (T,3) mm that the head is shifted by in each frame, along x, y, z; none if None
 ) -> DSCPhantom: # The series and its truth
     "Simulate a DSC series of one patient of the phantom."
-    affine,shape = series_affine('axial', slices, size),(slices,size,size)
+    affine = series_affine('axial', slices, size)
+    shape = slices,size,size
     shares,mask,brain = tissue_shares(p, affine, shape, seed)
     artery = _artery_share(slices, size)*brain
     shares = {**{k: v*(1-artery) for k,v in shares.items()}, 'artery':artery}
@@ -312,7 +320,8 @@ def write_dsc(
 ) -> Path: # `dest`
     "Write a series over time as DICOM (PS3.3 A.4 and A.36). Raises `MGMTError` on values that 16 bits do not hold."
     lo,hi = series.data.min(),series.data.max()
-    if lo<0 or hi>65535: raise MGMTError(f"16 bits hold 0 to 65535, and the values are {lo} to {hi}: rescale first")
+    if lo<0 or hi>65535:
+        raise MGMTError(f"16 bits hold 0 to 65535, and the values are {lo} to {hi}: rescale first")
     uid = partial(phantom_uid, patient)
     return (_write_enhanced if enhanced else _write_slices)(series, Path(dest), patient, uid, told_by)
 
@@ -326,8 +335,10 @@ def _write_slices(s, dest, patient, uid, told_by):
         ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = uid('DSC', t, d)
         ds.InstanceNumber,ds.PixelData = i+1,s.data[t,d].astype('<u2').tobytes()
         at = s.times[t]+s.dt*d/slices # slices are taken one after the other
-        if told_by=='AcquisitionTime': ds.AcquisitionTime = _clock(at)
-        if told_by=='TriggerTime': ds.TriggerTime = f'{1000*at:.8g}'
+        if told_by=='AcquisitionTime':
+            ds.AcquisitionTime = _clock(at)
+        if told_by=='TriggerTime':
+            ds.TriggerTime = f'{1000*at:.8g}'
         ds.save_as(dest/f'{i+1:05}.dcm', enforce_file_format=True)
     return dest
 
@@ -352,7 +363,8 @@ def _write_enhanced(s, dest, patient, uid, told_by):
 def _frame_groups(s, t, d, told_by):
     at,iop,size = _place(s, d)
     content = dict(TemporalPositionIndex=t+1)
-    if told_by: content['FrameAcquisitionDateTime'] = '20260101'+_clock(s.times[t])
+    if told_by:
+        content['FrameAcquisitionDateTime'] = '20260101'+_clock(s.times[t])
     return _item(FrameContentSequence=_item(**content), PlanePositionSequence=_item(ImagePositionPatient=at),
         PlaneOrientationSequence=_item(ImageOrientationPatient=iop),
         PixelMeasuresSequence=_item(PixelSpacing=size))[0]

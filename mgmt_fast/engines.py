@@ -41,7 +41,8 @@ def engine_table() -> pd.DataFrame: # `engine`, `does`, `licence`, `version`: mi
 
 def _version(engine):
     try: return importlib.metadata.version(engine['package'])
-    except importlib.metadata.PackageNotFoundError: return None
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 # %% ../nbs/31_engines.ipynb #9d6a884f
 def need_engines(
@@ -62,8 +63,10 @@ def _network(name):
     "One of the two networks"
     files = importlib.metadata.files('deepbet') or ()
     path = next((f.locate() for f in files if f.name==name), None)
-    if path is None: raise EngineError(f"{name} is not in the installed deepbet: install it again")
-    with _no_deprecation(): return torch.jit.load(str(path), map_location='cpu').eval()
+    if path is None:
+        raise EngineError(f"{name} is not in the installed deepbet: install it again")
+    with _no_deprecation():
+        return torch.jit.load(str(path), map_location='cpu').eval()
 
 @contextmanager
 def _no_deprecation():
@@ -88,8 +91,10 @@ def _box(small, shape, margin=.1):
         at = np.flatnonzero(small.mean(others)>.02)
         if not len(at): raise EngineError(_no_brain_found)
         whole = n/small.shape[axis]
-        middle,size = (at[0]+at[-1]+1)/2*whole,(at[-1]+1-at[0])*whole
-        middle,size = np.round(middle),np.round(size*(1+2*margin))
+        middle = (at[0]+at[-1]+1)/2*whole
+        size = (at[-1]+1-at[0])*whole
+        middle = np.round(middle)
+        size = np.round(size*(1+2*margin))
         res.append(slice(max(0, int(middle-size/2)), min(n, int(middle+size/2))))
     return tuple(res)
 
@@ -127,22 +132,29 @@ def brain_mask_by(
 
     Raises `EngineError` where it is not there, fails, takes longer, or writes no brain."""
     with passing_folder(EngineError) as folder:
-        head,brain = folder/'head.nii.gz',folder/'brain.nii.gz'
+        head = folder/'head.nii.gz'
+        brain = folder/'brain.nii.gz'
         vol.save(head)
         _run_stripper([*shlex.split(command), '-i', str(head), '-o', str(brain)], brain, minutes)
         try: made = read_volume(brain)
-        except MGMTError: raise EngineError(_said(command, 'wrote no readable NIfTI file')) from None
-    if has_skull(made) is not False: raise EngineError(_said(command, 'cut nothing off, or everything'))
+        except MGMTError:
+            raise EngineError(_said(command, 'wrote no readable NIfTI file')) from None
+    if has_skull(made) is not False:
+        raise EngineError(_said(command, 'cut nothing off, or everything'))
     there = np.asarray(resample(solid_mask(made).float(), vol.affine, vol.shape))>.5
     return Volume(torch.from_numpy(there.astype(np.uint8)), affine=vol.affine)
 
 def _run_stripper(words, brain, minutes):
     program = shlex.join(words[:-4])
     try: done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=60*minutes)
-    except subprocess.TimeoutExpired: raise EngineError(_said(program, f'took more than {minutes:g} minutes')) from None
-    except OSError as e: raise EngineError(_said(program, f'cannot be started ({type(e).__name__})')) from None
-    if done.returncode: raise EngineError(_said(program, f'ended with exit status {done.returncode}'))
-    if not is_file(brain): raise EngineError(_said(program, 'wrote no file'))
+    except subprocess.TimeoutExpired:
+        raise EngineError(_said(program, f'took more than {minutes:g} minutes')) from None
+    except OSError as e:
+        raise EngineError(_said(program, f'cannot be started ({type(e).__name__})')) from None
+    if done.returncode:
+        raise EngineError(_said(program, f'ended with exit status {done.returncode}'))
+    if not is_file(brain):
+        raise EngineError(_said(program, 'wrote no file'))
 
 def _said(program, what):
     return (f"{program!r} {what}: it is called as `{program} -i IN.nii.gz -o OUT.nii.gz` and shall write the head "
@@ -182,7 +194,8 @@ def _to_itk(vol):
 def _silent():
     "Without the lines that a compiled library prints past Python"
     sys.stdout.flush()
-    kept,nothing = [os.dup(1),os.dup(2)],os.open(os.devnull, os.O_WRONLY)
+    kept = [os.dup(1),os.dup(2)]
+    nothing = os.open(os.devnull, os.O_WRONLY)
     try:
         for fd in (1,2): os.dup2(nothing, fd)
         yield
@@ -196,7 +209,8 @@ def _check_matrix(m, rigid):
     "Raise where a registration broke down: no numbers, a mirror image, or a scale that no head has"
     scales = np.linalg.svd(m[:3,:3], compute_uv=False) if np.isfinite(m).all() else np.zeros(3)
     most = 1.01 if rigid else 1.5
-    if scales.min()>1/most and scales.max()<most and np.linalg.det(m[:3,:3])>0: return m
+    if scales.min()>1/most and scales.max()<most and np.linalg.det(m[:3,:3])>0:
+        return m
     raise EngineError("the registration broke down: its matrix is no turn and shift. Do the two volumes show a head?")
 
 # %% ../nbs/31_engines.ipynb #305bfa22
@@ -224,9 +238,11 @@ def greedy_align(
         command += ' -gm where'
     g = Greedy3D()
     try:
-        with _silent(): g.execute(command, io.StringIO(), io.StringIO(), **images)
+        with _silent():
+            g.execute(command, io.StringIO(), io.StringIO(), **images)
         found = start@np.array(g['found'], dtype=float)
-    except Exception as e: raise EngineError(f"greedy did not align the two volumes ({type(e).__name__})") from None
+    except Exception as e:
+        raise EngineError(f"greedy did not align the two volumes ({type(e).__name__})") from None
     return _check_matrix(found, not affine)
 
 # %% ../nbs/31_engines.ipynb #7dcb055f
@@ -254,9 +270,11 @@ def itk_align(
     method.SetOptimizerAsRegularStepGradientDescent(2., .001, 300, relaxationFactor=.6)
     method.SetOptimizerScalesFromPhysicalShift()
     method.SetInitialTransform(pose, inPlace=True)
-    if mask is not None: method.SetMetricFixedMask(sitk.Cast(_to_itk(mask)>0, sitk.sitkUInt8))
+    if mask is not None:
+        method.SetMetricFixedMask(sitk.Cast(_to_itk(mask)>0, sitk.sitkUInt8))
     try: method.Execute(_to_itk(fixed), _to_itk(moving))
-    except RuntimeError: raise EngineError("SimpleITK did not align the two volumes: they hardly overlap") from None
+    except RuntimeError:
+        raise EngineError("SimpleITK did not align the two volumes: they hardly overlap") from None
     return _check_matrix(_from_euler(pose), rigid=True)
 
 _LPS = np.diag([-1.,-1,1,1])
@@ -290,7 +308,8 @@ def correct_bias(
     need_engines('itk')
     import SimpleITK as sitk
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    img,where = _to_itk(vol.float().clamp(min=0)),sitk.Cast(_to_itk(mask)>0, sitk.sitkUInt8)
+    img = _to_itk(vol.float().clamp(min=0))
+    where = sitk.Cast(_to_itk(mask)>0, sitk.sitkUInt8)
     factors = [min(shrink, max(1, n//32)) for n in img.GetSize()]
     n4 = sitk.N4BiasFieldCorrectionImageFilter()
     n4.SetMaximumNumberOfIterations([30,20,10])

@@ -91,10 +91,12 @@ def read_predictions(
     probabilities that are no numbers from 0 to 1."""
     t = read_labels(table, id_col, label_col)
     found = [prob_col] if prob_col else [c for c in t if str(c).strip().lower() in _prob_names]
-    if len(found)!=1 or found[0] not in t: raise ProtocolError(_no_prob_column(t, found))
+    if len(found)!=1 or found[0] not in t:
+        raise ProtocolError(_no_prob_column(t, found))
     prob = pd.to_numeric(t[found[0]], errors='coerce')
     bad = t[found[0]].notna() & ~prob.between(0, 1)
-    if bad.any(): raise ProtocolError(_no_probability(t[bad].iloc[0], found[0], int(bad.sum())))
+    if bad.any():
+        raise ProtocolError(_no_probability(t[bad].iloc[0], found[0], int(bad.sum())))
     _check_once(t, 'predictions')
     return pd.DataFrame(dict(patient=t.patient, label=t.label, prob=prob))
 
@@ -151,8 +153,10 @@ def choose_threshold(
 def _inputs(store, sequences):
     "Channels of each model to compare; `None`: as the recipe says"
     if sequences is None: return [None]
-    if isinstance(sequences, str) and sequences=='each': return [(s,) for s in store.sequences]
-    if isinstance(sequences, str) or all(isinstance(s, str) for s in sequences): return [check_sequences(sequences)]
+    if isinstance(sequences, str) and sequences=='each':
+        return [(s,) for s in store.sequences]
+    if isinstance(sequences, str) or all(isinstance(s, str) for s in sequences):
+        return [check_sequences(sequences)]
     return [check_sequences(s) for s in sequences]
 
 def _recipes(store, recipes, augment):
@@ -168,7 +172,8 @@ def _with_arch(recipe, arch): return get_recipe(recipe, **({} if arch is None el
 
 def _cells(store, archs, sequences, recipes, augment):
     "The models to compare: (sequences, label of the recipe, recipe)"
-    if archs is None or isinstance(archs, str): archs = [archs]
+    if archs is None or isinstance(archs, str):
+        archs = [archs]
     cells,inputs = [],_inputs(store, sequences)
     for name,r in _recipes(store, recipes, augment).items():
         for arch in archs:
@@ -201,7 +206,8 @@ def _temperature(v, name):
 def _chosen_inside(m, held, name):
     "What the inner validation part chooses: temperature and threshold"
     v = predict(m, held, progress=False).merge(held.table[['patient','label']], on='patient')
-    if v.prob.isna().any(): raise ProtocolError(f"{name} predicts no numbers: training diverged; "
+    if v.prob.isna().any():
+        raise ProtocolError(f"{name} predicts no numbers: training diverged; "
         "a lower learning rate may help. The finished runs are kept")
     temperature,y = _temperature(v, name),v.label.to_numpy()
     threshold = choose_threshold(y, temperature(v.prob))
@@ -211,7 +217,8 @@ def _chosen_inside(m, held, name):
 def _train(job, path):
     "Train one model and predict the patients of the fold"
     m,held = _fit(job, path)
-    inside,out = _chosen_inside(m, held, path.name),job.store.only(job.test)
+    inside = _chosen_inside(m, held, path.name)
+    out = job.store.only(job.test)
     res = predict(m, out, progress=False)[['patient','prob']].rename(columns=dict(prob='raw'))
     views = with_views(m, job.store.spacing, job.recipe)
     res['tta'] = predict(views, out, progress=False).prob if job.tta else np.nan
@@ -223,7 +230,8 @@ def _kept(job, path):
     if not is_file(path/'run.json'): return None
     try: res = read_json(path/'run.json', _RUN)
     except MGMTError: return None
-    if len({*map(len, res['predictions'].values())})>1: return None
+    if len({*map(len, res['predictions'].values())})>1:
+        return None
     if key_changes(res['key'], job.key): return None
     whole = all((path/f).exists() and file_hash(path/f)==h for f,h in res['files'].items())
     return res if whole else None
@@ -243,11 +251,14 @@ def _run(job, dest):
     path = dest/'runs'/job.name
     res = _kept(job, path)
     if res is None:
-        if job.clock is not None and job.clock.left<=0: raise OutOfTime(f"stopped before the training {job.name}")
-        if not _begun(path): shutil.rmtree(path, ignore_errors=True)
+        if job.clock is not None and job.clock.left<=0:
+            raise OutOfTime(f"stopped before the training {job.name}")
+        if not _begun(path):
+            shutil.rmtree(path, ignore_errors=True)
         res = _train(job, make_folder(path))
         write_json(path/'run.json', res)
-        for f in ('best','checkpoint'): (path/f'{f}.safetensors').unlink(missing_ok=True)
+        for f in ('best','checkpoint'):
+            (path/f'{f}.safetensors').unlink(missing_ok=True)
         gc.collect() # a learner holds itself in cycles, optimiser state and all
     t = pd.DataFrame(res['predictions']).astype({'patient':'string', 'raw':float, 'tta':float})
     t['prob'] = expit(log_odds(t.raw)/res['temperature'])
@@ -269,7 +280,8 @@ def _job(store, cell, folds, repeat, fold, member, inner, tta, seed, clock):
     weights = weights_key(recipe.pretrained, recipe.arch)
     parts = dict(train=train, test=test)
     key = run_key(store, parts, sequences, recipe, inner=inner, tta=tta, seed=seed, weights=weights)
-    joined,at = '+'.join(sequences),dict(repeat=repeat, fold=fold, member=member)
+    joined = '+'.join(sequences)
+    at = dict(repeat=repeat, fold=fold, member=member)
     row = dict(arch=recipe.arch, sequences=joined, recipe=label, **at)
     prefix = re.sub(r'[^\w.+-]', '_', f'{recipe.arch}-{joined}-{label}-r{repeat}f{fold}m{member}')
     name = f'{prefix}-{key_digest(key)[:8]}'
@@ -284,7 +296,8 @@ def _check_inner(jobs, inner):
         t,_ = usable_patients(j.store.only(j.train), j.sequences)
         folds = assign_folds(t, n=inner, seed=j.seed).fold
         n = int((folds==0).sum())
-        if n<_least_inner: raise _too_few_inside(len(t), inner, n)
+        if n<_least_inner:
+            raise _too_few_inside(len(t), inner, n)
 
 def _too_few_inside(n_train, inner, n):
     return ProtocolError(f"{n_train} training patients with inner={inner} leave {n} to choose epoch, temperature and "
@@ -322,30 +335,36 @@ def cross_validate(
     _check_repeats(repeats, seeds, folds)
     table = store.table[store.table.label.notna()][['patient','label']]
     if len(table)<10: raise _too_few_to_validate(len(table))
-    cells,jobs,dealt = _cells(store, archs, sequences, recipe, augment),[],[]
+    cells = _cells(store, archs, sequences, recipe, augment)
+    jobs = []
+    dealt = []
     for repeat in range(repeats):
         deal = assign_folds(table, n=n_folds, seed=seed+repeat, folds=folds).dropna(subset=['fold'])
         dealt.append(deal.assign(repeat=repeat))
         runs = [(c, fold, m) for c in cells for fold in sorted(deal.fold.unique()) for m in range(seeds)]
         jobs += [_job(store, c, deal, repeat, fold, m, inner, tta, seed, clock) for c,fold,m in runs]
     _check_inner(jobs, inner)
-    with working_in(dest) as dest: return _validate_all(jobs, dest, dealt, table, nested, progress, devices)
+    with working_in(dest) as dest:
+        return _validate_all(jobs, dest, dealt, table, nested, progress, devices)
 
 def _validate_all(jobs, dest, dealt, table, nested, progress, devices):
     "Run the jobs, and write and return their predictions"
-    for j in jobs: j.others = other_runs(dest/'runs', j.prefix, j.key)
+    for j in jobs:
+        j.others = other_runs(dest/'runs', j.prefix, j.key)
     say_other_runs(dest, [o for j in jobs for o in j.others])
     done = dict(side_by_side(partialler(_run, dest=dest), jobs, devices, progress))
     oof = pd.concat([done[i] for i in range(len(jobs))], ignore_index=True)
     label = oof.patient.map(dict(zip(table.patient, table.label)))
     oof.insert(1, 'label', label.astype(int))
-    if nested: oof = pd.concat([oof, select_inside(oof)], ignore_index=True)
+    if nested:
+        oof = pd.concat([oof, select_inside(oof)], ignore_index=True)
     for name,t in (('folds',pd.concat(dealt)),('oof',oof)):
         write_csv(dest/f'{name}.csv', t)
     return oof
 
 def _check_repeats(repeats, seeds, folds):
-    if min(repeats,seeds)>=1 and (folds is None or repeats==1): return
+    if min(repeats,seeds)>=1 and (folds is None or repeats==1):
+        return
     raise ProtocolError(f"repeats and seeds are at least 1, and a given split has one repeat; "
         f"received repeats={repeats}, seeds={seeds}")
 
@@ -370,7 +389,8 @@ def select_inside(
     oof:pd.DataFrame, # From `cross_validate`
 ) -> pd.DataFrame: # Rows of those models whose loss on the inner validation part was lowest, as `arch='selected'`
     "Let every run's inner part choose its model: nested cross-validation, with no more training than the candidates'."
-    oof,at = oof[oof.arch!='selected'],['repeat','fold','member']
+    oof = oof[oof.arch!='selected']
+    at = ['repeat','fold','member']
     best = oof.loc[oof.groupby(at).valid_loss.idxmin(), [*at,'run']]
     chosen = oof.merge(best, on=[*at,'run'])
     return chosen.assign(arch='selected', sequences='inside', recipe='inside')
@@ -387,7 +407,8 @@ def ensemble(
     axes = [*MODEL_AXES,*RUN_AXES]
     over = axes if over is None else listify(over)
     for o in over:
-        if o not in axes: raise unknown_name('axis of an ensemble', o, axes)
+        if o not in axes:
+            raise unknown_name('axis of an ensemble', o, axes)
     keep = [o for o in axes if o not in over]
     t = oof[oof.arch!='selected'] if set(MODEL_AXES)&set(over) else oof
     groups = t.assign(z=log_odds(t.prob)).groupby(['patient','label',*keep], sort=False)
@@ -402,8 +423,10 @@ def _runs(t):
     w = t.pivot(index='patient', columns=list(RUN_AXES), values=['prob','label'])
     gaps = w.index[w.isna().any(axis=1)]
     if len(gaps): raise _not_in_each_run(gaps[0])
-    y,P = w['label'].iloc[:,0].astype(int).to_numpy(),w['prob'].to_numpy(dtype=float).T
-    for p in P: check_predictions(pd.DataFrame(dict(patient=w.index, label=y, prob=p)))
+    y = w['label'].iloc[:,0].astype(int).to_numpy()
+    P = w['prob'].to_numpy(dtype=float).T
+    for p in P:
+        check_predictions(pd.DataFrame(dict(patient=w.index, label=y, prob=p)))
     return y,P,w.index.map(patient_key)
 
 def _predicted_twice(patient):
@@ -450,7 +473,8 @@ def _auc_of_folds(t):
     "Mean of the AUCs within each fold and run; NaN where there are no folds, or one lacks a class"
     if 'fold' not in t: return np.nan
     folds = [o for _,o in t.groupby([*RUN_AXES,'fold'])]
-    if any(o.label.nunique()<2 for o in folds): return np.nan
+    if any(o.label.nunique()<2 for o in folds):
+        return np.nan
     return float(np.mean([roc_auc_score(o.label.astype(int), o.prob) for o in folds]))
 
 def _accuracy(t, n):
@@ -461,7 +485,8 @@ def _accuracy(t, n):
 def _loss(t, n):
     right = np.where(t.label==1, t.prob, 1-t.prob)
     losses = pd.Series(-np.log(np.clip(right, 1e-7, 1)), index=t.index).groupby(t.patient).mean()
-    mean,half = losses.mean(),norm.ppf(.975)*losses.std()/np.sqrt(n)
+    mean = losses.mean()
+    half = norm.ppf(.975)*losses.std()/np.sqrt(n)
     return dict(loss=mean, loss_lo=mean-half, loss_hi=mean+half)
 
 def _cuts(t):
@@ -509,7 +534,8 @@ def _within_a_model(t, name):
     one,dealt = _first(t),t[t.repeat==0]
     if one.tta.notna().all():
         yield 'test-time augmentation',name,one,one.assign(prob=expit(log_odds(one.tta)/one.temperature))
-    if t.member.nunique()>1: yield f'{t.member.nunique()} seeds',name,one,ensemble(dealt, 'member')
+    if t.member.nunique()>1:
+        yield f'{t.member.nunique()} seeds',name,one,ensemble(dealt, 'member')
     if t.repeat.nunique()>1:
         yield f'{t.repeat.nunique()} repeats',name,ensemble(dealt, 'member'),ensemble(t, RUN_AXES)
 
@@ -531,13 +557,15 @@ def _over_archs(real):
 
 def _pairs(oof):
     "(step, of what, without, with): frames of patient, label, prob, one row per patient"
-    real,chosen = oof[oof.arch!='selected'],oof[oof.arch=='selected']
+    real = oof[oof.arch!='selected']
+    chosen = oof[oof.arch=='selected']
     for (arch,sequences,recipe),t in real.groupby(list(MODEL_AXES), sort=False):
         named = (arch, sequences, recipe if real.recipe.nunique()>1 else '')
         yield from _within_a_model(t, ', '.join(filter(None, named)))
     yield from _over_sequences(real)
     yield from _over_archs(real)
-    if len(chosen): yield 'all, over the one selected inside','',ensemble(chosen, RUN_AXES),ensemble(real)
+    if len(chosen):
+        yield 'all, over the one selected inside','',ensemble(chosen, RUN_AXES),ensemble(real)
 
 # %% ../nbs/64_evaluate.ipynb #10257013
 def gains(

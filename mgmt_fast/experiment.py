@@ -49,7 +49,8 @@ def thesis_cells(
 ) -> pd.DataFrame: # experiment (`'a'`: all sequences in one model; `'b'`: one each), arch, sequences
     "The models of the experiment, one row each."
     rows = [('b', a, s) for a in archs for s in sequences]
-    if len(sequences)>1: rows += [('a', a, '+'.join(sequences)) for a in archs]
+    if len(sequences)>1:
+        rows += [('a', a, '+'.join(sequences)) for a in archs]
     return pd.DataFrame(rows, columns=['experiment','arch','sequences'])
 
 # %% ../nbs/83_experiment.ipynb #8319000a
@@ -60,7 +61,8 @@ def trained_parameters(
     "What a recipe lets learn in each architecture, one sequence in; counted on torch's meta device, without weights."
     r,rows = get_recipe(recipe, pretrained=False),[]
     for arch in archs:
-        with torch.device('meta'): m = create_network(arch=arch, in_chans=1, **r.room('backbones'))
+        with torch.device('meta'):
+            m = create_network(arch=arch, in_chans=1, **r.room('backbones'))
         parts = dict(adapter=m.body.adapter, backbone=m.body.net, head=m.head)
         n = {k: sum(p.numel() for p in o.parameters() if p.requires_grad) for k,o in parts.items()}
         rows.append(dict(arch=arch, **n, norms=int((m.frozen.statistics=='trained').sum())))
@@ -146,9 +148,11 @@ def _frozen(store, dest, cell, split, runs):
     "The bundle of one model, made once"
     path = dest/'bundles'/split/_name(cell)
     if (path/'bundle.json').exists(): return Bundle(path)
-    if split=='folds': return freeze_bundle(**cv_models(dest/'folds'/_name(cell)), store=store, dest=path)
+    if split=='folds':
+        return freeze_bundle(**cv_models(dest/'folds'/_name(cell)), store=store, dest=path)
     mine = runs[(runs.arch==cell.arch)&(runs.sequences==cell.sequences)].iloc[0]
-    if mine.get('error'): raise MGMTError(f'it was not trained: {mine.error}')
+    if mine.get('error'):
+        raise MGMTError(f'it was not trained: {mine.error}')
     folder = dest/'split'/mine.folder
     valid = pd.read_csv(folder/'valid.csv', dtype={'patient':'string'})
     return freeze_bundle(folder/'model', valid, store, path)
@@ -157,7 +161,8 @@ def _tested(bundle, tcga, folder, leaks, override):
     "The result of this bundle on this cohort, made once"
     name = f'external-{json_hash(volume_hashes(tcga))[:8]}'
     for file in sorted(folder.glob(f'{name}-*.json')):
-        if (found := read_result(file))['bundle']==bundle.signature: return found
+        if (found := read_result(file))['bundle']==bundle.signature:
+            return found
     return external_test(bundle, tcga, make_folder(folder), leaks, override, progress=False)
 
 # %% ../nbs/83_experiment.ipynb #83190014
@@ -181,7 +186,8 @@ def thesis_external(
                 bundle = _frozen(store, dest, cell, split, runs)
                 result = _tested(bundle, tcga, dest/'external'/split/_name(cell), leaks, override)
             rows.append(dict(row, result=result, error=''))
-        except Exception as e: rows.append(dict(row, result=None, error=f'{type(e).__name__}: {e}'))
+        except Exception as e:
+            rows.append(dict(row, result=None, error=f'{type(e).__name__}: {e}'))
     return pd.DataFrame(rows)
 
 # %% ../nbs/83_experiment.ipynb #83190015
@@ -242,7 +248,8 @@ def plot_augmentation(
     x = torch.from_numpy(store.read(patient, store.sequences[0])[None]).float()/255
     shown = [('as it is',x)]
     for t in mgmt_augs(recipe, spacing=store.spacing):
-        for i in range(n): shown.append((f'draw {i+1}', t.apply(x, t.draw(1, start=i))))
+        for i in range(n):
+            shown.append((f'draw {i+1}', t.apply(x, t.draw(1, start=i))))
     fig,axs = plt.subplots(1, len(shown), figsize=(2*len(shown),2.3), layout='constrained', squeeze=False)
     for ax,(name,o) in zip(axs[0], shown):
         ax.imshow(o[0,0,o.shape[2]//2], cmap='gray', vmin=0, vmax=1)
@@ -271,7 +278,8 @@ def plot_flow(
     "The flow from scans to the test, with what the recipe chooses at each stage."
     stages = _stages(get_recipe(recipe))
     _,ax = plt.subplots(figsize=(13,3.6), layout='constrained')
-    places,boxes = [(i,1.) if i<5 else (8.5-i,0.) for i in range(len(stages))],[]
+    places = [(i,1.) if i<5 else (8.5-i,0.) for i in range(len(stages))]
+    boxes = []
     for (name,what),at in zip(stages, places):
         look = dict(ha='center', va='center', fontsize=8, bbox=dict(boxstyle='round,pad=.5', fc='.95', ec='.5'))
         boxes.append(ax.text(*at, f'{name}\n{what}', **look).get_bbox_patch())
@@ -313,8 +321,10 @@ def _claim(dest, key):
         there = json.loads(file.read_text(encoding='utf-8'))
         differ = [k for k in key if there.get(k)!=key[k] and k!='choices']
         differ += [k for k,v in key['choices'].items() if there.get('choices', {}).get(k)!=v]
-        if differ: raise MGMTError(_other_experiment(dest, differ))
-    else: write_json(file, key)
+        if differ:
+            raise MGMTError(_other_experiment(dest, differ))
+    else:
+        write_json(file, key)
 
 def _other_experiment(dest, differ):
     return (f"{dest} holds another experiment: it differs in {', '.join(differ)}. Give another folder, or delete it; "
@@ -330,7 +340,8 @@ def _leaks(store, tcga, dest, audit, progress):
             leakage_audit(store, tcga, dest=folder, published=True, progress=progress, **audit)
         told = json.loads((folder/'leakage.json').read_text(encoding='utf-8'))
         table = pd.read_csv(folder/'leakage.csv', dtype={'train':str, 'test':str})
-    except MGMTError as e: return NS(path=None, table=None, recall=None, said=f'No audit could be made: {e}')
+    except MGMTError as e:
+        return NS(path=None, table=None, recall=None, said=f'No audit could be made: {e}')
     recall = tuple(sum(r[k] for r in told['recall']) for k in ('found','planted'))
     return NS(path=folder/'leakage.csv', table=table, recall=recall, said=told['summary'])
 
@@ -354,7 +365,8 @@ def _test_rows(tests):
 # %% ../nbs/83_experiment.ipynb #83190026
 def _results(s):
     "The tables of figures, by part, and why some models have none"
-    split,folds = split_predictions(s.dest, s.runs),_fold_predictions(s.dest, s.cells)
+    split = split_predictions(s.dest, s.runs)
+    folds = _fold_predictions(s.dest, s.cells)
     tables,silent = {},[]
     for k,t in dict(split=split, folds=folds).items():
         tables[k],why = _told_apart(t)
@@ -373,7 +385,8 @@ def _told_apart(preds):
     rows,why = [],[]
     for (arch,sequences),t in preds.groupby(['arch','sequences'], sort=False) if len(preds) else ():
         try: rows.append(results_table(t))
-        except MGMTError as e: why.append(f'{arch} on {sequences}: {e}')
+        except MGMTError as e:
+            why.append(f'{arch} on {sequences}: {e}')
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(),why
 
 def _ours_checked(tables, thresholds):
@@ -391,7 +404,8 @@ def _paragraph(s, tables, findings):
     "What the external test of the five folds says"
     t = tables['external_folds']
     t = _counted(t)
-    if not len(t): return f"No external test gave figures: {'; '.join(uniqueify(s.tests.error)) or 'none was made'}."
+    if not len(t):
+        return f"No external test gave figures: {'; '.join(uniqueify(s.tests.error)) or 'none was made'}."
     named = t.assign(sequences=t.arch.map(lambda a: THESIS_ARCHS.get(a, a))+' on '+t.sequences)
     aside = None if s.leaks.table is None else set_aside(s.leaks.table)
     return say_results(named, t.p, findings, aside, s.leaks.recall, s.override, s.real)
@@ -400,7 +414,8 @@ def _paragraph(s, tables, findings):
 def _intro(s):
     "What was done, with whom"
     n = [(len(o), int((o.table.label==1).sum())) for o in (s.store,s.tcga)]
-    done,archs = (s.table.error.fillna('')=='').sum(),uniqueify(s.cells.arch)
+    done = (s.table.error.fillna('')=='').sum()
+    archs = uniqueify(s.cells.arch)
     what = (f"Recipe {s.recipe.name!r}, {len(s.cells)} models: architectures {', '.join(archs)}, each on "
         f"{len(s.store.sequences)} sequences alone (experiment b) and on all at once (a).")
     who = f"Training: {n[0][0]} patients, {n[0][1]} methylated. Test: {n[1][0]} patients, {n[1][1]} methylated."
@@ -441,7 +456,8 @@ def _similarity(s):
     "The thesis' check of independence beside ours"
     t = s.leaks.table
     if t is None: return [s.leaks.said]
-    alarms,n = int(t.published_alarm.sum()),t.verdict.value_counts().reindex(['same','uncertain'], fill_value=0)
+    alarms = int(t.published_alarm.sum())
+    n = t.verdict.value_counts().reindex(['same','uncertain'], fill_value=0)
     text = ("The thesis' measure (cross-correlation and mutual information of the whole arrays, both above .8) raises "
         f"an alarm for {alarms} of {len(t)} pairs; ours calls {n['same']} the same and {n['uncertain']} uncertain.")
     columns = 'train test sequence score verdict published_xcorr published_mi published_alarm'.split()
@@ -452,7 +468,8 @@ def _tables_part(s, tables, silent):
     "Tables 3 and 4"
     parts = ["Table 3: validation, accuracy / AUC, with 95 % intervals; the thesis gave none.",
         _beside(tables['split'], tables['folds'], 'validation'), *(f'No figures: {o}' for o in silent)]
-    if len(tables['folds']): parts.append(plot_forest(_as_there(tables['folds']), ['arch','sequences']))
+    if len(tables['folds']):
+        parts.append(plot_forest(_as_there(tables['folds']), ['arch','sequences']))
     parts += ["Table 4: test, loss / accuracy / AUC, the mean over sequences.",
         _beside(tables['average_split'], tables['average_folds'], 'test')]
     for k,name in SPLITS.items():
@@ -465,7 +482,8 @@ def _tables_part(s, tables, silent):
 def _one_or_each(tables):
     "Experiment a beside the mean of b, by five folds"
     t = tables['folds']
-    if not len(t): return ["No cross-validation was finished."]
+    if not len(t):
+        return ["No cross-validation was finished."]
     together = t.sequences.str.contains('+', regex=False)
     b = t[~together].groupby('arch', sort=False).auc.agg(['mean','min','max'])
     a = t[together].set_index('arch')[['auc','auc_lo','auc_hi']].add_prefix('all at once: ')
@@ -490,7 +508,8 @@ def _page(s):
     "Write the page"
     tables,silent = _results(s)
     thresholds = [.5, *(r['threshold'] for r in s.tests.result if r)]
-    theirs,ours = thesis_findings(),_ours_checked(tables, thresholds)
+    theirs = thesis_findings()
+    ours = _ours_checked(tables, thresholds)
     sections = {'What was done': _intro(s), 'In one paragraph': _paragraph(s, tables, ours),
         'Data and flow': _pictures(s), 'Tables 3 and 4': _tables_part(s, tables, silent),
         'All sequences at once, or one each': _one_or_each(tables), 'Training': _losses(s),
@@ -521,11 +540,15 @@ def run_thesis(
 
     Raises `MGMTError` where `dest` holds another experiment, and `ProtocolError` on a training cohort that an external
     test has met. What fails in a single run is its row."""
-    store,tcga,dest = as_store(store),as_store(tcga),Path(dest)
+    store = as_store(store)
+    tcga = as_store(tcga)
+    dest = Path(dest)
     refuse_held_out(store)
-    recipe,settings = follow_recipe(store.recipe, recipe),dict(n_folds=n_folds, inner=inner, seed=seed)
+    recipe = follow_recipe(store.recipe, recipe)
+    settings = dict(n_folds=n_folds, inner=inner, seed=seed)
     key = _key(store, tcga, recipe, dict(settings, archs=list(archs), override=listify(override)))
-    cells,where = thesis_cells(store.sequences, archs),dict(n_jobs=n_jobs, backend=backend, progress=progress)
+    cells = thesis_cells(store.sequences, archs)
+    where = dict(n_jobs=n_jobs, backend=backend, progress=progress)
     with working_in(dest):
         _claim(dest, key)
         runs = thesis_split(store, dest, cells, recipe, n_folds, seed, **where)

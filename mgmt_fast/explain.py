@@ -37,15 +37,19 @@ def networks_of(
     if isinstance(model, Bundle):
         n = len(model.models)
         parts = [(1/(n*o['temperature']), m) for o,m in zip(model.models, model.networks())]
-    elif isinstance(model, FusionModel): parts = _fused(model)
-    else: return [(1., _with_a_map(model))]
+    elif isinstance(model, FusionModel):
+        parts = _fused(model)
+    else:
+        return [(1., _with_a_map(model))]
     return [(w*v, net) for w,m in parts for v,net in networks_of(m)]
 
 def _fused(model):
     "Weights and parts of a fusion"
     if model.features: raise MGMTError(_no_features)
-    names,ws = list(model.parts),[1/len(model.parts)]*len(model.parts)
-    if model.weights is not None: ws = model.weights[','.join(names)][1:]
+    names = list(model.parts)
+    ws = [1/len(model.parts)]*len(model.parts)
+    if model.weights is not None:
+        ws = model.weights[','.join(names)][1:]
     return list(zip(ws, model.parts.values()))
 
 _no_features = ("this fusion's answer depends on features beside the scans (age, sex), which no map shows: explain one "
@@ -55,7 +59,8 @@ def _with_a_map(m):
     kind = getattr(m.model, 'config', {}).get('network', '3d')
     if kind=='2d': raise MGMTError(_no_depth)
     if kind=='siamese': raise MGMTError(_pairs)
-    if m.recipe.prepare_by!='patient': raise MGMTError(_slices)
+    if m.recipe.prepare_by!='patient':
+        raise MGMTError(_slices)
     return m
 
 _no_depth = ("a network in 2D takes the slices as channels, and sums over them before its first feature: it has no "
@@ -77,7 +82,8 @@ def feature_place(
 @one_thread()
 def _stages_along(net, size):
     "For each axis an input that is whole along it alone, where places are the same and found sooner; and its features"
-    even,res = StageFeatures(copy.deepcopy(net)).eval().requires_grad_(False),[]
+    even = StageFeatures(copy.deepcopy(net)).eval().requires_grad_(False)
+    res = []
     for m in list(even.modules()): _make_even(m)
     for axis in range(3):
         short = [n if a==axis else min(n, 32) for a,n in enumerate(size)]
@@ -104,13 +110,18 @@ def _make_even(m):
         if means := _means(o): setattr(m, name, means)
     for name,p in m.named_parameters(recurse=False):
         if p.ndim>2: p.fill_(1/p[0].numel())
-        elif hasattr(m, 'running_mean'): p.fill_(float(name=='weight'))
-    if hasattr(m, 'running_mean'): m.running_mean.zero_(); m.running_var.fill_(1)
+        elif hasattr(m, 'running_mean'):
+            p.fill_(float(name=='weight'))
+    if hasattr(m, 'running_mean'):
+        m.running_mean.zero_()
+        m.running_var.fill_(1)
 
 def _means(pool):
     "Means over the windows of a pool of maxima; None of any other module"
-    if isinstance(pool, nn.MaxPool3d): return nn.AvgPool3d(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
-    if not (isinstance(pool, InflatedPool3d) and pool.kind=='max' and type(pool.plane) is nn.MaxPool2d): return None
+    if isinstance(pool, nn.MaxPool3d):
+        return nn.AvgPool3d(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
+    if not (isinstance(pool, InflatedPool3d) and pool.kind=='max' and type(pool.plane) is nn.MaxPool2d):
+        return None
     return nn.AvgPool3d(*pool.windows(pool.along.k)[:3])
 
 def _centroid(x, axis):
@@ -153,10 +164,12 @@ def stage_gradients(
     def keep(module, args, o):
         found.append(o.detach().requires_grad_())
         return found[0]
-    hook,was = net.body.net.get_submodule(name).register_forward_hook(keep),_frozen(net)
+    hook = net.body.net.get_submodule(name).register_forward_hook(keep)
+    was = _frozen(net)
     try:
         with torch.enable_grad(): z = net(x).sum()
-        if not z.requires_grad: return z.item(),found[0][0].detach(),torch.zeros_like(found[0][0])
+        if not z.requires_grad:
+            return z.item(),found[0][0].detach(),torch.zeros_like(found[0][0])
         grad, = torch.autograd.grad(z, found[0])
     finally: hook.remove(); _thawed(was)
     return z.item(),found[0][0].detach(),grad[0]
@@ -190,7 +203,8 @@ def _gradient(net, x, place, **kwargs):
 def _integrated(net, x, place, steps=8, **kwargs):
     "Sundararajan et al. 2017: the gradient along the way from air to the scan, times the scan"
     total = torch.zeros_like(x)
-    for i in range(steps): total += _input_gradient(net, x*(i+.5)/steps)[1]
+    for i in range(steps):
+        total += _input_gradient(net, x*(i+.5)/steps)[1]
     with torch.no_grad(): z = net(x).item()
     return z,place.smooth((x*total/steps)[0].sum(0))
 
@@ -198,15 +212,20 @@ def _occlusion(net, x, place, progress=True, mm=60., batch=8, **kwargs):
     "Zeiler and Fergus 2014: how far the logit falls where a cube takes on the brain's mean"
     start = time.perf_counter()
     with torch.no_grad(): z = net(x).item()
-    each,cubes = time.perf_counter()-start,_cubes(x, place.spacing, mm)
-    if progress: print(f"occlusion: {len(cubes)} predictions, about {each*len(cubes):.0f} s")
-    total,n = torch.zeros(x.shape[2:]),torch.zeros(x.shape[2:])
+    each = time.perf_counter()-start
+    cubes = _cubes(x, place.spacing, mm)
+    if progress:
+        print(f"occlusion: {len(cubes)} predictions, about {each*len(cubes):.0f} s")
+    total = torch.zeros(x.shape[2:])
+    n = torch.zeros(x.shape[2:])
     mean = torch.stack([c[c>0].mean() if (c>0).any() else c.sum() for c in x[0]])
     for part in track(list(chunked(cubes, batch)), progress=progress):
         some = x.repeat(len(part),1,1,1,1)
         for o,cube in zip(some, part): _cover(o, cube, mean)
         with torch.no_grad(): fell = z-net(some).flatten()
-        for cube,d in zip(part, fell.tolist()): total[cube] += d; n[cube] += 1
+        for cube,d in zip(part, fell.tolist()):
+            total[cube] += d
+            n[cube] += 1
     return z,place.smooth(total/n.clamp(min=1))
 
 def _cubes(x, spacing, mm):
@@ -277,7 +296,8 @@ def aim(
 ) -> dict: # `tumour` and `decoy`: does the map's highest point lie there?
     "Where a map points to. A map without a highest point points nowhere."
     x = np.asarray(heat)
-    if not x.max()>x.min(): return dict(tumour=False, decoy=False)
+    if not x.max()>x.min():
+        return dict(tumour=False, decoy=False)
     at = heat.world(np.unravel_index(x.argmax(), x.shape))
     def near(labels):
         places = mask.world(np.argwhere(np.isin(np.asarray(mask), labels)))
@@ -297,7 +317,8 @@ def judge(
 
     Raises `MGMTError` on fewer than 60 patients or 3 seeds."""
     few = aims.groupby('method', sort=False).agg(patients=('patient','nunique'), seeds=('seed','nunique'))
-    if (few.patients<60).any() or (few.seeds<3).any(): raise _too_few(few)
+    if (few.patients<60).any() or (few.seeds<3).any():
+        raise _too_few(few)
     return pd.DataFrame([_verdict(k, t, n_boot, seed) for k,t in aims.groupby('method', sort=False)])
 
 def _too_few(few):
@@ -323,7 +344,8 @@ def _verdict(method, t, n_boot, seed):
         over_decoy=(signal,decoy))
     found = {}
     for k,(a,b) in pairs.items():
-        for end,v in zip(('','_lo','_hi'), _difference(a, b, rng, n_boot)): found[k+end] = v
+        for end,v in zip(('','_lo','_hi'), _difference(a, b, rng, n_boot)):
+            found[k+end] = v
     rates = dict(trained=plain['true'].mean(), untrained=plain['none'].mean(), shuffled=plain['shuffled'].mean(),
         signal=signal.mean(), decoy=decoy.mean())
     passed = found['over_untrained_lo']>0 and found['over_shuffled_lo']>0 and found['over_decoy']>0
@@ -333,7 +355,8 @@ def _verdict(method, t, n_boot, seed):
 # %% ../nbs/72_explain.ipynb #55dfb9bc
 def explanation_tests() -> pd.DataFrame: # As from `judge`
     "What each method did on the phantoms, as it was measured for this version."
-    with resources.files('mgmt_fast').joinpath('explain.csv').open() as f: return pd.read_csv(f)
+    with resources.files('mgmt_fast').joinpath('explain.csv').open() as f:
+        return pd.read_csv(f)
 
 # %% ../nbs/72_explain.ipynb #8bc820ac
 class Explanation:
@@ -374,9 +397,11 @@ _untested = 'UNTESTED: not among the methods that passed on phantoms; it may pro
 # %% ../nbs/72_explain.ipynb #6465c1ba
 def _auc_of(model, auc):
     "(lowest, highest) AUC of a model, as it is known; None where it is not"
-    if auc is None and isinstance(model, Bundle): auc = model.validation
+    if auc is None and isinstance(model, Bundle):
+        auc = model.validation
     if auc is None: return None
-    if isinstance(auc, (tuple,list)): return float(auc[0]),float(auc[-1])
+    if isinstance(auc, (tuple,list)):
+        return float(auc[0]),float(auc[-1])
     return float(auc['lo']),float(auc['hi'])
 
 def _no_better(auc):
@@ -398,7 +423,8 @@ def _inputs(model, what, store, scans, prepared):
         arrays = {s: v.numpy() for s,v in scans.items()}
         return {k: (arrays,grid) for k in model.needs()}
     p = prepare_for(model, what) if prepared is None else prepared
-    if not all(p.volumes.values()): raise MGMTError(f"the scans could not be prepared ({p.note})")
+    if not all(p.volumes.values()):
+        raise MGMTError(f"the scans could not be prepared ({p.note})")
     return {k: (p.volumes[k], p.facts[k][1]) for k in p.volumes}
 
 def _channels(m, arrays):
@@ -423,7 +449,8 @@ def _summed(nets, inputs, method, stage, **kwargs):
         z,one = _methods[method](net, x, _place(net, x.shape[2:], spacing, stage), **kwargs)
         one = Volume(one, affine=affine)
         if heat is None: heat,grid = w*one,affine
-        else: heat = heat + w*(one if np.allclose(affine, grid) else resample(one, grid, heat.shape))
+        else:
+            heat = heat + w*(one if np.allclose(affine, grid) else resample(one, grid, heat.shape))
         total += w*z
     return total,heat
 
@@ -431,7 +458,8 @@ def _place(net, size, spacing, stage):
     "Kept with the network, since measuring takes as long as some predictions"
     key = (tuple(size), tuple(np.round(spacing, 2)), stage)
     kept = net.__dict__.setdefault('explained', {})
-    if key not in kept: kept[key] = Place(net, size, spacing, stage)
+    if key not in kept:
+        kept[key] = Place(net, size, spacing, stage)
     return kept[key]
 
 # %% ../nbs/72_explain.ipynb #0ba611fc
@@ -452,29 +480,35 @@ def explain(
     cohort, the map is on the grid of the first sequence; of a store's patient, on the prepared one; both lie in the
     patient's millimetres. Raises `MGMTError` on a method that did not pass (unless `untested=True`), on models that
     have no map, on a patient who lacks a sequence, and on a model whose answer does not depend on the scan."""
-    if method not in METHODS: raise unknown_name('method', method, METHODS)
+    if method not in METHODS:
+        raise unknown_name('method', method, METHODS)
     tested = _passed(method)
-    if not tested and not untested: raise _not_passed(method)
+    if not tested and not untested:
+        raise _not_passed(method)
     m = as_model(model)
     nets = networks_of(m)
     if store is not None: m.note_prediction(store)
     scans = scans_of(patient, store, _there(m, patient, store))
     inputs = _inputs(m, patient, store, scans, prepared)
     z,heat = _summed(nets, inputs, method, stage, progress=progress)
-    prob,threshold = 1/(1+math.exp(-z)),getattr(m, 'threshold', .5)
+    prob = 1/(1+math.exp(-z))
+    threshold = getattr(m, 'threshold', .5)
     said = partial(Explanation, scans, prob, method, tested=tested, threshold=threshold)
     why = _no_better(_auc_of(m, auc))
     if why: return said(why=why)
     heat = _finished(heat, method, 1 if prob>=threshold else -1)
     if heat is None: return said(why=_only_against)
-    if store is None: heat = _on_scan(heat, first(scans.values()))
+    if store is None:
+        heat = _on_scan(heat, first(scans.values()))
     return said(heat)
 
 def _there(m, patient, store):
     "The sequences to show: the model's, or those of them that there are"
-    if store is None: have = [s for s in m.sequences if has_scan(patient, s)]
+    if store is None:
+        have = [s for s in m.sequences if has_scan(patient, s)]
     elif patient not in store.meta: return m.sequences
-    else: have = [s for s in m.sequences if s in store.meta[patient]['volumes']]
+    else:
+        have = [s for s in m.sequences if s in store.meta[patient]['volumes']]
     lack = [s for s in m.sequences if s not in have]
     if lack: raise MGMTError(_lacking(lack))
     return m.sequences
@@ -491,7 +525,8 @@ def _not_passed(method):
 
 def _finished(heat, method, sign):
     "From 0 to 1: what speaks for the answer, or the size of what moves it; None where all speaks against it"
-    if float(heat.abs().max())<=1e-9: raise MGMTError(_constant)
+    if float(heat.abs().max())<=1e-9:
+        raise MGMTError(_constant)
     heat = (heat*sign).clamp(min=0) if method in _one_sided else heat.abs()
     top = float(heat.max())
     return heat/top if top>1e-9 else None

@@ -28,7 +28,8 @@ _SAME = 1e-4 # largest difference of a logit from torch's that a file may have
 def _onnx_tools():
     "The packages `onnx` and `onnxruntime`"
     try: import onnx, onnxruntime, onnxscript
-    except ImportError as e: raise MGMTError(_no_onnx.format(e.name)) from None
+    except ImportError as e:
+        raise MGMTError(_no_onnx.format(e.name)) from None
     return onnx,onnxruntime
 
 _no_onnx = "writing ONNX needs {}: pip install 'mgmt_fast[onnx]'"
@@ -43,13 +44,15 @@ def onnx_bytes(
     It names no file and no folder of this computer. Raises `MGMTError` where the packages of ONNX are not installed,
     and on a network that cannot be written down."""
     onnx,_ = _onnx_tools()
-    net,x = copy.deepcopy(network).cpu().float().eval(),torch.rand(2, *shape)
+    net = copy.deepcopy(network).cpu().float().eval()
+    x = torch.rand(2, *shape)
     names = dict(input_names=['volume'], output_names=['logit'], dynamic_shapes=({0:'batch'},))
     how = dict(opset_version=opset, dynamo=True, verbose=False, **names)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')
         try: proto = torch.onnx.export(net, (x,), **how).model_proto
-        except Exception as e: raise MGMTError(_not_as_onnx(network, opset, e)) from e # of many kinds, torch's
+        except Exception as e:
+            raise MGMTError(_not_as_onnx(network, opset, e)) from e # of many kinds, torch's
     return _without_traces(proto).SerializeToString(deterministic=True)
 
 def _not_as_onnx(network, opset, e):
@@ -76,11 +79,13 @@ def onnx_difference(
 ) -> float: # Largest difference of a logit between onnxruntime and torch
     "How far another program's logits are from ours, on the CPU. Raises `MGMTError` on a file that is no valid ONNX."
     onnx,runtime = _onnx_tools()
-    net,gen = copy.deepcopy(network).cpu().float().eval(),torch.Generator().manual_seed(seed)
+    net = copy.deepcopy(network).cpu().float().eval()
+    gen = torch.Generator().manual_seed(seed)
     try:
         onnx.checker.check_model(data, full_check=True)
         session = runtime.InferenceSession(data, providers=['CPUExecutionProvider'])
-    except Exception as e: raise MGMTError(_no_valid_onnx(network, e)) from e # each package has its own classes
+    except Exception as e:
+        raise MGMTError(_no_valid_onnx(network, e)) from e # each package has its own classes
     worst = 0.
     for B in batches:
         x = torch.rand(B, *shape, generator=gen)*torch.rand(B, 1, 1, 1, 1, generator=gen)
@@ -105,11 +110,15 @@ def parts_of(
     """The networks of a model, whose log-odds, each divided by its temperature, are averaged.
 
     Raises `MGMTError` on a fusion that is not a mean of networks."""
-    if isinstance(model, Bundle): parts = [_frozen(model, o) for o in model.models]
-    elif isinstance(model, MGMTModel): parts = [('model', model, 1.)]
-    else: parts = [(f'model-{k}', p, 1.) for k,p in _averaged(model).items()]
+    if isinstance(model, Bundle):
+        parts = [_frozen(model, o) for o in model.models]
+    elif isinstance(model, MGMTModel):
+        parts = [('model', model, 1.)]
+    else:
+        parts = [(f'model-{k}', p, 1.) for k,p in _averaged(model).items()]
     for _,m,_ in parts:
-        if not hasattr(m.model, 'config'): raise MGMTError(_no_views)
+        if not hasattr(m.model, 'config'):
+            raise MGMTError(_no_views)
     return [ExportedPart(*o) for o in parts]
 
 def _frozen(bundle, o): return o['name'],load_model(bundle.path/o['name']),o['temperature']
@@ -197,7 +206,8 @@ def export_model(
     _onnx_tools()
     model,dest = as_model(model),Path(dest)
     told = {o.name: dict(describe_network(o, model), opset=opset) for o in parts_of(model)}
-    if dest.is_symlink() or dest.is_file() or dest.is_dir() and any(dest.iterdir()): return _same_export(dest, told)
+    if dest.is_symlink() or dest.is_file() or dest.is_dir() and any(dest.iterdir()):
+        return _same_export(dest, told)
     with atomic_path(dest, record=True) as tmp:
         tmp.mkdir()
         rows = [_write_network(o, told[o.name], opset, tmp) for o in parts_of(model)]
@@ -211,7 +221,8 @@ def _write_network(part, told, opset, folder):
     data = onnx_bytes(m.model, shape, opset)
     d = onnx_difference(data, m.model, shape)
     if not d<=_SAME: raise MGMTError(_differs(m, d))
-    with atomic_path(folder/f'{part.name}.onnx', record=True) as tmp: tmp.write_bytes(data)
+    with atomic_path(folder/f'{part.name}.onnx', record=True) as tmp:
+        tmp.write_bytes(data)
     file = dict(name=f'{part.name}.onnx', bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), difference=d)
     write_json(folder/f'{part.name}.json', dict(told, file=file, written_with=_versions()))
     return _row(file)
@@ -236,12 +247,14 @@ def _same_export(dest, told):
         there = {o.stem: read_json(o, _WRITTEN) for o in dest.glob('*.json')}
         same = there.keys()==told.keys() and all(_is_of(there[k], told[k], dest) for k in told)
     except (MGMTError,OSError): same = False
-    if not same: raise MGMTError(f"{dest} is there already and holds something else: give another place, or move it "
+    if not same:
+        raise MGMTError(f"{dest} is there already and holds something else: give another place, or move it "
         "away")
     return pd.DataFrame([_row(there[k]['file']) for k in told])
 
 def _is_of(there, told, dest):
     "Is a JSON that was read the one of this network, and its file the one that it names?"
     own = {k:v for k,v in there.items() if k not in ('file','written_with')}
-    with open_input(dest/there['file']['name']) as f: data = f.read()
+    with open_input(dest/there['file']['name']) as f:
+        data = f.read()
     return json_digest(own)==json_digest(told) and hashlib.sha256(data).hexdigest()==there['file']['sha256']

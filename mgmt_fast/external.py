@@ -39,13 +39,16 @@ def preregister(
 ) -> dict: # The plan; post its `signature` where the date can be seen, before labels are opened
     "Write down what will be tested, before it is. Raises `ProtocolError` if there is another plan in this place."
     b = read_frozen(bundle)
-    if metric not in METRICS: raise unknown_name('measure', metric, METRICS)
+    if metric not in METRICS:
+        raise unknown_name('measure', metric, METRICS)
     for what,text in dict(cohort=cohort, hypothesis=hypothesis).items():
-        if not str(text).strip(): raise ProtocolError(f"a plan says its {what} in words; received {text!r}")
+        if not str(text).strip():
+            raise ProtocolError(f"a plan says its {what} in words; received {text!r}")
     frozen = dict(kind='plan', bundle=b.signature, threshold=b.threshold)
     said = dict(frozen, cohort=cohort, hypothesis=hypothesis, metric=metric, n=n)
     with working_in(Path(path).parent, deep=False):
-        if Path(path).exists(): return _same_plan(path, said)
+        if Path(path).exists():
+            return _same_plan(path, said)
         plan = signed(dict(said, date=utc_now(), version=__version__))
         write_json(path, plan)
     return plan
@@ -59,18 +62,23 @@ def _same_plan(path, said):
 # %% ../nbs/66_external.ipynb #d9256bb8
 def _read_plan(path):
     d = read_signed(path)
-    if d.get('kind')!='plan': raise ProtocolError(f"{path} is no plan: give the file that preregister wrote")
+    if d.get('kind')!='plan':
+        raise ProtocolError(f"{path} is no plan: give the file that preregister wrote")
     return d
 
 def _deviations(plan, b, n, nth, record):
     "In words, where the test is not what the plan says"
     res = []
-    if plan['bundle']!=b.signature: res.append(f"another bundle ({b.signature[:8]}, planned {plan['bundle'][:8]})")
-    if plan['threshold']!=b.threshold: res.append(f"threshold {b.threshold:.3f}, planned {plan['threshold']:.3f}")
-    if plan['n'] not in (None,n): res.append(f"{n} patients, planned {plan['n']}")
+    if plan['bundle']!=b.signature:
+        res.append(f"another bundle ({b.signature[:8]}, planned {plan['bundle'][:8]})")
+    if plan['threshold']!=b.threshold:
+        res.append(f"threshold {b.threshold:.3f}, planned {plan['threshold']:.3f}")
+    if plan['n'] not in (None,n):
+        res.append(f"{n} patients, planned {plan['n']}")
     if nth>1: res.append(f'pass {nth}, not the first')
     earlier = [e for e in (*record.tests, *record.predictions) if e['date'] and e['date']<plan['date']]
-    if earlier: res.append(f"the cohort had been met {len(earlier)} times before the plan was written")
+    if earlier:
+        res.append(f"the cohort had been met {len(earlier)} times before the plan was written")
     return res
 
 def _fulfilled(plan, b, part, nth, record):
@@ -101,9 +109,11 @@ def _check_content(bundle, store, seen):
     voxels = {*bundle.volumes, *(h for t in tables for h in t.hash)}
     files = {h for t in tables for h in t.source}-{''}
     twins = [p for p,m in store.meta.items() if any(v['hash'] in voxels for v in m['volumes'].values())]
-    if twins: raise _same_scan(twins, 'have a volume that is equal to the voxel to one of training')
+    if twins:
+        raise _same_scan(twins, 'have a volume that is equal to the voxel to one of training')
     twins = [p for p,m in store.meta.items() if any(source_hash(m, s) in files for s in m['volumes'])]
-    if twins: raise _same_scan(twins, 'have a volume that was prepared from the very files of one of training')
+    if twins:
+        raise _same_scan(twins, 'have a volume that was prepared from the very files of one of training')
 
 def _same_scan(twins, what):
     return ProtocolError(f"{len(twins)} test patients {what}, e.g. {twins[0]}: the same scan under another name. "
@@ -112,7 +122,8 @@ def _same_scan(twins, what):
 def _overlap(bundle, store, seen):
     "What the fingerprints say: who is the same, who is uncertain, and how it was found"
     silent = len(bundle.models)-len(seen)
-    if not seen: return dict(same=[], uncertain=[], compared=0, note=_no_fingerprints(silent, len(bundle.models)))
+    if not seen:
+        return dict(same=[], uncertain=[], compared=0, note=_no_fingerprints(silent, len(bundle.models)))
     t = find_seen(seen, store)
     same = sorted(t.patient[t.verdict=='same'].unique())
     uncertain = sorted(set(t.patient[t.verdict=='uncertain'])-set(same))
@@ -132,22 +143,27 @@ def _aside(leakage, cohort):
     "Test patients that a leakage report suspects, and where the list is from"
     table,source = _as_report(leakage)
     if isinstance(table, pd.DataFrame):
-        if not {'test','verdict'}<=set(table): raise _no_report(table)
+        if not {'test','verdict'}<=set(table):
+            raise _no_report(table)
         ids = table.test[table.verdict.isin(['same','uncertain'])].unique().tolist()
-    else: ids = list(table)
+    else:
+        ids = list(table)
     of = dict(zip(cohort.map(id_key), cohort))
     strange = [o for o in ids if id_key(o) not in of]
-    if strange: raise ProtocolError(f"the leakage report sets aside {strange[0]}, who is not in this cohort: "
+    if strange:
+        raise ProtocolError(f"the leakage report sets aside {strange[0]}, who is not in this cohort: "
         "is it the report of another one?")
     return sorted({of[id_key(o)] for o in ids}),source
 
 def _as_report(leakage):
     "A table with test and verdict, or a list of patients; and its source"
-    if not isinstance(leakage, (str,Path)): return leakage,_source_of_object(leakage)
+    if not isinstance(leakage, (str,Path)):
+        return leakage,_source_of_object(leakage)
     path = Path(leakage)
     table = plain_cells(pd.read_csv(path, dtype=str))
     source = dict(kind='list made by hand', file=path.name, hash=file_hash(path))
-    if _from_audit(table, path): source['kind'] = 'leakage audit'
+    if _from_audit(table, path):
+        source['kind'] = 'leakage audit'
     return (table.patient.tolist() if list(table)==['patient'] else table),source
 
 def _source_of_object(leakage):
@@ -158,7 +174,8 @@ def _source_of_object(leakage):
 def _from_audit(table, path):
     "Does a file agree with the audit that lies beside it?"
     beside = path.parent/'leakage.csv'
-    if not (path.parent/'leakage.json').exists() or not beside.exists(): return False
+    if not (path.parent/'leakage.json').exists() or not beside.exists():
+        return False
     audit = plain_cells(pd.read_csv(beside, dtype=str))
     if not _audits<=set(audit): return False
     if list(table)!=['patient']: return table.equals(audit)
@@ -170,7 +187,8 @@ def _no_report(table):
 
 def _how_they_differ(scored, aside, threshold):
     "Labels and errors of those set aside and of the others, and Fisher's exact test of the errors"
-    out,wrong = scored.patient.isin(aside),(scored.prob>=threshold)!=(scored.label==1)
+    out = scored.patient.isin(aside)
+    wrong = (scored.prob>=threshold)!=(scored.label==1)
     res = {}
     for name,at in (('those_set_aside',out),('the_others',~out)):
         res[name] = dict(n=int(at.sum()), methylated=int((scored.label[at]==1).sum()), errors=int(wrong[at].sum()))
@@ -184,11 +202,14 @@ def _performance(t, threshold):
     except MGMTError as e: return dict(n=len(t), why=str(e))
     y,p = t.label.to_numpy(),t.prob.to_numpy()
     auc = mean_auc_ci(y, [p], t.patient.map(patient_key))
-    at,cal = classification_ci(y, p, threshold),calibration(y, p)
+    at = classification_ci(y, p, threshold)
+    cal = calibration(y, p)
     three = ['value','lo','hi']
     res = dict(auc=auc.tolist(), p_permutation=permutation_test(y, p).p)
-    for k in ('accuracy','sensitivity','specificity','ppv','npv'): res[k] = at.loc[k,three].tolist()
-    for k in ('log_loss','brier','intercept','slope'): res[k.removeprefix('log_')] = cal.loc[k,three].tolist()
+    for k in ('accuracy','sensitivity','specificity','ppv','npv'):
+        res[k] = at.loc[k,three].tolist()
+    for k in ('log_loss','brier','intercept','slope'):
+        res[k.removeprefix('log_')] = cal.loc[k,three].tolist()
     res = {k: np.round(v, 6).tolist() for k,v in res.items()}
     return dict(n=len(t), methylated=int(y.sum()), interval=AUC_METHODS[auc.name], **res)
 
@@ -198,11 +219,13 @@ def _scored(preds, store, same):
     copies = t.patient.isin(same)
     out = t.prob.isna()|t.label.isna()|copies
     rows = [dict(patient=r.patient, why=_why_left_out(r, copy)) for r,copy in zip(t[out].itertuples(), copies[out])]
-    if copies.any() and out.all(): raise _nobody_left(copies.sum())
+    if copies.any() and out.all():
+        raise _nobody_left(copies.sum())
     return t[~out],rows
 
 def _why_left_out(r, copy):
-    if copy: return 'by its fingerprint a brain that the models were trained on'
+    if copy:
+        return 'by its fingerprint a brain that the models were trained on'
     return 'no label' if pd.isna(r.label) else r.note
 
 def _nobody_left(n):
@@ -239,7 +262,8 @@ def _note(bundle, this, aside, source, differ, overlap, company, plan, unlike):
 
 def _unlike(preds):
     "Test patients whose scans are unlike training's, as far as the models know what that was like"
-    if 'unlike' not in preds: return dict(flagged=[], looked_at=0)
+    if 'unlike' not in preds:
+        return dict(flagged=[], looked_at=0)
     flagged = preds.patient[preds.unlike.fillna(False)].tolist()
     return dict(flagged=flagged, looked_at=int(preds.unlike.notna().sum()))
 
@@ -253,7 +277,8 @@ def _on_other_copies(own, others):
         often = 'once' if own==1 else f'{own} times'
         res.append(f"copies of this bundle and cohort met {often} on this computer, which neither the ledger nor the "
             "file beside the store says: this is no untouched test set")
-    if others: res.append(f'copies of this cohort were tested on this computer with {others} more, not counted here')
+    if others:
+        res.append(f'copies of this cohort were tested on this computer with {others} more, not counted here')
     return '; '.join(res)
 
 def _on_the_threshold(validation):
@@ -261,7 +286,8 @@ def _on_the_threshold(validation):
     return threshold_warning(known, validation['n']) if known else ''
 
 def _on_the_list(aside, source, differ):
-    if not aside or source['kind']!='list made by hand': return ''
+    if not aside or source['kind']!='list made by hand':
+        return ''
     a,b = differ['those_set_aside'],differ['the_others']
     return (f"a list made by hand sets {_patients(len(aside))} aside, of whom {a['errors']} of {a['n']} were "
         f"misclassified; of the others, {b['errors']} of {b['n']}")
@@ -274,22 +300,29 @@ def _on_the_pass(nth):
         'untouched test set')
 
 def _on_the_company(company):
-    k,looks,res = company['bundles'],sum(company['predictions'].values()),[]
+    k = company['bundles']
+    looks = sum(company['predictions'].values())
+    res = []
     if k>1:
         so = '' if company['p'] is None else f", so p is {company['p_holm']:.3g} by Holm, not {company['p']:.3g}"
         res.append(f'{k} bundles have met this cohort: the best of {k} flatters{so}')
-    if looks: res.append(f"it was predicted {'once' if looks==1 else f'{looks} times'} outside of a test")
+    if looks:
+        res.append(f"it was predicted {'once' if looks==1 else f'{looks} times'} outside of a test")
     return '; '.join(res)
 
 def _on_the_overlap(overlap):
     res = []
-    same,doubt = len(overlap['same']),len(overlap['uncertain'])
-    if same: res.append(f'{_patients(same)} left out as brains that the models were trained on')
-    if doubt: res.append(f'{_patients(doubt)} may be known from training: see the figures without them')
+    same = len(overlap['same'])
+    doubt = len(overlap['uncertain'])
+    if same:
+        res.append(f'{_patients(same)} left out as brains that the models were trained on')
+    if doubt:
+        res.append(f'{_patients(doubt)} may be known from training: see the figures without them')
     return '; '.join(filter(None, [*res, overlap['note']]))
 
 def _on_the_plan(plan):
-    if isinstance(plan, str): return 'not announced beforehand'
+    if isinstance(plan, str):
+        return 'not announced beforehand'
     said = f"plan {plan['hash'][:8]} of {plan['date'][:10]}"
     return said+(f", from which it deviates: {', '.join(plan['deviates'])}" if plan['deviates'] else ' fulfilled')
 
@@ -299,7 +332,8 @@ def _check_alike(bundle, store, override):
     here = preparation(store, [s for s in bundle.sequences if s in store.sequences])
     differ = preparation_differs(bundle.preparation, here)
     for o in override:
-        if o not in _kinds: raise unknown_name('difference that can be overridden', o, _kinds)
+        if o not in _kinds:
+            raise unknown_name('difference that can be overridden', o, _kinds)
     lack = differ[differ.what=='sequences']
     if len(lack): raise _lacking(lack.sequence)
     rest = differ[~differ.what.isin(override)]
@@ -323,7 +357,8 @@ def _this_pass(b, store, record):
     again = b.ledger.unfinished(met, volumes)
     known = record.tests
     last = max((e['pass'] for e in known if e['bundle']==b.signature), default=0)
-    if last>len(met): raise _entries_missing(b, store, last, len(met))
+    if last>len(met):
+        raise _entries_missing(b, store, last, len(met))
     nth = len(met) if again else len(met)+1
     elsewhere = _met_elsewhere(b, record, known, met)
     return NS(again=again, nth=nth, elsewhere=elsewhere, name=f'external-{json_hash(sorted(volumes))[:8]}-{nth}')
@@ -463,9 +498,11 @@ def read_result(
     "A result that is as it was written. Raises `ProtocolError` if signature or record say that it was changed."
     d = read_signed(path)
     p = Path(path).parent/d['predictions']['file']
-    if not p.exists() or file_hash(p)!=d['predictions']['hash']: raise _predictions_changed(p, path)
+    if not p.exists() or file_hash(p)!=d['predictions']['hash']:
+        raise _predictions_changed(p, path)
     known = [e['result'] for e in _results_of(d) if e['bundle']==d['bundle'] and e['pass']==d['pass']]
-    if known and d['signature'] not in known: raise _signed_again(path)
+    if known and d['signature'] not in known:
+        raise _signed_again(path)
     return d
 
 def _results_of(d):
@@ -487,10 +524,12 @@ def external_table(
 
     `set` is `'external'`, `'external, without suspected'` or `'external, without uncertain'`. `bundles` is how many met
     the cohort, as far as these results say, and `p_holm` is p corrected for as many."""
-    rows,results = [],[r if isinstance(r, dict) else read_result(r) for r in listify(results)]
+    rows = []
+    results = [r if isinstance(r, dict) else read_result(r) for r in listify(results)]
     for r in results:
         for part,name in _parts.items():
-            if r.get(part) and 'why' not in r[part]: rows.append(_row(r, r[part], name, results))
+            if r.get(part) and 'why' not in r[part]:
+                rows.append(_row(r, r[part], name, results))
     return pd.DataFrame(rows)
 
 _parts = dict(all='external', without_suspected='external, without suspected',
@@ -506,10 +545,12 @@ def _row(r, x, name, results):
 
 def _company_today(r, p, results):
     "How many bundles met the cohort, by this result and the others that are given, and p by Holm over them"
-    if 'record' not in r: return dict(p=p, bundles=np.nan, p_holm=np.nan) # of version 0.1
+    if 'record' not in r:
+        return dict(p=p, bundles=np.nan, p_holm=np.nan) # of version 0.1
     others = {o['bundle'][:8]: o['p'] for o in r['record']['others']}
     for o in results:
-        if _same_cohort(o, r) and o['bundle']!=r['bundle']: others[o['bundle'][:8]] = o['all'].get('p_permutation')
+        if _same_cohort(o, r) and o['bundle']!=r['bundle']:
+            others[o['bundle'][:8]] = o['all'].get('p_permutation')
     ps = [1. if o is None else o for o in others.values()]
     return dict(p=p, bundles=1+len(ps), p_holm=float(holm([p, *ps])[0]))
 
@@ -529,7 +570,8 @@ _no_images = "without images, overlap with training under other ids could not be
 
 def _table_at(predictions, dest):
     "The table and the folder of its record: beside its file, or in `dest` where it is in memory"
-    if isinstance(predictions, pd.DataFrame): return predictions,dest/'predictions.record'
+    if isinstance(predictions, pd.DataFrame):
+        return predictions,dest/'predictions.record'
     path = Path(predictions)
     return path,path.with_name(f'{path.stem}.record')
 
@@ -551,7 +593,8 @@ def external_predictions(
     b = FrozenPredictions(getattr(frozen, 'path', frozen))
     dest = Path(dest or b.path)
     source,beside = _table_at(predictions, dest)
-    preds,doubt = read_predictions(source, **columns),b.check_model(model)
+    preds = read_predictions(source, **columns)
+    doubt = b.check_model(model)
     plan = None if plan is None else _read_plan(plan)
     cohort = _PredictedCohort(preds, beside)
     record = CohortRecord(cohort, passing=True)

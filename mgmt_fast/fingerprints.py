@@ -44,12 +44,14 @@ def draw_perturbation(
         v = rng.standard_normal(3)
         return (v/np.linalg.norm(v)*most*size()).tolist()
     def between(limits):
-        if strength is None: return float(np.exp(rng.uniform(*np.log(limits))))
+        if strength is None:
+            return float(np.exp(rng.uniform(*np.log(limits))))
         return float(rng.choice(limits)**strength)
     how = dict(shift=vector, turn=vector, slices=between, gamma=between, bias=vector, noise=share, peel=share,
         crop=ends, flip=mirrored)
     for k in kinds:
-        if k not in how: raise unknown_name('perturbation', k, how)
+        if k not in how:
+            raise unknown_name('perturbation', k, how)
     return {k: how[k](_strengths[k]) for k in kinds}
 
 # %% ../nbs/29_fingerprints.ipynb #ea84c0b6
@@ -75,10 +77,13 @@ def perturb(
     high = np.percentile(abs(x[x!=0]), 99.5) if (x!=0).any() else 1.
     tissue = abs(x)>.01*high
     y = _with_gain(np.sign(x)*(abs(x)/high)**gamma, bias)
-    if noise: y = np.where(tissue, _rician(y, noise, rng), y)
-    if peel: y *= ndimage.distance_transform_edt(ndimage.binary_fill_holes(tissue), new)>peel
+    if noise:
+        y = np.where(tissue, _rician(y, noise, rng), y)
+    if peel:
+        y *= ndimage.distance_transform_edt(ndimage.binary_fill_holes(tissue), new)>peel
     y = Volume(torch.from_numpy((y*high+air).astype(np.float32)), affine=affine)
-    if np.any(crop) and tissue.any(): y = _cut_ends(y, tissue, crop)
+    if np.any(crop) and tissue.any():
+        y = _cut_ends(y, tissue, crop)
     side = int(np.abs(affine[0,:3]).argmax())
     return Volume(y.flip(side), affine=y.affine) if flip else y
 
@@ -129,9 +134,11 @@ def voxel_hash(
 ) -> str: # 24 hexadecimal digits
     "A hash that is equal for equal values of one shape, whatever type they are stored as."
     if x.dtype.kind=='f':
-        with np.errstate(invalid='ignore'): whole = x.astype(np.int32)
+        with np.errstate(invalid='ignore'):
+            whole = x.astype(np.int32)
         x = whole if (whole==x).all() else x.astype(np.float32)
-    if x.dtype.kind!='f': x = x.astype(np.uint8 if x.min()>=0 and x.max()<256 else np.int32)
+    if x.dtype.kind!='f':
+        x = x.astype(np.uint8 if x.min()>=0 and x.max()<256 else np.int32)
     return _digest(str(x.shape).encode(), np.ascontiguousarray(x))
 
 def _digest(*parts):
@@ -148,13 +155,16 @@ class ScanSet:
     ):
         self.data,self.name,self.store = data,name,isinstance(data, VolumeStore)
         table = data.table if self.store else data
-        if not isinstance(table, pd.DataFrame) or 'patient' not in table: raise LeakageError(_no_set(name, data))
-        if not len(table): raise LeakageError(_empty_set(name))
+        if not isinstance(table, pd.DataFrame) or 'patient' not in table:
+            raise LeakageError(_no_set(name, data))
+        if not len(table):
+            raise LeakageError(_empty_set(name))
         self.table = table.reset_index(drop=True)
         self.patients = table.patient.astype(str).tolist()
         self.key = _digest(*(p.encode() for p in self.patients))
         twice = self.table.patient[self.table.patient.astype(str).duplicated()]
-        if len(twice): raise LeakageError(_twice_in_set(name, sorted(set(twice.astype(str)))))
+        if len(twice):
+            raise LeakageError(_twice_in_set(name, sorted(set(twice.astype(str)))))
 
     def has(self,
         i:int, # Which patient
@@ -185,13 +195,18 @@ class ScanSet:
         """Read a volume. Raises `SeriesError`, without the path, if that is not possible.
 
         Of a store that was prepared slice by slice nobody knows millimetres: a brain of usual size fills the box."""
-        if self.store: vol,uids = self._prepared(self.patients[i], seq),[]
-        else: vol,uids = _read_hashed(self.table.iloc[i], seq)
+        if self.store:
+            vol = self._prepared(self.patients[i], seq)
+            uids = []
+        else:
+            vol,uids = _read_hashed(self.table.iloc[i], seq)
         return vol,voxel_hash(vol.numpy()),uids
 
     def _prepared(self, patient, seq):
-        vol,affine = self.data.volume(patient, seq),np.eye(4)
-        if self.data.meta[patient]['affine'] is not None: return vol
+        vol = self.data.volume(patient, seq)
+        affine = np.eye(4)
+        if self.data.meta[patient]['affine'] is not None:
+            return vol
         affine[:3,:3] = CANONICAL*BRAIN_EXTENT/np.array(vol.shape)
         return Volume(vol, affine=affine)
 
@@ -199,12 +214,14 @@ def _read_hashed(row, seq):
     "A cohort's volume, and hashes of its UIDs"
     path,index = row[seq],row.get(f'{seq}_index')
     try: found,vol = find_stacks(path),read_sequence(row, seq)
-    except SeriesError as e: raise SeriesError(str(e).replace(str(path), seq)) from None
+    except SeriesError as e:
+        raise SeriesError(str(e).replace(str(path), seq)) from None
     frames = [] if isinstance(found, Path) else found[0 if pd.isna(index) else int(index)]
     uids = set()
     for f in frames:
         for k in ('SeriesInstanceUID','SOPInstanceUID'):
-            if f[k]: uids.add(_digest(k.encode(), str(f[k]).encode()))
+            if f[k]:
+                uids.add(_digest(k.encode(), str(f[k]).encode()))
     return vol,sorted(uids)
 
 def _no_set(name, data):
@@ -227,7 +244,8 @@ def in_parallel(
     "Results in the order of the jobs, several of which travel together. Raises `LeakageError` where a process dies."
     n = os.cpu_count() if n_workers is None else max(1, n_workers)
     size = max(1, min(16, total//(4*n)))
-    parts,n_parts = ((f,o) for o in chunked(jobs, size)),-(-total//size)
+    parts = ((f,o) for o in chunked(jobs, size))
+    n_parts = -(-total//size)
     done = _in_order(in_processes(_each, parts, n, progress=False, total=n_parts))
     yield from track((o for results in done for o in results), total, progress)
 
@@ -235,7 +253,8 @@ def _in_order(done):
     "Results by their places"
     waiting,i = {},0
     for k,o in done:
-        if o==DIED: raise LeakageError(f"{DIED}: run it again with fewer workers; what is done is kept")
+        if o==DIED:
+            raise LeakageError(f"{DIED}: run it again with fewer workers; what is done is kept")
         waiting[k] = o
         while i in waiting:
             yield waiting.pop(i)
@@ -257,10 +276,12 @@ def keep_rows(
 
     Raises `LeakageError` if there is no space."""
     folder = make_folder(folder)
-    arrays,journal = folder/f'{name}.npy',folder/f'{name}.jsonl'
+    arrays = folder/f'{name}.npy'
+    journal = folder/f'{name}.jsonl'
     key = dict(key=key, version=_version, n=len(contents), shape=list(shape))
     facts = _kept_facts(journal, key, contents)
-    if not reserve_array(arrays, (len(contents),*shape), dtype, LeakageError): facts = {}
+    if not reserve_array(arrays, (len(contents),*shape), dtype, LeakageError):
+        facts = {}
     write_text(journal, _as_lines([key,*facts.values()]))
     todo = [i for i,c in enumerate(contents) if c is not None and i not in facts]
     _fill_rows(arrays, journal, todo, contents, facts, compute)
@@ -279,15 +300,19 @@ def _kept_facts(journal, key, contents):
 
 def _is_fact(o, contents):
     "Is an entry of a journal one of these rows, as it is now?"
-    if not isinstance(o, dict) or type(o.get('i')) is not int or not 0<=o['i']<len(contents): return False
+    if not isinstance(o, dict) or type(o.get('i')) is not int or not 0<=o['i']<len(contents):
+        return False
     return o.get('content')==contents[o['i']]
 
 def _fill_rows(arrays, journal, todo, contents, facts, compute):
     "Compute rows and write them with their facts, 64 at a time and when interrupted"
-    with write_errors(arrays, LeakageError): rows,fresh = np.load(arrays, mmap_mode='r+'),[]
+    with write_errors(arrays, LeakageError):
+        rows,fresh = np.load(arrays, mmap_mode='r+'),[]
     def _save():
-        with write_errors(arrays, LeakageError): rows.flush()
-        with Journal(journal, LeakageError) as j: j.add(*(facts[i] for i in fresh))
+        with write_errors(arrays, LeakageError):
+            rows.flush()
+        with Journal(journal, LeakageError) as j:
+            j.add(*(facts[i] for i in fresh))
         fresh.clear()
     try:
         for i,(row,fact) in zip(todo, compute(todo)):
@@ -334,7 +359,8 @@ def small_copy(
     try:
         vol,voxels,uids = scans.volume(i, seq)
         return low_resolution(vol).numpy(),dict(voxels=voxels, uids=uids)
-    except MGMTError as e: return None,dict(error=f'{type(e).__name__}: {e}')
+    except MGMTError as e:
+        return None,dict(error=f'{type(e).__name__}: {e}')
 
 # %% ../nbs/29_fingerprints.ipynb #0751b6c9
 def _symmetric(y, w):
@@ -369,7 +395,8 @@ def average_brain(
     "The average local contrast of some brains, the template of all poses."
     parts = [Structure(o) for o in smalls]
     t = _symmetric(sum(s.y*s.w for s in parts), sum(s.w for s in parts))
-    for _ in range(rounds): t = _symmetric(*sum(_on_template(t, o) for o in smalls))
+    for _ in range(rounds):
+        t = _symmetric(*sum(_on_template(t, o) for o in smalls))
     return t
 
 # %% ../nbs/29_fingerprints.ipynb #5dfee549
@@ -424,7 +451,8 @@ def compare_fingerprints(
         x,mx = _centred(a[i:i+block], mean)
         for j in range(0, len(b), block):
             y,my = _centred(b[j:j+block], mean)
-            straight,mirrored = _correlate(x, mx, y, my),_correlate(x, mx, y[:,mirror], my[:,mirror])
+            straight = _correlate(x, mx, y, my)
+            mirrored = _correlate(x, mx, y[:,mirror], my[:,mirror])
             yield i,j,np.maximum(straight, mirrored)
 
 def _centred(v, mean):

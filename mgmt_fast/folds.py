@@ -36,7 +36,8 @@ def plot_balance(
     colours = {'unmethylated':'C0', 'methylated':'C1', 'unlabelled':'.8'}
     n = describe_cohort(cohort).patients.unstack(fill_value=0).reindex(columns=list(colours), fill_value=0)
     n = n.loc[:, n.any()]
-    if ax is None: _,ax = plt.subplots(figsize=(1.5+2*len(n), 3.2))
+    if ax is None:
+        _,ax = plt.subplots(figsize=(1.5+2*len(n), 3.2))
     n.plot.bar(ax=ax, rot=0, width=.75, color=colours)
     for c in ax.containers: ax.bar_label(c, fontsize=9)
     ax.set(xlabel='', ylabel='patients'); ax.margins(y=.12)
@@ -53,7 +54,8 @@ def _given_folds(cohort, key, folds):
     of = dict(zip(map(id_key, table[id_column(table.columns)]), pd.to_numeric(table['fold'])))
     fold = cohort.patient.map(lambda p: of.get(id_key(p), of.get(patient_key(p)))).astype('Int64')
     torn = fold.groupby(key).nunique()
-    if (torn>1).any(): raise CohortError(_torn(torn.idxmax(), torn.max()))
+    if (torn>1).any():
+        raise CohortError(_torn(torn.idxmax(), torn.max()))
     missed = sorted(set(of) - set(cohort.patient.map(id_key)) - set(key))
     report = [(p, '', 'not in the given split: in no fold', 'nothing, or add it') for p in cohort.patient[fold.isna()]]
     report += [(p, '', 'in the given split, but not in the cohort', 'nothing, or restore it') for p in missed]
@@ -76,12 +78,16 @@ def assign_folds(
 
     Raises `CohortError` if a class has fewer than `n` patients, or if a published split tears a patient apart."""
     key = cohort.patient.map(patient_key)
-    if folds is not None: return _given_folds(cohort, key, folds)
+    if folds is not None:
+        return _given_folds(cohort, key, folds)
     y = cohort.label.groupby(key).max().dropna().astype(int)
     counts = y.value_counts().reindex([0,1], fill_value=0)
-    if n<2 or counts.min()<n: raise CohortError(_too_few_for_folds(n, counts))
-    parts,of = StratifiedKFold(n, shuffle=True, random_state=seed).split(y, y),{}
-    for i,(_,valid) in enumerate(parts): of.update(dict.fromkeys(y.index[valid], i))
+    if n<2 or counts.min()<n:
+        raise CohortError(_too_few_for_folds(n, counts))
+    parts = StratifiedKFold(n, shuffle=True, random_state=seed).split(y, y)
+    of = {}
+    for i,(_,valid) in enumerate(parts):
+        of.update(dict.fromkeys(y.index[valid], i))
     res = cohort.assign(fold=key.map(of).astype('Int64'))
     alone = res.patient[res.fold.isna()]
     return add_to_report(res, [(p, '', 'no label: in no fold', 'nothing, or find its label') for p in alone])

@@ -36,7 +36,9 @@ def out_of_fold(
 ) -> tuple: # Table (patient, label, fold, logit), and the folds' networks as a `FusionModel`, the mean of their logits
     "Train a network for each fold on the others, and predict it. Raises `MGMTError` as `recipe_dls` does."
     refuse_held_out(store)
-    r,tables,parts = follow_recipe(store.recipe, recipe),[],{}
+    r = follow_recipe(store.recipe, recipe)
+    tables = []
+    parts = {}
     for k in track(range(n_folds), progress=progress):
         with redirect_stdout(io.StringIO()) if k else nullcontext(): # what there is to say is the same for every fold
             dls = recipe_dls(store, r, sequences, fold=k, seed=seed, n_folds=n_folds)
@@ -50,7 +52,8 @@ def out_of_fold(
 def _all_epochs(learn):
     "Train by the recipe to the end, with nothing that would choose an epoch"
     learn.remove_cbs([c for c in learn.cbs if isinstance(c, TrackerCallback)])
-    with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_recipe()
     return as_model(learn)
 
 def _logits(m, store, fold):
@@ -119,7 +122,8 @@ class FusionModel:
         version:str=__version__, # Of mgmt_fast, that made it
         trained:dict=None, # How the weights were found: `fitted_on`, patients; None for a mean
     ):
-        if not parts: raise MGMTError("a fusion needs one model at least; received none")
+        if not parts:
+            raise MGMTError("a fusion needs one model at least; received none")
         _check_names([*parts,*features])
         store_attr('weights,version,trained')
         self.parts,self.features = {k: as_model(m) for k,m in parts.items()},tuple(features)
@@ -137,7 +141,8 @@ class FusionModel:
     @property
     def arch(self): return '+'.join(uniqueify([p.arch for p in self.parts.values()]))
     def __repr__(self):
-        how,inputs = 'mean' if self.weights is None else 'regression',', '.join([*self.parts,*self.features])
+        how = 'mean' if self.weights is None else 'regression'
+        inputs = ', '.join([*self.parts,*self.features])
         return f'FusionModel, {how} of {inputs}, mgmt_fast {self.version}'
 
     def needs(self) -> dict: # Each part's key, with its recipe and the sequences to prepare
@@ -152,7 +157,8 @@ class FusionModel:
         store:VolumeStore, # Whose patients are predicted
     ):
         "Enter a prediction by each part into the record of a store that is held out"
-        for p in self.parts.values(): p.note_prediction(store)
+        for p in self.parts.values():
+            p.note_prediction(store)
 
     def logit(self,
         volumes:dict, # `{key: {sequence: uint8 (D,H,W)}}`, as `needs` asks for
@@ -168,7 +174,8 @@ class FusionModel:
     ):
         "Write the parts, and a JSON that names them"
         names = {k: f'{path.name}-{k}' for k in self.parts}
-        for k,p in self.parts.items(): p.write(path.with_name(names[k]))
+        for k,p in self.parts.items():
+            p.write(path.with_name(names[k]))
         fusion = dict(weights=self.weights, features=list(self.features), sequences=list(self.sequences))
         about = dict(kind='fusion', version=self.version, parts=names)
         write_json(f'{path}.json', dict(**about, **fusion, trained=self.trained))
@@ -186,7 +193,8 @@ class FusionModel:
         d = check_form(d, _FUSION, name)
         _check_weights(d, name)
         try: parts = {k: load_model(path.with_name(o)) for k,o in named.items()}
-        except RecursionError: raise MGMTError(f"{name} names itself as one of its parts: was it changed?") from None
+        except RecursionError:
+            raise MGMTError(f"{name} names itself as one of its parts: was it changed?") from None
         return cls(parts, d['weights'], d['features'], d['version'], d['trained'])
 
 model_kinds['fusion'] = FusionModel
@@ -197,15 +205,18 @@ _FUSION = record_of(dict(parts=table_of(A_FILE_NAME), weights=_WEIGHTS, features
 
 def _check_weights(d, name):
     "Raise where a regression for some inputs is missing, or has not a weight for each"
-    if d['weights'] is None or len(d['parts'])+len(d['features'])>8: return
+    if d['weights'] is None or len(d['parts'])+len(d['features'])>8:
+        return
     for have in _input_sets(d['parts'], d['features']):
-        if len(d['weights'].get(','.join(have), ()))==1+len(have): continue
+        if len(d['weights'].get(','.join(have), ()))==1+len(have):
+            continue
         raise MGMTError(f"{name} has no regression for {', '.join(have)}: was it changed? Restore it")
 
 def _check_names(names):
     "Inputs' names become parts of file names and of the weights' keys"
     for k in names:
-        if not re.fullmatch(r'[\w+-]+', k): raise _bad_name(k)
+        if not re.fullmatch(r'[\w+-]+', k):
+            raise _bad_name(k)
 
 def _bad_name(k):
     return MGMTError(f"inputs of a fusion are named by letters, digits, '_', '+' and '-', since files and weights are "
@@ -233,7 +244,8 @@ def _as_numbers(column, name):
     "An input's column as numbers; what is missing is NaN, and what is neither is refused"
     numbers = np.array([_number(v) for v in column], float)
     odd = column.notna().to_numpy() & np.isnan(numbers)
-    if odd.any(): raise _no_number(name, column[odd].iloc[0])
+    if odd.any():
+        raise _no_number(name, column[odd].iloc[0])
     return numbers
 
 def _lacks_columns(lack, oof):
@@ -295,9 +307,12 @@ def fused_oof(
     seed:int=0, # Of those folds
 ) -> pd.DataFrame: # patient, label, logit
     "What a fusion says of patients that its weights were not fitted on."
-    if how not in ('stacked','mean'): raise unknown_name('fusion', how, ('stacked','mean'))
-    if how=='mean': return _with_logits(oof, _fused(oof, parts, features, None))
-    t,logit = _check_oof(oof, parts, features),np.full(len(oof), np.nan)
+    if how not in ('stacked','mean'):
+        raise unknown_name('fusion', how, ('stacked','mean'))
+    if how=='mean':
+        return _with_logits(oof, _fused(oof, parts, features, None))
+    t = _check_oof(oof, parts, features)
+    logit = np.full(len(oof), np.nan)
     fold = assign_folds(t, n=n_folds, seed=seed).fold.to_numpy()
     for k in range(n_folds):
         weights = _weights(t[fold!=k], parts, features)
@@ -325,7 +340,8 @@ def sequence_experiments(
     AUCs are out of fold, of the patients who have what each way needs."""
     seqs = store.sequences if sequences is None else check_sequences(sequences)
     ways = _ways(follow_recipe(store.recipe, recipe), seqs, stems)
-    oof,models = store.table[['patient','label']].dropna(),{}
+    oof = store.table[['patient','label']].dropna()
+    models = {}
     for k,(r,s) in ways.items():
         t,models[k] = out_of_fold(store, r, s, Path(path)/k, **kwargs)
         logits = t[['patient','logit']].rename(columns=dict(logit=k))

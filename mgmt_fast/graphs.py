@@ -41,8 +41,10 @@ class LateNumbers:
     def read(self,
         wait:bool=False, # Until those that were sent last have arrived?
     ) -> list: # (n,) the newest that have arrived; None before the first
-        if self.coming is not None and wait: self.there.synchronize()
-        if self.coming is not None and self.there.query(): self.numbers,self.coming = self.coming.tolist(),None
+        if self.coming is not None and wait:
+            self.there.synchronize()
+        if self.coming is not None and self.there.query():
+            self.numbers,self.coming = self.coming.tolist(),None
         return self.numbers
 
 # %% ../nbs/48_graphs.ipynb #2f18f24d
@@ -66,7 +68,8 @@ class CardClock:
     def begin_loop(self): self.steps,self.first,self.last = [],self.mark(),None
     def begin_step(self): self.last = self.mark()
     def end_step(self):
-        if self.last is not None: self.steps.append((self.last,self.mark()))
+        if self.last is not None:
+            self.steps.append((self.last,self.mark()))
         self.last = None
 
     def end_loop(self):
@@ -94,7 +97,8 @@ def put_back(
 ): # Whether its passes drew random numbers: a function each, `host` and `card`
     "Put the buffers and all generators back where they were."
     buffers = [(b,b.detach().clone()) for b in model.buffers()]
-    host,states = _host_generators(),(torch.get_rng_state(),random.getstate(),np.random.get_state())
+    host = _host_generators()
+    states = torch.get_rng_state(),random.getstate(),np.random.get_state()
     card = torch.cuda.get_rng_state(device) if device.type=='cuda' else None
     def drew_host(): return _host_generators()!=host
     def drew_card(): return card is not None and not torch.equal(torch.cuda.get_rng_state(device), card)
@@ -102,7 +106,8 @@ def put_back(
     finally:
         with torch.no_grad():
             for b,old in buffers: b.copy_(old)
-        if card is not None: torch.cuda.set_rng_state(card, device)
+        if card is not None:
+            torch.cuda.set_rng_state(card, device)
         if drew_host(): _set_host_generators(*states)
 
 def _set_host_generators(of_torch, of_python, of_numpy):
@@ -120,7 +125,8 @@ def own_leaves(
     for m in model.modules():
         places += [(m._parameters, k, p) for k,p in m._parameters.items() if p is not None]
     for d,k,p in places:
-        if p not in leaves: leaves[p] = nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+        if p not in leaves:
+            leaves[p] = nn.Parameter(p.detach(), requires_grad=p.requires_grad)
         d[k] = leaves[p]
     try: yield leaves
     finally:
@@ -161,23 +167,28 @@ class StepGraph:
         with torch.cuda.stream(side):
             for _ in range(2):
                 out = self._forward(model)
-                if not (isinstance(out, torch.Tensor) and out.requires_grad): raise MGMTError(_no_output(out))
+                if not (isinstance(out, torch.Tensor) and out.requires_grad):
+                    raise MGMTError(_no_output(out))
                 self.g = torch.zeros_like(out.detach().as_subclass(torch.Tensor))
                 self._backward(out)
         torch.cuda.current_stream().wait_stream(side)
         if drew.host(): raise MGMTError(_draws_on_host)
-        if drew.card() and _recomputes(model): raise MGMTError(_draws_again)
+        if drew.card() and _recomputes(model):
+            raise MGMTError(_draws_again)
 
     def _capture(self, model, side):
         self.memory.pool = self.memory.pool or torch.cuda.graph_pool_handle()
         how = dict(pool=self.memory.pool, stream=side, capture_error_mode='thread_local') # loaders may use the card
         with torch.cuda.stream(side): # which a capture that fails would not leave
-            with torch.cuda.graph(self.graphs[0], **how): out = self._forward(model)
-            with torch.cuda.graph(self.graphs[1], **how): self.grads = self._backward(out)
+            with torch.cuda.graph(self.graphs[0], **how):
+                out = self._forward(model)
+            with torch.cuda.graph(self.graphs[1], **how):
+                self.grads = self._backward(out)
         self.kind,self.out = type(out),out.detach().as_subclass(torch.Tensor)
 
     def _forward(self, model):
-        with _autocast_without_cache(): return model.forward(self.x.as_subclass(self.kind))
+        with _autocast_without_cache():
+            return model.forward(self.x.as_subclass(self.kind))
 
     def _backward(self, out):
         "Gradients, each in memory as its parameter is; None for what is not used"
@@ -205,7 +216,8 @@ class StepGraph:
         turn:int, # From `forward`
     ) -> list: # Gradient of each parameter that trains, or None
         "Repeat the backward pass"
-        if turn!=self.memory.turn: raise MGMTError(_other_turn)
+        if turn!=self.memory.turn:
+            raise MGMTError(_other_turn)
         self.memory.turn += 1
         self.g.copy_(g)
         self.graphs[1].replay()
@@ -234,7 +246,8 @@ def _side_stream(device):
 
 def _autocast_without_cache():
     "The autocast that is on, casting weights anew each time: what it keeps would not be the graph's"
-    if not torch.is_autocast_enabled('cuda'): return nullcontext()
+    if not torch.is_autocast_enabled('cuda'):
+        return nullcontext()
     return torch.autocast('cuda', dtype=torch.get_autocast_dtype('cuda'), cache_enabled=False)
 
 def _laid_out(g, p): return g if g.stride()==p.stride() else torch.empty_like(p).copy_(g)
@@ -256,11 +269,16 @@ def why_eager(
     xb:tuple, # Its inputs
 ) -> str: # '' where nothing speaks against a capture
     "Why a training step cannot be captured."
-    if num_distrib()>1 or isinstance(model, (nn.parallel.DistributedDataParallel,nn.DataParallel)): return _several
-    if hasattr(model, '_orig_mod'): return "torch.compile has the model"
-    if len(xb)!=1 or not isinstance(xb[0], torch.Tensor): return f"the model takes {len(xb)} inputs, not one tensor"
-    if xb[0].requires_grad: return "the batch itself has a gradient"
-    if not any(p.requires_grad for p in model.parameters()): return "none of the model's weights train"
+    if num_distrib()>1 or isinstance(model, (nn.parallel.DistributedDataParallel,nn.DataParallel)):
+        return _several
+    if hasattr(model, '_orig_mod'):
+        return "torch.compile has the model"
+    if len(xb)!=1 or not isinstance(xb[0], torch.Tensor):
+        return f"the model takes {len(xb)} inputs, not one tensor"
+    if xb[0].requires_grad:
+        return "the batch itself has a gradient"
+    if not any(p.requires_grad for p in model.parameters()):
+        return "none of the model's weights train"
     hooked = next((n for n,m in model.named_modules() if m is not model and _has_hooks(m)), None)
     return '' if hooked is None else f"{hooked!r} has hooks, which a graph does not call"
 
@@ -305,7 +323,8 @@ class CapturedSteps(Callback):
     def before_fit(self):
         card = self._device().type=='cuda'
         self.run = card or self.capture is not None
-        if not (self.run or self.auto): check_card(self._device())
+        if not (self.run or self.auto):
+            check_card(self._device())
         if not self.run: return
         self._release()
         self.known,self.took,self.refused,self.said = {},{},{},set()
@@ -330,7 +349,8 @@ class CapturedSteps(Callback):
     def before_batch(self):
         model = self.learn.model
         if self.clock: self.clock.begin_step()
-        if hasattr(model, '_orig_mod'): return self._say(_eagerly+why_eager(model, self.xb))
+        if hasattr(model, '_orig_mod'):
+            return self._say(_eagerly+why_eager(model, self.xb))
         model.forward = partial(self._take_step, model, vars(model).get('forward')) # for one call
 
     def _take_step(self, model, given, *xb):
@@ -345,7 +365,8 @@ class CapturedSteps(Callback):
 
     def after_cancel_batch(self):
         f = vars(self.learn.model).get('forward')
-        if getattr(f, 'func', None)==self._take_step: self._hand_back(*f.args)
+        if getattr(f, 'func', None)==self._take_step:
+            self._hand_back(*f.args)
 
     def end(self):
         "Leave nothing behind: the model has its own forward pass, and the graphs' memory is free; also after an error"
@@ -368,8 +389,10 @@ class CapturedSteps(Callback):
         self.seen[key] += 1
         self.met[key] += 1
         often = self.seen[key]>1 or self.met[key]>2
-        if often and key not in self.steps and key not in self.refused: self._add(model, x, key)
-        if key not in self.steps: self.eager[_size(key)] += 1
+        if often and key not in self.steps and key not in self.refused:
+            self._add(model, x, key)
+        if key not in self.steps:
+            self.eager[_size(key)] += 1
         return self.steps.get(key)
 
     def _state(self):
@@ -381,12 +404,14 @@ class CapturedSteps(Callback):
         "Capture one more step"
         for k in [k for k in self.steps if not self.seen[k]]:
             if len(self.steps)>=self.most: del self.steps[k]
-        if len(self.steps)>=self.most: return self._say(f"{_size(key)} runs eagerly: {_enough.format(self.most)}")
+        if len(self.steps)>=self.most:
+            return self._say(f"{_size(key)} runs eagerly: {_enough.format(self.most)}")
         began = time.perf_counter()
         try:
             step = (self.capture or StepGraph)(model, x, self.memory)
             self._check_room()
-        except (MGMTError,RuntimeError) as e: return self._refuse(key, e)
+        except (MGMTError,RuntimeError) as e:
+            return self._refuse(key, e)
         self.steps[key],self.took[_size(key)] = step,time.perf_counter()-began
 
     def _check_room(self):
@@ -394,7 +419,8 @@ class CapturedSteps(Callback):
         held,device = self.memory.size,self._device()
         if not held: return
         dl = self.learn.dl
-        n,bs = len(getattr(dl, 'dataset', ())),getattr(dl, 'bs', None) or 1
+        n = len(getattr(dl, 'dataset', ()))
+        bs = getattr(dl, 'bs', None) or 1
         last = 0. if getattr(dl, 'drop_last', False) else n%bs/bs
         need = held*max(last, _evaluation)
         free = torch.cuda.mem_get_info(device)[0]
@@ -411,23 +437,27 @@ class CapturedSteps(Callback):
 
     def _say(self, text):
         "Once per training; the first of several processes speaks"
-        if not (self.quiet or text in self.said or rank_distrib() or hasattr(self.learn, 'lr_finder')): print(text)
+        if not (self.quiet or text in self.said or rank_distrib() or hasattr(self.learn, 'lr_finder')):
+            print(text)
         self.said.add(text)
 
     def after_epoch(self):
         if not hasattr(self, 'seen'): return
         if self.clock: self.clock.end_loop()
         if self.took: self._say(self._captured())
-        elif self.eager and not self.said: self._say(_eagerly+_rare)
+        elif self.eager and not self.said:
+            self._say(_eagerly+_rare)
 
     def after_fit(self):
         share = self.clock and self.clock.share
-        if share is not None: self._say(f"the card worked {share:.0%} of the training loop")
+        if share is not None:
+            self._say(f"the card worked {share:.0%} of the training loop")
         self.end()
 
     def _captured(self):
         "In words"
-        names,times = ' and '.join(self.took),' and '.join(f'{t:.1f}' for t in self.took.values())
+        names = ' and '.join(self.took)
+        times = ' and '.join(f'{t:.1f}' for t in self.took.values())
         one = len(self.took)==1
         rest = len([k for k in self.eager if k not in self.took])
         what = f"the training step of {names} runs as a CUDA graph" if one else f"the training steps of {names} run " \
@@ -468,4 +498,5 @@ def _end_capture(device):
     if device.type!='cuda': return
     with suppress(RuntimeError), torch.cuda.device(device):
         torch.cuda.synchronize()
-        with torch.cuda.graph(torch.cuda.CUDAGraph()): torch.zeros(1, device=device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device=device)

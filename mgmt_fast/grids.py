@@ -29,16 +29,21 @@ def resize(
 ) -> torch.Tensor: # float32 of that size, over the same extent
     "Resize a box without aliasing."
     size = tuple(size)
-    out,slab,weights,slices = torch.empty(size),torch.empty(16,*x.shape[1:]),triangle_weights(len(x), size[0]),{}
+    out = torch.empty(size)
+    slab = torch.empty(16,*x.shape[1:])
+    weights = triangle_weights(len(x), size[0])
+    slices = {}
     for at in range(0, size[0], 16):
         for row,w in zip(slab, weights[at:at+16]):
             used = np.flatnonzero(w)
             slices = {i: slices[i] if i in slices else x[i].float() for i in used}
             torch.mul(slices[used[0]], float(w[used[0]]), out=row)
-            for i in used[1:]: row.add_(slices[i], alpha=float(w[i]))
+            for i in used[1:]:
+                row.add_(slices[i], alpha=float(w[i]))
         flat = slab[:size[0]-at]
         if flat.shape[1:]==size[1:]: out[at:at+16] = flat
-        else: out[at:at+16] = F.interpolate(flat[None], size=size[1:], mode='bilinear', antialias=True)[0]
+        else:
+            out[at:at+16] = F.interpolate(flat[None], size=size[1:], mode='bilinear', antialias=True)[0]
     return out
 
 # %% ../nbs/22_grids.ipynb #a1d00007
@@ -70,7 +75,9 @@ def canonical_affine(
 # %% ../nbs/22_grids.ipynb #464e83cf
 def _trilinear(x, A, size):
     "Trilinear samples of `x` at its voxels `A @ (d,h,w,1)`, averaged down to the target's step first"
-    src,dst,step = np.array(x.shape),np.array(size),np.linalg.norm(A[:,:3], axis=1)
+    src = np.array(x.shape)
+    dst = np.array(size)
+    step = np.linalg.norm(A[:,:3], axis=1)
     x = resize(x, [max(1, round(n/s)) if s>1.25 else n for n,s in zip(x.shape, step)])
     lin = A[:,:3]*dst/src[:,None]
     off = (A[:,:3]@(dst-1) + 2*A[:,3] + 1)/src - 1
@@ -95,7 +102,8 @@ def resample(
     if turned.max()<.02 and abs(edges-whole).max()<.02 and whole.min()>=0 and (whole.max(0)<=x.shape).all():
         box = tuple(slice(int(a),int(b)) for a,b in np.sort(whole.T))
         out = resize(x[box], size).flip([i for i in range(3) if step[i]<0])
-    else: out = _trilinear(x, A, size)
+    else:
+        out = _trilinear(x, A, size)
     return Volume(out, affine=affine)
 
 # %% ../nbs/22_grids.ipynb #a1d00014

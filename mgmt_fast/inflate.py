@@ -26,7 +26,8 @@ def inflate_kernel(
 
     Source: Carreira and Zisserman 2017 (`'mean'`), Girdhar et al. 2018 (`'centre'`)."""
     if w.ndim!=4: raise _not_2d(w)
-    if mode not in _modes: raise unknown_name('inflation mode', mode, _modes)
+    if mode not in _modes:
+        raise unknown_name('inflation mode', mode, _modes)
     if mode=='slice' and depth!=1: raise _not_depth_1(depth)
     return w.unsqueeze(2)*_profile(depth, mode).to(w).view(-1,1,1)
 
@@ -55,18 +56,26 @@ def inflate_weights(
 
     Raises `MGMTError` on weights that are 3D already, belong to another architecture or are not floating point.
     The network is then unchanged."""
-    if mode not in _modes: raise unknown_name('inflation mode', mode, _modes)
+    if mode not in _modes:
+        raise unknown_name('inflation mode', mode, _modes)
     _check_state(state)
     target,new,rows = model3d.state_dict(),{},[]
-    depths,stem = depth_profiles(model3d),next((k for k,t in target.items() if k in state and t.ndim in (4,5)), None)
+    depths = depth_profiles(model3d)
+    stem = next((k for k,t in target.items() if k in state and t.ndim in (4,5)), None)
     for k,t in target.items():
-        if k in state: action,reason,new[k] = _fit(state[k], t, mode, k==stem)
-        elif k in depths: action,reason,new[k] = 'set',f'depth profile {mode!r}',_profile(t.shape[1], mode).expand_as(t)
-        elif k.endswith('num_batches_tracked'): action,reason,new[k] = 'set','older files do not count batches',t*0
-        else: action,reason = 'missing','not among the 2D weights'
+        if k in state:
+            action,reason,new[k] = _fit(state[k], t, mode, k==stem)
+        elif k in depths:
+            action,reason,new[k] = 'set',f'depth profile {mode!r}',_profile(t.shape[1], mode).expand_as(t)
+        elif k.endswith('num_batches_tracked'):
+            action,reason,new[k] = 'set','older files do not count batches',t*0
+        else:
+            action = 'missing'
+            reason = 'not among the 2D weights'
         rows.append((k, action, reason, tuple(state[k].shape) if k in state else None, tuple(t.shape)))
     for k,v in state.items():
-        if k not in target: rows.append((k, 'left out', _why_left_out(k), tuple(v.shape), None))
+        if k not in target:
+            rows.append((k, 'left out', _why_left_out(k), tuple(v.shape), None))
     report = pd.DataFrame(rows, columns=['key','action','reason','shape2d','shape3d'])
     check_report(report, strict)
     with torch.no_grad():
@@ -80,7 +89,8 @@ def _why_left_out(key):
 # %% ../nbs/43_inflate.ipynb #b5b20ba1
 def _check_state(state):
     for k,v in state.items():
-        if not isinstance(v, torch.Tensor): raise _not_a_tensor(k, v)
+        if not isinstance(v, torch.Tensor):
+            raise _not_a_tensor(k, v)
         if v.ndim==5:
             raise MGMTError(f"{k!r} has 5 axes, {tuple(v.shape)}: these weights are 3D already; use load_state_dict")
 
@@ -90,8 +100,10 @@ def _not_a_tensor(k, v):
 
 def _fit(w, t, mode, stem=True):
     "How a 2D tensor gets into the shape of a 3D one: (action, reason, tensor)"
-    if t.is_floating_point() and not w.is_floating_point(): return 'wrong',f'holds {w.dtype}, not floating point',None
-    action,notes = 'copied',[] if w.dtype==t.dtype else [f'{w.dtype} to {t.dtype}'.replace('torch.','')]
+    if t.is_floating_point() and not w.is_floating_point():
+        return 'wrong',f'holds {w.dtype}, not floating point',None
+    action = 'copied'
+    notes = [] if w.dtype==t.dtype else [f'{w.dtype} to {t.dtype}'.replace('torch.','')]
     w = w.to(t.dtype)
     if stem and _adaptable(w, t):
         n,action = t.shape[1],'adapted'
@@ -100,12 +112,14 @@ def _fit(w, t, mode, stem=True):
     if _inflatable(w, t, mode):
         w = inflate_kernel(w, t.shape[2], mode)
         if action=='copied': action = 'inflated'
-    if w.shape!=t.shape: return 'wrong',f'has shape {tuple(w.shape)}, the network wants {tuple(t.shape)}',None
+    if w.shape!=t.shape:
+        return 'wrong',f'has shape {tuple(w.shape)}, the network wants {tuple(t.shape)}',None
     return action,', '.join(notes),w
 
 def _adaptable(w, t):
     "Is this a kernel for RGB, or for grey, where another number of channels is wanted?"
-    if w.ndim!=4 or t.ndim not in (4,5) or w.shape[0]!=t.shape[0]: return False
+    if w.ndim!=4 or t.ndim not in (4,5) or w.shape[0]!=t.shape[0]:
+        return False
     return w.shape[1] in (1,3) and w.shape[1]!=t.shape[1]
 
 def _inflatable(w, t, mode):
@@ -145,13 +159,16 @@ def inflate_model(
     """Turn a 2D network into a 3D one that answers a volume constant along D as the 2D network answers its slice.
 
     Raises `MGMTError` that names the module, if one has no 3D counterpart or answers otherwise than in 2D."""
-    if mode not in _modes: raise unknown_name('inflation mode', mode, _modes)
-    if depth_padding not in _paddings: raise unknown_name('depth padding', depth_padding, _paddings)
+    if mode not in _modes:
+        raise unknown_name('inflation mode', mode, _modes)
+    if depth_padding not in _paddings:
+        raise unknown_name('depth padding', depth_padding, _paddings)
     rgb = first_convolution(model2d, in_chans).in_channels
     in_chans = in_chans or rgb
     m3 = convert_modules(model2d, in_chans, mode, depth_padding, anisotropic)
     m3.report = inflate_weights(model2d.state_dict(), m3, mode)
-    if depth_padding=='replicate' and not all(map(is_known, model2d.modules())): _compare(model2d, m3, rgb, in_chans)
+    if depth_padding=='replicate' and not all(map(is_known, model2d.modules())):
+        _compare(model2d, m3, rgb, in_chans)
     return m3.train(model2d.training)
 
 # %% ../nbs/43_inflate.ipynb #8bce92a1
@@ -163,7 +180,8 @@ def _compare(m2, m3, rgb, in_chans, size=96):
     at,error = witness.run(x.expand(-1,rgb,-1,-1), still)
     if at is None: return
     modules = dict(m2.named_modules())
-    while at and is_known(modules[at]): at = at.rpartition('.')[0]
+    while at and is_known(modules[at]):
+        at = at.rpartition('.')[0]
     raise _differs(modules[at], at, error) from error
 
 class _Witness:
@@ -172,7 +190,8 @@ class _Witness:
         self.m2,self.m3 = copy.deepcopy(m2).eval(),copy.deepcopy(m3).eval()
         self.seen,self.wrong,self.last = {},None,''
         watched = _outside(self.m2, converted_whole(m2))
-        for n in watched: self.m2.get_submodule(n).register_forward_hook(partial(self._keep, n))
+        for n in watched:
+            self.m2.get_submodule(n).register_forward_hook(partial(self._keep, n))
         for n in watched:
             m = self.m3.get_submodule(n)
             m.register_forward_pre_hook(partial(self._enter, n))
@@ -194,7 +213,8 @@ class _Witness:
     def _check(self, name, m, i, o):
         calls = self.seen.get(name)
         a = calls.pop(0) if calls else None
-        if self.wrong is None and torch.is_tensor(a) and torch.is_tensor(o) and not _agree(a, o): self.wrong = name
+        if self.wrong is None and torch.is_tensor(a) and torch.is_tensor(o) and not _agree(a, o):
+            self.wrong = name
 
 def _outside(model, whole):
     "Names of modules, without those inside of a module that is converted as a whole: how it asks them is its own"

@@ -75,7 +75,8 @@ def competition_folder(
     root = find_input(COMPETITION)
     if root is None: return None
     for s in splits:
-        if not (root/s).is_dir() or not any((root/s).iterdir()): raise KaggleError(_no_split(root, s))
+        if not (root/s).is_dir() or not any((root/s).iterdir()):
+            raise KaggleError(_no_split(root, s))
     return root
 
 def _no_split(root, split):
@@ -93,14 +94,16 @@ def working_folder(
     sizes = _sizes(work)
     left = shutil.disk_usage(work).free/1e9
     if on_kaggle(): left = min(left, quota-sizes.total())
-    if left<need: raise KaggleError(_too_full(work, left, need, sizes))
+    if left<need:
+        raise KaggleError(_too_full(work, left, need, sizes))
     return work
 
 def _sizes(folder):
     "GB of each entry of a folder"
     sizes = Counter()
     for p in folder.rglob('*'):
-        if p.is_file() and not p.is_symlink(): sizes[p.relative_to(folder).parts[0]] += p.stat().st_size/1e9
+        if p.is_file() and not p.is_symlink():
+            sizes[p.relative_to(folder).parts[0]] += p.stat().st_size/1e9
     return sizes
 
 def _too_full(work, left, need, sizes):
@@ -176,18 +179,21 @@ def carry_on(
     "Bring what an earlier session left into the working folder. Raises `KaggleError` where it does not fit."
     old,res = find_input(kernel) if on_kaggle() else None,[]
     for o in folders if old is not None else ():
-        if not (old/o).is_dir() or (working_folder()/o).exists(): continue
+        if not (old/o).is_dir() or (working_folder()/o).exists():
+            continue
         work = working_folder(_sizes(old/o).total())
         _copy_whole(old/o, work/o, work/f'.{o}.part')
         res.append(o)
-    if res: print(f"goes on from what {old} holds: {', '.join(res)}")
+    if res:
+        print(f"goes on from what {old} holds: {', '.join(res)}")
     return res
 
 def _copy_whole(source, dest, part):
     "Copy a folder so that `dest` is there only when all is, and may be written to"
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(source, part, copy_function=shutil.copyfile)
-    for p in (part,*part.rglob('*')): p.chmod(0o755 if p.is_dir() else 0o644)
+    for p in (part,*part.rglob('*')):
+        p.chmod(0o755 if p.is_dir() else 0o644)
     part.rename(dest)
 
 # %% ../nbs/80_kaggle.ipynb #ab79e5bd
@@ -222,7 +228,8 @@ def find_bundles(
 
     Raises `KaggleError` where they are needed and not there."""
     folder = find_input('mgmt-fast-train') if on_kaggle() else None
-    for p in () if folder is None else _bundles_below(folder): _copy_bundle(p, Path(dest)/p.name)
+    for p in () if folder is None else _bundles_below(folder):
+        _copy_bundle(p, Path(dest)/p.name)
     res = {p.parent.name: p.parent for p in sorted(Path(dest).glob('*/bundle.json'))}
     if needed and not res: raise KaggleError(_no_bundles)
     return res
@@ -233,14 +240,16 @@ _no_bundles = ("no frozen models are attached: run the kernel mgmt-fast-train to
 def _bundles_below(folder):
     "Folders of bundles, up to three levels down"
     found = []
-    for above in ('', '*/', '*/*/'): found += folder.glob(f'{above}*/bundle.json')
+    for above in ('', '*/', '*/*/'):
+        found += folder.glob(f'{above}*/bundle.json')
     return sorted(p.parent for p in found)
 
 def _copy_bundle(source, dest):
     "Copy a bundle, unless it is there; `bundle.json` comes last, so that a half copy is not taken for a whole one"
     if (dest/'bundle.json').exists(): return
     make_folder(dest)
-    for f in sorted(source.iterdir(), key=lambda f: f.name=='bundle.json'): shutil.copyfile(f, dest/f.name)
+    for f in sorted(source.iterdir(), key=lambda f: f.name=='bundle.json'):
+        shutil.copyfile(f, dest/f.name)
 
 # %% ../nbs/80_kaggle.ipynb #051090c9
 def phantom_bundles(
@@ -272,8 +281,10 @@ def refuse_unprepared(
         found = [_grid_of(r, s) for s in sequences]
         rows += [(r.patient, s, o.why) for s,o in zip(sequences, found) if o.why]
         placed = [o for o in found if o.shape]
-        if not _one_grid(placed): rows.append((r.patient, '', _unlike_grids))
-        elif placed: grids[r.patient] = placed[0].shape,placed[0].spacing
+        if not _one_grid(placed):
+            rows.append((r.patient, '', _unlike_grids))
+        elif placed:
+            grids[r.patient] = placed[0].shape,placed[0].spacing
     rows += _other_spaces(grids)
     refused = pd.DataFrame(rows, columns=['patient','sequence','why'])
     return cohort[~cohort.patient.isin(refused.patient)].reset_index(drop=True),refused
@@ -287,8 +298,10 @@ def _grid_of(row, seq):
     if not str(path).endswith(('.nii','.nii.gz')):
         return _unfit('not NIfTI: convert, register and skull-strip it first')
     try: v = read_volume(path, None if pd.isna(index) else int(index))
-    except MGMTError as e: return _unfit(f'{type(e).__name__}: {e}'.replace(str(path), Path(path).name))
-    except Exception as e: return _unfit(log_fault(e, 'looking at a series'))
+    except MGMTError as e:
+        return _unfit(f'{type(e).__name__}: {e}'.replace(str(path), Path(path).name))
+    except Exception as e:
+        return _unfit(log_fault(e, 'looking at a series'))
     why = 'has its skull: strip it' if has_skull(v) else ''
     return NS(shape=tuple(v.shape), spacing=tuple(v.spacing.round(2)), affine=v.affine, why=why)
 
@@ -296,7 +309,8 @@ def _unfit(why): return NS(shape=None, spacing=None, affine=None, why=why)
 
 def _one_grid(placed):
     "Do a patient's volumes lie on one grid?"
-    if len({(o.shape,o.spacing) for o in placed})>1: return False
+    if len({(o.shape,o.spacing) for o in placed})>1:
+        return False
     return all(np.allclose(o.affine, placed[0].affine, atol=1e-2) for o in placed)
 
 def _other_spaces(grids):
@@ -307,7 +321,8 @@ def _other_spaces(grids):
 
 def _other_space(grid, common, n):
     def _said(shape, spacing): return 'x'.join(map(str, shape)),' x '.join(f'{o:g}' for o in spacing)
-    (voxels,mm),(usual,usual_mm) = _said(*grid),_said(*common)
+    voxels,mm = _said(*grid)
+    usual,usual_mm = _said(*common)
     return f"{voxels} voxels of {mm} mm, where {n} others share {usual} of {usual_mm}: another space"
 
 # %% ../nbs/80_kaggle.ipynb #bbbf14b6
@@ -331,7 +346,8 @@ def make_tcga_phantom(
     names = [f'TCGA-00-{i:04d}' for i in range(n)]
     for i,(_,p) in enumerate(table.iterrows()):
         volumes = render_patient(p, seed, skull=i>=n-skulls, **shown)
-        for seq,(v,_) in volumes.items(): _save_nifti(v, dest/names[i]/seq/'scan.nii')
+        for seq,(v,_) in volumes.items():
+            _save_nifti(v, dest/names[i]/seq/'scan.nii')
     labels = pd.DataFrame(dict(TCGAID=names, MGMT_value=table.label))
     write_csv(dest/'labels.csv', labels)
     return dest
@@ -339,7 +355,8 @@ def make_tcga_phantom(
 def _save_nifti(v, path):
     "A volume as int16, axes x y z"
     array = np.asarray(v).transpose(2,1,0).astype(np.int16)
-    with atomic_path(path) as tmp: nib.save(nib.Nifti1Image(array, v.affine[:,[2,1,0,3]]), tmp)
+    with atomic_path(path) as tmp:
+        nib.save(nib.Nifti1Image(array, v.affine[:,[2,1,0,3]]), tmp)
 
 # %% ../nbs/80_kaggle.ipynb #69707d12
 def find_tcga(
@@ -377,11 +394,13 @@ def standardize_raw(
     folder = find_input(DATASETS['atlas']) if on_kaggle() else None
     if folder is None: return cohort
     images = sorted(p for p in folder.rglob('*') if p.name.lower().endswith(('.nii','.nii.gz')))
-    if len(images)!=1: raise KaggleError(_no_single_atlas(folder, images))
+    if len(images)!=1:
+        raise KaggleError(_no_single_atlas(folder, images))
     done = standardize(cohort, dest, atlas=images[0], progress=progress)
     bad = done[done.problem.notna()]
     print(f"{len(done)-len(bad)} of {len(done)} patients are in the space of the atlas without a problem")
-    for r in bad[:20].itertuples(): print(f'  {r.patient}: {r.problem}')
+    for r in bad[:20].itertuples():
+        print(f'  {r.patient}: {r.problem}')
     return done
 
 def _no_single_atlas(folder, images):
@@ -398,7 +417,8 @@ def say_tested(
     return f"{len(cohort)} patients are tested, {refused.patient.nunique()} are refused"
 
 def _nobody(refused):
-    if not len(refused): return 'nobody is left to test: no patient has a label. Check the table of labels'
+    if not len(refused):
+        return 'nobody is left to test: no patient has a label. Check the table of labels'
     why = refused.groupby('why').patient.nunique().sort_values(ascending=False)
     reasons = '; '.join(f'{n} x {k}' for k,n in why.head(3).items())
     return f'nobody is left to test: {reasons}. Raw scans need the data set mgmt-fast-atlas; else correct the scans'
@@ -413,8 +433,10 @@ def make_submission(
 
     Raises `KaggleError` on a sample without its two columns, or a prevalence that is no share."""
     want = pd.read_csv(sample, dtype=str)
-    if want.shape[1]!=2 or want.empty: raise KaggleError(_no_sample(sample, want))
-    if not 0<=prevalence<=1: raise KaggleError(_no_prevalence(prevalence))
+    if want.shape[1]!=2 or want.empty:
+        raise KaggleError(_no_sample(sample, want))
+    if not 0<=prevalence<=1:
+        raise KaggleError(_no_prevalence(prevalence))
     id_col,prob_col = want.columns
     of = preds.assign(key=preds.patient.map(id_key)).drop_duplicates('key').set_index('key')
     key = want[id_col].map(id_key)
@@ -442,7 +464,8 @@ def predict_submission(
     "Probability of each patient by all frozen models that can be asked; preparation's reasons where none can."
     bs = [Bundle(b) for b in bundles]
     seqs = uniqueify(s for b in bs for s in b.sequences)
-    if not any(s in cohort and cohort[s].notna().any() for s in seqs): return _nobody_scanned(cohort)
+    if not any(s in cohort and cohort[s].notna().any() for s in seqs):
+        return _nobody_scanned(cohort)
     stores = _stores_for(bs, cohort, Path(dest), progress)
     zs = np.stack([log_odds(b.predict(o, progress=progress).prob) for b,o in zip(bs, stores)])
     n = np.isfinite(zs).sum(0)

@@ -38,7 +38,8 @@ def _check_metadata(path):
     try: d = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, json.JSONDecodeError) as e:
         return [('', f'{path.name} cannot be read ({type(e).__name__})', 'restore it')]
-    if not isinstance(d, dict): return [('', f'{path.name} holds no fields', 'restore it')]
+    if not isinstance(d, dict):
+        return [('', f'{path.name} holds no fields', 'restore it')]
     return [*_check_names(d), *_check_kind(d, path.parent), *_check_sources(d), *_check_known(d)]
 
 _slug = r'[A-Za-z0-9][A-Za-z0-9-]{2,49}'
@@ -47,10 +48,12 @@ def _check_names(d):
     "The id, the title, and that they agree"
     user,_,slug = str(d.get('id','')).partition('/')
     title = str(d.get('title',''))
-    if not slug: yield 'id', f"{d.get('id')!r} is not USER/SLUG", 'write both'
+    if not slug:
+        yield 'id', f"{d.get('id')!r} is not USER/SLUG", 'write both'
     elif user=='INSERT_USERNAME':
         yield 'id', 'still has the placeholder for the user', '`mgmt_kaggle NAME` fills it in'
-    if not 5<=len(title)<=50: yield 'title', f'{len(title)} characters', 'use 5 to 50'
+    if not 5<=len(title)<=50:
+        yield 'title', f'{len(title)} characters', 'use 5 to 50'
     if slug and slug_of(title)!=slug:
         yield 'title', f'becomes {slug_of(title)!r} in addresses, the id says {slug!r}', 'make them agree'
 
@@ -61,13 +64,15 @@ _wanted = dict(enable_gpu=(True, 'training needs it'), enable_internet=(False, '
 def _check_kind(d, folder):
     "A private Python notebook with a GPU and without internet"
     for k,known in dict(language='python', kernel_type='notebook').items():
-        if d.get(k)!=known: yield k, f'{d.get(k)!r}', f'use {known!r}'
+        if d.get(k)!=known:
+            yield k, f'{d.get(k)!r}', f'use {known!r}'
     code = folder/str(d.get('code_file',''))
     if not code.is_file() or code.suffix!='.ipynb':
         yield 'code_file', f"no notebook {d.get('code_file')!r}", 'name the notebook beside the metadata'
     for k,(want,why) in _wanted.items():
         got = d.get(k)
-        if got!=want or type(got) is not type(want): yield k, f'{got!r}', f'use {json.dumps(want)}: {why}'
+        if got!=want or type(got) is not type(want):
+            yield k, f'{got!r}', f'use {json.dumps(want)}: {why}'
 
 def _check_sources(d):
     "The competition is there, and data sets and kernels are named in full"
@@ -85,7 +90,8 @@ _fields = '''id id_no title code_file language kernel_type is_private enable_gpu
 def _check_known(d):
     "Fields that Kaggle does not know"
     for k in d:
-        if k not in _fields: yield k, 'is no field that Kaggle knows', 'delete it'
+        if k not in _fields:
+            yield k, 'is no field that Kaggle knows', 'delete it'
 
 # %% ../nbs/81_kaggle_build.ipynb #94bebf06
 def fill_kernel(
@@ -97,7 +103,8 @@ def fill_kernel(
     """Copy a kernel with the user's name filled in, and without the data sets that do not exist.
 
     Raises `KaggleError` on what `check_kernel` finds."""
-    if not re.fullmatch(_slug, user): raise KaggleError(_no_user(user))
+    if not re.fullmatch(_slug, user):
+        raise KaggleError(_no_user(user))
     folder,dest = Path(folder),make_folder(dest)
     text = (folder/'kernel-metadata.json').read_text(encoding='utf-8')
     d = json.loads(text.replace('INSERT_USERNAME', user))
@@ -142,10 +149,13 @@ def _check_wheels(folder, names, python):
 def _own_wheel(dest, source):
     "Copy the wheel that is given, or build it from a clone"
     if source.suffix=='.whl':
-        if not source.is_file(): raise KaggleError(f"no wheel at {source}")
+        if not source.is_file():
+            raise KaggleError(f"no wheel at {source}")
         shutil.copyfile(source, dest/source.name)
-    elif not (source/'settings.ini').is_file(): raise KaggleError(_no_clone(source))
-    else: _pip('wheel', '--no-deps', '--wheel-dir', dest, source)
+    elif not (source/'settings.ini').is_file():
+        raise KaggleError(_no_clone(source))
+    else:
+        _pip('wheel', '--no-deps', '--wheel-dir', dest, source)
 
 def _no_clone(source):
     name = source.resolve().name
@@ -161,7 +171,8 @@ def _for_kaggle(python):
 def _pip(*args):
     command = [sys.executable,'-m','pip',*map(str, args),'--quiet','--disable-pip-version-check']
     r = subprocess.run(command, capture_output=True, text=True)
-    if r.returncode: raise KaggleError(_pip_failed(args[0], r.stderr))
+    if r.returncode:
+        raise KaggleError(_pip_failed(args[0], r.stderr))
 
 def _pip_failed(command, stderr):
     words = ' '.join(stderr.split())[-400:]
@@ -176,7 +187,8 @@ def describe_dataset(
 ) -> Path: # `dataset-metadata.json` in it
     "Write the metadata that Kaggle wants beside a data set's files. Raises `KaggleError` on a folder without files."
     folder = Path(folder)
-    if not folder.is_dir() or not any(folder.iterdir()): raise KaggleError(_no_dataset(folder, title))
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise KaggleError(_no_dataset(folder, title))
     path = folder/'dataset-metadata.json'
     meta = dict(id=f'{user}/{slug_of(title)}', title=title, licenses=[dict(name='other')], description=about)
     write_json(path, meta)
@@ -200,14 +212,17 @@ def build_kaggle(
     Raises `KaggleError` where there are no kernels or a folder is empty, `MGMTError` on other names of data sets."""
     dest = Path(dest)
     paths = _in_order(Path(kernels).glob('*/kernel-metadata.json'))
-    if not paths: raise KaggleError("no kernels found: run this in a clone, or give the folder that holds them")
+    if not paths:
+        raise KaggleError("no kernels found: run this in a clone, or give the folder that holds them")
     for k in folders:
-        if k not in DATASETS: raise unknown_name('data set', k, DATASETS)
+        if k not in DATASETS:
+            raise unknown_name('data set', k, DATASETS)
     folders = {'wheels':dest/'wheels', **{k:Path(v) for k,v in folders.items() if v is not None}}
     have = [DATASETS[k] for k in folders]
     ids = {p: fill_kernel(p, dest/p.name, user, have)['id'] for p in paths}
     for k,p in reversed(folders.items()): # the wheels last, since they take long
-        if k=='wheels': build_wheels(p, source, lacking, pythons)
+        if k=='wheels':
+            build_wheels(p, source, lacking, pythons)
         describe_dataset(p, DATASETS[k].replace('-',' '), user, _terms[k])
     return [*(f'kaggle datasets create --dir-mode zip -p {p}' for p in folders.values()),
         *(f'kaggle kernels push -p {dest/p.name}' for p in paths),

@@ -95,9 +95,11 @@ def _join_moments(mean, table, w, b, running, running_var, N, C, share, P, momen
 def _factors(table, w, b, c, C, mu, var, eps):
     s = 1./tl.sqrt(var+eps)
     a = s
-    if w is not None: a = s*tl.load(w+c, mask=c<C, other=0.).to(tl.float32)
+    if w is not None:
+        a = s*tl.load(w+c, mask=c<C, other=0.).to(tl.float32)
     offset = -mu*a
-    if b is not None: offset += tl.load(b+c, mask=c<C, other=0.).to(tl.float32)
+    if b is not None:
+        offset += tl.load(b+c, mask=c<C, other=0.).to(tl.float32)
     tl.store(table+c, mu, mask=c<C)
     tl.store(table+C+c, var, mask=c<C)
     tl.store(table+2*C+c, s, mask=c<C)
@@ -121,7 +123,9 @@ def _shares(N, C, BN, BC, programs=1056):
 def _norm_table(x, w=None, b=None, mean=None, var=None, own=True, momentum=0., eps=0.):
     "What the kernels of a norm have to know of each channel, (5,C): see `_join_moments`"
     C = x.shape[1]
-    N,table,wide = x.numel()//C,_floats(x, 5, C),(ceil_div(C, 32),)
+    N = x.numel()//C
+    table = _floats(x, 5, C)
+    wide = (ceil_div(C, 32),)
     if not own:
         _known_moments[wide](table, w, b, mean, var, C, eps, 32)
         return table
@@ -150,7 +154,8 @@ def _norm_forward(x, r, y, table, N, C, ACT:tl.constexpr, ADD:tl.constexpr, BN:t
     at = n[:,None]*C+c[None,:]
     z = tl.load(x+at, mask=inside, other=0.).to(tl.float32)
     z = z*tl.load(table+3*C+c, mask=c<C, other=0.)[None,:]+tl.load(table+4*C+c, mask=c<C, other=0.)[None,:]
-    if ADD: z += tl.load(r+at, mask=inside, other=0.).to(tl.float32)
+    if ADD:
+        z += tl.load(r+at, mask=inside, other=0.).to(tl.float32)
     if ACT==1: z = tl.maximum(z, 0.)
     if ACT==2: z = z/(1.+tl.exp(-z))
     tl.store(y+at, z.to(y.dtype.element_ty), mask=inside)
@@ -186,7 +191,8 @@ def _norm_sums(x, r, g, table, sums, N, C, share, ACT:tl.constexpr, ADD:tl.const
         d = tl.load(g+at, mask=inside, other=0.).to(tl.float32)
         if ACT>0:
             z = v*a+b
-            if ADD: z += tl.load(r+at, mask=inside, other=0.).to(tl.float32)
+            if ADD:
+                z += tl.load(r+at, mask=inside, other=0.).to(tl.float32)
             d = _through_act(d, z, ACT)
         s += d
         sx += d*(v-mu)
@@ -229,12 +235,15 @@ def _norm_backward(x, r, g, gx, gr, table, grads, N, C, ACT:tl.constexpr, ADD:tl
     d = tl.load(g+at, mask=inside, other=0.).to(tl.float32)
     if ACT>0:
         z = v*a+tl.load(table+4*C+c, mask=c<C, other=0.)[None,:]
-        if ADD: z += tl.load(r+at, mask=inside, other=0.).to(tl.float32)
+        if ADD:
+            z += tl.load(r+at, mask=inside, other=0.).to(tl.float32)
         d = _through_act(d, z, ACT)
-    if ADD: tl.store(gr+at, d.to(gr.dtype.element_ty), mask=inside)
+    if ADD:
+        tl.store(gr+at, d.to(gr.dtype.element_ty), mask=inside)
     d = d*a
     if OWN:
-        k,l = tl.load(grads+2*C+c, mask=c<C, other=0.),tl.load(grads+3*C+c, mask=c<C, other=0.)
+        k = tl.load(grads+2*C+c, mask=c<C, other=0.)
+        l = tl.load(grads+3*C+c, mask=c<C, other=0.)
         d += v*k[None,:]+l[None,:]
     tl.store(gx+at, d.to(gx.dtype.element_ty), mask=inside)
 
@@ -255,14 +264,18 @@ class _CardNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        (own,act),(x,r,w,b,table) = ctx.how,ctx.saved_tensors
+        own,act = ctx.how
+        x,r,w,b,table = ctx.saved_tensors
         g,C,add = _inside(g),x.shape[1],r is not None
         N,(BN,BC) = x.numel()//C,tile(C)
         share,P = _shares(N, C, BN, BC)
-        sums,grads,wide = _floats(x, 2, P, C),_floats(x, 4, C),ceil_div(C, BC)
+        sums = _floats(x, 2, P, C)
+        grads = _floats(x, 4, C)
+        wide = ceil_div(C, BC)
         _norm_sums[P,wide](x, r, g, table, sums, N, C, share, act, add, BN, BC)
         _join_sums[ceil_div(C, 32),](sums, table, grads, N, C, P, own, 32, 32)
-        gx,gr = torch.empty_like(x),torch.empty_like(r) if add else None
+        gx = torch.empty_like(x)
+        gr = torch.empty_like(r) if add else None
         _norm_backward[ceil_div(N, BN),wide](x, r, g, gx, gr, table, grads, N, C, act, add, own, BN, BC)
         return gx,gr,_like(grads[0], w),_like(grads[1], b),*(None,)*6
 
@@ -362,7 +375,8 @@ def _depthwise_input_grad(g, w, y, C, D, H, W, d, h, v, KD:tl.constexpr, KH:tl.c
     first,last = z,z
     if REPLICATE:
         if z==0: first = -PD
-        if z==D-1: last = tl.maximum((d-1)*SD+(KD-1)*DD-PD, D-1)
+        if z==D-1:
+            last = tl.maximum((d-1)*SD+(KD-1)*DD-PD, D-1)
     total = tl.zeros([BN,BC], tl.float32)
     for place in range(first, last+1):
         for i in range(KD):
@@ -432,12 +446,15 @@ class _CardDepthwise(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        (x,table),(geo,shape,dtype),g = ctx.saved_tensors,ctx.how,_inside(g)
+        x,table = ctx.saved_tensors
+        geo,shape,dtype = ctx.how
+        g = _inside(g)
         gx = gw = None
         if ctx.needs_input_grad[0]:
             gx,(D,H,W) = torch.empty_like(x),geo.size
             _start(_depthwise_input_grad, g, table, gx, len(x)*D, H*W, geo, 2048)
-        if ctx.needs_input_grad[1]: gw = _weight_grad(x, g, geo).t().reshape(shape).to(dtype)
+        if ctx.needs_input_grad[1]:
+            gw = _weight_grad(x, g, geo).t().reshape(shape).to(dtype)
         return gx,gw,None
 
 def _weight_grad(x, g, geo):
@@ -510,7 +527,8 @@ class _CardMaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, geo):
         x,B,C = _inside(x),*x.shape[:2]
-        y,best = _new(x, B, C, *geo.out),_new(x, B, C, *geo.out, dtype=torch.uint8)
+        y = _new(x, B, C, *geo.out)
+        best = _new(x, B, C, *geo.out, dtype=torch.uint8)
         _start(_pool_forward, x, y, best, B*geo.out[0], geo.out[1]*geo.out[2], geo, 1024)
         ctx.geo = geo
         ctx.save_for_backward(best)
@@ -520,7 +538,8 @@ class _CardMaxPool(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         (best,),geo,g = ctx.saved_tensors,ctx.geo,_inside(g)
-        gx,(D,H,W) = _new(g, *g.shape[:2], *geo.size),geo.size
+        gx = _new(g, *g.shape[:2], *geo.size)
+        D,H,W = geo.size
         _start(_pool_backward, g, best, gx, len(g)*D, H*W, geo, 2048)
         return gx,None
 
@@ -650,7 +669,9 @@ class _CardScale(torch.autograd.Function):
     def forward(ctx, x, s):
         x,B,C = _inside(x),*x.shape[:2]
         ctx.save_for_backward(x, s)
-        V,(BN,BC),y = x[0,0].numel(),tile(C),torch.empty_like(x)
+        V = x[0,0].numel()
+        BN,BC = tile(C)
+        y = torch.empty_like(x)
         _scale_forward[ceil_div(V, BN),ceil_div(C, BC),B](x, s.contiguous(), y, V, C, BN, BC)
         return y
 
@@ -659,7 +680,9 @@ class _CardScale(torch.autograd.Function):
     def backward(ctx, g):
         x,s = ctx.saved_tensors
         g,B,C = _inside(g),*x.shape[:2]
-        V,(BN,BC),gx = x[0,0].numel(),tile(C),torch.empty_like(x)
+        V = x[0,0].numel()
+        BN,BC = tile(C)
+        gx = torch.empty_like(x)
         share,P = _shares(V, C*B, BN, BC)
         part = _floats(x, B, P, C)
         _scale_backward[P,ceil_div(C, BC),B](x, s.contiguous(), g, gx, part, V, C, share, BN, BC)

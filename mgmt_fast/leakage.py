@@ -46,7 +46,8 @@ def published_similarity(
     `xcorr` is the largest value of the full normalised cross-correlation of the flattened arrays, `mi` the mutual
     information in nats, where every value that differs, however little, is a class of its own."""
     a,b = (np.asarray(o, float) for o in (a,b))
-    if a.shape!=b.shape: b = zoom(b, np.divide(a.shape, b.shape))
+    if a.shape!=b.shape:
+        b = zoom(b, np.divide(a.shape, b.shape))
     x,y = (_standardised(o.ravel()) for o in (a,b))
     xcorr = correlate(x, y).max()/np.sqrt((x@x)*(y@y))
     return NS(xcorr=float(xcorr), mi=float(mutual_info_score(_classes(a), _classes(b))))
@@ -65,7 +66,8 @@ def _sequence_pairs(sequences, a, b):
         return both
     items = sequences.split(',') if isinstance(sequences, str) else list(sequences)
     res = [_sequence_pair(o, (a,b), have) for o in items]
-    if len(set(res))<len(res): raise LeakageError(f"sequences must be distinct; received {sequences}")
+    if len(set(res))<len(res):
+        raise LeakageError(f"sequences must be distinct; received {sequences}")
     return res
 
 def _sequence_pair(item, sides, have):
@@ -74,7 +76,8 @@ def _sequence_pair(item, sides, have):
     for s in pair: check_sequences([s])
     pair = tuple(s.strip() for s in pair)
     for seq,side,there in zip(pair, sides, have):
-        if seq not in there: raise LeakageError(_nobody_has(seq, side, there))
+        if seq not in there:
+            raise LeakageError(_nobody_has(seq, side, there))
     return pair
 
 _on_purpose = "two different sequences by name: sequences=[('T1w','T1wCE')]"
@@ -94,7 +97,8 @@ _bare = 'equal patient number' # two sources may number their patients alike, so
 def _id_map(ids):
     "Which training id means which test id"
     if ids is None: return {}
-    if isinstance(ids, dict): return {id_key(k):id_key(v) for k,v in ids.items()}
+    if isinstance(ids, dict):
+        return {id_key(k):id_key(v) for k,v in ids.items()}
     df = ids if isinstance(ids, pd.DataFrame) else read_table(ids)
     if df.shape[1]<2: raise LeakageError(_one_column(df))
     two = df.iloc[:,:2].dropna()
@@ -109,10 +113,12 @@ def _named_pairs(a, b, ids):
     "Pairs `(i,j)` whose identifiers say that they are one patient, and why"
     res,train = {},{}
     for i,p in enumerate(a.patients):
-        for k in _keys_of(p): train.setdefault(k, []).append(i)
+        for k in _keys_of(p):
+            train.setdefault(k, []).append(i)
     for j,p in enumerate(b.patients):
         for k in _keys_of(p):
-            for i in train.get(k, ()): res[i,j] = _why_named(a.patients[i], p, k)
+            for i in train.get(k, ()):
+                res[i,j] = _why_named(a.patients[i], p, k)
     return {**res, **_mapped_pairs(train, b, _id_map(ids))}
 
 def _why_named(a, b, key):
@@ -138,8 +144,10 @@ def _equal_content(fa, fb):
 def _shared_hashes(fa, fb, get):
     "Pairs `(i,j)` of two sets' facts that have a hash in common"
     seen,res = {},[]
-    for i,h in _hashes(fa, get): seen.setdefault(h, []).append(i)
-    for j,h in _hashes(fb, get): res += [(i,j) for i in seen.get(h, ())]
+    for i,h in _hashes(fa, get):
+        seen.setdefault(h, []).append(i)
+    for j,h in _hashes(fb, get):
+        res += [(i,j) for i in seen.get(h, ())]
     return res
 
 def _hashes(facts, get):
@@ -170,7 +178,9 @@ def _planted_part(A, opt):
     def _compute(todo):
         jobs = ((A.scans,i,A.seq,opt.seed) for i in todo)
         return in_parallel(_plant, jobs, len(todo), **opt.work)
-    folder,name,shape = opt.cache(A.scans),f'planted_{A.seq}',A.rows.shape[1:]
+    folder = opt.cache(A.scans)
+    name = f'planted_{A.seq}'
+    shape = A.rows.shape[1:]
     return SmallCopies(A.scans, A.seq, *keep_rows(folder, name, A.scans.key, contents, shape, np.uint8, _compute))
 
 @one_thread()
@@ -181,7 +191,8 @@ def _plant(side, i, seq, seed):
     try:
         copy = perturb(side.volume(i, seq)[0], rng, **draw)
         return low_resolution(copy).numpy(),dict(draw=draw)
-    except MGMTError as e: return None,dict(error=f'{type(e).__name__}: {e}')
+    except MGMTError as e:
+        return None,dict(error=f'{type(e).__name__}: {e}')
 
 # %% ../nbs/63_leakage.ipynb #4254b66f
 def _top(blocks, allowed, n):
@@ -192,7 +203,8 @@ def _top(blocks, allowed, n):
         m = np.where(later, m, -9)
         at = np.argpartition(m, -min(4*n, m.size), None)[-4*n:]
         for i,j in zip(*np.unravel_index(at, m.shape)):
-            if m[i,j]>-9: best.append((float(m[i,j]), i0+int(i), j0+int(j)))
+            if m[i,j]>-9:
+                best.append((float(m[i,j]), i0+int(i), j0+int(j)))
         best = sorted((o for o in best if allowed(*o[1:])), reverse=True)[:n]
     return best
 
@@ -202,7 +214,9 @@ def _candidates(A, B, P, opt):
     template = common_brain(A, opt.seed)
     mirror = template_points(template)[1]
     def _prints(part, name): return kept_fingerprints(part, template, opt.cache(part.scans), name, **opt.work)
-    va,vb,vp = _prints(A, 'prints'),_prints(B, 'prints'),_prints(P, 'planted_prints')
+    va = _prints(A, 'prints')
+    vb = _prints(B, 'prints')
+    vp = _prints(P, 'planted_prints')
     mean = va.astype(np.float32).mean(0)
     mean = (mean+mean[mirror])/2
     def _blocks(x, y): return compare_fingerprints(x, y, mean, mirror)
@@ -218,7 +232,8 @@ def _above_limit(blocks, limit, rows, columns):
     "Scores above the limit, by the numbers of their patients"
     res = {}
     for i0,j0,m in blocks:
-        for i,j in np.argwhere(m>limit): res[rows[i0+i],columns[j0+j]] = float(m[i,j])
+        for i,j in np.argwhere(m>limit):
+            res[rows[i0+i],columns[j0+j]] = float(m[i,j])
     return res
 
 def _every_pair(A, B, P, opt):
@@ -232,7 +247,8 @@ def _compare_sequence(a, b, s, u, named, opt):
     A,B = (small_copies(o, seq, opt.cache(o), **opt.work) for o,seq in ((a,s),(b,u)))
     f = NS(label=_pair_label(s, u), seqs=(s,u), parts=(A,B), report=_unusable(A)+_unusable(B), reason='')
     for o in (B,A):
-        if not o.ok: f.reason = f'no volume of {o.scans.name} could be used'
+        if not o.ok:
+            f.reason = f'no volume of {o.scans.name} could be used'
     if f.reason: return f
     P = _planted_part(A, opt)
     f.n,f.pairs,f.planted = (len(A.ok),len(B.ok)),len(A.ok)*len(B.ok),len(P.ok)
@@ -290,8 +306,10 @@ def _through(f):
     same,res = [o for o in f.chosen if _is_same(f, o)],set()
     for k,part in enumerate(f.parts):
         groups = {}
-        for o in same: groups.setdefault(o[1-k], []).append(o[k])
-        for g in groups.values(): res |= {(part.scans.name,*o) for o in combinations(sorted(g), 2)}
+        for o in same:
+            groups.setdefault(o[1-k], []).append(o[k])
+        for g in groups.values():
+            res |= {(part.scans.name,*o) for o in combinations(sorted(g), 2)}
     return res
 
 def _settle_nulls(facts, sides, opt):
@@ -348,24 +366,29 @@ def leakage_audit(
     What is computed is kept beside a store, else in `dest`, and used again. A volume that cannot be used is a row of
     the report. The thesis' alarm is `'text'`, both of its measures above .8, or `'code'`, either above .9.
     Raises `LeakageError` where nothing can be compared."""
-    if published is True: published = get_recipe('published').published_alarm
-    if published and published not in _alarms: raise unknown_name('published alarm', published, _alarms)
+    if published is True:
+        published = get_recipe('published').published_alarm
+    if published and published not in _alarms:
+        raise unknown_name('published alarm', published, _alarms)
     a,b = ScanSet(train, 'train'),ScanSet(test, 'test')
-    pairs,named = _sequence_pairs(sequences, a, b),_named_pairs(a, b, ids)
+    pairs = _sequence_pairs(sequences, a, b)
+    named = _named_pairs(a, b, ids)
     held = contextlib.nullcontext() if dest is None else working_in(dest)
     with held, passing_folder(LeakageError) as tmp:
         opt = NS(alarms=alarms, small=small, candidates=candidates, planted=planted, seed=seed,
             work=dict(n_workers=n_workers, progress=progress), cache=lambda scans: _cache(scans, dest, tmp))
         facts = [_compare_sequence(a, b, s, u, named, opt) for s,u in pairs]
         df,twins = _decide(facts, a, b, opt)
-        if published: df = _add_published(df, a, b, pairs, published, progress, dest)
+        if published:
+            df = _add_published(df, a, b, pairs, published, progress, dest)
         df.attrs = _attrs(df, facts, named, a, b, twins)
         if dest is not None: _write(df, facts, Path(dest))
         return df.drop(columns=['matrix','_at'])
 
 def _decide(facts, a, b, opt):
     "The table of verdicts, and rows of the report for patients who seem to be in a set twice"
-    done,sides = [f for f in facts if not f.reason],dict(train=a, test=b)
+    done = [f for f in facts if not f.reason]
+    sides = dict(train=a, test=b)
     twins = _settle_nulls(done, sides, opt)
     rows = [r for f in done for r in _verdicts(f, a, b)]
     told = [_say_twin(sides[side], i, j, s) for (side,i,j),s in twins.items()]
@@ -378,7 +401,8 @@ _audit_columns = '''train test sequence stage identifiers fingerprint ncc nmi ov
 def _cache(side, dest, tmp):
     "Beside the store where one can write there, else in `dest`, else for this run"
     places = [side.data.path/'fingerprints'] if side.store else []
-    if dest is not None: places.append(Path(dest)/'fingerprints'/side.name)
+    if dest is not None:
+        places.append(Path(dest)/'fingerprints'/side.name)
     for o in places:
         try: return make_folder(o)
         except MGMTError: pass
@@ -392,7 +416,8 @@ def _attrs(df, facts, named, a, b, twins):
         null_pairs=len(f.null.scores), null_mean=float(np.max(f.null.mean)**2), same=f.same, uncertain=f.doubt)
         for f in done]
     columns = ['sequence','planted','passed_fingerprints','found']
-    recall,thresholds = pd.DataFrame(recall, columns=columns),pd.DataFrame(thresholds)
+    recall = pd.DataFrame(recall, columns=columns)
+    thresholds = pd.DataFrame(thresholds)
     res = dict(recall=recall.to_dict('records'), thresholds=thresholds.to_dict('records'), report=report)
     return {**res, 'summary':_summarise(df, facts, recall)}
 
@@ -402,21 +427,25 @@ def _not_compared(df, named, a, b):
     for (i,j),why in named.items():
         pair = a.patients[i],b.patients[j]
         what = f'{why}, but no volume of theirs could be compared'
-        if pair not in compared: rows.append(dict(side='both', patient=', '.join(pair), sequence='', what=what))
+        if pair not in compared:
+            rows.append(dict(side='both', patient=', '.join(pair), sequence='', what=what))
     return rows
 
 # %% ../nbs/63_leakage.ipynb #3db0e96e
 def _summarise(df, facts, recall):
     "What was compared, what was found, and what would have been found"
-    found,n = int(recall.found.sum()),int(recall.planted.sum())
+    found = int(recall.found.sum())
+    n = int(recall.planted.sum())
     hit = df[df.verdict!='different']
     return '\n'.join([*map(_say_compared, facts),
         *(_say_hits(hit, found, n) if len(hit) else [_say_nothing(found, n)])])
 
 def _say_compared(f):
-    if f.reason: return f'{f.label}: not compared: {f.reason}'
+    if f.reason:
+        return f'{f.label}: not compared: {f.reason}'
     how = 'every pair registered'
-    if not np.isnan(f.limit): how = f'{f.confirmed} registered, those with a fingerprint score above {f.limit:.2f}'
+    if not np.isnan(f.limit):
+        how = f'{f.confirmed} registered, those with a fingerprint score above {f.limit:.2f}'
     limits = f'same from a score of {f.same:.3f}, uncertain from {f.doubt:.3f} ({_say_null(f.null)})'
     return f'{f.label}: {f.n[0]} x {f.n[1]} = {f.pairs} pairs, {how}; {limits}'
 
@@ -432,7 +461,8 @@ def _say_recall(found, n):
     return f'{found} of {n} planted copies were found ({share})'
 
 def _say_nothing(found, n):
-    if not n: return 'No pair was flagged, but no copies were planted: what this audit would have missed is not known'
+    if not n:
+        return 'No pair was flagged, but no copies were planted: what this audit would have missed is not known'
     said = 'None found' if found>=.9*n else 'No pair was flagged, which says little'
     return f'{said}; {_say_recall(found, n)}'
 
@@ -483,7 +513,9 @@ def _append_row(path, row):
 def _copies(side, i, seq, other, draws, seed):
     "Scores of changed copies of a volume, against itself and against another brain"
     vol = side.volume(i, seq)[0]
-    own,other,res = Structure(low_resolution(vol)),Structure(other),[]
+    own = Structure(low_resolution(vol))
+    other = Structure(other)
+    res = []
     for kinds,strength in draws:
         rng = rng_for(seed, 'leakage', 'copies', side.patients[i], *kinds, strength)
         copy = perturb(vol, rng, **draw_perturbation(rng, kinds, strength))
@@ -507,7 +539,8 @@ def planted_recall(
 
     Columns are `change`, `strength`, `copies`, `found`, `false_alarms` against another brain, the lowest `own` and the
     highest `other` score. Raises `LeakageError` if a volume cannot be used."""
-    side,work = ScanSet(cohort, 'cohort'),dict(n_workers=n_workers, progress=progress)
+    side = ScanSet(cohort, 'cohort')
+    work = dict(n_workers=n_workers, progress=progress)
     A = _all_usable(side, sequence, work)
     null = _null_within(A, seed, work)
     limit,n = null.threshold(alarms/pairs),len(A.rows)
@@ -524,7 +557,8 @@ def _all_usable(side, sequence, work):
     n = len(side.patients)
     smalls = list(in_parallel(small_copy, ((side,i,sequence) for i in range(n)), n, **work))
     bad = [f"{p}: {f['error']}" for p,(_,f) in zip(side.patients, smalls) if 'error' in f]
-    if bad or n<3: raise LeakageError(_no_recall(sequence, bad, n))
+    if bad or n<3:
+        raise LeakageError(_no_recall(sequence, bad, n))
     return SmallCopies(side, sequence, [o for o,_ in smalls], [f for _,f in smalls])
 
 def _null_within(A, seed, work):
@@ -549,14 +583,16 @@ def plot_recall(
     ax:plt.Axes=None, # Axes to draw on; new ones if none
 ): # The axes
     "Draw the share of copies found, the lowest score of a copy, and the highest of another brain, for each change."
-    if ax is None: ax = plt.subplots(figsize=(6.5,3.2), layout='constrained')[1]
+    if ax is None:
+        ax = plt.subplots(figsize=(6.5,3.2), layout='constrained')[1]
     names = [f'{r.change} {r.strength:.0%}' for r in table.itertuples()]
     limit = table.attrs['threshold']
     ax.barh(names, table.own-table.other, left=table.other, color='.85')
     ax.plot(table.own, names, 'o', color='C2', label='lowest score of a copy')
     ax.plot(table.other, names, 'o', color='.4', label='highest score of another brain')
     ax.axvline(limit, color='C3', label=f'same from {limit:.2f}')
-    for y,r in enumerate(table.itertuples()): ax.text(1.01, y, f'{r.found}/{r.copies}', va='center', fontsize=7)
+    for y,r in enumerate(table.itertuples()):
+        ax.text(1.01, y, f'{r.found}/{r.copies}', va='center', fontsize=7)
     ax.invert_yaxis()
     ax.set(xlim=(0,1), xlabel='score')
     ax.tick_params(labelsize=7)
@@ -567,7 +603,8 @@ def plot_recall(
 # %% ../nbs/63_leakage.ipynb #ee544861
 def _strip(fixed, moving, matrix):
     "Slices of a pair, the second in the pose of the first, one row each, uint8"
-    fixed,there = np.asarray(fixed),_in_pose(np.asarray(moving), torch.from_numpy(np.array(matrix)))
+    fixed = np.asarray(fixed)
+    there = _in_pose(np.asarray(moving), torch.from_numpy(np.array(matrix)))
     full = np.flatnonzero((fixed>0).any((1,2)))
     at = np.linspace(full[0]+.2*np.ptp(full), full[-1]-.15*np.ptp(full), 5).round().astype(int)
     return [np.concatenate(list(o[at]), 1).clip(0,255).astype(np.uint8) for o in (fixed,there)]

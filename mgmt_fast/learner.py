@@ -139,7 +139,8 @@ class MGMTLearner(Learner):
         with self.removed_cbs(watching):
             try: yield
             finally:
-                if recorder is not None: vars(recorder).update(known)
+                if recorder is not None:
+                    vars(recorder).update(known)
 
     def validation_context(self,
         cbs:list=None, # More callbacks meanwhile
@@ -162,10 +163,13 @@ class MGMTLearner(Learner):
         self.first_epoch,self.failure = 0,None
         for cb in self.cbs: cb.run = True # what was interrupted may have switched it off
         plan = self._plan or dict(epochs=n_epoch, lr=lr, schedule=_schedule(cbs))
-        if not any(isinstance(cb, LRFinder) for cb in L(cbs)): self.fits.append(plan)
+        if not any(isinstance(cb, LRFinder) for cb in L(cbs)):
+            self.fits.append(plan)
         try:
-            with tf32_on(self.dls.device): super().fit(n_epoch, lr, wd, cbs, **kwargs)
-        except torch.OutOfMemoryError as e: raise TrainingError(_too_large(self)) from e
+            with tf32_on(self.dls.device):
+                super().fit(n_epoch, lr, wd, cbs, **kwargs)
+        except torch.OutOfMemoryError as e:
+            raise TrainingError(_too_large(self)) from e
         except MGMTError as e:
             e.args = (re.sub(_FASTAI_SAYS, '', str(e)),)
             raise
@@ -205,7 +209,8 @@ class MGMTLearner(Learner):
         **kwargs, # For `show_montages`
     ):
         "Montages of some patients, with label and probability"
-        if dl is None: dl = self.dls[ds_idx].new(shuffle=shuffle)
+        if dl is None:
+            dl = self.dls[ds_idx].new(shuffle=shuffle)
         b = dl.one_batch()
         probs,_ = self.get_preds(dl=[b])
         dl.show_results(b, probs, max_n=max_n, **kwargs)
@@ -217,9 +222,11 @@ class MGMTLearner(Learner):
         **kwargs, # For fastai's `tta`: `beta`, `use_max`
     ) -> tuple: # Probabilities and labels
         "As fastai's, with draws of training's augmentation; `tta` in `augment` has views that are not drawn"
-        if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False)
+        if dl is None:
+            dl = self.dls[ds_idx].new(shuffle=False, drop_last=False)
         dl = dl.new(after_batch=copy.deepcopy(self.dls.train.after_batch))
-        with self.unwatched(): return super().tta(dl=dl, n=n, **kwargs)
+        with self.unwatched():
+            return super().tta(dl=dl, n=n, **kwargs)
 
     def export(self,
         *args, # Of fastai's
@@ -236,7 +243,8 @@ class MGMTLearner(Learner):
 
     def unfreeze(self):
         super().unfreeze()
-        if getattr(self.model, 'norms', 'batch')!='frozen': self.model.frozen_norms = []
+        if getattr(self.model, 'norms', 'batch')!='frozen':
+            self.model.frozen_norms = []
 
     def _do_fit(self):
         for self.epoch in range(self.first_epoch, self.n_epoch):
@@ -251,8 +259,10 @@ class MGMTLearner(Learner):
         self._plan = dict(epochs=r.epochs, lr=r.lr, schedule=r.schedule)
         try:
             with _held(self.path), self.added_cbs(_run_cbs(self, resume)):
-                if not rank_distrib(): save_recipe(recipe_that_ran(self), self.path/'recipe.yaml')
-                if r.schedule=='one_cycle': return self.fit_one_cycle(r.epochs, r.lr)
+                if not rank_distrib():
+                    save_recipe(recipe_that_ran(self), self.path/'recipe.yaml')
+                if r.schedule=='one_cycle':
+                    return self.fit_one_cycle(r.epochs, r.lr)
                 self.fit(r.epochs, r.lr)
         finally: self._plan = None
 
@@ -291,7 +301,8 @@ def weights_key(
     arch:str, # Which file of a folder
 ) -> str: # '' for none; the digest of a file's content
     "The 2D weights that a training starts from, by what they are and not by where they lie."
-    if pretrained in (False,True): return 'hub' if pretrained else ''
+    if pretrained in (False,True):
+        return 'hub' if pretrained else ''
     tensors = read_weights(pretrained, arch)
     h = hashlib.blake2b(digest_size=8)
     for k in sorted(tensors):
@@ -330,7 +341,8 @@ def _run_cbs(learn, resume):
     if not resume: return cbs
     ckpt = Checkpoint(key=training_key(learn))
     n,limit = ckpt.check(learn.path),learn.recipe.epochs
-    if n: print(f"resumed: {n} of {limit} epochs are done{_raised(ckpt.read(learn.path)['key'], learn.recipe)}")
+    if n:
+        print(f"resumed: {n} of {limit} epochs are done{_raised(ckpt.read(learn.path)['key'], learn.recipe)}")
     return [*cbs, ckpt]
 
 def _raised(then, recipe):
@@ -346,7 +358,8 @@ def _check_labels(dls):
     y = getattr(dls.train.dataset, 'labels', None)
     if y is None: return
     if not len(y): raise TrainingError(_nobody)
-    if len(np.unique(y))<2: raise TrainingError(_one_class(y))
+    if len(np.unique(y))<2:
+        raise TrainingError(_one_class(y))
 
 _nobody = ("the training fold is empty: are all patients in the validation fold, or without a label or a sequence? "
     "See `dls.left_out`")
@@ -358,10 +371,13 @@ def _one_class(y):
 def _engine(r):
     "Callbacks that the recipe's choices ask for"
     cbs = []
-    if r.precision!='float32': cbs.append(Precision(r.precision))
-    if r.accumulate!=1: cbs.append(GradientAccumulation(n_batches=r.accumulate))
+    if r.precision!='float32':
+        cbs.append(Precision(r.precision))
+    if r.accumulate!=1:
+        cbs.append(GradientAccumulation(n_batches=r.accumulate))
     if r.clip_norm: cbs.append(GradientClip(r.clip_norm))
-    if r.progressive: cbs.append(ProgressiveSize(r.progressive))
+    if r.progressive:
+        cbs.append(ProgressiveSize(r.progressive))
     if r.average: cbs.append(AverageWeights(r.average))
     if r.mixup: cbs.append(MixUp(r.mixup))
     return cbs
@@ -371,7 +387,8 @@ def _loss_of(r, dls, model):
     if r.network=='siamese': return PairLoss(model.head)
     y = dls.train.dataset.labels if r.class_weights else None
     weight = None if y is None else torch.tensor(float((y==0).sum()/(y==1).sum()))
-    if r.loss=='focal': return BinaryFocalLoss(r.focal_gamma, weight)
+    if r.loss=='focal':
+        return BinaryFocalLoss(r.focal_gamma, weight)
     return BCEWithLogitsLossFlat() if weight is None else BinaryFocalLoss(0., weight)
 
 # %% ../nbs/55_learner.ipynb #fe77a5f2
@@ -381,7 +398,8 @@ def _make_model(r, dls, seed, **kwargs):
     spared = kwargs.pop('anisotropic', r.anisotropic)
     model = _fitting_network(r, seed, spared, network=r.network, arch=r.arch, in_chans=len(dls.sequences), **kwargs)
     model.rescaled,model.pretrained = r.double_rescale,r.pretrained
-    if r.double_rescale and rescales_inside(model.arch): _rescale_again(model)
+    if r.double_rescale and rescales_inside(model.arch):
+        _rescale_again(model)
     return set_norms(model, r.norms)
 
 def _fitting_network(r, seed, spared, **kwargs):
@@ -404,18 +422,22 @@ def _rescale_again(model):
 def _watchers(r):
     "What follows a training, by recipe"
     res = [HistoryLogger(), SaveBest(), StopOnNaN()]
-    if r.patience is not None: res.append(EarlyStoppingCallback(patience=r.patience))
+    if r.patience is not None:
+        res.append(EarlyStoppingCallback(patience=r.patience))
     if r.schedule=='flat' and r.plateau_patience is not None:
         res.append(ReduceLROnPlateau(patience=r.plateau_patience, factor=r.plateau_factor))
-    if r.schedule=='steps': res.append(StepRate(r.lr, r.step_epoch, r.step_factor))
+    if r.schedule=='steps':
+        res.append(StepRate(r.lr, r.step_epoch, r.step_factor))
     if r.l2: res.append(L2Penalty(r.l2))
-    if r.summed_batches>1: res.append(SummedGradients(r.summed_batches))
+    if r.summed_batches>1:
+        res.append(SummedGradients(r.summed_batches))
     if r.network=='siamese': res.append(Prototypes())
     return [*res, *_engine(r)]
 
 def _on_card(graphs, dls):
     "What lets a card work without waiting"
-    if graphs not in ('auto',True,False): raise unknown_name('choice of graphs', graphs, ('auto',True,False))
+    if graphs not in ('auto',True,False):
+        raise unknown_name('choice of graphs', graphs, ('auto',True,False))
     if graphs is True: check_card(dls.device)
     return [LateRecords(), *([CapturedSteps(auto=graphs=='auto')] if graphs else [])]
 
@@ -446,7 +468,8 @@ def _adam_of(learn):
     "Whose Adam it is; another optimiser's own name"
     f = learn.opt_func
     own = f.keywords if isinstance(f, partial) else {}
-    if getattr(f, 'func', f) is not FusedAdam: return getattr(f, '__name__', 'own')
+    if getattr(f, 'func', f) is not FusedAdam:
+        return getattr(f, '__name__', 'own')
     return next((k for k,v in _adams.items() if v==own), 'own')
 
 def _mixed(learn):
@@ -457,13 +480,15 @@ def _frozen(learn):
     "The recipe's words where they hold, else how much of the body trains"
     said = getattr(learn.model, 'config', {}).get('freeze', _plan)
     train = [p.requires_grad for p in learn.model.parameters()]
-    if said is _plan or sum(train)==getattr(learn, 'n_train', None): return said
+    if said is _plan or sum(train)==getattr(learn, 'n_train', None):
+        return said
     return f'by hand: {sum(train)} of {len(train)} tensors train'
 
 # %% ../nbs/55_learner.ipynb #22fd77c5
 def _loss_name(learn):
     loss = learn.loss_func
-    if isinstance(loss, BinaryFocalLoss): return 'focal' if loss.gamma else 'bce'
+    if isinstance(loss, BinaryFocalLoss):
+        return 'focal' if loss.gamma else 'bce'
     names = {BCEWithLogitsLossFlat:'bce', PairLoss:_plan}
     return names.get(type(loss), getattr(loss, '__name__', type(loss).__name__))
 
@@ -479,7 +504,8 @@ def _fitted(k):
         fits = [f for f in getattr(learn,'fits',[]) if f!={j: learn.recipe[j] for j in f}]
         if not fits: return _plan
         if k=='epochs': return sum(f[k] for f in learn.fits)
-        if k=='lr': return fits[-1][k] if fits[-1][k] is not None else _largest(learn.recorder.lrs)
+        if k=='lr':
+            return fits[-1][k] if fits[-1][k] is not None else _largest(learn.recorder.lrs)
         return fits[0][k] if len({f[k] for f in learn.fits})==1 else 'own'
     return _read
 
@@ -588,13 +614,15 @@ def recipe_dls(
 
     Raises `MGMTError` where no batch is left to train on."""
     r = follow_recipe(store.recipe, recipe)
-    if augs is None: augs = mgmt_augs(r, seed=seed, spacing=store.spacing)
+    if augs is None:
+        augs = mgmt_augs(r, seed=seed, spacing=store.spacing)
     if sequences is None: sequences = r.sequences
     order = 'shuffle' if r.network!='2d' or r.shuffle_2d is None else 'shuffle_2d'
     settings = dict(bs=r.bs, seed=seed, augs=augs, shuffle=r[order], drop_last=r.drop_last, recipe=r)
     dls = mgmt_dls(store, sequences, **settings, **kwargs)
     dls.shuffled_by = order
-    if not len(dls.train): raise MGMTError(_no_batch(len(dls.train.dataset), r))
+    if not len(dls.train):
+        raise MGMTError(_no_batch(len(dls.train.dataset), r))
     return dls
 
 def _no_batch(n, r):
@@ -660,7 +688,8 @@ class MGMTModel:
         for o,file in ((self.seen,_seen_file(path)),(self.like,_like_file(path))):
             if o is None: file.unlink(missing_ok=True)
             else: o.write(file)
-        with atomic_path(f'{path}.safetensors', record=True) as tmp: st.save_model(self.model, str(tmp))
+        with atomic_path(f'{path}.safetensors', record=True) as tmp:
+            st.save_model(self.model, str(tmp))
         inputs = dict(sequences=list(self.sequences), prepared=list(self.prepared), size=list(self.size))
         made = dict(version=self.version, preparation=self.preparation_number, config=self.model.config)
         how = dict(classes=list(LABELS), recipe=self.recipe.to_json(), trained=self.trained)
@@ -677,20 +706,25 @@ class MGMTModel:
         _check_inputs(d, recipe, path)
         try: model = set_norms(create_network(**d['config']), recipe.values().get('norms','batch'))
         except MGMTError: raise
-        except Exception as e: raise MGMTError(_no_network(path, e)) from None # it is made by other libraries
+        except Exception as e:
+            raise MGMTError(_no_network(path, e)) from None # it is made by other libraries
         _fill(model, Path(f'{path}.safetensors'), path)
         return cls(model.eval(), recipe, check_sequences(d['sequences']), d['version'], d['trained'], d.get('prepared'),
             d.get('preparation', 1), _read_seen(path), _read_like(path))
 
 def _fill(model, file, path):
     "Fill a network with a file's tensors, all of them and no others"
-    if not is_file(file): raise MGMTError(_no_model(path, file))
+    if not is_file(file):
+        raise MGMTError(_no_model(path, file))
     _check_types(model, file)
     try: missing,extra = st.load_model(model, str(file), strict=False)
-    except (RuntimeError, SafetensorError) as e: raise MGMTError(_other_network(file, model, path, e)) from e
-    if missing or extra: raise MGMTError(_other_tensors(file, model, missing, extra))
+    except (RuntimeError, SafetensorError) as e:
+        raise MGMTError(_other_network(file, model, path, e)) from e
+    if missing or extra:
+        raise MGMTError(_other_tensors(file, model, missing, extra))
     bad = [k for k,t in model.state_dict().items() if t.is_floating_point() and not torch.isfinite(t).all()]
-    if bad: raise MGMTError(f"{file.name} holds NaN or infinite numbers, e.g. in {bad[0]!r}: damaged? Restore it")
+    if bad:
+        raise MGMTError(f"{file.name} holds NaN or infinite numbers, e.g. in {bad[0]!r}: damaged? Restore it")
 
 def _check_types(model, file):
     "Raise where a tensor is of another kind than the network's, or far larger than all of them"
@@ -698,9 +732,11 @@ def _check_types(model, file):
     try:
         with safe_open(str(file), 'pt') as f:
             types = {k: f.get_slice(k).get_dtype() for k in f.keys()}
-    except (SafetensorError,OSError,ValueError) as e: raise MGMTError(_no_tensors(file, e)) from None
+    except (SafetensorError,OSError,ValueError) as e:
+        raise MGMTError(_no_tensors(file, e)) from None
     odd = [k for k,t in types.items() if k in kinds and kinds[k]!=t.startswith(('F','BF'))]
-    if odd: raise MGMTError(_other_kind(file, odd[0], types[odd[0]]))
+    if odd:
+        raise MGMTError(_other_kind(file, odd[0], types[odd[0]]))
 
 def _other_kind(file, k, kind):
     return f"{file.name} holds {k!r} as {kind}, which is no kind that the network has: were two models' files mixed?"
@@ -726,7 +762,8 @@ def _check_inputs(d, recipe, path):
     "Raise where the parts of a model's JSON contradict each other, or its input is larger than any series may be"
     Budget().check('voxels', math.prod(d['size']))
     same_size = list(recipe.size)==d['size'] and len(d['sequences'])==d['config']['in_chans']
-    if same_size and set(d['sequences'])<=set(d.get('prepared') or d['sequences']): return
+    if same_size and set(d['sequences'])<=set(d.get('prepared') or d['sequences']):
+        return
     raise MGMTError(f"{Path(path).name}.json contradicts itself on its size or its sequences: was it changed? "
         "Restore it")
 
@@ -767,8 +804,10 @@ _homes = dict(fusion='.fusion', bundle='.bundle') # module to import for a kind 
 
 def _kind(name):
     "The class of a kind of model"
-    if name not in model_kinds and name in _homes: importlib.import_module(_homes[name], __package__)
-    if name not in model_kinds: raise unknown_name('kind of model', name, {*model_kinds,*_homes})
+    if name not in model_kinds and name in _homes:
+        importlib.import_module(_homes[name], __package__)
+    if name not in model_kinds:
+        raise unknown_name('kind of model', name, {*model_kinds,*_homes})
     return model_kinds[name]
 
 # %% ../nbs/55_learner.ipynb #f0d7bb8e
@@ -779,10 +818,14 @@ def as_model(
     model:Learner|MGMTModel|str|Path, # Or one of `model_kinds`; a path of a model, a run's folder or a bundle
 ): # Ready to predict
     "Bring whatever stands for a trained model to what can predict: it has a `logit`, as `MGMTModel` has."
-    if isinstance(model, (str,Path)): return load_model(model)
+    if isinstance(model, (str,Path)):
+        return load_model(model)
     if hasattr(model, 'logit'): return model
-    if not isinstance(model, Learner): raise _no_trained_model(model)
-    store,parts,key = model.dls.store,_who(model.dls),training_key(model)
+    if not isinstance(model, Learner):
+        raise _no_trained_model(model)
+    store = model.dls.store
+    parts = _who(model.dls)
+    key = training_key(model)
     trained = dict(train_patients=len(parts['train']), valid_patients=len(parts['valid']),
         epochs=len(getattr(model.recorder,'values',())), seeds=key['seeds'], weights=key['weights'],
         key=key_digest(key))
@@ -794,7 +837,8 @@ def _like_of(learn):
     "What a learner's training was like, measured once for each state of its network"
     dls = learn.dls
     h = hashlib.blake2b(json.dumps([dls.store.sequences, dls.sequences, _who(dls)]).encode(), digest_size=16)
-    for t in learn.model.state_dict().values(): h.update(_bytes(t))
+    for t in learn.model.state_dict().values():
+        h.update(_bytes(t))
     if learn.__dict__.get('like_for')!=h.hexdigest():
         learn.like = _unlike().training_like(learn.model, dls.store, _who(dls), dls.sequences)
         learn.like_for = h.hexdigest()
@@ -821,9 +865,11 @@ def load_model(
     Raises `MGMTError` on missing files, an unknown kind, or tensors that do not fit the network that the JSON
     describes."""
     path = Path(path)
-    if (path/'bundle.json').is_file(): return _kind('bundle')(path)
+    if (path/'bundle.json').is_file():
+        return _kind('bundle')(path)
     if (path/'model.json').is_file(): path = path/'model'
-    if path.suffix in ('.json','.safetensors'): path = path.with_suffix('')
+    if path.suffix in ('.json','.safetensors'):
+        path = path.with_suffix('')
     js = Path(f'{path}.json')
     if not js.exists(): raise MGMTError(_no_model(path, js))
     d = read_json(js, record_of({}, dict(kind=TEXT), others=True))
@@ -874,15 +920,18 @@ _has_none = ("{} without skull, and this model was trained on heads with theirs:
 
 def _training_skulls(m):
     "Sequence to the share of training's scans that had their skull; what nobody wrote down is left out"
-    if hasattr(m, 'preparation'): return {s: o['skull'] for s,o in m.preparation.items() if o['skull'] is not None}
+    if hasattr(m, 'preparation'):
+        return {s: o['skull'] for s,o in m.preparation.items() if o['skull'] is not None}
     known = [o.like.skulls for o in m.leaves() if o.like is not None] if hasattr(m, 'leaves') else []
     return {s: share for o in known for s,share in o.items()}
 
 # %% ../nbs/55_learner.ipynb #452d079b
 def _ready_patients(m, cohort, n_workers):
     "(patient, row, `PreparedScans`) of each patient, in order"
-    if isinstance(cohort, VolumeStore): yield from _from_store(m, cohort)
-    else: yield from _from_scans(m, cohort, max(1, min(n_workers or os.cpu_count(), len(cohort))))
+    if isinstance(cohort, VolumeStore):
+        yield from _from_store(m, cohort)
+    else:
+        yield from _from_scans(m, cohort, max(1, min(n_workers or os.cpu_count(), len(cohort))))
 
 def _from_store(m, store):
     check_preparation(m, store)
@@ -895,12 +944,14 @@ def _from_store(m, store):
 def _from_scans(m, cohort, n):
     how,ahead = (m.needs(), m.sequences),deque()
     if all(map(_is_read, cohort.to_dict('records'))): # a process of its own is for decoders, which may die
-        for _,row in cohort.iterrows(): yield str(row['patient']),row,prepare_for(m, row)
+        for _,row in cohort.iterrows():
+            yield str(row['patient']),row,prepare_for(m, row)
         return
     with closing(_Workers(n)) as workers:
         for _,row in cohort.iterrows():
             ahead.append((row, workers.submit(_prepared, row, *how)))
-            if len(ahead)>2*n: yield _outcome(*ahead.popleft(), how)
+            if len(ahead)>2*n:
+                yield _outcome(*ahead.popleft(), how)
         while ahead: yield _outcome(*ahead.popleft(), how)
 
 def _is_read(row):
@@ -920,8 +971,10 @@ class _Workers:
 def _outcome(row, job, how):
     "A patient as `_ready_patients` gives it; one that was under way when a process died is tried again, alone"
     try: res = job.result()
-    except BrokenProcessPool: res = do_alone(_prepared, (row, *how))
-    if res==DIED: res = PreparedScans(dict.fromkeys(how[0], {}), dict.fromkeys(how[0], ({},None)), _DIED)
+    except BrokenProcessPool:
+        res = do_alone(_prepared, (row, *how))
+    if res==DIED:
+        res = PreparedScans(dict.fromkeys(how[0], {}), dict.fromkeys(how[0], ({},None)), _DIED)
     return str(row['patient']),row,res
 
 _DIED = 'the process that prepared it died, most likely because memory ran out: predict it again with n_workers=1'
@@ -945,7 +998,8 @@ def predict_prepared(
 ) -> tuple: # Probability of methylation, NaN where there is none; note; unlike, True, False or None
     "As `predict` says it, of one patient whose scans were prepared already."
     lack = '' if checked else skull_differs(m, _skulls_of(scans))
-    with _watched(m) as found: logit,lack = (np.nan,lack) if lack else _one_logit(m, scans.volumes, row)
+    with _watched(m) as found:
+        logit,lack = (np.nan,lack) if lack else _one_logit(m, scans.volumes, row)
     prob = torch.sigmoid(torch.tensor(logit, dtype=torch.float64)).item()
     unlike,what = _is_unlike(m, scans.volumes, scans.facts, found)
     return prob,'; '.join(filter(None, (scans.note,lack,what))),unlike
@@ -966,13 +1020,15 @@ def _is_unlike(m, volumes, facts, found):
     if not found: return None,''
     models,features = zip(*((o,f[0][0] if f else None) for o,f in found))
     try: return _unlike().unlike_training(models, volumes, facts, features)
-    except Exception as e: return None,log_fault(e, 'looking for what is unlike training')
+    except Exception as e:
+        return None,log_fault(e, 'looking for what is unlike training')
 
 def _one_logit(m, volumes, row):
     "The model's logit and note; what it raises concerns this patient alone"
     try: return m.logit(volumes, row)
     except MGMTError as e: return np.nan,str(e)
-    except Exception as e: return np.nan,log_fault(e, 'predicting')
+    except Exception as e:
+        return np.nan,log_fault(e, 'predicting')
 
 # %% ../nbs/55_learner.ipynb #58e77630
 def predict_unlogged(
@@ -1013,5 +1069,6 @@ def predict(
     patients who are held out for an external test is entered into the record of their store.
     Raises `MGMTError` if the model cannot be read, or a store was prepared otherwise."""
     m = as_model(model)
-    if isinstance(cohort, VolumeStore): m.note_prediction(cohort)
+    if isinstance(cohort, VolumeStore):
+        m.note_prediction(cohort)
     return predict_unlogged(m, cohort, n_workers, progress, features)

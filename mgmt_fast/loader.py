@@ -118,9 +118,12 @@ def sample_of(
     """One patient as the network takes it. Scans are a `Volume`, several of them a list or a dictionary by sequence.
 
     Raises `MGMTError` on a patient who is not there or cannot be prepared, and on voxels of another shape."""
-    if isinstance(item, str): return TensorMR(torch.from_numpy(store.read(item, sequences)))
-    if isinstance(item, (Volume,list,tuple)): item = _by_sequence(item, store)
-    if isinstance(item, (dict,pd.Series)): return _prepared(dict(item), store, sequences)
+    if isinstance(item, str):
+        return TensorMR(torch.from_numpy(store.read(item, sequences)))
+    if isinstance(item, (Volume,list,tuple)):
+        item = _by_sequence(item, store)
+    if isinstance(item, (dict,pd.Series)):
+        return _prepared(dict(item), store, sequences)
     x = torch.as_tensor(item)
     if x.ndim==3: x = x[None]
     shape = (len(sequences), *store.size)
@@ -130,17 +133,21 @@ def sample_of(
 def _by_sequence(item, store):
     "Scans by the names of the store's sequences"
     scans = [item] if isinstance(item, Volume) else list(item)
-    if len(scans)==len(store.sequences): return dict(zip(store.sequences, scans))
+    if len(scans)==len(store.sequences):
+        return dict(zip(store.sequences, scans))
     raise MGMTError(f"the store's sequences are {', '.join(store.sequences)}, prepared together; received {len(scans)} "
         "scans: give one per sequence, in this order, or a dictionary by sequence")
 
 def _prepared(row, store, sequences):
     "The channels of a row of a cohort"
-    row,by = {'patient':'this patient', **row},store.recipe.prepare_by
-    if by!='patient' and any(isinstance(v, Volume) for v in row.values()): raise MGMTError(_by_slices(by))
+    row = {'patient':'this patient', **row}
+    by = store.recipe.prepare_by
+    if by!='patient' and any(isinstance(v, Volume) for v in row.values()):
+        raise MGMTError(_by_slices(by))
     p = prepare_patient(row, store.sequences, store.recipe)
     lack = [s for s in sequences if s not in p.arrays]
-    if lack: raise MGMTError(_not_prepared_here(row['patient'], lack, p.report))
+    if lack:
+        raise MGMTError(_not_prepared_here(row['patient'], lack, p.report))
     return TensorMR(torch.from_numpy(np.stack([p.arrays[s] for s in sequences])))
 
 def _by_slices(by):
@@ -175,7 +182,8 @@ class NewSamples(Samples):
         item:object, # One of `items`
     ) -> float: # 0 or 1, NaN where unknown
         "What is known of a patient"
-        if isinstance(item, str): item = self.store.table.set_index('patient').loc[item]
+        if isinstance(item, str):
+            item = self.store.table.set_index('patient').loc[item]
         y = item.get('label') if isinstance(item, (dict,pd.Series)) else None
         return np.nan if y is None or pd.isna(y) else float(y)
 
@@ -199,7 +207,8 @@ class KeptVolumes:
         sequences:tuple, # Channels, in order
         kept:str|bool='auto', # As for `mgmt_dls`
     ):
-        if kept not in ('auto',True,False): raise MGMTError(_no_kept(kept))
+        if kept not in ('auto',True,False):
+            raise MGMTError(_no_kept(kept))
         store_attr()
         self.at = {p:i for i,p in enumerate(patients)}
         self.device = self.held = None
@@ -219,16 +228,20 @@ class KeptVolumes:
         device:torch.device, # That of the batches
     ) -> bool: # Are the volumes kept there?
         "Settle it, once per device. Raises `MGMTError` if they must be kept and do not fit."
-        if device!=self.device: self.held,self.device = self._hold(device),device
+        if device!=self.device:
+            self.held,self.device = self._hold(device),device
         return self.held is not None
 
     def _hold(self, device):
         "Room for all volumes, still empty; None where they are not kept"
-        if not self.kept or self.kept=='auto' and device.type=='cpu': return None
+        if not self.kept or self.kept=='auto' and device.type=='cpu':
+            return None
         size,free = math.prod(self.shape),free_bytes(device)
-        if self.kept is True and size>free: raise MGMTError(_too_many(self, device, free))
+        if self.kept is True and size>free:
+            raise MGMTError(_too_many(self, device, free))
         fits = self.kept is True or size<=free/2
-        if device.type!='cpu' and not rank_distrib(): say_once(_say_kept(self, device, fits, free))
+        if device.type!='cpu' and not rank_distrib():
+            say_once(_say_kept(self, device, fits, free))
         self.there = np.zeros(len(self.at), dtype=bool)
         return torch.empty(self.shape, dtype=torch.uint8, device=device) if fits else None
 
@@ -239,7 +252,8 @@ class KeptVolumes:
         "Volumes of some patients, several at once."
         x = torch.empty((len(patients), *self.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
         def one(i): x[i].numpy()[:] = self.store.read(patients[i], self.sequences)
-        with ThreadPoolExecutor(min(8, len(patients))) as pool: list(pool.map(one, range(len(patients))))
+        with ThreadPoolExecutor(min(8, len(patients))) as pool:
+            list(pool.map(one, range(len(patients))))
         return x
 
     def fill(self,
@@ -280,8 +294,10 @@ class KeptVolumes:
             jobs = deque()
             for part in parts:
                 jobs.append((pool.submit(_read, part), part))
-                if len(jobs)>n: yield _arrived(*jobs.popleft(), device)
-            while jobs: yield _arrived(*jobs.popleft(), device)
+                if len(jobs)>n:
+                    yield _arrived(*jobs.popleft(), device)
+            while jobs:
+                yield _arrived(*jobs.popleft(), device)
 
 def _picked(held, rows):
     "Rows of bytes, eight at a time where they are so many"
@@ -299,17 +315,20 @@ def free_bytes(
         unused = torch.cuda.memory_reserved(device)-torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0]+unused
     try: return os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
-    except (AttributeError,ValueError,OSError): return math.inf # Windows has no sysconf
+    except (AttributeError,ValueError,OSError):
+        return math.inf # Windows has no sysconf
 
 def _what(k): return f"{len(k.at)} patients' {', '.join(k.sequences)} ({gigabytes(math.prod(k.shape))})"
 
 def _where(k):
     if k.device is None: return f"{_what(k)}: not read yet"
-    if k.held is None: return f"{_what(k)}: read from the store in every epoch"
+    if k.held is None:
+        return f"{_what(k)}: read from the store in every epoch"
     return f"{_what(k)}: kept on {k.device}, {k.there.sum()} patients read so far"
 
 def _say_kept(k, device, fits, free):
-    if fits: return f"{_what(k)} are kept on {device} once they were read"
+    if fits:
+        return f"{_what(k)} are kept on {device} once they were read"
     return (f"{_what(k)} are more than half of the {gigabytes(free)} free on {device}: they are read ahead in every "
         "epoch")
 
@@ -360,8 +379,10 @@ class StoreDL(TfmdDL):
         samps:list, # Of the whole epoch: which samples, in order
     ): # Yields this process' part of each batch
         parts = map(self._own, chunked(samps, self.bs, self.drop_last))
-        if not self.at_hand: yield from (self.do_batch([self.do_item(j) for j in part]) for part in parts)
-        else: yield from self.kept.batches(self.dataset, parts, self.device)
+        if not self.at_hand:
+            yield from (self.do_batch([self.do_item(j) for j in part]) for part in parts)
+        else:
+            yield from self.kept.batches(self.dataset, parts, self.device)
 
     def _own(self, b):
         "This process' part of a batch, or a dummy"
@@ -406,13 +427,15 @@ class StoreDL(TfmdDL):
         for t,d in zip(self.augs, drawn): t.drawn = d
 
     def __iter__(self):
-        first,batches = [t.drawn for t in self.augs],super().__iter__()
+        first = [t.drawn for t in self.augs]
+        batches = super().__iter__()
         self.at_hand = self._source()
         def _draw_from(k):
             for t,d in zip(self.augs,first): t.drawn = d+k
         for i in range(len(self)):
             _draw_from(i*self.bs+self.parts(i)[self.rank].start)
-            with self.fake_l.no_multiproc() if self.at_hand else nullcontext(): b = next(batches)
+            with self.fake_l.no_multiproc() if self.at_hand else nullcontext():
+                b = next(batches)
             _draw_from(i*self.bs+self.n_in_batch(i))
             yield b
         next(batches, None)
@@ -425,7 +448,8 @@ def usable_patients(
     """Tell the patients who have a label and every sequence from those who do not.
 
     Raises `MGMTError` on sequences that the store does not hold."""
-    t,sequences = store.table,list(check_sequences(sequences))
+    t = store.table
+    sequences = list(check_sequences(sequences))
     absent = [s for s in sequences if s not in store.sequences]
     if absent: raise MGMTError(_not_prepared(absent, store))
     ok = t[sequences].all(axis=1) & t.label.notna()
@@ -443,7 +467,8 @@ def augmentation(
     "What batch transforms augment, read from themselves."
     names = [k for k in choice_names('augment') if not k.startswith('tta_')]
     res = {k:v for k,v in Recipe('none').named().items() if k in names}
-    for t in tfms: res.update(t.choices() if hasattr(t,'choices') else {})
+    for t in tfms:
+        res.update(t.choices() if hasattr(t,'choices') else {})
     other = [type(t).__name__ for t in tfms if not hasattr(t,'choices') and not isinstance(t, ToUnit)]
     return dict(res, other_tfms=tuple(other))
 
@@ -456,8 +481,10 @@ def check_prepared(
 ):
     "Raise `MGMTError` unless a store's voxels are those that the training's preparation of the same scans would give."
     differ = {k:(v,store.recipe[k]) for k,v in recipe.room('prepare').items() if store.recipe[k]!=v}
-    if tuple(store.sequences)!=tuple(prepared): differ['sequences'] = prepared,store.sequences
-    if number!=store.preparation_number: differ['preparation number'] = number,store.preparation_number
+    if tuple(store.sequences)!=tuple(prepared):
+        differ['sequences'] = prepared,store.sequences
+    if number!=store.preparation_number:
+        differ['preparation number'] = number,store.preparation_number
     if differ: raise MGMTError(_other_preparation(differ))
 
 def _other_preparation(differ):
@@ -510,7 +537,8 @@ _not_pickled = "loaders are not exported: `save_model` keeps all that a predicti
 
 def _one_by_one(items):
     "A list of items that `sample_of` takes"
-    if isinstance(items, pd.DataFrame): return [r for _,r in items.iterrows()]
+    if isinstance(items, pd.DataFrame):
+        return [r for _,r in items.iterrows()]
     one = isinstance(items, (str,dict,Volume)) or isinstance(items, pd.Series) and 'patient' in items.index
     return [items] if one else list(items)
 
@@ -542,9 +570,11 @@ def mgmt_dls(
     refuse_held_out(store)
     sequences = store.sequences if sequences is None else check_sequences(sequences)
     bs = check_choice('bs', bs)
-    if not 0<=fold<n_folds: raise MGMTError(_no_fold(fold, n_folds))
+    if not 0<=fold<n_folds:
+        raise MGMTError(_no_fold(fold, n_folds))
     table,left_out = usable_patients(store, sequences)
-    if patients is not None: table,left_out = (_only(t, patients) for t in (table,left_out))
+    if patients is not None:
+        table,left_out = (_only(t, patients) for t in (table,left_out))
     folds = assign_folds(table, n=n_folds, seed=seed)
     held = (folds.fold==fold).to_numpy()
     volumes = KeptVolumes(store, table.patient, sequences, kept)

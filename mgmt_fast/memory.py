@@ -39,8 +39,10 @@ def fit_batch(
         if first>room: continue
         more = need(small+1, checkpoint)-first if len(sizes)>1 else 0
         for bs in sizes:
-            if bs!=small and first+(bs-small)*more>room: continue
-            if need(bs, checkpoint)<=room: return dict(bs=bs, accumulate=step//bs, checkpoint=checkpoint)
+            if bs!=small and first+(bs-small)*more>room:
+                continue
+            if need(bs, checkpoint)<=room:
+                return dict(bs=bs, accumulate=step//bs, checkpoint=checkpoint)
     raise MGMTError(_too_small(sizes[-1], first, room))
 
 def _too_small(bs, need, room):
@@ -68,7 +70,8 @@ def train_a_little(
         dls = recipe_dls(store, recipe, sequences, kept=False, device=device)
         learn = mgmt_learner(dls, recipe=recipe, path=d, cbs=_Stop(n),
             model_kwargs=dict(checkpoint=True) if checkpoint else None)
-        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1)
 
 # %% ../nbs/57_memory.ipynb #67ec999a
 def training_bytes(
@@ -85,7 +88,8 @@ def training_bytes(
     torch.cuda.reset_peak_memory_stats(device)
     try: train_a_little(store, recipe, sequences, checkpoint, device)
     except MGMTError as e:
-        if not isinstance(e.__cause__, torch.OutOfMemoryError): raise
+        if not isinstance(e.__cause__, torch.OutOfMemoryError):
+            raise
         return math.inf
     finally: torch.cuda.empty_cache()
     return torch.cuda.max_memory_reserved(device)-before
@@ -103,13 +107,16 @@ def auto_batch(
     Volumes that will be kept on the card are counted as taken. Batch norm sees fewer patients at a time in a smaller
     batch (`norms='frozen'` or `'group'` do not care), and with `drop_last` fewer are left out.
     Raises `MGMTError` without a card, with several processes, with `summed_batches`, and if nothing fits."""
-    recipe,device = follow_recipe(store.recipe, recipe),torch.device(device or default_device())
+    recipe = follow_recipe(store.recipe, recipe)
+    device = torch.device(device or default_device())
     if device.type!='cuda': raise MGMTError(_no_card)
     if num_distrib()>1: raise MGMTError(_several)
     if recipe.summed_batches>1: raise MGMTError(_summed)
-    step,room = recipe.bs*recipe.accumulate,share*_left(store, recipe, sequences, device)
+    step = recipe.bs*recipe.accumulate
+    room = share*_left(store, recipe, sequences, device)
     def measure(bs, checkpoint):
-        if checkpoint and recipe.network=='2d': return math.inf # it has no blocks to recompute
+        if checkpoint and recipe.network=='2d':
+            return math.inf # it has no blocks to recompute
         tried = get_recipe(recipe, bs=bs, accumulate=1, drop_last=False)
         return training_bytes(store, tried, sequences, checkpoint, device)
     found = fit_batch(measure, step, room, _least(recipe))
@@ -119,7 +126,8 @@ def auto_batch(
 def _left(store, recipe, sequences, device):
     "Bytes that are free beside the volumes that stay on the card"
     free = free_bytes(device)
-    with contextlib.redirect_stdout(io.StringIO()): volumes = recipe_dls(store, recipe, sequences).train.kept
+    with contextlib.redirect_stdout(io.StringIO()):
+        volumes = recipe_dls(store, recipe, sequences).train.kept
     size = math.prod(volumes.shape)
     return free-size if size<=free/2 else free
 

@@ -31,15 +31,19 @@ def _names(o):
 
 def _paired(y, p, clustered):
     "`p` in the order of `y`'s patients, where both name them; each once, and the same ones"
-    if not (isinstance(y, pd.Series) and isinstance(p, pd.Series)): return p
+    if not (isinstance(y, pd.Series) and isinstance(p, pd.Series)):
+        return p
     for o in (y,p):
         twice = o.index[o.index.duplicated()]
-        if o.index.name=='patient' and len(twice) and not clustered: raise MGMTError(_counted_twice(twice[0]))
+        if o.index.name=='patient' and len(twice) and not clustered:
+            raise MGMTError(_counted_twice(twice[0]))
     numbered = any(isinstance(o.index, pd.RangeIndex) for o in (y,p))
-    if y.index.equals(p.index) or numbered or not (_names(y) or _names(p)): return p
+    if y.index.equals(p.index) or numbered or not (_names(y) or _names(p)):
+        return p
     a,b = (o.index.map(id_key) for o in (y,p))
     if a.equals(b): return p
-    if set(a)!=set(b) or a.has_duplicates: raise MGMTError(_unmatched(a, b))
+    if set(a)!=set(b) or a.has_duplicates:
+        raise MGMTError(_unmatched(a, b))
     return p.iloc[b.get_indexer(a)]
 
 def _counted_twice(patient):
@@ -73,16 +77,21 @@ def check_scores(
 
 def _no_metric(y, p, least):
     "Why labels and scores allow no metric; None if they do"
-    if len(y)!=len(p): return f"labels and scores must pair up; received {len(y)} labels and {len(p)} scores"
+    if len(y)!=len(p):
+        return f"labels and scores must pair up; received {len(y)} labels and {len(p)} scores"
     others = y[(y!=0)&(y!=1)]
     odd = sorted(set(others.tolist()), key=str)
-    if odd: return f"labels must be 0 or 1; received {odd[:3]}: leave out patients without a label"
+    if odd:
+        return f"labels must be 0 or 1; received {odd[:3]}: leave out patients without a label"
     bad = np.sum(~np.isfinite(p))
-    if bad: return f"scores must be finite; {bad} of {len(p)} are not: did training diverge?"
+    if bad:
+        return f"scores must be finite; {bad} of {len(p)} are not: did training diverge?"
     if len(y)<least: return _too_few_patients(len(y), least)
-    if y.min()==y.max(): return f"a metric needs both classes; all {len(y)} labels are {y[0]:g}"
+    if y.min()==y.max():
+        return f"a metric needs both classes; all {len(y)} labels are {y[0]:g}"
     ones,zeros = y.sum(),(1-y).sum()
-    if min(ones,zeros)<2: return _too_few(f'{ones:.0f} methylated and {zeros:.0f} unmethylated')
+    if min(ones,zeros)<2:
+        return _too_few(f'{ones:.0f} methylated and {zeros:.0f} unmethylated')
     if p.min()==p.max(): return _all_alike(p)
 
 def _too_few_patients(n, least):
@@ -101,7 +110,8 @@ def check_probs(
 ) -> tuple: # `y` as bool, `p` as float64
     "As `check_scores`, for figures that take the scores at their word. Raises `MGMTError` outside of 0 to 1 too."
     y,p = check_scores(y, p)
-    if p.min()<0 or p.max()>1: raise MGMTError(_no_probabilities(p))
+    if p.min()<0 or p.max()>1:
+        raise MGMTError(_no_probabilities(p))
     return y, p
 
 def _no_probabilities(p):
@@ -140,10 +150,12 @@ def delong_cov(
 def _components(y, ps, cluster):
     "What each patient's scans add to the AUCs of several models, and how many patients have scans of each class"
     c = np.arange(len(y)) if cluster is None else _numbered(cluster)
-    if len(c)!=len(y) or c.min()<0: raise MGMTError(_unpaired(y, c))
+    if len(c)!=len(y) or c.min()<0:
+        raise MGMTError(_unpaired(y, c))
     aucs,v10,v01 = map(np.stack, zip(*(delong_parts(y,p) for p in ps)))
     few = [_patients(c[o]) for o in (y,~y)]
-    if min(few)<2: raise MGMTError(_too_few(f'scans of {few[0]} methylated and {few[1]} unmethylated patients'))
+    if min(few)<2:
+        raise MGMTError(_too_few(f'scans of {few[0]} methylated and {few[1]} unmethylated patients'))
     n = c.max()+1
     def _sums(v, o):
         away = v-aucs[:,None]
@@ -243,9 +255,12 @@ def hoeffding_ci(
 # %% ../nbs/51_metrics.ipynb #a0c1d005
 def _settle(method, d):
     "The method to use: the one asked for, or what holds for so few patients; an error where none does"
-    if method is not None and method not in AUC_METHODS: raise unknown_name('method', method, AUC_METHODS)
-    if min(d.few)>=5 and method!='bound': return method or 'mee'
-    if method not in (None,'bound'): raise MGMTError(_needs_five(method, d.few))
+    if method is not None and method not in AUC_METHODS:
+        raise unknown_name('method', method, AUC_METHODS)
+    if min(d.few)>=5 and method!='bound':
+        return method or 'mee'
+    if method not in (None,'bound'):
+        raise MGMTError(_needs_five(method, d.few))
     if not d.single: raise MGMTError(_needs_single(d.few))
     return 'bound'
 
@@ -271,7 +286,8 @@ def auc_interval(
     Raises `MGMTError` as `delong_cov`, and where a method needs more patients."""
     d = _components(y, np.asarray(P, dtype=float), cluster)
     auc,method = d.aucs.mean(),_settle(method, d)
-    if method=='bound': return hoeffding_ci(auc, min(d.few), level)
+    if method=='bound':
+        return hoeffding_ci(auc, min(d.few), level)
     *parts,cross = (v.mean() for v in _variances(d))
     if method=='mee':
         spread = _spread(auc, parts, d.few, d.informed, cross)
@@ -298,12 +314,16 @@ def auc_ci(
     Raises `MGMTError` on one class only, fewer than 10 patients, missing labels, scores that are not finite or all
     equal, and on a method that needs more patients of a class."""
     y,p = check_scores(y, p, clustered=cluster is not None)
-    if method not in ('bootstrap','newcombe'): return auc_interval(y, [p], cluster, method, level)
-    if cluster is not None: raise MGMTError(f"method {method!r} takes one scan of each patient; 'mee' knows clusters")
+    if method not in ('bootstrap','newcombe'):
+        return auc_interval(y, [p], cluster, method, level)
+    if cluster is not None:
+        raise MGMTError(f"method {method!r} takes one scan of each patient; 'mee' knows clusters")
     d = _components(y, [p], None)
     method,auc = _settle(method, d),d.aucs[0]
-    if method=='bootstrap': lo,hi = _bootstrap(y, p, level, n_boot, seed)
-    else: lo,hi = expected_ci(auc, len(y), y.mean(), level)[['lo','hi']]
+    if method=='bootstrap':
+        lo,hi = _bootstrap(y, p, level, n_boot, seed)
+    else:
+        lo,hi = expected_ci(auc, len(y), y.mean(), level)[['lo','hi']]
     return pd.Series(dict(auc=auc, lo=lo, hi=hi), name=method)
 
 # %% ../nbs/51_metrics.ipynb #7d15b3f6
@@ -320,16 +340,19 @@ def delong_test(
     `z` is that of pROC, which takes `p` from a t distribution where patients differ; here it is the normal one.
     Source: DeLong et al. 1988, Biometrics 44:837. Raises `MGMTError` as `auc_ci`, and if the AUCs differ while neither
     has any spread."""
-    if y2 is not None and cluster is not None: raise MGMTError(_clusters_apart)
+    if y2 is not None and cluster is not None:
+        raise MGMTError(_clusters_apart)
     clustered = cluster is not None
     y_,p1 = check_scores(y, p1, clustered=clustered)
     if y2 is None:
         _,p2 = check_scores(y, p2, clustered=clustered)
         (a,b),v = delong_cov(y_, p1, p2, cluster=cluster)
-    else: (a,b),v = _unpaired_models(delong_cov(y_, p1), delong_cov(*check_scores(y2, p2)))
+    else:
+        (a,b),v = _unpaired_models(delong_cov(y_, p1), delong_cov(*check_scores(y2, p2)))
     delta = a-b
     se = np.sqrt(max(0, v[0,0]+v[1,1]-v[0,1]-v[1,0]))
-    if se<1e-9 and abs(delta)>1e-9: raise MGMTError(_no_spread(a, b))
+    if se<1e-9 and abs(delta)>1e-9:
+        raise MGMTError(_no_spread(a, b))
     z = delta/se if se>=1e-9 else 0.
     half = norm.ppf(.5+level/2)*se
     interval = dict(lo=delta-half, hi=delta+half)
@@ -361,7 +384,8 @@ def permutation_test(
     Source: Bandos et al. 2005, Stat. Med. 24:2873 for two models, whose ranks are exchanged.
     Raises `MGMTError` as `auc_ci`."""
     y_,p = check_scores(y, p)
-    batch,rng = max(1,2**21//len(p)),rng_for(seed,'permutation_test')
+    batch = max(1,2**21//len(p))
+    rng = rng_for(seed,'permutation_test')
     opts = dict(alternative=alternative, n_resamples=n_perm, vectorized=True, batch=batch, rng=rng)
     m,n = y_.sum(),(~y_).sum()
     def _auc(pos, axis=-1):
@@ -372,7 +396,8 @@ def permutation_test(
         first,second = (rankdata(o, axis=-1)[...,y_] for o in (a,b))
         return _auc(first)-_auc(second)
     ranks = rankdata(p)
-    if p2 is None: r = stats.permutation_test((ranks[y_],ranks[~y_]), _above_chance, **opts)
+    if p2 is None:
+        r = stats.permutation_test((ranks[y_],ranks[~y_]), _above_chance, **opts)
     else:
         both = ranks,rankdata(check_scores(y,p2)[1])
         r = stats.permutation_test(both, _difference, permutation_type='samples', **opts)
@@ -395,7 +420,8 @@ def compare_models(
 ) -> pd.DataFrame: # One row per pair: model1, model2, those of `delong_test`, p_holm
     "Compare every model with every other, and correct for having done so. Raises `MGMTError` on fewer than two models."
     probs = pd.DataFrame(probs)
-    if probs.shape[1]<2: raise MGMTError(f"a comparison takes two models; received {list(probs.columns)}")
+    if probs.shape[1]<2:
+        raise MGMTError(f"a comparison takes two models; received {list(probs.columns)}")
     rows = []
     for a,b in combinations(probs.columns, 2):
         rows.append(dict(model1=a, model2=b, **delong_test(y, probs[a], probs[b], **kwargs)))
@@ -409,7 +435,8 @@ def AUC() -> AccumMetric: # For `metrics=`
     It is NaN while the set holds one class only, or the model says the same of all."""
     def _auc(p, y):
         y,p = np.asarray(y)==1,np.asarray(p, dtype=float)
-        if y.all() or not y.any() or not p.min()<p.max(): return float('nan')
+        if y.all() or not y.any() or not p.min()<p.max():
+            return float('nan')
         return float(delong_parts(y, p)[0])
     return AccumMetric(_auc, name='auc', flatten=True, to_np=True)
 
@@ -453,8 +480,10 @@ def classification_ci(
     Source: Wilson 1927, J. Am. Stat. Assoc. 22:209.
     Raises `MGMTError` as `auc_ci`, and on probabilities or a threshold outside of [0,1]."""
     y,p = check_probs(y, p)
-    if not 0<=threshold<=1: raise MGMTError(f"a threshold is a probability; received {threshold}")
-    if method not in ('wilson','bootstrap'): raise unknown_name('method', method, ('wilson','bootstrap'))
+    if not 0<=threshold<=1:
+        raise MGMTError(f"a threshold is a probability; received {threshold}")
+    if method not in ('wilson','bootstrap'):
+        raise unknown_name('method', method, ('wilson','bootstrap'))
     counts,n = _confusion(y, p>=threshold),len(y)
     rng = rng_for(seed,'classification_ci')
     resamples = rng.multinomial(n, np.divide(counts,n), n_boot)
@@ -486,9 +515,11 @@ def _rate_ci(a, b, drawn, level, exact):
 # %% ../nbs/51_metrics.ipynb #22ce5a48
 def _bins(p, n_bins, strategy):
     "Edges, and the bin of each probability"
-    if strategy not in ('quantile','uniform'): raise unknown_name('strategy', strategy, ('quantile','uniform'))
+    if strategy not in ('quantile','uniform'):
+        raise unknown_name('strategy', strategy, ('quantile','uniform'))
     edges = np.linspace(0, 1, n_bins+1)
-    if strategy=='quantile': edges = np.unique(np.quantile(p, edges))
+    if strategy=='quantile':
+        edges = np.unique(np.quantile(p, edges))
     return edges, np.searchsorted(edges[1:-1], p, side='right')
 
 # %% ../nbs/51_metrics.ipynb #3b0c2242
@@ -604,7 +635,8 @@ class Temperature:
     t:float # Above 1: the model was too sure
     n:int # Patients it was fitted on
     def __post_init__(self):
-        if not 0<self.t<np.inf: raise MGMTError(f"a temperature is positive and finite; received {self.t}")
+        if not 0<self.t<np.inf:
+            raise MGMTError(f"a temperature is positive and finite; received {self.t}")
     def __call__(self,
         p:ArrayLike, # Probabilities, 0 to 1
     ) -> np.ndarray: # Probabilities
@@ -640,7 +672,8 @@ def decision_curve(
     Source: Vickers and Elkin 2006, Med. Decis. Making 26:565. Raises `MGMTError` as `classification_ci`."""
     y,p = check_probs(y, p)
     t = np.linspace(.01,.99,99) if thresholds is None else as_numbers(thresholds, 'thresholds')
-    if not ((t>0)&(t<1)).all(): raise MGMTError(_no_thresholds(t))
+    if not ((t>0)&(t<1)).all():
+        raise MGMTError(_no_thresholds(t))
     w,rate = t/(1-t),y.mean()
     def _share_above(o):
         below = np.searchsorted(np.sort(p[o]), t)

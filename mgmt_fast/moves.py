@@ -33,7 +33,8 @@ def moved_from(
 ): # A function for the module's `__getattr__`: from an old name to what it means now
     "Find the names that left a module. Warns with `DeprecationWarning`; unknown names raise `AttributeError`."
     def find(name):
-        if name not in MOVES[module]: raise AttributeError(f"module 'mgmt_fast.{module}' has no attribute {name!r}")
+        if name not in MOVES[module]:
+            raise AttributeError(f"module 'mgmt_fast.{module}' has no attribute {name!r}")
         to,_,new = MOVES[module][name].partition('.')
         new = new or name
         warnings.warn(_where(module, name, to, new), DeprecationWarning, stacklevel=2)

@@ -68,7 +68,8 @@ _GRADIENT = set('gre ffe eg fl2d sfl2d hemo gradient flash fe medic'.split())
 def _other_word(words, weights):
     "The word that says the series is none of the four, or `None`"
     for o in words:
-        if o in _OTHER or o.startswith(_STEMS) or re.fullmatch(r'b\d{2,4}', o): return o
+        if o in _OTHER or o.startswith(_STEMS) or re.fullmatch(r'b\d{2,4}', o):
+            return o
     if 1 not in weights:
         for o in words:
             if o in _GRADIENT: return o
@@ -103,19 +104,26 @@ def name_testimony(
 ) -> Testimony: # All sequences where the name is silent, none where it names something else
     "What the words of a name say."
     text = _plain_text(name)
-    for pattern,by in _PHRASES: text = re.sub(pattern, by, text)
+    for pattern,by in _PHRASES:
+        text = re.sub(pattern, by, text)
     found,words = list(_WEIGHT.finditer(text)),_words(text)
     weights = {int(m[1]) for m in found}
     suffixes = [m[3] for m in found if m[1]=='1']
     flair = any('flair' in o for o in words) or bool(set(words)&{'fla','t2f','tirm'})
-    if any(o.startswith(_T1_WORDS) or o.endswith('mprage') for o in words): weights |= {1}
-    if odd := _other_word(words, weights): return Testimony((), None, f'its name says {odd.removeprefix("x")!r}')
-    if _mpr(name, words): return Testimony((), None, 'its name says that it is a reformat (MPR) of another series')
+    if any(o.startswith(_T1_WORDS) or o.endswith('mprage') for o in words):
+        weights |= {1}
+    if odd := _other_word(words, weights):
+        return Testimony((), None, f'its name says {odd.removeprefix("x")!r}')
+    if _mpr(name, words):
+        return Testimony((), None, 'its name says that it is a reformat (MPR) of another series')
     if {'opp','in','f'}&set(words) and 'dixon' in words:
         return Testimony((), None, 'its name says a fat or phase image')
-    if 'mp2rage' in text and 'images' in words and 'uni' not in words: return Testimony((), None, _NO_UNI)
-    if {1,2}<=weights: return Testimony(SEQUENCES, None, 'its name says T1 and T2')
-    if flair and 1 not in weights: return Testimony(('FLAIR',), 'FLAIR', 'its name says FLAIR')
+    if 'mp2rage' in text and 'images' in words and 'uni' not in words:
+        return Testimony((), None, _NO_UNI)
+    if {1,2}<=weights:
+        return Testimony(SEQUENCES, None, 'its name says T1 and T2')
+    if flair and 1 not in weights:
+        return Testimony(('FLAIR',), 'FLAIR', 'its name says FLAIR')
     if 2 in weights: return _t2_name(words)
     if 1 not in weights: return Testimony()
     return _t1_name(str(name), words, suffixes)
@@ -125,8 +133,10 @@ _NO_UNI = 'its name says a map of an MP2RAGE'
 def _t2_name(words):
     "T2w, if nothing says that proton density or an inversion comes with it"
     dual = {'pd','dp','dual','double','dualecho'}&set(words) or re.search(r'\bde (?:t?se|fse)\b|\bde$', ' '.join(words))
-    if dual: return Testimony(('T2w',), None, 'its name says two echoes, PD and T2')
-    if 'ir' in words: return Testimony(('T2w','FLAIR'), None, 'its name says T2 and inversion recovery')
+    if dual:
+        return Testimony(('T2w',), None, 'its name says two echoes, PD and T2')
+    if 'ir' in words:
+        return Testimony(('T2w','FLAIR'), None, 'its name says T2 and inversion recovery')
     return Testimony(('T2w',), 'T2w', 'its name says T2')
 
 def _t1_name(name, words, suffixes):
@@ -134,9 +144,12 @@ def _t1_name(name, words, suffixes):
     if words[-1:]==['p'] and any(o.startswith('memprage') for o in words):
         return Testimony((), None, 'its name says phase')
     said = _contrast_words(words, suffixes)
-    if said=='both': return Testimony(('T1w','T1wCE'), None, 'its name says with and without contrast agent')
-    if said=='post': return Testimony(('T1wCE',), 'T1wCE', 'its name says T1 with contrast agent')
-    if said=='pre' or name=='T1w': return Testimony(('T1w',), 'T1w', 'its name says T1 without contrast agent')
+    if said=='both':
+        return Testimony(('T1w','T1wCE'), None, 'its name says with and without contrast agent')
+    if said=='post':
+        return Testimony(('T1wCE',), 'T1wCE', 'its name says T1 with contrast agent')
+    if said=='pre' or name=='T1w':
+        return Testimony(('T1w',), 'T1w', 'its name says T1 without contrast agent')
     return Testimony(('T1w','T1wCE'), 'T1w', 'its name says T1')
 
 # %% ../nbs/10_naming.ipynb #9f9a09e1
@@ -165,7 +178,8 @@ def times_allow(
     tr,te,ti = (_header_number(header, k) for k in ('RepetitionTime','EchoTime','InversionTime'))
     if te is None or tr is None: return ()
     ti = ti or None
-    if te<=30 and (tr<=1200 or (ti or 0)>=300 and ti<1500): return ('T1wCE',) if _agent(header) else ('T1w','T1wCE')
+    if te<=30 and (tr<=1200 or (ti or 0)>=300 and ti<1500):
+        return ('T1wCE',) if _agent(header) else ('T1w','T1wCE')
     if te<60 or tr<1800: return ()
     if ti is None and tr>=4000: return ('T2w','FLAIR')
     return ('T2w',) if (ti or 0)<1000 else ('FLAIR',)
@@ -188,23 +202,30 @@ def _image_type(h):
 def _other_by_type(kind):
     "What `ImageType` says the series is, where that is none of the four"
     for o in kind[2:]:
-        if o in _DERIVED: return f'{_DERIVED[o]}, by its ImageType'
+        if o in _DERIVED:
+            return f'{_DERIVED[o]}, by its ImageType'
     if kind[:1]==['DERIVED'] and {'MPR','REFORMATTED','CSA MPR','CSAPARALLEL'}&set(kind):
         return 'a reformat of another series, by its ImageType'
 
 def _other_by_technique(h):
     "What technique and times say the series is, where that is none of the four"
     how = str(h.get('ScanningSequence') or '').upper().replace("'", ' ')
-    how,te,ti = set(re.split(r'[^A-Z]+', how)),_header_number(h,'EchoTime') or 0,_header_number(h,'InversionTime') or 0
+    how = set(re.split(r'[^A-Z]+', how))
+    te = _header_number(h,'EchoTime') or 0
+    ti = _header_number(h,'InversionTime') or 0
     if 'EP' in how: return 'an echo-planar scan'
-    if 'GR' in how and not how&{'IR','SE'} and te>=12: return 'a gradient echo with a long echo time (T2*)'
-    if str(h.get('AngioFlag') or '').strip().upper()=='Y': return 'an angiography'
-    if 'IR' in how and 80<=ti<=300 and te>=30: return 'a STIR, by its inversion time'
+    if 'GR' in how and not how&{'IR','SE'} and te>=12:
+        return 'a gradient echo with a long echo time (T2*)'
+    if str(h.get('AngioFlag') or '').strip().upper()=='Y':
+        return 'an angiography'
+    if 'IR' in how and 80<=ti<=300 and te>=30:
+        return 'a STIR, by its inversion time'
 
 def _something_else(h):
     "What a header says the series is, where that is none of the four"
     modality = str(h.get('Modality') or '').strip().upper()
-    if modality not in ('','MR'): return f'modality {modality}, not MR'
+    if modality not in ('','MR'):
+        return f'modality {modality}, not MR'
     return _other_by_type(_image_type(h)) or _other_by_technique(h)
 
 # %% ../nbs/10_naming.ipynb #4f9e19fa
@@ -212,10 +233,12 @@ def header_testimony(
     header:dict, # DICOM keywords to values, as far as there are any; empty for NIfTI
 ) -> Testimony: # All sequences where the header is silent
     "What a header says of a series: modality, kind of image, times, contrast agent. Its texts are never repeated."
-    if odd := _something_else(header): return Testimony((), None, odd)
+    if odd := _something_else(header):
+        return Testimony((), None, odd)
     if can := times_allow(header):
         return Testimony(can, can[0] if len(can)==1 else None, f"its header's times are those of {' or '.join(can)}")
-    if _agent(header): return Testimony(_NOT_PLAIN, None, 'its header states a contrast agent')
+    if _agent(header):
+        return Testimony(_NOT_PLAIN, None, 'its header states a contrast agent')
     return Testimony()
 
 # %% ../nbs/10_naming.ipynb #adf84e1c
@@ -244,20 +267,26 @@ def name_series(
     header:dict=None, # DICOM keywords to values; none for NIfTI
 ) -> Verdict: # `why` repeats no name and no text of the header
     "Weigh what name and header say. Where they contradict each other, or neither speaks, there is no sequence."
-    name,head = _names_together([o for o in names if o]),header_testimony(header or {})
-    if name.can==('T1w',) and head.can==_NOT_PLAIN: head = Testimony() # an agent is often entered before it is given
+    name = _names_together([o for o in names if o])
+    head = header_testimony(header or {})
+    if name.can==('T1w',) and head.can==_NOT_PLAIN:
+        head = Testimony() # an agent is often entered before it is given
     for t in (name,head):
         if not t.can: return Verdict(None, None, t.why)
     can = tuple(o for o in name.can if o in head.can)
-    if not can: return Verdict(None, None, f'{name.why}, but {head.why}')
+    if not can:
+        return Verdict(None, None, f'{name.why}, but {head.why}')
     silent = name.can==SEQUENCES,head.can==SEQUENCES
-    if all(silent): return Verdict(None, None, name.why or 'neither its name nor its header says which sequence it is')
+    if all(silent):
+        return Verdict(None, None, name.why or 'neither its name nor its header says which sequence it is')
     sequence = _usual(can, name, silent[1])
-    if sequence is None: return Verdict(None, None, f"{head.why if silent[0] else name.why}, and nothing says which")
+    if sequence is None:
+        return Verdict(None, None, f"{head.why if silent[0] else name.why}, and nothing says which")
     evidence = 'header' if silent[0] else 'name' if silent[1] else 'both'
     return Verdict(sequence, evidence, '; '.join(filter(None, (name.why,head.why))))
 
 def _usual(can, name, silent_header):
     "The one sequence that is possible, else the one that the name usually means"
-    if len(can)==1 and not (silent_header and name.usual is None): return can[0]
+    if len(can)==1 and not (silent_header and name.usual is None):
+        return can[0]
     return name.usual if name.usual in can else None

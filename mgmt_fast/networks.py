@@ -37,7 +37,8 @@ class SlicesBody(nn.Module):
     def forward(self,
         x:torch.Tensor, # (B,C,D,H,W)
     ) -> torch.Tensor: # (B,F,1,h,w)
-        if x.ndim!=5 or x.shape[1:3]!=(self.in_chans,self.slices): raise _wrong_slices(self, x)
+        if x.ndim!=5 or x.shape[1:3]!=(self.in_chans,self.slices):
+            raise _wrong_slices(self, x)
         return self.net.forward_features(self.inside(self.adapter(x.flatten(1,2))))[:,:,None]
 
 def _wrong_slices(body, x):
@@ -51,11 +52,13 @@ def _load_2d(net, state, arch):
     for k,v in own.items():
         if k in state: new[k] = _spread(state[k], v)
     try: net.load_state_dict(new)
-    except RuntimeError as e: raise _misfit_2d(arch, e) from e
+    except RuntimeError as e:
+        raise _misfit_2d(arch, e) from e
 
 def _spread(w, like):
     "The RGB weights' mean for each channel, where `like` has another number of them"
-    if like.ndim!=4 or w.shape[1:]!=(3,*like.shape[2:]) or like.shape[1]==3: return w
+    if like.ndim!=4 or w.shape[1:]!=(3,*like.shape[2:]) or like.shape[1]==3:
+        return w
     return (w.mean(1, keepdim=True)*3/like.shape[1]).expand_as(like)
 
 def _misfit_2d(arch, e):
@@ -65,15 +68,21 @@ def _misfit_2d(arch, e):
 def _slices2d(arch, in_chans, slices, pretrained=False, head='plain', freeze='none', stem='sum', mean=None, std=None,
         standardize='input', init='torch', batch_norm='torch'):
     "The network in 2D, behind the signature of `create_backbone`"
-    if not slices: raise MGMTError("a network in 2D has its number of slices built in: give slices=D")
-    if arch in ('resnet10',*MEDICALNETS): raise MGMTError(f"{arch!r} is 3D; in 2D take e.g. 'resnet18'")
+    if not slices:
+        raise MGMTError("a network in 2D has its number of slices built in: give slices=D")
+    if arch in ('resnet10',*MEDICALNETS):
+        raise MGMTError(f"{arch!r} is 3D; in 2D take e.g. 'resnet18'")
     name,N = timm_name(arch),in_chans*slices
     net = timm.create_model(name, in_chans=N if stem=='sum' else 3, num_classes=0)
-    if pretrained is not False: _load_2d(net, _state_2d(name, arch, pretrained), arch)
+    if pretrained is not False:
+        _load_2d(net, _state_2d(name, arch, pretrained), arch)
     _check_features_2d(net, arch)
     m,s = (sum(net.pretrained_cfg[k])/3 for k in ('mean','std'))
     inside = None
-    if standardize=='backbone': inside,m,s = inside_scale(net, arch, N if stem=='sum' else 3),0.,1.
+    if standardize=='backbone':
+        inside = inside_scale(net, arch, N if stem=='sum' else 3)
+        m = 0.
+        s = 1.
     config = dict(network='2d', arch=arch, in_chans=in_chans, slices=slices, head=head, freeze=freeze, stem=stem,
         mean=m if mean is None else mean, std=s if std is None else std, standardize=standardize, init=init,
         batch_norm=batch_norm)
@@ -93,7 +102,8 @@ def _adapter_2d(stem, N):
 def _check_features_2d(net, arch):
     "Does it end in features of the plane? Asked on torch's meta device, without numbers"
     x = torch.empty(1, first_convolution(net).in_channels, 64, 64, device='meta')
-    with torch.no_grad(): f = copy.deepcopy(net).eval().to('meta').forward_features(x)
+    with torch.no_grad():
+        f = copy.deepcopy(net).eval().to('meta').forward_features(x)
     if f.ndim==4 and f.shape[1]==net.num_features: return
     raise MGMTError(f"{arch!r} has no features (B,F,h,w) in 2D but {tuple(f.shape)}: take a convolutional network")
 
@@ -141,7 +151,8 @@ class PairLoss(nn.Module):
             return F.binary_cross_entropy_with_logits(pred.flatten(), y.float().flatten(), reduction=self.reduction)
         i,j = torch.triu_indices(len(y), len(y), 1, device=pred.device)
         if not len(i): return pred.sum()*0
-        head,same = self.heads[0],(y[i]==y[j]).to(pred.dtype).flatten()
+        head = self.heads[0]
+        same = (y[i]==y[j]).to(pred.dtype).flatten()
         logit = head.scale.exp()*(pred[i]*pred[j]).sum(1)+head.bias
         return F.binary_cross_entropy_with_logits(logit, same)
 
@@ -181,17 +192,22 @@ def create_network(
     **kwargs, # For `create_backbone`; in 2D without what concerns the depth
 ) -> Backbone: # With `.body`, `.head`, `.arch` and a `.config` that makes it again
     "Any network that the learner trains. Raises `MGMTError` on unknown names, and on what `create_backbone` refuses."
-    if network not in _networks: raise unknown_name('choice of network', network, _networks)
-    if stem not in _stems: raise unknown_name('choice of stem', stem, _stems)
-    if network=='2d': model = _slices2d(slices=slices, stem=stem, **{k:v for k,v in kwargs.items() if k not in _deep})
-    else: model = create_backbone(stem=stem.removesuffix('1x1'), **kwargs)
+    if network not in _networks:
+        raise unknown_name('choice of network', network, _networks)
+    if stem not in _stems:
+        raise unknown_name('choice of stem', stem, _stems)
+    if network=='2d':
+        model = _slices2d(slices=slices, stem=stem, **{k:v for k,v in kwargs.items() if k not in _deep})
+    else:
+        model = create_backbone(stem=stem.removesuffix('1x1'), **kwargs)
     if network!='2d' and stem=='adapter1x1':
         model.body.adapter,model.config['stem'] = nn.Conv3d(model.body.in_chans, 3, 1),stem
         as_keras(model, model.config['init'], 'torch')
     if network=='siamese':
         model.head = MetricHead(model.body.num_features, norm=getattr(model.head, 'norm', None))
         model.config['network'] = network
-    for p in model.body.adapter.parameters(): p.requires_grad_(True)
+    for p in model.body.adapter.parameters():
+        p.requires_grad_(True)
     return model
 
 _networks,_stems,_deep = ('3d','2d','siamese'),('sum','adapter','adapter1x1'),('depth','depth_padding')

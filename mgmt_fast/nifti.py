@@ -29,9 +29,11 @@ def nifti_axes(
     img:nib.Nifti1Image, # With 3 or 4 axes
 ) -> list: # The three spatial axes, in the order D, H, W
     "Which axes of an image are D, H and W."
-    zooms,d = np.linalg.norm(img.affine[:3,:3], axis=0),img.header.get_dim_info()[2]
+    zooms = np.linalg.norm(img.affine[:3,:3], axis=0)
+    d = img.header.get_dim_info()[2]
     middle,longest = np.sort(zooms)[1:]
-    if d is None: d = int(zooms.argmax()) if longest>1.2*middle else 2
+    if d is None:
+        d = int(zooms.argmax()) if longest>1.2*middle else 2
     return [d]+[a for a in (2,1,0) if a!=d]
 
 # %% ../nbs/12_nifti.ipynb #37d2032f
@@ -69,11 +71,15 @@ _HEADER = 2**24 # bytes that may come before the voxels: extensions are a few ki
 def _check_start(path):
     "Raise if a NIfTI file, or the file of its voxels, is no file, or says that its voxels begin far behind its start"
     for p in {path, path.with_suffix('.img')} if path.suffix.lower()=='.hdr' else [path]:
-        if os.path.exists(p) and not is_file(p): raise _no_file()
-    if not path.name.lower().endswith(('.nii','.nii.gz')): return
+        if os.path.exists(p) and not is_file(p):
+            raise _no_file()
+    if not path.name.lower().endswith(('.nii','.nii.gz')):
+        return
     try: start = _voxel_start(_first_bytes(path))
-    except (OSError,EOFError,zlib.error,struct.error) as e: raise _no_nifti(e) from None
-    if start>_HEADER: raise SeriesError(f"its voxels begin only after {start:,} bytes: a damaged header; copy it again")
+    except (OSError,EOFError,zlib.error,struct.error) as e:
+        raise _no_nifti(e) from None
+    if start>_HEADER:
+        raise SeriesError(f"its voxels begin only after {start:,} bytes: a damaged header; copy it again")
 
 def _first_bytes(path):
     with open_input(path, SeriesError) as f:
@@ -83,8 +89,10 @@ def _voxel_start(head):
     "Offset of the voxels in bytes, by the header of NIfTI-1 or NIfTI-2 in either byte order; 0 where it is neither"
     for order in '<>':
         size, = struct.unpack_from(order+'i', head)
-        if size==348: return struct.unpack_from(order+'f', head, 108)[0]
-        if size==540: return struct.unpack_from(order+'q', head, 168)[0]
+        if size==348:
+            return struct.unpack_from(order+'f', head, 108)[0]
+        if size==540:
+            return struct.unpack_from(order+'q', head, 168)[0]
     return 0
 
 def _no_side():
@@ -99,10 +107,12 @@ def _check_shape(shape, given):
     if len(shape) not in (3,4) or 0 in shape:
         raise SeriesError(f"a volume has 3 axes, with time 4; received shape {given}: a surface, a vector field, or a "
             "single slice?")
-    if min(shape[:3])<2: raise SeriesError(f"a volume needs 3 slices or more; received shape {shape}: a single slice?")
+    if min(shape[:3])<2:
+        raise SeriesError(f"a volume needs 3 slices or more; received shape {shape}: a single slice?")
 
 def _check_affine(affine):
-    if np.isfinite(affine).all() and 1e-9<abs(np.linalg.det(affine[:3,:3]))<1e15: return
+    if np.isfinite(affine).all() and 1e-9<abs(np.linalg.det(affine[:3,:3]))<1e15:
+        return
     raise SeriesError(f"the affine is singular or not finite ({affine[:3].tolist()}), so nobody knows where the voxels "
         "lie: a damaged header; convert the series again")
 
@@ -173,7 +183,8 @@ def read_nifti_times(
 ) -> tuple: # (T,D,H,W), axes as in `read_nifti`; affine (4,4) to RAS+ mm; seconds between time points, 0 if not said
     "Read all time points of an image. Raises `SeriesError` as `read_nifti` does, and on an image without a time axis."
     img,shape = open_nifti(path)
-    if len(shape)!=4: raise SeriesError(f"a series over time has 4 axes; received shape {shape}: one volume?")
+    if len(shape)!=4:
+        raise SeriesError(f"a series over time has 4 axes; received shape {shape}: one volume?")
     budget.check('voxels', math.prod(shape), SeriesError)
     _check_budget(path, img, shape, shape[3]-1, budget)
     axes,x = nifti_axes(img),_voxels(img, shape)

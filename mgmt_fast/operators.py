@@ -104,9 +104,11 @@ def _windows(x, at, mode='replicate'):
     "Slices `a` to `b` of (B,C,D,...) for each (a,b) in `at`, padded beyond the ends, one after the other in the batch"
     D,x = x.shape[2],x.movedim(1, -1) # channels innermost, which `cat` cannot guess from a single slice
     before,after = x[:,:1],x[:,-1:]
-    if mode!='replicate': before = after = torch.zeros_like(before)
+    if mode!='replicate':
+        before = after = torch.zeros_like(before)
     parts = []
-    for a,b in at: parts += [before]*-a + [x[:,max(a,0):min(b,D)]] + [after]*(b-D)
+    for a,b in at:
+        parts += [before]*-a + [x[:,max(a,0):min(b,D)]] + [after]*(b-D)
     return torch.cat(parts, 1).unflatten(1, (len(at),-1)).flatten(0,1).movedim(-1, 1)
 
 def _unwindow_(g, at, D, mode='replicate'):
@@ -135,7 +137,8 @@ def pad_depth(
 ) -> torch.Tensor: # (B,C,lo+D+hi,...), memory format kept
     "Pad a volume along its depth."
     if not (lo or hi): return x
-    if mode!='replicate': return F.pad(x, (0,0)*(x.ndim-3)+(lo,hi))
+    if mode!='replicate':
+        return F.pad(x, (0,0)*(x.ndim-3)+(lo,hi))
     way = route(x)
     if way=='card' and x.ndim==5: return card_pad(x, lo, hi)
     if way!='plain': return _PadDepth.apply(x, lo, hi)
@@ -190,7 +193,8 @@ class _Depth:
         return lo,total-lo+more
 
     def _total(self, D):
-        if self.same: return max((-(-D//self.s)-1)*self.s+self.span-D, 0)
+        if self.same:
+            return max((-(-D//self.s)-1)*self.s+self.span-D, 0)
         return 2*self.p if self.mode=='zeros' else max(2*self.p, self.span-self.s)
 
     def pad(self, x): return pad_depth(x, *self.pads(x.shape[2]), self.mode)
@@ -213,7 +217,8 @@ def _wide_grad(g, x, w, stride, padding, dilation, groups):
     c = w.shape[3]//2
     out = torch.empty_like(w)
     out[...,c-1:c+2] = columns(3, padding[1]-c+1, 1)
-    for j in range(2, c+1): out[...,c-j],out[...,c+j] = columns(2, padding[1]-c+j, 2*j).unbind(3)
+    for j in range(2, c+1):
+        out[...,c-j],out[...,c+j] = columns(2, padding[1]-c+j, 2*j).unbind(3)
     return out
 
 class _Depthwise(torch.autograd.Function):
@@ -229,15 +234,18 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx, g):
         x,w = ctx.saved_tensors
         gx = gw = None
-        if ctx.needs_input_grad[0]: gx,_ = _conv_grads(g, x, w, *ctx.args, (True,False))
-        if ctx.needs_input_grad[1]: gw = _wide_grad(g, x, w, *ctx.args)
+        if ctx.needs_input_grad[0]:
+            gx,_ = _conv_grads(g, x, w, *ctx.args, (True,False))
+        if ctx.needs_input_grad[1]:
+            gw = _wide_grad(g, x, w, *ctx.args)
         return gx,gw,None,None,None,None
 
 # %% ../nbs/41_operators.ipynb #84f00b4f
 def _cast(*xs):
     "`xs` in the type of autocast, where it is on"
     dev = xs[0].device.type
-    if not (torch.amp.is_autocast_available(dev) and torch.is_autocast_enabled(dev)): return xs
+    if not (torch.amp.is_autocast_available(dev) and torch.is_autocast_enabled(dev)):
+        return xs
     return tuple(x.to(torch.get_autocast_dtype(dev)) for x in xs)
 
 def _is_wide(x, w, padding, dilation, groups):
@@ -254,7 +262,8 @@ def _conv2d(x, w, stride, padding, dilation, groups):
     if route(x)!='cpu': return F.conv2d(x, w, None, *args)
     if len(x)==1: # torch's operator for single small images returns channels outermost
         return ChannelsInside.apply(F.conv2d(ChannelsInside.apply(x), w, None, *args))
-    if _is_wide(x, w, padding, dilation, groups): return _Depthwise.apply(*_cast(x, w), *args)
+    if _is_wide(x, w, padding, dilation, groups):
+        return _Depthwise.apply(*_cast(x, w), *args)
     return F.conv2d(x, w, None, *args)
 
 # %% ../nbs/41_operators.ipynb #4c813625
@@ -262,7 +271,8 @@ def _ends(D, k, s, d, p):
     "Where zeros stand for an end slice: (slice of the result, end slice, taps of the kernel that meet it)"
     for o in range((D+2*p-d*(k-1)-1)//s+1):
         at = [o*s+i*d-p for i in range(k)]
-        before,after = sum(j<0 for j in at),sum(j>=D for j in at)
+        before = sum(j<0 for j in at)
+        after = sum(j>=D for j in at)
         if before: yield o,0,slice(0,before)
         if after: yield o,D-1,slice(k-after,k)
 
@@ -278,7 +288,8 @@ class _DepthConv(torch.autograd.Function):
         ctx.ends = [*_ends(x.shape[2], w.shape[1], s, d, p)]
         ctx.save_for_backward(x, w)
         y = F.conv2d(x, w[:,None,:,None], None, *ctx.args)
-        for o,i,taps in ctx.ends: y[:,:,o].addcmul_(x[:,:,i], _tap_sum(w, taps))
+        for o,i,taps in ctx.ends:
+            y[:,:,o].addcmul_(x[:,:,i], _tap_sum(w, taps))
         return y
 
     @staticmethod
@@ -288,9 +299,12 @@ class _DepthConv(torch.autograd.Function):
         gx,gw = _conv_grads(g, x, w[:,None,:,None], *ctx.args, ctx.needs_input_grad[:2])
         if gw is not None: gw = gw.reshape(w.shape)
         for o,i,taps in ctx.ends:
-            if gx is not None: gx[:,:,i].addcmul_(g[:,:,o], _tap_sum(w, taps))
-            if gw is not None: gw[:,taps] += (g[:,:,o]*x[:,:,i]).sum((0,2))[:,None]
-        if gx is not None: gx = _unwindow_(gx, ctx.at, ctx.D)
+            if gx is not None:
+                gx[:,:,i].addcmul_(g[:,:,o], _tap_sum(w, taps))
+            if gw is not None:
+                gw[:,taps] += (g[:,:,o]*x[:,:,i]).sum((0,2))[:,None]
+        if gx is not None:
+            gx = _unwindow_(gx, ctx.at, ctx.D)
         return gx,gw,None,None,None,None
 
 def _tap_sum(w, taps): return w[:,taps].sum(1, keepdim=True)
@@ -322,7 +336,8 @@ class _DenseConv(torch.autograd.Function):
         g = g.movedim(1, -1).unflatten(1, (len(ctx.at),-1)).flatten(0,1).movedim(-1, 1)
         parts = _windows(x, ctx.at, ctx.mode)
         gx,gw = _conv_grads(g, parts, w, *ctx.args, ctx.needs_input_grad[:2])
-        if gx is not None: gx = _unwindow_(_inside(gx), ctx.at, x.shape[2], ctx.mode)
+        if gx is not None:
+            gx = _unwindow_(_inside(gx), ctx.at, x.shape[2], ctx.mode)
         return gx,gw,None,None,None,None,None
 
 # %% ../nbs/41_operators.ipynb #0a0a0a01
@@ -385,22 +400,31 @@ class InflatedConv3d(nn.Module):
     def forward(self,
         x:torch.Tensor, # (B,I,D,H,W)
     ) -> torch.Tensor: # (B,O,d,h,w)
-        if route(x)=='card': return self._on_card(x, self._kernel())
+        if route(x)=='card':
+            return self._on_card(x, self._kernel())
         w,o,cpu = self._kernel(),self.along,route(x)=='cpu'
-        if cpu and _is_pointwise(self): return _across(x, lambda rows: F.linear(rows, w.flatten(1), self.bias))
-        if o.k==1: y = self._plane(as_images(_skip(x, o.s)), w[:,:,0])
-        elif x.shape[2]==1 and (o.mode=='replicate' or o.d==1): y = self._plane(as_images(x), _one_slice(w, o))
+        if cpu and _is_pointwise(self):
+            return _across(x, lambda rows: F.linear(rows, w.flatten(1), self.bias))
+        if o.k==1:
+            y = self._plane(as_images(_skip(x, o.s)), w[:,:,0])
+        elif x.shape[2]==1 and (o.mode=='replicate' or o.d==1):
+            y = self._plane(as_images(x), _one_slice(w, o))
         elif cpu and self.groups==1: y = self._dense(x, w)
-        elif cpu and self.groups==self.in_channels: y = self._slice_by_slice(x, w)
-        else: return self._conv3d(x)
+        elif cpu and self.groups==self.in_channels:
+            y = self._slice_by_slice(x, w)
+        else:
+            return self._conv3d(x)
         return as_volumes(self._biased(y), x.shape[0])
 
     def _on_card(self, x, w):
         "What cuDNN is slow at goes to kernels of our own, or is put as what it is fast at"
-        if _is_pointwise(self): return _across(x, lambda rows: F.linear(rows, w.flatten(1), self.bias))
+        if _is_pointwise(self):
+            return _across(x, lambda rows: F.linear(rows, w.flatten(1), self.bias))
         x, = _cast(x)
-        if _is_depthwise(self): return self._biased(card_depthwise(x, w, self._geometry(x)[0]))
-        if self.groups==1 and self.in_channels<=4 and max(self.dilation)==1: return self._biased(self._folded(x, w))
+        if _is_depthwise(self):
+            return self._biased(card_depthwise(x, w, self._geometry(x)[0]))
+        if self.groups==1 and self.in_channels<=4 and max(self.dilation)==1:
+            return self._biased(self._folded(x, w))
         if self.along.k>1: return self._conv3d(x)
         return as_volumes(self._biased(self._plane(as_images(_skip(x, self.along.s)), w[:,:,0])), len(x))
 
@@ -409,7 +433,8 @@ class InflatedConv3d(nn.Module):
         return self.along.pads(x.shape[2]),*self._plane_pads(x)
 
     def _plane_pads(self, x):
-        if not self.same: return tuple((p,p) for p in self.padding[1:])
+        if not self.same:
+            return tuple((p,p) for p in self.padding[1:])
         totals = map(tl.get_same_padding, x.shape[3:], self.kernel_size[1:], self.stride[1:], self.dilation[1:])
         return tuple((n//2,n-n//2) for n in totals)
 
@@ -500,17 +525,23 @@ class SeparableConv3d(InflatedConv3d):
     def forward(self,
         x:torch.Tensor, # (B,I,D,H,W)
     ) -> torch.Tensor: # (B,O,d,h,w); where few channels go in, by one convolution with the product of the kernels
-        if self.groups==1 and self.in_channels<=4: return super().forward(x)
-        if route(x)=='card': return self._biased(self._apart_on_card(*_cast(x)))
+        if self.groups==1 and self.in_channels<=4:
+            return super().forward(x)
+        if route(x)=='card':
+            return self._biased(self._apart_on_card(*_cast(x)))
         y = as_volumes(self._plane(as_images(x), self.weight), x.shape[0])
-        if y.shape[2]==1 and self.along.mode=='replicate': y = y*self.depth.sum(1).view(-1,1,1,1)
-        else: y = _planes(self._through(_lines(y)), y.shape[3:])
+        if y.shape[2]==1 and self.along.mode=='replicate':
+            y = y*self.depth.sum(1).view(-1,1,1,1)
+        else:
+            y = _planes(self._through(_lines(y)), y.shape[3:])
         return self._biased(y)
 
     def _apart_on_card(self, x):
         _,plane,depth = self._geometry(x)
-        if _is_depthwise(self): y = card_depthwise(x, self.weight[:,:,None], plane)
-        else: y = as_volumes(self._plane(as_images(x), self.weight), len(x))
+        if _is_depthwise(self):
+            y = card_depthwise(x, self.weight[:,:,None], plane)
+        else:
+            y = as_volumes(self._plane(as_images(x), self.weight), len(x))
         return card_depthwise(y, self.depth[:,None,:,None,None], depth)
 
     def _through(self, lines):
@@ -518,7 +549,8 @@ class SeparableConv3d(InflatedConv3d):
         o = self.along
         pads = o.pads(lines.shape[2])
         by_hand = o.mode=='replicate' and route(lines)!='plain'
-        if by_hand: return _DepthConv.apply(*_cast(lines, self.depth), *pads, o.s, o.d)
+        if by_hand:
+            return _DepthConv.apply(*_cast(lines, self.depth), *pads, o.s, o.d)
         w = self.depth[:,None,:,None]
         return F.conv2d(pad_depth(lines, *pads, o.mode), w, None, (o.s,1), 0, (o.d,1), self.out_channels)
 
@@ -537,7 +569,8 @@ def separate_depth(
     tol:float=1e-4, # Largest relative distance of a kernel from rank one
 ) -> nn.Module: # The same network
     "Split k x k x k convolutions with a rank-one depth profile into an in-plane and a depth-only one; others stay."
-    if which not in ('depthwise','all'): raise unknown_name('kind of convolution', which, ('depthwise','all'))
+    if which not in ('depthwise','all'):
+        raise unknown_name('kind of convolution', which, ('depthwise','all'))
     def split(m):
         if not _separable(m, which): return m
         w,p = _rank_one(m.weight.detach())
@@ -546,8 +579,10 @@ def separate_depth(
 
 def _separable(m, which):
     "Is this a convolution, of the kind asked for, whose kernel extends along all axes?"
-    if type(m) not in (InflatedConv3d,nn.Conv3d) or m.kernel_size[0]==1 or max(m.kernel_size[1:])==1: return False
-    if which=='depthwise' and not m.groups==m.in_channels>1: return False
+    if type(m) not in (InflatedConv3d,nn.Conv3d) or m.kernel_size[0]==1 or max(m.kernel_size[1:])==1:
+        return False
+    if which=='depthwise' and not m.groups==m.in_channels>1:
+        return False
     return not isinstance(m, nn.Conv3d) or m.padding_mode=='zeros' and not isinstance(m.padding, str)
 
 def _near(w, p, kernel, tol):
@@ -570,12 +605,14 @@ def _remake(cls, m, **weights):
     args = (m.kernel_size, m.stride, m.dilation, m.groups, m.bias is not None, m.padding, same, mode)
     new = cls(m.in_channels, m.out_channels, *args)
     if m.bias is not None: new.bias = m.bias
-    for k,v in weights.items(): setattr(new, k, nn.Parameter(v.contiguous(), requires_grad=m.weight.requires_grad))
+    for k,v in weights.items():
+        setattr(new, k, nn.Parameter(v.contiguous(), requires_grad=m.weight.requires_grad))
     return new.train(m.training)
 
 def _replace(model, f):
     "Put `f(module)` in the place of every module"
-    for n,c in model.named_children(): setattr(model, n, _replace(c, f))
+    for n,c in model.named_children():
+        setattr(model, n, _replace(c, f))
     return f(model)
 
 # %% ../nbs/41_operators.ipynb #f7497c8f
@@ -666,7 +703,8 @@ class _ExpandNorm(torch.autograd.Function):
         if mu is not None:
             t = s*gg
             G = G-torch.outer(gb, mu)-t[:,None]*P
-            if gu is not None: _through_moments_(gu, u, W, A, t, t*m-gb)
+            if gu is not None:
+                _through_moments_(gu, u, W, A, t, t*m-gb)
         if gu is not None: gu = _volume(gu, x)
         return gu,(a[:,None]*G).to(w).view_as(w),gg.to(gamma),gb.to(gamma),*(None,)*6
 
@@ -699,17 +737,22 @@ class BatchNormAct3d(nn.BatchNorm3d):
         mean,var = (self.running_mean,self.running_var) if tracked else (None,None)
         momentum = self.momentum
         if self.training and mean is not None:
-            if BatchNormAct3d.recomputing: mean,var = mean.clone(),var.clone()
-            else: self.num_batches_tracked.add_(1)
-            if momentum is None: momentum = 1/float(self.num_batches_tracked)
+            if BatchNormAct3d.recomputing:
+                mean,var = mean.clone(),var.clone()
+            else:
+                self.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1/float(self.num_batches_tracked)
         return self.weight,self.bias,mean,var,self.training or mean is None,momentum or 0.,self.eps
 
     def forward(self,
         x:torch.Tensor, # (B,C,D,H,W)
     ) -> torch.Tensor: # Like `x`
-        if route(x)=='card' and _on_one_pass(self, self.act): return self._on_card(x, self.act)
+        if route(x)=='card' and _on_one_pass(self, self.act):
+            return self._on_card(x, self.act)
         w,b,mean,var,own,*rest = self._now()
-        if own and mean is not None and _is_single(x): own = False
+        if own and mean is not None and _is_single(x):
+            own = False
         if _ends_in_silu(self) and _large(x) and torch.is_grad_enabled():
             return _BatchNormSiLU.apply(x, w, b, mean, var, own, *rest)
         return self.act(self.drop(F.batch_norm(x, mean, var, w, b, own, *rest)))
@@ -717,7 +760,8 @@ class BatchNormAct3d(nn.BatchNorm3d):
     def _on_card(self, x, act, add=None):
         "Norm, addition and activation in one pass."
         w,b,mean,var,own,*rest = self._now()
-        if own and mean is not None and _is_single(x): own = False
+        if own and mean is not None and _is_single(x):
+            own = False
         return card_norm(x, w, b, mean, var, own, *rest, ACTIVATIONS[type(act)], add)
 
 def _on_one_pass(norm, act): return type(act) in ACTIVATIONS and type(norm.drop) is nn.Identity
@@ -734,7 +778,8 @@ def norm_act(
     "A norm, a shortcut and an activation, in one pass on a card."
     bare = isinstance(norm, BatchNormAct3d) and type(norm).forward is BatchNormAct3d.forward
     bare = bare and type(norm.act) is nn.Identity and _on_one_pass(norm, act)
-    if bare and route(x)=='card': return norm._on_card(x, act, add)
+    if bare and route(x)=='card':
+        return norm._on_card(x, act, add)
     y = norm(x)
     return act(y if add is None else y+add)
 
@@ -745,7 +790,8 @@ def conv_norm(
     x:torch.Tensor, # (B,C,D,H,W)
 ) -> torch.Tensor: # `norm(conv(x))`
     "A convolution and its norm, with fewer passes over memory where the convolution multiplies the channels."
-    if not (_expands(conv, x) and type(norm) is BatchNormAct3d and norm.affine): return norm(conv(x))
+    if not (_expands(conv, x) and type(norm) is BatchNormAct3d and norm.affine):
+        return norm(conv(x))
     silu = _ends_in_silu(norm)
     y = _ExpandNorm.apply(*_cast(x, conv.weight), *norm._now(), silu)
     if silu: return y
@@ -779,8 +825,10 @@ class InflatedPool3d(nn.Module):
     def forward(self,
         x:torch.Tensor, # (B,C,D,H,W)
     ) -> torch.Tensor: # (B,C,d,h,w)
-        if self._is_max_pool3d(x): return self._max_pool3d(x)
-        if self._is_on_card(x): return card_max_pool(x, self._geometry(x))
+        if self._is_max_pool3d(x):
+            return self._max_pool3d(x)
+        if self._is_on_card(x):
+            return card_max_pool(x, self._geometry(x))
         y = as_volumes(self.plane(as_images(x)), x.shape[0])
         if self.along.k==1: return _skip(y, self.along.s)
         return _planes(self._through(_lines(self.along.pad(y))), y.shape[3:])
@@ -814,8 +862,10 @@ class InflatedPool3d(nn.Module):
     def _through(self, lines):
         "The pool along the depth, (B,C,D,N)"
         o = self.along
-        if self.kind=='max': return F.max_pool2d(lines, (o.k,1), (o.s,1), 0, (o.d,1))
-        if self.kind=='avg': return F.avg_pool2d(lines, (o.k,1), (o.s,1))
+        if self.kind=='max':
+            return F.max_pool2d(lines, (o.k,1), (o.s,1), 0, (o.d,1))
+        if self.kind=='avg':
+            return F.avg_pool2d(lines, (o.k,1), (o.s,1))
         C = lines.shape[1]
         w = _binomial_on(o.k, lines.device, lines.dtype).view(1,1,-1,1).expand(C,1,-1,1)
         return F.conv2d(lines, w, None, (o.s,1), groups=C)

@@ -78,7 +78,8 @@ def pack_bundle(
     about = dict(kind=_KIND, form=_FORM, bundle=b.signature, passes=sum('done' not in e for e in lines))
     with atomic_path(file, record=True) as tmp:
         manifest = _write_pack(b, texts, about, tmp)
-        if file.exists() and _sha256(file)!=_sha256(tmp): raise _in_the_way(file)
+        if file.exists() and _sha256(file)!=_sha256(tmp):
+            raise _in_the_way(file)
     return dict(manifest, bytes=file.stat().st_size, sha256=_sha256(file))
 
 def _in_the_way(path):
@@ -88,8 +89,10 @@ def _ledger_lines(b):
     "The lines of a ledger that lacks no test and holds no unfinished one"
     lines = b.ledger.lines()
     done = {e['done'] for e in lines if 'done' in e}
-    if any(e.get('begun') and e['result'] not in done for e in lines): raise _not_finished(b)
-    if lost := _not_in_ledger(b): raise _tests_missing(b, len(lost))
+    if any(e.get('begun') and e['result'] not in done for e in lines):
+        raise _not_finished(b)
+    if lost := _not_in_ledger(b):
+        raise _tests_missing(b, len(lost))
     return lines
 
 def _not_in_ledger(b):
@@ -108,13 +111,17 @@ def _tests_missing(b, n):
 def _card_text(b, card):
     "The authors' card, or what the bundle says of itself"
     beside = b.path/'card.md'
-    if card is None and not beside.exists(): return bundle_card(b)
+    if card is None and not beside.exists():
+        return bundle_card(b)
     path = Path(beside if card is None else card)
     try:
-        with open_input(path) as f: text = f.read(_MOST+1).decode()
+        with open_input(path) as f:
+            text = f.read(_MOST+1).decode()
         huggingface_hub.ModelCard(text)
-    except OSError as e: raise MGMTError(f"the card {path} cannot be read ({e.strerror})") from e
-    except (ValueError,yaml.YAMLError) as e: raise _no_card(path) from e
+    except OSError as e:
+        raise MGMTError(f"the card {path} cannot be read ({e.strerror})") from e
+    except (ValueError,yaml.YAMLError) as e:
+        raise _no_card(path) from e
     if len(text)>=_MOST: raise _no_card(path)
     return text
 
@@ -131,8 +138,10 @@ def _write_pack(b, texts, about, path):
     files = {}
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_STORED) as archive:
         for name in _files_of(b):
-            with open_input(b.path/name) as f: files[name] = _add(archive, name, f)
-        for name,text in texts.items(): files[name] = _add(archive, name, io.BytesIO(text.encode()))
+            with open_input(b.path/name) as f:
+                files[name] = _add(archive, name, f)
+        for name,text in texts.items():
+            files[name] = _add(archive, name, io.BytesIO(text.encode()))
         manifest = dict(about, files=files)
         text = json.dumps(manifest, indent=1, sort_keys=True)+'\n'
         _add(archive, 'manifest.json', io.BytesIO(text.encode()))
@@ -185,7 +194,8 @@ def _opened(file):
             _check_directory(archive.infolist(), os.fstat(f.fileno()).st_size)
             yield archive,_manifest(archive)
     except MGMTError: raise
-    except OSError as e: raise MGMTError(f"{file} cannot be read ({e.strerror}): is it the pack that was sent?") from e
+    except OSError as e:
+        raise MGMTError(f"{file} cannot be read ({e.strerror}): is it the pack that was sent?") from e
     except _BROKEN as e: raise _no_pack(file) from e
 
 def _no_pack(file):
@@ -196,12 +206,17 @@ def _check_directory(entries, size):
     "Refuse whatever a pack never has"
     named = Counter(o.orig_filename.lower() for o in entries) # two names may be one on some systems
     for o in entries:
-        if not _NAME.fullmatch(o.orig_filename): raise _strange(o, 'a name that leads elsewhere')
-        if o.compress_type!=zipfile.ZIP_STORED or o.file_size!=o.compress_size: raise _strange(o, 'compressed')
+        if not _NAME.fullmatch(o.orig_filename):
+            raise _strange(o, 'a name that leads elsewhere')
+        if o.compress_type!=zipfile.ZIP_STORED or o.file_size!=o.compress_size:
+            raise _strange(o, 'compressed')
         if o.flag_bits & 1: raise _strange(o, 'encrypted')
-        if stat.S_IFMT(o.external_attr>>16) not in (0, stat.S_IFREG): raise _strange(o, 'no plain file')
-        if named[o.orig_filename.lower()]>1: raise _strange(o, 'there twice')
-    if sum(o.file_size for o in entries)>size: raise _strange(entries[0], 'longer than the file can hold')
+        if stat.S_IFMT(o.external_attr>>16) not in (0, stat.S_IFREG):
+            raise _strange(o, 'no plain file')
+        if named[o.orig_filename.lower()]>1:
+            raise _strange(o, 'there twice')
+    if sum(o.file_size for o in entries)>size:
+        raise _strange(entries[0], 'longer than the file can hold')
 
 def _strange(entry, what):
     return MGMTError(f"this is no pack of mgmt_fast: its entry {entry.orig_filename!r:.60} is {what}. Nothing was "
@@ -210,12 +225,16 @@ def _strange(entry, what):
 def _manifest(archive):
     "The manifest, which names all other entries of the archive and their sizes"
     sizes = {o.filename: o.file_size for o in archive.infolist()}
-    if sizes.pop('manifest.json', _MOST+1)>_MOST: raise _another_kind()
+    if sizes.pop('manifest.json', _MOST+1)>_MOST:
+        raise _another_kind()
     d = parse_json(archive.read('manifest.json'))
-    if not isinstance(d, dict) or d.get('kind')!=_KIND: raise _another_kind()
-    if isinstance(d.get('form'), int) and d['form']>_FORM: raise _newer(d['form'])
+    if not isinstance(d, dict) or d.get('kind')!=_KIND:
+        raise _another_kind()
+    if isinstance(d.get('form'), int) and d['form']>_FORM:
+        raise _newer(d['form'])
     d = check_form(d, _MANIFEST, 'manifest.json')
-    if sizes!={name: o['bytes'] for name,o in d['files'].items()}: raise _other_files()
+    if sizes!={name: o['bytes'] for name,o in d['files'].items()}:
+        raise _other_files()
     return d
 
 def _another_kind():
@@ -243,13 +262,16 @@ def unpack_bundle(
     the one that was sent, and where something else is in the way."""
     dest = Path(dest)
     _check_free(dest)
-    if sha256 is not None and _sent(file)!=sha256.strip().lower(): raise _not_as_sent(file)
+    if sha256 is not None and _sent(file)!=sha256.strip().lower():
+        raise _not_as_sent(file)
     with _opened(file) as (archive,manifest):
-        if (dest/'bundle.json').exists(): return _same_bundle(dest, archive, manifest)
+        if (dest/'bundle.json').exists():
+            return _same_bundle(dest, archive, manifest)
         _check_room(dest, manifest)
         with atomic_path(dest, record=True) as tmp:
             tmp.mkdir()
-            for name,said in manifest['files'].items(): _unpack_one(archive, name, said, tmp)
+            for name,said in manifest['files'].items():
+                _unpack_one(archive, name, said, tmp)
             _check_bundle(tmp, manifest)
     b = Bundle(dest)
     if lost := _not_in_ledger(b): print(_older(len(lost)))
@@ -257,29 +279,35 @@ def unpack_bundle(
 
 def _check_free(dest):
     "A folder that is empty or holds a bundle may be named"
-    if dest.is_symlink() or dest.is_file(): raise _in_the_way(dest)
-    if dest.is_dir() and any(dest.iterdir()) and not (dest/'bundle.json').exists(): raise _in_the_way(dest)
+    if dest.is_symlink() or dest.is_file():
+        raise _in_the_way(dest)
+    if dest.is_dir() and any(dest.iterdir()) and not (dest/'bundle.json').exists():
+        raise _in_the_way(dest)
 
 def _same_bundle(dest, archive, manifest):
     "The bundle that is there, if it is the packed one and its ledger goes on from the packed one's"
     b = Bundle(dest)
     packed = archive.read('ledger.jsonl').decode()
     lines = ''.join(json.dumps(o)+'\n' for o in b.ledger.lines())
-    if b.signature!=manifest['bundle'] or not lines.startswith(packed): raise _in_the_way(dest)
+    if b.signature!=manifest['bundle'] or not lines.startswith(packed):
+        raise _in_the_way(dest)
     return b
 
 def _sent(file):
     "The hash of what arrived"
     try: return _sha256(file)
-    except OSError as e: raise MGMTError(f"{file} cannot be read ({e.strerror}): is it the pack that was sent?") from e
+    except OSError as e:
+        raise MGMTError(f"{file} cannot be read ({e.strerror}): is it the pack that was sent?") from e
 
 def _not_as_sent(file):
     return MGMTError(f"{file} does not have the hash that you were told: it is another file, or was changed on its "
         "way. Ask the sender for hash and file again")
 
 def _check_room(dest, manifest):
-    need,free = sum(o['bytes'] for o in manifest['files'].values()),shutil.disk_usage(make_folder(dest.parent)).free
-    if need>free: raise MGMTError(f"unpacking takes {need:,} bytes, and {free:,} are free: make room, or give another "
+    need = sum(o['bytes'] for o in manifest['files'].values())
+    free = shutil.disk_usage(make_folder(dest.parent)).free
+    if need>free:
+        raise MGMTError(f"unpacking takes {need:,} bytes, and {free:,} are free: make room, or give another "
         "folder")
 
 def _unpack_one(archive, name, said, folder):
@@ -301,9 +329,12 @@ def _check_bundle(folder, manifest):
     try:
         b = Bundle(folder)
         passes = len(b.ledger.passes())
-    except MGMTError as e: raise _not_one(str(e).replace(str(folder), 'the pack')) from e
-    if set(manifest['files'])!={*_files_of(b), 'ledger.jsonl', 'card.md'}: raise _other_files()
-    if (b.signature,passes)!=(manifest['bundle'],manifest['passes']): raise _not_one('its manifest is of another one')
+    except MGMTError as e:
+        raise _not_one(str(e).replace(str(folder), 'the pack')) from e
+    if set(manifest['files'])!={*_files_of(b), 'ledger.jsonl', 'card.md'}:
+        raise _other_files()
+    if (b.signature,passes)!=(manifest['bundle'],manifest['passes']):
+        raise _not_one('its manifest is of another one')
 
 def _not_one(why):
     return MGMTError(f"the files of this pack are not one bundle ({why}): it was not made by mgmt_pack, or changed "
@@ -335,7 +366,8 @@ def push_model(
         write_text(folder/'README.md', _card_text(b, card))
         holds = {_PACK: _says_what(b), 'README.md': 'the model card'}
         rows = [dict(file=k, bytes=(folder/k).stat().st_size, holds=v) for k,v in holds.items()]
-        if confirm: _send(api or huggingface_hub.HfApi(), folder, repo_id, private, b)
+        if confirm:
+            _send(api or huggingface_hub.HfApi(), folder, repo_id, private, b)
     return pd.DataFrame(rows)
 
 def _says_what(b):
@@ -357,7 +389,8 @@ def _send(api, folder, repo_id, private, b):
     "Make the repository where there is none, and send all files in one commit"
     with _hub_errors(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.repo_info(repo_id).private: raise _public(repo_id)
+        if private and not api.repo_info(repo_id).private:
+            raise _public(repo_id)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f'Bundle {b.signature[:8]}')
 
 def _public(repo_id):
@@ -370,7 +403,8 @@ _HTTP = tuple(c for c in huggingface_hub.errors.HfHubHTTPError.__mro__ if c.__na
 def _hub_errors(repo_id):
     "What keeps the hub from answering, as one sentence"
     try: yield
-    except (OSError,*_HTTP) as e: raise _hub_refuses(repo_id, e) from e
+    except (OSError,*_HTTP) as e:
+        raise _hub_refuses(repo_id, e) from e
 
 def _hub_refuses(repo_id, e):
     code = getattr(getattr(e, 'response', None), 'status_code', None)

@@ -42,8 +42,10 @@ def write_csv(
     "Write a table, whole or not at all, with nothing in it that a spreadsheet would execute."
     safe = table.rename(columns=_guarded)
     for i,c in enumerate(table.dtypes):
-        if not pd.api.types.is_numeric_dtype(c): safe.isetitem(i, table.iloc[:,i].astype(object).map(_guarded))
-    with atomic_path(path) as tmp: safe.to_csv(tmp, index=False, **kwargs)
+        if not pd.api.types.is_numeric_dtype(c):
+            safe.isetitem(i, table.iloc[:,i].astype(object).map(_guarded))
+    with atomic_path(path) as tmp:
+        safe.to_csv(tmp, index=False, **kwargs)
     return Path(path)
 
 def plain_cells(
@@ -52,7 +54,8 @@ def plain_cells(
     "A table without the apostrophes that guard its cells."
     res = table.rename(columns=_unguarded)
     for i,c in enumerate(table.dtypes):
-        if not pd.api.types.is_numeric_dtype(c): res.isetitem(i, table.iloc[:,i].map(_unguarded, na_action='ignore'))
+        if not pd.api.types.is_numeric_dtype(c):
+            res.isetitem(i, table.iloc[:,i].map(_unguarded, na_action='ignore'))
     return res
 
 def _unguarded(v): return v[1:] if isinstance(v, str) and v[:1]=="'" and _guarded(v[1:])==v else v
@@ -92,8 +95,10 @@ def write_picture(
 
 def _picture_bytes(picture, kind, dpi):
     f = io.BytesIO()
-    if isinstance(picture, plt.Figure): picture.savefig(f, format='png', dpi=dpi, bbox_inches='tight')
-    else: Image.fromarray(picture).save(f, kind, quality=80)
+    if isinstance(picture, plt.Figure):
+        picture.savefig(f, format='png', dpi=dpi, bbox_inches='tight')
+    else:
+        Image.fromarray(picture).save(f, kind, quality=80)
     return f.getvalue()
 
 # %% ../nbs/03_pages.ipynb #bf68ee41

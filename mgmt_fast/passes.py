@@ -31,7 +31,8 @@ def _sent(table, x, dtype=np.float32):
 
 def _check(*xs):
     for x in xs:
-        if not x.is_contiguous() or x.dtype!=torch.float32: raise MGMTError(_not_plain(x))
+        if not x.is_contiguous() or x.dtype!=torch.float32:
+            raise MGMTError(_not_plain(x))
 
 def _not_plain(x):
     return f"kernels take float32, contiguous in memory; received {x.dtype} with strides {x.stride()}: use contiguous()"
@@ -67,7 +68,8 @@ def _warp_slices(src, out, rows, C, D, H, W, per, MODE:tl.constexpr, BH:tl.const
     top,bottom = here&(y0>=0)&(y0<H),here&(y0>=-1)&(y0<H-1)
     left,right = (x0>=0)&(x0<W),(x0>=-1)&(x0<W-1)
     at,to = y0*W+x0,h*W+w
-    step,first = tl.load(r+1).to(tl.int32),tl.load(r+2).to(tl.int32)
+    step = tl.load(r+1).to(tl.int32)
+    first = tl.load(r+2).to(tl.int32)
     start = tl.program_id(1)*per
     for s in range(start, tl.minimum(start+per, C*D)):
         c = s//D
@@ -96,12 +98,14 @@ def warp_slices(
     _check(src, out)
     B,C,D,H,W = src.shape
     turned = np.zeros(len(at)) if mirror is None else np.asarray(mirror, dtype=float)
-    if windows is None: windows = np.tile([0,H-1,0,W-1], (len(at),1))
+    if windows is None:
+        windows = np.tile([0,H-1,0,W-1], (len(at),1))
     order = np.stack([at, 1-2*turned, turned*(D-1)], 1)
     rows = _sent(np.concatenate([order, np.reshape(maps, (-1,6)), windows], 1), src)
     BH,BW,per = 8,64,8
     grid = ceil_div(H, BH)*ceil_div(W, BW),ceil_div(C*D, per),len(at)
-    with _at(src): _warp_slices[grid](src, out, rows, C, D, H, W, per, _modes[outside], BH, BW)
+    with _at(src):
+        _warp_slices[grid](src, out, rows, C, D, H, W, per, _modes[outside], BH, BW)
 
 # %% ../nbs/09_passes.ipynb #d2b67feb
 @in_kernel
@@ -125,13 +129,17 @@ def _warp_volumes(src, out, rows, C, D, H, W, MODE:tl.constexpr, BH:tl.constexpr
     across = (W+BW-1)//BW
     h = (tl.program_id(0)//across)*BH+tl.arange(0, BH)[:,None]
     w = (tl.program_id(0)%across)*BW+tl.arange(0, BW)[None,:]
-    fd,fh,fw = d.to(tl.float32),h.to(tl.float32),w.to(tl.float32)
+    fd = d.to(tl.float32)
+    fh = h.to(tl.float32)
+    fw = w.to(tl.float32)
     z = _inside(_along(r+1, fd, fh, fw), 0., D-1., D, MODE)
     y = _inside(_along(r+5, fd, fh, fw), 0., H-1., H, MODE)
     x = _inside(_along(r+9, fd, fh, fw), 0., W-1., W, MODE)
     fz,fy,fx = tl.floor(z),tl.floor(y),tl.floor(x)
     tz,ty,tx = z-fz,y-fy,x-fx
-    z0,y0,x0 = fz.to(tl.int32),fy.to(tl.int32),fx.to(tl.int32)
+    z0 = fz.to(tl.int32)
+    y0 = fy.to(tl.int32)
+    x0 = fx.to(tl.int32)
     here = (h<H)&(w<W)
     at = (z0*H+y0)*W+x0
     near,far = here&(z0>=0)&(z0<D),here&(z0>=-1)&(z0<D-1)
@@ -155,14 +163,16 @@ def warp_volumes(
     rows = _sent(np.concatenate([np.reshape(at, (-1,1)), np.reshape(maps, (-1,12))], 1), src)
     BH,BW = 4,64
     grid = ceil_div(H, BH)*ceil_div(W, BW),D,len(at)
-    with _at(src): _warp_volumes[grid](src, out, rows, C, D, H, W, _modes[outside], BH, BW)
+    with _at(src):
+        _warp_volumes[grid](src, out, rows, C, D, H, W, _modes[outside], BH, BW)
 
 # %% ../nbs/09_passes.ipynb #beb0b59d
 @on_card
 def _sum_slices(x, rows, sums, counts, S, N, BLOCK:tl.constexpr):
     k,s = tl.program_id(1),tl.program_id(0)
     v = x+(tl.load(rows+k*4).to(tl.int64)*S+s)*N
-    total,brain = tl.zeros([BLOCK], tl.float32),tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    brain = tl.zeros([BLOCK], tl.float32)
     for i in range(0, N, BLOCK):
         j = i+tl.arange(0, BLOCK)
         o = tl.load(v+j, mask=j<N, other=0.)
@@ -181,7 +191,8 @@ def _light(x, rows, sums, counts, least, D, S, N, BRAIN:tl.constexpr, BD:tl.cons
         total = tl.sum(tl.load(sums+at, mask=d<D, other=0.).to(tl.float64))
         n = tl.sum(tl.load(counts+at, mask=d<D, other=0.).to(tl.float64))
         mean = (total/tl.maximum(n, 1.)).to(tl.float32)
-    else: mean = tl.load(sums+k*S+s)/N
+    else:
+        mean = tl.load(sums+k*S+s)/N
     j = tl.program_id(0)*BLOCK+tl.arange(0, BLOCK)
     v = x+(tl.load(r).to(tl.int64)*S+s)*N+j
     o = tl.load(v, mask=j<N, other=0.)
@@ -205,7 +216,8 @@ def light_(
     _check(x)
     B,C,D,H,W = x.shape
     S,N = C*D,H*W
-    c,b = np.asarray(contrast, dtype=float),np.asarray(brightness, dtype=float)
+    c = np.asarray(contrast, dtype=float)
+    b = np.asarray(brightness, dtype=float)
     rows = _sent(np.stack([at, c*b, (1-c)*b, gamma], 1), x)
     sums,counts = (torch.empty(len(at), S, device=x.device) for _ in range(2))
     with _at(x):
@@ -216,11 +228,13 @@ def light_(
 @in_kernel
 def _field(g, n, h, w, H, W, BH:tl.constexpr, BW:tl.constexpr):
     "Cosines of a slice"
-    ph,pw = (h.to(tl.float32)+.5)*(3.141592653589793/H),(w.to(tl.float32)+.5)*(3.141592653589793/W)
+    ph = (h.to(tl.float32)+.5)*(3.141592653589793/H)
+    pw = (w.to(tl.float32)+.5)*(3.141592653589793/W)
     f = tl.zeros([BH,BW], tl.float32)
     for j in range(n):
         part = tl.zeros([1,BW], tl.float32)
-        for i in range(n): part += tl.load(g+j*n+i)*tl.cos(pw*i)
+        for i in range(n):
+            part += tl.load(g+j*n+i)*tl.cos(pw*i)
         f += part*tl.cos(ph*j)
     return f
 
@@ -260,7 +274,8 @@ def shade_(
     n = weights.shape[-1]
     waves = np.cos(np.arange(n)*(np.arange(D)[:,None]+.5)*(math.pi/D))
     g = _sent(np.einsum('kijl,di->kdjl', weights, waves), x)
-    rows,most = _sent(np.stack([at, strength], 1), x),torch.zeros(len(at), device=x.device)
+    rows = _sent(np.stack([at, strength], 1), x)
+    most = torch.zeros(len(at), device=x.device)
     BH,BW = 16,64
     grid = ceil_div(H, BH)*ceil_div(W, BW),D,len(at)
     with _at(x):
@@ -292,8 +307,10 @@ def add_noise_(
     "Add noise to what is not air."
     _check(x)
     N = x[0].numel()
-    rows,seeds = _sent(np.stack([at, noise], 1), x),_sent(seeds, x, np.int32)
-    with _at(x): _add_noise[ceil_div(N, 1024),len(at)](x, rows, seeds, least, N, bool(rician), 1024)
+    rows = _sent(np.stack([at, noise], 1), x)
+    seeds = _sent(seeds, x, np.int32)
+    with _at(x):
+        _add_noise[ceil_div(N, 1024),len(at)](x, rows, seeds, least, N, bool(rician), 1024)
 
 # %% ../nbs/09_passes.ipynb #51d62b45
 @on_card
@@ -302,8 +319,10 @@ def _blur_rows(x, rows, a, b, S, H, W, BLOCK:tl.constexpr):
     j = tl.program_id(0)*BLOCK+tl.arange(0, BLOCK)
     h = j//W
     v = x+(tl.load(rows+k*5).to(tl.int64)*S+s)*H*W
-    r,narrow = tl.load(rows+k*5+1).to(tl.int32),1/tl.load(rows+k*5+2)
-    total,brain = tl.zeros([BLOCK], tl.float32),tl.zeros([BLOCK], tl.float32)
+    r = tl.load(rows+k*5+1).to(tl.int32)
+    narrow = 1/tl.load(rows+k*5+2)
+    total = tl.zeros([BLOCK], tl.float32)
+    brain = tl.zeros([BLOCK], tl.float32)
     for i in range(-r, r+1):
         g = i*narrow
         o = tl.load(v+j+i*W, mask=(h+i>=0)&(h+i<H)&(j<H*W), other=0.)
@@ -320,8 +339,10 @@ def _blur_columns(x, rows, a, b, least, S, H, W, BLOCK:tl.constexpr):
     j = tl.program_id(0)*BLOCK+tl.arange(0, BLOCK)
     w = j%W
     at = (k*S+s).to(tl.int64)*H*W+j
-    r,narrow = tl.load(rows+k*5+3).to(tl.int32),1/tl.load(rows+k*5+4)
-    total,brain = tl.zeros([BLOCK], tl.float32),tl.zeros([BLOCK], tl.float32)
+    r = tl.load(rows+k*5+3).to(tl.int32)
+    narrow = 1/tl.load(rows+k*5+4)
+    total = tl.zeros([BLOCK], tl.float32)
+    brain = tl.zeros([BLOCK], tl.float32)
     for i in range(-r, r+1):
         g = i*narrow
         g = tl.exp(-.5*g*g)
@@ -359,7 +380,8 @@ def _thicken(x, rows, mix, least, C, D, N, BD:tl.constexpr, BN:tl.constexpr):
     j = tl.program_id(0)*BN+tl.arange(0, BN)
     d = tl.arange(0, BD)
     v = x+(tl.load(rows+k).to(tl.int64)*C+c)*D*N
-    total,brain = tl.zeros([BD,BN], tl.float32),tl.zeros([BD,BN], tl.float32)
+    total = tl.zeros([BD,BN], tl.float32)
+    brain = tl.zeros([BD,BN], tl.float32)
     for e in range(D):
         m = tl.load(mix+(k*D+d)*D+e, mask=d<D, other=0.)[:,None]
         o = tl.load(v+e*N+j, mask=j<N, other=0.)[None,:]
@@ -385,7 +407,8 @@ def thicken_(
     rows,mix = _sent(at, x),_sent(mixes, x)
     BD = next_power(D)
     BN = max(16, 4096//BD)
-    with _at(x): _thicken[ceil_div(H*W, BN),C,len(at)](x, rows, mix, least, C, D, H*W, BD, BN)
+    with _at(x):
+        _thicken[ceil_div(H*W, BN),C,len(at)](x, rows, mix, least, C, D, H*W, BD, BN)
 
 # %% ../nbs/09_passes.ipynb #3330a115
 @in_kernel
@@ -420,7 +443,8 @@ def count_levels(
     _check(x)
     S,N = x.shape[1]*x.shape[2],x[0,0,0].numel()
     counts = torch.empty(len(at)*S, 256, dtype=torch.int32, device=x.device)
-    with _at(x): _count_levels[S,len(at)](x, _sent(at, x), counts, S, N, 2048)
+    with _at(x):
+        _count_levels[S,len(at)](x, _sent(at, x), counts, S, N, 2048)
     return counts
 
 def look_up_(
@@ -431,4 +455,5 @@ def look_up_(
     "Replace the levels of slices."
     _check(x, table)
     S,N = x.shape[1]*x.shape[2],x[0,0,0].numel()
-    with _at(x): _look_up[ceil_div(N, 2048),S,len(at)](x, _sent(at, x), table, S, N, 2048)
+    with _at(x):
+        _look_up[ceil_div(N, 2048),S,len(at)](x, _sent(at, x), table, S, N, 2048)

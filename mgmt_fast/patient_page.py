@@ -42,13 +42,17 @@ def patient_row(
 
     Raises `MGMTError` where there are several and none is named, or none of this name, and `CohortError` on a folder
     without sequences, and on a file."""
-    if isinstance(scans, (str,Path)): scans = find_cohort(scans, labels=False)
-    if isinstance(scans, dict): scans = pd.Series(scans, dtype=object)
+    if isinstance(scans, (str,Path)):
+        scans = find_cohort(scans, labels=False)
+    if isinstance(scans, dict):
+        scans = pd.Series(scans, dtype=object)
     if isinstance(scans, pd.Series): return scans
-    if patient is None and len(scans)!=1: raise MGMTError(_which(scans))
+    if patient is None and len(scans)!=1:
+        raise MGMTError(_which(scans))
     names = scans.patient.astype(str)
     fits = np.ones(len(scans), bool) if patient is None else (names.map(id_key)==id_key(patient)).to_numpy()
-    if not fits.any(): raise unknown_name('patient', patient, names)
+    if not fits.any():
+        raise unknown_name('patient', patient, names)
     row = scans[fits].iloc[0].copy()
     images = [o for o in scans.attrs.get('images', []) if o[0]==row.patient]
     report = cohort_report(scans)
@@ -86,7 +90,8 @@ def patient_result(
 
     What fails on a series is a finding. Raises `MGMTError` if the model cannot be read, and as `patient_row`."""
     m,row = as_model(model),patient_row(scans, patient)
-    if audit is None: audit = audit_cohort(pd.DataFrame([row]), n_workers, progress=False)
+    if audit is None:
+        audit = audit_cohort(pd.DataFrame([row]), n_workers, progress=False)
     read = _read(row)
     volumes = _with_volumes(row, read)
     prepared = prepare_for(m, volumes)
@@ -128,7 +133,8 @@ def patient_findings(
             rows += [(level, r['sequence'], o) for o in (r[k] or '').split(' | ') if o]
     lacking = set(audit.sequence[audit.error=='missing'])
     for r in row.attrs.get('report', pd.DataFrame()).to_dict('records'):
-        if r['sequence'] not in lacking: rows.append(('warning', r['sequence'], f"{r['problem']}; {r['what_to_do']}"))
+        if r['sequence'] not in lacking:
+            rows.append(('warning', r['sequence'], f"{r['problem']}; {r['what_to_do']}"))
     table = pd.DataFrame(rows, columns=['level','sequence','what'])
     rank = table.level.map(dict(error=0, warning=1)).fillna(2)
     return table.iloc[np.argsort(rank, kind='stable')].reset_index(drop=True)
@@ -138,7 +144,8 @@ def _map_of(m, row, prepared):
     if not isinstance(m, Bundle): return None,_not_known
     try: found = explain(m, row, prepared=prepared, progress=False)
     except MGMTError as e: return None,str(e)
-    except Exception as e: return None,log_fault(e, 'explaining')
+    except Exception as e:
+        return None,log_fault(e, 'explaining')
     return found.map,found.why or found.note
 
 _not_known = ("nobody measured how good this model is on patients whom it was not trained on, so what it looked at "
@@ -188,12 +195,14 @@ def plot_probability(
     ax:plt.Axes=None, # Axes; new if None
 ) -> plt.Axes: # The axes
     "A patient's probability beside what became of validation patients who were given such probabilities."
-    if ax is None: ax = Figure(figsize=(5,3.4), layout='constrained').subplots()
+    if ax is None:
+        ax = Figure(figsize=(5,3.4), layout='constrained').subplots()
     p,rate,lo,hi,n = np.array(groups).T
     ax.errorbar(p, rate, yerr=[rate-lo, hi-rate], fmt='o', capsize=3, label='validation patients, in groups')
     ax.plot([0,1], [0,1], ':', color='gray', lw=1, label='perfect calibration')
     ax.axvline(prob, color='C3', label='this patient')
-    if threshold is not None: ax.axvline(threshold, color='C2', ls='--', label='threshold')
+    if threshold is not None:
+        ax.axvline(threshold, color='C2', ls='--', label='threshold')
     ax.set(xlabel='probability given', ylabel='share methylated', xlim=(-.01,1.01), ylim=(-.01,1.01))
     ax.figure.legend(loc='outside upper center', ncols=2, fontsize=8)
     return ax
@@ -206,10 +215,13 @@ class Said(NamedTuple):
 
 def _of_probability(res):
     "Sentences on the number"
-    if math.isnan(res.prob): return [Said(f"No probability: {res.note or 'the model gave none'}.", 'error')]
+    if math.isnan(res.prob):
+        return [Said(f"No probability: {res.note or 'the model gave none'}.", 'error')]
     said = [f"Probability of a methylated MGMT promoter: {res.prob:.2f}."]
-    if isinstance(res.model, Bundle): said.append(_of_threshold(res.prob, res.model))
-    if res.note: said.append(f"Said of the prediction: {res.note}.")
+    if isinstance(res.model, Bundle):
+        said.append(_of_threshold(res.prob, res.model))
+    if res.note:
+        said.append(f"Said of the prediction: {res.note}.")
     return [*said, _of_unlike(res.unlike)]
 
 def _of_threshold(prob, b):
@@ -217,7 +229,8 @@ def _of_threshold(prob, b):
     return f"This is {side} the threshold {b.threshold:.2f}, which was chosen on validation patients before any test."
 
 def _of_unlike(unlike):
-    if unlike is None: return "Whether the scan is unlike those of training is not known: this model does not say."
+    if unlike is None:
+        return "Whether the scan is unlike those of training is not known: this model does not say."
     if unlike: return Said(_is_unlike, 'warning')
     return "The scan is not flagged as unlike those of training. That does not make the number right."
 
@@ -226,14 +239,16 @@ _is_unlike = ("The scan is unlike those of training (see what was said above): t
 
 def _of_model(m):
     "Sentences on how good the model is"
-    if not isinstance(m, Bundle): return [Said(_auc_unknown, 'warning'), _calibration_unknown]
+    if not isinstance(m, Bundle):
+        return [Said(_auc_unknown, 'warning'), _calibration_unknown]
     v = m.validation
     how = f" ({v['interval']})" if 'interval' in v else ''
     of = f" on {v['n']} validation patients, {v['methylated']} of them methylated" if 'n' in v else ''
     said = [f"The model's own AUC: {v['auc']:.2f}, 95 % interval {v['lo']:.2f} to {v['hi']:.2f}{how}{of}, from the "
         "hospitals it was trained at. Elsewhere it is usually lower."]
     if v['lo']<=.5: said.append(Said(_chance, 'warning'))
-    if v.get('trained_on'): said.append(Said(_too_good(v), 'warning'))
+    if v.get('trained_on'):
+        said.append(Said(_too_good(v), 'warning'))
     return [*said, *_of_calibration(m)]
 
 _auc_unknown = ("The model's AUC is not known: a model alone does not say how good it is. Freeze it with its "
@@ -250,7 +265,8 @@ def _of_calibration(b):
     temperatures = ', '.join(f"{o['temperature']:.2f}" for o in b.models)
     said = [f"Log-odds were divided by {temperatures}, found on validation patients, before they were averaged."]
     known = b.validation.get('calibration')
-    if not known: return [*said, f"Calibration was not written down by mgmt_fast {b.version}, which froze the bundle."]
+    if not known:
+        return [*said, f"Calibration was not written down by mgmt_fast {b.version}, which froze the bundle."]
     parts = [f"{k} {_interval(known[k])} (ideal: {ideal})" for k,ideal in (('intercept',0),('slope',1))]
     return [*said, f"Calibration on the validation patients: {', '.join(parts)}. {_slope_means}"]
 
@@ -282,8 +298,10 @@ def patient_sections(
 def _found_part(res):
     "The findings, the gravest first"
     bad = res.findings[res.findings.level!='note']
-    if not len(bad): first_ = "The audit found nothing that calls for a decision."
-    else: first_ = f"Findings that call for a decision, to be looked at before the number: {len(bad)}."
+    if not len(bad):
+        first_ = "The audit found nothing that calls for a decision."
+    else:
+        first_ = f"Findings that call for a decision, to be looked at before the number: {len(bad)}."
     said = [Said(': '.join(filter(None, (o.level, o.sequence, o.what))), o.level) for o in res.findings.itertuples()]
     return [first_, *said]
 
@@ -363,7 +381,8 @@ def _networks(n): return f"{n} network{'s'*(n!=1)}"
 
 def _version(m):
     version = f'mgmt_fast {m.version}'
-    if getattr(m, 'preparation_number', PREPARATION)==PREPARATION: return version
+    if getattr(m, 'preparation_number', PREPARATION)==PREPARATION:
+        return version
     return f"{version}, which prepared scans otherwise: its probabilities may differ here"
 
 # %% ../nbs/75_patient_page.ipynb #d9fd2784
@@ -461,9 +480,12 @@ class Paper:
     ):
         "Put whatever a page holds"
         if isinstance(part, Shown): self.picture(part)
-        elif isinstance(part, pd.DataFrame): self.table(part)
-        elif isinstance(part, Said): self.text(part.text, color=_COLOURS[part.level])
-        else: self.text(part)
+        elif isinstance(part, pd.DataFrame):
+            self.table(part)
+        elif isinstance(part, Said):
+            self.text(part.text, color=_COLOURS[part.level])
+        else:
+            self.text(part)
 
     def write(self,
         path:str|Path, # PDF to write
@@ -497,7 +519,10 @@ def write_captures(
 ) -> list: # Of paths
     "Write pages as DICOM secondary capture, one file each. Raises `MGMTError` where `highdicom` is not installed."
     hd = _highdicom()
-    study,series,dest,paths = hd.UID(),hd.UID(),make_folder(dest),[]
+    study = hd.UID()
+    series = hd.UID()
+    dest = make_folder(dest)
+    paths = []
     about = dict(study_instance_uid=study, series_instance_uid=series, series_number=1, manufacturer='mgmt_fast',
         photometric_interpretation='RGB', bits_allocated=8, coordinate_system='PATIENT', patient_orientation=('L','F'),
         patient_id=patient, patient_name=f'{patient}^') # a family name and no other
@@ -506,12 +531,14 @@ def write_captures(
         capture.SpecificCharacterSet,capture.BurnedInAnnotation = 'ISO_IR 192','YES'
         capture.ImageComments = HEAD[0]
         paths.append(dest/f'page{i}.dcm')
-        with atomic_path(paths[-1]) as tmp: capture.save_as(tmp)
+        with atomic_path(paths[-1]) as tmp:
+            capture.save_as(tmp)
     return paths
 
 def _highdicom():
     try: import highdicom
-    except ImportError: raise MGMTError(_no_highdicom) from None
+    except ImportError:
+        raise MGMTError(_no_highdicom) from None
     return highdicom
 
 _no_highdicom = "DICOM needs highdicom: pip install mgmt_fast[dicom], or take report.html or report.pdf"
@@ -535,12 +562,16 @@ def patient_report(
     write_page(dest/'report.html', _title(res), shown, lead=HEAD[:1])
     paper = patient_paper(res, sections)
     paper.write(dest/'report.pdf')
-    if dicom: write_captures(paper, res.patient, dest/'dicom')
+    if dicom:
+        write_captures(paper, res.patient, dest/'dicom')
     return res
 
 def _html(part):
     "A part of the page as HTML"
-    if isinstance(part, Shown): return figure_tag(part.pixels, part.caption, alt=part.alt)
-    if isinstance(part, pd.DataFrame): return table_tag(part)
-    if isinstance(part, Said): return fill_page('<p class="{{ o.level }}">{{ o.text }}</p>', o=part)
+    if isinstance(part, Shown):
+        return figure_tag(part.pixels, part.caption, alt=part.alt)
+    if isinstance(part, pd.DataFrame):
+        return table_tag(part)
+    if isinstance(part, Said):
+        return fill_page('<p class="{{ o.level }}">{{ o.text }}</p>', o=part)
     return part

@@ -31,7 +31,8 @@ def signal_to_r2star(
     A signal of zero or less counts as a thousandth of the baseline; where the baseline itself is not positive, the
     rate is 0. Usual range in brain: -2 to 30, in arteries up to 100.
     Source: Rosen et al. 1990; CAPLEX: electromagnetic property model, gradient echo."""
-    if not te>0: raise MGMTError(f"the echo time must be positive, in ms; received {te}")
+    if not te>0:
+        raise MGMTError(f"the echo time must be positive, in ms; received {te}")
     x = np.asarray(signal)
     x = x if x.dtype==np.float64 else x.astype(np.float32)
     s0 = x[...,baseline].mean(-1, keepdims=True)
@@ -77,7 +78,9 @@ def _deconvolve(tissue, aif, dt, limit, exponential):
     size = abs(a)/abs(a).max()
     spectra = fft.rfft(_exponentials(dt, n)[1], n, axis=1)
     area = c[:,0].real/a[0].real
-    peak,at,todo = np.zeros(len(c)),np.zeros(len(c), int),np.arange(len(c))
+    peak = np.zeros(len(c))
+    at = np.zeros(len(c), int)
+    todo = np.arange(len(c))
     for level in _LEVELS:
         keep = size>=level
         inverse = np.where(keep, 1/np.where(keep, a, 1), 0).astype(c.dtype)/c.real.dtype.type(dt)
@@ -86,7 +89,8 @@ def _deconvolve(tissue, aif, dt, limit, exponential):
         done = (_oscillation(r, top)<=limit)|(level==_LEVELS[-1])
         i = todo[done]
         peak[i],at[i] = top[done],r[done].argmax(1)
-        if exponential: peak[i] = _unblunted(peak[i], area[i], _gains(spectra, keep, n, dt))
+        if exponential:
+            peak[i] = _unblunted(peak[i], area[i], _gains(spectra, keep, n, dt))
         todo = todo[~done]
         if not len(todo): break
     return area,peak,np.where(at>n/2, at-n, at)*dt
@@ -97,10 +101,14 @@ def _check_curves(tissue, aif, dt):
     c,a = np.atleast_2d(tissue),np.asarray(aif)
     if c.dtype!=np.float32: c = c.astype(np.float64)
     a = a.astype(np.float64)
-    if c.ndim!=2 or a.ndim!=1 or c.shape[1]!=len(a) or len(a)<4: raise _other_lengths(c.shape, a.shape)
-    if not (np.isfinite(c).all() and np.isfinite(a).all()): raise MGMTError("concentrations must be finite numbers")
-    if not (np.isfinite(dt) and dt>0): raise MGMTError(f"dt, the s between samples, must be positive; received {dt}")
-    if a.sum()<=0: raise MGMTError("the arterial input has no area: no contrast in the artery?")
+    if c.ndim!=2 or a.ndim!=1 or c.shape[1]!=len(a) or len(a)<4:
+        raise _other_lengths(c.shape, a.shape)
+    if not (np.isfinite(c).all() and np.isfinite(a).all()):
+        raise MGMTError("concentrations must be finite numbers")
+    if not (np.isfinite(dt) and dt>0):
+        raise MGMTError(f"dt, the s between samples, must be positive; received {dt}")
+    if a.sum()<=0:
+        raise MGMTError("the arterial input has no area: no contrast in the artery?")
     return c,a
 
 def _other_lengths(c, a):
@@ -122,12 +130,14 @@ def tissue_perfusion(
     there is no flow, `cbf` is 0 and the times are NaN. Samples are evenly spaced. Raises `MGMTError` on curves of other
     lengths, that are not finite, or an arterial input without area.
     Source: Wu et al. 2003 (oSVD); the index around the circle and the correction of the peak are ours."""
-    if residue not in ('exponential', None): raise unknown_name('residue function', residue, ['exponential'])
+    if residue not in ('exponential', None):
+        raise unknown_name('residue function', residue, ['exponential'])
     c,a = _check_curves(tissue, aif, dt)
     parts = [_deconvolve(c[i:i+2**13], a, dt, oscillation, residue is not None) for i in range(0, len(c), 2**13)]
     area,peak,tmax = np.concatenate(parts, 1) if parts else np.zeros((3,0))
     factor,flows = haematocrit/density,(peak>0)&(area>0)
-    cbf,cbv = np.where(flows, peak, 0)*6000*factor,area*100*factor
+    cbf = np.where(flows, peak, 0)*6000*factor
+    cbv = area*100*factor
     mtt = np.divide(60*cbv, cbf, out=np.full(len(cbf), np.nan), where=flows)
     return pd.DataFrame(dict(cbf=cbf, cbv=cbv, mtt=mtt, tmax=np.where(flows, tmax, np.nan)))
 
@@ -152,7 +162,8 @@ def _spread(curve, t, kep, delay=0.):
 def _parts(ref, t, model):
     "Pairs of curves, (M,T) each, of which one may be what is seen; and their kep (M,)"
     ways = _WAYS_BACK[:1] if model=='boxerman' else _WAYS_BACK
-    if model!='transit': return np.stack([ref]*len(ways)),np.stack([_spread(ref, t, o) for o in ways]),np.array(ways)
+    if model!='transit':
+        return np.stack([ref]*len(ways)),np.stack([_spread(ref, t, o) for o in ways]),np.array(ways)
     grid = [(tau,delay,o) for tau in np.geomspace(1.5, 20, 14) for delay in np.arange(-1, 4.1) for o in ways]
     blood = [_spread(ref, t, 1/tau, delay)/tau for tau,delay,_ in grid]
     leaked = [_spread(ref, t, o, delay) for _,delay,o in grid]
@@ -184,7 +195,8 @@ def correct_leakage(
     Usual: `k2` -.1 to .1 for a reference of tissue. Raises `MGMTError` on another model.
     Source: Boxerman, Schmainda and Weisskoff 2006; Leu et al. 2016 (bidirectional); that transit times must not be
     taken for leakage: Bjornerud et al. 2011, whose residue functions are parametric here."""
-    if model not in _MODELS: raise unknown_name('leakage model', model, _MODELS)
+    if model not in _MODELS:
+        raise unknown_name('leakage model', model, _MODELS)
     y,t = np.asarray(curves),np.arange(len(reference))*dt
     a,b,ways = _parts(np.asarray(reference, dtype=float), t, model)
     if model!='transit': clearly = None
@@ -215,7 +227,8 @@ def _moments(curves, dt):
 
 def _best_cluster(curves, dt, k):
     "Indices of the best of `k` clusters of curves, and the table of them; of clusters as good, the largest"
-    with threadpool_limits(1): of = KMeans(k, n_init=3, random_state=0).fit_predict(curves)
+    with threadpool_limits(1):
+        of = KMeans(k, n_init=3, random_state=0).fit_predict(curves)
     rows = []
     for i in range(k):
         peak,arrival,width = (o[0] for o in _moments(curves[of==i].mean(0, keepdims=True), dt))
@@ -246,10 +259,12 @@ def find_aif(
 
     Usual: 10 to 100 1/s high, 4 to 10 s wide at half of it. Raises `DSCError` with fewer than 50 voxels.
     Source: Mouridsen et al. 2006; the score, peak over width and delay, is ours."""
-    curves,at = np.ascontiguousarray(rates[:,mask].T),np.argwhere(mask)
+    curves = np.ascontiguousarray(rates[:,mask].T)
+    at = np.argwhere(mask)
     late = min(len(rates), int(curves.mean(0).argmax()+15/dt)+1)
     found = _candidates(curves, dt, late)
-    if len(found)<50: raise DSCError(f"no_artery: {len(found)} curves are large and smooth, 50 are needed: give aif=")
+    if len(found)<50:
+        raise DSCError(f"no_artery: {len(found)} curves are large and smooth, 50 are needed: give aif=")
     tables = []
     for n in k:
         few = min(n, max(1, len(found)//5))
@@ -313,11 +328,13 @@ def white_matter(
     """Normal white matter of one side: what is darker than grey matter and fluid, and holds little blood.
 
     Both are smoothed before, so that noise does not choose; the border of the brain and the middle are left out."""
-    if side not in ('left','right'): raise unknown_name('side', side, ['left','right'])
+    if side not in ('left','right'):
+        raise unknown_name('side', side, ['left','right'])
     x = _across(mask, affine)
     inner = ndimage.binary_erosion(mask, np.ones((1,5,5)))&((x if side=='right' else -x)>8)
     weight = np.maximum(_smooth(mask), 1e-3)
-    blood,light = _smooth(cbv*mask)/weight,_smooth(baseline*mask)/weight
+    blood = _smooth(cbv*mask)/weight
+    light = _smooth(baseline*mask)/weight
     local = _smooth(baseline*mask, 12)/np.maximum(_smooth(mask, 12), 1e-3)
     light = light/np.maximum(local, 1e-9)
     def middle(v, lo, hi):
@@ -333,7 +350,9 @@ def correct_motion(
 ) -> tuple: # The series, float32, and a table: `frame`, `shift` (mm), `turn` (degrees), `agreement` (-1 to 1)
     "Bring every frame onto the mean of those before the bolus. Raises `MGMTError` where a frame is blank."
     base = series.frame(bolus_timing(head_curve(series)).baseline)
-    fixed,rows,frames = Structure(low_resolution(base)),[],[]
+    fixed = Structure(low_resolution(base))
+    rows = []
+    frames = []
     for i in range(len(series.data)):
         frame = series.frame(i)
         to,agreement = rigid_transform(fixed, frame, starts=1)
@@ -377,14 +396,17 @@ def _recovery(signal, bolus, dt):
     "Percentage signal recovery of curves (T,N): the mean of the last 15 s against baseline and lowest signal"
     s0 = signal[bolus.baseline].mean(0)
     around = slice(max(0, bolus.peak-int(6/dt)), bolus.peak+int(6/dt)+1)
-    low,end = signal[around].min(0),signal[-max(3, int(15/dt)):].mean(0)
+    low = signal[around].min(0)
+    end = signal[-max(3, int(15/dt)):].mean(0)
     lost = s0-low
     return np.where(lost>0, 100*(end-low)/np.where(lost>0, lost, 1), 0).clip(0, 300)
 
 def _not_leaking(signal, bolus, dt):
     "Curves (T,N) whose signal comes back to the baseline within the noise: tissue without leakage"
-    base,end = signal[bolus.baseline],signal[-max(5, int(15/dt)):]
-    s0,spread = base.mean(0),np.maximum(base.std(0), 1e-6*abs(base).max())
+    base = signal[bolus.baseline]
+    end = signal[-max(5, int(15/dt)):]
+    s0 = base.mean(0)
+    spread = np.maximum(base.std(0), 1e-6*abs(base).max())
     off = (end.mean(0)-s0)/spread
     return (off<1)&(off>np.quantile(off, .25))
 
@@ -393,7 +415,8 @@ def _artery_given(aif, rates, dt):
     aif = np.asarray(aif)
     if aif.shape==rates.shape[1:] and aif.any():
         return Artery(rates[:,aif>0].mean(1, dtype=float), aif>0, pd.DataFrame())
-    if aif.shape==(len(rates),): return Artery(aif.astype(float), np.zeros(rates.shape[1:], bool), pd.DataFrame())
+    if aif.shape==(len(rates),):
+        return Artery(aif.astype(float), np.zeros(rates.shape[1:], bool), pd.DataFrame())
     raise MGMTError(f"aif must be a curve of {len(rates)} samples or a mask of {rates.shape[1:]} that is not empty; "
         f"received {aif.shape}")
 
@@ -424,17 +447,20 @@ def perfusion_maps(
     findings,series = check_dsc(series),even_times(series)
     series,moved = correct_motion(series) if motion else (series,None)
     brain = brain_mask(series) if brain is None else np.asarray(brain)>0
-    signal,dt = series.data[:,brain].astype(np.float32),series.dt
+    signal = series.data[:,brain].astype(np.float32)
+    dt = series.dt
     bolus = bolus_timing(signal.mean(1, dtype=float))
     rates = signal_to_r2star(signal.T, series.te or 1., bolus.baseline)
     artery = _find_or_take(aif, rates, brain, dt)
     in_artery = artery.voxels[brain]
-    if in_artery.any() and is_saturated(signal[:,in_artery].T, bolus): findings.append(_saturated())
+    if in_artery.any() and is_saturated(signal[:,in_artery].T, bolus):
+        findings.append(_saturated())
     reference = rates[_not_leaking(signal, bolus, dt)].mean(0, dtype=float)
     fixed = _without_leakage(rates, artery.curve, reference, dt, leakage)
     flow = tissue_perfusion(fixed.corrected, artery.curve, dt)
     maps = {k: _filled(v, brain, series.affine) for k,v in _all_maps(signal, fixed, flow, bolus, dt).items()}
-    if side is None: side,findings = _guess_side(maps, brain, series.affine, findings)
+    if side is None:
+        side,findings = _guess_side(maps, brain, series.affine, findings)
     white = white_matter(maps['CBV'].numpy(), maps['baseline'].numpy(), brain, series.affine, _OTHER[side])
     _add_relative(maps, white)
     means = dict(white_matter=rates[white[brain]].mean(0), brain=rates.mean(0))
@@ -445,7 +471,8 @@ def _without_leakage(rates, artery, reference, dt, model):
     "As `correct_leakage`, with `k2` relative to tissue whatever the model; curves as they were if the model is None"
     by_artery = model in ('transit', None)
     fixed = correct_leakage(rates, artery if by_artery else reference, dt, model or 'transit')
-    if by_artery: fixed = fixed._replace(k2=fixed.k2*artery.sum()/reference.sum())
+    if by_artery:
+        fixed = fixed._replace(k2=fixed.k2*artery.sum()/reference.sum())
     return fixed if model else fixed._replace(corrected=rates)
 
 _OTHER = dict(left='right', right='left')

@@ -65,13 +65,15 @@ def audit_dsc(
     "Read each DSC series and say what its user must know; a patient without findings has no row."
     rows = []
     has = cohort[cohort.DSC.notna()]
-    for r in track(has.to_dict('records'), len(has), progress): rows += [(r['patient'],*o) for o in _findings_of(r)]
+    for r in track(has.to_dict('records'), len(has), progress):
+        rows += [(r['patient'],*o) for o in _findings_of(r)]
     return pd.DataFrame(rows, columns=['patient','level','finding','what'], dtype='string')
 
 def _findings_of(row):
     "Level, name and text of each finding"
     try: return [(o.level, o.name, o.what) for o in dsc_findings(read_dsc(row['DSC']))]
-    except MGMTError as e: return [('error', *_name_and_text(e, row['DSC']))]
+    except MGMTError as e:
+        return [('error', *_name_and_text(e, row['DSC']))]
 
 def _name_and_text(e, path):
     "The name of a finding that an error begins with, and the rest, without the path"
@@ -103,12 +105,14 @@ def add_perfusion(
     What fails, and what was guessed, is a row of the cohort's report; the others go on. Raises `MGMTError` where the
     folder cannot be written, and on an unknown map."""
     for k in maps:
-        if k not in PERFUSION: raise unknown_name('map of perfusion', k, PERFUSION)
+        if k not in PERFUSION:
+            raise unknown_name('map of perfusion', k, PERFUSION)
     dest,report,added = make_folder(dest),[],[]
     for r in track(cohort.to_dict('records'), len(cohort), progress):
         added.append(_add_one(r, dest, maps, motion, report))
     cohort = add_to_report(cohort, report)
-    for k in maps: cohort[k] = pd.array([o.get(k, pd.NA) for o in added], dtype='string')
+    for k in maps:
+        cohort[k] = pd.array([o.get(k, pd.NA) for o in added], dtype='string')
     return cohort
 
 _MAPS = 1 # part of the key of kept maps: raised only when the same series comes to give other maps
@@ -130,9 +134,11 @@ def _add_one(row, dest, maps, motion, report):
     if pd.isna(row.get('DSC')): return {}
     seq = first(s for s in ('T2w','FLAIR','T1wCE','T1w') if has_scan(row, s))
     try:
-        folder,key = patient_folder(dest, row['patient']),_key_of(row, seq, motion)
+        folder = patient_folder(dest, row['patient'])
+        key = _key_of(row, seq, motion)
         notes = _kept_notes(folder, key, maps)
-        if notes is None: notes = _write_maps(row, seq, folder, maps, motion, key)
+        if notes is None:
+            notes = _write_maps(row, seq, folder, maps, motion, key)
     except MGMTError as e:
         name,what = _name_and_text(e, row['DSC'])
         report.append((row['patient'], 'DSC', f'{name}: {what}', 'go on without perfusion, or correct the series'))
@@ -143,7 +149,8 @@ def _add_one(row, dest, maps, motion, report):
 def _write_maps(row, seq, folder, maps, motion, key):
     "Compute the maps of a patient and write them; what is to be known"
     found,notes = _placed(row, seq, motion)
-    with write_errors(folder): (folder/_RECORD).unlink(missing_ok=True) # of other maps, until these are complete
+    with write_errors(folder):
+        (folder/_RECORD).unlink(missing_ok=True) # of other maps, until these are complete
     for k in maps: found[k].save(folder/f'{k}.nii.gz')
     write_json(folder/_RECORD, dict(key=key, maps=list(maps), notes=notes))
     return notes
@@ -153,7 +160,8 @@ def _placed(row, seq, motion):
     found = perfusion_maps(read_dsc(row['DSC']), motion=motion)
     notes = [f'{o.name}: {o.what}' for o in found.findings if o.level!='note' or o.name=='guessed_side']
     maps,agreement = place_maps(found.maps, read_sequence(row, seq))
-    if maps is found.maps: notes.append(_not_registered(seq, agreement))
+    if maps is found.maps:
+        notes.append(_not_registered(seq, agreement))
     return maps,notes
 
 def _not_registered(seq, agreement):

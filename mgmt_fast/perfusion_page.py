@@ -34,7 +34,8 @@ def show_maps(
         axs = plt.subplots(1, len(names), figsize=(2.4*len(names),2.6), layout='constrained', squeeze=False)[1][0]
     for ax,k in zip(axs, names):
         x,(cmap,lo,hi) = maps[k].numpy()[at],_COLOURS[k]
-        if hi is None: hi = max(np.quantile(x[x>0], .98), 1e-6) if (x>0).any() else 1
+        if hi is None:
+            hi = max(np.quantile(x[x>0], .98), 1e-6) if (x>0).any() else 1
         seen = ax.imshow(x, cmap=cmap, vmin=lo, vmax=hi, aspect=maps[k].spacing[1]/maps[k].spacing[2])
         unit = PERFUSION_MAPS[k][0]
         ax.set_title(f'{k}, {unit}' if unit else k, fontsize=9); ax.set_axis_off()
@@ -47,7 +48,8 @@ def lesion_slice(
     "The slice where most contrast leaks, as it does in a tumour's rim; that with most brain where none does."
     smooth = ndimage.median_filter(maps['K2'].numpy(), (1,3,3)) # the noise of single voxels is as large as leakage
     leaking = (np.abs(smooth)>.01).sum((1,2))
-    if leaking.max()<5: leaking = (maps['rCBV'].numpy()>0).sum((1,2))
+    if leaking.max()<5:
+        leaking = (maps['rCBV'].numpy()>0).sum((1,2))
     return int(leaking.argmax())
 
 # %% ../nbs/38_perfusion_page.ipynb #1ed6f332
@@ -56,11 +58,13 @@ def show_curves(
     ctx:plt.Axes=None, # Axes to draw on; a new figure if None
 ) -> plt.Axes: # The axes
     "Show the arterial input beside the curves of tissue, and when the bolus came."
-    if ctx is None: ctx = plt.subplots(figsize=(6,2.8), layout='constrained')[1]
+    if ctx is None:
+        ctx = plt.subplots(figsize=(6,2.8), layout='constrained')[1]
     c = found.curves
     scale = c.artery.max()/max(c.brain.max(), 1e-6)
     ctx.plot(c.time, c.artery/scale, 'k', label=f'artery, divided by {scale:.1f}')
-    for k in ('white_matter','brain','reference'): ctx.plot(c.time, c[k], label=k.replace('_', ' '))
+    for k in ('white_matter','brain','reference'):
+        ctx.plot(c.time, c[k], label=k.replace('_', ' '))
     for i,name in ((found.bolus.arrival,'arrival'),(found.bolus.peak,'peak')):
         ctx.axvline(c.time[i], color='.7', lw=.8)
         ctx.annotate(name, (c.time[i],0), fontsize=7, rotation=90, va='bottom')
@@ -73,7 +77,8 @@ def show_artery(
     axs:list=None, # Two axes; a new figure if None
 ) -> list: # The axes
     "Show which voxels the arterial input was taken from, and the white matter that maps are relative to."
-    if axs is None: axs = plt.subplots(1, 2, figsize=(6,3), layout='constrained')[1]
+    if axs is None:
+        axs = plt.subplots(1, 2, figsize=(6,3), layout='constrained')[1]
     base = found.maps['baseline']
     for ax,mask,name in zip(axs, (found.artery.voxels,found.white), ('artery','white matter')):
         at = int(mask.sum((1,2)).argmax())
@@ -91,7 +96,8 @@ def _values(found):
     for k,(unit,meaning) in PERFUSION_MAPS.items():
         x = found.maps[k].numpy()
         numbers = {'white matter': np.median(x[found.white])}
-        for q in (5,50,95): numbers[f'brain, {q} %'] = np.percentile(x[found.brain], q)
+        for q in (5,50,95):
+            numbers[f'brain, {q} %'] = np.percentile(x[found.brain], q)
         rows[k] = {**{a: f'{b:.3g}' for a,b in numbers.items()}, 'unit':unit, 'what it is':meaning}
     return pd.DataFrame.from_dict(rows, orient='index')
 
@@ -120,11 +126,14 @@ def write_perfusion(
 
     Raises `MGMTError` where they cannot be written."""
     dest = make_folder(dest)
-    for k,v in found.maps.items(): v.save(dest/f'{k}.nii.gz')
+    for k,v in found.maps.items():
+        v.save(dest/f'{k}.nii.gz')
     masks = dict(brain=found.brain, artery=found.artery.voxels, white_matter=found.white)
-    for k,m in masks.items(): Volume(torch.from_numpy(m.astype(np.uint8)), series.affine).save(dest/f'{k}.nii.gz')
+    for k,m in masks.items():
+        Volume(torch.from_numpy(m.astype(np.uint8)), series.affine).save(dest/f'{k}.nii.gz')
     write_csv(dest/'curves.csv', found.curves)
     write_csv(dest/'findings.csv', pd.DataFrame(found.findings, columns=['name','level','what']))
-    if found.motion is not None: write_csv(dest/'motion.csv', found.motion)
+    if found.motion is not None:
+        write_csv(dest/'motion.csv', found.motion)
     write_page(dest/'perfusion.html', 'Perfusion', _sections(found), lead=(f'{series}. Research use only.',))
     return dest

@@ -78,11 +78,15 @@ def draw_patients(
     Columns: `patient`, `split`, `label`, `latent`; the traits `gadolinium` (mM) and `unevenness`; the tumour's place
     `x`, `y`, `z` (RAS mm), its `radius`, `rim` and `oedema` (mm); `ventricles` (relative width).
     Raises `MGMTError` on settings that no cohort can have."""
-    if n<1 or not 0<=test<1 or not 0<=prevalence<=1: raise _bad_cohort(n, test, prevalence)
-    distance,n_test,rows = class_distance(auc),int(n*test+.5),[]
+    if n<1 or not 0<=test<1 or not 0<=prevalence<=1:
+        raise _bad_cohort(n, test, prevalence)
+    distance = class_distance(auc)
+    n_test = int(n*test+.5)
+    rows = []
     for split,k in (('train',n-n_test),('test',n_test)):
         labels = _labels(k, prevalence, rng_for(seed, 'phantom', split))
-        for y in labels: rows.append(_draw_patient(f'{len(rows):05d}', split, int(y), distance, seed))
+        for y in labels:
+            rows.append(_draw_patient(f'{len(rows):05d}', split, int(y), distance, seed))
     return pd.DataFrame(rows)
 
 def _bad_cohort(n, test, prevalence):
@@ -97,9 +101,11 @@ def phantom_bound(
     """The best AUC that this very sample allows. Raises `MGMTError` if the sample holds one class only.
 
     The oracle counts only patients in whom the traits could be measured."""
-    if not isinstance(table, pd.DataFrame): table = read_side_table(table)
+    if not isinstance(table, pd.DataFrame):
+        table = read_side_table(table)
     if split: table = table[table.split==split]
-    if table.label.nunique()<2: raise _one_class(table, split)
+    if table.label.nunique()<2:
+        raise _one_class(table, split)
     def auc(c):
         seen = table.dropna(subset=c) if c in table else table[:0]
         return roc_auc_score(seen.label, seen[c]) if seen.label.nunique()>1 else np.nan
@@ -115,7 +121,8 @@ def read_side_table(
 ) -> pd.DataFrame: # As `make_phantom` returned it
     "Read what a phantom's images do not say: labels, latents, traits, measurements."
     p = Path(path)/'phantom.csv'
-    if not p.exists(): raise MGMTError(f"{p} does not exist: is {path} a finished phantom?")
+    if not p.exists():
+        raise MGMTError(f"{p} does not exist: is {path} a finished phantom?")
     return plain_cells(pd.read_csv(p, dtype=dict(patient=str)))
 
 # %% ../nbs/21_phantom.ipynb #de27d60b
@@ -221,7 +228,8 @@ def _tumour(p, away, depth, near, axes, rng):
     turn = (turn/np.cbrt(np.linalg.det(turn))).astype(np.float32)
     turned = [sum(c*o for c,o in zip(row, away)) for row in turn]
     r = np.sqrt(sum(o**2 for o in turned))
-    radius,uneven = np.float32(p.radius),np.float32(.16*p.radius)
+    radius = np.float32(p.radius)
+    uneven = np.float32(.16*p.radius)
     whole = radius-r+uneven*_noise(rng, axes, .6*p.radius)
     whole = np.minimum(whole, depth-1)
     core = whole-np.float32(p.rim)*(1+.22*_noise(rng, axes, 7))
@@ -264,7 +272,8 @@ def _anatomy(p, seed, skull=False, mm=1.5, decoy=False):
     paint('oedema', _edge(wet, 3)*(1-shares['csf']-shares['vessel'])*_edge(depth-2))
     paint('rim', _edge(whole))
     paint('necrosis', _edge(core, 1.3))
-    if decoy: paint('decoy', _edge(_decoy_depth(p, g, depth, seed)))
+    if decoy:
+        paint('decoy', _edge(_decoy_depth(p, g, depth, seed)))
     label = _tumour_label(shares)
     if skull:
         head,bone,eyes = _shell(g, depth)
@@ -305,7 +314,8 @@ def _signal(tissue, tr, te, ti, gadolinium=0):
     t1,t2,pd = _relaxation[tissue]
     t1 = 1/(1/t1+_relaxivity*gadolinium/1000)
     if ti is None: recovered = 1-np.exp(-tr/t1)
-    else: recovered = np.abs(1-2*np.exp(-ti/t1)+np.exp(-tr/t1))
+    else:
+        recovered = np.abs(1-2*np.exp(-ti/t1)+np.exp(-tr/t1))
     return pd*np.exp(-te/t2)*recovered
 
 # %% ../nbs/21_phantom.ipynb #bdfdd635
@@ -335,7 +345,8 @@ def series_affine(
     turn:np.ndarray=None, # (3,3) rotation, for an oblique series
 ) -> np.ndarray: # (4,4) from voxel `(d,h,w,1)` to RAS+ mm, centred on the head
     "Where a series' voxels lie: slices cover the brain, whatever their number. Raises `MGMTError` on an unknown plane."
-    if plane not in _planes: raise unknown_name('plane', plane, _planes)
+    if plane not in _planes:
+        raise unknown_name('plane', plane, _planes)
     dirs,cover = _planes[plane]
     affine = np.eye(4)
     if turn is None: turn = np.eye(3)
@@ -375,8 +386,11 @@ def draw_series(
         if np.isscalar(o): return o
         return rng.integers(o[0], o[1], endpoint=True)
     plane = planes if isinstance(planes,str) else planes[rng.integers(len(planes))]
-    d,n,mm = int(pick(slices)),int(pick(size)),float(pick(fov))
-    if d<2 or n<8 or mm<=0: raise _too_small(slices, size, fov)
+    d = int(pick(slices))
+    n = int(pick(size))
+    mm = float(pick(fov))
+    if d<2 or n<8 or mm<=0:
+        raise _too_small(slices, size, fov)
     turn = Rotation.from_euler('xyz', rng.uniform(-tilt,tilt,3), degrees=True).as_matrix()
     affine = series_affine(plane, d, n, mm, turn)
     return NS(affine=affine, shape=(d,n,n), moved=rng.uniform(-shift,shift,3))
@@ -409,7 +423,8 @@ def render_patient(
         rng = rng_for(seed, 'phantom', p.patient, seq)
         x = _sample(_ideal(p, seq, shares, axes, rng, timing[seq], decoy), axes, **vars(scan))
         key = (scan.affine.tobytes(), scan.moved.tobytes())
-        if key not in masks: masks[key] = [_sample(o, axes, **vars(scan), order=0) for o in (label,brain)]
+        if key not in masks:
+            masks[key] = [_sample(o, axes, **vars(scan), order=0) for o in (label,brain)]
         mask,inside = masks[key]
         white = _signal('white', *timing[seq])
         n = rng.standard_normal((2,*scan.shape), dtype=np.float32)
@@ -451,19 +466,22 @@ def show_phantom(
 ): # The axes
     "Show the slice with most of the enhancing rim, in each sequence."
     n = len(images)
-    if axs is None: axs = plt.subplots(1, n, figsize=(2.3*n,2.5), layout='constrained', squeeze=False)[1][0]
+    if axs is None:
+        axs = plt.subplots(1, n, figsize=(2.3*n,2.5), layout='constrained', squeeze=False)[1][0]
     for ax,(seq,(v,m)) in zip(axs, images.items()):
         d,x = _widest(m),np.asarray(v)
         high,(_,h,w) = np.quantile(x[x>0], .998),v.spacing
         ax.imshow(x[d], cmap='gray', vmin=0, vmax=high, aspect=h/w)
-        if outline: ax.contour(np.asarray(m)[d]>0, levels=[.5], colors='gold', linewidths=.7)
+        if outline:
+            ax.contour(np.asarray(m)[d]>0, levels=[.5], colors='gold', linewidths=.7)
         ax.set_title(f'{seq} {title}', fontsize=8); ax.set_axis_off()
     return axs
 
 # %% ../nbs/21_phantom.ipynb #5b3cb762
 def _rim_gadolinium(x, mask):
     "mM of gadolinium that explain the rim's brightness in T1wCE relative to the rest of the brain"
-    (tr,te,_),(t1,t2,pd) = _protocol['T1wCE'],_relaxation['rim']
+    tr,te,_ = _protocol['T1wCE']
+    t1,t2,pd = _relaxation['rim']
     rest = x[(mask==0)&(x>0)]
     ratio = np.quantile(x[mask==3], .8)/np.median(rest)
     white,grey = (_signal(o, tr, te, None) for o in ('white','grey'))
@@ -476,7 +494,8 @@ def _rim_gadolinium(x, mask):
 def _oedema_unevenness(x, mask, spacing):
     "sd of log FLAIR signal in the oedema, away from its border where voxels are small enough to have an inside"
     inside = (mask==2)&(x>0)
-    if max(spacing[1:])<2.5: inside = ndimage.binary_erosion(inside, np.ones((1,3,3)))
+    if max(spacing[1:])<2.5:
+        inside = ndimage.binary_erosion(inside, np.ones((1,3,3)))
     if inside.sum()<=9: return np.nan
     return np.log(x[inside]).std()
 
@@ -489,7 +508,8 @@ def measure_traits(
     if 'T1wCE' in images:
         x,m = map(np.asarray, images['T1wCE'])
         if (m==3).any(): gd = _rim_gadolinium(x, m)
-    if 'FLAIR' in images: sd = _oedema_unevenness(*map(np.asarray, images['FLAIR']), images['FLAIR'][0].spacing)
+    if 'FLAIR' in images:
+        sd = _oedema_unevenness(*map(np.asarray, images['FLAIR']), images['FLAIR'][0].spacing)
     latents = np.log([gd/_gadolinium(0), sd/_unevenness(0)])/_rates
     oracle = np.nan if np.isnan(latents).all() else np.nanmean(latents)
     return dict(measured_gadolinium=gd, measured_unevenness=sd, oracle=oracle)
@@ -513,8 +533,10 @@ def _header(v, seq, patient, uid, derived=False):
     ds.StudyInstanceUID,ds.SeriesInstanceUID,ds.FrameOfReferenceUID = uid('study'),uid(seq),uid('frame')
     ds.BodyPartExamined,ds.PatientPosition,ds.MRAcquisitionType = 'BRAIN','HFS','2D'
     ds.ScanningSequence,ds.SequenceVariant,ds.ScanOptions = ['SE','IR'] if ti else 'SE','SK',''
-    if derived: ds.RepetitionTime = ds.EchoTime = ds.EchoTrainLength = None
-    else: ds.RepetitionTime,ds.EchoTime,ds.EchoTrainLength,ds.MagneticFieldStrength = tr,te,1,1.5
+    if derived:
+        ds.RepetitionTime = ds.EchoTime = ds.EchoTrainLength = None
+    else:
+        ds.RepetitionTime,ds.EchoTime,ds.EchoTrainLength,ds.MagneticFieldStrength = tr,te,1,1.5
     if ti and not derived: ds.InversionTime = ti
     if seq=='T1wCE': ds.ContrastBolusAgent = 'gadolinium'
     step,high,wide = v.spacing
@@ -572,20 +594,24 @@ def _not_16_bits(x):
 # %% ../nbs/21_phantom.ipynb #21e196ae
 def _make_patient(p, dest, seed, key, sequences, shuffle, missing, blank, **kwargs):
     "Render, measure and write one patient"
-    lacks,empty = missing.get(p.patient, ()),blank.get(p.patient, ())
+    lacks = missing.get(p.patient, ())
+    empty = blank.get(p.patient, ())
     there = [o for o in sequences if o not in lacks]
-    with threadpool_limits(1): images = render_patient(p, seed, there, **kwargs)
+    with threadpool_limits(1):
+        images = render_patient(p, seed, there, **kwargs)
     for seq in empty: images[seq][0].zero_()
     try:
         with tempfile.TemporaryDirectory(dir=dest, prefix='.patient-') as td:
             for seq,(v,_) in images.items():
                 n = np.arange(1, len(v)+1)
-                if shuffle: n = rng_for(seed, 'phantom', p.patient, seq, 'numbers').permutation(n)
+                if shuffle:
+                    n = rng_for(seed, 'phantom', p.patient, seq, 'numbers').permutation(n)
                 write_series(v, Path(td)/'new'/seq, seq, p.patient, n, key)
             to = dest/p.split/p.patient
             if to.exists(): to.rename(Path(td)/'old')
             (Path(td)/'new').rename(to)
-    except OSError as e: raise _not_written(p.patient, dest, e) from e
+    except OSError as e:
+        raise _not_written(p.patient, dest, e) from e
     return measure_traits({k:v for k,v in images.items() if k not in empty})
 
 def _not_written(patient, dest, e):
@@ -594,8 +620,10 @@ def _not_written(patient, dest, e):
 # %% ../nbs/21_phantom.ipynb #75326054
 def _lacking(which, table, sequences, seed, what):
     "Which of the sequences each patient lacks, given by patient already or as the share of patients that lack one"
-    if isinstance(which, dict): return _lacking_by_name(which, table, sequences, what)
-    if not 0<=which<=(len(sequences)>1): raise _bad_share(which, what)
+    if isinstance(which, dict):
+        return _lacking_by_name(which, table, sequences, what)
+    if not 0<=which<=(len(sequences)>1):
+        raise _bad_share(which, what)
     rng,n = rng_for(seed, 'phantom', what),len(table)
     hit = rng.random(n)<which
     one = rng.integers(len(sequences), size=n)
@@ -604,8 +632,10 @@ def _lacking(which, table, sequences, seed, what):
 def _lacking_by_name(which, table, sequences, what):
     "Checked, and only sequences that the phantom has"
     for p,seqs in which.items():
-        if p not in set(table.patient): raise unknown_name('patient of this phantom', p, table.patient)
-        if not set(sequences)-set(check_sequences(seqs)): raise _no_sequence_left(p, what)
+        if p not in set(table.patient):
+            raise unknown_name('patient of this phantom', p, table.patient)
+        if not set(sequences)-set(check_sequences(seqs)):
+            raise _no_sequence_left(p, what)
     return {p: tuple(s for s in check_sequences(o) if s in sequences) for p,o in which.items()}
 
 def _no_sequence_left(p, what):
@@ -663,21 +693,24 @@ def make_phantom(
     dest,sequences = Path(dest),check_sequences(sequences)
     missing = _lacking(missing, table, sequences, seed, 'missing')
     blank = _lacking(blank, table, sequences, seed, 'blank')
-    for p,o in blank.items(): blank[p] = tuple(s for s in o if s not in missing.get(p, ()))
+    for p,o in blank.items():
+        blank[p] = tuple(s for s in o if s not in missing.get(p, ()))
     scan = {k:v for k,v in kwargs.items() if k not in ('skull','noise','decoy','protocol')}
     draw_series(table.iloc[0], sequences[0], seed, **scan)
     how = dict(seed=seed, sequences=sequences, shuffle=shuffle, missing=missing, blank=blank, **kwargs)
     settings = dict(n=n, auc=auc, test=test, prevalence=prevalence, version=__version__, **how)
     settings = json.loads(json.dumps(settings))
     if _claim(dest, settings): return read_side_table(dest)
-    with working_in(dest): return _make_all(dest, table, settings, how, n_workers, progress)
+    with working_in(dest):
+        return _make_all(dest, table, settings, how, n_workers, progress)
 
 def _make_all(dest, table, settings, how, n_workers, progress):
     for o in dest.glob('.patient-*'): shutil.rmtree(o)
     for o in ('train','test'): make_folder(dest/o)
     make = partial(_make_patient, dest=dest, key=json.dumps(settings, sort_keys=True), **how)
     measured = dict(in_processes(make, [(o,) for _,o in table.iterrows()], n_workers, progress))
-    if DIED in measured.values(): raise MGMTError(f"{DIED}: run it again with fewer workers; what is done is kept")
+    if DIED in measured.values():
+        raise MGMTError(f"{DIED}: run it again with fewer workers; what is done is kept")
     _write_tables(dest, table, pd.DataFrame([measured[i] for i in range(len(table))]))
     return read_side_table(dest)
 

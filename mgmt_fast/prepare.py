@@ -46,7 +46,8 @@ def _otsu(a, bins=256):
     n,edges = np.histogram(a, bins)
     x,w = (edges[1:]+edges[:-1])/2, np.cumsum(n)/n.sum()
     m = np.cumsum(n*x)/n.sum()
-    with np.errstate(divide='ignore', invalid='ignore'): between = (m[-1]*w-m)**2/(w*(1-w))
+    with np.errstate(divide='ignore', invalid='ignore'):
+        between = (m[-1]*w-m)**2/(w*(1-w))
     return edges[1+np.nanargmax(between)]
 
 # %% ../nbs/24_prepare.ipynb #1d7b58f1
@@ -60,10 +61,12 @@ def foreground(
     stride = np.maximum(1, (step/vol.spacing).round().astype(int))
     vol = vol[tuple(slice(None,None,int(s)) for s in stride)]
     a = np.nan_to_num(np.asarray(vol))
-    if a.min()==a.max(): raise PrepareError(_all_equal(a.min()))
+    if a.min()==a.max():
+        raise PrepareError(_all_equal(a.min()))
     air = _constant_air(a)
     if air is None: mask = a>_otsu(a)
-    else: mask = abs(a-np.float32(air))>.01*abs(np.percentile(a[::2,::2,::2],99.5)-air)
+    else:
+        mask = abs(a-np.float32(air))>.01*abs(np.percentile(a[::2,::2,::2],99.5)-air)
     mask = largest_part(mask)
     if air is None: mask = ndimage.binary_fill_holes(mask)
     res = Volume(torch.from_numpy(mask.astype(np.uint8)), affine=vol.affine)
@@ -91,12 +94,14 @@ def _steady(vol):
     x,padding = _without_padding(x, lo, float(rest.min()), top)
     x,spots = _without_spots(x, hi, some, top)
     notes = [o for o in (padding,spots) if o]
-    if notes: vol = Volume(torch.from_numpy(np.ascontiguousarray(x)), affine=vol.affine)
+    if notes:
+        vol = Volume(torch.from_numpy(np.ascontiguousarray(x)), affine=vol.affine)
     return vol,notes
 
 def _without_padding(x, lo, next_, top):
     "Padding lies below zero, and farther below the next value than all others are spread"
-    if lo>=0 or not next_-lo>2*max(top-next_, 1e-6): return x,''
+    if lo>=0 or not next_-lo>2*max(top-next_, 1e-6):
+        return x,''
     padding = x==lo
     return np.where(padding, x.dtype.type(next_), x),f'{int(padding.sum())} voxels of padding ({lo:g}) taken as air'
 
@@ -169,7 +174,8 @@ def to_bytes(
     "Scale the brain's robust range to 1..255 and air to 0."
     some = (slice(None),slice(None,None,2),slice(None,None,4))
     lo,hi = window or np.percentile(np.asarray(vol)[some][brain[some]], clip)
-    if not hi>lo: raise PrepareError(_almost_constant(clip, lo))
+    if not hi>lo:
+        raise PrepareError(_almost_constant(clip, lo))
     out = torch.empty(vol.shape, dtype=torch.uint8)
     for row,x,inside in zip(out, vol.as_subclass(torch.Tensor), torch.from_numpy(brain)):
         scaled = x.clamp(lo, hi).sub_(lo).mul_(254/(hi-lo)).add_(1.5) # the type cuts off what is behind the point
@@ -187,16 +193,19 @@ def prepare_patient(
     budget:Budget=Budget(), # What reading one series may cost
 ) -> NS: # `.arrays`: sequence to uint8 (D,H,W); `.meta`: sequence to facts; `.affine`; `.report`: problems and notes
     "Read, box, resample and normalise one patient. What fails is a row of the report, never an exception."
-    r,sequences = get_recipe(recipe),check_sequences(sequences)
+    r = get_recipe(recipe)
+    sequences = check_sequences(sequences)
     report = []
     def _say(seq, level, what):
         what = what.encode('utf-8', 'replace').decode()
         report.append(dict(patient=str(row['patient']), sequence=seq, level=level, what=what))
     try:
-        if r.prepare_by!='patient': return slicewise_patient(row, sequences, r)
+        if r.prepare_by!='patient':
+            return slicewise_patient(row, sequences, r)
         return _prepare_all(row, sequences, r, _say, report, budget)
     except MGMTError: raise # a recipe that cannot be followed concerns all patients
-    except Exception as e: _say('', 'error', log_fault(e, 'preparing'))
+    except Exception as e:
+        _say('', 'error', log_fault(e, 'preparing'))
     return NS(arrays={}, meta={}, affine=None, report=report)
 
 def _prepare_all(row, sequences, r, _say, report, budget):
@@ -206,15 +215,23 @@ def _prepare_all(row, sequences, r, _say, report, budget):
         _say(k, 'error', _elsewhere(k, other, share, choices['min_overlap']))
         del vols[k],masks[k]
     affine,meta,arrays = None,{},{}
-    if vols: affine,_ = common_box(vols, masks, size, choices['margin'])
+    if vols:
+        affine,_ = common_box(vols, masks, size, choices['margin'])
     first = next(iter(vols), None)
     for seq,v in vols.items():
         try: arrays[seq],meta[seq] = _prepare_one(v, masks[seq], affine, size, choices, seq)
-        except MGMTError as e: _say(seq, 'error', f'{type(e).__name__}: {e}'); continue
-        except Exception as e: _say(seq, 'error', log_fault(e, 'preparing')); continue
-        if meta[seq]['skull']: _say(seq, 'note', 'not skull-stripped: the box is that of the head')
-        if not _same_grid(v, vols[first]): _say(seq, 'note', f'own grid: resampled to that of {first}')
-    if not arrays: _say('', 'error', 'patient skipped: no sequence could be prepared')
+        except MGMTError as e:
+            _say(seq, 'error', f'{type(e).__name__}: {e}')
+            continue
+        except Exception as e:
+            _say(seq, 'error', log_fault(e, 'preparing'))
+            continue
+        if meta[seq]['skull']:
+            _say(seq, 'note', 'not skull-stripped: the box is that of the head')
+        if not _same_grid(v, vols[first]):
+            _say(seq, 'note', f'own grid: resampled to that of {first}')
+    if not arrays:
+        _say('', 'error', 'patient skipped: no sequence could be prepared')
     return NS(arrays=arrays, meta=meta, affine=affine, report=report)
 
 def _same_grid(a, b): return a.shape==b.shape and np.allclose(a.affine, b.affine, atol=1e-2)
@@ -223,10 +240,14 @@ def _read_all(row, sequences, _say, budget):
     "Volumes and foregrounds of the sequences that can be read"
     vols,masks = {},{}
     for seq in sequences:
-        if not has_scan(row, seq): _say(seq, 'note', 'sequence missing'); continue
+        if not has_scan(row, seq):
+            _say(seq, 'note', 'sequence missing')
+            continue
         try: vols[seq],masks[seq] = _read_one(row, seq, _say, budget)
-        except MGMTError as e: _say(seq, 'error', f'{type(e).__name__}: {e}'.replace(str(row[seq]), seq))
-        except Exception as e: _say(seq, 'error', log_fault(e, 'preparing'))
+        except MGMTError as e:
+            _say(seq, 'error', f'{type(e).__name__}: {e}'.replace(str(row[seq]), seq))
+        except Exception as e:
+            _say(seq, 'error', log_fault(e, 'preparing'))
     return vols,masks
 
 def _read_one(row, seq, _say, budget):
@@ -237,7 +258,8 @@ def _read_one(row, seq, _say, budget):
     for o in notes: _say(seq, 'note', o)
     mask = foreground(vol)
     size = np.ptp(_edges(mask, vol.shape), axis=0)*vol.spacing
-    if not 80<=size.max()<=400: raise PrepareError(_no_head(size))
+    if not 80<=size.max()<=400:
+        raise PrepareError(_no_head(size))
     return vol,mask
 
 def _no_head(size):
@@ -266,8 +288,10 @@ def _elsewhere(k, other, share, least):
 # %% ../nbs/24_prepare.ipynb #24a656d4
 def _prepare_one(v, mask, affine, size, choices, seq=None):
     out = resample(v, affine, size)
-    if mask.air is None: brain = resample(mask, affine, size)>.5
-    else: brain = (out-mask.air).abs_()>.01*abs(np.percentile(np.asarray(out)[::2,::4,::4],99.5)-mask.air)
+    if mask.air is None:
+        brain = resample(mask, affine, size)>.5
+    else:
+        brain = (out-mask.air).abs_()>.01*abs(np.percentile(np.asarray(out)[::2,::4,::4],99.5)-mask.air)
     array,window = to_bytes(out, brain.numpy(), choices['clip'], MAP_WINDOWS.get(seq))
     spacing = v.spacing.round(4).tolist()
     return array, dict(window=window, shape=list(v.shape), spacing=spacing, plane=v.plane, skull=bool(has_skull(v)))
@@ -288,7 +312,8 @@ def _source_files(path, below=''):
     res = []
     for e in os.scandir(path):
         if e.name.startswith('.'): continue
-        if e.is_dir(): res += _source_files(e.path, f'{below}{e.name}/')
+        if e.is_dir():
+            res += _source_files(e.path, f'{below}{e.name}/')
         elif e.is_file():
             st = e.stat()
             res.append((below+e.name, st.st_size, st.st_mtime_ns, e.path))
@@ -330,7 +355,8 @@ def source_content(
     "What a series' files hold."
     sums = []
     for name,*_,file in _source_files(path):
-        with open_input(file, PrepareError) as f: sums.append(_checksum(f))
+        with open_input(file, PrepareError) as f:
+            sums.append(_checksum(f))
     return _digest(sums)
 
 # %% ../nbs/24_prepare.ipynb #68252a85
@@ -340,14 +366,16 @@ def same_source(
     then:dict, # What was written when it was prepared: `names`, `times` and `content`
 ) -> bool:
     "Are a series' files those that were prepared? Where only their times differ, their bytes are read."
-    if then is None or now['names']!=then['names']: return False
+    if then is None or now['names']!=then['names']:
+        return False
     return now['times']==then['times'] or (now.get('content') or source_content(path))==then['content']
 
 # %% ../nbs/24_prepare.ipynb #d15b4045
 def _read_pixels(path):
     "What `store.json` says, one entry for each patient whose pixels are there; that of version 0.1 in today's form"
     d = read_json(path/'store.json', error=PrepareError)
-    if isinstance(d, dict) and 'key' in d: return _of_version_01(d)
+    if isinstance(d, dict) and 'key' in d:
+        return _of_version_01(d)
     return _whole_store(d)
 
 def _whole_store(d):
@@ -355,7 +383,8 @@ def _whole_store(d):
     d = check_form(d, _STORE, 'store.json', PrepareError)
     rows = [e['row'] for e in d['patients'].values()]
     strange = {s for e in d['patients'].values() for s in e['volumes']}-{*d['sequences']}
-    if len(set(rows))==len(rows) and not strange and len(set(d['sequences']))==len(d['sequences']): return d
+    if len(set(rows))==len(rows) and not strange and len(set(d['sequences']))==len(d['sequences']):
+        return d
     raise PrepareError("store.json gives one row to two patients, or has a volume of an unknown sequence: was it "
         "changed? Restore it, or prepare the store again in another folder")
 
@@ -366,7 +395,8 @@ def _of_version_01(d):
         raise PrepareError(f"store.json says nothing of patient {lack[0]}: was it changed? Restore it")
     entries = {}
     for i,p in enumerate(d['key']['patients']):
-        v,report = d['patients'][p],[r for r in d['report'] if r['patient']==p]
+        v = d['patients'][p]
+        report = [r for r in d['report'] if r['patient']==p]
         entries[p] = dict(row=i, affine=v['affine'], volumes=v['volumes'], sources=None, report=report)
     return dict(preparation=1, version=d['version'], recipe=d['recipe'], sequences=d['sequences'], patients=entries)
 
@@ -389,8 +419,10 @@ _FACTS = record_of(dict(patients=table_of(_FACT), notes=list_of(_ROW)))
 
 def _read_facts(path):
     "What is known of the patients, and what was said when it was joined; version 0.1 kept labels in `store.json`"
-    if (path/'patients.json').exists(): return read_json(path/'patients.json', _FACTS, PrepareError)
-    if not (path/'store.json').exists(): return dict(patients={}, notes=[])
+    if (path/'patients.json').exists():
+        return read_json(path/'patients.json', _FACTS, PrepareError)
+    if not (path/'store.json').exists():
+        return dict(patients={}, notes=[])
     patients = read_json(path/'store.json', record_of(dict(patients=table_of(record_of({}, others=True))), others=True),
         PrepareError)['patients']
     facts = {p: dict(label=v.get('label'), source=v.get('source', '')) for p,v in patients.items()}
@@ -404,9 +436,12 @@ class VolumeStore:
         labels:str|Path|pd.DataFrame=None, # Label table to join in place of what was known when prepared
     ):
         self.path = Path(path)
-        if not (self.path/'store.json').exists(): raise PrepareError(_no_store(self.path))
-        d,facts = _read_pixels(self.path),_read_facts(self.path)
-        if lack := [p for p in facts['patients'] if p not in d['patients']]: raise PrepareError(_no_pixels(lack[0]))
+        if not (self.path/'store.json').exists():
+            raise PrepareError(_no_store(self.path))
+        d = _read_pixels(self.path)
+        facts = _read_facts(self.path)
+        if lack := [p for p in facts['patients'] if p not in d['patients']]:
+            raise PrepareError(_no_pixels(lack[0]))
         self.sequences,self.version,self.preparation_number = tuple(d['sequences']),d['version'],d['preparation']
         self.recipe = Recipe.from_json(d['recipe'])
         self.recipe = self.recipe.settle('the store', **self.recipe.room('prepare'))
@@ -473,7 +508,8 @@ def read(
     sequences = self.sequences if sequences is None else check_sequences(sequences)
     have = self.meta[patient]['volumes']
     lack = [s for s in sequences if s not in have]
-    if lack: raise PrepareError(f"patient {patient} has no prepared {', '.join(lack)}: see `store.report`")
+    if lack:
+        raise PrepareError(f"patient {patient} has no prepared {', '.join(lack)}: see `store.report`")
     for s in sequences:
         if s not in self._maps: self._maps[s] = self._map(s)
     return np.stack([self._maps[s][self.meta[patient]['row']] for s in sequences])
@@ -526,7 +562,8 @@ def only(
 def _fact(row):
     "What a row of a table knows of its patient"
     known = {k: row[k] for k in _known if k in row and not pd.isna(row[k])}
-    if 'label' in known: known['label'] = int(known['label'])
+    if 'label' in known:
+        known['label'] = int(known['label'])
     return {'label':None, 'source':'', **known}
 
 def _facts(table): return {str(r['patient']): _fact(r) for r in table.to_dict('records')}
@@ -541,9 +578,12 @@ def _what_changed(old, new):
 
 def _say_problems(table, problems, most=10):
     "Print which columns of a label table were taken, and what is wrong with its rows"
-    if columns := table.attrs.get('columns'): print(f"labels of column {columns[1]!r}, ids of {columns[0]!r}")
-    for patient,_,problem,what_to_do in problems[:most]: print(f"  {patient}: {problem}; {what_to_do}")
-    if len(problems)>most: print(f"  and {len(problems)-most} more")
+    if columns := table.attrs.get('columns'):
+        print(f"labels of column {columns[1]!r}, ids of {columns[0]!r}")
+    for patient,_,problem,what_to_do in problems[:most]:
+        print(f"  {patient}: {problem}; {what_to_do}")
+    if len(problems)>most:
+        print(f"  and {len(problems)-most} more")
 
 # %% ../nbs/24_prepare.ipynb #e4a24cd9
 @patch
@@ -557,7 +597,8 @@ def join(
     """Join what is known of the patients anew, by the id of patient or session, and say which labels changed.
 
     A patient who is not in a table of labels has no label afterwards. Raises `CohortError` on a faulty table."""
-    if not isinstance(table, pd.DataFrame) or 'patient' not in table: table = read_labels(table, id_col, label_col)
+    if not isinstance(table, pd.DataFrame) or 'patient' not in table:
+        table = read_labels(table, id_col, label_col)
     old,new = _facts(self.table),{}
     rows,problems = match_labels(table, old, [f.get('session') for f in old.values()])
     for (p,was),row in zip(old.items(), rows):
@@ -567,7 +608,8 @@ def join(
     _say_problems(table, problems)
     if said := _what_changed(old, new): print(said)
     self._take(new, self._notes)
-    if keep: write_json(self.path/'patients.json', dict(patients=new, notes=self._notes))
+    if keep:
+        write_json(self.path/'patients.json', dict(patients=new, notes=self._notes))
     return self
 
 # %% ../nbs/24_prepare.ipynb #f44e0901
@@ -605,11 +647,13 @@ def _journal(dest, key):
     lines = read_json_lines(dest/'journal.jsonl')
     if not lines: return {}
     old = isinstance(lines[0], dict) and 'patients' in lines[0]
-    if old: raise PrepareError(_unfinished(dest, lines[0].get('version')))
+    if old:
+        raise PrepareError(_unfinished(dest, lines[0].get('version')))
     first_ = check_form(lines[0], _KEY, 'journal.jsonl', PrepareError)
     _check_key(dest, first_, key)
     entries = {o['patient']: o for o in map(_journal_entry, lines[1:]) if o}
-    if not all(_array_file(dest,s).exists() for s in key['sequences']): return {}
+    if not all(_array_file(dest,s).exists() for s in key['sequences']):
+        return {}
     shape = (1,*Recipe.from_json(first_['recipe']).size)
     maps = {s: map_array(_array_file(dest,s), shape, np.uint8, PrepareError) for s in key['sequences']}
     def _whole(s, row, volume): return s in maps and row<len(maps[s]) and _hash(maps[s][row])==volume['hash']
@@ -633,7 +677,8 @@ def _check_key(dest, there, now):
     "An error that says what a folder's store was made with, if it is not what is asked for"
     a,b = ({**Recipe.from_json(o['recipe']).room('prepare'), 'sequences':tuple(o['sequences'])} for o in (there,now))
     differ = [f'{k} {a[k]!r} there, {v!r} asked for' for k,v in b.items() if a[k]!=v]
-    if differ: raise PrepareError(_other_recipe(dest, differ))
+    if differ:
+        raise PrepareError(_other_recipe(dest, differ))
 
 def _other_recipe(dest, differ):
     return (f"{dest} holds a store of another recipe or choice of sequences ({'; '.join(differ)}): give another"
@@ -665,7 +710,8 @@ def prepare(
         entries,found = _found(dest, key)
         plan = _Plan(cohort, entries, sequences, budget).resolve(n_workers, progress)
         if found: print(plan.said(entries))
-        if plan.todo: entries = _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress, budget)
+        if plan.todo:
+            entries = _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress, budget)
         return _finish(dest, key, cohort, entries, plan)
 
 def _held(dest):
@@ -685,9 +731,11 @@ def check_size(
 
 # %% ../nbs/24_prepare.ipynb #4315696d
 def _check_cohort(cohort, sequences):
-    if 'patient' not in cohort or not len(cohort): raise PrepareError(_no_cohort(cohort))
+    if 'patient' not in cohort or not len(cohort):
+        raise PrepareError(_no_cohort(cohort))
     twice = cohort.patient[cohort.patient.duplicated()].unique()
-    if len(twice): raise PrepareError(_more_than_once(twice))
+    if len(twice):
+        raise PrepareError(_more_than_once(twice))
     if not any(s in cohort and cohort[s].notna().any() for s in sequences):
         raise PrepareError(_no_path(cohort, sequences))
 
@@ -715,7 +763,8 @@ def _of_died(row, i, key):
 # %% ../nbs/24_prepare.ipynb #f01c548d
 def _found(dest, key):
     "Entries of the patients whose pixels are in a folder, and whether a finished store is"
-    if not (dest/'store.json').exists(): return _journal(dest, key),False
+    if not (dest/'store.json').exists():
+        return _journal(dest, key),False
     d = _read_pixels(dest)
     _check_key(dest, d, key)
     return (d['patients'] if d['preparation']==key['preparation'] else {}),True
@@ -738,29 +787,42 @@ class _Plan:
         self.todo,self.new,self.replaced,self.kept,self.gone,self.unknown,self.doubt = [],[],[],[],[],[],[]
         self.again,self.budget = [],budget
         self.refused,self.sources = _refused(cohort),{}
-        for _,row in cohort.iterrows(): self.look_at(row, entries.get(str(row['patient'])), sequences)
+        for _,row in cohort.iterrows():
+            self.look_at(row, entries.get(str(row['patient'])), sequences)
 
     def look_at(self, row, entry, sequences):
         p = str(row['patient'])
-        if entry is None: self.todo.append(row); self.new.append(p); return
+        if entry is None:
+            self.todo.append(row)
+            self.new.append(p)
+            return
         if _has_errors(entry) and Budget(*entry.get('budget', ()))!=self.budget:
             self.todo.append(row); self.again.append(p); return
         if entry['sources'] is None: self.unknown.append(p)
-        then,replaced,doubt = entry['sources'] or {},False,[]
+        then = entry['sources'] or {}
+        replaced = False
+        doubt = []
         for s in sequences:
             now = source_state(row.get(s), row.get(f'{s}_index'))
             if now is None: self.miss(p, s, entry); continue
-            if entry['sources'] is None and s in entry['volumes']: doubt.append((s,None)); continue
+            if entry['sources'] is None and s in entry['volumes']:
+                doubt.append((s,None))
+                continue
             old = then.get(s)
-            if old is None or old['names']!=now['names']: replaced = True
-            elif old['times']!=now['times']: doubt.append((s,old))
-        if replaced: self.todo.append(row); self.replaced.append(p)
+            if old is None or old['names']!=now['names']:
+                replaced = True
+            elif old['times']!=now['times']:
+                doubt.append((s,old))
+        if replaced:
+            self.todo.append(row)
+            self.replaced.append(p)
         else:
             self.kept.append(p)
             self.doubt += [(row, s, old) for s,old in doubt]
 
     def miss(self, p, s, entry):
-        if s in entry['volumes'] and (p,s) not in self.refused: self.gone.append((p,s))
+        if s in entry['volumes'] and (p,s) not in self.refused:
+            self.gone.append((p,s))
 
     def resolve(self, n_workers, progress):
         "Read the files whose times alone differ, or of which version 0.1 wrote nothing down"
@@ -768,8 +830,13 @@ class _Plan:
         for i,(source,same) in in_processes(_state, jobs, n_workers, progress):
             row,s,_ = self.doubt[i]
             p = str(row['patient'])
-            if same: self.sources.setdefault(p, {})[s] = source; continue
-            if p in self.kept: self.kept.remove(p); self.replaced.append(p); self.todo.append(row)
+            if same:
+                self.sources.setdefault(p, {})[s] = source
+                continue
+            if p in self.kept:
+                self.kept.remove(p)
+                self.replaced.append(p)
+                self.todo.append(row)
         self.gone = [o for o in self.gone if o[0] in self.kept]
         return self
 
@@ -779,13 +846,16 @@ class _Plan:
         if self.replaced:
             some = ', '.join(self.replaced[:5])+', ...'*(len(self.replaced)>5)
             parts.append(f'{len(self.replaced)} prepared again, since their scans were replaced ({some})')
-        if self.again: parts.append(f'{len(self.again)} tried again under another budget')
+        if self.again:
+            parts.append(f'{len(self.again)} tried again under another budget')
         if self.new: parts.append(f'{len(self.new)} new')
-        if self.gone: parts.append(f'{len(self.gone)} volumes kept whose scans are gone (see `store.report`)')
+        if self.gone:
+            parts.append(f'{len(self.gone)} volumes kept whose scans are gone (see `store.report`)')
         if self.unknown:
             parts.append(f'{len(self.unknown)} prepared by version 0.1, which did not write down from which files')
         aside = len(entries)-len(self.kept)-len(self.replaced)-len(self.again)
-        if aside: parts.append(f'{aside} set aside, who are not in this cohort')
+        if aside:
+            parts.append(f'{aside} set aside, who are not in this cohort')
         return 'store: '+', '.join(parts)
 
     def notes(self):
@@ -800,15 +870,18 @@ class _Plan:
 # %% ../nbs/24_prepare.ipynb #04e9f692
 def _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress, budget):
     "Prepare what a plan has to do, each patient in a row of its own; the entries of all"
-    dest,todo = make_folder(dest),{str(r['patient']): r for r in plan.todo}
+    dest = make_folder(dest)
+    todo = {str(r['patient']): r for r in plan.todo}
     done = {p:o for p,o in entries.items() if p not in todo}
     taken = {o['row'] for o in entries.values()}
     free = (i for i in itertools.count() if i not in taken)
     places = {p: entries[p]['row'] if p in entries else next(free) for p in todo}
     jobs = [(row, places[p], dest, key['sequences'], recipe, budget) for p,row in todo.items()]
     rows = 1+max([*(o['row'] for o in done.values()), *(o[1] for o in jobs)])
-    if done: rows = max(rows, len(map_array(_array_file(dest, key['sequences'][0]), error=PrepareError)))
-    for s in key['sequences']: reserve_array(_array_file(dest,s), (rows,*recipe.size), error=PrepareError)
+    if done:
+        rows = max(rows, len(map_array(_array_file(dest, key['sequences'][0]), error=PrepareError)))
+    for s in key['sequences']:
+        reserve_array(_array_file(dest,s), (rows,*recipe.size), error=PrepareError)
     if (dest/'store.json').exists() and not (dest/'patients.json').exists():
         write_json(dest/'patients.json', _read_facts(dest))
     lines = [json.dumps(o)+'\n' for o in (key, *(dict(o, patient=p) for p,o in done.items()))]
@@ -817,7 +890,8 @@ def _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress, budget)
     with Journal(dest/'journal.jsonl', PrepareError) as journal:
         for i,o in in_processes(_write_patient, jobs, n_workers, progress):
             if o==DIED: o = _of_died(*jobs[i][:2], key)
-            if _has_errors(o) and budget!=Budget(): o['budget'] = list(budget)
+            if _has_errors(o) and budget!=Budget():
+                o['budget'] = list(budget)
             journal.add(o)
             done[o['patient']] = o
     return done
@@ -830,7 +904,8 @@ def _facts_of(cohort, plan, former):
     for p,s in plan.refused:
         if p in res: res[p]['without'].append(s)
     if all(f['label'] is None for f in res.values()) and any(f['label'] is not None for f in former.values()):
-        for p,f in res.items(): f['label'] = former.get(p, {}).get('label')
+        for p,f in res.items():
+            f['label'] = former.get(p, {}).get('label')
         print(f"no labels were given: the {sum(f['label'] is not None for f in res.values())} of before are kept")
     elif said := _what_changed(former, res): print(said)
     return res
@@ -841,10 +916,13 @@ def _finish(dest, key, cohort, entries, plan):
     In a folder that is read-only, where nothing was prepared, only the store in memory knows what is new."""
     before = _read_facts(dest)
     facts = dict(patients=_facts_of(cohort, plan, before['patients']), notes=plan.notes())
-    if not os.access(dest, os.W_OK): return VolumeStore(dest)._take(**facts)
-    if facts!=before: write_json(dest/'patients.json', facts)
+    if not os.access(dest, os.W_OK):
+        return VolumeStore(dest)._take(**facts)
+    if facts!=before:
+        write_json(dest/'patients.json', facts)
     if plan.todo or plan.sources or not (dest/'store.json').exists():
-        for p,s in plan.sources.items(): entries[p]['sources'] = {**(entries[p]['sources'] or {}), **s}
+        for p,s in plan.sources.items():
+            entries[p]['sources'] = {**(entries[p]['sources'] or {}), **s}
         patients = {p: {k:v for k,v in entries[p].items() if k!='patient'} for p in sorted(entries)}
         write_json(dest/'store.json', dict(key, version=__version__, patients=patients))
     (dest/'journal.jsonl').unlink(missing_ok=True)

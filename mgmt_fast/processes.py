@@ -73,7 +73,10 @@ def _here(f, jobs):
 
 def _pooled(f, jobs, n):
     "Two jobs per process are under way, so that few are done again when one dies"
-    todo,ahead,under,pool = enumerate(jobs),deque(),{},process_pool(n)
+    todo = enumerate(jobs)
+    ahead = deque()
+    under = {}
+    pool = process_pool(n)
     try:
         while True:
             whole = _fill(pool, f, todo, ahead, under, 2*n)
@@ -87,7 +90,8 @@ def _pooled(f, jobs, n):
             if whole: continue
             pool.shutdown()
             again = [(i,job) for o,i,job in ended if _lost(o)]
-            for i,job in sorted(again, key=itemgetter(0)): yield i,do_alone(f, job)
+            for i,job in sorted(again, key=itemgetter(0)):
+                yield i,do_alone(f, job)
             pool = process_pool(n)
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
@@ -131,7 +135,8 @@ def _hold(folder):
     path = folder/_LOCK
     if fcntl is None: return _hold_elsewhere(path)
     while True:
-        with write_errors(path): fd = os.open(path, os.O_RDWR|os.O_CREAT, 0o666)
+        with write_errors(path):
+            fd = os.open(path, os.O_RDWR|os.O_CREAT, 0o666)
         try: fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
         except OSError as e:
             who = os.pread(fd, 500, 0).decode(errors='replace')
@@ -154,7 +159,8 @@ def _hold_elsewhere(path):
     "Where the system has no `flock`"
     lock = FileLock(path)
     try: lock.acquire(timeout=0)
-    except Timeout: raise _is_held(path.parent, 'another process') from None
+    except Timeout:
+        raise _is_held(path.parent, 'another process') from None
     return lock.release
 
 def _is_held(folder, who, e=None):

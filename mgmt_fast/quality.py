@@ -69,8 +69,10 @@ def _audit_steps(a, gaps, along, normal):
     step = usual if duplicates or missing else np.linalg.norm(along)/len(gaps)
     tilt = np.degrees(np.arccos(np.clip(along@normal/np.linalg.norm(along), -1, 1)))
     a.facts.update(duplicates=duplicates, missing=missing, step=float(step))
-    if not missing and spread>.02*step: a.notes.append(f'steps vary by {spread:.2f} mm')
-    if tilt>1: a.bad.append(f'stack tilted by {tilt:.1f} degrees against the slice normal')
+    if not missing and spread>.02*step:
+        a.notes.append(f'steps vary by {spread:.2f} mm')
+    if tilt>1:
+        a.bad.append(f'stack tilted by {tilt:.1f} degrees against the slice normal')
 
 def _audit_tags(a, between, thick):
     "Two tags, mm, against the step; `None` where the header lacks one"
@@ -78,7 +80,8 @@ def _audit_tags(a, between, thick):
     if between is not None and not abs(between-step)<=.02*step:
         a.bad.append(f'SpacingBetweenSlices says {between:g} mm, positions say {step:.2f}')
     if thick is None: return
-    if thick>1.02*step: a.bad.append(f'SliceThickness says {thick:g} mm, positions say a step of {step:.2f}')
+    if thick>1.02*step:
+        a.bad.append(f'SliceThickness says {thick:g} mm, positions say a step of {step:.2f}')
     elif 0<thick<.98*step:
         a.facts.update(gap=float(step-thick))
         a.notes.append(f'gaps of {step-thick:.2f} mm between slices')
@@ -139,7 +142,8 @@ def _padding(x):
     rest = x[x>lo]
     if lo>=0 or not rest.size: return 0
     some = rest[::7] if rest.size>7 else rest
-    next_,top = float(rest.min()),float(np.percentile(some, 99))
+    next_ = float(rest.min())
+    top = float(np.percentile(some, 99))
     return int(x.size-rest.size) if next_-lo>2*(top-next_) else 0
 
 def _burned_in(x, usual, air):
@@ -161,16 +165,19 @@ def _audit_content(vol, x, air, usual):
     h,w = np.clip((2/vol.spacing[1:]).astype(int), 2, 4) # about 2 mm is fine enough
     some,spacing = x[:,::h,::w],vol.spacing*(1,h,w)
     lit = float((some>air+.05*max(usual-air, 1e-6)).mean())
-    if lit<.01: return [f'almost empty: {lit:.2%} of it is brighter than the background; burned-in text alone?']
+    if lit<.01:
+        return [f'almost empty: {lit:.2%} of it is brighter than the background; burned-in text alone?']
     if len(np.unique(some[::3,::2,::2]))<8:
         return ['holds a few values only: a mask, labels, or burned-in text, not a scan']
-    if (r := _structure(x))<.2: return [f'only noise: neighbours correlate by {r:.2f}']
+    if (r := _structure(x))<.2:
+        return [f'only noise: neighbours correlate by {r:.2f}']
     return _head_size(sorted(_extent(some, air, usual, spacing)))
 
 def _head_size(size):
     "Grave findings on the extent of what is bright, (3,) mm, in ascending order"
     where = ' x '.join(f'{o:.0f}' for o in size)
-    if size[1]<80: return [f'too small for a head: {where} mm (80 to 400 expected); a lost affine, or another unit?']
+    if size[1]<80:
+        return [f'too small for a head: {where} mm (80 to 400 expected); a lost affine, or another unit?']
     if size[2]<=400: return []
     return [f'too large for a head: {where} mm (80 to 400 expected); another unit, or another part of the body?']
 
@@ -181,8 +188,10 @@ def _audit_blank(a, blank, faint):
     inside = int(blank[full[0]:full[-1]+1].sum())
     ends = int(blank.sum())-inside
     a.facts.update(blank=int(blank.sum()), near_blank=int((faint&~blank).sum()))
-    if inside: a.bad.append(f"{inside} blank slice{'s'*(inside>1)} inside the stack")
-    if ends: a.notes.append(f"{ends} blank slice{'s'*(ends>1)} at the ends")
+    if inside:
+        a.bad.append(f"{inside} blank slice{'s'*(inside>1)} inside the stack")
+    if ends:
+        a.notes.append(f"{ends} blank slice{'s'*(ends>1)} at the ends")
 
 def _audit_clipped(a, x, hi, tissue, some):
     "More voxels at the very maximum than a smooth histogram allows"
@@ -203,13 +212,16 @@ def _audit_pixels(vol):
         return a
     some,padded = x[:,::4,::4],_padding(x) if lo<0 else 0
     seen = some[some>lo] if padded else some
-    air,usual = float(air_value(seen)[0]),np.percentile(seen, 99)
+    air = float(air_value(seen)[0])
+    usual = np.percentile(seen, 99)
     tissue = np.array([np.count_nonzero(o>air+.05*(usual-air)) for o in x])
     skull = has_skull(vol)
     a.facts.update(skull=skull)
     a.grave += _audit_content(vol, x, air, usual)
-    if padded: a.bad.append(f'{padded} voxels hold a padding value, {lo:g}')
-    if hi>air+30*max(usual-air, 1e-6): a.bad += _spots(x, usual, air)
+    if padded:
+        a.bad.append(f'{padded} voxels hold a padding value, {lo:g}')
+    if hi>air+30*max(usual-air, 1e-6):
+        a.bad += _spots(x, usual, air)
     a.bad += _burned_in(x, usual, air)
     _audit_blank(a, low==high, tissue<.01*x[0].size)
     _audit_clipped(a, x, hi, tissue, some)
@@ -227,11 +239,13 @@ def _forms_apart(img, shape):
 def _audit_affine(a, img, shape):
     "Is it clear where a NIfTI image lies?"
     sform,qform = (img.header.get(f'{k}_code',1) for k in ('sform','qform'))
-    if sform==0==qform: a.bad.append('no orientation stated (sform and qform code 0): left and right may be exchanged')
+    if sform==0==qform:
+        a.bad.append('no orientation stated (sform and qform code 0): left and right may be exchanged')
     if np.array_equal(img.affine, np.eye(4)):
         a.grave.append('the affine is the identity: sizes and orientation were lost in a conversion')
     if not (sform>0 and qform>0): return
-    if (far := _forms_apart(img, shape))>1: a.bad.append(f'sform and qform disagree by up to {far:.0f} mm')
+    if (far := _forms_apart(img, shape))>1:
+        a.bad.append(f'sform and qform disagree by up to {far:.0f} mm')
 
 def _audit_nifti(path):
     "What the header of a NIfTI file says"
@@ -243,7 +257,8 @@ def _audit_nifti(path):
     if any(dicom):
         a.facts.update(identifiers='DICOM header')
         a.bad.append('a DICOM header in an extension, identifiers and all')
-    if not all(dicom): a.notes.append('text in a header extension: may name people or paths')
+    if not all(dicom):
+        a.notes.append('text in a header extension: may name people or paths')
     return a
 
 # %% ../nbs/15_quality.ipynb #4f4892a3
@@ -254,8 +269,10 @@ def _contradiction(f, header, can, sequence):
     if not says.can and (sequence or modality):
         return f'called {sequence}, but it is {says.why}' if sequence and not modality else says.why
     if sequence not in SEQUENCES: return None
-    if can and sequence not in can: return _other_times(f, can, sequence)
-    if sequence not in says.can: return f'called {sequence}, but {says.why}'
+    if can and sequence not in can:
+        return _other_times(f, can, sequence)
+    if sequence not in says.can:
+        return f'called {sequence}, but {says.why}'
 
 def _other_times(f, can, sequence):
     tr,te,ti = (_first_of(f, k) or 0 for k in ('RepetitionTime','EchoTime','InversionTime'))
@@ -268,7 +285,8 @@ def _audit_sequence(a, f, sequence, names):
     header = {**series_header(f['path']), **own}
     can = times_allow(header)
     a.facts.update(contrast=' or '.join(can) or None)
-    if why := _contradiction(f, header, can, sequence): a.grave.append(why)
+    if why := _contradiction(f, header, can, sequence):
+        a.grave.append(why)
     elif sequence in SEQUENCES:
         verdict = name_series(*names, header=header)
         a.facts.update(evidence=verdict.evidence if verdict.sequence==sequence else 'name')
@@ -276,7 +294,8 @@ def _audit_sequence(a, f, sequence, names):
 def _more_pixels(stack):
     "A finding on a file that holds more pixels than its header says frames, if there is one"
     for f in stack:
-        if not f['native'] or None in (f['Rows'],f['Columns'],f['BitsAllocated']): continue
+        if not f['native'] or None in (f['Rows'],f['Columns'],f['BitsAllocated']):
+            continue
         samples = (f['SamplesPerPixel'] or (1,))[0]
         frame = f['Rows'][0]*f['Columns'][0]*f['BitsAllocated'][0]/8*samples
         if f['size']>=frame*(f['frames']+1):
@@ -285,18 +304,23 @@ def _more_pixels(stack):
 
 def _audit_identifiers(a, stack):
     kinds = [o for o in _IDENTIFIERS if any(o in f['looked'] for f in stack)]
-    bad,mild = [o for o in kinds if o not in _MILD],[o for o in kinds if o in _MILD]
+    bad = [o for o in kinds if o not in _MILD]
+    mild = [o for o in kinds if o in _MILD]
     a.facts.update(identifiers=', '.join(kinds) or None)
-    if bad: a.bad.append(f"identifiers in the header: {', '.join(bad)}")
-    if any(_BURNED_IN in f['looked'] for f in stack): a.bad.append('its header says that text is burned into the image')
-    if mild: a.notes.append(f"in the header: {', '.join(mild)}")
+    if bad:
+        a.bad.append(f"identifiers in the header: {', '.join(bad)}")
+    if any(_BURNED_IN in f['looked'] for f in stack):
+        a.bad.append('its header says that text is burned into the image')
+    if mild:
+        a.notes.append(f"in the header: {', '.join(mild)}")
 
 # %% ../nbs/15_quality.ipynb #e86b8d65
 def _audit_headers(found, index, sequence, names):
     "What the headers say of what `find_stacks` found"
     if isinstance(found, Path):
         a = _audit_nifti(found)
-        if sequence and name_series(*names).sequence==sequence: a.facts.update(evidence='name')
+        if sequence and name_series(*names).sequence==sequence:
+            a.facts.update(evidence='name')
         return a
     index,told = pick_volume(found, index, sequence)
     one = len(found)==1 or index is not None and 0<=index<len(found)

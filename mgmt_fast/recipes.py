@@ -88,12 +88,15 @@ def thesis_choices(
 
     `read in` is the thesis' `'code'` or `'text'`, `'Keras'` for what its libraries do unasked, `'ours'` for what none
     of them says. `fault` is its number in `faults`, missing for what is a setting and no fault."""
-    r,d,p = get_recipe(recipe),get_recipe('default'),get_recipe('published')
+    r = get_recipe(recipe)
+    d = get_recipe('default')
+    p = get_recipe('published')
     told = {c: (n,text) for n,c,_,text in _faults}
     rows = []
     for k in choice_names():
         if k in choice_names('standardize'): continue # of raw scans, which the thesis prepared by another's tool
-        if k not in told and (k not in p.values() or k not in d.values() or p[k]==d[k]): continue
+        if k not in told and (k not in p.values() or k not in d.values() or p[k]==d[k]):
+            continue
         number,text = told.get(k, (pd.NA,_settings.get(k, ('',''))[0]))
         rows.append((k, r[k], d[k], number, text, 'code' if k in told else _settings.get(k, ('',''))[1]))
     table = pd.DataFrame(rows, columns=['choice','here','default','fault','thesis','read in'])
@@ -107,7 +110,8 @@ def compare_recipes(
     "Recipes side by side."
     rs = [get_recipe(r) for r in recipes or ('default','published','winner')]
     t = rs[0].to_frame().set_index('choice')
-    for r in rs: t[r.name] = pd.Series(r.values(), dtype=object).reindex(t.index)
+    for r in rs:
+        t[r.name] = pd.Series(r.values(), dtype=object).reindex(t.index)
     names = [r.name for r in rs]
     t = t.reset_index()[['room','choice',*names,'what it decides']]
     if not differ: return t
@@ -123,8 +127,10 @@ class L2Penalty(Callback):
     ): self.l2 = l2
     def after_loss(self):
         params = [p for p in self.model.parameters() if p.requires_grad]
-        if params and params[0].is_cuda: penalty = _HalfSquares.apply(self.l2, *params)
-        else: penalty = self.l2/2*sum(p.float().square().sum() for p in params)
+        if params and params[0].is_cuda:
+            penalty = _HalfSquares.apply(self.l2, *params)
+        else:
+            penalty = self.l2/2*sum(p.float().square().sum() for p in params)
         self.learn.loss_grad = self.loss_grad+penalty
 
 class _HalfSquares(torch.autograd.Function):
@@ -171,4 +177,5 @@ class SummedGradients(Callback):
         d:dict, # From `state_dict`
     ):
         self.held = d['held']
-        for k,p in self._grads().items(): p.grad = torch.empty_like(p).copy_(d[k]) if k in d else None
+        for k,p in self._grads().items():
+            p.grad = torch.empty_like(p).copy_(d[k]) if k in d else None

@@ -71,7 +71,8 @@ def read_signed(
 ) -> dict: # The record
     "Read a signed record. Raises `ProtocolError` if a byte of its content changed."
     d = read_json(path, error=ProtocolError)
-    if not is_signed(d): raise ProtocolError(f"{path} was changed after it was signed: restore it, or make it anew")
+    if not is_signed(d):
+        raise ProtocolError(f"{path} was changed after it was signed: restore it, or make it anew")
     return d
 
 # %% ../nbs/27_records.ipynb #e8811625
@@ -166,7 +167,8 @@ class CohortRecord:
         **what, # What JSON holds
     ) -> list: # Where it stands now, in words; empty where nothing could be written
         "Write an entry down, once, in both places"
-        beside,own = held_out_file(self.store),_user_records()/f'{self.key}.json'
+        beside = held_out_file(self.store)
+        own = _user_records()/f'{self.key}.json'
         entry = dict(kind=kind, date=what.pop('date', None) or utc_now(), **what)
         where = {beside: f'{beside.name} beside the store', own: f"cohorts/{own.name} in the user's data folder"}
         return [said for path,said in where.items() if self._enter(path, entry)]

@@ -30,7 +30,8 @@ def _air(a):
     faces = np.r_[high.ravel(), wide.ravel()]
     for x,share in ((faces,.5),(a.ravel(),.1)):
         values,counts = np.unique(x, return_counts=True)
-        if counts.max()>share*len(x): return float(values[counts.argmax()]),True
+        if counts.max()>share*len(x):
+            return float(values[counts.argmax()]),True
     return float(np.percentile(faces, 10)),False
 
 def _tissue(a, air, constant, high):
@@ -40,7 +41,8 @@ def _tissue(a, air, constant, high):
 
 def _solid(mask, constant):
     "Fill what is dark inside: ventricles of a FLAIR, and in a head as scanned all that its outer surface holds"
-    if constant: return mask | (smooth(torch.from_numpy(mask).float(), 1.5)>.6).numpy()
+    if constant:
+        return mask | (smooth(torch.from_numpy(mask).float(), 1.5)>.6).numpy()
     opened = ndimage.binary_opening(mask)
     if not opened.any(): return mask
     head = np.pad(largest_part(opened), 3)
@@ -74,11 +76,13 @@ def low_resolution(
     stride = np.maximum(1, (SMALL_MM/vol.spacing).astype(int))
     some = tuple(slice(None,None,int(s)) for s in stride)
     a = np.nan_to_num(np.asarray(vol[some], dtype=np.float32))
-    if a.min()==a.max(): raise _blank(f"all looked-at voxels equal {a.min():g}")
+    if a.min()==a.max():
+        raise _blank(f"all looked-at voxels equal {a.min():g}")
     (air,constant),high = _air(a),np.percentile(a, 99.5)
     voxels = np.argwhere(_tissue(a, air, constant, high))*stride
     at = voxels@vol.affine[:3,:3].T + vol.affine[:3,3]
-    if len(at)<64: raise _blank(f"only {len(at)} of {a.size} looked-at voxels hold tissue")
+    if len(at)<64:
+        raise _blank(f"only {len(at)} of {a.size} looked-at voxels hold tissue")
     affine = _small_affine(at)
     x = np.nan_to_num(np.asarray(resample(vol, affine, SMALL_SHAPE)))
     mask = _solid(_tissue(x, air, constant, high), constant)
@@ -137,7 +141,8 @@ class Structure:
     @cached_property
     def coarse(self):
         "Every second voxel of the smoothed contrast"
-        total,weight = smooth(self.y*self.w, 1.2),smooth(self.w, 1.2)
+        total = smooth(self.y*self.w, 1.2)
+        weight = smooth(self.w, 1.2)
         y = total/weight.clamp(min=.1)
         return _Scale(y*self.w, self.w, 2)
     @cached_property
@@ -170,7 +175,8 @@ class _Scale:
     def basis(self):
         slopes = torch.gradient(self.field[0,0])
         g = torch.stack(slopes, -1)[self.at]
-        constant,turn = torch.ones(len(g),1),torch.linalg.cross(self.q,g)
+        constant = torch.ones(len(g),1)
+        turn = torch.linalg.cross(self.q,g)
         return torch.cat([constant, self.f[:,None], turn, g], 1)
 
 # %% ../nbs/28_register.ipynb #15d7da04
@@ -235,7 +241,8 @@ def refine_pose(
         more = Rotation.from_rotvec(step[:3].double().numpy()).as_matrix()
         turn = turn@torch.from_numpy(more).float().T
         shift = shift-turn@step[3:]
-        if step[:3].norm()<5e-4 and step[3:].norm()<.01: break
+        if step[:3].norm()<5e-4 and step[3:].norm()<.01:
+            break
     return turn,shift
 
 def _step(basis, m, w):
@@ -287,7 +294,9 @@ def _level_gain(a, b, q):
     "Logarithms of intensities `a` and `b` at `q`; the second without its smooth gain over a power of the first"
     a,b = a.clamp(min=8).log(),b.clamp(min=8).log()
     q = q/q.abs().max()
-    one,squares,products = torch.ones(len(q),1),q*q,q*q.roll(1,1)
+    one = torch.ones(len(q),1)
+    squares = q*q
+    products = q*q.roll(1,1)
     basis = torch.cat([a[:,None], one, q, squares, products], 1).double()
     fit = torch.linalg.lstsq(basis, b.double()[:,None]).solution
     gain = basis[:,1:]@fit[1:]
@@ -311,7 +320,8 @@ def register_rigid(
     pose = refine_pose(fixed.coarse, m.coarse, *pose, 8)
     turn,shift = refine_pose(fixed.fine, m.fine, *pose, 6)
     ncc,overlap = pose_agreement(fixed.fine, m.fine, turn, shift)
-    nmi,flipped = _nmi(fixed, m, turn, shift),m is not moving
+    nmi = _nmi(fixed, m, turn, shift)
+    flipped = m is not moving
     matrix = _index_matrix(turn, shift, flipped)
     return NS(ncc=ncc, nmi=nmi, overlap=overlap, flipped=flipped, matrix=matrix)
 
@@ -320,7 +330,8 @@ def _structure(o): return o if isinstance(o, Structure) else Structure(low_resol
 def _best_start(fixed, movings, starts):
     "The brain, as it is or mirrored, and its pose that agree best after some steps at the coarse scale"
     begin,found = [],[]
-    for m in movings: begin += [(*o,m) for o in find_starts(fixed, m, starts)]
+    for m in movings:
+        begin += [(*o,m) for o in find_starts(fixed, m, starts)]
     for _,turn,shift,m in sorted(begin, key=lambda o: -o[0])[:starts+1]:
         pose = refine_pose(fixed.coarse, m.coarse, turn, shift, 8)
         ncc,overlap = pose_agreement(fixed.coarse, m.coarse, *pose)
@@ -343,7 +354,8 @@ def _nmi(fixed, moving, turn, shift):
 @patch(as_prop=True)
 def mirrored(self:Structure):
     "The same brain with left and right exchanged"
-    if '_mirrored' not in self.__dict__: self._mirrored = Structure(self.x, flip=True)
+    if '_mirrored' not in self.__dict__:
+        self._mirrored = Structure(self.x, flip=True)
     return self._mirrored
 
 def _index_matrix(turn, shift, flipped):

@@ -33,7 +33,8 @@ def roc_band(
     pos,neg = p[y],p[~y]
     curves = np.empty((n_boot,101))
     for c in curves:
-        a,b = rng.choice(pos,len(pos)),rng.choice(neg,len(neg))
+        a = rng.choice(pos,len(pos))
+        b = rng.choice(neg,len(neg))
         fpr,tpr,_ = roc_curve(np.r_[np.ones(len(a)),np.zeros(len(b))], np.r_[a,b])
         c[:] = np.interp(at, fpr, tpr)
     return at, *np.quantile(curves, [(1-level)/2,(1+level)/2], axis=0)
@@ -47,7 +48,8 @@ def plot_roc(
     **kwargs, # For `roc_band`
 ) -> plt.Axes: # The axes
     "ROC curve with its 95 % band and the AUC with its interval, whose method the legend names."
-    if ax is None: _,ax = plt.subplots(figsize=(5,5), layout='constrained')
+    if ax is None:
+        _,ax = plt.subplots(figsize=(5,5), layout='constrained')
     fpr,tpr,_ = roc_curve(*check_scores(y, p))
     r = auc_ci(y, p)
     line, = ax.plot(fpr, tpr, label=f'{label}: AUC {r.auc:.3f} [{r.lo:.3f}, {r.hi:.3f}]')
@@ -65,7 +67,8 @@ def plot_history(
 ) -> np.ndarray: # The axes
     "Loss of training and validation, and AUC of validation, by epoch; the epoch whose weights were kept is marked."
     h = history if isinstance(history, pd.DataFrame) else pd.read_csv(history)
-    if axs is None: _,axs = plt.subplots(1, 2, figsize=(9,3.5), layout='constrained')
+    if axs is None:
+        _,axs = plt.subplots(1, 2, figsize=(9,3.5), layout='constrained')
     best = h.epoch[h.valid_loss.idxmin()]
     axs[0].plot(h.epoch, h.train_loss, marker='.', label='training')
     axs[0].plot(h.epoch, h.valid_loss, marker='.', label='validation')
@@ -88,7 +91,8 @@ def plot_pr(
 ) -> plt.Axes: # The axes
     "Precision-recall curve with its average precision, and the share of methylated patients as what chance gives."
     y,p = check_scores(y, p)
-    if ax is None: _,ax = plt.subplots(figsize=(5,5), layout='constrained')
+    if ax is None:
+        _,ax = plt.subplots(figsize=(5,5), layout='constrained')
     precision,recall,_ = precision_recall_curve(y, p)
     ax.step(recall, precision, where='post', label=f'{label}: average precision {average_precision_score(y,p):.3f}')
     ax.axhline(y.mean(), ls=':', color='gray', lw=1)
@@ -105,9 +109,11 @@ def plot_reliability(
     n_bins:int=5, # Groups of equal size
 ) -> plt.Axes: # The axes
     "Reliability diagram: observed share against mean probability, with a histogram of the probabilities."
-    if ax is None: _,ax = plt.subplots(figsize=(5,5), layout='constrained')
+    if ax is None:
+        _,ax = plt.subplots(figsize=(5,5), layout='constrained')
     t = reliability(y, p, n_bins=n_bins)
-    if t.n.max()-t.n.min()<2: label = f'{label}, {n_bins} groups of {int(t.n.median())}'
+    if t.n.max()-t.n.min()<2:
+        label = f'{label}, {n_bins} groups of {int(t.n.median())}'
     dots = ax.errorbar(t.prob, t.rate, yerr=[t.rate-t.lo, t.hi-t.rate], fmt='o', capsize=3, label=label)
     n,edges = np.histogram(p, np.linspace(0,1,21))
     ax.bar(edges[:-1], .15*n/n.max(), .05, align='edge', color=dots[0].get_color(), alpha=.3, lw=0)
@@ -125,7 +131,8 @@ def plot_calibration(
     """Calibration curves by logistic recalibration, over the middle 95 % of each model's probabilities.
 
     Intercept 0 and slope 1 are ideal. Source: see `calibration`. A model whose classes do not overlap has no curve."""
-    if ax is None: _,ax = plt.subplots(figsize=(5,5), layout='constrained')
+    if ax is None:
+        _,ax = plt.subplots(figsize=(5,5), layout='constrained')
     for name,p in probs.items():
         c = calibration(y, p)
         ax.plot(*_recalibrated(y, p, c), label=f'{name}: {_slope_and_intercept(c)}')
@@ -139,7 +146,8 @@ def _recalibrated(y, p, c):
     "The curve: 100 probabilities, and what each should have been; NaN if the fit does not exist"
     z = logit(np.clip(p, 1e-6, 1-1e-6))
     x = np.linspace(*np.quantile(z, [.025,.975]), 100)
-    if not np.isfinite(c.value['slope']): return expit(x),np.full(100, np.nan)
+    if not np.isfinite(c.value['slope']):
+        return expit(x),np.full(100, np.nan)
     fit = LogisticRegression(C=np.inf).fit(np.asarray(z)[:,None], y)
     return expit(x),fit.predict_proba(x[:,None])[:,1]
 
@@ -155,7 +163,8 @@ def plot_decision(
     most:float=.9, # Highest threshold shown
 ) -> plt.Axes: # The axes
     "Decision curves with 95 % bands, next to those of treating everybody and nobody. Source: see `decision_curve`."
-    if ax is None: _,ax = plt.subplots(figsize=(6,4), layout='constrained')
+    if ax is None:
+        _,ax = plt.subplots(figsize=(6,4), layout='constrained')
     for name,p in probs.items():
         t = decision_curve(y, p, np.linspace(.01, most, 90))
         line, = ax.plot(t.threshold, t.net_benefit, label=name)
@@ -177,12 +186,15 @@ def plot_forest(
     "AUCs with their intervals, one row each; rows without a number keep their place."
     t = table.rename(columns=dict(auc_lo='lo',auc_hi='hi')).reset_index(drop=True)
     names = _texts(t) if names is None else listify(names)
-    if interval is None and 'interval' in t: interval = ' or '.join(uniqueify(t.interval[t.auc.notna()].dropna()))
-    if ax is None: _,ax = plt.subplots(figsize=(7,.32*len(t)+1.2), layout='constrained')
+    if interval is None and 'interval' in t:
+        interval = ' or '.join(uniqueify(t.interval[t.auc.notna()].dropna()))
+    if ax is None:
+        _,ax = plt.subplots(figsize=(7,.32*len(t)+1.2), layout='constrained')
     at = np.arange(len(t))[::-1]
     ax.errorbar(t.auc, at, xerr=[t.auc-t.lo, t.hi-t.auc], fmt='s', ms=5, capsize=3)
     side = dict(xycoords=('axes fraction','data'), va='center', fontsize=8, annotation_clip=False)
-    for i,r in zip(at, t.itertuples()): ax.annotate(_interval(r), (1.01,i), **side)
+    for i,r in zip(at, t.itertuples()):
+        ax.annotate(_interval(r), (1.01,i), **side)
     ax.axvline(.5, ls=':', color='gray', lw=1)
     ax.set_yticks(at, t[names].astype(str).agg(', '.join, axis=1))
     left = min(.2, np.nanmin(t.lo)-.02) if t.lo.notna().any() else 0
@@ -205,13 +217,15 @@ def plot_losses(
 ) -> np.ndarray: # The axes, (architectures, sequences)
     "Losses by epoch, one row per architecture, one column per sequence: runs thin, their mean thick."
     rows,cols = (uniqueify(k[i] for k in histories) for i in (0,1))
-    if axs is None: axs = _loss_axes(len(rows), len(cols), size)
+    if axs is None:
+        axs = _loss_axes(len(rows), len(cols), size)
     axs = np.reshape(axs, (len(rows), len(cols)))
     for (a,s),runs in histories.items():
         drawn = axs[rows.index(a)][cols.index(s)]
         _plot_runs(drawn, [h if isinstance(h, pd.DataFrame) else pd.read_csv(h) for h in runs])
         drawn.set_title(f'{a}\n{s}', fontsize=9)
-    for ax in axs.flat: ax.axhline(np.log(2), ls=':', color='gray', lw=1)
+    for ax in axs.flat:
+        ax.axhline(np.log(2), ls=':', color='gray', lw=1)
     axs[0][0].set_ylim(0, min(axs[0][0].get_ylim()[1], 2))
     for ax in axs[-1]:
         ax.set_xlabel('epoch')
@@ -226,7 +240,8 @@ def _loss_axes(rows, cols, size):
 
 def _plot_runs(ax, histories):
     for c,name,color in (('train_loss','training','C0'),('valid_loss','validation','C1')):
-        for h in histories: ax.plot(h.epoch, h[c], color=color, lw=.6, alpha=.5)
+        for h in histories:
+            ax.plot(h.epoch, h[c], color=color, lw=.6, alpha=.5)
         mean = pd.concat(histories).groupby('epoch')[c].mean()
         ax.plot(mean.index, mean, color=color, lw=2, marker='.', label=name)
 

@@ -31,7 +31,8 @@ def volume_key(
     sequence:str, # Which of the patient's volumes
 ) -> list|dict: # What JSON holds; None where there is no such volume, or no file of it
     "What changes when a volume does: in a store the hash of the voxels and the affine, in a cohort the files' state."
-    if 'volumes' not in patient: return source_state(patient.get(sequence), patient.get(f'{sequence}_index'))
+    if 'volumes' not in patient:
+        return source_state(patient.get(sequence), patient.get(f'{sequence}_index'))
     volume = patient['volumes'].get(sequence)
     return volume and [volume['hash'], patient['affine']]
 
@@ -47,7 +48,8 @@ def run_key(
     labels = dict(zip(store.table.patient, store.table.label))
     who = {}
     for part,patients in parts.items():
-        for p in patients: who[p] = [part, _plain_label(labels[p]), _volumes_digest(store.meta[p], sequences)]
+        for p in patients:
+            who[p] = [part, _plain_label(labels[p]), _volumes_digest(store.meta[p], sequences)]
     key = dict(version=__version__, recipe=_steering(recipe), sequences=list(sequences), patients=who, **more)
     return json.loads(json.dumps(key))
 
@@ -70,7 +72,8 @@ def key_changes(
     but:list|tuple=(), # Choices of the recipe that may differ
 ) -> list: # In words; empty if the result is the one that is wanted
     "How the run that gave a kept result differs from the one that is wanted."
-    if not isinstance(then, dict) or 'patients' not in then: return [_no_key]
+    if not isinstance(then, dict) or 'patients' not in then:
+        return [_no_key]
     choices = [k for k in now['recipe'] if k not in but]
     rest = [k for k in {**then,**now} if k not in ('recipe','patients')]
     return [*_patients_differ(then['patients'], now['patients']),

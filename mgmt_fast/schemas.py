@@ -19,7 +19,8 @@ class _Misfit(ValueError):
 def _inside(where, form, v):
     "The value, if it is what the form says; else where it is not"
     try: return form(v)
-    except _Misfit as e: raise _Misfit(f'{where}: {e}') from None
+    except _Misfit as e:
+        raise _Misfit(f'{where}: {e}') from None
     except (ValueError,TypeError,OverflowError):
         raise _Misfit(f'{where} must be {form.text}, and is {reprlib.repr(v)}') from None
 
@@ -32,8 +33,10 @@ def record_of(
     known = {**required, **(optional or {})}
     def take(v):
         if not isinstance(v, dict): raise ValueError(v)
-        if lack := [k for k in required if k not in v]: raise _Misfit(f'{lack[0]} is missing')
-        if strange := [k for k in v if k not in known and not others]: raise _Misfit(f'{strange[0]!r:.60} is unknown')
+        if lack := [k for k in required if k not in v]:
+            raise _Misfit(f'{lack[0]} is missing')
+        if strange := [k for k in v if k not in known and not others]:
+            raise _Misfit(f'{strange[0]!r:.60} is unknown')
         return {k: _inside(k, known[k], o) if k in known else o for k,o in v.items()}
     return Allowed('a record', take)
 
@@ -53,7 +56,8 @@ def list_of(
 ) -> Allowed: # Of a list, which stays one
     "A list of values of one kind."
     def take(v):
-        if not isinstance(v, (list,tuple)) or n is not None and len(v)!=n: raise ValueError(v)
+        if not isinstance(v, (list,tuple)) or n is not None and len(v)!=n:
+            raise ValueError(v)
         return [_inside(f'value {i}', kind, o) for i,o in enumerate(v)]
     return Allowed(f"a list of {n or 'values, each'} {kind.text}", take)
 
@@ -61,7 +65,8 @@ def list_of(
 NOTHING,ANYTHING = Allowed.one_of(None),Allowed('anything', lambda v: v)
 TEXT,YES_OR_NO,A_SEQUENCE = Allowed.text(),Allowed.one_of(True, False),Allowed.one_of(*CHANNELS)
 def _number(v):
-    if isinstance(v, bool) or not isinstance(v, (int,float)): raise ValueError(v)
+    if isinstance(v, bool) or not isinstance(v, (int,float)):
+        raise ValueError(v)
     return v
 
 A_NUMBER = Allowed('a number, or NaN', _number)
@@ -69,7 +74,8 @@ AN_AFFINE = list_of(list_of(Allowed.number(), 4), 4)
 A_RECIPE = record_of(dict(name=TEXT, choices=table_of(ANYTHING)))
 
 def _file_name(v):
-    if not isinstance(v, str) or not v or Path(v).name!=v or v.startswith('.'): raise ValueError(v)
+    if not isinstance(v, str) or not v or Path(v).name!=v or v.startswith('.'):
+        raise ValueError(v)
     return v
 
 A_FILE_NAME = Allowed('the name of a file, without a folder', _file_name)
@@ -83,8 +89,10 @@ def check_form(
 ): # The value
     "The value, if it has the form. Raises `error` that says where it has not."
     try: return form(value)
-    except _Misfit as e: raise error(_not_written(name, e)) from None
-    except (ValueError,TypeError,OverflowError): raise error(_not_written(name, f'it must be {form.text}')) from None
+    except _Misfit as e:
+        raise error(_not_written(name, e)) from None
+    except (ValueError,TypeError,OverflowError):
+        raise error(_not_written(name, f'it must be {form.text}')) from None
 
 def _not_written(name, why):
     return f"{name} is not as this library writes it ({why}): was it changed or cut off? Restore it, or make it anew"
@@ -97,10 +105,13 @@ def read_json(
     "Read a JSON file and check it. Raises `error` on a file that is missing, damaged or of another form."
     path = Path(path)
     try:
-        with open_input(path, error) as f: value = parse_json(f.read(2**28))
-    except OSError as e: raise error(f"{path} cannot be read ({e.strerror}): is it the file that was written?") from e
+        with open_input(path, error) as f:
+            value = parse_json(f.read(2**28))
+    except OSError as e:
+        raise error(f"{path} cannot be read ({e.strerror}): is it the file that was written?") from e
     except MGMTError: raise
-    except ValueError: raise error(f"{path.name} is no JSON: was it changed or cut off? Restore it") from None
+    except ValueError:
+        raise error(f"{path.name} is no JSON: was it changed or cut off? Restore it") from None
     return check_form(value, form, path.name, error)
 
 # %% ../nbs/04_schemas.ipynb #7c9886d1

@@ -66,7 +66,8 @@ def make_prints(
     "Take fingerprints of all volumes of one sequence."
     scans = ScanSet(store, 'the store')
     at = [i for i in range(len(scans.patients)) if scans.has(i, sequence)]
-    if template is None: template = _average(scans, at, sequence)
+    if template is None:
+        template = _average(scans, at, sequence)
     if template is None: return None
     n_workers = 0 if len(at)<64 else None # starting processes takes longer than so few fingerprints
     jobs = [(scans, i, sequence, template) for i in at]
@@ -117,7 +118,8 @@ def _read_kept(path, key):
             said = f.metadata()
             if said['key']!=key: return None
             return Prints.of_tensors(parse_json(said['hashes']), {k: f.get_tensor(k) for k in f.keys()})
-    except (OSError,LookupError,RuntimeError,TypeError,ValueError,SafetensorError): return None # made again
+    except (OSError,LookupError,RuntimeError,TypeError,ValueError,SafetensorError):
+        return None # made again
 
 def _keep(prints, key, places):
     "Write fingerprints to the first place that can be written to"
@@ -125,7 +127,8 @@ def _keep(prints, key, places):
         try: make_folder(path.parent)
         except MGMTError: continue
         said = dict(key=key, hashes=json.dumps(prints.hashes))
-        with atomic_path(path) as tmp: st.save_file(prints.tensors(), tmp, said)
+        with atomic_path(path) as tmp:
+            st.save_file(prints.tensors(), tmp, said)
         return
 
 # %% ../nbs/54_seen.ipynb #ae565c50
@@ -157,7 +160,8 @@ class SeenVolumes:
         "What a training has seen; fingerprints are taken when it is written"
         rows = []
         for part,patients in parts.items():
-            for p in patients: rows += [_row(p, store.meta[p], s, part) for s in sequences]
+            for p in patients:
+                rows += [_row(p, store.meta[p], s, part) for s in sequences]
         return cls(pd.DataFrame(rows, columns=_columns), store=store)
 
     def write(self,
@@ -166,7 +170,8 @@ class SeenVolumes:
         "Write table and fingerprints, whole or not at all"
         said = dict(table=self.table.to_dict('list'), hashes={s: p.hashes for s,p in self.prints.items()})
         tensors = {f'{s}.{k}': t for s,p in self.prints.items() for k,t in p.tensors().items()}
-        with atomic_path(path) as tmp: st.save_file(tensors, tmp, dict(seen=json.dumps(said, sort_keys=True)))
+        with atomic_path(path) as tmp:
+            st.save_file(tensors, tmp, dict(seen=json.dumps(said, sort_keys=True)))
 
     @classmethod
     def read(cls,
@@ -174,7 +179,8 @@ class SeenVolumes:
     ):
         "Read it back. Raises `MGMTError` if it cannot be read"
         try:
-            with safe_open(path, 'pt') as f: return cls(*_from_file(f))
+            with safe_open(path, 'pt') as f:
+                return cls(*_from_file(f))
         except (OSError,AttributeError,LookupError,RecursionError,TypeError,ValueError,SafetensorError) as e:
             raise _not_read(path, e) from e
 
@@ -187,10 +193,12 @@ def _row(patient, entry, sequence, part):
 
 def _from_file(f):
     "Table and fingerprints of an open file"
-    said,prints = check_form(parse_json(f.metadata()['seen']), _SEEN, 'what was seen'),{}
+    said = check_form(parse_json(f.metadata()['seen']), _SEEN, 'what was seen')
+    prints = {}
     for s,hashes in said['hashes'].items():
         prints[s] = Prints.of_tensors(hashes, {k: f.get_tensor(f'{s}.{k}') for k in ('prints','y','w')})
-        if len(prints[s].prints)!=len(hashes): raise ValueError('not a fingerprint for each volume')
+        if len(prints[s].prints)!=len(hashes):
+            raise ValueError('not a fingerprint for each volume')
     return pd.DataFrame(said['table'], columns=_columns),prints
 
 def _not_read(path, e):
@@ -266,12 +274,16 @@ def _meet(sequence, prints, names, store, alarms):
     if sequence not in store.sequences: return []
     mine = make_prints(store, sequence, prints.template)
     scores,null = _best(prints, mine, names)
-    best,pairs,rows = dict(zip(mine.hashes, scores)),max(1, len(prints)*len(mine)),[]
+    best = dict(zip(mine.hashes, scores))
+    pairs = max(1, len(prints)*len(mine))
+    rows = []
     limits = [null.threshold(a/pairs) for a in alarms]
     for p,m in store.meta.items():
         if sequence not in m['volumes']: continue
         found = best.get(m['volumes'][sequence]['hash'])
-        if found is None: rows.append((p, sequence, '', np.nan, np.nan, 'not compared')); continue
+        if found is None:
+            rows.append((p, sequence, '', np.nan, np.nan, 'not compared'))
+            continue
         score,near = found
         expected = float(null.chance(score))*pairs
         rows.append((p, sequence, names[prints.hashes[near]], score, expected, _verdict(score, *limits)))

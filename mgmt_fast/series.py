@@ -29,10 +29,12 @@ _DAMAGED = 'a damaged header; export the series again'
 
 def _check_placed(f):
     "Raise if frame `f` does not say where its pixels lie"
-    if f['frames']>1 and f['NumberOfFrames'] and f['ImagePositionPatient'] is None: raise _no_places(f)
+    if f['frames']>1 and f['NumberOfFrames'] and f['ImagePositionPatient'] is None:
+        raise _no_places(f)
     for k,n in _PLACED.items():
         if f[k] is None: raise _no_place(f, k)
-        if len(f[k])==n and np.isfinite(f[k]).all() and max(map(abs,f[k]))<=1e5: continue
+        if len(f[k])==n and np.isfinite(f[k]).all() and max(map(abs,f[k]))<=1e5:
+            continue
         raise SeriesError(f"{k} in {slice_label(f['path'])} must be {n} finite numbers; received {f[k]}: {_DAMAGED}")
 
 def _no_places(f):
@@ -52,7 +54,8 @@ def _orientation(stack):
     "Unit vectors along a row and down a column, (2,3); the mean where slices differ in the last digits"
     each = np.array([f['ImageOrientationPatient'] for f in stack])
     row,col = (each[0] if (each==each[0]).all() else each.mean(0)).reshape(2,3)
-    if max(abs(row@row-1), abs(col@col-1), abs(row@col))>.01: raise _not_perpendicular(row, col)
+    if max(abs(row@row-1), abs(col@col-1), abs(row@col))>.01:
+        raise _not_perpendicular(row, col)
     return row/np.linalg.norm(row),col/np.linalg.norm(col)
 
 def _not_perpendicular(row, col):
@@ -71,7 +74,8 @@ def _check_steps(ipp, normal, paths):
     gaps = np.diff(ipp@normal)
     if gaps.min()<1e-2: raise _one_place(gaps, paths)
     off = np.linalg.norm(ipp-np.linspace(ipp[0], ipp[-1], len(ipp)), axis=1)
-    if off.max()>.1*np.median(gaps): raise _uneven(gaps, paths, off.max())
+    if off.max()>.1*np.median(gaps):
+        raise _uneven(gaps, paths, off.max())
 
 def _one_place(gaps, paths):
     i = int(gaps.argmin())
@@ -98,7 +102,8 @@ def place_slices(
     if len(stack)<3: raise _too_few_slices(len(stack))
     row,col = _orientation(stack)
     dh,dw = _pixel_size(stack)
-    normal,ipp = np.cross(row,col),np.array([f['ImagePositionPatient'] for f in stack])
+    normal = np.cross(row,col)
+    ipp = np.array([f['ImagePositionPatient'] for f in stack])
     idx = np.argsort(ipp@normal, kind='stable')
     ipp = ipp[idx]
     _check_steps(ipp, normal, [stack[i]['path'] for i in idx])
@@ -125,7 +130,8 @@ def slice_normal(
 
 def _says_where(f):
     for k in ('ImagePositionPatient','ImageOrientationPatient'):
-        if f[k] is None or len(f[k])!=_PLACED[k] or not all(abs(o)<1e5 for o in f[k]): return False
+        if f[k] is None or len(f[k])!=_PLACED[k] or not all(abs(o)<1e5 for o in f[k]):
+            return False
     return True
 
 # %% ../nbs/13_series.ipynb #4d3a092f
@@ -147,14 +153,16 @@ def _split_by_header(stack, place):
     "Stacks by the first header value that takes repeats apart into stacks of the same places; `None` if none does"
     for k in _APART:
         parts = groupby(range(len(stack)), lambda i: stack[i][k])
-        if len(parts)<2 or len({tuple(np.unique(place[p])) for p in parts.values()})>1: continue
+        if len(parts)<2 or len({tuple(np.unique(place[p])) for p in parts.values()})>1:
+            continue
         values = sorted(parts, key=lambda v: (v is not None, v))
         return [[stack[i] for i in parts[v]] for v in values]
 
 def _split_by_number(stack, place):
     "Time points by `InstanceNumber`, if every place repeats equally often and no image comes twice"
     n = np.bincount(place)
-    if n.min()<n.max() or len({(f['SOPInstanceUID'],f['frame']) for f in stack})<len(stack): return [stack]
+    if n.min()<n.max() or len({(f['SOPInstanceUID'],f['frame']) for f in stack})<len(stack):
+        return [stack]
     order = sorted(range(len(stack)), key=lambda i: (place[i], stack[i]['InstanceNumber'] or (0,), stack[i]['frame']))
     return [[stack[i] for i in order[t::n[0]]] for t in range(n[0])]
 
@@ -183,12 +191,14 @@ def _by_orientation(frames):
     "Frames of one series and one orientation, within half a per cent"
     groups = []
     for f in frames:
-        uid,iop = f['SeriesInstanceUID'],f['ImageOrientationPatient'] or ()
+        uid = f['SeriesInstanceUID']
+        iop = f['ImageOrientationPatient'] or ()
         for u,o,g in groups:
             if u==uid and len(o)==len(iop) and not any(abs(a-b)>=5e-3 for a,b in zip(o,iop)):
                 g.append(f)
                 break
-        else: groups.append((uid,iop,[f]))
+        else:
+            groups.append((uid,iop,[f]))
     return [g for *_,g in groups]
 
 def _began(stack): return min((f['SeriesNumber'] or (0,), f['InstanceNumber'] or (0,), f['frame']) for f in stack)
@@ -200,7 +210,8 @@ def make_stacks(
     "Which frames form a volume together."
     res = []
     for group in sorted(_by_orientation(frames), key=_began):
-        for part in _split_by_matrix(group): res += _take_apart(part)
+        for part in _split_by_matrix(group):
+            res += _take_apart(part)
     return res
 
 # %% ../nbs/13_series.ipynb #018bde64
@@ -212,11 +223,13 @@ def find_stacks(
     "What can be read at a path. Raises `SeriesError` if there is nothing, or images of several patients."
     path = Path(path)
     if not os.path.exists(path): raise _nothing_there()
-    if not path.is_dir() and not path.is_file(): raise SeriesError("this is neither a file nor a folder")
+    if not path.is_dir() and not path.is_file():
+        raise SeriesError("this is neither a file nor a folder")
     if is_nifti(path) and path.is_file(): return path
     frames = folder_frames(path, look, budget)
     if not frames: return _only_nifti(path)
-    if any('MOSAIC' in (f['ImageType'] or '') for f in frames): raise _mosaic()
+    if any('MOSAIC' in (f['ImageType'] or '') for f in frames):
+        raise _mosaic()
     _check_one_patient(frames)
     return make_stacks(frames)
 
@@ -225,7 +238,8 @@ def _only_nifti(path):
     inside = path.iterdir() if path.is_dir() else ()
     found = [o for o in inside if is_nifti(o) and not o.name.startswith('.')]
     if len(found)==1: return found[0]
-    if found: raise SeriesError(f"{len(found)} NIfTI files here: give the path of one of them")
+    if found:
+        raise SeriesError(f"{len(found)} NIfTI files here: give the path of one of them")
     raise SeriesError("no DICOM image here: give the folder that holds the slices themselves, or a NIfTI file")
 
 def _check_one_patient(frames):
@@ -282,7 +296,8 @@ def list_series(
 
     Plane and spacing are missing where slices form no stack. Raises `SeriesError` where nothing can be read."""
     try: return _describe(find_stacks(path))
-    except SeriesError as e: raise SeriesError(f"{path}: {e}") from None
+    except SeriesError as e:
+        raise SeriesError(f"{path}: {e}") from None
 
 # %% ../nbs/13_series.ipynb #9b97e96b
 def check_modality(
@@ -302,15 +317,19 @@ def _positions(stack): return sorted(f['ImagePositionPatient'] or () for f in st
 
 def _long_echo(found):
     "Index of the long echo, if `found` are the two echoes (PD and T2) of one acquisition"
-    if len(found)!=2 or len(found[0])!=len(found[1]): return None
+    if len(found)!=2 or len(found[0])!=len(found[1]):
+        return None
     a,b = map(_echo, found)
-    if None in (a,b) or not min(a,b)<60<=max(a,b): return None
+    if None in (a,b) or not min(a,b)<60<=max(a,b):
+        return None
     return int(b>a) if _positions(found[0])==_positions(found[1]) else None
 
 def _is_foreign(f, slice_):
     "Is an image surely no slice of the volume: a screenshot, in colour, of another matrix or plane, as a scout is?"
-    if 'Secondary Capture' in uid_name(f['SOPClassUID']) or (f['SamplesPerPixel'] or (1,))[0]>1: return True
-    if None not in _matrix_of(f) and _matrix_of(f)!=_matrix_of(slice_): return True
+    if 'Secondary Capture' in uid_name(f['SOPClassUID']) or (f['SamplesPerPixel'] or (1,))[0]>1:
+        return True
+    if None not in _matrix_of(f) and _matrix_of(f)!=_matrix_of(slice_):
+        return True
     a,b = (o['ImageOrientationPatient'] for o in (f,slice_))
     return bool(a and b) and max(abs(p-q) for p,q in zip(a,b))>.1
 
@@ -319,7 +338,8 @@ def _large_stack(found):
     large = [i for i,o in enumerate(found) if len(o)>=3]
     if len(large)!=1: return None
     rest = [f for o in found if len(o)<3 for f in o]
-    if len(rest)>3 or not all(_is_foreign(f, found[large[0]][0]) for f in rest): return None
+    if len(rest)>3 or not all(_is_foreign(f, found[large[0]][0]) for f in rest):
+        return None
     return large[0],len(rest)
 
 # %% ../nbs/13_series.ipynb #2d912599
@@ -329,10 +349,12 @@ def pick_volume(
     sequence:str=None, # One of `SEQUENCES`, where it is known
 ) -> tuple: # Index, `None` where no rule decides; and a list of what the reader must be told
     "Which volume is meant, where a rule says so."
-    if isinstance(found, Path) or index is not None or len(found)==1: return index,[]
+    if isinstance(found, Path) or index is not None or len(found)==1:
+        return index,[]
     if sequence=='T2w' and (long := _long_echo(found)) is not None:
         return long,[f'two echoes: the long one ({_echo(found[long]):g} ms) is taken as T2w']
-    if (large := _large_stack(found)) is None: return index,[]
+    if (large := _large_stack(found)) is None:
+        return index,[]
     at,rest = large
     return at,[f"{rest} image{'s'*(rest>1)} beside the slices left out: a scout or a screenshot"]
 
@@ -340,7 +362,8 @@ def pick_volume(
 def _summarised(found):
     "The table of volumes on one line; neighbours that are alike share an entry"
     table = _describe(found)
-    if isinstance(found, Path): return f'0 to {len(table)-1}: {_entry_of(table.iloc[0])}'
+    if isinstance(found, Path):
+        return f'0 to {len(table)-1}: {_entry_of(table.iloc[0])}'
     rows = [_entry_of(r) for _,r in table.iterrows()]
     starts = [i for i in range(len(rows)) if i==0 or rows[i]!=rows[i-1]]
     parts = [f"{a if b-a==1 else f'{a} to {b-1}'}: {rows[a]}" for a,b in zip(starts, [*starts[1:],len(rows)])]
@@ -359,9 +382,12 @@ def load_volume(
     "Read one of the volumes that were found. Raises `SeriesError` if it is not clear which, or cannot be read."
     n = n_volumes(found)
     index,notes = pick_volume(found, index)
-    if index is None and n>1: raise SeriesError(f"{n} volumes here, choose one with index=. {_summarised(found)}")
-    if not 0<=(index or 0)<n: raise SeriesError(f"index must lie in 0 to {n-1}; received {index}")
-    if isinstance(found, Path): return read_nifti(found, index or 0, budget)
+    if index is None and n>1:
+        raise SeriesError(f"{n} volumes here, choose one with index=. {_summarised(found)}")
+    if not 0<=(index or 0)<n:
+        raise SeriesError(f"index must lie in 0 to {n-1}; received {index}")
+    if isinstance(found, Path):
+        return read_nifti(found, index or 0, budget)
     stack = found[index or 0]
     check_modality(stack)
     idx,affine = place_slices(stack)
@@ -380,7 +406,8 @@ def read_volume(
     Source: DICOM PS3.3 C.7.6.2 (image plane), C.7.6.3 (pixels), C.7.6.16 (functional groups); NIfTI-1.
     Raises `SeriesError` for all that cannot be read correctly."""
     try: return load_volume(find_stacks(path, budget=budget), index, budget)
-    except SeriesError as e: raise SeriesError(f"{path}: {e}") from None
+    except SeriesError as e:
+        raise SeriesError(f"{path}: {e}") from None
 
 # %% ../nbs/13_series.ipynb #5e71a5c1
 def has_scan(
@@ -405,7 +432,8 @@ def read_sequence(
         found = find_stacks(path, budget=budget)
         index,notes = pick_volume(found, index, sequence)
         vol = load_volume(found, index, budget)
-    except SeriesError as e: raise SeriesError(f"{path}: {e}") from None
+    except SeriesError as e:
+        raise SeriesError(f"{path}: {e}") from None
     vol.notes = [*notes,*(o for o in getattr(vol,'notes',()) if o not in notes)]
     return vol
 

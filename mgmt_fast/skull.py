@@ -82,7 +82,8 @@ def has_skull(
     x = vol.numpy().astype(np.float32)
     some = x[:,::2,::2]
     air,n = air_value(some)
-    if not (x>air).any() or len(np.unique(some[::2]))<16: return None
+    if not (x>air).any() or len(np.unique(some[::2]))<16:
+        return None
     high = np.percentile(some[some>air], 95)
     bright = air+.2*(high-air)
     dark = np.abs(some-air)<=bright-air

@@ -63,9 +63,11 @@ def _window(x, path):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # pydicom's warnings quote header values
         try:
-            with open_input(path, SeriesError) as f: ds = pydicom.dcmread(f, stop_before_pixels=True)
+            with open_input(path, SeriesError) as f:
+                ds = pydicom.dcmread(f, stop_before_pixels=True)
             return apply_voi_lut(x, ds)
-        except _bad_header as e: raise _bad_lut(path, e) from None
+        except _bad_header as e:
+            raise _bad_lut(path, e) from None
 
 def _bad_lut(path, e):
     what = f"the VOI LUT of {slice_label(path)} cannot be applied ({type(e).__name__})"
@@ -92,10 +94,13 @@ def _stack(path, order, voi_lut, index, sequence):
         vol = read_sequence(row, sequence) if sequence else read_volume(path, index)
         return np.asarray(vol, dtype=np.float32),getattr(vol, 'notes', [])
     check_modality(found[0])
-    if order=='filename': stack = sorted(found[0], key=_name_order)
-    else: stack = [found[0][i] for i in place_slices(found[0])[0]]
+    if order=='filename':
+        stack = sorted(found[0], key=_name_order)
+    else:
+        stack = [found[0][i] for i in place_slices(found[0])[0]]
     x = read_pixels(stack)
-    if voi_lut: x = np.stack([_window(a, f['path']) for a,f in zip(x, stack)])
+    if voi_lut:
+        x = np.stack([_window(a, f['path']) for a,f in zip(x, stack)])
     return x.astype(np.float32),[]
 
 # %% ../nbs/23_slicewise.ipynb #023a753f
@@ -119,7 +124,8 @@ def pick_slices(
 ) -> np.ndarray: # Indices, at most D
     "Choose slices of a stack."
     n = len(area)
-    if how=='spread': return np.linspace(0, n-1, min(n,D)).round().astype(int)
+    if how=='spread':
+        return np.linspace(0, n-1, min(n,D)).round().astype(int)
     lo = (n//2 if how=='middle' else int(area.argmax()))-D//2
     return np.arange(n)[lo if wrap else max(lo,0):lo+D]
 
@@ -127,7 +133,8 @@ def pick_slices(
 def _bytes(x, by, clip):
     "uint8, by the range of each slice or of all"
     if by=='slice':
-        lo,hi = x.min((1,2), keepdims=True),x.max((1,2), keepdims=True)
+        lo = x.min((1,2), keepdims=True)
+        hi = x.max((1,2), keepdims=True)
         return ((x-lo)/np.maximum(hi-lo, 1e-9)*255).astype(np.uint8)
     tissue = x>x.min()
     lo,hi = np.percentile(x[tissue], clip)
@@ -147,9 +154,13 @@ def _resized(x, size):
 def _crop_slices(x, boxes, by, size):
     "Slices, cropped together or each to its own box, and resized"
     if by=='none': return _resized(x, size)
-    if by=='slice': return np.concatenate([_cut_slice(a, box, size) for a,box in zip(x, boxes)])
+    if by=='slice':
+        return np.concatenate([_cut_slice(a, box, size) for a,box in zip(x, boxes)])
     b = boxes[boxes[:,1]>0]
-    r0,r1,c0,c1 = b[:,0].min(),b[:,1].max(),b[:,2].min(),b[:,3].max()
+    r0 = b[:,0].min()
+    r1 = b[:,1].max()
+    c0 = b[:,2].min()
+    c1 = b[:,3].max()
     return _resized(x[:,r0:r1,c0:c1], size)
 
 def _cut_slice(a, box, size):
@@ -163,9 +174,11 @@ _brightened = dict(FLAIR=1.2, T1wCE=1.2, T1w=1.1, T2w=1.1)
 def _filled(x, D, how, sequence, rng):
     "Bring fewer than D slices to D"
     if how=='stretch': return _stretched(x, D)
-    if how=='zeros': return np.concatenate([x, np.zeros((D-len(x),*x.shape[1:]), np.uint8)])
+    if how=='zeros':
+        return np.concatenate([x, np.zeros((D-len(x),*x.shape[1:]), np.uint8)])
     x,gain = list(x),_brightened[sequence]
-    while len(x)<D: x.append(np.clip((x[rng.integers(len(x))]*gain).round(), 0, 255).astype(np.uint8))
+    while len(x)<D:
+        x.append(np.clip((x[rng.integers(len(x))]*gain).round(), 0, 255).astype(np.uint8))
     return np.stack(x)
 
 def _stretched(x, D):
@@ -192,15 +205,18 @@ def slicewise(
     at = _picked(area, D, r, rng)
     size = (W,H) if r.transpose else (H,W)
     x = _crop_slices(_bytes(x[at], r.range_by, r.clip), boxes[at], r.crop_by, size)
-    if len(x)<D: x = _filled(x, D, r.short_series, sequence, rng)
+    if len(x)<D:
+        x = _filled(x, D, r.short_series, sequence, rng)
     return x.swapaxes(1,2).copy() if r.transpose else x
 
 def _picked(area, D, r, rng):
     "Indices of the slices taken, constant ones replaced if the recipe says so"
     if not area.any():
         raise SeriesError("every slice is constant: an empty or blank series? Leave it out of the cohort")
-    at,full = pick_slices(area, D, r.slice_pick, r.wrap_start),np.flatnonzero(area)
-    if r.black_slices=='replace': at = np.array([i if area[i] else rng.choice(full) for i in at])
+    at = pick_slices(area, D, r.slice_pick, r.wrap_start)
+    full = np.flatnonzero(area)
+    if r.black_slices=='replace':
+        at = np.array([i if area[i] else rng.choice(full) for i in at])
     if area[at].any(): return at
     what = f"the {len(at)} slices picked are all constant"
     raise SeriesError(f"{what}: too few slices with brain for slice_pick={r.slice_pick!r}")
@@ -211,7 +227,8 @@ def _one_sequence(row, seq, r):
     index = row.get(f'{seq}_index')
     x,notes = _stack(row[seq], r.slice_order, r.voi_lut, None if pd.isna(index) else int(index), seq)
     array = slicewise(x, seq, r, rng_for(r.fill_seed, 'slicewise', str(row['patient']), seq))
-    if len(x)<r.size[0]: notes = [*notes, f"short series: {len(x)} slices for {r.size[0]}, {r.short_series}"]
+    if len(x)<r.size[0]:
+        notes = [*notes, f"short series: {len(x)} slices for {r.size[0]}, {r.short_series}"]
     return array,dict(window=None, shape=list(x.shape), spacing=None, plane=None, skull=None),notes
 
 # %% ../nbs/23_slicewise.ipynb #0aeac989
@@ -233,6 +250,8 @@ def slicewise_patient(
             _say(seq, 'error', f'{type(e).__name__}: {e}'.replace(str(row[seq]), seq))
             continue
         for o in notes: _say(seq, 'note', o)
-    if arrays: _say('', 'note', f"prepared slice by slice, without millimetres: recipe {r.name!r}")
-    else: _say('', 'error', 'patient skipped: no sequence could be prepared')
+    if arrays:
+        _say('', 'note', f"prepared slice by slice, without millimetres: recipe {r.name!r}")
+    else:
+        _say('', 'error', 'patient skipped: no sequence could be prepared')
     return NS(arrays=arrays, meta=meta, affine=None, report=report)

@@ -94,8 +94,10 @@ def outside(
     for k,(lo,hi) in limits.items():
         v = scores.get(k)
         if v is None: continue
-        if lo is not None and not v>=lo: found.append(f'the {_meanings[k]} is {_number(v)}, at least {lo:g} expected')
-        if hi is not None and not v<=hi: found.append(f'the {_meanings[k]} is {_number(v)}, at most {hi:g} expected')
+        if lo is not None and not v>=lo:
+            found.append(f'the {_meanings[k]} is {_number(v)}, at least {lo:g} expected')
+        if hi is not None and not v<=hi:
+            found.append(f'the {_meanings[k]} is {_number(v)}, at most {hi:g} expected')
     return found
 
 _meanings = dict(ncc="correlation with the atlas", structure="correlation of structure with the atlas",
@@ -126,10 +128,13 @@ def atlas_scores(
     matrix:np.ndarray, # (4,4) from mm of the atlas to mm of the brain
 ) -> dict: # `ncc`, `nmi`, `overlap`, `ml`
     "How well a brain lies on the atlas."
-    x,there = np.asarray(_on(brain, atlas.volume, matrix)),_inside(mask, atlas.volume, matrix)
-    a,here = np.asarray(atlas.volume),np.asarray(atlas.brain)>0
+    x = np.asarray(_on(brain, atlas.volume, matrix))
+    there = _inside(mask, atlas.volume, matrix)
+    a = np.asarray(atlas.volume)
+    here = np.asarray(atlas.brain)>0
     both = here&there
-    if both.sum()<1000: return dict(ncc=0., nmi=0., overlap=0., ml=millilitres(mask))
+    if both.sum()<1000:
+        return dict(ncc=0., nmi=0., overlap=0., ml=millilitres(mask))
     ncc = np.corrcoef(a[here], x[here])[0,1]
     overlap = 2*both.sum()/(here.sum()+there.sum())
     return dict(ncc=float(ncc), nmi=_nmi_of(a[both], x[both]), overlap=float(overlap), ml=millilitres(mask))
@@ -166,15 +171,18 @@ def register_to_atlas(
     recipe:str|Path|Recipe='default', # Name, file or `Recipe`
 ) -> tuple: # (4,4) from mm of the atlas to mm of `brain`; scores, with `structure`, `starts`, `turn` and `engine`
     "Align a brain with the atlas, from two starts, and score the result."
-    r,header = get_recipe(recipe),moved(brain, np.linalg.inv(back))
+    r = get_recipe(recipe)
+    header = moved(brain, np.linalg.inv(back))
     starts = [_coarse(atlas.volume, brain)[0], np.linalg.inv(back)@_coarse(atlas.volume, header)[0]]
     found = [greedy_align(atlas.volume, brain, o, _around(atlas)) for o in starts]
     apart = float(distances(*found, _points(atlas.brain)).mean())
     m,scores = _better(found, brain, mask, atlas)
-    engine,doubt = 'greedy',outside(dict(scores, starts=apart), DOUBTS)
+    engine = 'greedy'
+    doubt = outside(dict(scores, starts=apart), DOUBTS)
     if r.second_engine=='always' or doubt and r.second_engine=='in doubt':
         best,fit = _better([m,*_second(brain, atlas, [*starts,m])], brain, mask, atlas)
-        if best is not m: m,scores,engine = best,fit,'SimpleITK'
+        if best is not m:
+            m,scores,engine = best,fit,'SimpleITK'
     if r.motion=='affine':
         m = greedy_align(atlas.volume, brain, m, _around(atlas), affine=True)
         scores = atlas_scores(brain, mask, atlas, m)
@@ -186,12 +194,14 @@ def _better(found, brain, mask, atlas):
     best = None
     for m in found:
         scores = atlas_scores(brain, mask, atlas, m)
-        if best is None or scores['ncc']>best[1]['ncc']+.01: best = m,scores
+        if best is None or scores['ncc']>best[1]['ncc']+.01:
+            best = m,scores
     return best
 
 def _second(brain, atlas, starts):
     "What SimpleITK makes of these starts; those that it cannot use are left out"
-    if engine_table().set_index('engine').version.isna()['itk']: return []
+    if engine_table().set_index('engine').version.isna()['itk']:
+        return []
     res = []
     for start in starts:
         try: res.append(itk_align(atlas.volume, brain, start, _around(atlas)))
@@ -215,7 +225,9 @@ def register_to_anchor(
     vol:Volume, # Another sequence, as `level` places it
 ) -> tuple: # (4,4) from mm of the anchor to mm of `vol`; `sequence_nmi` and `sequence_starts`
     "Align a sequence with the anchor, from two starts, and score the result."
-    fixed,moving,points = _for_engine(anchor),_for_engine(vol),_points(mask)
+    fixed = _for_engine(anchor)
+    moving = _for_engine(vol)
+    points = _points(mask)
     a = np.asarray(anchor)
     brain = np.asarray(resample(mask.float(), anchor.affine, anchor.shape))>.5
     def _score(m): return _nmi_of(a[brain], np.asarray(_on(vol, anchor, m))[brain])
@@ -240,7 +252,8 @@ def _as_reversed(brain, atlas):
         flipped = Volume(np.flip(x, axes).copy(), affine=brain.affine)
         fits[axes] = _coarse(atlas.volume, flipped)[1]
     best = max(fits, key=fits.get)
-    if not best or fits[best]<max(.6, fits[()]+.15): return ''
+    if not best or fits[best]<max(.6, fits[()]+.15):
+        return ''
     return f"; it would fit with {' and with '.join(_sides[i] for i in best)} exchanged: a wrong header?"
 
 # %% ../nbs/32_standardize.ipynb #d21d2a4e
@@ -276,17 +289,20 @@ def _read_all(row, sequences, budget, say):
     for s in sequences:
         if not has_scan(row, s): continue
         try: vols[s] = read_sequence(row, s, budget)
-        except MGMTError as e: say(s, f'{type(e).__name__}: {e}'.replace(str(row[s]), s))
+        except MGMTError as e:
+            say(s, f'{type(e).__name__}: {e}'.replace(str(row[s]), s))
     return vols
 
 def _on_grid(vol, space):
     "Does a volume lie on a grid, up to the order and direction of its axes?"
-    (a,n),(b,m) = canonical_affine(vol),canonical_affine(space)
+    a,n = canonical_affine(vol)
+    b,m = canonical_affine(space)
     return tuple(n)==tuple(m) and np.allclose(a, b, atol=.01)
 
 def _prepared(vols, anchor, atlas):
     "Scores of an anchor that lies on the atlas already; None where it does not, or another sequence does not"
-    if not all(_on_grid(v, atlas.volume) for v in vols.values()): return None
+    if not all(_on_grid(v, atlas.volume) for v in vols.values()):
+        return None
     if any(has_skull(v) for v in vols.values()): return None
     x = _exact(vols[anchor], atlas.volume)
     scores = atlas_scores(x, solid_mask(x), atlas, np.eye(4))
@@ -313,11 +329,13 @@ def standardize_patient(
     vols = {}
     try:
         vols = _read_all(row, check_sequences(sequences), budget, _say)
-        if not vols: raise StandardizeError('no sequence can be read')
+        if not vols:
+            raise StandardizeError('no sequence can be read')
         given = _given_mask(row, budget)
         _run(vols, given, stripper, atlas, r, res, _say)
     except MGMTError as e: _say('', str(e))
-    except Exception as e: _say('', log_fault(e, 'standardizing'))
+    except Exception as e:
+        _say('', log_fault(e, 'standardizing'))
     if not res.volumes: res.heads = vols
     return res
 
@@ -331,26 +349,33 @@ def _given_mask(row, budget):
 
 def _run(vols, given, stripper, atlas, r, res, say):
     res.anchor = choose_anchor(vols, r.anchor)
-    if res.anchor!=r.anchor in SEQUENCES: res.scores['anchor'] = f'{res.anchor}, since {r.anchor} is missing'
-    if scores := _prepared(vols, res.anchor, atlas): return _pass_through(vols, scores, atlas, res)
+    if res.anchor!=r.anchor in SEQUENCES:
+        res.scores['anchor'] = f'{res.anchor}, since {r.anchor} is missing'
+    if scores := _prepared(vols, res.anchor, atlas):
+        return _pass_through(vols, scores, atlas, res)
     leveled,back = {},{}
     for s,v in vols.items(): leveled[s],back[s] = level(v)
     head = isotropic(leveled[res.anchor])
     res.state = 'stripped' if has_skull(vols[res.anchor]) is False else 'raw'
-    if given is not None: mask = _on_head(given, head, back[res.anchor])
+    if given is not None:
+        mask = _on_head(given, head, back[res.anchor])
     elif res.state=='stripped': mask = solid_mask(head)
-    else: mask = brain_mask_by(head, stripper) if stripper else brain_mask(head)
+    else:
+        mask = brain_mask_by(head, stripper) if stripper else brain_mask(head)
     res.scores['ml'] = millilitres(mask)
-    if wrong := outside(dict(ml=res.scores['ml']), GATES): raise StandardizeError(_refused(wrong))
+    if wrong := outside(dict(ml=res.scores['ml']), GATES):
+        raise StandardizeError(_refused(wrong))
     res.found = head,mask
     to_register = head if r.bias=='kept' else correct_bias(head, mask)
     brain = Volume(np.asarray(to_register)*np.asarray(mask), affine=head.affine)
     m,scores = register_to_atlas(brain, mask, atlas, back[res.anchor], r)
     res.scores.update(scores)
-    if wrong := outside(scores, GATES): raise StandardizeError(_refused(wrong)+_as_reversed(brain, atlas))
+    if wrong := outside(scores, GATES):
+        raise StandardizeError(_refused(wrong)+_as_reversed(brain, atlas))
     matrices = {res.anchor: m}
     for s in vols:
-        if s!=res.anchor: _add_sequence(s, leveled, mask, m, matrices, res, say)
+        if s!=res.anchor:
+            _add_sequence(s, leveled, mask, m, matrices, res, say)
     res.mask = Volume(torch.from_numpy(_inside(mask, atlas.volume, m).astype(np.uint8)), affine=atlas.volume.affine)
     for s,o in matrices.items():
         res.matrices[s] = back[s]@o
@@ -368,13 +393,15 @@ def _add_sequence(s, leveled, mask, m, matrices, res, say):
     try: onto,scores = register_to_anchor(leveled[res.anchor], mask, leveled[s])
     except MGMTError as e: return say(s, str(e))
     res.scores[s] = scores
-    if wrong := outside(scores, GATES): return say(s, _refused(wrong))
+    if wrong := outside(scores, GATES):
+        return say(s, _refused(wrong))
     matrices[s] = onto@m
 
 def _write_into(res, s, vol, atlas, r):
     "Interpolate one sequence, with what the recipe makes of its intensities"
     brain = np.asarray(res.mask)>0
-    if r.bias=='evened out': vol = correct_bias(vol, _on(res.mask.float(), vol, np.linalg.inv(res.matrices[s]))>.5)
+    if r.bias=='evened out':
+        vol = correct_bias(vol, _on(res.mask.float(), vol, np.linalg.inv(res.matrices[s]))>.5)
     res.heads[s] = into_space(vol, atlas.volume, res.matrices[s], r.interpolation)
     x = res.heads[s] if r.intensities=='as scanned' else _z_scores(res.heads[s], brain)
     res.volumes[s] = _stripped(x, brain)
@@ -394,7 +421,8 @@ def _edge(mask): return mask&~ndimage.binary_erosion(mask)
 @lru_cache(maxsize=2)
 def _atlas_parts(atlas):
     "The atlas' brain, and what is dark deep inside it, at 1 mm"
-    brain,x = np.asarray(isotropic(atlas.brain))>.5,np.asarray(isotropic(atlas.volume))
+    brain = np.asarray(isotropic(atlas.brain))>.5
+    x = np.asarray(isotropic(atlas.volume))
     deep = ndimage.binary_erosion(brain, iterations=12)
     dark = deep&(ndimage.gaussian_filter(x, 1.5)<.7*np.median(x[brain]))
     return brain,dark
@@ -433,7 +461,8 @@ def _side_by_side(pictures, axis):
 
 def _draw_refused(res):
     "The brain that was found; where none was, axial slices from inside the head of every sequence that was read"
-    if res.found: return _draw_row(*(np.asarray(o) for o in (res.found[0],res.found[1]>0)), ())
+    if res.found:
+        return _draw_row(*(np.asarray(o) for o in (res.found[0],res.found[1]>0)), ())
     pictures = [thumbnail(v, n=3, height=150) for v in res.heads.values()]
     return _side_by_side([np.repeat(o[...,None], 3, -1) for o in pictures], 0) if pictures else None
 
@@ -474,19 +503,23 @@ def _file_of(folder, s): return folder/s/f'{s}.nii.gz'
 def _for_file(x, r):
     "Whole numbers where that loses nothing that a scanner measured"
     most = float(x.abs().max())
-    if r.intensities!='as scanned' or not 255<=most<=32767: return x
+    if r.intensities!='as scanned' or not 255<=most<=32767:
+        return x
     return Volume(x.as_subclass(torch.Tensor).round().to(torch.int16), affine=x.affine)
 
 def _save_patient(folder, entry, res, r, dicom):
     "Write all of a patient's files, and let them appear at once"
-    if folder.exists() and not is_file(folder/STANDARDIZED): raise StandardizeError(_occupied(folder))
+    if folder.exists() and not is_file(folder/STANDARDIZED):
+        raise StandardizeError(_occupied(folder))
     with write_errors(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix='.patient-') as td:
         new,old = Path(td)/'new',Path(td)/'old'
         new.mkdir()
         for s,x in res.volumes.items():
             _for_file(x, r).save(_file_of(make_folder(new/s).parent, s))
-            if dicom: _save_dicom(x, new/'dicom'/s, s, folder.name)
-        if res.mask is not None: res.mask.save(new/'brain_mask.nii.gz')
+            if dicom:
+                _save_dicom(x, new/'dicom'/s, s, folder.name)
+        if res.mask is not None:
+            res.mask.save(new/'brain_mask.nii.gz')
         write_json(new/STANDARDIZED, entry)
         if folder.exists(): folder.rename(old)
         new.rename(folder)
@@ -517,10 +550,13 @@ def _do_patient(row, dest, atlas, recipe, sequences, key, dicom, budget, strippe
             problems=[dict(sequence=s, what=w) for s,w in res.problems],
             matrices={k: m.tolist() for k,m in res.matrices.items()})
         entry = json.loads(json.dumps(entry, default=float))
-        if (picture := draw_check(res, atlas)) is not None: write_picture(_picture_file(dest, patient), picture, 'JPEG')
+        if (picture := draw_check(res, atlas)) is not None:
+            write_picture(_picture_file(dest, patient), picture, 'JPEG')
         _save_patient(folder, entry, res, recipe, dicom)
-    except MGMTError as e: entry.update(sequences=[], problems=[dict(sequence='', what=str(e))])
-    except Exception as e: entry.update(sequences=[], problems=[dict(sequence='', what=log_fault(e, 'standardizing'))])
+    except MGMTError as e:
+        entry.update(sequences=[], problems=[dict(sequence='', what=str(e))])
+    except Exception as e:
+        entry.update(sequences=[], problems=[dict(sequence='', what=log_fault(e, 'standardizing'))])
     return entry
 
 def _picture_file(dest, patient): return Path(dest)/'.qc'/f'{patient}.jpg'
@@ -528,7 +564,8 @@ def _picture_file(dest, patient): return Path(dest)/'.qc'/f'{patient}.jpg'
 _atlases = {} # by digest: read before the processes fork, so that none has to be sent one
 
 def _in_own_process(row, digest, path, dest, *rest):
-    if digest not in _atlases: _atlases[digest] = with_brain(read_atlas(path))
+    if digest not in _atlases:
+        _atlases[digest] = with_brain(read_atlas(path))
     return do_alone(_with_atlas, (row, digest, dest, *rest))
 
 def _with_atlas(row, digest, dest, *rest): return _do_patient(row, dest, _atlases[digest], *rest)
@@ -565,21 +602,26 @@ def _score_lines(entry):
     def _said(d): return ', '.join(_one(*o) for o in d.items())
     yield _said({k: scores[k] for k in _SHOWN if k in scores})
     for s in SEQUENCES:
-        if isinstance(scores.get(s), dict): yield f'{s} onto {entry["anchor"]}: {_said(scores[s])}'
+        if isinstance(scores.get(s), dict):
+            yield f'{s} onto {entry["anchor"]}: {_said(scores[s])}'
 
 def _problems(entry): return [f"{o['sequence']}: {o['what']}".removeprefix(': ') for o in entry['problems']]
 
 def _drawn(entry):
-    if entry['sequences']: return f"three planes of each of {', '.join(entry['sequences'])}"
+    if entry['sequences']:
+        return f"three planes of each of {', '.join(entry['sequences'])}"
     return 'three planes of the brain that was found' if 'ncc' in entry['scores'] else 'axial slices of what was read'
 
 def _shown(dest, patient, entry):
     "A row of the page"
-    path,picture,caption = _picture_file(dest, patient),'','nothing could be read'
+    path = _picture_file(dest, patient)
+    picture = ''
+    caption = 'nothing could be read'
     if is_file(path):
         caption = f'{patient}: {_drawn(entry)}'
         try: picture = picture_tag(np.asarray(Image.open(path)), caption, 'JPEG')
-        except OSError: caption = 'its picture is damaged: remove the folder of this patient, and run it again'
+        except OSError:
+            caption = 'its picture is damaged: remove the folder of this patient, and run it again'
     facts = f"came {entry['state'] or 'unreadable'}; written: {', '.join(entry['sequences']) or 'nothing'}"
     notes = list(_score_lines(entry))
     return dict(patient=patient, facts=facts, problems=_problems(entry), notes=notes, picture=picture,
@@ -646,15 +688,19 @@ def standardize(
     A patient or sequence that fails is a row of `problem`, with a picture in `qc.html`. Run it again to finish after a
     stop. Raises `MGMTError` where the atlas or the destination cannot be used."""
     if atlas is None: raise StandardizeError(_no_atlas)
-    recipe,sequences,dest = get_recipe(recipe),check_sequences(sequences),Path(dest)
+    recipe = get_recipe(recipe)
+    sequences = check_sequences(sequences)
+    dest = Path(dest)
     _check_cohort(cohort)
     atlas = with_brain(atlas)
     _atlases[atlas.digest] = atlas
     with working_in(dest):
-        for o in dest.glob('.patient-*'): shutil.rmtree(o, ignore_errors=True)
+        for o in dest.glob('.patient-*'):
+            shutil.rmtree(o, ignore_errors=True)
         rows = {str(r['patient']): r for _,r in cohort.iterrows()}
         entries,jobs = _to_do(rows, dest, atlas, recipe, sequences, dicom, budget, stripper)
-        if entries: print(f'{len(entries)} patients as they were standardized before')
+        if entries:
+            print(f'{len(entries)} patients as they were standardized before')
         patients = list(jobs)
         for i,entry in in_processes(_in_own_process, list(jobs.values()), n_workers, progress):
             entries[patients[i]] = entry if entry!=DIED else _died()
@@ -667,18 +713,23 @@ def _died(): return dict(problems=[dict(sequence='', what=DIED)], state=None, an
 
 def _to_do(rows, dest, atlas, recipe, sequences, dicom, budget, stripper):
     "Entries of the patients that are done, and jobs for the others"
-    entries,jobs,engines = {},{},engine_table().set_index('engine').version.dropna().to_dict()
+    entries = {}
+    jobs = {}
+    engines = engine_table().set_index('engine').version.dropna().to_dict()
     for p,row in rows.items():
         key = _key_of(row, sequences, recipe, atlas, engines, dicom, stripper)
         kept = _kept(dest/p, key)
         if kept is not None: entries[p] = kept
-        else: jobs[p] = (row, atlas.digest, atlas.path, dest, recipe, sequences, key, dicom, budget, stripper)
+        else:
+            jobs[p] = (row, atlas.digest, atlas.path, dest, recipe, sequences, key, dicom, budget, stripper)
     return entries,jobs
 
 _no_atlas = ("no atlas was given: pass atlas=PATH of its T1 image (mgmt_atlas PATH checks it). The public glioma "
     "collections are in the space of SRI24, https://www.nitrc.org/projects/sri24, CC BY-SA 3.0")
 
 def _check_cohort(cohort):
-    if 'patient' not in cohort or not len(cohort): raise StandardizeError('a cohort has rows and a column `patient`')
+    if 'patient' not in cohort or not len(cohort):
+        raise StandardizeError('a cohort has rows and a column `patient`')
     twice = cohort.patient[cohort.patient.duplicated()].unique()
-    if len(twice): raise StandardizeError(f"patients appear more than once: {', '.join(map(str, twice[:5]))}")
+    if len(twice):
+        raise StandardizeError(f"patients appear more than once: {', '.join(map(str, twice[:5]))}")

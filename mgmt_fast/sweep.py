@@ -41,7 +41,8 @@ def _loaders(store, recipe, sequences, fold, n_folds, seed, patients=None):
 def _trained(dls, path, recipe, seed):
     "A trained learner with its best weights"
     learn = mgmt_learner(dls, recipe=recipe, path=path, seed=seed)
-    with learn.no_bar(), learn.no_logging(): learn.fit_recipe(resume=True)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_recipe(resume=True)
     return learn
 
 def _best_epoch(learn):
@@ -59,9 +60,11 @@ def _run_row(row, store, dest, recipe, n_folds, seed):
         key = plan_key(dls, recipe, seed)
         prefix = f"{recipe.arch.replace('/','_')}-{row['sequences']}-fold{row['fold']}"
         path = Path(dest)/f'{prefix}-{key_digest(key)[:8]}'
-        if kept := _kept_row(path/'run.json'): return kept,[]
+        if kept := _kept_row(path/'run.json'):
+            return kept,[]
         return _train_row(row, dls, path, recipe, seed, key),other_runs(dest, prefix, key)
-    except Exception as e: return {**row, 'error':f'{type(e).__name__}: {e}'},[]
+    except Exception as e:
+        return {**row, 'error':f'{type(e).__name__}: {e}'},[]
 
 _RUN = record_of(dict(row=table_of(NOTHING|TEXT|YES_OR_NO|A_NUMBER|list_of(ANYTHING)), key=ANYTHING))
 
@@ -75,8 +78,10 @@ def _train_row(row, dls, path, recipe, seed, key):
     "Train a run, and keep its row in its folder"
     start = time.perf_counter()
     learn = _trained(dls, path, recipe, seed)
-    epoch,best = learn.save_best.best_epoch,_best_epoch(learn) # predicting empties the recorder
-    with learn.no_bar(): p,y = (o.numpy().ravel() for o in learn.get_preds())
+    epoch = learn.save_best.best_epoch
+    best = _best_epoch(learn) # predicting empties the recorder
+    with learn.no_bar():
+        p,y = (o.numpy().ravel() for o in learn.get_preds())
     valid = pd.DataFrame(dict(patient=dls.valid.dataset.patients, label=y.astype(int), prob=p))
     write_csv(path/'valid.csv', valid)
     save_model(learn, path/'model')
@@ -84,13 +89,15 @@ def _train_row(row, dls, path, recipe, seed, key):
     res = {**row, 'epoch':epoch, 'valid_loss':best['valid_loss'], 'auc':best['auc'], **_interval_of(y, p),
         'n_train':len(dls.train.dataset), 'n_valid':len(valid), 'seconds':seconds, 'folder':path.name, 'error':''}
     write_json(path/'run.json', dict(row=res, key=key))
-    for f in ('checkpoint.safetensors','best.safetensors'): (path/f).unlink(missing_ok=True)
+    for f in ('checkpoint.safetensors','best.safetensors'):
+        (path/f).unlink(missing_ok=True)
     return res
 
 def _interval_of(y, p):
     "The AUC's interval and its method; none for too few patients"
     try: ci = auc_ci(y, p)
-    except MGMTError: return dict(lo=None, hi=None, interval='')
+    except MGMTError:
+        return dict(lo=None, hi=None, interval='')
     return dict(lo=ci.lo, hi=ci.hi, interval=AUC_METHODS[ci.name])
 
 # %% ../nbs/69_sweep.ipynb #16000008
@@ -119,7 +126,8 @@ def sweep(
     rows = [_plain_row(r) for r in table.to_dict('records')]
     recipe = get_recipe(store.recipe if recipe is None else recipe)
     how = dict(n_folds=n_folds, seed=seed, n_jobs=n_jobs, backend=backend, progress=progress)
-    with working_in(dest) as dest: return _run_rows(table, rows, store, dest, recipe, **how)
+    with working_in(dest) as dest:
+        return _run_rows(table, rows, store, dest, recipe, **how)
 
 def _run_rows(table, rows, store, dest, recipe, n_folds, seed, n_jobs, backend, progress):
     "Train the rows that are not there yet; the table as far as it is known is written after each"
@@ -138,9 +146,11 @@ _needed = ['arch','sequences','fold']
 
 def _check_table(table):
     "Refuse a table without runs, or with columns that no recipe has"
-    if not len(table) or not {*_needed}<={*table}: raise MGMTError(_no_runs(table))
+    if not len(table) or not {*_needed}<={*table}:
+        raise MGMTError(_no_runs(table))
     for c in table:
-        if c not in _needed and c not in choice_names(): raise unknown_name('choice of a recipe', c, choice_names())
+        if c not in _needed and c not in choice_names():
+            raise unknown_name('choice of a recipe', c, choice_names())
 
 def _no_runs(table):
     need,have = ', '.join(_needed),', '.join(table.columns)
@@ -166,7 +176,8 @@ def _suggest(trial, space):
     return {k: _propose(trial, k, v) for k,v in space.items()}
 
 def _propose(trial, name, v):
-    if isinstance(v, list): return trial.suggest_categorical(name, v)
+    if isinstance(v, list):
+        return trial.suggest_categorical(name, v)
     lo,hi,*log = v
     f = trial.suggest_int if _whole(lo, hi) else trial.suggest_float
     return f(name, lo, hi, log=log==['log'])
@@ -174,7 +185,8 @@ def _propose(trial, name, v):
 def _distribution(v):
     "optuna's form of a list of values, or of (low, high) or (low, high, 'log')"
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-    if isinstance(v, list): return CategoricalDistribution(v)
+    if isinstance(v, list):
+        return CategoricalDistribution(v)
     lo,hi,*log = v
     kind = IntDistribution if _whole(lo, hi) else FloatDistribution
     return kind(lo, hi, log=log==['log'])
@@ -182,7 +194,8 @@ def _distribution(v):
 def _check_space(space):
     "Refuse choices that do not exist, and values that they do not take"
     for k,v in space.items():
-        for o in v if isinstance(v, list) else v[:2]: check_choice(k, o)
+        for o in v if isinstance(v, list) else v[:2]:
+            check_choice(k, o)
 
 def _fitting(study, space):
     "Finished trials of another space whose values are in this one, in this one's form"
@@ -197,16 +210,19 @@ def _fitting(study, space):
 def _study(dest, seed, space, key):
     "The study of this very search; trials of the same key with other values on offer count too, others are named"
     try: import optuna
-    except ImportError as e: raise MGMTError("a search needs optuna: pip install 'mgmt_fast[search]'") from e
+    except ImportError as e:
+        raise MGMTError("a search needs optuna: pip install 'mgmt_fast[search]'") from e
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage,name = _storage(dest, optuna),f'search {key_digest([key, _space_key(space)])}'
+    storage = _storage(dest, optuna)
+    name = f'search {key_digest([key, _space_key(space)])}'
     known = optuna.get_all_study_names(storage)
     study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True, direction='minimize')
     draw = rng_for(seed, 'search', len(study.trials)).integers(2**31)
     study.sampler = optuna.samplers.TPESampler(seed=int(draw))
     if name not in known:
         study.set_user_attr('key', key)
-        for o in known: _take_over(study, optuna.load_study(study_name=o, storage=storage), space, key)
+        for o in known:
+            _take_over(study, optuna.load_study(study_name=o, storage=storage), space, key)
     _enqueue_stopped(study, space)
     return study
 
@@ -222,8 +238,10 @@ def _space_key(space): return {k: list(v) if isinstance(v,tuple) else ['one of',
 def _take_over(study, old, space, key):
     "Use the trials of an earlier search of the same key"
     why = key_changes(old.user_attrs.get('key'), key)
-    if why: print(f"{len(old.trials)} trials of an earlier search are not used: {'; '.join(why)}")
-    else: study.add_trials(list(_fitting(old, space)))
+    if why:
+        print(f"{len(old.trials)} trials of an earlier search are not used: {'; '.join(why)}")
+    else:
+        study.add_trials(list(_fitting(old, space)))
 
 def _enqueue_stopped(study, space):
     "Try again what was under way when a search was stopped"
@@ -231,7 +249,8 @@ def _enqueue_stopped(study, space):
     for t in study.trials:
         if t.state!=TrialState.RUNNING: continue
         study.tell(t.number, state=TrialState.FAIL)
-        if t.params.keys()==space.keys(): study.enqueue_trial(t.params)
+        if t.params.keys()==space.keys():
+            study.enqueue_trial(t.params)
 
 def _write_trials(study, space, dest):
     "The table of all trials so far"
@@ -281,7 +300,8 @@ def search(
     from optuna.trial import TrialState
     left = n_trials-len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
     def _note(*_): _write_trials(study, space, dest)
-    if left>0: study.optimize(_objective, n_trials=left, catch=(Exception,), callbacks=[_note])
+    if left>0:
+        study.optimize(_objective, n_trials=left, catch=(Exception,), callbacks=[_note])
     return _write_trials(study, space, dest)
 
 def _mean_loss(trial, path, runs):
@@ -290,6 +310,7 @@ def _mean_loss(trial, path, runs):
     except Exception as e:
         trial.set_user_attr('error', f'{type(e).__name__}: {e}')
         raise
-    for k in ('valid_loss','auc'): trial.set_user_attr(k, float(np.mean([o[k] for o in done])))
+    for k in ('valid_loss','auc'):
+        trial.set_user_attr(k, float(np.mean([o[k] for o in done])))
     for f in path.glob('*/*.safetensors'): f.unlink()
     return trial.user_attrs['valid_loss']

@@ -41,7 +41,8 @@ def thesis_results(
     part:str, # `'validation'` or `'test'`
 ) -> pd.DataFrame: # arch, sequences, accuracy and auc; of the test, loss too, and sequences `'average'`
     "The figures of the work that this library implements, without intervals, since none were given."
-    if part not in _measures: raise unknown_name('part of the results', part, _measures)
+    if part not in _measures:
+        raise unknown_name('part of the results', part, _measures)
     rows = [o.split() for o in (_reported if part=='validation' else _test).splitlines()]
     table = pd.DataFrame(rows, columns=['arch','sequences',*_measures[part]])
     return table.astype({k:float for k in _measures[part]})
@@ -51,10 +52,12 @@ def plot_thesis(
     ax:plt.Axes=None, # Axes to draw on; new ones if none
 ): # The axes
     "Draw the thesis' AUCs: of validation by sequence, and of the test, one colour per architecture."
-    if ax is None: ax = plt.subplots(figsize=(6,3), layout='constrained')[1]
+    if ax is None:
+        ax = plt.subplots(figsize=(6,3), layout='constrained')[1]
     both = pd.concat([thesis_results('validation'), thesis_results('test').assign(sequences='test')])
     table = both.pivot(index='sequences', columns='arch', values='auc').loc[[*SEQUENCES,'test']]
-    for k in table: ax.plot(table.index, table[k], 'o', label=k)
+    for k in table:
+        ax.plot(table.index, table[k], 'o', label=k)
     ax.axhline(.5, color='.6', lw=1)
     ax.axvline(len(SEQUENCES)-.5, color='.8', lw=1)
     ax.set(ylabel='AUC', ylim=(.4,.85), title='as reported, without intervals')
@@ -93,8 +96,10 @@ def say_results(
     out = [] if real else ['These are phantoms: the figures show that the kernel works, and nothing about patients.']
     out += [_say_models(t), *_say_chance(t), *_say_company(t), _say_power(t)]
     out += [*_say_best(t), _say_thesis(t), _say_aside(aside)]
-    if aside is not None and recall is not None: out.append(_say_found(*recall))
-    if len(overridden): out.append(_say_overridden(overridden))
+    if aside is not None and recall is not None:
+        out.append(_say_found(*recall))
+    if len(overridden):
+        out.append(_say_overridden(overridden))
     return ' '.join([*out, _say_findings(findings)])
 
 def _corrected(p, table):
@@ -111,8 +116,10 @@ def _say_models(t):
 
 def _say_chance(t):
     "Which can be told from chance, and which are worse than chance"
-    better,worse = t[(t.p<.05)&(t.auc>.5)],t[(t.p<.05)&(t.auc<.5)]
-    after,names = "can be told from chance after Holm's correction",', '.join(better.sequences)
+    better = t[(t.p<.05)&(t.auc>.5)]
+    worse = t[(t.p<.05)&(t.auc<.5)]
+    after = "can be told from chance after Holm's correction"
+    names = ', '.join(better.sequences)
     said = [f"{len(better)} of them {after}: {names}." if len(better) else f"None of them {after}."]
     if len(worse):
         said.append(f"{len(worse)} ranked patients worse than chance, which asks for an explanation, not for "
@@ -121,7 +128,8 @@ def _say_chance(t):
 
 def _say_company(t):
     "How many bundles have met the cohort, and p by Holm over all of them, where the table says so"
-    if 'bundles' not in t or not t.bundles.max()>1: return []
+    if 'bundles' not in t or not t.bundles.max()>1:
+        return []
     known = t[t.bundles>1]
     ps = ', '.join(f'{s} {p:.3g}' for s,p in zip(known.sequences, known.p_holm))
     met = f'{known.bundles.max():.0f} bundles have met this cohort, these included'
@@ -129,7 +137,8 @@ def _say_company(t):
 
 def _say_power(t):
     "What so many patients could have shown"
-    n,need = int(t.n.min()),patients_needed(.65, share=float(t.minority.mean()))
+    n = int(t.n.min())
+    need = patients_needed(.65, share=float(t.minority.mean()))
     enough = ', too few: the absence of proof here is not proof of absence.' if n<need else '.'
     return ("To tell an AUC of .65, about the best that honest external tests find, from chance takes "
         f"{need} patients; there were {n}{enough}")
@@ -149,7 +158,8 @@ def _say_thesis(t):
     return f"The thesis' highest test AUC, {top:.3f}, lies {where}."
 
 def _say_aside(aside):
-    if aside is None: return 'No leakage audit was made, so patients may be in both sets.'
+    if aside is None:
+        return 'No leakage audit was made, so patients may be in both sets.'
     beside = ', and the figures without them stand beside.' if len(aside) else '.'
     return f"{len(aside)} patients were suspected to be in the training set too{beside}"
 
@@ -162,5 +172,6 @@ def _say_overridden(kinds):
         f"and can move a result in either direction.")
 
 def _say_findings(findings):
-    if not len(findings): return 'No figure of the table contradicts another.'
+    if not len(findings):
+        return 'No figure of the table contradicts another.'
     return f"{len(findings)} figures of the table contradict others or ask for an explanation; see the check."

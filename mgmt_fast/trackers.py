@@ -23,8 +23,10 @@ def run_parts(
     folder = Path(folder)
     runs = [folder, *sorted(folder.glob('runs/*'))]
     recipes,logs = ([o/name for o in runs if (o/name).is_file()] for name in ('recipe.yaml','history.csv'))
-    figures,reports = sorted([*folder.glob('*.png'), *folder.glob('figures/*.png')]),sorted(folder.glob('*.html'))
-    if not (recipes or logs or figures or reports): raise MGMTError(_nothing_to_track(folder))
+    figures = sorted([*folder.glob('*.png'), *folder.glob('figures/*.png')])
+    reports = sorted(folder.glob('*.html'))
+    if not (recipes or logs or figures or reports):
+        raise MGMTError(_nothing_to_track(folder))
     recipe = dict(recipe=read_recipe(recipes[0]).name, **read_recipe(recipes[0]).values()) if recipes else {}
     curves = {'' if o.parent==folder else o.parent.name: _curves(o) for o in logs}
     return NS(recipe=recipe, curves=curves, figures=figures, reports=reports)
@@ -45,14 +47,20 @@ def to_tensorboard(
 ) -> Path: # `log_dir`
     "Write a run for TensorBoard. Raises `MGMTError` where tensorboard is not installed."
     try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e: raise MGMTError(_not_installed('tensorboard')) from e
-    parts,log_dir = run_parts(folder),Path(log_dir or Path(folder)/'tensorboard')
+    except ImportError as e:
+        raise MGMTError(_not_installed('tensorboard')) from e
+    parts = run_parts(folder)
+    log_dir = Path(log_dir or Path(folder)/'tensorboard')
     with SummaryWriter(str(log_dir)) as w:
         for run,t in parts.curves.items():
-            for epoch,name,value in _points(t): w.add_scalar('/'.join(filter(None, (run,name))), value, epoch)
-        if parts.recipe: w.add_text('recipe', _as_markdown(parts.recipe))
-        for o in parts.figures: w.add_image(o.stem, np.asarray(Image.open(o).convert('RGB')), dataformats='HWC')
-        for o in parts.reports: w.add_text(o.stem, _without_pictures(o.read_text(encoding='utf-8')))
+            for epoch,name,value in _points(t):
+                w.add_scalar('/'.join(filter(None, (run,name))), value, epoch)
+        if parts.recipe:
+            w.add_text('recipe', _as_markdown(parts.recipe))
+        for o in parts.figures:
+            w.add_image(o.stem, np.asarray(Image.open(o).convert('RGB')), dataformats='HWC')
+        for o in parts.reports:
+            w.add_text(o.stem, _without_pictures(o.read_text(encoding='utf-8')))
     return log_dir
 
 def _points(t):
@@ -77,16 +85,20 @@ def to_mlflow(
 ) -> str: # The run's id
     "Enter a run into MLflow's store. Raises `MGMTError` where mlflow is not installed."
     try: from mlflow.tracking import MlflowClient
-    except ImportError as e: raise MGMTError(_not_installed('mlflow')) from e
+    except ImportError as e:
+        raise MGMTError(_not_installed('mlflow')) from e
     parts,uri = run_parts(folder),_store_uri(store)
     client = MlflowClient(tracking_uri=uri)
     known = client.get_experiment_by_name(experiment)
     where = known.experiment_id if known else client.create_experiment(experiment)
     run = client.create_run(where, run_name=name or Path(folder).name).info.run_id
-    for k,v in parts.recipe.items(): client.log_param(run, k, v)
+    for k,v in parts.recipe.items():
+        client.log_param(run, k, v)
     for part,t in parts.curves.items():
-        for epoch,k,v in _points(t): client.log_metric(run, '/'.join(filter(None, (part,k))), v, step=epoch)
-    for o in parts.figures: client.log_artifact(run, str(o), 'figures')
+        for epoch,k,v in _points(t):
+            client.log_metric(run, '/'.join(filter(None, (part,k))), v, step=epoch)
+    for o in parts.figures:
+        client.log_artifact(run, str(o), 'figures')
     for o in parts.reports: client.log_artifact(run, str(o))
     client.set_terminated(run)
     return run

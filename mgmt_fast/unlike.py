@@ -52,7 +52,8 @@ def geometry_measures(
     "Spacing as acquired, extent of the box, skull and plane."
     spacing = np.zeros(3) if facts.get('spacing') is None else np.log(np.maximum(facts['spacing'], 1e-3))
     extent = np.zeros(3)
-    if affine is not None: extent = np.log(np.linalg.norm(np.array(affine)[:3,:3], axis=0)*size)
+    if affine is not None:
+        extent = np.log(np.linalg.norm(np.array(affine)[:3,:3], axis=0)*size)
     plane = [float(facts.get('plane')==o) for o in _planes]
     return np.r_[spacing, extent, float(bool(facts.get('skull'))), plane]
 
@@ -66,7 +67,8 @@ def contrast_measure(
 ) -> np.ndarray: # (1,), a logarithm
     "How far the brightest thousandth of voxels is above what surrounds them, relative to the median"
     x,n = np.asarray(x, np.float32),(5,5)
-    if affine is not None: n = [2*int(mm/2/s)+1 for s in np.linalg.norm(np.array(affine)[:3,1:3], axis=0)]
+    if affine is not None:
+        n = [2*int(mm/2/s)+1 for s in np.linalg.norm(np.array(affine)[:3,1:3], axis=0)]
     lit = (x>0).astype(np.float32)
     share,around = (ndimage.uniform_filter(o, (1,*n)) for o in (lit,x))
     inside = (x>0)&(share>.9)
@@ -88,8 +90,10 @@ def scan_measures(
         key = facts.get(s, {}).get('hash')
         res[f'{s} intensities'] = _kept_of(key, intensity_measures, x)
         res[s+_GEOMETRY] = geometry_measures(facts.get(s, {}), affine, x.shape)
-        if s=='T1wCE': res[f'{s} {CONTRAST}'] = _kept_of(key, contrast_measure, x, affine)
-    if len(names)>1: res[TOGETHER] = _together(list(arrays.values()))
+        if s=='T1wCE':
+            res[f'{s} {CONTRAST}'] = _kept_of(key, contrast_measure, x, affine)
+    if len(names)>1:
+        res[TOGETHER] = _together(list(arrays.values()))
     return res
 
 CONTRAST,TOGETHER,_GEOMETRY = 'contrast agent','sequences together',' geometry'
@@ -97,12 +101,14 @@ _kept = {} # measures by the volume's hash, since every fold of a cross-validati
 
 def _kept_of(key, measure, *args):
     if key is None: return measure(*args)
-    if (key,measure) not in _kept: _kept[key,measure] = measure(*args)
+    if (key,measure) not in _kept:
+        _kept[key,measure] = measure(*args)
     return _kept[key,measure]
 
 def _together(volumes):
     "Fisher's z of the correlation of each pair, where both hold something"
-    few,res = [v[::2,::4,::4].ravel().astype(np.float32) for v in volumes],[]
+    few = [v[::2,::4,::4].ravel().astype(np.float32) for v in volumes]
+    res = []
     for i,a in enumerate(few):
         for b in few[i+1:]:
             both = (a>0)&(b>0)
@@ -133,7 +139,8 @@ class Near:
         "From training's scans"
         x = np.asarray(x, float)
         mean = x.mean(0)
-        if most is None: return cls(mean, _whitening(x-mean, floor), below=below)
+        if most is None:
+            return cls(mean, _whitening(x-mean, floor), below=below)
         _,s,v = np.linalg.svd(x-mean, full_matrices=False)
         j = max(1, min(most, len(x)//5, (s>1e-6*s.max()).sum()))
         var = s[:j]**2/max(1, len(x)-1)
@@ -146,7 +153,8 @@ class Near:
         "How far scans are"
         d = np.atleast_2d(x)-self.mean
         near = d@self.basis.T
-        if self.below: return (-near[:,0]-self.middle)/self.spread
+        if self.below:
+            return (-near[:,0]-self.middle)/self.spread
         total = (near**2).sum(1)
         if self.left:
             flat = self.basis/np.linalg.norm(self.basis, axis=1, keepdims=True)
@@ -188,7 +196,8 @@ class TrainingLike:
         rate:float=.05, # Of false alarms that are wanted
     ):
         "From measures; None where fewer than five scans of either are there"
-        n,m = len(first(train.values())),len(first(fold.values()))
+        n = len(first(train.values()))
+        m = len(first(fold.values()))
         if min(n, m)<5: return None
         near = {k: _near_of(k, x).calibrate(fold[k]) for k,x in train.items()}
         worst = np.max([near[k].distance(x) for k,x in fold.items()], axis=0)
@@ -213,12 +222,14 @@ class TrainingLike:
         path:str|Path, # A `.safetensors` file
     ):
         "Write it, whole or not at all"
-        tensors,said = {},dict(threshold=self.threshold, rate=self.rate, n=self.n, groups={})
+        tensors = {}
+        said = dict(threshold=self.threshold, rate=self.rate, n=self.n, groups={})
         for k,o in self.near.items():
             said['groups'][k] = [o.left, o.middle, o.spread]
             for name in ('mean','basis'):
                 tensors[f'{k}.{name}'] = torch.from_numpy(np.ascontiguousarray(getattr(o, name), np.float32))
-        with atomic_path(path) as tmp: st.save_file(tensors, tmp, dict(unlike=json.dumps(said, sort_keys=True)))
+        with atomic_path(path) as tmp:
+            st.save_file(tensors, tmp, dict(unlike=json.dumps(said, sort_keys=True)))
 
     @classmethod
     def read(cls,
@@ -226,7 +237,8 @@ class TrainingLike:
     ):
         "Read it back. Raises `MGMTError` if it cannot be read"
         try:
-            with safe_open(path, 'pt') as f: return cls._of_file(f)
+            with safe_open(path, 'pt') as f:
+                return cls._of_file(f)
         except (OSError,LookupError,RecursionError,TypeError,ValueError,SafetensorError) as e:
             raise _not_read(path, e) from e
 
@@ -236,7 +248,8 @@ class TrainingLike:
         near = {}
         for k,rest in said['groups'].items():
             mean,basis = (f.get_tensor(f'{k}.{o}').numpy().astype(float) for o in ('mean','basis'))
-            if basis.ndim!=2 or mean.shape!=basis.shape[1:]: raise ValueError('tensors that do not fit')
+            if basis.ndim!=2 or mean.shape!=basis.shape[1:]:
+                raise ValueError('tensors that do not fit')
             near[k] = Near(mean, basis, *rest, below=_below(k))
         return cls(near, said['threshold'], said['rate'], said['n'])
 
@@ -306,10 +319,12 @@ def unlike_training(
         arrays = {s: volumes[m.key][s] for s in m.sequences if s in volumes[m.key]}
         if m.like is None or not arrays: continue
         measures = scan_measures(arrays, *facts[m.key])
-        if len(arrays)<len(m.sequences): measures.pop(TOGETHER, None) # training's are of other pairs
+        if len(arrays)<len(m.sequences):
+            measures.pop(TOGETHER, None) # training's are of other pairs
         if f is not None: measures[NETWORK] = f
         beyond.append(m.like.look(measures))
     if not beyond: return None,''
     flags = [d>0 for d,_ in beyond]
-    if 2*sum(flags)<len(flags) or not any(flags): return False,''
+    if 2*sum(flags)<len(flags) or not any(flags):
+        return False,''
     return True,f"unlike training: {max(beyond)[1]}"

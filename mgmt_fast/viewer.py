@@ -49,7 +49,8 @@ def plane_points(
     mm:float=1., # Side of a pixel
 ) -> np.ndarray: # (h,w,3) RAS mm, the centres of the pixels
     "Where the pixels of a plane lie. Raises `MGMTError` on an unknown plane."
-    if plane not in PLANES: raise unknown_name('plane', plane, PLANES)
+    if plane not in PLANES:
+        raise unknown_name('plane', plane, PLANES)
     right,down = _axes_of(plane)
     def centres(axis): return np.arange(field[1,axis]-mm/2, field[0,axis], -mm)
     w,h = centres(right),centres(down)
@@ -82,9 +83,12 @@ def scans_of(
 ) -> dict: # Sequence, or `'scan'`, to `Volume`
     "The volumes of whatever `view` can show. Raises `MGMTError` where there are none."
     if isinstance(what, Volume): return dict(scan=what)
-    if store is not None: return _of_store(store, str(what), sequences)
-    if isinstance(what, (str,Path)): return dict(scan=read_volume(what))
-    if not isinstance(what, (dict,pd.Series)): raise _cannot_be_shown(what)
+    if store is not None:
+        return _of_store(store, str(what), sequences)
+    if isinstance(what, (str,Path)):
+        return dict(scan=read_volume(what))
+    if not isinstance(what, (dict,pd.Series)):
+        raise _cannot_be_shown(what)
     wanted = SEQUENCES if sequences is None else check_sequences(sequences)
     there = [s for s in wanted if has_scan(what, s)]
     if not there: raise _no_scans(wanted)
@@ -95,8 +99,10 @@ def _of_store(store, patient, sequences):
     if patient not in store.meta: raise _no_patient(patient)
     have = store.meta[patient]['volumes']
     there = [s for s in check_sequences(sequences or store.sequences) if s in have]
-    if not there: raise _no_scans(sequences or store.sequences)
-    if store.meta[patient]['affine'] is None: raise _no_place()
+    if not there:
+        raise _no_scans(sequences or store.sequences)
+    if store.meta[patient]['affine'] is None:
+        raise _no_place()
     return {s: store.volume(patient, s) for s in there}
 
 def _cannot_be_shown(what):
@@ -135,7 +141,8 @@ def _robust(x):
     "The 1st and 99.8th percentile of what differs from the most common dark value"
     some = x[::max(1, len(x)//32),::3,::3].astype(np.float32).ravel()
     lit = some[some>some.min()]
-    if not lit.size: return float(some.min()),float(some.min())+1
+    if not lit.size:
+        return float(some.min()),float(some.min())+1
     lo,hi = np.percentile(lit, [1,99.8])
     return float(lo),float(hi) if hi>lo else float(lo)+1
 
@@ -166,14 +173,16 @@ class View:
         note:str='', # A line under the picture
         mm:float=None, # Side of a pixel; the finest spacing, from .7 to 1 mm, if None
     ):
-        if not volumes: raise MGMTError("nothing to show: give one volume at least")
+        if not volumes:
+            raise MGMTError("nothing to show: give one volume at least")
         store_attr('opacity,window,note')
         self.volumes = {k: v.float() for k,v in volumes.items()}
         self.overlay,self.labels = overlay if overlay is None else overlay.float(),_is_labels(overlay)
         self.field = _filled(volumes.values())
         heads = [] if head else [v for v in volumes.values() if has_skull(v) is True]
         self.cropped = bool(heads)
-        if heads: self.field[:,2] = np.clip(self.field[:,2], *inner_slab(heads[0]))
+        if heads:
+            self.field[:,2] = np.clip(self.field[:,2], *inner_slab(heads[0]))
         finest = min(v.spacing.min() for v in volumes.values())
         self.mm = float(mm or np.clip(finest, .7, 1))
         self.ranges = {k: _robust(np.asarray(v)) for k,v in volumes.items()}
@@ -181,9 +190,11 @@ class View:
         self.at = np.clip(self._start() if at is None else np.asarray(at, float), *self.field)
 
     def _start(self):
-        if self.overlay is None or not bool((self.overlay>0).any()): return self.field.mean(0)
+        if self.overlay is None or not bool((self.overlay>0).any()):
+            return self.field.mean(0)
         x = np.asarray(self.overlay)
-        if self.labels: return self.overlay.world(np.median(np.argwhere(x>0), axis=0))
+        if self.labels:
+            return self.overlay.world(np.median(np.argwhere(x>0), axis=0))
         return self.overlay.world(np.unravel_index(x.argmax(), x.shape))
 
     def move(self,
@@ -192,8 +203,10 @@ class View:
         window:tuple=None, # Shares of each sequence's own range
     ): # The view itself
         "Change what is shown; what is None stays as it is"
-        if at is not None: self.at = np.clip(np.asarray(at, float), *self.field)
-        if opacity is not None: self.opacity = float(opacity)
+        if at is not None:
+            self.at = np.clip(np.asarray(at, float), *self.field)
+        if opacity is not None:
+            self.opacity = float(opacity)
         if window is not None: self.window = tuple(window)
         return self
 
@@ -252,7 +265,8 @@ class View:
         ax.imshow(x, aspect='auto', interpolation='nearest')
         ax.set_axis_off()
         share = 1/len(self.volumes)
-        for i,name in enumerate(self.volumes): ax.text((i+.5)*share, 1, name, **_title, transform=ax.transAxes)
+        for i,name in enumerate(self.volumes):
+            ax.text((i+.5)*share, 1, name, **_title, transform=ax.transAxes)
         fig.text(.01, .01, '\n'.join(lines), fontsize=8, va='bottom')
         return fig
 
@@ -278,7 +292,8 @@ def widget(
 ): # An `ipywidgets.VBox`
     "Sliders and the picture. Raises `MGMTError` where `ipywidgets` is not installed."
     try: import ipywidgets as w
-    except ImportError: raise MGMTError(_no_widgets) from None
+    except ImportError:
+        raise MGMTError(_no_widgets) from None
     image = w.Image(value=self.png(), format='png')
     def slider(name, lo, hi, value): return w.FloatSlider(value, min=lo, max=hi, step=.5, description=name)
     axes = [slider(*o) for o in zip(_axes, *self.field, self.at)]
@@ -310,8 +325,10 @@ def niivue(
 ): # An `ipyniivue.NiiVue`
     "The same in NiiVue: the first sequence with the overlay. Raises `MGMTError` where it is not installed."
     try: from ipyniivue import NiiVue
-    except ImportError: raise MGMTError(_no_niivue) from None
-    if self.cropped: raise MGMTError("NiiVue shows whole heads, faces included: ask for it with view(..., head=True)")
+    except ImportError:
+        raise MGMTError(_no_niivue) from None
+    if self.cropped:
+        raise MGMTError("NiiVue shows whole heads, faces included: ask for it with view(..., head=True)")
     name,first_ = first(self.volumes.items())
     files = [dict(path=str(first_.save(Path(folder)/f'{name}.nii.gz')))]
     if self.overlay is not None:
@@ -359,7 +376,8 @@ def html(
 ) -> Markup: # The viewer, for any page
     "A viewer for pages, with all it needs inside."
     pages,labels = {},self.labels
-    for k,v in self.volumes.items(): pages[k] = _bytes(slice_sheet(v, self.field, mm), *self.ranges[k])
+    for k,v in self.volumes.items():
+        pages[k] = _bytes(slice_sheet(v, self.field, mm), *self.ranges[k])
     shape = first(pages.values()).shape
     if self.overlay is not None:
         over = slice_sheet(self.overlay, self.field, mm, 0 if labels else 1)
@@ -371,7 +389,8 @@ def html(
     pictures = {k: Markup(o[0]) for k,o in sheets.items()}
     said = json.dumps(said)
     res = fill_page(_VIEWER, said=said, pictures=pictures, lines=self.lines()[1:], script=Markup(_SCRIPT))
-    if path is not None: write_page(path, title, {'Scan': [res]})
+    if path is not None:
+        write_page(path, title, {'Scan': [res]})
     return res
 
 _VIEWER = """<div class="mgmt-view" data-said="{{ said }}"><div class="controls"></div>
