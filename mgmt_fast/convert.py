@@ -57,7 +57,9 @@ class _SelectPool3d(tl.SelectAdaptivePool2d):
 
 class _OnImages:
     "Beside a 2D module: it works slice by slice"
-    def forward(self, x): return as_volumes(super().forward(as_images(x)), x.shape[0])
+    def forward(self, x):
+        y = super().forward(as_images(x))
+        return as_volumes(y, x.shape[0])
 
 class _LayerNorm3d(_OnImages, tl.LayerNorm2d): pass
 
@@ -73,12 +75,14 @@ class _SqueezeExcite3d(eb.SqueezeExcite):
         return self.gate(_linear(self.conv_expand, s))
     def forward(self, x): return scale_channels(x, self.scale(x))
 
+# %% ../nbs/42_convert.ipynb #2b496162
 def _excite(se, conv, x):
     "`conv(se(x))`"
     if isinstance(se, _SqueezeExcite3d) and route(x)=='cpu':
         return scaled_conv(conv, x, se.scale(x))
     return conv(se(x))
 
+# %% ../nbs/42_convert.ipynb #32afa2f0
 def _mean(x):
     "(B,C,1,1,1)"
     return x.mean((2,3,4), keepdim=True)
@@ -89,17 +93,22 @@ def _squeeze(self, x):
     return .5*s + .5*x.amax((2,3,4), keepdim=True) if self.add_maxpool else s
 
 class _SEModule3d(tl.SEModule):
-    def forward(self, x): return x*self.gate(self.fc2(self.act(self.bn(self.fc1(_squeeze(self, x))))))
+    def forward(self, x):
+        s = self.bn(self.fc1(_squeeze(self, x)))
+        return x*self.gate(self.fc2(self.act(s)))
 
 class _EffectiveSEModule3d(tl.EffectiveSEModule):
     def forward(self, x): return x*self.gate(self.fc(_squeeze(self, x)))
 
 class _OldSEModule3d(senet.SEModule):
-    def forward(self, x): return x*self.sigmoid(self.fc2(self.relu(self.fc1(_mean(x)))))
+    def forward(self, x):
+        s = self.relu(self.fc1(_mean(x)))
+        return x*self.sigmoid(self.fc2(s))
 
 class _EseModule3d(hgnet.EseModule):
     def forward(self, x): return x*self.sigmoid(self.conv(_mean(x)))
 
+# %% ../nbs/42_convert.ipynb #2973ad05
 class _SelectiveKernelAttn3d(SelectiveKernelAttn):
     def forward(self, x):
         s = self.fc_reduce(_mean(x.sum(1)))
@@ -108,11 +117,14 @@ class _SelectiveKernelAttn3d(SelectiveKernelAttn):
 
 class _SplitAttn3d(tl.SplitAttn):
     def forward(self, x):
-        y = self.act0(self.drop(self.bn0(self.conv(x)))).unflatten(1, (self.radix,-1))
-        s = self.act1(self.bn1(self.fc1(_mean(y.sum(1)))))
+        y = self.act0(self.drop(self.bn0(self.conv(x))))
+        y = y.unflatten(1, (self.radix,-1))
+        s = self.fc1(_mean(y.sum(1)))
+        s = self.act1(self.bn1(s))
         s = self.rsoftmax(self.fc2(s)).reshape(y.shape[0], self.radix, -1, 1, 1, 1)
         return (y*s).sum(1)
 
+# %% ../nbs/42_convert.ipynb #bae64660
 class _LayerScale3d(tl.LayerScale2d):
     def forward(self, x): return x*self.gamma.view(-1,1,1,1)
 
@@ -128,9 +140,11 @@ class _InvertedResidual3d(eb.InvertedResidual):
     def forward(self, x):
         y = x if self.conv_s2d is None else self.bn_s2d(self.conv_s2d(x))
         y = self.conv_dw(conv_norm(self.conv_pw, self.bn1, y))
-        y = self.bn3(_excite(self.se, self.conv_pwl, self.aa(self.bn2(y))))
+        y = self.aa(self.bn2(y))
+        y = self.bn3(_excite(self.se, self.conv_pwl, y))
         return self.drop_path(y)+x if self.has_skip else y
 
+# %% ../nbs/42_convert.ipynb #e1ef571d
 class _BasicBlock3d(resnet.BasicBlock):
     def forward(self, x):
         y = _dropped_act(self.bn1, self.drop_block, self.act1, self.conv1(x))
@@ -142,9 +156,11 @@ class _Bottleneck3d(resnet.Bottleneck):
         y = _dropped_act(self.bn2, self.drop_block, self.act2, y)
         return _residual(self, self.bn3, self.act3, self.conv3(self.aa(y)), x)
 
+# %% ../nbs/42_convert.ipynb #0c6a0ddd
 def _dropped_act(norm, drop, act, x):
     "`act(drop(norm(x)))`"
-    return norm_act(norm, act, x) if type(drop) is nn.Identity else act(drop(norm(x)))
+    if type(drop) is nn.Identity: return norm_act(norm, act, x)
+    return act(drop(norm(x)))
 
 def _residual(block, norm, act, y, x):
     "The end of a residual block of ResNet"
@@ -156,22 +172,27 @@ def _residual(block, norm, act, y, x):
     if block.drop_path is not None: y = block.drop_path(y)
     return act(y+shortcut)
 
+# %% ../nbs/42_convert.ipynb #eb2d3f84
 class _ResNet3d(resnet.ResNet):
     def forward_features(self, x):
-        x = self.maxpool(norm_act(self.bn1, self.act1, self.conv1(x)))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = norm_act(self.bn1, self.act1, self.conv1(x))
+        x = self.layer2(self.layer1(self.maxpool(x)))
+        return self.layer4(self.layer3(x))
 
+# %% ../nbs/42_convert.ipynb #d852078f
 class _ConvNeXtBlock3d(convnext.ConvNeXtBlock):
     "Only its depthwise convolution sees more than one slice"
     def forward(self, x):
         y = self.conv_dw(x)
         if self.use_conv_mlp: y = self.mlp(self.norm(y))
         else:
-            y = self.mlp(self.norm(y.permute(0,2,3,4,1))).permute(0,4,1,2,3)
+            y = self.norm(y.permute(0,2,3,4,1))
+            y = self.mlp(y).permute(0,4,1,2,3)
         if self.gamma is not None:
             y = y*self.gamma.view(-1,1,1,1)
         return self.drop_path(y) + self.shortcut(x)
 
+# %% ../nbs/42_convert.ipynb #8fd18375
 class _MetaNeXtBlock3d(inception_next.MetaNeXtBlock):
     def forward(self, x):
         y = self.mlp(self.norm(self.token_mixer(x)))
@@ -186,6 +207,7 @@ class _RDNetBlock3d(rdnet.DenseBlock):
             y = y*self.gamma.view(-1,1,1,1)
         return F.dropout(self.drop_path(y), self.drop_rate, self.training)
 
+# %% ../nbs/42_convert.ipynb #540e9888
 class _RepVit3d(repvit.RepVit):
     def forward_head(self, x, pre_logits=False):
         if self.global_pool=='avg': x = volume_mean(x)
@@ -197,7 +219,9 @@ class _MobileNetV2(tv.MobileNetV2):
     def forward(self, x): return self.classifier(volume_mean(self.features(x)))
 
 class _DenseNet(tv.DenseNet):
-    def forward(self, x): return self.classifier(volume_mean(F.relu(self.features(x))))
+    def forward(self, x):
+        x = F.relu(self.features(x))
+        return self.classifier(volume_mean(x))
 
 class _MNASNet(tv.MNASNet):
     def forward(self, x): return self.classifier(volume_mean(self.layers(x)))
@@ -208,17 +232,24 @@ class _ShuffleNetV2(tv.ShuffleNetV2):
         x = self.stage4(self.stage3(self.stage2(x)))
         return self.fc(volume_mean(self.conv5(x)))
 
+# %% ../nbs/42_convert.ipynb #ab759df1
 class _ShuffleBlock(tv.shufflenetv2.InvertedResidual):
     def forward(self, x):
-        a,b = x.chunk(2, 1) if self.stride==1 else (self.branch1(x),x)
+        if self.stride==1: a,b = x.chunk(2, 1)
+        else:
+            a,b = self.branch1(x),x
         y = torch.cat((a, self.branch2(b)), 1)
         return y.unflatten(1, (2,-1)).transpose(1, 2).flatten(1, 2)
 
+# %% ../nbs/42_convert.ipynb #35a91e1c
 class _CNBlock(tv.convnext.CNBlock):
-    def forward(self, x): return x + self.stochastic_depth(self.layer_scale[...,None]*self.block(x))
+    def forward(self, x):
+        scale = self.layer_scale[...,None]
+        return x + self.stochastic_depth(scale*self.block(x))
 
 class _ChannelNorm(_OnImages, tv.convnext.LayerNorm2d): pass
 
+# %% ../nbs/42_convert.ipynb #767d5ff1
 class _Inception(nn.Module):
     "A block of Inception v3, torchvision's or timm's; `pool` is what its code calls as a function"
     branches = ()
@@ -230,6 +261,7 @@ class _Inception(nn.Module):
         for n in names: x = getattr(self, n)(x)
         return x
 
+# %% ../nbs/42_convert.ipynb #256ae80d
 class _InceptionA(_Inception):
     branches = ('branch1x1', 'branch5x5_1 branch5x5_2', 'branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3')
 
@@ -241,12 +273,14 @@ class _InceptionE(_Inception):
     branches = ('branch1x1', 'branch3x3_1 branch3x3_2a', 'branch3x3_1 branch3x3_2b',
         'branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3a', 'branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3b')
 
+# %% ../nbs/42_convert.ipynb #512355ff
 class _InceptionB(_Inception):
     branches,branch_pool = ('branch3x3', 'branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3'),staticmethod(noop)
 
 class _InceptionD(_InceptionB):
     branches = ('branch3x3_1 branch3x3_2', 'branch7x7x3_1 branch7x7x3_2 branch7x7x3_3 branch7x7x3_4')
 
+# %% ../nbs/42_convert.ipynb #367c18ac
 class _OnMean:
     "Beside a 2D module that classifies places of the plane: it stays 2D and sees the mean over the depth"
     def forward(self, x): return super().forward(x.mean(2))
@@ -262,54 +296,68 @@ class _VGGHead(_OnMean, vgg.ConvMlp):
 class _Plan:
     "How to convert: mode, padding of the depth, and by how much the input is reduced before each module"
     def __init__(self, mode, depth_padding, anisotropic, reduction):
-        self.mode,self.depth_padding,self.spared,self.reduction = mode,depth_padding,2**anisotropic,reduction
+        self.mode,self.depth_padding = mode,depth_padding
+        self.spared,self.reduction = 2**anisotropic,reduction
 
     def stride(self, m, s):
         "The stride along the depth of a module with stride `s` in the plane"
         if self.mode=='slice': return 1
         r = self.reduction.get(m, 1)
-        return max(1, r*s//self.spared)//max(1, r//self.spared)
+        before = max(1, r//self.spared)
+        return max(1, r*s//self.spared)//before
 
     def growth(self, m, s):
         "By how much a module that enlarges the plane by `s` enlarges the depth"
         if self.mode=='slice': return 1
         r = self.reduction.get(m, 1)
-        return max(1, r//self.spared)//max(1, r//s//self.spared)
+        after = max(1, r//s//self.spared)
+        return max(1, r//self.spared)//after
 
 # %% ../nbs/42_convert.ipynb #383904e6
 def _one(x): return x if isinstance(x, int) else x[0]
-def _two(x): return (x,x) if isinstance(x, int) else tuple(x)
+def _two(x):
+    if isinstance(x, int): return x,x
+    return tuple(x)
 
 def _padding(m):
     "Zeros before and behind a convolution's input, or an error"
     if m.padding=='valid': return 0,0
-    if m.padding_mode!='zeros' or m.padding=='same' and not all(k%2 for k in m.kernel_size):
+    same_ends = m.padding!='same' or all(k%2 for k in m.kernel_size)
+    if m.padding_mode!='zeros' or not same_ends:
         raise _odd_padding(m)
     if m.padding=='same':
         return tuple(d*(k//2) for d,k in zip(m.dilation, m.kernel_size))
     return _two(m.padding)
 
+# %% ../nbs/42_convert.ipynb #8ebfb6a4
 def _conv(m, plan):
     k,s,d = map(_two, (m.kernel_size,m.stride,m.dilation))
     p = _padding(m)
     kd = k[0] if k[0]==k[1] and plan.mode!='slice' else 1
     pd = p[0] if kd>1 else 0
     same = isinstance(m, tl.Conv2dSame)
-    args = ((kd,*k), (plan.stride(m, s[0]),*s), (d[0],*d), m.groups, m.bias is not None, (pd,*p), same)
+    kernel,stride = (kd,*k),(plan.stride(m, s[0]),*s)
+    dilation,padding = (d[0],*d),(pd,*p)
+    args = kernel,stride,dilation,m.groups,m.bias is not None,padding,same
     return InflatedConv3d(m.in_channels, m.out_channels, *args, plan.depth_padding)
 
 def _odd_padding(m):
     how = f"padding={m.padding!r} and padding_mode={m.padding_mode!r}"
     return MGMTError(f"cannot inflate a convolution with {how}: only zeros, as many at each end")
 
+# %% ../nbs/42_convert.ipynb #8a07e0e7
 def _bn(m, plan):
     args = (m.num_features, m.eps, m.momentum, m.affine, m.track_running_stats)
-    return BatchNormAct3d(*args, getattr(m, 'act', None), getattr(m, 'drop', None))
+    act = getattr(m, 'act', None)
+    drop = getattr(m, 'drop', None)
+    return BatchNormAct3d(*args, act, drop)
 
+# %% ../nbs/42_convert.ipynb #ccfa0dda
 def _pool(kind):
     "How to convert a pool that works as `kind` along the depth"
     def convert(m, plan):
-        k,s,p = map(_one, (m.filt_size if kind=='blur' else m.kernel_size, m.stride, m.padding))
+        size = m.filt_size if kind=='blur' else m.kernel_size
+        k,s,p = map(_one, (size,m.stride,m.padding))
         if plan.mode=='slice': k,p = 1,0
         same = type(m) in (pool2d_same.MaxPool2dSame,pool2d_same.AvgPool2dSame)
         padding = 'replicate' if kind=='max' else plan.depth_padding
@@ -318,6 +366,7 @@ def _pool(kind):
         return InflatedPool3d(m, kind, k, plan.stride(m, s), dilation, p, same, padding, ceil)
     return convert
 
+# %% ../nbs/42_convert.ipynb #348a6e02
 def _global(kind):
     "How to convert a pool over the whole plane"
     def convert(m, plan):
@@ -331,6 +380,7 @@ def _global(kind):
         raise MGMTError(f"cannot inflate {type(m).__name__} with output_size={size}: only 1")
     return convert
 
+# %% ../nbs/42_convert.ipynb #fcdb5df1
 def _recast(cls):
     "How to convert a module that only changes its class"
     def convert(m, plan):
@@ -340,6 +390,7 @@ def _recast(cls):
 
 def _dropout(m, plan): return nn.Dropout3d(m.p, m.inplace)
 
+# %% ../nbs/42_convert.ipynb #a06c9d82
 def _upsample(m, plan):
     s = m.scale_factor
     if m.mode!='nearest' or s is None or s!=int(s):
@@ -350,10 +401,12 @@ def _odd_upsampling(m):
     return MGMTError(f"cannot inflate an upsampling with mode={m.mode!r} and scale_factor={m.scale_factor}: only "
         "'nearest', by whole factors")
 
+# %% ../nbs/42_convert.ipynb #fb3d5031
 def _inception(cls):
     "How to convert a block of Inception v3: its pool is as its strided convolution along the depth"
     def convert(m, plan):
-        strided = [o for o in m.modules() if isinstance(o, InflatedConv3d) and max(o.stride)>1]
+        convs = [o for o in m.modules() if isinstance(o, InflatedConv3d)]
+        strided = [o for o in convs if max(o.stride)>1]
         pool = nn.MaxPool2d(3, 2) if strided else nn.AvgPool2d(3, 1, 1)
         kind,args = ('max',(3,strided[0].stride[0])) if strided else ('avg',(3,1,1,1))
         if plan.mode=='slice': args = (1,1)
@@ -362,6 +415,7 @@ def _inception(cls):
         return m
     return convert
 
+# %% ../nbs/42_convert.ipynb #6ec67df5
 _permutations = {(0,2,3,1):[0,2,3,4,1], (0,3,1,2):[0,4,1,2,3]}
 
 def _permute(m, plan):
@@ -401,6 +455,8 @@ _counterparts = {
     **{getattr(import_module(o), cls.__name__[1:]):_inception(cls)
         for o in ('timm.models.inception_v3','torchvision.models.inception')
         for cls in (_InceptionA,_InceptionB,_InceptionC,_InceptionD,_InceptionE)}}
+
+# %% ../nbs/42_convert.ipynb #4d26f062
 _staying_2d = {vgg.ConvMlp:_VGGHead, tv.inception.InceptionAux:_InceptionAux, GoogLeNetAux:_GoogLeNetAux}
 _same_in_3d = (nn.Identity, nn.Dropout, nn.Linear, nn.Flatten, nn.GroupNorm, nn.LayerNorm, tl.DropPath, StochasticDepth,
     nn.BatchNorm1d, RadixSoftmax)
@@ -420,6 +476,7 @@ def is_known(
         return True
     return kind.__module__ in _files
 
+# %% ../nbs/42_convert.ipynb #030a3816
 def converted_whole(
     model2d:nn.Module, # 2D network
 ) -> list: # Names of modules
@@ -440,9 +497,12 @@ def plane_reductions(
     def power(x):
         if not torch.is_tensor(x) or x.ndim!=4 or x.shape[-1]<=1:
             return 1
-        return 2**round(math.log2(size/x.shape[-1]))
+        times = size/x.shape[-1]
+        return 2**round(math.log2(times))
     def note(m):
-        def hook(_, i, o): res.update({m:power(i[0]), None:max(res[None], power(o))})
+        def hook(_, i, o):
+            res[m] = power(i[0])
+            res[None] = max(res[None], power(o))
         return hook
     for a,b in zip(meta.modules(), model2d.modules()):
         if hasattr(a, 'stride') or isinstance(a, nn.Upsample):
@@ -455,21 +515,24 @@ def plane_reductions(
             raise _cannot_run(model2d, in_chans, size, e) from e
     return res
 
+# %% ../nbs/42_convert.ipynb #0f7a3141
 _positions = ('pos_embed','pos_embedding','position_embedding','position_embeddings','absolute_pos_embed',
     'relative_position_bias_table','relative_position_index','rel_pos_bias_table')
 
 def _refuse_transformer(model):
     "Weights that belong to places of the plane have no depth"
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    found = [(n,tuple(p.shape)) for n,p in tensors if n.split('.')[-1] in _positions]
-    if found: raise _is_transformer(model, *found[0])
+    for n,p in [*model.named_parameters(), *model.named_buffers()]:
+        if n.split('.')[-1] in _positions:
+            raise _is_transformer(model, n, tuple(p.shape))
 
 def _is_transformer(model, name, shape):
     return MGMTError(f"{type(model).__name__} is a transformer: {name!r} {shape} numbers the patches of an image, and "
         "what it learned of a plane says nothing of depth. Take a convolutional network, or train a 3D transformer")
 
+# %% ../nbs/42_convert.ipynb #94ae5b82
 def _cannot_run(model, in_chans, size, e):
-    return MGMTError(f"the 2D network {type(model).__name__} cannot be run on 1x{in_chans}x{size}x{size}: {e}")
+    shape = f"1x{in_chans}x{size}x{size}"
+    return MGMTError(f"the 2D network {type(model).__name__} cannot be run on {shape}: {e}")
 
 # %% ../nbs/42_convert.ipynb #7ce25533
 def first_convolution(
@@ -506,6 +569,7 @@ def convert_modules(
     if hasattr(m3, 'in_chans'): m3.in_chans = in_chans
     return channels_inside(m3)
 
+# %% ../nbs/42_convert.ipynb #ed237824
 def _convert(m, plan, done, name=''):
     "The counterpart of a module, its children first; a module that is used twice stays one"
     if m in done: return done[m]
@@ -521,6 +585,7 @@ def _convert(m, plan, done, name=''):
     done[old] = m
     return m
 
+# %% ../nbs/42_convert.ipynb #ca146cee
 def _no_counterpart(m, name):
     what = f"{type(m).__module__}.{type(m).__name__}, at {name or 'the top'!r}"
     way_out = "replace this module in the 2D network, or write the network in 3D"
@@ -531,6 +596,7 @@ known_blocks = [eb.InvertedResidual, eb.DepthwiseSeparableConv, eb.EdgeResidual,
     resnet.BasicBlock, resnet.Bottleneck, densenet.DenseLayer, _XceptionBlock, xception_aligned.XceptionModule,
     convnext.ConvNeXtBlock]
 
+# %% ../nbs/42_convert.ipynb #d43d2cd9
 def checkpoint_blocks(
     model3d:nn.Module, # 3D network, changed in place
     on:bool=True, # Recompute, or remember again
@@ -548,6 +614,7 @@ def _no_blocks(model):
     known = ', '.join(o.__name__ for o in known_blocks)
     return MGMTError(f"{type(model).__name__} has no blocks known to this library ({known}): nothing would be saved")
 
+# %% ../nbs/42_convert.ipynb #32b9e759
 def _recompute(m, x):
     f = partial(type(m).forward, m)
     if not torch.is_grad_enabled() or x[0,0].numel()<2048:
@@ -556,13 +623,17 @@ def _recompute(m, x):
         return checkpoint(f, x, use_reentrant=False) # moves statistics once by itself
     return checkpoint(f, x, use_reentrant=False, context_fn=_contexts, preserve_rng_state=_draws(m))
 
+# %% ../nbs/42_convert.ipynb #4e06ac3b
 def _draws(block):
     "Does a block draw random numbers? A CUDA graph cannot put the generator back"
-    def share(m): return getattr(m, 'drop_prob', None) or getattr(m, 'drop_rate', None) or _dropped(m)
+    def share(m):
+        paths = getattr(m, 'drop_prob', None) or getattr(m, 'drop_rate', None)
+        return paths or _dropped(m)
     return any(share(m) for m in block.modules())
 
 def _dropped(m): return isinstance(m, nn.modules.dropout._DropoutNd) and m.p>0
 
+# %% ../nbs/42_convert.ipynb #d941cb3a
 def _contexts(): return nullcontext(),_second_time()
 
 @contextmanager
