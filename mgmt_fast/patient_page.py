@@ -50,7 +50,9 @@ def patient_row(
     if patient is None and len(scans)!=1:
         raise MGMTError(_which(scans))
     names = scans.patient.astype(str)
-    fits = np.ones(len(scans), bool) if patient is None else (names.map(id_key)==id_key(patient)).to_numpy()
+    fits = np.ones(len(scans), bool)
+    if patient is not None:
+        fits = (names.map(id_key)==id_key(patient)).to_numpy()
     if not fits.any():
         raise unknown_name('patient', patient, names)
     row = scans[fits].iloc[0].copy()
@@ -59,9 +61,11 @@ def patient_row(
     row.attrs = dict(images=images, report=report[report.patient==row.patient])
     return row
 
+# %% ../nbs/75_patient_page.ipynb #27ed506c
 def _which(scans):
     if not len(scans): return "this cohort has no patient"
-    return f"there are {len(scans)} patients here: name one, e.g. patient={scans.patient.iloc[0]!r} (--patient)"
+    example = f"patient={scans.patient.iloc[0]!r}"
+    return f"there are {len(scans)} patients here: name one, e.g. {example} (--patient)"
 
 # %% ../nbs/75_patient_page.ipynb #c40597cb
 class PatientResult(NamedTuple):
@@ -104,6 +108,7 @@ def patient_result(
 
 _nothing_said = "there is no probability to explain"
 
+# %% ../nbs/75_patient_page.ipynb #f219a5fb
 def _read(row):
     "The volumes that can be read; of the others the audit says why not"
     res = {}
@@ -114,6 +119,7 @@ def _read(row):
         except Exception as e: log_fault(e, 'reading')
     return res
 
+# %% ../nbs/75_patient_page.ipynb #c75c6132
 def _with_volumes(row, read):
     "The row with volumes in place of paths, which no message then repeats"
     given = row.copy()
@@ -122,6 +128,7 @@ def _with_volumes(row, read):
         elif s in given: given[s] = None
     return given
 
+# %% ../nbs/75_patient_page.ipynb #c1ff0e2f
 def patient_findings(
     row:pd.Series, # From `patient_row`
     audit:pd.DataFrame, # From `audit_cohort` of this patient
@@ -130,7 +137,8 @@ def patient_findings(
     rows = []
     for r in audit.to_dict('records'):
         for k,level in (('findings',r['severity']),('notes','note')):
-            rows += [(level, r['sequence'], o) for o in (r[k] or '').split(' | ') if o]
+            said = (r[k] or '').split(' | ')
+            rows += [(level, r['sequence'], o) for o in said if o]
     lacking = set(audit.sequence[audit.error=='missing'])
     for r in row.attrs.get('report', pd.DataFrame()).to_dict('records'):
         if r['sequence'] not in lacking:
@@ -139,6 +147,7 @@ def patient_findings(
     rank = table.level.map(dict(error=0, warning=1)).fillna(2)
     return table.iloc[np.argsort(rank, kind='stable')].reset_index(drop=True)
 
+# %% ../nbs/75_patient_page.ipynb #3657bb07
 def _map_of(m, row, prepared):
     "The map of an answer, or None, and what there is to say of it"
     if not isinstance(m, Bundle): return None,_not_known
@@ -158,6 +167,7 @@ class Shown(NamedTuple):
     caption:str # Below it
     alt:str # What it shows, for who cannot see it
 
+# %% ../nbs/75_patient_page.ipynb #347f2d3a
 def three_planes(
     view:View, # Whose crosshair says where
     name:str, # One of its sequences
@@ -168,6 +178,7 @@ def three_planes(
     filled = [np.pad(o, ((0,height-len(o)),(0,4),(0,0))) for o in planes]
     return (np.concatenate(filled, 1)*255).astype(np.uint8)
 
+# %% ../nbs/75_patient_page.ipynb #7ded4349
 def scan_pictures(
     res:PatientResult, # With scans
 ) -> tuple: # `Shown` of each sequence, and of each that the model saw, under the map
@@ -175,13 +186,14 @@ def scan_pictures(
     if not res.scans: return [],[]
     view = View(res.scans, res.map)
     view.move(opacity=0)
-    place = '; '.join(view.lines())
-    plain = [_shown(view, s, f'{s}, through {place}') for s in res.scans]
+    place = f"through {'; '.join(view.lines())}"
+    plain = [_shown(view, s, f'{s}, {place}') for s in res.scans]
     if res.map is None: return plain,[]
     view.move(opacity=.5)
     seen = [s for s in res.scans if s in res.model.sequences]
-    return plain,[_shown(view, s, f'{s} with the map, through {place}') for s in seen]
+    return plain,[_shown(view, s, f'{s} with the map, {place}') for s in seen]
 
+# %% ../nbs/75_patient_page.ipynb #4280fc79
 def _shown(view, sequence, caption):
     where = 'inner slices of the head' if view.cropped else 'the scan'
     alt = f"{caption.split(',')[0]}: {where} in an axial, a coronal and a sagittal plane"
@@ -224,10 +236,12 @@ def _of_probability(res):
         said.append(f"Said of the prediction: {res.note}.")
     return [*said, _of_unlike(res.unlike)]
 
+# %% ../nbs/75_patient_page.ipynb #7b4efb17
 def _of_threshold(prob, b):
     side = 'at or above' if prob>=b.threshold else 'below'
     return f"This is {side} the threshold {b.threshold:.2f}, which was chosen on validation patients before any test."
 
+# %% ../nbs/75_patient_page.ipynb #ef19cd09
 def _of_unlike(unlike):
     if unlike is None:
         return "Whether the scan is unlike those of training is not known: this model does not say."
@@ -237,15 +251,13 @@ def _of_unlike(unlike):
 _is_unlike = ("The scan is unlike those of training (see what was said above): the model's AUC and calibration may not "
     "hold for it.")
 
+# %% ../nbs/75_patient_page.ipynb #a1a0d50e
 def _of_model(m):
     "Sentences on how good the model is"
     if not isinstance(m, Bundle):
         return [Said(_auc_unknown, 'warning'), _calibration_unknown]
     v = m.validation
-    how = f" ({v['interval']})" if 'interval' in v else ''
-    of = f" on {v['n']} validation patients, {v['methylated']} of them methylated" if 'n' in v else ''
-    said = [f"The model's own AUC: {v['auc']:.2f}, 95 % interval {v['lo']:.2f} to {v['hi']:.2f}{how}{of}, from the "
-        "hospitals it was trained at. Elsewhere it is usually lower."]
+    said = [_own_auc(v)]
     if v['lo']<=.5: said.append(Said(_chance, 'warning'))
     if v.get('trained_on'):
         said.append(Said(_too_good(v), 'warning'))
@@ -257,9 +269,19 @@ _calibration_unknown = "Its calibration is not known either: 0.7 need not mean t
 _chance = ("The interval holds 0.5: nobody knows that this model is better than chance, so its number says nothing "
     "of this patient.")
 
+# %% ../nbs/75_patient_page.ipynb #5889662a
+def _own_auc(v):
+    "What validation says of the AUC; a bundle of an early version knows less of it"
+    how = f" ({v['interval']})" if 'interval' in v else ''
+    of = f" on {v['n']} validation patients, {v['methylated']} of them methylated" if 'n' in v else ''
+    interval = f"95 % interval {v['lo']:.2f} to {v['hi']:.2f}{how}"
+    return (f"The model's own AUC: {v['auc']:.2f}, {interval}{of}, from the hospitals it was trained at. "
+        "Elsewhere it is usually lower.")
+
 def _too_good(v):
     return (f"{v['trained_on']} of these patients were trained on, so the AUC and the calibration are too good.")
 
+# %% ../nbs/75_patient_page.ipynb #87e2fe14
 def _of_calibration(b):
     "What a bundle knows of its calibration"
     temperatures = ', '.join(f"{o['temperature']:.2f}" for o in b.models)
@@ -267,21 +289,24 @@ def _of_calibration(b):
     known = b.validation.get('calibration')
     if not known:
         return [*said, f"Calibration was not written down by mgmt_fast {b.version}, which froze the bundle."]
-    parts = [f"{k} {_interval(known[k])} (ideal: {ideal})" for k,ideal in (('intercept',0),('slope',1))]
-    return [*said, f"Calibration on the validation patients: {', '.join(parts)}. {_slope_means}"]
+    intercept = f"intercept {_interval(known['intercept'])} (ideal: 0)"
+    slope = f"slope {_interval(known['slope'])} (ideal: 1)"
+    return [*said, f"Calibration on the validation patients: {intercept}, {slope}. {_slope_means}"]
 
 _slope_means = ("A slope below 1 says that the model is too sure, an intercept above 0 that methylation is "
     "underestimated.")
 
+# %% ../nbs/75_patient_page.ipynb #81464ae2
 def _interval(o):
     if None in o: return 'not to be had from so few'
     return f'{o[0]:.2f}, 95 % interval {o[1]:.2f} to {o[2]:.2f}'
 
+# %% ../nbs/75_patient_page.ipynb #f2cfc671
 def _nearest_group(prob, groups):
     "What became of the validation patients with the most similar probabilities"
     p,rate,lo,hi,n = min(groups, key=lambda g: abs(g[0]-prob))
-    return (f"Of the {n:.0f} validation patients with the most similar probabilities (mean {p:.2f}), {rate:.0%} were "
-        f"methylated (95 % interval {lo:.0%} to {hi:.0%}).")
+    who = f"Of the {n:.0f} validation patients with the most similar probabilities (mean {p:.2f})"
+    return f"{who}, {rate:.0%} were methylated (95 % interval {lo:.0%} to {hi:.0%})."
 
 # %% ../nbs/75_patient_page.ipynb #88b7e878
 def patient_sections(
@@ -295,6 +320,7 @@ def patient_sections(
         'Where the answer comes from': _map_part(res, mapped),
         'What the number cannot say': list(_cannot_say), 'The model': [_facts(res.model)]}
 
+# %% ../nbs/75_patient_page.ipynb #94d93786
 def _found_part(res):
     "The findings, the gravest first"
     bad = res.findings[res.findings.level!='note']
@@ -302,45 +328,57 @@ def _found_part(res):
         first_ = "The audit found nothing that calls for a decision."
     else:
         first_ = f"Findings that call for a decision, to be looked at before the number: {len(bad)}."
-    said = [Said(': '.join(filter(None, (o.level, o.sequence, o.what))), o.level) for o in res.findings.itertuples()]
+    said = []
+    for o in res.findings.itertuples():
+        parts = filter(None, (o.level,o.sequence,o.what))
+        said.append(Said(': '.join(parts), o.level))
     return [first_, *said]
 
+# %% ../nbs/75_patient_page.ipynb #9427e42a
 _EVIDENCE = dict(both='its name and its header', name='its name', header='its header')
 
 def _read_part(res):
     "The series, and which images were chosen from"
     rows = []
     for r in res.audit.to_dict('records'):
-        about = _series_facts(r) if r['readable'] else dict(extent=_not_read.get(r['error'], 'not read, see above'))
+        if r['readable']:
+            about = _series_facts(r)
+        else:
+            about = dict(extent=_not_read.get(r['error'], 'not read, see above'))
         rows.append(dict(sequence=r['sequence'], **about))
     table = pd.DataFrame(rows).fillna('')
     needs = f"The model was given {', '.join(res.model.sequences)}."
     return [needs, table, *_choice_part(res.images)]
 
 _not_read = dict(missing='not there')
+_skulls = {True:'with skull', False:'brain only'}
 
+# %% ../nbs/75_patient_page.ipynb #152ef84e
 def _series_facts(r):
     "What is told of a series that was read"
-    spacing = ' x '.join(f'{r[k]:.2f}' for k in ('step','row_mm','col_mm'))
-    skull = {True:'with skull', False:'brain only'}.get(r['skull'], 'not known')
+    spacing = ' x '.join(f'{o:.2f}' for o in (r['step'],r['row_mm'],r['col_mm']))
+    skull = _skulls.get(r['skull'], 'not known')
     extent = f"{r['slices']} slices of {r['rows']} x {r['columns']}"
     known_by = _EVIDENCE.get(r['evidence'], r['evidence'])
     return {'extent':extent, 'spacing, mm':spacing, 'plane':r['plane'], 'head':skull, 'known by':known_by}
 
+# %% ../nbs/75_patient_page.ipynb #5a1d9d17
 def _choice_part(images):
     "The images that were there to choose from, where there were more than were taken"
     if all(o[1] for o in images): return []
-    rows = [dict(sequence=o[0] or 'none', taken=o[1] or 'no', why=o[3]) for o in images]
+    rows = [dict(sequence=s or 'none', taken=taken or 'no', why=why) for s,taken,_,why in images]
     return [f"{len(images)} images were found, and chosen from:", pd.DataFrame(rows)]
 
+# %% ../nbs/75_patient_page.ipynb #cf513f3e
 def _groups_part(res):
     "The figure of the groups, where the bundle knows them"
-    groups = res.model.validation.get('groups') if isinstance(res.model, Bundle) else None
+    if not isinstance(res.model, Bundle): return []
+    groups = res.model.validation.get('groups')
     if not groups or math.isnan(res.prob): return []
-    drawn = _pixels(plot_probability(res.prob, groups, res.model.threshold).figure, 120)
+    ax = plot_probability(res.prob, groups, res.model.threshold)
     alike = _nearest_group(res.prob, groups)
     alt = f"This patient's probability, {res.prob:.2f}, among those of validation patients. {alike}"
-    return [alike, Shown(drawn, _groups_caption, alt)]
+    return [alike, Shown(_pixels(ax.figure, 120), _groups_caption, alt)]
 
 def _pixels(figure, dpi):
     "A figure as (H,W,3) uint8"
@@ -352,11 +390,15 @@ def _pixels(figure, dpi):
 _groups_caption = ("What became of validation patients, in groups of equal size by the probability that they were "
     "given, with 95 % intervals")
 
+# %% ../nbs/75_patient_page.ipynb #b5b27c10
 def _map_part(res, mapped):
     if not mapped: return [f"There is no map: {res.why}."]
-    return [f"{res.why}. The method was tested on phantoms, where the place of the signal is known; it was right more "
-        "often than on untrained networks, and not always.", *mapped]
+    return [f"{res.why}. {_map_tested}", *mapped]
 
+_map_tested = ("The method was tested on phantoms, where the place of the signal is known; it was right more often "
+    "than on untrained networks, and not always.")
+
+# %% ../nbs/75_patient_page.ipynb #a4fe5a0c
 _cannot_say = (
     "Whether this patient's tumour is methylated: that is found in tissue. The number says how often that was so among "
         "patients of training's hospitals whose scans looked alike to the model.",
@@ -365,20 +407,29 @@ _cannot_say = (
         "sees.",
     "Where the tumour is, or what it is: the map, where there is one, shows what moved the model.", HEAD[1])
 
+# %% ../nbs/75_patient_page.ipynb #54fda1b7
 def _facts(m):
     "What the model is, as a table"
-    rows = [('model', m.arch if hasattr(m, 'arch') else type(m).__name__), ('sequences', ', '.join(m.sequences))]
+    name = m.arch if hasattr(m, 'arch') else type(m).__name__
+    rows = [('model', name), ('sequences', ', '.join(m.sequences))]
+    trained = getattr(m, 'trained', None)
     if isinstance(m, Bundle):
-        rows += [('bundle', f"{m.signature[:8]}, {_networks(len(m.models))}, frozen {m.created[:10]}"),
-            ('trained on', f'a store of {len(m.patients)} patients, validation patients included'),
-            ('external tests so far', len(m.ledger.passes()))]
-    elif getattr(m, 'trained', None) and 'train_patients' in m.trained:
-        rows.append(('trained on', f"{m.trained['train_patients']} patients"))
-    rows += [('made with', _version(m)), ('shown with', f'mgmt_fast {__version__}')]
+        rows += _bundle_facts(m)
+    elif trained and 'train_patients' in trained:
+        rows.append(('trained on', f"{trained['train_patients']} patients"))
+    rows.append(('made with', _version(m)))
+    rows.append(('shown with', f'mgmt_fast {__version__}'))
     return pd.DataFrame(rows, columns=['what','is'])
+
+def _bundle_facts(b):
+    frozen = f"{b.signature[:8]}, {_networks(len(b.models))}, frozen {b.created[:10]}"
+    return [('bundle', frozen),
+        ('trained on', f'a store of {len(b.patients)} patients, validation patients included'),
+        ('external tests so far', len(b.ledger.passes()))]
 
 def _networks(n): return f"{n} network{'s'*(n!=1)}"
 
+# %% ../nbs/75_patient_page.ipynb #9013ac23
 def _version(m):
     version = f'mgmt_fast {m.version}'
     if getattr(m, 'preparation_number', PREPARATION)==PREPARATION:
@@ -396,6 +447,7 @@ def _families():
     known = {o.name for o in font_manager.fontManager.ttflist}
     return ['DejaVu Sans', *(o for o in _EASTERN if o in known)]
 
+# %% ../nbs/75_patient_page.ipynb #37641117
 class Paper:
     "A4 pages that fill from the top: `.pages`, matplotlib figures"
     size,margin = (8.27,11.69),.75 # inches
@@ -407,13 +459,16 @@ class Paper:
         self._turn()
 
     def _turn(self):
-        self.fig,self.y = Figure(figsize=self.size),self.size[1]-self.margin
+        self.fig = Figure(figsize=self.size)
+        self.y = self.size[1]-self.margin
         self.pages.append(self.fig)
-        self._write(f'{self.foot}, page {len(self.pages)}', self.margin, .45, 7, color=_COLOURS['note'])
+        foot = f'{self.foot}, page {len(self.pages)}'
+        self._write(foot, self.margin, .45, 7, color=_COLOURS['note'])
 
     def _write(self, text, x, y, size, **kwargs):
         how = dict(fontsize=size, family=_families(), va='top', parse_math=False)
-        self.fig.text(x/self.size[0], y/self.size[1], text, **how, **kwargs)
+        wide,high = self.size
+        self.fig.text(x/wide, y/high, text, **how, **kwargs)
 
     def _make_room(self, height):
         "A new page where this one is full"
@@ -447,8 +502,10 @@ class Paper:
     ):
         "Write a table; its cells are wrapped"
         cells = [[*map(str, table.columns)], *table.astype(str).values.tolist()]
-        widest = np.array([[min(len(o), 60) for o in r] for r in cells]).max(0)+2
-        wide = np.minimum(widest*.58*size/72, (self.size[0]-2*self.margin)*widest/widest.sum())
+        lengths = np.array([[*map(len, r)] for r in cells])
+        widest = lengths.max(0).clip(max=60)+2
+        share = (self.size[0]-2*self.margin)*widest/widest.sum()
+        wide = np.minimum(widest*.58*size/72, share)
         for i,row in enumerate(cells):
             wrapped = [textwrap.wrap(o, max(4, int(w*72/(.58*size)))) for o,w in zip(row, wide)]
             height = max(map(len, wrapped))*size/52+.04
@@ -495,6 +552,7 @@ class Paper:
             for page in self.pages: pdf.savefig(page)
         return Path(path)
 
+# %% ../nbs/75_patient_page.ipynb #7ae824e7
 def patient_paper(
     res:PatientResult, # Of one patient
     sections:dict, # From `patient_sections`
@@ -535,6 +593,7 @@ def write_captures(
             capture.save_as(tmp)
     return paths
 
+# %% ../nbs/75_patient_page.ipynb #a6645038
 def _highdicom():
     try: import highdicom
     except ImportError:
@@ -566,6 +625,7 @@ def patient_report(
         write_captures(paper, res.patient, dest/'dicom')
     return res
 
+# %% ../nbs/75_patient_page.ipynb #a8ab105f
 def _html(part):
     "A part of the page as HTML"
     if isinstance(part, Shown):
