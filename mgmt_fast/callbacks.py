@@ -37,12 +37,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 # %% ../nbs/52_callbacks.ipynb #9c000002
 def _n_in_batch(learn):
     "Patients in the batch under way, those of other processes included"
-    return learn.dl.n_in_batch(learn.iter) if hasattr(learn.dl,'n_in_batch') else find_bs(learn.yb)
+    if hasattr(learn.dl,'n_in_batch'): return learn.dl.n_in_batch(learn.iter)
+    return find_bs(learn.yb)
 
+# %% ../nbs/52_callbacks.ipynb #1608235c
 def _on_one_card(learn):
     "Does a learner train on a card, and on no other?"
-    return next(learn.model.parameters()).device.type=='cuda' and _n_processes()<2
+    device = next(learn.model.parameters()).device
+    return device.type=='cuda' and _n_processes()<2
 
+# %% ../nbs/52_callbacks.ipynb #badd16e2
 class _GroupLoss(AvgSmoothLoss):
     "fastai's smoothed training loss, over optimiser steps in place of batches"
     def reset(self):
@@ -52,15 +56,19 @@ class _GroupLoss(AvgSmoothLoss):
     def accumulate(self, learn):
         n = _n_in_batch(learn)
         self.count += 1
-        self.sum += to_detach(learn.loss.mean(), cpu=not _on_one_card(learn), gather=False)*n
+        loss = to_detach(learn.loss.mean(), cpu=not _on_one_card(learn), gather=False)
+        self.sum += loss*n
         self.n += n
         if not learn.gradient_accumulation.last: return
         mean = self.sum/self.n
         self.val = torch.lerp(mean, self.val.to(mean.device), self.beta)
-        self.steps,self.sum,self.n = self.steps+1,0.,0
+        self.steps += 1
+        self.sum,self.n = 0.,0
 
     @property
-    def value(self): return self.val/(1-self.beta**self.steps) if self.steps else self.sum/self.n
+    def value(self):
+        if not self.steps: return self.sum/self.n
+        return self.val/(1-self.beta**self.steps)
 
 # %% ../nbs/52_callbacks.ipynb #9c000003
 class GradientAccumulation(Callback):
@@ -110,10 +118,13 @@ class GradientAccumulation(Callback):
         n = _n_in_batch(self.learn)
         if not self.batches:
             self.full = self.n_samples or self.n_batches*n
-        self.batches,self.seen,self.weight = self.batches+1,self.seen+n,n/self.full
+        self.batches += 1
+        self.seen += n
+        self.weight = n/self.full
         whole = self.batches==self.n_batches if self.n_batches else self.seen>=self.n_samples
         self.last = whole or self.iter==self.n_iter-1
-        self.learn.pct_train = (self.epoch+min(self.steps/self.n_steps, 1))/self.n_epoch
+        of_epoch = min(self.steps/self.n_steps, 1)
+        self.learn.pct_train = (self.epoch+of_epoch)/self.n_epoch
         if isinstance(self.model, DistributedDataParallel):
             self.model.require_backward_grad_sync = self.last
 
@@ -126,6 +137,7 @@ class GradientAccumulation(Callback):
             torch._foreach_mul_(grads, self.full/self.seen)
         self.steps,self.batches,self.seen = self.steps+1,0,0
 
+# %% ../nbs/52_callbacks.ipynb #4b3bf760
 def _one_of_both(given):
     return f"gradient accumulation takes either n_batches= or n_samples= (n_acc=); received {given or 'neither'}"
 
@@ -170,19 +182,28 @@ class FusedAdam(Optimizer):
                 state.update(step=0, grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p))
             state['step'] += 1
             decay = h['wd']*state.get('do_wd', True)
-            eps = h['eps']/math.sqrt(1-h['sqr_mom']**state['step']) if self.keras else h['eps']
+            eps = h['eps']
+            if self.keras:
+                eps = eps/math.sqrt(1-h['sqr_mom']**state['step'])
             how = state['step'],p.device,h['lr'],h['mom'],h['sqr_mom'],eps,decay
             alike.setdefault(how, []).append((p,state))
         return alike
 
+# %% ../nbs/52_callbacks.ipynb #d9830a9b
 def _adam_step(n, device, lr, mom, sqr_mom, eps, decay, items, stopped):
     "One call of torch's Adam; it walks parameters, gradients and both means side by side, so their layouts must agree"
     params = [p for p,_ in items]
-    grads = [p.grad if p.grad.stride()==p.stride() else torch.empty_like(p).copy_(p.grad) for p in params]
-    means,squares = ([s[k] for _,s in items] for k in ('grad_avg','sqr_avg'))
+    grads = [_grad_laid_out(p) for p in params]
+    means = [s['grad_avg'] for _,s in items]
+    squares = [s['sqr_avg'] for _,s in items]
     steps = list(torch.full((len(items),), n-1., device=device).unbind())
     adamw(params, grads, means, squares, [], steps, fused=True, found_inf=stopped, amsgrad=False, beta1=mom,
         beta2=sqr_mom, lr=lr, weight_decay=decay, eps=eps, maximize=False)
+
+def _grad_laid_out(p):
+    "A parameter's gradient, in memory as the parameter is"
+    if p.grad.stride()==p.stride(): return p.grad
+    return torch.empty_like(p).copy_(p.grad)
 
 # %% ../nbs/52_callbacks.ipynb #9c00000b
 class Precision(MixedPrecision):
@@ -218,6 +239,7 @@ class GroupNormAct(nn.GroupNorm):
     ) -> torch.Tensor: # Of the same shape
         return self.act(self.drop(super().forward(x)))
 
+# %% ../nbs/52_callbacks.ipynb #8c32f21f
 class SyncNorm:
     "Mixed into a batch norm: in training its statistics are those of all processes with a part in the batch"
     counts = True
@@ -235,8 +257,10 @@ class SyncNorm:
         var,_ = self._mean(x*x)
         if not getattr(self, 'recomputing', False):
             self._track(mean, var*n/(n-1))
-        x = x*(var+self.eps).rsqrt().view(shape)*self.weight.view(shape)+self.bias.view(shape)
-        drop,act = (getattr(self, k, nn.Identity()) for k in ('drop','act'))
+        scale = (var+self.eps).rsqrt().view(shape)
+        x = x*scale*self.weight.view(shape)+self.bias.view(shape)
+        drop = getattr(self, 'drop', nn.Identity())
+        act = getattr(self, 'act', nn.Identity())
         return act(drop(x.to(dtype)))
 
     def _mean(self, x):
@@ -254,7 +278,10 @@ class SyncNorm:
         for old,new in ((self.running_mean,mean),(self.running_var,var)):
             old.lerp_(new.to(old.dtype), self.momentum)
 
-def _n_processes(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+# %% ../nbs/52_callbacks.ipynb #32d54b5c
+def _n_processes():
+    if dist.is_available() and dist.is_initialized(): return dist.get_world_size()
+    return 1
 
 # %% ../nbs/52_callbacks.ipynb #9c00000f
 def set_norms(
@@ -464,11 +491,13 @@ class LateRecords(Callback):
         self.recorder.losses[self.n:] = torch.stack(losses).cpu().unbind()
         self.learn.smooth_loss = self.recorder.losses[-1]
 
+# %% ../nbs/52_callbacks.ipynb #c50695bc
 class _LateLoss(AvgSmoothLoss):
     "fastai's smoothed training loss, which stays where it was computed"
     def accumulate(self, learn):
         loss = learn.loss.detach().mean()
-        self.count,self.val = self.count+1,torch.lerp(loss, self.val.to(loss.device), self.beta)
+        self.count += 1
+        self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
 
 # %% ../nbs/52_callbacks.ipynb #9c000016
 class ProgressiveSize(Callback):
@@ -556,7 +585,9 @@ class AverageWeights(Callback):
     def state_dict(self): return {f'avg.{k}':v for k,v in self.avg.state_dict().items()}
     def load_state_dict(self,
         d:dict, # From `state_dict`
-    ): self.avg.load_state_dict({k.removeprefix('avg.'):v for k,v in d.items()})
+    ):
+        own = {k.removeprefix('avg.'):v for k,v in d.items()}
+        self.avg.load_state_dict(own)
 
 # %% ../nbs/52_callbacks.ipynb #9c000018
 class BinaryFocalLoss(nn.Module):
@@ -570,7 +601,8 @@ class BinaryFocalLoss(nn.Module):
     ):
         super().__init__()
         self.gamma,self.reduction = gamma,reduction
-        self.register_buffer('pos_weight', None if pos_weight is None else torch.as_tensor(float(pos_weight)))
+        weight = None if pos_weight is None else torch.as_tensor(float(pos_weight))
+        self.register_buffer('pos_weight', weight)
 
     def forward(self,
         pred:torch.Tensor, # (B,1) or (B,) logits
@@ -604,6 +636,7 @@ def _all_ranks(t):
     dist.all_gather(out, t)
     return torch.stack(out)
 
+# %% ../nbs/52_callbacks.ipynb #a9db43a1
 # what fastai's own hold from one epoch to the next
 _carried = {TrackerCallback:('best','wait'), ParamScheduler:('hps',)}
 
@@ -616,12 +649,14 @@ def _cb_state(cb):
         if isinstance(cb, c): names += ks
     return {k:vars(cb)[k] for k in names if k in vars(cb)}
 
+# %% ../nbs/52_callbacks.ipynb #4050f370
 def _set_cb_state(cb, state):
     if hasattr(type(cb),'load_state_dict'):
         cb.load_state_dict(state)
     else:
         vars(cb).update(state)
 
+# %% ../nbs/52_callbacks.ipynb #653217cd
 class _State:
     "Nested states as `tensors` by their full name, and `plain`, what JSON holds"
     def __init__(self, tensors=None): self.tensors = {} if tensors is None else tensors
@@ -633,8 +668,10 @@ class _State:
         return {k:v for k,v in state.items() if not torch.is_tensor(v)}
     def get(self, prefix, plain=None):
         "A state as it was: its rest, and its tensors"
-        own = {k:v for k,v in self.tensors.items() if k.startswith(prefix+'.')}
-        return {**(plain or {}), **{k.removeprefix(prefix+'.'):v for k,v in own.items()}}
+        start = f'{prefix}.'
+        own = {k:v for k,v in self.tensors.items() if k.startswith(start)}
+        own = {k.removeprefix(start):v for k,v in own.items()}
+        return {**(plain or {}), **own}
 
 # %% ../nbs/52_callbacks.ipynb #53df498c
 def _rng_state(device):
@@ -646,6 +683,7 @@ def _rng_state(device):
     rows = {k:_all_ranks(v.to(device)) for k,v in tensors.items()}
     return rows,dict(python=_plain_random(py), numpy=[kind,keys.tolist(),*rest])
 
+# %% ../nbs/52_callbacks.ipynb #531922b6
 def _set_rng_state(tensors, plain, device):
     _set_random(random, plain['python'])
     kind,keys,*rest = plain['numpy']
@@ -656,7 +694,9 @@ def _set_rng_state(tensors, plain, device):
         torch.cuda.set_rng_state(tensors['rng.cuda'][rank], device)
 
 def _plain_random(state): return [state[0],list(state[1]),state[2]]
-def _set_random(r, state): r.setstate((state[0],tuple(state[1]),state[2]))
+def _set_random(r, state):
+    version,numbers,gauss = state
+    r.setstate((version,tuple(numbers),gauss))
 
 # %% ../nbs/52_callbacks.ipynb #9c00001c
 class Checkpoint(Callback):
@@ -727,14 +767,16 @@ class Checkpoint(Callback):
     def _loaders(self):
         "Where the loaders' order and the augmentation are"
         drawn = [t.drawn for t in getattr(self.dls.train, 'augs', ())]
-        return dict(loaders=[_plain_random(o.rng.getstate()) for o in self.dls], drawn=drawn)
+        loaders = [_plain_random(o.rng.getstate()) for o in self.dls]
+        return dict(loaders=loaders, drawn=drawn)
 
     def _optimiser(self, state):
         "Rates and the like; moments go to the tensors"
         opt = self.opt.state_dict()
         scaler = getattr(self.learn, 'scaler', None)
         moments = [state.add(f'opt.{i}', s) for i,s in enumerate(opt['state'])]
-        return dict(hypers=[dict(h) for h in opt['hypers']], opt=moments, scaler=scaler and scaler.state_dict())
+        hypers = [dict(h) for h in opt['hypers']]
+        return dict(hypers=hypers, opt=moments, scaler=scaler and scaler.state_dict())
 
     def _recorded(self, state):
         "What the recorder has seen"
@@ -753,7 +795,8 @@ class Checkpoint(Callback):
         for cb in self.learn.cbs:
             _set_cb_state(cb, state.get(f'cbs.{cb.name}', d['cbs'].get(cb.name)))
         self._restore_recorder(d, state)
-        self.learn.first_epoch,self.learn.train_iter = d['epoch']+1,d['train_iter']
+        self.learn.first_epoch = d['epoch']+1
+        self.learn.train_iter = d['train_iter']
         for dl,s in zip(self.dls, d['loaders']):
             _set_random(dl.rng, s)
         for t,k in zip(getattr(self.dls.train,'augs',()), d['drawn']):
@@ -769,12 +812,14 @@ class Checkpoint(Callback):
 
     def _restore_recorder(self, d, state):
         rec,seen = self.recorder,d['recorder']
-        rec.lrs,rec.iters,rec.values = seen['lrs'],seen['iters'],[L(v) for v in seen['values']]
+        rec.lrs,rec.iters = seen['lrs'],seen['iters']
+        rec.values = [L(v) for v in seen['values']]
         rec.losses = list(state.tensors['losses'])
         vars(rec.smooth_loss).update(state.get('smooth', d['smooth']))
         bar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
         if bar: bar.update(0) # its clock starts at the first epoch, which is not run again
 
+# %% ../nbs/52_callbacks.ipynb #209d1df9
 def _digest(said, tensors):
     "What shows that nothing in a checkpoint was changed"
     h = hashlib.blake2b(said.encode(), digest_size=16)
@@ -784,19 +829,24 @@ def _digest(said, tensors):
         h.update(t.detach().contiguous().flatten().view(torch.uint8).numpy().data)
     return h.hexdigest()
 
+# %% ../nbs/52_callbacks.ipynb #91164cf2
 def _on_cpu(v): return v.detach().clone(memory_format=torch.contiguous_format).cpu()
 
 def _laid_out(state, p):
     "A parameter's state, its tensors in memory as the parameter is"
-    def _as(v): return torch.empty_like(p).copy_(v) if torch.is_tensor(v) and v.shape==p.shape else v
-    return {k:_as(v) for k,v in state.items()}
+    def like_p(v):
+        if not torch.is_tensor(v) or v.shape!=p.shape: return v
+        return torch.empty_like(p).copy_(v)
+    return {k:like_p(v) for k,v in state.items()}
 
+# %% ../nbs/52_callbacks.ipynb #89c2842b
 def _no_checkpoint(file, e):
     what = f"{file} is not a checkpoint, or damaged ({type(e).__name__})"
     return f"{what}: delete it to begin anew, or give another folder"
 
 def _other_training(path, fname, differ):
-    since = '; or the store has changed since' if any('volumes' in o for o in differ) else ''
+    other_volumes = any('volumes' in o for o in differ)
+    since = '; or the store has changed since' if other_volumes else ''
     why = '; '.join(differ)
     return (f"{path} holds the checkpoint of another training{since}: {why}; give another folder, "
         f"or delete {fname} to begin anew")
@@ -805,6 +855,7 @@ def _other_training(path, fname, differ):
 class OutOfTime(MGMTError):
     "A training was stopped at the end of an epoch, since its time was up; the next session goes on from there"
 
+# %% ../nbs/52_callbacks.ipynb #5bdb3382
 class Clock:
     "`left`: hours until a session should end by itself; Kaggle stops it at twelve"
     def __init__(self,
@@ -813,6 +864,7 @@ class Clock:
     @property
     def left(self): return (self.end-time.monotonic())/3600
 
+# %% ../nbs/52_callbacks.ipynb #14fccf63
 class StopInTime(Callback):
     "Raise `OutOfTime` at the end of an epoch, unless the clock leaves enough time for another one"
     order = Checkpoint.order+1
