@@ -71,7 +71,8 @@ class Samples:
         full:bool=True, # To the label's name?
     ) -> tuple: # With the name of the label
         "As people read it"
-        return (b[0],label_name(b[1])) if full and len(b)>1 else b
+        if not full or len(b)<2: return b
+        return b[0],label_name(b[1])
 
     @contextmanager
     def set_split_idx(self,
@@ -87,7 +88,8 @@ def label_name(
     y:float|torch.Tensor, # 0 or 1, a probability, or NaN
 ) -> str: # One of `LABELS`, or that there is none
     "What a label is called."
-    return LABELS[int(y>=.5)] if y==y else 'label unknown'
+    if y!=y: return 'label unknown'
+    return LABELS[int(y>=.5)]
 
 # %% ../nbs/35_loader.ipynb #0e776d15
 class StoreDataset(Samples):
@@ -105,8 +107,9 @@ class StoreDataset(Samples):
         self.labels = labels.reindex(self.patients).astype('float32').to_numpy()
 
     def __getitem__(self, i):
-        x = self.store.read(self.patients[i], self.sequences)
-        return TensorMR(torch.from_numpy(x)), torch.tensor(self.labels[i])
+        x = torch.from_numpy(self.store.read(self.patients[i], self.sequences))
+        y = torch.tensor(self.labels[i])
+        return TensorMR(x),y
 
 # %% ../nbs/35_loader.ipynb #675ae7e5
 def sample_of(
@@ -130,34 +133,42 @@ def sample_of(
     if tuple(x.shape)!=shape: raise _other_shape(x, shape)
     return TensorMR(x if x.dtype==torch.uint8 else x.float())
 
+# %% ../nbs/35_loader.ipynb #7286feee
 def _by_sequence(item, store):
     "Scans by the names of the store's sequences"
     scans = [item] if isinstance(item, Volume) else list(item)
     if len(scans)==len(store.sequences):
         return dict(zip(store.sequences, scans))
-    raise MGMTError(f"the store's sequences are {', '.join(store.sequences)}, prepared together; received {len(scans)} "
-        "scans: give one per sequence, in this order, or a dictionary by sequence")
+    prepared = f"the store's sequences are {', '.join(store.sequences)}, prepared together"
+    way_out = "give one per sequence, in this order, or a dictionary by sequence"
+    raise MGMTError(f"{prepared}; received {len(scans)} scans: {way_out}")
 
+# %% ../nbs/35_loader.ipynb #1a56f78d
 def _prepared(row, store, sequences):
     "The channels of a row of a cohort"
     row = {'patient':'this patient', **row}
     by = store.recipe.prepare_by
-    if by!='patient' and any(isinstance(v, Volume) for v in row.values()):
+    read = any(isinstance(v, Volume) for v in row.values())
+    if by!='patient' and read:
         raise MGMTError(_by_slices(by))
     p = prepare_patient(row, store.sequences, store.recipe)
     lack = [s for s in sequences if s not in p.arrays]
     if lack:
         raise MGMTError(_not_prepared_here(row['patient'], lack, p.report))
-    return TensorMR(torch.from_numpy(np.stack([p.arrays[s] for s in sequences])))
+    x = np.stack([p.arrays[s] for s in sequences])
+    return TensorMR(torch.from_numpy(x))
 
+# %% ../nbs/35_loader.ipynb #e62ab9a5
 def _by_slices(by):
     return (f"the store's recipe prepares by {by}, from the files of slices: give a row of a cohort, whose paths lead "
         "there, or a prepared array")
 
 def _not_prepared_here(patient, lack, report):
-    why = '; '.join(' '.join(filter(None, (r['sequence'],r['what']))) for r in report)
+    reasons = [' '.join(filter(None, (r['sequence'],r['what']))) for r in report]
+    why = '; '.join(reasons)
     return f"{patient} has no {', '.join(lack)} that could be prepared ({why}): complete the scans, or leave it out"
 
+# %% ../nbs/35_loader.ipynb #6f0ea41f
 def _other_shape(x, shape):
     return MGMTError(f"prepared voxels have the shape (C,D,H,W) = {shape}; received {tuple(x.shape)}: give scans as "
         "`Volume`, which are prepared, or prepare with the store's recipe")
@@ -176,7 +187,9 @@ class NewSamples(Samples):
 
     def __getitem__(self, i):
         x = sample_of(self.items[i], self.store, self.sequences)
-        return (x,torch.tensor(self.label(self.items[i]))) if self.with_labels else (x,)
+        if not self.with_labels: return (x,)
+        y = self.label(self.items[i])
+        return x,torch.tensor(y)
 
     def label(self,
         item:object, # One of `items`
@@ -185,7 +198,8 @@ class NewSamples(Samples):
         if isinstance(item, str):
             item = self.store.table.set_index('patient').loc[item]
         y = item.get('label') if isinstance(item, (dict,pd.Series)) else None
-        return np.nan if y is None or pd.isna(y) else float(y)
+        if y is None or pd.isna(y): return np.nan
+        return float(y)
 
 # %% ../nbs/35_loader.ipynb #c57a50c3
 class ToUnit(Transform):
@@ -194,7 +208,8 @@ class ToUnit(Transform):
     def encodes(self,
         x:TensorMR, # (B,C,D,H,W); floats stay as they are
     ):
-        return x.float().div_(255) if x.dtype==torch.uint8 else x
+        if x.dtype!=torch.uint8: return x
+        return x.float().div_(255)
 
 # %% ../nbs/35_loader.ipynb #74267822
 class KeptVolumes:
@@ -222,7 +237,8 @@ class KeptVolumes:
         dataset:Samples, # Of any kind
     ) -> bool: # Are its samples volumes of these patients, as they are?
         plain = type(dataset) is StoreDataset and dataset.store is self.store
-        return plain and tuple(dataset.sequences)==tuple(self.sequences) and all(p in self.at for p in dataset.patients)
+        if not plain or tuple(dataset.sequences)!=tuple(self.sequences): return False
+        return all(p in self.at for p in dataset.patients)
 
     def on(self,
         device:torch.device, # That of the batches
@@ -236,22 +252,27 @@ class KeptVolumes:
         "Room for all volumes, still empty; None where they are not kept"
         if not self.kept or self.kept=='auto' and device.type=='cpu':
             return None
-        size,free = math.prod(self.shape),free_bytes(device)
+        size = math.prod(self.shape)
+        free = free_bytes(device)
         if self.kept is True and size>free:
             raise MGMTError(_too_many(self, device, free))
         fits = self.kept is True or size<=free/2
         if device.type!='cpu' and not rank_distrib():
             say_once(_say_kept(self, device, fits, free))
         self.there = np.zeros(len(self.at), dtype=bool)
-        return torch.empty(self.shape, dtype=torch.uint8, device=device) if fits else None
+        if not fits: return None
+        return torch.empty(self.shape, dtype=torch.uint8, device=device)
 
     def read(self,
         patients:list, # Names
         pinned:bool=False, # Into memory that a card can fetch from while it computes?
     ) -> torch.Tensor: # uint8 (B,C,D,H,W) in the computer's memory
         "Volumes of some patients, several at once."
-        x = torch.empty((len(patients), *self.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
-        def one(i): x[i].numpy()[:] = self.store.read(patients[i], self.sequences)
+        shape = (len(patients), *self.shape[1:])
+        x = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        def one(i):
+            voxels = x[i].numpy()
+            voxels[:] = self.store.read(patients[i], self.sequences)
         with ThreadPoolExecutor(min(8, len(patients))) as pool:
             list(pool.map(one, range(len(patients))))
         return x
@@ -274,7 +295,10 @@ class KeptVolumes:
         device:torch.device, # Where the batches shall be
     ): # Yields `(TensorMR (B,C,D,H,W) uint8, labels)`
         "Batches of kept volumes, or of volumes that are read ahead."
-        volumes = self._kept_ones(dataset, parts) if self.held is not None else self._ahead(dataset, parts, device)
+        if self.held is not None:
+            volumes = self._kept_ones(dataset, parts)
+        else:
+            volumes = self._ahead(dataset, parts, device)
         for x,part in volumes:
             y = torch.from_numpy(dataset.labels[part])
             yield TensorMR(x),y.to(device, non_blocking=True)
@@ -289,7 +313,9 @@ class KeptVolumes:
 
     def _ahead(self, dataset, parts, device, n=2):
         "`n` batches are read while another is used"
-        def _read(part): return self.read([dataset.patients[i] for i in part], device.type=='cuda')
+        def _read(part):
+            names = [dataset.patients[i] for i in part]
+            return self.read(names, device.type=='cuda')
         with ThreadPoolExecutor(1) as pool:
             jobs = deque()
             for part in parts:
@@ -299,26 +325,35 @@ class KeptVolumes:
             while jobs:
                 yield _arrived(*jobs.popleft(), device)
 
+# %% ../nbs/35_loader.ipynb #f6b5d61f
 def _picked(held, rows):
     "Rows of bytes, eight at a time where they are so many"
     flat = held.view(len(held), -1)
     wide = flat.view(torch.int64) if flat.shape[1]%8==0 else flat
-    return wide.index_select(0, rows).view(torch.uint8).view(len(rows), *held.shape[1:])
+    picked = wide.index_select(0, rows).view(torch.uint8)
+    return picked.view(len(rows), *held.shape[1:])
 
-def _arrived(job, part, device): return job.result().to(device, non_blocking=True),part
+def _arrived(job, part, device):
+    x = job.result()
+    return x.to(device, non_blocking=True),part
 
+# %% ../nbs/35_loader.ipynb #c2ee7830
 def free_bytes(
     device:torch.device, # A card, or the CPU
 ) -> float: # What is free on a card; all memory of the machine on a CPU, infinite where it is not told
     "Memory that volumes could take."
     if device.type=='cuda':
         unused = torch.cuda.memory_reserved(device)-torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0]+unused
+        free,_ = torch.cuda.mem_get_info(device)
+        return free+unused
     try: return os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
     except (AttributeError,ValueError,OSError):
         return math.inf # Windows has no sysconf
 
-def _what(k): return f"{len(k.at)} patients' {', '.join(k.sequences)} ({gigabytes(math.prod(k.shape))})"
+# %% ../nbs/35_loader.ipynb #8d5b21a5
+def _what(k):
+    size = gigabytes(math.prod(k.shape))
+    return f"{len(k.at)} patients' {', '.join(k.sequences)} ({size})"
 
 def _where(k):
     if k.device is None: return f"{_what(k)}: not read yet"
@@ -343,7 +378,8 @@ def gigabytes(
     n:float, # Bytes
 ) -> str: # As people read it
     "How much memory that is."
-    return f'{n/1e9:.1f} GB' if math.isfinite(n) else 'more than there is'
+    if not math.isfinite(n): return 'more than there is'
+    return f'{n/1e9:.1f} GB'
 
 # %% ../nbs/35_loader.ipynb #5d1c0a12
 class StoreDL(TfmdDL):
@@ -373,7 +409,8 @@ class StoreDL(TfmdDL):
         i:int, # Which batch of the epoch under way
     ) -> list: # Names
         "Who is in a batch"
-        return [self.dataset.patients[j] for j in self.idxs[i*self.bs:(i+1)*self.bs]]
+        batch = self.idxs[i*self.bs:(i+1)*self.bs]
+        return [self.dataset.patients[j] for j in batch]
 
     def create_batches(self,
         samps:list, # Of the whole epoch: which samples, in order
@@ -386,19 +423,23 @@ class StoreDL(TfmdDL):
 
     def _own(self, b):
         "This process' part of a batch, or a dummy"
-        return b[len(b)*self.rank//self.world : len(b)*(self.rank+1)//self.world] or b[:1]
+        begin = len(b)*self.rank//self.world
+        end = len(b)*(self.rank+1)//self.world
+        return b[begin:end] or b[:1]
 
     def _source(self):
         "Where this epoch's volumes come from: `'kept'`, `'ahead'`, or '' through the data set, sample by sample"
         if self.kept is None or not self._plain(): return ''
         if self.kept.on(self.device): return 'kept'
-        return '' if self.device.type=='cpu' or self.fake_l.num_workers else 'ahead'
+        if self.device.type=='cpu' or self.fake_l.num_workers: return ''
+        return 'ahead'
 
     def _plain(self):
         "Is a batch nothing but the volumes and the labels of its patients?"
         changed = set(vars(self))&{'do_item','create_item','do_batch','create_batch','retain','sample','wif'}
-        steps = [f for k in ('after_item','before_batch') for f in getattr(self,k).fs if f.name!='noop']
-        return not (changed or steps or self.pin_memory or self.device is None) and self.kept.has(self.dataset)
+        steps = [f for f in (*self.after_item.fs,*self.before_batch.fs) if f.name!='noop']
+        if changed or steps or self.pin_memory or self.device is None: return False
+        return self.kept.has(self.dataset)
 
     @delegates(TfmdDL.new)
     def new(self,
@@ -431,7 +472,8 @@ class StoreDL(TfmdDL):
         batches = super().__iter__()
         self.at_hand = self._source()
         def _draw_from(k):
-            for t,d in zip(self.augs,first): t.drawn = d+k
+            for t,d in zip(self.augs,first):
+                t.drawn = d+k
         for i in range(len(self)):
             _draw_from(i*self.bs+self.parts(i)[self.rank].start)
             with self.fake_l.no_multiproc() if self.at_hand else nullcontext():
@@ -467,9 +509,12 @@ def augmentation(
     "What batch transforms augment, read from themselves."
     names = [k for k in choice_names('augment') if not k.startswith('tta_')]
     res = {k:v for k,v in Recipe('none').named().items() if k in names}
+    other = []
     for t in tfms:
-        res.update(t.choices() if hasattr(t,'choices') else {})
-    other = [type(t).__name__ for t in tfms if not hasattr(t,'choices') and not isinstance(t, ToUnit)]
+        if hasattr(t,'choices'):
+            res.update(t.choices())
+        elif not isinstance(t, ToUnit):
+            other.append(type(t).__name__)
     return dict(res, other_tfms=tuple(other))
 
 # %% ../nbs/35_loader.ipynb #56f4dddd
@@ -480,7 +525,8 @@ def check_prepared(
     number:int, # Of the preparation, as `store.preparation_number`
 ):
     "Raise `MGMTError` unless a store's voxels are those that the training's preparation of the same scans would give."
-    differ = {k:(v,store.recipe[k]) for k,v in recipe.room('prepare').items() if store.recipe[k]!=v}
+    trained = recipe.room('prepare')
+    differ = {k:(v,store.recipe[k]) for k,v in trained.items() if store.recipe[k]!=v}
     if tuple(store.sequences)!=tuple(prepared):
         differ['sequences'] = prepared,store.sequences
     if number!=store.preparation_number:
@@ -535,12 +581,14 @@ class StoreDataLoaders(DataLoaders):
 _from_a_store = "these loaders are made from a store: use `mgmt_dls(store)`, or fastai's own `DataLoaders`"
 _not_pickled = "loaders are not exported: `save_model` keeps all that a prediction needs, and nothing is unpickled"
 
+# %% ../nbs/35_loader.ipynb #a769795a
 def _one_by_one(items):
     "A list of items that `sample_of` takes"
     if isinstance(items, pd.DataFrame):
         return [r for _,r in items.iterrows()]
-    one = isinstance(items, (str,dict,Volume)) or isinstance(items, pd.Series) and 'patient' in items.index
-    return [items] if one else list(items)
+    row = isinstance(items, pd.Series) and 'patient' in items.index
+    if row or isinstance(items, (str,dict,Volume)): return [items]
+    return list(items)
 
 # %% ../nbs/35_loader.ipynb #57cd5756
 def mgmt_dls(
@@ -574,30 +622,41 @@ def mgmt_dls(
         raise MGMTError(_no_fold(fold, n_folds))
     table,left_out = usable_patients(store, sequences)
     if patients is not None:
-        table,left_out = (_only(t, patients) for t in (table,left_out))
+        table = _only(table, patients)
+        left_out = _only(left_out, patients)
     folds = assign_folds(table, n=n_folds, seed=seed)
     held = (folds.fold==fold).to_numpy()
     volumes = KeptVolumes(store, table.patient, sequences, kept)
     def _loader(split_idx, augs, **order):
-        data = StoreDataset(store, table.patient[held if split_idx else ~held], sequences, split_idx)
+        own = held if split_idx else ~held
+        data = StoreDataset(store, table.patient[own], sequences, split_idx)
         settings = dict(bs=bs, num_workers=num_workers, device=device or default_device())
         dl = StoreDL(data, after_batch=[ToUnit(), *L(augs)], **settings, **order)
         dl.kept = volumes
         return dl
-    dls = StoreDataLoaders(_loader(0, augs, shuffle=shuffle, drop_last=drop_last),
-        _loader(1, None, shuffle=False, drop_last=False))
+    train = _loader(0, augs, shuffle=shuffle, drop_last=drop_last)
+    valid = _loader(1, None, shuffle=False, drop_last=False)
+    dls = StoreDataLoaders(train, valid)
     dls.train.rng = random.Random(seed)
-    dls.asked,dls.seed = follow_recipe(store.recipe, recipe),seed
-    dls.sequences,dls.store,dls.left_out,dls.folds = sequences,store,left_out,folds
+    dls.asked = follow_recipe(store.recipe, recipe)
+    dls.seed = seed
+    dls.sequences = sequences
+    dls.store = store
+    dls.left_out = left_out
+    dls.folds = folds
     if len(left_out): print(_say_left_out(left_out, store))
     return dls
 
+# %% ../nbs/35_loader.ipynb #246072e5
 def _no_fold(fold, n): return f"fold counts from 0 to {n-1} with n_folds={n}; received {fold}"
 
-def _only(table, patients): return table[table.patient.isin(set(patients))].reset_index(drop=True)
+def _only(table, patients):
+    wanted = table.patient.isin(set(patients))
+    return table[wanted].reset_index(drop=True)
 
 def _say_left_out(left_out, store):
-    why = ', '.join(f'{n} {o}' for o,n in left_out.why.value_counts().items())
+    counts = left_out.why.value_counts()
+    why = ', '.join(f'{n} {o}' for o,n in counts.items())
     return f"{len(left_out)} of {len(store)} patients are left out: {why} (see `dls.left_out`)"
 
 # %% ../nbs/35_loader.ipynb #32a1fd48
@@ -616,7 +675,8 @@ def show_batch(
     """Montages of a batch `(B,C,D,H,W)`, one row per patient, one column per sequence; returns the axes.
 
     Only the type of `x` decides that a batch is shown in this way."""
-    return show_montages(x[:max_n], [label_name(o) for o in y], ctxs, n, cols, sequences, **kwargs)
+    titles = [label_name(o) for o in y]
+    return show_montages(x[:max_n], titles, ctxs, n, cols, sequences, **kwargs)
 
 # %% ../nbs/35_loader.ipynb #ad34c1e6
 def show_montages(
@@ -642,7 +702,9 @@ def show_montages(
 def _montage_axes(B, C, n, cols):
     "Axes for `n` slices each, `cols` in a row"
     rows = -(-n//cols)
-    return plt.subplots(B, C, figsize=(6*C, 6*B/cols*rows*1.5), squeeze=False, layout='constrained')[1]
+    size = (6*C, 6*B/cols*rows*1.5)
+    _,axs = plt.subplots(B, C, figsize=size, squeeze=False, layout='constrained')
+    return axs
 
 # %% ../nbs/35_loader.ipynb #5b506ba2
 @dispatch
@@ -656,9 +718,11 @@ def show_results(
     **kwargs # For `show_montages`
 ):
     "Montages of a batch with label and prediction, as `show_batch`; returns the axes"
-    titles = [f'{label_name(a)}; {_predicted(b)}' for a,(b,*_) in zip(y, outs)]
+    answers = [_predicted(o[0]) for o in outs]
+    titles = [f'{label_name(a)}; {said}' for a,said in zip(y, answers)]
     return show_montages(x[:max_n], titles, ctxs, **kwargs)
 
+# %% ../nbs/35_loader.ipynb #8f5e5645
 @dispatch
 def plot_top_losses(
     x:TensorMR, # (B,C,D,H,W)
@@ -670,9 +734,13 @@ def plot_top_losses(
     **kwargs # For `show_montages`
 ):
     "Montages of the patients that a network is most wrong about; returns the axes"
-    said = [f'probability {p.item():.2f}, loss {l.item():.2f}' for p,l in zip(raws, losses)]
-    return show_montages(x, [f'{label_name(a)}; {o}' for a,o in zip(y, said)], **kwargs)
+    titles = []
+    for label,p,loss in zip(y, raws, losses):
+        titles.append(f'{label_name(label)}; probability {p.item():.2f}, loss {loss.item():.2f}')
+    return show_montages(x, titles, **kwargs)
 
+# %% ../nbs/35_loader.ipynb #aa1a10d5
 def _predicted(o):
     "A probability, or the answer where that is all there is"
-    return f'predicted {label_name(o.float())}' if o.dtype==torch.bool else f'probability {o.item():.2f}'
+    if o.dtype==torch.bool: return f'predicted {label_name(o.float())}'
+    return f'probability {o.item():.2f}'
