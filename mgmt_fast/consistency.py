@@ -26,7 +26,8 @@ def auc_se(
 
     Source: Hanley and McNeil 1982; made symmetric in the classes by Newcombe 2006, method 5."""
     k = (m+n)/2-1
-    low,high = k*(1-auc)/(2-auc),k*auc/(1+auc)
+    low = k*(1-auc)/(2-auc)
+    high = k*auc/(1+auc)
     pairs = 1+low+high
     return np.sqrt(auc*(1-auc)*pairs/(m*n))
 
@@ -44,13 +45,18 @@ def expected_ci(
     possible = 0<=auc<=1 and 0<share<1
     if not (possible and n*min(share,1-share)>=2):
         raise _no_interval(auc, n, share)
-    z,ones,zeros = norm.ppf(.5+level/2),n*share,n*(1-share)
-    def far(t): return abs(auc-t)-z*auc_se(t, ones, zeros)
+    z = norm.ppf(.5+level/2)
+    ones = n*share
+    zeros = n*(1-share)
+    def far(t):
+        spread = auc_se(t, ones, zeros)
+        return abs(auc-t)-z*spread
     tiny = 1e-9 # at 0 and 1 an AUC has no spread, so a root lies there too, which is none of the interval's
     lo = brentq(far, 0, min(auc,1-tiny)) if auc>0 else 0.
     hi = brentq(far, max(auc,tiny), 1) if auc<1 else 1.
     return pd.Series(dict(auc=auc, lo=lo, hi=hi), name='newcombe')
 
+# %% ../nbs/50_consistency.ipynb #d42bce29
 def _no_interval(auc, n, share):
     rule = "an AUC lies in [0,1], and an interval needs two patients of each class"
     return MGMTError(f"{rule}; received auc={auc}, {n} patients, {share:.1%} methylated")
@@ -65,17 +71,20 @@ def patients_needed(
     """How many patients it takes to tell an AUC from chance.
 
     Source: Hanley and McNeil 1982, with `auc_se`. Raises `MGMTError` on arguments out of range."""
-    if not (.5<auc<1 and 0<power<1 and 0<alpha<1 and 0<share<1):
+    shares = all(0<o<1 for o in (power,alpha,share))
+    if not (.5<auc<1 and shares):
         raise _no_power(auc, power, alpha, share)
     def se(t, n): return auc_se(t, n*share, n*(1-share))
     def short(n):
-        needed = norm.isf(alpha/2)*se(.5, n) + norm.ppf(power)*se(auc, n)
-        return needed-(auc-.5)
+        by_chance = norm.isf(alpha/2)*se(.5, n)
+        by_power = norm.ppf(power)*se(auc, n)
+        return by_chance+by_power-(auc-.5)
     n = 2/min(share,1-share)
     if short(n)<=0: return int(np.ceil(n))
     many = 10/(share*(1-share)*(auc-.5)**2)
     return int(np.ceil(brentq(short, n, many)))
 
+# %% ../nbs/50_consistency.ipynb #c5ef8f0f
 def _no_power(auc, power, alpha, share):
     received = f"auc={auc}, power={power}, alpha={alpha}, share={share}"
     return MGMTError(f"power takes an AUC inside (.5,1) and shares inside (0,1); received {received}")
@@ -146,9 +155,12 @@ def _one_per_row(t):
     if not isinstance(t.index, pd.RangeIndex):
         t = t.reset_index()
     loss = {'log_loss':'loss', 'log loss':'loss'}
-    def figure(c): return loss.get(str(c).lower(), str(c).lower())
+    def figure(c):
+        name = str(c).lower()
+        return loss.get(name, name)
     return t.rename(columns={c: figure(c) for c in t})
 
+# %% ../nbs/50_consistency.ipynb #287e294f
 def _as_shares(t):
     "Figures as numbers, per cent as shares"
     seen = [o for o in _figures if o in t]
@@ -160,26 +172,34 @@ def _as_shares(t):
             t[o] = (t[o]/100).round(12)
     return t
 
+# %% ../nbs/50_consistency.ipynb #b4c9ca1a
 def _tidy(table, minority, threshold):
     "One row per result, figures as shares; and the columns that name the row"
     t = _as_shares(_one_per_row(pd.DataFrame(table)))
-    rest = [o for o in t if o not in (*_figures,*_about,'interval')]
-    names = [o for o in rest if not pd.api.types.is_numeric_dtype(t[o])]
-    if names:
-        t['where'] = t[names].astype(str).agg(', '.join, axis=1)
-    else:
-        t['where'] = [f'row {i}' for i in range(len(t))]
+    names = _naming_columns(t)
+    t['where'] = _result_names(t, names)
     if isinstance(minority, dict):
         t['minority'] = t['set'].map(minority)
     elif minority is not None: t['minority'] = minority
     t = t.reindex(columns=uniqueify([*names,'where',*_figures,*_about]))
     t = t.fillna(dict(runs=1, thresholds=1, threshold=threshold))
-    bad = t.minority[(t.minority<=0)|(t.minority>.5)]
+    impossible = (t.minority<=0)|(t.minority>.5)
+    bad = t.minority[impossible]
     if len(bad): raise _no_minority(bad.iloc[0])
     return t,names
 
+# %% ../nbs/50_consistency.ipynb #73c24e5f
 def _no_minority(share):
     return MGMTError(f"the minority's share lies in (0,.5]; received {share:g}: the share of the other class?")
+
+def _naming_columns(t):
+    "Columns of text, which say what a row is of"
+    rest = [o for o in t if o not in (*_figures,*_about,'interval')]
+    return [o for o in rest if not pd.api.types.is_numeric_dtype(t[o])]
+
+def _result_names(t, names):
+    if names: return t[names].astype(str).agg(', '.join, axis=1)
+    return [f'row {i}' for i in range(len(t))]
 
 # %% ../nbs/50_consistency.ipynb #f86e89a8
 def _ranges(r):
@@ -189,13 +209,16 @@ def _ranges(r):
         if r[o]<0 or above:
             yield 'range','impossible',f"{o} {r[o]:g}: no such figure exists"
 
+# %% ../nbs/50_consistency.ipynb #2c7b02bc
 def _auc_and_sensitivity(r):
     "One threshold's sensitivity and specificity against the AUC"
     s = r.sensitivity
     c = r.specificity
     auc = r.auc
     averaged = r.runs>1
-    hs,hc,u = _half_unit(s),_half_unit(c),_half_unit(auc)
+    hs = _half_unit(s)
+    hc = _half_unit(c)
+    u = _half_unit(auc)
     lo,_ = auc_bounds(max(0,s-hs), max(0,c-hc), averaged)
     _,hi = auc_bounds(min(1,s+hs), min(1,c+hc), averaged)
     if auc+u<lo or auc-u>hi:
@@ -208,8 +231,10 @@ def _left_for_auc(s, c, lo, hi, auc):
 # %% ../nbs/50_consistency.ipynb #5d8e4180
 def _auc_and_accuracy(r):
     "One threshold's accuracy against the AUC"
-    a,auc,share,n = r.accuracy,r.auc,r.minority,r.n
-    ha,hu = _half_unit(a),_half_unit(auc)
+    a,auc = r.accuracy,r.auc
+    share,n = r.minority,r.n
+    ha = _half_unit(a)
+    hu = _half_unit(auc)
     by_errors = (1-a+ha)/max(1-auc-hu,1e-12)
     by_hits = (a+ha)/max(auc-hu,1e-12)
     limit = np.nanmin([.5, by_errors, by_hits])
@@ -222,6 +247,7 @@ def _auc_and_accuracy(r):
     elif np.isnan(share) and limit<.5:
         yield what,'condition',need
 
+# %% ../nbs/50_consistency.ipynb #abbc5278
 def _accuracy_and_sensitivity(r):
     "The accuracy as a mean of sensitivity and specificity, however the patients were called"
     a = r.accuracy
@@ -230,8 +256,10 @@ def _accuracy_and_sensitivity(r):
     share = r.minority
     tol = _half_unit(a)+max(_half_unit(s), _half_unit(c))
     gap = min(abs(o-a) for o in _mean_rates(s, c, share))
-    apart,what = abs(s-c),'accuracy and sensitivity'
-    below,above = a<min(s,c)-tol,a>max(s,c)+tol
+    apart = abs(s-c)
+    what = 'accuracy and sensitivity'
+    below = a<min(s,c)-tol
+    above = a>max(s,c)+tol
     if below or above:
         yield what,'impossible',_outside(a, s, c)
     elif gap>tol+_half_unit(share)*apart:
@@ -239,11 +267,16 @@ def _accuracy_and_sensitivity(r):
     elif np.isnan(share) and apart>10*tol:
         yield what,'condition',_needed_share(a, s, c)
 
+# %% ../nbs/50_consistency.ipynb #5f924f80
 def _mean_rates(s, c, share):
     "The accuracies that the two rates make if the minority is the methylated, or the unmethylated"
-    return share*s+(1-share)*c,(1-share)*s+share*c
+    methylated = share*s+(1-share)*c
+    unmethylated = (1-share)*s+share*c
+    return methylated,unmethylated
 
-def _outside(a, s, c): return f"an accuracy lies between sensitivity and specificity, {s:g} and {c:g}; it says {a:g}"
+# %% ../nbs/50_consistency.ipynb #8898425a
+def _outside(a, s, c):
+    return f"an accuracy lies between sensitivity and specificity, {s:g} and {c:g}; it says {a:g}"
 
 def _no_mean(a, s, c, share):
     one,other = _mean_rates(s, c, share)
@@ -265,7 +298,8 @@ def _loss_and_accuracy(r):
     ha,hl = _half_unit(a),_half_unit(loss)
     low,_ = loss_bounds(min(1,a+ha), r.threshold)
     _,high = loss_bounds(1., r.threshold)
-    much,no_error = loss-hl>high,n*(1-a+ha)<1
+    much = loss-hl>high
+    no_error = n*(1-a+ha)<1
     if loss+hl<low:
         yield what,'impossible',_too_low(1-a, low, loss)
     if much and no_error:
@@ -273,6 +307,7 @@ def _loss_and_accuracy(r):
     elif much and np.isnan(n) and a==1:
         yield what,'condition',_hidden_error(loss, ha)
 
+# %% ../nbs/50_consistency.ipynb #d3cb3fa4
 def _too_low(errors, low, loss):
     return f"{errors:.2%} errors cost a log loss of at least {low:.4f}, whatever the probabilities; it says {loss:g}"
 
@@ -283,6 +318,7 @@ def _hidden_error(loss, ha):
     need = "needs an error that the rounding of the accuracy hides"
     return f"log loss {loss:g} {need}, so at least {np.ceil(1/ha):.0f} patients"
 
+# %% ../nbs/50_consistency.ipynb #e4a50dba
 _OF_ONE_THRESHOLD = _auc_and_sensitivity,_auc_and_accuracy
 _OF_ANY = _accuracy_and_sensitivity,_loss_and_accuracy
 
@@ -291,7 +327,9 @@ def _row_findings(r):
     found = list(_ranges(r))
     if found: return found
     # thresholds that differ from fold to fold say nothing about one ranking of all
-    checks = (*_OF_ONE_THRESHOLD,*_OF_ANY) if r.thresholds<=1 else _OF_ANY
+    checks = _OF_ANY
+    if r.thresholds<=1:
+        checks = (*_OF_ONE_THRESHOLD,*_OF_ANY)
     for check in checks: found += check(r)
     return found
 
@@ -305,16 +343,19 @@ def _equal_rows(t):
             yield ' = '.join(g['where']),'equal rows','suspect',_equal_figures(k)
 
 def _equal_figures(values):
-    stated = [(o,v) for o,v in zip(_figures, values) if not np.isnan(v)]
-    figures = ', '.join(f'{o} {v:g}' for o,v in stated)
+    pairs = zip(_figures, values)
+    stated = [f'{o} {v:g}' for o,v in pairs if not np.isnan(v)]
+    figures = ', '.join(stated)
     return f"{figures} are equal to the last digit: one result entered twice?"
 
+# %% ../nbs/50_consistency.ipynb #2804a0ec
 def _variance(r):
     "Of the AUC of a row; even classes where the balance is not stated, NaN without the number of patients"
     shares = np.nan_to_num([r.minority,1-r.minority], nan=.5)
     m,n = r.n*shares
     return auc_se(np.clip(r.auc,.01,.99), m, n)**2
 
+# %% ../nbs/50_consistency.ipynb #8cd6feaa
 def _external_above(t, names, gap):
     "Results on other patients that are better than the same model's best on validation"
     key = next((o for o in names if o!='set'), None)
@@ -329,8 +370,11 @@ def _external_above(t, names, gap):
         if r.auc-v.auc<=far: continue
         yield r['where'],'external above validation','suspect',_above_validation(r.auc, v.auc, far, luck)
 
+# %% ../nbs/50_consistency.ipynb #b1b90b84
 def _above_validation(auc, valid, far, luck):
-    why = 'without the numbers of patients, the gap allowed is' if np.isnan(luck) else 'luck explains'
+    why = 'luck explains'
+    if np.isnan(luck):
+        why = 'without the numbers of patients, the gap allowed is'
     gap = f"AUC {auc:g} on other patients, {valid:g} at best on validation; {why} {far:.3f}"
     return f"{gap}: chosen on the test set, patients shared, or a shortcut?"
 
