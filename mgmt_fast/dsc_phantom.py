@@ -35,12 +35,15 @@ def arterial_input(
     "An arterial curve: a gamma-variate first pass, a second one that is later and wider, and what stays in the blood."
     first = _gamma_variate(t-start, width, shape)
     second = .16*_gamma_variate(t-start-2.6*width, 2.5*width, shape)
-    stays = .1*(1-np.exp(-np.clip(t-start-2*width, 0, None)/8))
+    mixing = np.clip(t-start-2*width, 0, None)
+    stays = .1*(1-np.exp(-mixing/8))
     return peak*(first+second+stays)
 
+# %% ../nbs/37_dsc_phantom.ipynb #ad0109f6
 def _gamma_variate(t, width, shape):
     x = np.clip(t, 0, None)/width
-    return x**shape*np.exp(shape*(1-x))
+    rise = x**shape
+    return rise*np.exp(shape*(1-x))
 
 # %% ../nbs/37_dsc_phantom.ipynb #070350e6
 def blood_in_tissue(
@@ -53,12 +56,17 @@ def blood_in_tissue(
 ) -> np.ndarray: # (n,) mM in tissue
     "Contrast in the vessels of a tissue: flow times the arterial curve convolved with a residue function."
     s = np.arange(len(aif))*h
-    kinds = dict(exponential=np.exp(-s/mtt), linear=np.clip(1-s/(2*mtt), 0, None), plug=(s<mtt)*1.)
+    kinds = dict(
+        exponential=np.exp(-s/mtt),
+        linear=np.clip(1-s/(2*mtt), 0, None),
+        plug=(s<mtt)*1.)
     if residue not in kinds:
         raise unknown_name('residue function', residue, kinds)
     r = kinds[residue]
-    r = r*mtt/(h*(r.sum()-.5*r[0])) # the area is the transit time
-    c = (sg.fftconvolve(aif, r)[:len(aif)]-.5*r[0]*aif)*h*cbv/100/mtt
+    area = h*(r.sum()-.5*r[0])
+    r = r*mtt/area # so that the area is the transit time
+    c = sg.fftconvolve(aif, r)[:len(aif)]
+    c = (c-.5*r[0]*aif)*h*cbv/100/mtt
     return np.interp(s-delay, s, c, left=0)
 
 # %% ../nbs/37_dsc_phantom.ipynb #791dfe42
@@ -70,9 +78,13 @@ def leaked_contrast(
     delay:float=0., # Behind the artery, s
 ) -> np.ndarray: # (n,) mM in tissue, outside the vessels
     "Contrast that left the blood, by two compartments. Source: Tofts et al. 1999."
-    plasma,k = aif/(1-HAEMATOCRIT),ktrans/60
+    plasma = aif/(1-HAEMATOCRIT)
+    k = ktrans/60
     decay = np.exp(-k/ve*h)
-    c = sg.lfilter([k*(1-decay)/(k/ve)], [1,-decay], plasma) if k>0 else 0*plasma
+    c = 0*plasma
+    if k>0:
+        gain = k*(1-decay)/(k/ve)
+        c = sg.lfilter([gain], [1,-decay], plasma)
     s = np.arange(len(aif))*h
     return np.interp(s-delay, s, c, left=0)
 
@@ -86,9 +98,11 @@ def dsc_signal(
     flip:float=60., # Degrees
 ) -> np.ndarray: # (...,T) signal, 1 for a proton density of 1, without the T2* of before
     "The signal of a spoiled gradient echo. Source: Haacke et al., *Magnetic Resonance Imaging*, 18.1."
-    e1 = np.exp(-tr/1000*(1/t10+RELAXIVITY['r1']*np.asarray(leaked)))
+    r1 = 1/t10+RELAXIVITY['r1']*np.asarray(leaked)
+    e1 = np.exp(-tr/1000*r1)
     a = np.radians(flip)
-    return np.sin(a)*(1-e1)/(1-np.cos(a)*e1)*np.exp(-te/1000*np.asarray(rate))
+    steady = np.sin(a)*(1-e1)/(1-np.cos(a)*e1)
+    return steady*np.exp(-te/1000*np.asarray(rate))
 
 # %% ../nbs/37_dsc_phantom.ipynb #b2f68b8a
 class Curves(NamedTuple):
@@ -99,12 +113,20 @@ class Curves(NamedTuple):
     dt:float # s
     te:float # ms
 
+# %% ../nbs/37_dsc_phantom.ipynb #5e010b9b
 def _draw_tissues(n, leaky, rng):
     mtt = np.exp(rng.uniform(np.log(3), np.log(10), n))
-    leak = np.where(rng.random(n)<leaky, rng.choice(['T1','T2*'], n), '')
+    leaks = rng.random(n)<leaky
+    leak = np.where(leaks, rng.choice(['T1','T2*'], n), '')
     ktrans = np.where(leak!='', rng.uniform(.01, .06, n), 0)
-    return pd.DataFrame(dict(cbv=rng.uniform(2, 7, n), mtt=mtt, delay=rng.uniform(0, 2.5, n), ktrans=ktrans, leak=leak,
-        ve=rng.uniform(.15, .4, n), t10=rng.uniform(.9, 1.6, n)))
+    return pd.DataFrame(dict(
+        cbv=rng.uniform(2, 7, n),
+        mtt=mtt,
+        delay=rng.uniform(0, 2.5, n),
+        ktrans=ktrans,
+        leak=leak,
+        ve=rng.uniform(.15, .4, n),
+        t10=rng.uniform(.9, 1.6, n)))
 
 _LEAK_RATE = {'':0., 'T1':5., 'T2*':120.} # 1/(s mM): how contrast outside the vessels relaxes T2*
 
@@ -122,20 +144,29 @@ def simulate_curves(
 ) -> Curves: # Signals with noise, and the truth
     "Curves of tissues that are drawn at random, with one arterial input."
     rng = rng_for(seed, 'dsc curves')
-    h,t = dt/20,np.arange(frames*20)*dt/20
-    ca = arterial_input(t, rng.uniform(27, 33), 6, rng.uniform(3.5, 5.5), rng.uniform(2.5, 3.5))
-    truth,out,rows = _draw_tissues(n, leaky, rng),[],[]
+    h = dt/20
+    t = np.arange(frames*20)*dt/20
+    start = rng.uniform(27, 33)
+    width = rng.uniform(3.5, 5.5)
+    ca = arterial_input(t, start, 6, width, rng.uniform(2.5, 3.5))
+    truth = _draw_tissues(n, leaky, rng)
+    out,rows = [],[]
     mean = RELAXIVITY['tissue']*blood_in_tissue(ca, h, 3, 5, 1)
+    twice = (mean.cumsum()*h).sum()
     for o in truth.itertuples():
         blood = RELAXIVITY['tissue']*blood_in_tissue(ca, h, o.cbv, o.mtt, o.delay, residue)
         leaked = leaked_contrast(ca, h, o.ktrans, o.ve, o.delay)
-        x = dsc_signal(blood+_LEAK_RATE[o.leak]*leaked, leaked, o.t10, te, 1000*dt, flip)
+        rate = blood+_LEAK_RATE[o.leak]*leaked
+        x = dsc_signal(rate, leaked, o.t10, te, 1000*dt, flip)
         seen = -np.log(x/x[0])*1000/te
-        rows.append(dict(area=blood.sum()*h, k2=(blood-seen).sum()/(mean.cumsum()*h).sum()))
+        k2 = (blood-seen).sum()/twice
+        rows.append(dict(area=blood.sum()*h, k2=k2))
         out.append(x[::20]/x[0])
     x = np.array(out)
-    truth = pd.concat([truth, pd.DataFrame(rows)], axis=1).assign(cbf=60*truth.cbv/truth.mtt)
-    return Curves(x+rng.standard_normal(x.shape)/snr, RELAXIVITY['tissue']*ca[::20], truth, dt, te)
+    cbf = 60*truth.cbv/truth.mtt
+    truth = pd.concat([truth, pd.DataFrame(rows)], axis=1).assign(cbf=cbf)
+    noise = rng.standard_normal(x.shape)/snr
+    return Curves(x+noise, RELAXIVITY['tissue']*ca[::20], truth, dt, te)
 
 # %% ../nbs/37_dsc_phantom.ipynb #72d423d7
 def dsc_patients(
@@ -152,11 +183,14 @@ def dsc_patients(
     for k in ('gadolinium','unevenness'):
         t[k] = t[k].to_numpy()[rng.permutation(n)]
     t['rcbv'] = _RIM_RCBV*np.exp(_RIM_RATE*t.latent)
-    t['mtt'],t['ktrans'] = rng.uniform(5, 8, n),rng.uniform(.01, .06, n)
+    t['mtt'] = rng.uniform(5, 8, n)
+    t['ktrans'] = rng.uniform(.01, .06, n)
     return t.assign(leak=rng.choice(['T1','T2*'], n))
 
+# %% ../nbs/37_dsc_phantom.ipynb #a6b8b6c5
 _RIM_RCBV,_RIM_RATE = 2.6,.4 # at latent 0, relative to white matter; per standard deviation, logarithmic
 
+# %% ../nbs/37_dsc_phantom.ipynb #f24af60a
 _TISSUES = pd.DataFrame(dict( # T1 s, T2* ms, proton density, ml/100 ml, s, s behind the artery
     white=(.85,48,.70,2,5,1), grey=(1.35,55,.79,4,4,.8), csf=(4,500,1,0,5,0), vessel=(1.6,45,.8,60,2,5),
     oedema=(1.3,90,.88,1.4,7,1.5), rim=(1.4,70,.85,0,0,1.2), necrosis=(2.5,150,.95,.2,8,2), artery=(1.6,45,.8,0,0,0),
@@ -168,18 +202,34 @@ _PATHS = ( # nodes x, y, z and radius, mm: internal carotid and its two branches
     ((13,3,-4,1.4),(4,10,-2,1.3),(3,36,10,1.2),(3,30,34,1.1)))
 _BASILAR = ((0,-6,-40,2.2),(0,-4,-22,2.))
 
+def _on_the_left(path):
+    "The same vessel of the other side"
+    return tuple((-x,y,z,r) for x,y,z,r in path)
+
 def _all_paths():
-    left = [tuple((-x,y,z,r) for x,y,z,r in path) for path in _PATHS]
+    left = [_on_the_left(o) for o in _PATHS]
     return [*_PATHS,*left,_BASILAR]
 
+# %% ../nbs/37_dsc_phantom.ipynb #331585d4
 def _in_tube(at, a, b):
     "Which places `at` (...,3) lie in a tube from `a` to `b`, (x,y,z,radius) each"
-    a,b = np.float32(a),np.float32(b)
+    a = np.float32(a)
+    b = np.float32(b)
     way = b[:3]-a[:3]
-    along = np.clip((at-a[:3])@way/(way@way), 0, 1)
-    off = at-a[:3]-along[...,None]*way
-    return (off*off).sum(-1)<(a[3]+along*(b[3]-a[3]))**2
+    from_a = at-a[:3]
+    along = np.clip(from_a@way/(way@way), 0, 1)
+    off = from_a-along[...,None]*way
+    radius = a[3]+along*(b[3]-a[3])
+    return (off*off).sum(-1)<radius**2
 
+# %% ../nbs/37_dsc_phantom.ipynb #b51fd6ba
+def _grid_places(affine, axes):
+    "Places in mm, (...,3), of a grid of voxel coordinates"
+    mesh = np.meshgrid(*axes, indexing='ij')
+    at = np.stack(mesh, -1)@affine[:3,:3].T
+    return at+affine[:3,3]
+
+# %% ../nbs/37_dsc_phantom.ipynb #80b27d12
 @lru_cache(maxsize=4)
 def _artery_share(slices, size, fine=(5,3,3)):
     "Share of each voxel that arteries fill, (D,H,W); it is the same in all patients"
@@ -188,31 +238,39 @@ def _artery_share(slices, size, fine=(5,3,3)):
     axes = [(np.arange(n*f)-(f-1)/2)/f for n,f in zip(shape, fine)]
     res = np.zeros(shape, np.float32)
     for d in range(shape[0]):
-        part = np.meshgrid(axes[0][d*fine[0]:(d+1)*fine[0]], *axes[1:], indexing='ij')
-        at = (np.stack(part, -1)@affine[:3,:3].T+affine[:3,3]).astype(np.float32)
+        depths = axes[0][d*fine[0]:(d+1)*fine[0]]
+        at = _grid_places(affine, [depths,*axes[1:]]).astype(np.float32)
         inside = np.zeros(at.shape[:3], bool)
         for path in _all_paths():
             for a,b in zip(path, path[1:]):
                 inside |= _in_tube(at, a, b)
-        res[d] = inside.reshape(fine[0], shape[1], fine[1], shape[2], fine[2]).mean((0,2,4))
+        parts = inside.reshape(fine[0], shape[1], fine[1], shape[2], fine[2])
+        res[d] = parts.mean((0,2,4))
     return res
 
+# %% ../nbs/37_dsc_phantom.ipynb #1e14a145
 def _kept_at_base(affine, shape):
     "Share of the signal that susceptibility leaves, (D,H,W)"
-    at = np.stack(np.meshgrid(*map(np.arange, shape), indexing='ij'), -1)@affine[:3,:3].T+affine[:3,3]
+    at = _grid_places(affine, [*map(np.arange, shape)])
     kept = np.ones(shape, np.float32)
-    for place,size in (((0,62,-28),18),((48,-18,-38),14),((-48,-18,-38),14)):
-        kept *= 1-.85*np.exp(-((at-place)**2).sum(-1)/(2*size**2))
+    for place,size in _AIR:
+        far = ((at-place)**2).sum(-1)
+        kept *= 1-.85*np.exp(-far/(2*size**2))
     return kept
+
+_AIR = ((0,62,-28),18),((48,-18,-38),14),((-48,-18,-38),14) # frontal sinus and ear canals: centre and extent, mm
 
 # %% ../nbs/37_dsc_phantom.ipynb #fa3dba6c
 def _tissue_table(p):
     "What each tissue of a patient is like, with the rim's own values"
     t = _TISSUES.assign(ktrans=0., leak='', ve=.25)
-    own = dict(cbv=t.cbv['white']*p.rcbv, mtt=p.mtt, ktrans=p.ktrans, leak=p.leak)
-    for k,v in own.items(): t.loc['rim',k] = v
+    cbv = t.cbv['white']*p.rcbv
+    own = dict(cbv=cbv, mtt=p.mtt, ktrans=p.ktrans, leak=p.leak)
+    for k,v in own.items():
+        t.loc['rim',k] = v
     return t
 
+# %% ../nbs/37_dsc_phantom.ipynb #bba749b1
 def _tissue_signals(t, ca, h, te, tr, flip):
     "Signal of each tissue, (n,), and its blood in mM"
     res = {}
@@ -220,11 +278,13 @@ def _tissue_signals(t, ca, h, te, tr, flip):
         blood = blood_in_tissue(ca, h, o.cbv, max(o.mtt, .1), o.delay)
         rate = RELAXIVITY['tissue']*blood
         leaked = leaked_contrast(ca, h, o.ktrans, o.ve, o.delay)
-        if k=='artery': rate = RELAXIVITY['blood']*ca
+        if k=='artery':
+            rate = RELAXIVITY['blood']*ca
         if k=='vessel':
             rate = RELAXIVITY['blood']*blood/(o.cbv/100)
         rate = rate+_LEAK_RATE[o.leak]*leaked
-        res[k] = o.density*np.exp(-te/o.t2star)*dsc_signal(rate, leaked, o.t1, te, tr, flip)
+        before = o.density*np.exp(-te/o.t2star)
+        res[k] = before*dsc_signal(rate, leaked, o.t1, te, tr, flip)
     return res
 
 # %% ../nbs/37_dsc_phantom.ipynb #d376e4f9
@@ -237,6 +297,7 @@ class DSCPhantom(NamedTuple):
     brain:np.ndarray # (D,H,W) bool
     tissues:pd.DataFrame # What each tissue is like
 
+# %% ../nbs/37_dsc_phantom.ipynb #3e8c3c59
 def render_dsc(
     p:pd.Series, # Row of `dsc_patients`
     seed:int=0, # The cohort's seed
@@ -255,60 +316,105 @@ def render_dsc(
     shape = slices,size,size
     shares,mask,brain = tissue_shares(p, affine, shape, seed)
     artery = _artery_share(slices, size)*brain
-    shares = {**{k: v*(1-artery) for k,v in shares.items()}, 'artery':artery}
-    table,h = _tissue_table(p),dt/20
+    shares = {k: v*(1-artery) for k,v in shares.items()}
+    shares['artery'] = artery
+    table = _tissue_table(p)
+    h = dt/20
     ca = arterial_input(np.arange(frames*20)*h, start)
-    signals = {k: v[::20] for k,v in _tissue_signals(table, ca, h, te, 1000*dt, flip).items()}
-    signals = {k: np.float32(400*v/signals['white'][0]) for k,v in signals.items()}
-    x = sum(np.multiply.outer(signals[k], v) for k,v in shares.items() if k in signals)
+    signals = _tissue_signals(table, ca, h, te, 1000*dt, flip)
+    x = _mixture(_at_frames(signals), shares)
     x *= _kept_at_base(affine, shape)*brain
     if moves is not None: x = _moved(x, affine, moves)
-    rng = rng_for(seed, 'dsc', p.patient, 'noise')
-    noise = rng.standard_normal((2,*x.shape), dtype=np.float32)*np.float32(400/snr)
-    data = np.hypot(x+noise[0], noise[1]).round().astype(np.int32)
+    data = _with_noise(x, 400/snr, rng_for(seed, 'dsc', p.patient, 'noise'))
     series = Series4D(data, affine, np.arange(frames)*dt, te, 1000*dt, flip, 15.)
-    return DSCPhantom(series, _truth(shares, table), RELAXIVITY['blood']*ca[::20], mask, brain>0, table)
+    rate = RELAXIVITY['blood']*ca[::20]
+    return DSCPhantom(series, _truth(shares, table), rate, mask, brain>0, table)
 
+# %% ../nbs/37_dsc_phantom.ipynb #ab5d0f69
+def _at_frames(signals):
+    "One of 20 samples, scaled so that white matter has 400 before contrast"
+    white = signals['white'][0]
+    res = {}
+    for k,v in signals.items(): res[k] = np.float32(400*v[::20]/white)
+    return res
+
+def _mixture(signals, shares):
+    "A voxel's signal is the sum of its tissues', by their shares"
+    known = [k for k in shares if k in signals]
+    return sum(np.multiply.outer(signals[k], shares[k]) for k in known)
+
+# %% ../nbs/37_dsc_phantom.ipynb #cdd2600b
+def _with_noise(x, sd, rng):
+    "The magnitude of a signal with noise of standard deviation `sd` in both channels, as whole numbers"
+    noise = rng.standard_normal((2,*x.shape), dtype=np.float32)
+    noise = noise*np.float32(sd)
+    magnitude = np.hypot(x+noise[0], noise[1])
+    return magnitude.round().astype(np.int32)
+
+# %% ../nbs/37_dsc_phantom.ipynb #e9a290f2
 def _truth(shares, t):
     "Maps of what was simulated"
-    def total(values): return sum(float(values[k])*shares[k] for k in shares if k in values)
-    cbv,cbf = total(t.cbv),total(60*t.cbv/t.mtt.clip(.1))
+    def total(values):
+        known = [k for k in shares if k in values]
+        return sum(float(values[k])*shares[k] for k in known)
+    cbv = total(t.cbv)
+    cbf = total(60*t.cbv/t.mtt.clip(.1))
+    mtt = 60*cbv/np.maximum(cbf, 1e-6)
     delay = total(t.cbv*t.delay)/np.maximum(cbv, 1e-6)
     leak = total(t.leak.map({'':0, 'T1':1, 'T2*':-1}))
-    return dict(CBV=cbv, CBF=cbf, MTT=60*cbv/np.maximum(cbf, 1e-6), delay=delay, leak=leak, **shares)
+    return dict(CBV=cbv, CBF=cbf, MTT=mtt, delay=delay, leak=leak, **shares)
 
+# %% ../nbs/37_dsc_phantom.ipynb #9e3f0375
 def _moved(x, affine, moves):
     "Frames shifted by `moves` mm, linear between voxels"
     inverse = np.linalg.inv(affine[:3,:3])
-    return np.stack([ndimage.shift(o, inverse@m, order=1) for o,m in zip(x, np.asarray(moves))])
+    shifts = [inverse@o for o in np.asarray(moves)]
+    frames = [ndimage.shift(o, s, order=1) for o,s in zip(x, shifts)]
+    return np.stack(frames)
 
 # %% ../nbs/37_dsc_phantom.ipynb #5bb7bd0a
 def _scan_header(s, patient, kind, uid):
     "What all files of a series share"
     ds = FileDataset(None, {}, file_meta=FileMetaDataset(), preamble=b'\0'*128)
-    ds.file_meta.TransferSyntaxUID,ds.file_meta.ImplementationClassUID = ExplicitVRLittleEndian,uid('implementation')
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.file_meta.ImplementationClassUID = uid('implementation')
     ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = kind
     ds.PatientID = ds.PatientName = patient
-    ds.Modality,ds.SeriesDescription,ds.ImageType = 'MR','DSC perfusion',['ORIGINAL','PRIMARY','OTHER']
-    ds.StudyInstanceUID,ds.SeriesInstanceUID,ds.FrameOfReferenceUID = uid('study'),uid('DSC'),uid('frame')
-    ds.ScanningSequence,ds.SequenceVariant,ds.MRAcquisitionType = ['EP','GR'],'SK','2D'
+    ds.Modality = 'MR'
+    ds.SeriesDescription = 'DSC perfusion'
+    ds.ImageType = ['ORIGINAL','PRIMARY','OTHER']
+    ds.StudyInstanceUID = uid('study')
+    ds.SeriesInstanceUID = uid('DSC')
+    ds.FrameOfReferenceUID = uid('frame')
+    ds.ScanningSequence = ['EP','GR']
+    ds.SequenceVariant = 'SK'
+    ds.MRAcquisitionType = '2D'
     ds.ContrastBolusAgent = 'gadolinium'
     if s.dose: ds.ContrastBolusVolume = s.dose
-    ds.Rows,ds.Columns,ds.SamplesPerPixel,ds.PhotometricInterpretation = *s.data.shape[2:],1,'MONOCHROME2'
+    ds.Rows,ds.Columns = s.data.shape[2:]
+    ds.SamplesPerPixel = 1
+    ds.PhotometricInterpretation = 'MONOCHROME2'
     ds.BitsAllocated,ds.BitsStored,ds.HighBit,ds.PixelRepresentation = 16,16,15,0
     return ds
 
+# %% ../nbs/37_dsc_phantom.ipynb #fb934f7d
 def _place(s, d):
     "Position of slice `d`, orientation, and height and width of a pixel, as DICOM writes them"
     num = '{:.8g}'.format
     size = np.linalg.norm(s.affine[:3,:3], axis=0)
     dirs = (s.affine[:3,:3]/size).T*[-1,-1,1]+0.
     at = (s.affine@[d,0,0,1])[:3]*[-1,-1,1]
-    return [*map(num, at)],[*map(num, dirs[2]),*map(num, dirs[1])],[num(size[1]),num(size[2])]
+    position = [*map(num, at)]
+    orientation = [*map(num, dirs[2]),*map(num, dirs[1])]
+    return position,orientation,[num(size[1]),num(size[2])]
 
+# %% ../nbs/37_dsc_phantom.ipynb #2edc7264
 def _clock(seconds):
     "Seconds after noon as DICOM writes a time"
-    return f'{12+int(seconds)//3600:02}{int(seconds)//60%60:02}{seconds%60:09.6f}'
+    whole = int(seconds)
+    hour = 12+whole//3600
+    minute = whole//60%60
+    return f'{hour:02}{minute:02}{seconds%60:09.6f}'
 
 # %% ../nbs/37_dsc_phantom.ipynb #e710cfac
 def write_dsc(
@@ -323,17 +429,22 @@ def write_dsc(
     if lo<0 or hi>65535:
         raise MGMTError(f"16 bits hold 0 to 65535, and the values are {lo} to {hi}: rescale first")
     uid = partial(phantom_uid, patient)
-    return (_write_enhanced if enhanced else _write_slices)(series, Path(dest), patient, uid, told_by)
+    write = _write_enhanced if enhanced else _write_slices
+    return write(series, Path(dest), patient, uid, told_by)
 
+# %% ../nbs/37_dsc_phantom.ipynb #7bac232f
 def _write_slices(s, dest, patient, uid, told_by):
     make_folder(dest)
     ds = _scan_header(s, patient, MRImageStorage, uid)
-    ds.RepetitionTime,ds.EchoTime,ds.FlipAngle = s.tr,s.te,s.flip
+    ds.RepetitionTime = s.tr
+    ds.EchoTime = s.te
+    ds.FlipAngle = s.flip
     slices = s.data.shape[1]
     for i,(t,d) in enumerate(np.ndindex(len(s.data), slices)):
         ds.ImagePositionPatient,ds.ImageOrientationPatient,ds.PixelSpacing = _place(s, d)
         ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = uid('DSC', t, d)
-        ds.InstanceNumber,ds.PixelData = i+1,s.data[t,d].astype('<u2').tobytes()
+        ds.InstanceNumber = i+1
+        ds.PixelData = s.data[t,d].astype('<u2').tobytes()
         at = s.times[t]+s.dt*d/slices # slices are taken one after the other
         if told_by=='AcquisitionTime':
             ds.AcquisitionTime = _clock(at)
@@ -342,29 +453,37 @@ def _write_slices(s, dest, patient, uid, told_by):
         ds.save_as(dest/f'{i+1:05}.dcm', enforce_file_format=True)
     return dest
 
+# %% ../nbs/37_dsc_phantom.ipynb #eb730988
 def _item(**elements):
     ds = Dataset()
     for k,v in elements.items(): setattr(ds, k, v)
     return [ds]
 
+# %% ../nbs/37_dsc_phantom.ipynb #34db3703
 def _write_enhanced(s, dest, patient, uid, told_by):
     ds = _scan_header(s, patient, EnhancedMRImageStorage, uid)
     ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = uid('DSC', 'enhanced')
     timing = _item(RepetitionTime=s.tr, FlipAngle=s.flip)
-    ds.SharedFunctionalGroupsSequence = _item(MRTimingAndRelatedParametersSequence=timing,
-        MREchoSequence=_item(EffectiveEchoTime=s.te))
-    ds.NumberOfFrames = s.data.shape[0]*s.data.shape[1]
-    ds.PerFrameFunctionalGroupsSequence = [_frame_groups(s, *o, told_by) for o in np.ndindex(*s.data.shape[:2])]
+    echo = _item(EffectiveEchoTime=s.te)
+    ds.SharedFunctionalGroupsSequence = _item(MRTimingAndRelatedParametersSequence=timing, MREchoSequence=echo)
+    frames,slices = s.data.shape[:2]
+    ds.NumberOfFrames = frames*slices
+    each = np.ndindex(frames, slices)
+    ds.PerFrameFunctionalGroupsSequence = [_frame_groups(s, t, d, told_by) for t,d in each]
     ds.PixelData = s.data.astype('<u2').tobytes()
     make_folder(dest.parent)
     ds.save_as(dest, enforce_file_format=True)
     return dest
 
+# %% ../nbs/37_dsc_phantom.ipynb #6df03fe2
 def _frame_groups(s, t, d, told_by):
     at,iop,size = _place(s, d)
     content = dict(TemporalPositionIndex=t+1)
     if told_by:
         content['FrameAcquisitionDateTime'] = '20260101'+_clock(s.times[t])
-    return _item(FrameContentSequence=_item(**content), PlanePositionSequence=_item(ImagePositionPatient=at),
+    groups = _item(
+        FrameContentSequence=_item(**content),
+        PlanePositionSequence=_item(ImagePositionPatient=at),
         PlaneOrientationSequence=_item(ImageOrientationPatient=iop),
-        PixelMeasuresSequence=_item(PixelSpacing=size))[0]
+        PixelMeasuresSequence=_item(PixelSpacing=size))
+    return groups[0]
