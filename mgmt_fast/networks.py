@@ -32,17 +32,23 @@ class SlicesBody(nn.Module):
     ):
         super().__init__()
         store_attr('in_chans,slices,num_features,arch')
-        self.adapter,self.inside,self.net = adapter or nn.Identity(),inside or nn.Identity(),net
+        self.adapter = adapter or nn.Identity()
+        self.inside = inside or nn.Identity()
+        self.net = net
 
     def forward(self,
         x:torch.Tensor, # (B,C,D,H,W)
     ) -> torch.Tensor: # (B,F,1,h,w)
         if x.ndim!=5 or x.shape[1:3]!=(self.in_chans,self.slices):
             raise _wrong_slices(self, x)
-        return self.net.forward_features(self.inside(self.adapter(x.flatten(1,2))))[:,:,None]
+        x = self.adapter(x.flatten(1,2))
+        features = self.net.forward_features(self.inside(x))
+        return features[:,:,None]
 
+# %% ../nbs/45_networks.ipynb #4f8401fa
 def _wrong_slices(body, x):
-    rule = f"{body.arch} in 2D takes batches (B,{body.in_chans},{body.slices},H,W), for slices are its channels"
+    shape = f"(B,{body.in_chans},{body.slices},H,W)"
+    rule = f"{body.arch} in 2D takes batches {shape}, for slices are its channels"
     return MGMTError(f"{rule}; received shape {tuple(x.shape)}: another number of sequences or slices?")
 
 # %% ../nbs/45_networks.ipynb #92cfb716
@@ -55,14 +61,18 @@ def _load_2d(net, state, arch):
     except RuntimeError as e:
         raise _misfit_2d(arch, e) from e
 
+# %% ../nbs/45_networks.ipynb #7d8fc9ee
 def _spread(w, like):
     "The RGB weights' mean for each channel, where `like` has another number of them"
-    if like.ndim!=4 or w.shape[1:]!=(3,*like.shape[2:]) or like.shape[1]==3:
-        return w
-    return (w.mean(1, keepdim=True)*3/like.shape[1]).expand_as(like)
+    kernel_of_rgb = like.ndim==4 and w.shape[1:]==(3,*like.shape[2:])
+    if not kernel_of_rgb or like.shape[1]==3: return w
+    mean = w.mean(1, keepdim=True)
+    return (mean*3/like.shape[1]).expand_as(like)
 
+# %% ../nbs/45_networks.ipynb #edc85cd8
 def _misfit_2d(arch, e):
-    return MGMTError(f"the weights do not fit {arch!r} in 2D: {str(e).splitlines()[1].strip()[:200]}")
+    first_line = str(e).splitlines()[1].strip()
+    return MGMTError(f"the weights do not fit {arch!r} in 2D: {first_line[:200]}")
 
 # %% ../nbs/45_networks.ipynb #56b1b419
 def _slices2d(arch, in_chans, slices, pretrained=False, head='plain', freeze='none', stem='sum', mean=None, std=None,
@@ -77,7 +87,8 @@ def _slices2d(arch, in_chans, slices, pretrained=False, head='plain', freeze='no
     if pretrained is not False:
         _load_2d(net, _state_2d(name, arch, pretrained), arch)
     _check_features_2d(net, arch)
-    m,s = (sum(net.pretrained_cfg[k])/3 for k in ('mean','std'))
+    m = sum(net.pretrained_cfg['mean'])/3
+    s = sum(net.pretrained_cfg['std'])/3
     inside = None
     if standardize=='backbone':
         inside = inside_scale(net, arch, N if stem=='sum' else 3)
@@ -92,20 +103,27 @@ def _slices2d(arch, in_chans, slices, pretrained=False, head='plain', freeze='no
     model.frozen = freeze_body(model, freeze)
     return model
 
+# %% ../nbs/45_networks.ipynb #b99c40dc
 def _state_2d(name, arch, pretrained):
-    return imagenet_network(name, arch).state_dict() if pretrained is True else read_weights(pretrained, arch)
+    if pretrained is True: return imagenet_network(name, arch).state_dict()
+    return read_weights(pretrained, arch)
 
 def _adapter_2d(stem, N):
     if stem=='sum': return None
-    return nn.Conv2d(N, 3, 3, padding=1) if stem=='adapter' else nn.Conv2d(N, 3, 1)
+    if stem=='adapter': return nn.Conv2d(N, 3, 3, padding=1)
+    return nn.Conv2d(N, 3, 1)
 
+# %% ../nbs/45_networks.ipynb #b8b0e548
 def _check_features_2d(net, arch):
     "Does it end in features of the plane? Asked on torch's meta device, without numbers"
-    x = torch.empty(1, first_convolution(net).in_channels, 64, 64, device='meta')
+    channels = first_convolution(net).in_channels
+    x = torch.empty(1, channels, 64, 64, device='meta')
+    twin = copy.deepcopy(net).eval().to('meta')
     with torch.no_grad():
-        f = copy.deepcopy(net).eval().to('meta').forward_features(x)
+        f = twin.forward_features(x)
     if f.ndim==4 and f.shape[1]==net.num_features: return
-    raise MGMTError(f"{arch!r} has no features (B,F,h,w) in 2D but {tuple(f.shape)}: take a convolutional network")
+    seen = tuple(f.shape)
+    raise MGMTError(f"{arch!r} has no features (B,F,h,w) in 2D but {seen}: take a convolutional network")
 
 # %% ../nbs/45_networks.ipynb #fd385ec7
 class MetricHead(nn.Module):
@@ -116,14 +134,18 @@ class MetricHead(nn.Module):
         norm:nn.Module=None, # Norm of the pooled features, where the network has one
     ):
         super().__init__()
-        self.pool,self.norm,self.fc = GlobalPool3d('avg', True),norm or nn.Identity(),nn.Linear(nf, dims)
-        self.scale,self.bias = nn.Parameter(torch.tensor(math.log(5.))),nn.Parameter(torch.tensor(0.))
+        self.pool = GlobalPool3d('avg', True)
+        self.norm = norm or nn.Identity()
+        self.fc = nn.Linear(nf, dims)
+        self.scale = nn.Parameter(torch.tensor(math.log(5.)))
+        self.bias = nn.Parameter(torch.tensor(0.))
         self.register_buffer('prototypes', torch.zeros(2, dims))
 
     def embed(self,
         f:torch.Tensor, # (B,F,d,h,w)
     ) -> torch.Tensor: # (B,E), of length 1
-        return F.normalize(self.fc(self.norm(self.pool(f))), dim=1)
+        pooled = self.norm(self.pool(f))
+        return F.normalize(self.fc(pooled), dim=1)
 
     def forward(self,
         f:torch.Tensor, # (B,F,d,h,w)
@@ -148,12 +170,14 @@ class PairLoss(nn.Module):
         y:torch.Tensor, # (B,) 0 or 1
     ) -> torch.Tensor: # Mean loss, or (B,) of logits without reduction
         if pred.shape[1]==1:
-            return F.binary_cross_entropy_with_logits(pred.flatten(), y.float().flatten(), reduction=self.reduction)
+            truth = y.float().flatten()
+            return F.binary_cross_entropy_with_logits(pred.flatten(), truth, reduction=self.reduction)
         i,j = torch.triu_indices(len(y), len(y), 1, device=pred.device)
         if not len(i): return pred.sum()*0
         head = self.heads[0]
         same = (y[i]==y[j]).to(pred.dtype).flatten()
-        logit = head.scale.exp()*(pred[i]*pred[j]).sum(1)+head.bias
+        cosine = (pred[i]*pred[j]).sum(1)
+        logit = head.scale.exp()*cosine+head.bias
         return F.binary_cross_entropy_with_logits(logit, same)
 
     def activation(self,
@@ -180,6 +204,7 @@ class Prototypes(Callback):
         if not total.any(1).all(): raise _one_class()
         self.model.head.prototypes.copy_(F.normalize(total, dim=1))
 
+# %% ../nbs/45_networks.ipynb #3c32893d
 def _one_class():
     rule = "a Siamese network needs both classes among the training patients"
     return MGMTError(f"{rule}: all labels of this fold's training part are the same")
@@ -197,11 +222,13 @@ def create_network(
     if stem not in _stems:
         raise unknown_name('choice of stem', stem, _stems)
     if network=='2d':
-        model = _slices2d(slices=slices, stem=stem, **{k:v for k,v in kwargs.items() if k not in _deep})
+        flat = {k:v for k,v in kwargs.items() if k not in _deep}
+        model = _slices2d(slices=slices, stem=stem, **flat)
     else:
         model = create_backbone(stem=stem.removesuffix('1x1'), **kwargs)
     if network!='2d' and stem=='adapter1x1':
-        model.body.adapter,model.config['stem'] = nn.Conv3d(model.body.in_chans, 3, 1),stem
+        model.body.adapter = nn.Conv3d(model.body.in_chans, 3, 1)
+        model.config['stem'] = stem
         as_keras(model, model.config['init'], 'torch')
     if network=='siamese':
         model.head = MetricHead(model.body.num_features, norm=getattr(model.head, 'norm', None))
@@ -210,4 +237,6 @@ def create_network(
         p.requires_grad_(True)
     return model
 
-_networks,_stems,_deep = ('3d','2d','siamese'),('sum','adapter','adapter1x1'),('depth','depth_padding')
+_networks = ('3d','2d','siamese')
+_stems = ('sum','adapter','adapter1x1')
+_deep = ('depth','depth_padding')
