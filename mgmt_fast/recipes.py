@@ -39,10 +39,12 @@ _faults = [ # number in the list of the thesis' faults, choice, the value that c
         'batch norm) were to train, but Keras trains nothing in a model whose own flag is off: only their statistics '
         'move')]
 
+# %% ../nbs/53_recipes.ipynb #96e7b0c9
 def _committed(r, choice, value):
     "Does a recipe commit a fault? Without a penalty only where the recipe is the thesis'"
     if choice=='summed_batches': return r[choice]>1
-    return r[choice]==value and (choice!='l2' or r.name=='published')
+    meant = choice!='l2' or r.name=='published'
+    return r[choice]==value and meant
 
 # %% ../nbs/53_recipes.ipynb #8eab5735
 def faults(
@@ -54,7 +56,9 @@ def faults(
     `default` are the values of this recipe and of the default. Faults 10 and 11 concern the similarity check and the
     reported figures, 13 is in the line of 5, and 14 concerns the preparation of TCGA."""
     r,d = get_recipe(recipe),get_recipe('default')
-    rows = [(n, c, text, v, r[c], d[c], _committed(r,c,v)) for n,c,v,text in _faults]
+    rows = []
+    for n,c,value,text in _faults:
+        rows.append((n, c, text, value, r[c], d[c], _committed(r, c, value)))
     return pd.DataFrame(rows, columns=['fault','choice','thesis','as there','here','default','on'])
 
 # %% ../nbs/53_recipes.ipynb #19a00005
@@ -81,6 +85,7 @@ _settings = dict( # choice: what the thesis has there, and where that was read
     adam=('beta2 .999, eps 1e-7', 'Keras'), arch=('EfficientNet-B1 was chosen', 'text'), lr=('.0001', 'text'),
     schedule=('flat, falling on a plateau', 'text'), patience=('3 epochs', 'text'), l2=('1e-5', 'code'))
 
+# %% ../nbs/53_recipes.ipynb #a33c60ce
 def thesis_choices(
     recipe:str|Path|Recipe='published', # Name or `Recipe`
 ) -> pd.DataFrame: # One row per choice: choice, here, default, fault, thesis, read in
@@ -95,12 +100,22 @@ def thesis_choices(
     rows = []
     for k in choice_names():
         if k in choice_names('standardize'): continue # of raw scans, which the thesis prepared by another's tool
-        if k not in told and (k not in p.values() or k not in d.values() or p[k]==d[k]):
-            continue
-        number,text = told.get(k, (pd.NA,_settings.get(k, ('',''))[0]))
-        rows.append((k, r[k], d[k], number, text, 'code' if k in told else _settings.get(k, ('',''))[1]))
+        if k not in told and not _departs(p, d, k): continue
+        number,text,read_in = _origin(k, told)
+        rows.append((k, r[k], d[k], number, text, read_in))
     table = pd.DataFrame(rows, columns=['choice','here','default','fault','thesis','read in'])
     return table.astype({'fault':'Int64'})
+
+# %% ../nbs/53_recipes.ipynb #ed3cba83
+def _departs(r, default, choice):
+    "Do two recipes differ in a choice that both have?"
+    in_both = choice in r.values() and choice in default.values()
+    return in_both and r[choice]!=default[choice]
+
+def _origin(choice, told):
+    "The number of a fault, what the thesis has, and where that was read"
+    if choice in told: return *told[choice],'code'
+    return pd.NA,*_settings.get(choice, ('',''))
 
 # %% ../nbs/53_recipes.ipynb #2127bd71
 def compare_recipes(
@@ -115,7 +130,8 @@ def compare_recipes(
     names = [r.name for r in rs]
     t = t.reset_index()[['room','choice',*names,'what it decides']]
     if not differ: return t
-    unlike = [len(set(map(repr, values)))>1 for values in t[names].values.tolist()]
+    shown = [set(map(repr, values)) for values in t[names].values.tolist()]
+    unlike = [len(o)>1 for o in shown]
     return t[unlike].reset_index(drop=True)
 
 # %% ../nbs/53_recipes.ipynb #14c8bdac
@@ -133,6 +149,7 @@ class L2Penalty(Callback):
             penalty = self.l2/2*sum(p.float().square().sum() for p in params)
         self.learn.loss_grad = self.loss_grad+penalty
 
+# %% ../nbs/53_recipes.ipynb #10f43e59
 class _HalfSquares(torch.autograd.Function):
     "`l2` times half the sum of squares, in a few launches for all parameters"
     @staticmethod
@@ -143,7 +160,9 @@ class _HalfSquares(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g): return None,*torch._foreach_mul(ctx.saved_tensors, g*ctx.l2)
+    def backward(ctx, g):
+        grads = torch._foreach_mul(ctx.saved_tensors, g*ctx.l2)
+        return None,*grads
 
 # %% ../nbs/53_recipes.ipynb #1ffdfc3a
 class StepRate(Callback):
@@ -153,7 +172,9 @@ class StepRate(Callback):
         at:int, # Epoch, counted from 0
         factor:float=2., # What the rate is divided by
     ): store_attr()
-    def before_epoch(self): self.opt.set_hypers(lr=self.lr/(self.factor if self.epoch>=self.at else 1))
+    def before_epoch(self):
+        factor = self.factor if self.epoch>=self.at else 1
+        self.opt.set_hypers(lr=self.lr/factor)
 
 # %% ../nbs/53_recipes.ipynb #e97b4a2a
 class SummedGradients(Callback):
@@ -171,8 +192,14 @@ class SummedGradients(Callback):
         if self.held<self.n: raise CancelBatchException()
         self.held = 0
 
-    def _grads(self): return {f'grad.{i}':p for i,p in enumerate(self.learn.model.parameters())}
-    def state_dict(self): return {'held':self.held, **{k:p.grad for k,p in self._grads().items() if p.grad is not None}}
+    def _grads(self):
+        params = self.learn.model.parameters()
+        return {f'grad.{i}':p for i,p in enumerate(params)}
+
+    def state_dict(self):
+        grads = {k:p.grad for k,p in self._grads().items() if p.grad is not None}
+        return {'held':self.held, **grads}
+
     def load_state_dict(self,
         d:dict, # From `state_dict`
     ):
