@@ -31,7 +31,8 @@ def voxel_digest(
     to_canonical = np.linalg.inv(can)@vol.affine
     order = abs(to_canonical[:3,:3]).argmax(1)
     backwards = [i for i in range(3) if to_canonical[i,order[i]]<0]
-    x = np.flip(np.asarray(vol).transpose(order), backwards)
+    x = np.asarray(vol).transpose(order)
+    x = np.flip(x, backwards)
     spacing = np.linalg.norm(can[:3,:3], axis=0)
     digest = hashlib.blake2b(np.ascontiguousarray(x, dtype='<f4'), digest_size=16)
     digest.update(spacing.round(3).astype('<f4').tobytes())
@@ -47,14 +48,15 @@ KNOWN_ATLASES = dict(
         url='https://www.bic.mni.mcgill.ca/ServicesAtlases/ICBM152NLin2009', shape=(193,229,193), spacing=(1.,1.,1.),
         paper='Fonov et al. 2011, NeuroImage 54:313'))
 
+# %% ../nbs/30_atlas.ipynb #d5a93527
 def _known(vol, digest):
     "Facts of the atlas with these voxels, or else with this grid; and whether the voxels are its own"
     for facts in KNOWN_ATLASES.values():
         if digest in facts['digests']: return facts,True
     _,shape = canonical_affine(vol)
     for facts in KNOWN_ATLASES.values():
-        same = tuple(shape)==facts['shape'] and np.allclose(sorted(vol.spacing), sorted(facts['spacing']), atol=.01)
-        if same: return facts,False
+        near = np.allclose(sorted(vol.spacing), sorted(facts['spacing']), atol=.01)
+        if near and tuple(shape)==facts['shape']: return facts,False
     return None,False
 
 # %% ../nbs/30_atlas.ipynb #35c6389a
@@ -62,7 +64,9 @@ def millilitres(
     mask:Volume, # (D,H,W), 1 inside
 ) -> float: # Its content, ml
     "How large a mask is."
-    return float(np.asarray(mask).sum()*abs(np.linalg.det(mask.affine[:3,:3]))/1000)
+    inside = np.asarray(mask).sum()
+    voxel = abs(np.linalg.det(mask.affine[:3,:3]))
+    return float(inside*voxel/1000)
 
 # %% ../nbs/30_atlas.ipynb #58e73876
 def solid_mask(
@@ -71,8 +75,10 @@ def solid_mask(
     "The brain of a volume that holds nothing else."
     x = np.asarray(vol)
     air,_ = air_value(x)
-    high = np.percentile(x[x>air], 99) if (x>air).any() else air
-    solid = ndimage.binary_fill_holes(largest_part(abs(x-air)>.005*abs(high-air)))
+    above = x[x>air]
+    high = np.percentile(above, 99) if len(above) else air
+    tissue = abs(x-air)>.005*abs(high-air)
+    solid = ndimage.binary_fill_holes(largest_part(tissue))
     return Volume(torch.from_numpy(solid.astype(np.uint8)), affine=vol.affine)
 
 # %% ../nbs/30_atlas.ipynb #85a93e1c
@@ -84,53 +90,69 @@ class Atlas:
         path:str|Path=None, # Where it was read
     ):
         self.volume,self.sha256,self.path = volume.float(),sha256,path
-        self.digest,self.skull = voxel_digest(volume),has_skull(volume)
+        self.digest = voxel_digest(volume)
+        self.skull = has_skull(volume)
         _check_grid(volume, self.skull)
         self.facts,self.same = _known(volume, self.digest)
-        self.name,self.licence = _name(self),_licence(self)
+        self.name = _name(self)
+        self.licence = _licence(self)
         self.about = dict(name=self.name, licence=self.licence, digest=self.digest, shape=list(volume.shape),
             affine=volume.affine.tolist())
         self.brain = None if self.skull else solid_mask(volume)
         if self.brain is not None:
             _check_brain(millilitres(self.brain))
 
-    def __repr__(self): return '\n'.join(f'{k:<9} {v}' for k,v in _lines(self))
+    def __repr__(self):
+        rows = [f'{k:<9} {v}' for k,v in _lines(self)]
+        return '\n'.join(rows)
 
+# %% ../nbs/30_atlas.ipynb #a5ec3d63
 def _name(o):
     if o.facts is None:
         return 'an atlas that is not known here'
-    return o.facts['name'] if o.same else f"on the grid of {o.facts['name']}, but with other voxels"
+    if o.same: return o.facts['name']
+    return f"on the grid of {o.facts['name']}, but with other voxels"
 
 def _licence(o):
     if o.facts is None:
         return 'not known here: see where it came from'
-    return o.facts['licence'] if o.same else f"not certain; that of this grid's atlas is {o.facts['licence']}"
+    if o.same: return o.facts['licence']
+    return f"not certain; that of this grid's atlas is {o.facts['licence']}"
 
+# %% ../nbs/30_atlas.ipynb #d0ce8f9a
 def _lines(o):
     size = 'x'.join(map(str, o.volume.shape))
     mm = ' x '.join(f'{s:g}' for s in o.volume.spacing.round(3))
     yield 'atlas', o.name
     yield 'grid', f'{size} voxels (D,H,W) of {mm} mm, {o.volume.orientation}'
-    yield 'content', 'a head, with its skull' if o.skull else f'a brain of {millilitres(o.brain):.0f} ml, without skull'
+    yield 'content', _head_or_brain(o)
     yield 'voxels', f'{o.digest} (the same in every copy)'
     if o.sha256: yield 'file', f'SHA-256 {o.sha256}'
     yield 'licence', o.licence
     if o.facts:
         yield 'published', f"{o.facts['url']}; {o.facts['paper']}"
 
+def _head_or_brain(o):
+    if o.skull: return 'a head, with its skull'
+    return f'a brain of {millilitres(o.brain):.0f} ml, without skull'
+
+# %% ../nbs/30_atlas.ipynb #f3b3c378
 def _check_grid(vol, skull):
     if skull is None: raise AtlasError(_no_image)
     size = np.array(vol.shape)*vol.spacing
-    if not (.5<=vol.spacing).all() or not (vol.spacing<=3).all() or size.min()<100 or size.max()>400:
+    usual_voxels = (.5<=vol.spacing).all() and (vol.spacing<=3).all()
+    if not usual_voxels or size.min()<100 or size.max()>400:
         raise AtlasError(_no_atlas_grid(vol.spacing, size))
 
 def _check_brain(ml):
-    if not 900<=ml<=2200: raise AtlasError(_no_brain(ml))
+    if not 900<=ml<=2200:
+        raise AtlasError(_no_brain(ml))
 
 _no_image = ("this holds fewer than 16 different values: a map of labels or a mask? Give the atlas' T1 image itself")
 
 def _no_atlas_grid(spacing, size):
-    mm,whole = (' x '.join(f'{o:.1f}' for o in a) for a in (spacing,size))
+    mm = ' x '.join(f'{o:.1f}' for o in spacing)
+    whole = ' x '.join(f'{o:.1f}' for o in size)
     return (f"voxels of {mm} mm that cover {whole} mm: an atlas has voxels of 0.5 to 3 mm and covers 100 to 400 mm "
         "each way; a lost header, or a patient's series? Fetch the atlas again")
 
@@ -151,6 +173,7 @@ def read_atlas(
         sha256 = hashlib.file_digest(f, 'sha256').hexdigest()
     return Atlas(vol, sha256, path)
 
+# %% ../nbs/30_atlas.ipynb #7d8ef132
 def _no_file(path):
     known = KNOWN_ATLASES['sri24']
     return (f"there is no atlas at {path}: fetch one and give the path of its T1 image. The public glioma collections "
