@@ -24,20 +24,26 @@ def _channels(store):
     maps = [s for s in store.sequences if s in PERFUSION]
     if anatomy and maps: return anatomy,maps
     has = ', '.join(store.sequences)
-    raise MGMTError(f"experiment (c) needs sequences and maps of perfusion; the store has {has}: add maps to the "
-        "cohort with `add_perfusion`, and prepare it again")
+    way_out = "add maps to the cohort with `add_perfusion`, and prepare it again"
+    raise MGMTError(f"experiment (c) needs sequences and maps of perfusion; the store has {has}: {way_out}")
 
+# %% ../nbs/74_perfusion_experiment.ipynb #681cef3b
 def _auc_row(t, k):
     t = t.dropna(subset=[k])
     ci = auc_ci(t.label, t[k])
-    return dict(n=len(t), auc=ci.auc, lo=ci.lo, hi=ci.hi, interval=AUC_METHODS[ci.name])
+    method = AUC_METHODS[ci.name]
+    return dict(n=len(t), auc=ci.auc, lo=ci.lo, hi=ci.hi,
+        interval=method)
 
+# %% ../nbs/74_perfusion_experiment.ipynb #bbdd1e1c
 def _pairs(t, ways):
     "Differences of AUCs on the same patients, with their intervals"
     rows = {}
     for a,b in combinations(ways, 2):
         d = delong_test(t.label, t[a], t[b])
-        rows[f'{a} - {b}'] = dict(n=len(t), difference=d.delta, lo=d.lo, hi=d.hi, p=d.p)
+        name = f'{a} - {b}'
+        rows[name] = dict(n=len(t), difference=d.delta,
+            lo=d.lo, hi=d.hi, p=d.p)
     return pd.DataFrame.from_dict(rows, orient='index')
 
 # %% ../nbs/74_perfusion_experiment.ipynb #5221abd0
@@ -52,13 +58,23 @@ def perfusion_experiments(
     Raises `MGMTError` on a store without sequences or without maps."""
     anatomy,maps = _channels(store)
     t = store.table
-    both = store.only(t.patient[t[[*anatomy,*maps]].all(axis=1)])
-    ways = dict(anatomy=(both,anatomy), perfusion=(both,maps), both=(both,[*anatomy,*maps]), everybody=(store,anatomy))
-    oof,models = t[['patient','label']].dropna(),{}
+    have_all = t[[*anatomy,*maps]].all(axis=1)
+    both = store.only(t.patient[have_all])
+    ways = dict(
+        anatomy=(both,anatomy),
+        perfusion=(both,maps),
+        both=(both,[*anatomy,*maps]),
+        everybody=(store,anatomy))
+    oof = t[['patient','label']].dropna()
+    models = {}
     for k,(s,channels) in ways.items():
         found,models[k] = out_of_fold(s, recipe, channels, Path(path)/k, **kwargs)
-        oof = oof.merge(found[['patient','logit']].rename(columns=dict(logit=k)), on='patient', how='left')
-    oof['fused'] = fused_oof(oof, ['everybody','perfusion'], how='mean').logit.to_numpy()
-    table = pd.DataFrame.from_dict({k: _auc_row(oof, k) for k in (*ways,'fused')}, orient='index')
-    paired = _pairs(oof.dropna(subset=['anatomy','perfusion','both']), ('both','anatomy','perfusion'))
+        logits = found[['patient','logit']].rename(columns=dict(logit=k))
+        oof = oof.merge(logits, on='patient', how='left')
+    fused = fused_oof(oof, ['everybody','perfusion'], how='mean')
+    oof['fused'] = fused.logit.to_numpy()
+    rows = {k: _auc_row(oof, k) for k in (*ways,'fused')}
+    table = pd.DataFrame.from_dict(rows, orient='index')
+    of_all = oof.dropna(subset=['anatomy','perfusion','both'])
+    paired = _pairs(of_all, ('both','anatomy','perfusion'))
     return NS(table=table, paired=paired, oof=oof, models=models)
