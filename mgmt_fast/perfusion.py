@@ -276,7 +276,8 @@ def _best_cluster(curves, dt, k):
         inside = of==i
         mean = curves[inside].mean(0, keepdims=True)
         peak,arrival,width = (o[0] for o in _moments(mean, dt))
-        rows.append(dict(n=int(inside.sum()), peak=peak, arrival=arrival, width=width))
+        n = int(inside.sum())
+        rows.append(dict(n=n, peak=peak, arrival=arrival, width=width))
     t = pd.DataFrame(rows)
     late = t.arrival-t.arrival.min()
     t['score'] = t.peak/(t.width+dt)/(1+late/6)
@@ -392,7 +393,8 @@ def white_matter(
     weight = np.maximum(_smooth(mask), 1e-3)
     blood = _smooth(cbv*mask)/weight
     light = _smooth(baseline*mask)/weight
-    local = _smooth(baseline*mask, 12)/np.maximum(_smooth(mask, 12), 1e-3)
+    wide = np.maximum(_smooth(mask, 12), 1e-3)
+    local = _smooth(baseline*mask, 12)/wide
     light = light/np.maximum(local, 1e-9)
     def middle(v, lo, hi):
         a,b = np.quantile(v[inner], [lo,hi])
