@@ -49,6 +49,7 @@ from .moves import MOVES, moved_from
 _not_ours = ('import_module','iter_modules','mgmt_fast','warnings','MOVES','moved_from')
 __all__ = [k for k in globals() if not k.startswith('_') and k not in _not_ours]
 
+# %% ../nbs/99_all.ipynb #72aa6b60
 def __getattr__(name):
     "A name of version 0.1 that a workflow rarely needs"
     if name.startswith('_'):
@@ -62,6 +63,8 @@ def __getattr__(name):
             return getattr(module, name)
     raise AttributeError(f"module 'mgmt_fast.all' has no attribute {name!r}")
 
+# %% ../nbs/99_all.ipynb #27f1d620
 def _rooms():
     "Modules whose names version 0.1 brought here: all but the commands"
-    return [o.name for o in iter_modules(mgmt_fast.__path__) if o.name not in ('_modidx','all','cli')]
+    found = [o.name for o in iter_modules(mgmt_fast.__path__)]
+    return [o for o in found if o not in ('_modidx','all','cli')]

@@ -47,7 +47,8 @@ def unknown_name(
 ) -> MGMTError: # Ready to be raised
     "An error for a name that does not exist, with the near matches."
     known = [str(o) for o in known]
-    short = str(name).lower() if isinstance(name, str) and len(name)<200 else ''
+    is_short = isinstance(name, str) and len(name)<200
+    short = str(name).lower() if is_short else ''
     near = difflib.get_close_matches(short, [o.lower() for o in known], n=3)
     near = [o for o in known if o.lower() in near]
     hint = f"did you mean {' or '.join(map(repr,near))}?" if near else f"known: {', '.join(known)}"
@@ -84,6 +85,7 @@ def _plain(x):
     with torch._C.DisableTorchFunctionSubclass():
         return x.view_as(x)
 
+# %% ../nbs/00_core.ipynb #8274a251
 def _checked_affine(affine):
     "`affine` as float64, if it takes voxels to millimetres"
     affine = np.array(affine, dtype=np.float64)
@@ -93,10 +95,12 @@ def _checked_affine(affine):
     raise MGMTError(f"a volume's affine must be (4,4), finite, invertible, last row 0 0 0 1; received "
         f"{affine.tolist()}: a damaged header?")
 
+# %% ../nbs/00_core.ipynb #d587b836
 def _not_3_axes(x):
     return MGMTError(f"a volume has 3 axes (D,H,W); received shape {tuple(np.shape(x))}: channels or time points not "
         "taken apart?")
 
+# %% ../nbs/00_core.ipynb #0ff99933
 def _three_slices(idx):
     "An index as three slices, one per axis; `None` if it is something else"
     idx = idx if isinstance(idx, tuple) else (idx,)
@@ -151,7 +155,8 @@ class Volume(TensorBase):
         memory_format:torch.memory_format=torch.preserve_format, # As for any tensor
     ):
         "A copy with a copy of the affine"
-        return Volume(_plain(self).clone(memory_format=memory_format), affine=self.affine)
+        x = _plain(self).clone(memory_format=memory_format)
+        return Volume(x, affine=self.affine)
     def __deepcopy__(self, memo): return memo.setdefault(id(self), self.clone())
 
     @property
@@ -162,7 +167,8 @@ class Volume(TensorBase):
     def plane(self):
         "The plane of the slices: 'sagittal', 'coronal' or 'axial'"
         normal = np.cross(self.affine[:3,1], self.affine[:3,2])
-        return ('sagittal','coronal','axial')[int(np.abs(normal).argmax())]
+        axis = int(np.abs(normal).argmax())
+        return ('sagittal','coronal','axial')[axis]
     @property
     def orientation(self):
         "Towards which side of the patient D, H and W grow, e.g. 'SPL'"
@@ -171,7 +177,8 @@ class Volume(TensorBase):
         idx:np.ndarray, # (...,3) voxels, need not be whole
     ) -> np.ndarray: # (...,3) RAS+ mm
         "Where voxels lie"
-        return np.asarray(idx)@self.affine[:3,:3].T + self.affine[:3,3]
+        turn,origin = self.affine[:3,:3],self.affine[:3,3]
+        return np.asarray(idx)@turn.T + origin
 
     def __repr__(self):
         size = 'x'.join(map(str,self.shape))
@@ -194,8 +201,11 @@ def montage(
     cols = min(cols, n)
     rows = -(-n//cols)
     tiles = np.full((rows*cols,*x.shape[1:]), x.min(), x.dtype)
-    tiles[:n] = x[np.linspace(lo, hi, n).round().astype(int)]
-    return tiles.reshape(rows, cols, *x.shape[1:]).swapaxes(1,2).reshape(rows*x.shape[1], cols*x.shape[2])
+    at = np.linspace(lo, hi, n).round().astype(int)
+    tiles[:n] = x[at]
+    h,w = x.shape[1:]
+    sheet = tiles.reshape(rows, cols, h, w).swapaxes(1,2)
+    return sheet.reshape(rows*h, cols*w)
 
 # %% ../nbs/00_core.ipynb #3b4a9f68
 @patch
@@ -232,9 +242,11 @@ def rng_for(
     *keys, # What the draws are for, e.g. `'phantom', '00012', 'FLAIR'`
 ) -> np.random.Generator: # Independent of every generator with another seed or other keys
     "A random generator for one purpose, the same in whichever process and order it is asked for."
-    words = [seed, *(zlib.crc32(str(k).encode()) for k in keys)]
+    hashed = [zlib.crc32(str(k).encode()) for k in keys]
+    words = [seed,*hashed]
     plain = isinstance(seed, (int,np.integer)) and 0<=seed<2**32
-    return np.random.default_rng(np.array(words, dtype=np.uint32) if plain else words) # the same, in half the time
+    if plain: words = np.array(words, dtype=np.uint32) # the same, in half the time
+    return np.random.default_rng(words)
 
 # %% ../nbs/00_core.ipynb #693118b3
 def seed_everything(
@@ -259,6 +271,7 @@ def is_file(
     try: return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError,ValueError): return False
 
+# %% ../nbs/00_core.ipynb #49c61c86
 _READING = os.O_RDONLY|getattr(os, 'O_NONBLOCK', 0)|getattr(os, 'O_BINARY', 0)
 
 def open_input(
@@ -338,6 +351,7 @@ def _not_written(path, e):
     return (f"writing {path} failed ({why}): is the disk full? What was complete is kept; make room, or give another "
         "destination, and run it again")
 
+# %% ../nbs/00_core.ipynb #2e1cbfb5
 @contextmanager
 def atomic_path(
     path:str|Path, # Where the file, or the folder, shall appear
@@ -358,6 +372,7 @@ def atomic_path(
             if record: _to_disk(path.parent)
     finally: shutil.rmtree(folder, ignore_errors=True)
 
+# %% ../nbs/00_core.ipynb #b5e012b6
 def _temporary_folder(path):
     "A folder beside `path`; what a library leaves beside its own files lies in it too"
     folder = make_folder(path.parent)
@@ -365,11 +380,13 @@ def _temporary_folder(path):
     try: return Path(tempfile.mkdtemp(dir=folder, prefix=f'{_mark}{_host()}-{os.getpid()}-'))
     except OSError as e: raise _not_writable(path, e) from e
 
+# %% ../nbs/00_core.ipynb #b8804204
 @lru_cache
 def _clear_once(pid, folder):
     "Whoever writes to a folder first clears it of what killed runs left"
     clear_temporaries(folder, deep=False)
 
+# %% ../nbs/00_core.ipynb #b9af6dbe
 _mark = '.mgmt-tmp-'
 
 def _host(): return re.sub(r'\W', '_', platform.node()) or 'here'
@@ -377,10 +394,12 @@ def _host(): return re.sub(r'\W', '_', platform.node()) or 'here'
 def _not_writable(path, e):
     return MGMTError(f"cannot write to {path.parent} ({e.strerror}): is it read-only or full? Give another destination")
 
+# %% ../nbs/00_core.ipynb #0472ba40
 def _umask():
     mask = os.umask(0); os.umask(mask)
     return mask
 
+# %% ../nbs/00_core.ipynb #b7288e26
 def _to_disk(path):
     "Wait until a file, or the names in a folder, are on the disk"
     if path.is_dir() and os.name!='posix': return
@@ -403,7 +422,8 @@ def write_json(
     obj:object, # Anything JSON can hold
 ):
     "Write JSON atomically, with stable formatting so that equal content gives equal bytes."
-    write_text(path, json.dumps(obj, indent=1, sort_keys=True, ensure_ascii=False)+'\n')
+    text = json.dumps(obj, indent=1, sort_keys=True, ensure_ascii=False)
+    write_text(path, text+'\n')
 
 # %% ../nbs/00_core.ipynb #7f67bdc8
 def clear_temporaries(
@@ -416,6 +436,7 @@ def clear_temporaries(
     for p in left: shutil.rmtree(p, ignore_errors=True)
     return len(left)
 
+# %% ../nbs/00_core.ipynb #88354896
 def _is_left(folder):
     "Is nobody writing here any more?"
     try: age = time.time()-folder.stat().st_mtime
@@ -426,6 +447,7 @@ def _is_left(folder):
         return age>7*86400
     return not _runs(int(pid))
 
+# %% ../nbs/00_core.ipynb #259ffa73
 def _runs(pid):
     "Is there a process of this number?"
     try: os.kill(pid, 0)
@@ -483,6 +505,7 @@ def save(
     with atomic_path(path) as tmp: tmp.write_bytes(data)
     return path
 
+# %% ../nbs/00_core.ipynb #edf84e16
 def _for_nifti(x):
     "A tensor in a type that any program reads"
     wide = {torch.bool:torch.uint8, torch.float16:torch.float32, torch.bfloat16:torch.float32, torch.int64:torch.int32}
@@ -491,6 +514,7 @@ def _for_nifti(x):
         raise MGMTError(_too_large_for_nifti(x))
     return x.to(to)
 
+# %% ../nbs/00_core.ipynb #2f2ece28
 def _no_nifti_name(path):
     return f"a volume is saved as NIfTI, in a file that ends in .nii or .nii.gz; received {path.name!r}"
 
@@ -510,6 +534,7 @@ def parse_json(
     except RecursionError:
         raise ValueError('nested too deeply') from None
 
+# %% ../nbs/00_core.ipynb #05fe7f51
 def read_json_lines(
     path:str|Path, # A journal; it need not be there
 ) -> list: # What its lines hold, up to the first that is cut off or changed
@@ -528,7 +553,9 @@ class Journal:
     def __init__(self,
         path:str|Path, # File to add to
         error:type=MGMTError, # Class of the error where it cannot be written
-    ): self.path,self.error = Path(path),error
+    ):
+        self.path = Path(path)
+        self.error = error
 
     def __enter__(self):
         make_folder(self.path.parent)
@@ -549,9 +576,11 @@ class Journal:
             _write_all(self.file, text.encode())
             os.fsync(self.file.fileno())
 
+# %% ../nbs/00_core.ipynb #1f83a3bd
 def _write_all(f, data):
     while data: data = data[f.write(data):]
 
+# %% ../nbs/00_core.ipynb #d13a5544
 def _cut_rest(f):
     "Cut off what follows the last whole line"
     end = f.seek(0, 2)
@@ -585,7 +614,8 @@ def reserve_array(
     A map on a full disk does not raise, it kills the process (SIGBUS)."""
     path,shape = Path(path),tuple(shape)
     old = _mapped(path)
-    keep = old is not None and old.dtype==dtype and old.shape[1:]==shape[1:] and len(old)<=shape[0]
+    same = old is not None and old.dtype==dtype and old.shape[1:]==shape[1:]
+    keep = same and len(old)<=shape[0]
     try:
         make_folder(path.parent)
         if not keep:
@@ -601,11 +631,13 @@ def reserve_array(
         raise error(_no_space(path, _n_bytes(shape, dtype), e)) from e
     return keep
 
+# %% ../nbs/00_core.ipynb #3df6f75e
 def _mapped(path):
     "The array in a file; `None` if there is none"
     try: return map_array(path)
     except MGMTError: return None
 
+# %% ../nbs/00_core.ipynb #21e9bc62
 def _n_bytes(shape, dtype): return math.prod(shape)*np.dtype(dtype).itemsize
 
 def _no_space(path, size, e):
@@ -622,6 +654,7 @@ def array_start(
     np.lib.format.read_array_header_1_0(f)
     return f.tell()
 
+# %% ../nbs/00_core.ipynb #07d5b1cb
 def _set_header(f, start, shape, dtype):
     "Write another first axis into a `.npy` file; numpy leaves room for that in its header"
     head = io.BytesIO()
@@ -630,7 +663,10 @@ def _set_header(f, start, shape, dtype):
     if head.tell()!=start:
         raise OSError(0, 'the file was made by an older numpy, whose header cannot grow')
     f.truncate(start+_n_bytes(shape, dtype))
-    f.seek(0); f.write(head.getvalue()); f.flush(); os.fsync(f.fileno())
+    f.seek(0)
+    f.write(head.getvalue())
+    f.flush()
+    os.fsync(f.fileno())
 
 # %% ../nbs/00_core.ipynb #f64d3fde
 def map_array(
@@ -661,11 +697,13 @@ def track(
     progress:bool=True, # Show the bar? It is gone when the work is done, and never fills a file that output goes to
 ): # The items
     "A progress bar around a loop, as fastai shows it."
-    return progress_bar(items, total=total, leave=False) if progress and is_watched() else items
+    if not (progress and is_watched()): return items
+    return progress_bar(items, total=total, leave=False)
 
 def is_watched() -> bool: # `False` where output goes to a file
     "Does somebody see this, at a terminal or in a notebook?"
-    return sys.stdout is not None and (sys.stdout.isatty() or in_notebook())
+    if sys.stdout is None: return False
+    return sys.stdout.isatty() or in_notebook()
 
 # %% ../nbs/00_core.ipynb #d3dc9244
 def end_with_parent(
@@ -677,6 +715,7 @@ def end_with_parent(
     if sys.platform!='linux':
         threading.Thread(target=_watch_parent, args=[parent], daemon=True).start()
 
+# %% ../nbs/00_core.ipynb #b6700588
 def _signal_at_parents_end():
     ctypes.CDLL(None).prctl(1, signal.SIGKILL) # PR_SET_PDEATHSIG
 
@@ -684,6 +723,7 @@ def _watch_parent(parent):
     while os.getppid()==parent: time.sleep(1)
     os._exit(1)
 
+# %% ../nbs/00_core.ipynb #3bd40850
 def worker_init(
     parent:int=None, # Process that the worker ends with; that which started it if None
 ):
@@ -707,16 +747,21 @@ def one_thread():
 # %% ../nbs/00_core.ipynb #8a8ee713
 def fault_log() -> Path: # `MGMT_FAST_LOG` where that is set, else a file in the user's cache
     "Where faults of this library are kept."
-    return Path(os.environ.get('MGMT_FAST_LOG') or Path.home()/'.cache'/'mgmt_fast'/'faults.log')
+    named = os.environ.get('MGMT_FAST_LOG')
+    return Path(named or Path.home()/'.cache'/'mgmt_fast'/'faults.log')
 
+# %% ../nbs/00_core.ipynb #f0b6de5d
 def log_fault(
     e:BaseException, # What was raised
     doing:str, # What was being done, e.g. `'preparing'`; nothing of the data
 ) -> str: # For a row of a report
     "Keep the traceback of a bug, without its message, which may quote the data."
-    places = [f'{Path(o.filename).name}:{o.lineno} in {o.name}' for o in traceback.extract_tb(e.__traceback__)]
+    calls = traceback.extract_tb(e.__traceback__)
+    places = [f'{Path(o.filename).name}:{o.lineno} in {o.name}' for o in calls]
     try:
-        with open(make_folder(fault_log().parent)/fault_log().name, 'a', encoding='utf-8') as f:
+        path = fault_log()
+        make_folder(path.parent)
+        with open(path, 'a', encoding='utf-8') as f:
             f.write(f"{doing}: {type(e).__name__}\n" + ''.join(f'  {o}\n' for o in places))
         kept = 'its traceback is in the log, see fault_log()'
     except (OSError,MGMTError):
@@ -745,11 +790,15 @@ def _limits(lo, hi):
         return '' if lo is None else f'from {lo:g}'
     return f'up to {hi:g}' if lo is None else f'from {lo:g} to {hi:g}'
 
+# %% ../nbs/00_core.ipynb #819caac7
 def _between(v, lo, hi):
-    if not math.isfinite(v) or (lo is not None and v<lo) or (hi is not None and v>hi):
+    too_low = lo is not None and v<lo
+    too_high = hi is not None and v>hi
+    if not math.isfinite(v) or too_low or too_high:
         raise ValueError(v)
     return v
 
+# %% ../nbs/00_core.ipynb #f1223095
 def _exactly(names):
     def _take(v):
         for o in names:
@@ -878,7 +927,8 @@ def choice_names(
     *rooms:str, # Rooms (modules); all if none
 ) -> list: # Names, in the order of registration
     "The choices that are registered, by room."
-    return [k for k,c in _choices.items() if not rooms or c.room in rooms]
+    if not rooms: return list(_choices)
+    return [k for k,c in _choices.items() if c.room in rooms]
 
 # %% ../nbs/00_core.ipynb #755287bf
 class Recipe:
@@ -888,8 +938,10 @@ class Recipe:
         changed:dict=None, # Choices that were given, which go before the named recipe's
         settled:dict=None, # Choices that a stage has used already, and which stage
     ):
-        self.name,self.settled = name,dict(settled or {})
-        self.changed = {k: tuple(v) if isinstance(v, list) else v for k,v in (changed or {}).items()}
+        self.name = name
+        self.settled = dict(settled or {})
+        changed = changed or {}
+        self.changed = {k: tuple(v) if isinstance(v, list) else v for k,v in changed.items()}
 
     def __getitem__(self, choice):
         if choice in self.changed:
@@ -914,7 +966,10 @@ class Recipe:
         return {k: self[k] for k in choice_names(room)}
     def named(self):
         "What the named recipe chooses, changes left out"
-        return {k: c.values[self.name] for k,c in _choices.items() if self.name in c.values}
+        res = {}
+        for k,c in _choices.items():
+            if self.name in c.values: res[k] = c.values[self.name]
+        return res
     def values(self):
         "All choices"
         return {**self.named(), **self.changed}
@@ -932,9 +987,16 @@ class Recipe:
         return pd.DataFrame(rows, columns=['room','choice','value','changed','what it decides'])
 
     def __eq__(self, other):
-        return isinstance(other, Recipe) and (self.name,self.values())==(other.name,other.values())
-    def __repr__(self): return f"recipe {self.name!r}\n" + self.to_frame().to_string(index=False, justify='left')
-    def _repr_html_(self): return f"<p>recipe <b>{self.name}</b></p>" + self.to_frame().to_html(index=False)
+        if not isinstance(other, Recipe): return False
+        return self.name==other.name and self.values()==other.values()
+
+    def __repr__(self):
+        table = self.to_frame().to_string(index=False, justify='left')
+        return f"recipe {self.name!r}\n{table}"
+
+    def _repr_html_(self):
+        table = self.to_frame().to_html(index=False)
+        return f"<p>recipe <b>{self.name}</b></p>{table}"
 
 # %% ../nbs/00_core.ipynb #611b77ad
 @patch
@@ -942,7 +1004,8 @@ def to_json(
     self:Recipe,
 ) -> dict: # `name`, and `choices` with the value of each; of a path only its last name
     "What JSON holds of a recipe."
-    choices = {k: v.name if isinstance(v, Path) else v for k,v in self.values().items()}
+    values = self.values()
+    choices = {k: v.name if isinstance(v, Path) else v for k,v in values.items()}
     return dict(name=self.name, choices=choices)
 
 # %% ../nbs/00_core.ipynb #684fd472
@@ -955,14 +1018,18 @@ def from_json(cls:Recipe,
     A choice that did not exist yet, in a room whose others are there, is as it was then. What steers a preparation or
     an augmentation is checked as if it was given; raises `MGMTError` where it cannot be. Of a training it may say what
     no recipe asks for, such as 'by hand'."""
-    if not isinstance(d, dict) or not isinstance(d.get('name'), str) or not isinstance(d.get('choices'), dict):
+    is_recipe = isinstance(d, dict) and isinstance(d.get('name'), str) and isinstance(d.get('choices'), dict)
+    if not is_recipe:
         raise MGMTError('what was written is no recipe: it has a name and choices; was the file changed?')
     written = {k: _as_written(k, v) for k,v in d['choices'].items()}
     rooms = {_choices[k].room for k in written if k in _choices}
-    newer = [k for k in choice_names(*rooms) if k not in written] if rooms else []
-    then = {k: _choices[k].without for k in newer if _choices[k].without is not _must_be_there}
+    then = {}
+    for k in choice_names(*rooms) if rooms else []:
+        before = _choices[k].without
+        if k not in written and before is not _must_be_there: then[k] = before
     return cls(d['name'], {**then, **written})
 
+# %% ../nbs/00_core.ipynb #7e767352
 def _as_written(name, value):
     "The value of a choice that a file gives"
     known = _choices.get(name)
@@ -983,8 +1050,10 @@ def settle(
     values = {k: check_choice(k,v) for k,v in values.items()}
     _refuse_contrary(self, {k:v for k,v in values.items() if k in self.settled})
     by = {k: self.settled.get(k,where) for k in values}
-    return Recipe(self.name, {**self.changed, **values}, {**self.settled, **by})
+    changed = {**self.changed, **values}
+    return Recipe(self.name, changed, {**self.settled, **by})
 
+# %% ../nbs/00_core.ipynb #07d8dfda
 def _refuse_contrary(recipe, given):
     "An error if what is given is not what an earlier stage has used"
     for k,v in given.items():
@@ -1031,7 +1100,8 @@ def _for_yaml(v):
 # %% ../nbs/00_core.ipynb #3a8d7c4c
 def _plain_number(v):
     "YAML takes 1e-3 for text, because it has no point"
-    return float(v) if isinstance(v, str) and re.fullmatch(r'[-+]?[\d.]+[eE][-+]?\d+', v) else v
+    is_number = isinstance(v, str) and re.fullmatch(r'[-+]?[\d.]+[eE][-+]?\d+', v)
+    return float(v) if is_number else v
 
 # %% ../nbs/00_core.ipynb #047bb7f9
 def read_recipe(
@@ -1052,6 +1122,7 @@ def read_recipe(
     if len(choices)<len(d): raise _no_recipe(path)
     return get_recipe(name, **choices)
 
+# %% ../nbs/00_core.ipynb #750de06f
 def _no_recipe_file(path, e):
     return MGMTError(f"no recipe at {path} ({e.strerror}): give one of the named recipes, or a file that a training "
         "wrote beside its model")
@@ -1072,7 +1143,8 @@ def follow_recipe(
     asked for has another value by its name is taken as settled, and a line says so."""
     asked = earlier if asked is None else get_recipe(asked)
     changes = {k: check_choice(k,v) for k,v in changes.items()}
-    _refuse_contrary(earlier, {k:v for k,v in {**asked.differs(), **changes}.items() if k in earlier.settled})
+    given = {**asked.differs(), **changes}
+    _refuse_contrary(earlier, {k:v for k,v in given.items() if k in earlier.settled})
     values = asked.values()
     kept = {k: earlier[k] for k in earlier.settled}
     named = asked.changed if asked.name==earlier.name else values
@@ -1080,10 +1152,11 @@ def follow_recipe(
     if other: print(_as_settled(earlier, asked.name, other))
     return Recipe(asked.name, {**asked.changed, **changes, **kept}, earlier.settled)
 
+# %% ../nbs/00_core.ipynb #ae699a18
 def _as_settled(earlier, name, choices):
     "What stays as earlier stages have it"
     by = {}
     for k in choices:
         by.setdefault(earlier.settled[k], []).append(f'{k} {earlier[k]!r}')
-    kept = '; '.join(f"by {o}: {', '.join(v)}" for o,v in by.items())
-    return f"not as recipe {name!r} has them, but as settled before: {kept}"
+    kept = [f"by {o}: {', '.join(v)}" for o,v in by.items()]
+    return f"not as recipe {name!r} has them, but as settled before: {'; '.join(kept)}"

@@ -33,6 +33,7 @@ class Finding(NamedTuple):
     level:str # `'error'`: no perfusion can be computed; `'warning'`: it can, with care; `'note'`
     what:str # What was found, in numbers, and what to do
 
+# %% ../nbs/33_dsc.ipynb #61f63a8b
 DSC_FINDINGS = dict(
     several_series='several series, echoes or orientations in one folder',
     one_slice='fewer than three slices: no volume',
@@ -51,6 +52,7 @@ DSC_FINDINGS = dict(
     no_artery='no curve that is early, narrow and high',
     guessed_side='the side of the lesion was guessed')
 
+# %% ../nbs/33_dsc.ipynb #bf43b7da
 class DSCError(SeriesError):
     "Why no perfusion can be computed; the name of the finding comes first"
 
@@ -76,13 +78,16 @@ class Series4D(NamedTuple):
     ) -> Volume: # (D,H,W) float32
         "One frame, or the mean of several"
         x = self.data[at] if isinstance(at, int) else self.data[at].mean(0)
-        return Volume(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)), affine=self.affine)
+        x = np.ascontiguousarray(x, dtype=np.float32)
+        return Volume(torch.from_numpy(x), affine=self.affine)
 
     def __repr__(self):
         t,*size = self.data.shape
-        mm = ' x '.join(f'{o:.2f}' for o in np.linalg.norm(self.affine[:3,:3], axis=0))
+        spacing = np.linalg.norm(self.affine[:3,:3], axis=0)
+        mm = ' x '.join(f'{o:.2f}' for o in spacing)
+        shape = 'x'.join(map(str,size))
         te = 'unknown' if self.te is None else f'{self.te:g} ms'
-        return f"Series4D {t} frames of {'x'.join(map(str,size))}, {mm} mm, every {self.dt:.3g} s, TE {te}"
+        return f"Series4D {t} frames of {shape}, {mm} mm, every {self.dt:.3g} s, TE {te}"
 
 # %% ../nbs/33_dsc.ipynb #35a5b11e
 _TOLD_BY = ('TemporalPositionIdentifier','AcquisitionNumber','TriggerTime','FrameReferenceTime',
@@ -90,9 +95,15 @@ _TOLD_BY = ('TemporalPositionIdentifier','AcquisitionNumber','TriggerTime','Fram
 
 def _without_copies(frames):
     "Frames without those whose instance came before"
-    seen = {(f['SOPInstanceUID'],f['frame']) if f['SOPInstanceUID'] else id(f): f for f in reversed(frames)}
-    return [f for f in frames if seen[(f['SOPInstanceUID'],f['frame']) if f['SOPInstanceUID'] else id(f)] is f]
+    res,seen = [],set()
+    for f in frames:
+        uid = f['SOPInstanceUID']
+        key = (uid,f['frame']) if uid else id(f)
+        if key not in seen: res.append(f)
+        seen.add(key)
+    return res
 
+# %% ../nbs/33_dsc.ipynb #f543dd56
 def _seconds(k, v):
     "A time of a header in seconds; `None` if it is none"
     if k in ('TriggerTime','FrameReferenceTime'):
@@ -103,6 +114,7 @@ def _seconds(k, v):
     day = datetime.strptime(date, '%Y%m%d').toordinal() if date else 0
     return ((day*24+int(h))*60+int(m))*60+int(s)+float(part or 0)
 
+# %% ../nbs/33_dsc.ipynb #a6cd0dbc
 def _told_apart(frames, place):
     "Number of each frame's time, (N,), by a header value; `None` if none tells the times apart"
     n_places = place.max()+1
@@ -116,6 +128,13 @@ def _told_apart(frames, place):
             return np.array([number[v] for v in values])
     return None
 
+# %% ../nbs/33_dsc.ipynb #04588bcf
+def _cycle(t, place):
+    "Usual time between two frames of the same place; 0 if none has two"
+    steps = [np.diff(np.sort(t[place==i])) for i in range(place.max()+1)]
+    steps = np.concatenate(steps)
+    return float(np.median(steps)) if len(steps) else 0.
+
 def _by_clock(frames, place):
     """Number of each frame's time, (N,), where every slice has a time of its own; `None` if times do not tell.
 
@@ -124,22 +143,25 @@ def _by_clock(frames, place):
         t = [None if f.get(k) is None else _seconds(k, f[k]) for f in frames]
         if None in t: continue
         t = np.array(t)-min(t)
-        same = [np.diff(np.sort(t[place==i])) for i in range(place.max()+1)]
-        cycle = float(np.median(np.concatenate(same))) if any(map(len, same)) else 0.
+        cycle = _cycle(t, place)
         if cycle<=0: continue
         turn = np.exp(2j*np.pi*t/cycle)
-        part = np.array([np.angle(turn[place==i].mean())/(2*np.pi) for i in range(place.max()+1)])
+        mean = [turn[place==i].mean() for i in range(place.max()+1)]
+        part = np.array([np.angle(o)/(2*np.pi) for o in mean])
         part = (part-part[place[t.argmin()]]+.001)%1-.001 # a cycle begins with the slice that was taken first
         number = (t/cycle-part[place]).round().astype(int)
         if len(set(zip(place, number)))>=.95*len(frames):
             return number-number.min()
     return None
 
+# %% ../nbs/33_dsc.ipynb #37d6c546
 def _counted(frames, place):
     "Number of each frame's time, (N,), by counting instances at each place"
     n = np.bincount(place)
     if n.min()<n.max(): raise DSCError(_uncounted(n))
-    def acquired(i): return place[i],frames[i]['InstanceNumber'] or (0,),frames[i]['frame']
+    def acquired(i):
+        f = frames[i]
+        return place[i],f['InstanceNumber'] or (0,),f['frame']
     order = sorted(range(len(frames)), key=acquired)
     res = np.empty(len(frames), int)
     res[order] = np.tile(np.arange(n[0]), len(n))
@@ -167,6 +189,7 @@ def _table_of(frames):
         else: twice += 1
     return table,[Finding('doubles', 'warning', _twice(twice))] if twice else []
 
+# %% ../nbs/33_dsc.ipynb #d7c1d644
 def _few_slices(n):
     return (f"one_slice: {n} place{'s' if n>1 else ''}, and a volume needs three slices or more: give the folder of the"
         " whole series")
@@ -174,6 +197,7 @@ def _few_slices(n):
 def _twice(n):
     return f"{n} image{'s come' if n>1 else ' comes'} twice, and the first was taken: a folder copied into itself?"
 
+# %% ../nbs/33_dsc.ipynb #bf9eb46d
 def _complete(table):
     "The rows without a gap, and a finding on the others"
     whole = np.array([all(f is not None for f in row) for row in table])
@@ -181,7 +205,8 @@ def _complete(table):
     n,lost = len(table),int((~whole).sum())
     if lost>.2*n:
         raise DSCError(f"frames_missing: {_lost_frames(lost, n)}; copy the series again")
-    return table[whole],[Finding('frames_missing', 'warning', _lost_frames(lost, n)+'; they are left out')]
+    said = f'{_lost_frames(lost, n)}; they are left out'
+    return table[whole],[Finding('frames_missing', 'warning', said)]
 
 def _lost_frames(lost, n): return f"slices lack at {lost} of {n} time points"
 
@@ -199,6 +224,7 @@ def _times_by(k, table):
         t = t+86400*np.cumsum(np.r_[0, np.diff(t)<-43200]) # past midnight
     return t-t[0] if (np.diff(t)>0).all() else None
 
+# %% ../nbs/33_dsc.ipynb #a066274a
 def _header_times(table, tr, dt=None):
     "Times of the rows, (T,) s, and findings"
     if dt is not None:
@@ -228,6 +254,7 @@ class _MosaicLook:
         h,wide,d = w.image_shape[:3]
         return np.diag([-1.,-1,1,1])@w.affine[:,[2,0,1,3]],(d,h,wide)
 
+# %% ../nbs/33_dsc.ipynb #1c24462c
 def _untiled(x, shape):
     "Slices (T,D,H,W) of mosaics (T,rows,columns)"
     d,h,w = shape
@@ -235,6 +262,7 @@ def _untiled(x, shape):
     tiles = x.reshape(t, down, h, across, w).swapaxes(2,3)
     return tiles.reshape(t, down*across, h, w)[:,:d]
 
+# %% ../nbs/33_dsc.ipynb #656c25a1
 def _read_mosaics(path, budget):
     frames = _without_copies(folder_frames(path, _MosaicLook(), budget))
     places = [f['looked'] for f in frames]
@@ -242,12 +270,15 @@ def _read_mosaics(path, budget):
         raise DSCError(_no_private())
     affine,shape = places[0]
     same = all(p[1]==shape and np.allclose(p[0], affine, atol=1e-3) for p in places)
-    if not same or len({(f['SeriesInstanceUID'],f['EchoTime']) for f in frames})>1:
+    kinds = {(f['SeriesInstanceUID'],f['EchoTime']) for f in frames}
+    if not same or len(kinds)>1:
         raise _several(len(frames))
     def acquired(f): return f['AcquisitionNumber'] or (0,),f['InstanceNumber'] or (0,)
+    def pixels(stack): return _untiled(read_pixels(stack, budget), shape)
     table = np.array(sorted(frames, key=acquired), object)
-    return table[:,None],affine,[],lambda stack: _untiled(read_pixels(stack, budget), shape)
+    return table[:,None],affine,[],pixels
 
+# %% ../nbs/33_dsc.ipynb #8c242905
 def _no_private():
     return ("several_series: mosaics without the private header that says where their slices lie: convert the original"
         " series with dcm2niix and read the NIfTI")
@@ -268,13 +299,17 @@ def _read_slices(frames, budget):
     table,said = _table_of(frames)
     table,more = _complete(table)
     order,affine = place_slices([*table[0]])
-    def pixels(stack): return read_pixels(stack, budget).reshape(-1, len(order), *_matrix(stack[0]))
+    def pixels(stack):
+        x = read_pixels(stack, budget)
+        return x.reshape(-1, len(order), *_matrix(stack[0]))
     return table[:,order],affine,said+more,pixels
 
+# %% ../nbs/33_dsc.ipynb #c8a23bbb
 def _matrix(f): return int(f['Rows'][0]),int(f['Columns'][0])
 
 def _one_of(f, k): return float(f[k][0]) if f[k] else None
 
+# %% ../nbs/33_dsc.ipynb #32cdd284
 def _from_dicom(path, frames, dt, budget):
     check_modality(frames)
     mosaic = _is_mosaic(frames[0])
@@ -298,10 +333,13 @@ def _sidecar(path):
             raise SeriesError("the JSON beside it cannot be read: correct it, or move it away") from None
     return d if isinstance(d, dict) else {}
 
+# %% ../nbs/33_dsc.ipynb #9c939e6a
 def _number_in(d, k, factor=1):
     v = d.get(k)
-    return float(v)*factor if isinstance(v, (int,float)) and not isinstance(v, bool) else None
+    is_number = isinstance(v, (int,float)) and not isinstance(v, bool)
+    return float(v)*factor if is_number else None
 
+# %% ../nbs/33_dsc.ipynb #d9cae50c
 def _from_nifti(path, dt, budget):
     data,affine,step = read_nifti_times(path, budget)
     d = _sidecar(path)
@@ -324,6 +362,7 @@ def _uneven_steps(steps, usual):
     return (f"from frame to frame {steps.min():.2f} to {steps.max():.2f} s pass, and {usual:.2f} s are usual: frames "
         "are missing, or taken in several parts; up to two missing in a row are interpolated")
 
+# %% ../nbs/33_dsc.ipynb #ac631597
 def _reading_findings(s):
     res = _timing_findings(s.times)
     if s.te is None:
@@ -352,6 +391,7 @@ def read_dsc(
     if te is not None: s = s._replace(te=float(te))
     return s._replace(findings=(*s.findings,*_reading_findings(s)))
 
+# %% ../nbs/33_dsc.ipynb #43b84475
 def _read_any(path, dt, budget):
     nifti = is_nifti(path) and path.is_file()
     frames = [] if nifti else folder_frames(path, None, budget)
@@ -376,8 +416,10 @@ class Bolus(NamedTuple):
     @property
     def baseline(self):
         "The frames surely without contrast"
-        return slice(self.first, max(self.arrival-1, self.first+1))
+        end = max(self.arrival-1, self.first+1)
+        return slice(self.first, end)
 
+# %% ../nbs/33_dsc.ipynb #bc229f0c
 def bolus_timing(
     signal:np.ndarray, # (T,) mean signal of the brain or head
 ) -> Bolus: # Indices of frames
@@ -397,10 +439,12 @@ def bolus_timing(
             s0 = float(x[first:arrival].mean())
     return Bolus(first, arrival, peak, s0, float(1-x[peak]/s0))
 
+# %% ../nbs/33_dsc.ipynb #ad2532dd
 def _steady_from(x, s0):
     "The first of at most five frames that is not 2 % brighter than the baseline"
     bright = x[:5]>1.02*s0
-    return int((~bright).argmax()) if len(bright) and not bright.all() else 0
+    if bright.all(): return 0 # also where there is no frame
+    return int((~bright).argmax())
 
 # %% ../nbs/33_dsc.ipynb #73ee2cac
 def head_mask(
@@ -411,18 +455,22 @@ def head_mask(
     except MGMTError as e:
         raise DSCError(f"no_bolus: {e}") from None
 
+# %% ../nbs/33_dsc.ipynb #b20e1a6f
 def head_curve(
     series:Series4D, # Any
     mask:np.ndarray=None, # (D,H,W) bool; its `head_mask` if None
 ) -> np.ndarray: # (T,) mean signal
     "The mean signal of the head."
-    return series.data[:,head_mask(series) if mask is None else mask].mean(1, dtype=float)
+    if mask is None: mask = head_mask(series)
+    return series.data[:,mask].mean(1, dtype=float)
 
 # %% ../nbs/33_dsc.ipynb #c63e6655
 def _share_brighter(series, mask, bolus):
     "Share of the head that is 5 % brighter at the height of the bolus than before, noise averaged away in the plane"
-    before,then = (np.asarray(series.frame(o)) for o in (bolus.baseline, bolus.peak))
-    before,then = (ndimage.uniform_filter(o, (1,5,5))[mask] for o in (before,then))
+    def smooth(at):
+        x = np.asarray(series.frame(at))
+        return ndimage.uniform_filter(x, (1,5,5))[mask]
+    before,then = smooth(bolus.baseline),smooth(bolus.peak)
     return float((then>1.05*before).mean())
 
 # %% ../nbs/33_dsc.ipynb #c46de8a1
@@ -446,18 +494,24 @@ def dsc_findings(
         res += _bolus_findings(x, bolus, series.dt)
     return res
 
+# %% ../nbs/33_dsc.ipynb #453fc6d3
 def _has_bolus(b, noise, dt):
-    return b.drop>max(.02, 5*noise) and (b.peak-b.arrival)*dt<30
+    deep = b.drop>max(.02, 5*noise)
+    fast = (b.peak-b.arrival)*dt<30
+    return deep and fast
 
+# %% ../nbs/33_dsc.ipynb #0c2da9ef
 def _bolus_findings(x, b, dt):
-    res,left = [],(len(x)-1-b.peak)*dt
-    if b.arrival-b.first<3:
-        res.append(Finding('no_baseline', 'error', _late_start(max(0, b.arrival-b.first))))
+    res,steady = [],b.arrival-b.first
+    if steady<3:
+        res.append(Finding('no_baseline', 'error', _late_start(max(0, steady))))
+    left = (len(x)-1-b.peak)*dt
     came_back = (x[-3:].mean()-x[b.peak])/(b.s0-x[b.peak])
     if left<10 or came_back<.5:
         res.append(Finding('bolus_cut_off', 'error', _cut_off(left, came_back)))
     return res
 
+# %% ../nbs/33_dsc.ipynb #77507825
 def _rises(by, te):
     short = '' if te is None or te>10 else f', with an echo time of {te:g} ms'
     return Finding('dce', 'error', f"the signal of the head rises by {by:.0%} and does not fall{short}: a T1-weighted "
@@ -471,6 +525,7 @@ def _head_moved(share, bolus):
     return Finding('no_bolus', 'error', f"at frame {bolus.peak}, the darkest, {share:.0%} of the head is brighter than "
         "before: the head moved, and no contrast arrived")
 
+# %% ../nbs/33_dsc.ipynb #ce171478
 def _late_start(n):
     return (f"contrast arrives after {n} steady frames, and three are needed to know the signal without it: was the "
         "start cut off?")
@@ -496,9 +551,11 @@ def even_times(
 ) -> Series4D: # The same where its times are even within 5 %; else float32, linear between frames
     "Bring a series to even steps of its usual time."
     if not _timing_findings(series.times): return series
-    n = int(series.times[-1]/series.dt+1e-3)+1
-    at = np.interp(np.arange(n)*series.dt, series.times, np.arange(len(series.times)))
-    low = np.minimum(at.astype(int), len(series.times)-2)
+    known,dt = series.times,series.dt
+    n = int(known[-1]/dt+1e-3)+1
+    times = np.arange(n)*dt
+    at = np.interp(times, known, np.arange(len(known)))
+    low = np.minimum(at.astype(int), len(known)-2)
     part = (at-low).astype(np.float32)[:,None,None,None]
     data = (1-part)*series.data[low]+part*series.data[low+1]
-    return series._replace(data=data, times=np.arange(n)*series.dt)
+    return series._replace(data=data, times=times)

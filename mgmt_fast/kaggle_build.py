@@ -33,6 +33,7 @@ def check_kernel(
     rows = [(path.parent.name,*o) for o in _check_metadata(path)]
     return pd.DataFrame(rows, columns=['kernel','field','problem','what_to_do'])
 
+# %% ../nbs/81_kaggle_build.ipynb #ada0be69
 def _check_metadata(path):
     "Rows `(field, problem, what to do)` of one file"
     try: d = json.loads(path.read_text(encoding='utf-8'))
@@ -42,6 +43,7 @@ def _check_metadata(path):
         return [('', f'{path.name} holds no fields', 'restore it')]
     return [*_check_names(d), *_check_kind(d, path.parent), *_check_sources(d), *_check_known(d)]
 
+# %% ../nbs/81_kaggle_build.ipynb #bd55f7f7
 _slug = r'[A-Za-z0-9][A-Za-z0-9-]{2,49}'
 
 def _check_names(d):
@@ -57,6 +59,7 @@ def _check_names(d):
     if slug and slug_of(title)!=slug:
         yield 'title', f'becomes {slug_of(title)!r} in addresses, the id says {slug!r}', 'make them agree'
 
+# %% ../nbs/81_kaggle_build.ipynb #d030829a
 _wanted = dict(enable_gpu=(True, 'training needs it'), enable_internet=(False, 'the competition forbids it'),
     is_private=(True, 'publish by hand, if at all'),
     machine_shape=('NvidiaTeslaT4', "two T4s, which work; Kaggle's P100 fails every operation with its image's torch"))
@@ -74,6 +77,7 @@ def _check_kind(d, folder):
         if got!=want or type(got) is not type(want):
             yield k, f'{got!r}', f'use {json.dumps(want)}: {why}'
 
+# %% ../nbs/81_kaggle_build.ipynb #58283ce4
 def _check_sources(d):
     "The competition is there, and data sets and kernels are named in full"
     if COMPETITION not in d.get('competition_sources', []):
@@ -83,6 +87,7 @@ def _check_sources(d):
             if not re.fullmatch(rf'({_slug}|INSERT_USERNAME)/{_slug}', str(o)):
                 yield k, f'{o!r} is not USER/SLUG', 'slugs have 3 to 50 letters, digits and dashes'
 
+# %% ../nbs/81_kaggle_build.ipynb #79fd57ee
 _fields = '''id id_no title code_file language kernel_type is_private enable_gpu enable_tpu enable_internet
     dataset_sources competition_sources kernel_sources model_sources keywords docker_image docker_image_pinning_type
     machine_shape'''.split()
@@ -111,10 +116,12 @@ def fill_kernel(
     d['dataset_sources'] = [o for o in d['dataset_sources'] if o.split('/')[1] in have]
     write_json(dest/'kernel-metadata.json', d)
     shutil.copyfile(folder/d['code_file'], dest/d['code_file'])
-    bad = [f'{r.kernel}, {r.field}: {r.problem} ({r.what_to_do})' for r in check_kernel(dest).itertuples()]
+    found = check_kernel(dest).itertuples()
+    bad = [f'{r.kernel}, {r.field}: {r.problem} ({r.what_to_do})' for r in found]
     if bad: raise KaggleError('; '.join(bad))
     return d
 
+# %% ../nbs/81_kaggle_build.ipynb #02f1de48
 def _no_user(user):
     return (f"a Kaggle user name has 3 to 50 letters, digits and dashes; received {user!r}: "
         "it is the last part of your profile's address")
@@ -124,6 +131,7 @@ LACKING = ('timm-3d', 'pydicom', 'python-gdcm', 'pylibjpeg', 'pylibjpeg-openjpeg
     'SimpleITK') # the last three for raw scans
 PYTHONS = ('3.11','3.12','3.13') # of Kaggle's images, old and new; pip takes the wheels that fit
 
+# %% ../nbs/81_kaggle_build.ipynb #39f7bcdb
 def build_wheels(
     dest:str|Path, # Folder to write to
     source:str|Path='.', # A clone of the library, or a wheel of it
@@ -141,11 +149,13 @@ def build_wheels(
         _check_wheels(dest, ('mgmt_fast',*lacking), python)
     return sorted(o.name for o in dest.glob('*.whl'))
 
+# %% ../nbs/81_kaggle_build.ipynb #27a54194
 def _check_wheels(folder, names, python):
     "Let pip try, without a network and without changing anything"
     _pip('install', '--dry-run', '--no-index', '--no-deps', '--target', folder/'none', '--find-links', folder,
         *_for_kaggle(python), *names)
 
+# %% ../nbs/81_kaggle_build.ipynb #f65ea83d
 def _own_wheel(dest, source):
     "Copy the wheel that is given, or build it from a clone"
     if source.suffix=='.whl':
@@ -161,13 +171,16 @@ def _no_clone(source):
     name = source.resolve().name
     return f"{name} is no clone of the library (no settings.ini): run this in one, or give a wheel as the source"
 
-def _download(dest, names, python): _pip('download', '--no-deps', *_for_kaggle(python), '--dest', dest, *names)
+# %% ../nbs/81_kaggle_build.ipynb #5e6460da
+def _download(dest, names, python):
+    _pip('download', '--no-deps', *_for_kaggle(python), '--dest', dest, *names)
 
 def _for_kaggle(python):
     "What tells pip that wheels are for Kaggle's Linux"
     platforms = ('manylinux2014_x86_64','manylinux_2_17_x86_64','manylinux_2_28_x86_64')
     return ['--only-binary=:all:', '--python-version', python, *(f'--platform={o}' for o in platforms)]
 
+# %% ../nbs/81_kaggle_build.ipynb #9ed4113a
 def _pip(*args):
     command = [sys.executable,'-m','pip',*map(str, args),'--quiet','--disable-pip-version-check']
     r = subprocess.run(command, capture_output=True, text=True)
@@ -217,7 +230,8 @@ def build_kaggle(
     for k in folders:
         if k not in DATASETS:
             raise unknown_name('data set', k, DATASETS)
-    folders = {'wheels':dest/'wheels', **{k:Path(v) for k,v in folders.items() if v is not None}}
+    given = {k:Path(v) for k,v in folders.items() if v is not None}
+    folders = {'wheels':dest/'wheels', **given}
     have = [DATASETS[k] for k in folders]
     ids = {p: fill_kernel(p, dest/p.name, user, have)['id'] for p in paths}
     for k,p in reversed(folders.items()): # the wheels last, since they take long
@@ -228,18 +242,22 @@ def build_kaggle(
         *(f'kaggle kernels push -p {dest/p.name}' for p in paths),
         *(_submit(i) for p,i in ids.items() if p.name=='submit')]
 
+# %% ../nbs/81_kaggle_build.ipynb #6b77325f
 _terms = dict(wheels='Wheels of mgmt_fast and of what Kaggle lacks for it; each keeps its own licence.',
     weights='2D ImageNet weights of timm, for inflation to 3D; each file names its licence.',
     store='Scans of the competition, prepared by mgmt_fast; the rules of the competition apply.',
     tcga='TCGA-GBM scans and a table of MGMT labels; the terms of TCIA apply.',
     atlas='SRI24, the atlas of the public glioma collections; CC BY-SA 3.0, https://www.nitrc.org/projects/sri24.')
 
+# %% ../nbs/81_kaggle_build.ipynb #cc91a28c
 def _in_order(paths):
     "Folders of kernels, in the order in which one needs the other's output"
     order = ('eda','train','tcga-eval','submit')
     folders = sorted(p.parent for p in paths)
-    return sorted(folders, key=lambda p: order.index(p.name) if p.name in order else len(order))
+    def place(p): return order.index(p.name) if p.name in order else len(order)
+    return sorted(folders, key=place)
 
+# %% ../nbs/81_kaggle_build.ipynb #bf3472fe
 def _submit(kernel):
     said = f'-f submission.csv -m "mgmt_fast {__version__}"'
     return f'kaggle competitions submit -c {COMPETITION} -k {kernel} -v 1 {said}'

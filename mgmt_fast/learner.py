@@ -58,6 +58,8 @@ choice('learner', 'anisotropic', 'halvings, counted from the input, that spare t
 choice('learner', 'double_rescale', 'divide intensities by 255 once more, before they are standardized, where the '
     "network is an EfficientNet: others have no layer for it in the thesis' libraries",
     Allowed.one_of(True,False), default=False, published=True, winner=False)
+
+# %% ../nbs/55_learner.ipynb #325b021a
 choice('learner', 'summed_batches', 'batches whose gradients are summed before a step, what is left going into the '
     'next epoch; 1: none (the thesis does not give its number: '
     'ours)', Allowed.whole(1), default=1, published=1, winner=1)
@@ -69,6 +71,8 @@ choice('learner', 'lr', 'learning rate of Adam', Allowed.number(0), default=1e-3
 choice('learner', 'wd', 'weight decay, decoupled', Allowed.number(0), default=0., published=0., winner=0.)
 choice('learner', 'l2', 'times half the sum of squares of what trains, added to the loss', Allowed.number(0),
     default=0., published=1e-5, winner=0.)
+
+# %% ../nbs/55_learner.ipynb #c5ce89fd
 choice('learner', 'epochs', 'passes over the training patients, at most', Allowed.whole(1),
     default=10, published=10, winner=15)
 choice('learner', 'schedule', "'flat' rate, falling on a plateau; 'one_cycle' up to `lr` and down; 'steps': flat, then "
@@ -78,6 +82,8 @@ choice('learner', 'step_epoch', "epoch, counted from 0, from which the rate of '
     default=10, published=10, winner=10)
 choice('learner', 'step_factor', 'what the rate is divided by then', Allowed.number(1), default=2., published=2.,
     winner=2.)
+
+# %% ../nbs/55_learner.ipynb #5934651b
 choice('learner', 'patience', 'epochs without a lower validation loss before training stops; None: it never does',
     _count,
     default=None, published=3, winner=None)
@@ -95,6 +101,8 @@ choice('learner', 'precision', "'float32', 'bf16' or 'fp16'", Allowed.one_of('fl
     **_same('float32'))
 choice('learner', 'clip_norm', 'largest norm of the gradient; None: no limit', Allowed.one_of(None)|Allowed.number(0),
     **_same(None))
+
+# %% ../nbs/55_learner.ipynb #aea07a92
 choice('learner', 'loss', "'bce', or 'focal': patients of whom the network is sure already count less",
     Allowed.one_of('bce','focal'), **_same('bce'))
 choice('learner', 'focal_gamma', 'how much less', Allowed.number(0), **_same(2.))
@@ -266,10 +274,12 @@ class MGMTLearner(Learner):
                 self.fit(r.epochs, r.lr)
         finally: self._plan = None
 
+# %% ../nbs/55_learner.ipynb #aec91ba1
 def _held(path):
     "The first of several processes holds the folder for all"
     return contextlib.nullcontext() if rank_distrib() else working_in(path)
 
+# %% ../nbs/55_learner.ipynb #1cf45e8b
 _not_exported = ("a learner is not pickled, because unpickling a file can run any code: use save_model(learn, path), "
     "which keeps all that a prediction needs, and load_model(path)")
 _channels_are_last = ("fastai's channels_last is for images, with 4 axes; the backbones lay out volumes with their "
@@ -278,16 +288,21 @@ _channels_are_last = ("fastai's channels_last is for images, with 4 axes; the ba
 _not_in_halves = ("the weights stay in float32, and what is computed in half precision is torch's choice: use "
     "precision='bf16' in the recipe, or to_bf16()")
 
+# %% ../nbs/55_learner.ipynb #cffed1bd
 _by_hand = ("schedule 'own' is that of a training that was started by hand, and cannot be repeated from the recipe: "
     "choose 'one_cycle', 'flat' or 'steps'")
 
 def _schedule(cbs):
     "What a training that was started by hand does with its rate"
-    return 'own' if any(isinstance(cb, ParamScheduler) and 'lr' in cb.scheds for cb in L(cbs)) else 'flat'
+    schedulers = [cb for cb in L(cbs) if isinstance(cb, ParamScheduler)]
+    changes_rate = any('lr' in cb.scheds for cb in schedulers)
+    return 'own' if changes_rate else 'flat'
 
+# %% ../nbs/55_learner.ipynb #00b98779
 # what fastai writes before the message of any callback
 _FASTAI_SAYS = re.compile(r'^(Exception occured in `\w+` when calling event `\w+`:\s+)+')
 
+# %% ../nbs/55_learner.ipynb #d3c00c24
 def _too_large(learn):
     x = learn.xb[0]
     shape = 'x'.join(map(str, x.shape)) if torch.is_tensor(x) else 'unknown shape'
@@ -311,7 +326,10 @@ def weights_key(
         h.update(_bytes(t))
     return h.hexdigest()
 
-def _bytes(t): return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+# %% ../nbs/55_learner.ipynb #cd362fb7
+def _bytes(t):
+    t = t.detach().cpu().contiguous()
+    return t.flatten().view(torch.uint8).numpy().tobytes()
 
 # %% ../nbs/55_learner.ipynb #29293f53
 def plan_key(
@@ -335,6 +353,7 @@ def training_key(
     "What makes a training what it is, read from the learner."
     return plan_key(learn.dls, recipe_that_ran(learn, plan=True), getattr(learn,'seed',None))
 
+# %% ../nbs/55_learner.ipynb #a3103468
 def _run_cbs(learn, resume):
     "Callbacks of one training: several processes, and the checkpoint of one that can be resumed"
     cbs = [DistributedTraining()] if num_distrib()>1 else []
@@ -345,6 +364,7 @@ def _run_cbs(learn, resume):
         print(f"resumed: {n} of {limit} epochs are done{_raised(ckpt.read(learn.path)['key'], learn.recipe)}")
     return [*cbs, ckpt]
 
+# %% ../nbs/55_learner.ipynb #5167fa13
 def _raised(then, recipe):
     "What a limit of epochs that was raised since means"
     before = then['recipe']['epochs']
@@ -368,6 +388,7 @@ def _one_class(y):
     return (f"all {len(y)} training patients are {LABELS[int(y[0])]}: a classifier needs both classes; "
         "choose another split")
 
+# %% ../nbs/55_learner.ipynb #c46c7dfc
 def _engine(r):
     "Callbacks that the recipe's choices ask for"
     cbs = []
@@ -382,6 +403,7 @@ def _engine(r):
     if r.mixup: cbs.append(MixUp(r.mixup))
     return cbs
 
+# %% ../nbs/55_learner.ipynb #b7baa504
 def _loss_of(r, dls, model):
     "The loss that the recipe asks for; fastai's own does not flatten with a weight"
     if r.network=='siamese': return PairLoss(model.head)
@@ -402,6 +424,7 @@ def _make_model(r, dls, seed, **kwargs):
         _rescale_again(model)
     return set_norms(model, r.norms)
 
+# %% ../nbs/55_learner.ipynb #ded6d2cb
 def _fitting_network(r, seed, spared, **kwargs):
     "The network that spares the depth as often as the prepared one demands"
     ways = [dict(anisotropic=n) for n in (range(6) if spared is None else [spared])]
@@ -412,6 +435,7 @@ def _fitting_network(r, seed, spared, **kwargs):
         if model.body.depth_stride<=r.size[0]: break
     return model
 
+# %% ../nbs/55_learner.ipynb #86aa91a5
 def _rescale_again(model):
     "Standardize as if intensities were divided by 255 once more"
     inside = isinstance(model.body.inside, Standardize)
@@ -419,6 +443,7 @@ def _rescale_again(model):
         getattr(model.body.inside if inside else model.standardize, k).mul_(255)
         if not inside: model.config[k] *= 255
 
+# %% ../nbs/55_learner.ipynb #50c02ca9
 def _watchers(r):
     "What follows a training, by recipe"
     res = [HistoryLogger(), SaveBest(), StopOnNaN()]
@@ -434,6 +459,7 @@ def _watchers(r):
     if r.network=='siamese': res.append(Prototypes())
     return [*res, *_engine(r)]
 
+# %% ../nbs/55_learner.ipynb #09d6d789
 def _on_card(graphs, dls):
     "What lets a card work without waiting"
     if graphs not in ('auto',True,False):
@@ -444,7 +470,9 @@ def _on_card(graphs, dls):
 # %% ../nbs/55_learner.ipynb #bbe133d3
 _plan = object() # the choice did not come into play
 
-def _cb(learn, kind): return next((c for c in learn.cbs if isinstance(c, kind)), None)
+def _cb(learn, kind):
+    found = (c for c in learn.cbs if isinstance(c, kind))
+    return next(found, None)
 
 def _of(kind, name, without):
     "Reads an attribute of a callback, or says what it means that there is none"
@@ -453,9 +481,13 @@ def _of(kind, name, without):
         return without if cb is None else getattr(cb, name)
     return _read
 
+# %% ../nbs/55_learner.ipynb #1d42eb37
 def _of_model(name): return lambda learn: getattr(learn.model, name, _plan)
-def _of_config(name, default=_plan): return lambda learn: getattr(learn.model, 'config', {}).get(name, default)
 
+def _of_config(name, default=_plan):
+    return lambda learn: getattr(learn.model, 'config', {}).get(name, default)
+
+# %% ../nbs/55_learner.ipynb #6ed48528
 def _accumulated(learn):
     cb = _cb(learn, GradientAccumulation)
     return 1 if cb is None else cb.n_batches or f'until {cb.n_samples} patients'
@@ -464,6 +496,7 @@ def _computed_in(learn):
     cb = _cb(learn, MixedPrecision)
     return 'float32' if cb is None else cb.amp_mode.value
 
+# %% ../nbs/55_learner.ipynb #4ffcf17b
 def _adam_of(learn):
     "Whose Adam it is; another optimiser's own name"
     f = learn.opt_func
@@ -472,6 +505,7 @@ def _adam_of(learn):
         return getattr(f, '__name__', 'own')
     return next((k for k,v in _adams.items() if v==own), 'own')
 
+# %% ../nbs/55_learner.ipynb #e94e0f51
 def _mixed(learn):
     cb = _cb(learn, MixUp)
     return 0. if cb is None else round(float(cb.distrib.concentration1), 6)
@@ -492,21 +526,30 @@ def _loss_name(learn):
     names = {BCEWithLogitsLossFlat:'bce', PairLoss:_plan}
     return names.get(type(loss), getattr(loss, '__name__', type(loss).__name__))
 
+# %% ../nbs/55_learner.ipynb #c975896d
 def _focused(learn): return getattr(learn.loss_func, 'gamma', 0) or _plan
 
 def _weighted(learn):
     if isinstance(learn.loss_func, PairLoss): return _plan
     return None if getattr(learn.loss_func, 'pos_weight', None) is None else 'balanced'
 
+# %% ../nbs/55_learner.ipynb #979fb2ab
+def _fits_by_hand(learn):
+    "Trainings that were not as the recipe says"
+    fits = getattr(learn, 'fits', [])
+    return [f for f in fits if f!={k: learn.recipe[k] for k in f}]
+
+# %% ../nbs/55_learner.ipynb #d5f2b63b
 def _fitted(k):
     "Of trainings that were started by hand: epochs together, the last one's rate, and the schedule if all had one"
     def _read(learn):
-        fits = [f for f in getattr(learn,'fits',[]) if f!={j: learn.recipe[j] for j in f}]
+        fits = _fits_by_hand(learn)
         if not fits: return _plan
         if k=='epochs': return sum(f[k] for f in learn.fits)
-        if k=='lr':
-            return fits[-1][k] if fits[-1][k] is not None else _largest(learn.recorder.lrs)
-        return fits[0][k] if len({f[k] for f in learn.fits})==1 else 'own'
+        last = fits[-1][k]
+        if k=='lr': return _largest(learn.recorder.lrs) if last is None else last
+        alike = len({f[k] for f in learn.fits})==1
+        return fits[0][k] if alike else 'own'
     return _read
 
 def _largest(lrs): return float(max(lrs)) if len(lrs) else _plan
@@ -556,10 +599,14 @@ def recipe_that_ran(
 ) -> Recipe: # What the store, the loaders, the model and the callbacks are set to
     "The recipe of a training, read from the objects that carried it out."
     r = learn.dls.recipe if isinstance(learn.dls, StoreDataLoaders) else learn.recipe
-    found = {k: read(learn) for k,(where,read) in READ_BACK.items() if not (plan and where=='learn.fits')}
-    found = {k:v for k,v in found.items() if v is not _plan}
-    changed = {**learn.recipe.changed, **{k: r[k] for k in r.settled}, **found}
-    return Recipe(learn.recipe.name, changed, {**r.settled, **dict.fromkeys(found, 'the training')})
+    found = {}
+    for k,(where,read) in READ_BACK.items():
+        if plan and where=='learn.fits': continue
+        value = read(learn)
+        if value is not _plan: found[k] = value
+    of_loaders = {k: r[k] for k in r.settled}
+    settled = {**r.settled, **dict.fromkeys(found, 'the training')}
+    return Recipe(learn.recipe.name, {**learn.recipe.changed, **of_loaders, **found}, settled)
 
 # %% ../nbs/55_learner.ipynb #0c78a2dc
 def mgmt_learner(
@@ -577,25 +624,32 @@ def mgmt_learner(
 
     How a card is driven is no choice of a recipe, for the weights are the same. Raises `MGMTError` if a choice is given
     that the store or the loaders have settled otherwise, and on graphs=True without a card."""
-    asked = {'arch':arch, **(model_kwargs or {})}
     names = choice_names('backbones','learner')
-    r = follow_recipe(dls.recipe, recipe, **{k:v for k,v in asked.items() if v is not None and k in names})
+    asked = {'arch':arch, **(model_kwargs or {})}
+    chosen = {k:v for k,v in asked.items() if v is not None and k in names}
+    rest = {k:v for k,v in asked.items() if k!='arch' and k not in chosen}
+    r = follow_recipe(dls.recipe, recipe, **chosen)
     _check_labels(dls)
-    rest = {k:v for k,v in asked.items() if k!='arch' and (v is None or k not in names)}
     model = _make_model(r, dls, seed, **rest)
     settings = dict(opt_func=_adam(r.adam), lr=r.lr, wd=r.wd, splitter=body_and_head)
     metrics = [AUC(), partialler(accuracy_multi, thresh=.5, sigmoid=True)]
+    cbs = [*_watchers(r), *_on_card(graphs, dls), *L(cbs)]
     learn = MGMTLearner(dls, model, loss_func=_loss_of(r, dls, model), path=make_folder(path),
-        cbs=[*_watchers(r), *_on_card(graphs, dls), *L(cbs)], metrics=metrics, **{**settings, **kwargs})
-    learn.recipe,learn.seed,learn.n_train = r,seed,sum(p.requires_grad for p in model.parameters())
+        cbs=cbs, metrics=metrics, **{**settings, **kwargs})
+    learn.recipe,learn.seed = r,seed
+    learn.n_train = sum(p.requires_grad for p in model.parameters())
     learn.recipe = recipe_that_ran(learn)
     if r.name=='published': say_once(_with_faults(r))
     return learn
 
+# %% ../nbs/55_learner.ipynb #207a4ec0
 _adams = dict(fastai={}, torch=dict(sqr_mom=.999, eps=1e-8), keras=dict(sqr_mom=.999, eps=1e-7, keras=True))
 
-def _adam(name): return partial(FusedAdam, **_adams[name]) if _adams[name] else FusedAdam
+def _adam(name):
+    settings = _adams[name]
+    return partial(FusedAdam, **settings) if settings else FusedAdam
 
+# %% ../nbs/55_learner.ipynb #f315b399
 def _with_faults(r):
     on = ', '.join(faults(r).query('on').choice)
     return f"recipe 'published' trains as the thesis did, its faults included ({on}): for comparison, see `faults`"
@@ -625,6 +679,7 @@ def recipe_dls(
         raise MGMTError(_no_batch(len(dls.train.dataset), r))
     return dls
 
+# %% ../nbs/55_learner.ipynb #e64398e9
 def _no_batch(n, r):
     return (f"{n} training patients make no batch of {r.bs}, and recipe {r.name!r} drops incomplete ones: "
         "choose a smaller bs, or drop_last=False")
@@ -652,7 +707,8 @@ class MGMTModel:
     def size(self): return tuple(self.recipe.size)
 
     def __repr__(self):
-        what = f"MGMTModel {self.arch}, {', '.join(self.sequences)} at {'x'.join(map(str,self.size))}"
+        size = 'x'.join(map(str,self.size))
+        what = f"MGMTModel {self.arch}, {', '.join(self.sequences)} at {size}"
         return f"{what}, recipe {self.recipe.name!r}, mgmt_fast {self.version}"
 
     def needs(self) -> dict: # One key, with the recipe and the sequences to prepare
@@ -675,11 +731,13 @@ class MGMTModel:
         row:dict|pd.Series, # The patient's row
     ) -> tuple: # Logit, NaN where a sequence is missing; and a note
         "Predict one patient"
-        lack = [s for s in self.sequences if s not in volumes[self.key]]
+        known = volumes[self.key]
+        lack = [s for s in self.sequences if s not in known]
         if lack: return np.nan,f"lacks {', '.join(lack)}"
-        x = torch.from_numpy(np.stack([volumes[self.key][s] for s in self.sequences]))[None]
-        x = ToUnit()(TensorMR(x.to(next(self.model.parameters()).device)))
-        return self.model.eval()(x.as_subclass(torch.Tensor).float()).item(),''
+        x = torch.from_numpy(np.stack([known[s] for s in self.sequences]))[None]
+        device = next(self.model.parameters()).device
+        x = ToUnit()(TensorMR(x.to(device))).as_subclass(torch.Tensor)
+        return self.model.eval()(x.float()).item(),''
 
     def write(self,
         path:str|Path, # Without suffix
@@ -712,6 +770,7 @@ class MGMTModel:
         return cls(model.eval(), recipe, check_sequences(d['sequences']), d['version'], d['trained'], d.get('prepared'),
             d.get('preparation', 1), _read_seen(path), _read_like(path))
 
+# %% ../nbs/55_learner.ipynb #d1344263
 def _fill(model, file, path):
     "Fill a network with a file's tensors, all of them and no others"
     if not is_file(file):
@@ -726,6 +785,7 @@ def _fill(model, file, path):
     if bad:
         raise MGMTError(f"{file.name} holds NaN or infinite numbers, e.g. in {bad[0]!r}: damaged? Restore it")
 
+# %% ../nbs/55_learner.ipynb #ea725fa4
 def _check_types(model, file):
     "Raise where a tensor is of another kind than the network's, or far larger than all of them"
     kinds = {k: t.is_floating_point() for k,t in model.state_dict().items()}
@@ -738,12 +798,14 @@ def _check_types(model, file):
     if odd:
         raise MGMTError(_other_kind(file, odd[0], types[odd[0]]))
 
+# %% ../nbs/55_learner.ipynb #b679f8db
 def _other_kind(file, k, kind):
     return f"{file.name} holds {k!r} as {kind}, which is no kind that the network has: were two models' files mixed?"
 
 def _no_tensors(file, e):
     return f"{file.name} holds no tensors that can be read ({type(e).__name__}): was it cut off or changed? Restore it"
 
+# %% ../nbs/55_learner.ipynb #64c8df24
 _SIZE = list_of(Allowed.whole(1, 4096), 3)
 _IN_RANGE = Allowed.number(-1e6, 1e6)
 _FINITE = Allowed('a finite number', lambda v: v if _IN_RANGE(v)==v else None) # an int stays one
@@ -758,6 +820,7 @@ _MODEL = record_of(dict(version=TEXT, config=_CONFIG, recipe=A_RECIPE, sequences
     trained=_TRAINED), dict(kind=Allowed.one_of('network'), preparation=Allowed.whole(1, 2**20),
     prepared=list_of(A_SEQUENCE), classes=list_of(TEXT)))
 
+# %% ../nbs/55_learner.ipynb #c0d696dc
 def _check_inputs(d, recipe, path):
     "Raise where the parts of a model's JSON contradict each other, or its input is larger than any series may be"
     Budget().check('voxels', math.prod(d['size']))
@@ -767,6 +830,7 @@ def _check_inputs(d, recipe, path):
     raise MGMTError(f"{Path(path).name}.json contradicts itself on its size or its sequences: was it changed? "
         "Restore it")
 
+# %% ../nbs/55_learner.ipynb #fba77d6a
 def _no_network(path, e):
     return (f"{Path(path).name}.json describes a network that cannot be made ({type(e).__name__}): was it changed, or "
         "made by a later version? Restore it")
@@ -774,6 +838,7 @@ def _no_network(path, e):
 def _no_model(path, file):
     return f"no model at {path}: {file.name} is missing; a model is the files that `save_model` wrote, kept together"
 
+# %% ../nbs/55_learner.ipynb #f0d390df
 def _other_network(file, model, path, e):
     what = f"{file.name} does not fit {model.arch!r}, which {path.name}.json describes"
     return f"{what}: were two models' files mixed, or was the file cut off? ({str(e).splitlines()[0]})"
@@ -782,12 +847,14 @@ def _other_tensors(file, model, missing, extra):
     what = f"{len(missing)} tensors missing, {len(extra)} too many, e.g. {[*missing,*extra][0]!r}"
     return f"{file.name} does not fit {model.arch!r}: {what}; were two models' files mixed?"
 
+# %% ../nbs/55_learner.ipynb #0619fe53
 def _seen_file(path): return Path(f'{path}.seen.safetensors')
 
 def _like_file(path): return Path(f'{path}.unlike.safetensors')
 
 def _unlike(): return importlib.import_module('mgmt_fast.unlike') # a later room, as those of `_homes` are
 
+# %% ../nbs/55_learner.ipynb #85f2fd1b
 def _read_like(path):
     "What training's scans were like; None where that was not written down (version 0.1)"
     return _unlike().TrainingLike.read(_like_file(path)) if _like_file(path).exists() else None
@@ -833,6 +900,7 @@ def as_model(
     return MGMTModel(model.model, recipe_that_ran(model), model.dls.sequences, prepared=store.sequences,
         preparation_number=store.preparation_number, trained=trained, seen=seen, like=_like_of(model))
 
+# %% ../nbs/55_learner.ipynb #a390e272
 def _like_of(learn):
     "What a learner's training was like, measured once for each state of its network"
     dls = learn.dls
@@ -913,17 +981,22 @@ def skull_differs(
     if not odd: return ''
     return (_has_skull if any(odd.values()) else _has_none).format(', '.join(odd))
 
+# %% ../nbs/55_learner.ipynb #1f290505
 _has_skull = ("{} with skull, and this model was trained on brains without: no number is given. Bring the scans into "
     "an atlas first: mgmt_standardize, or mgmt_app with --atlas")
 _has_none = ("{} without skull, and this model was trained on heads with theirs: no number is given. Give the scans as "
     "they came from the scanner")
 
+# %% ../nbs/55_learner.ipynb #0f5c791d
 def _training_skulls(m):
     "Sequence to the share of training's scans that had their skull; what nobody wrote down is left out"
     if hasattr(m, 'preparation'):
-        return {s: o['skull'] for s,o in m.preparation.items() if o['skull'] is not None}
-    known = [o.like.skulls for o in m.leaves() if o.like is not None] if hasattr(m, 'leaves') else []
-    return {s: share for o in known for s,share in o.items()}
+        shares = {s: o['skull'] for s,o in m.preparation.items()}
+        return {s: share for s,share in shares.items() if share is not None}
+    known = {}
+    for o in m.leaves() if hasattr(m, 'leaves') else []:
+        if o.like is not None: known.update(o.like.skulls)
+    return known
 
 # %% ../nbs/55_learner.ipynb #452d079b
 def _ready_patients(m, cohort, n_workers):
@@ -933,14 +1006,18 @@ def _ready_patients(m, cohort, n_workers):
     else:
         yield from _from_scans(m, cohort, max(1, min(n_workers or os.cpu_count(), len(cohort))))
 
+# %% ../nbs/55_learner.ipynb #f4bf101d
 def _from_store(m, store):
     check_preparation(m, store)
     for _,row in store.table.iterrows():
         have = [s for s in m.sequences if row.get(s)]
         volumes = dict(zip(have, store.read(row.patient, have))) if have else {}
-        facts = store.meta[row.patient]['volumes'],store.meta[row.patient]['affine']
-        yield row.patient,row,PreparedScans(dict.fromkeys(m.needs(), volumes), dict.fromkeys(m.needs(), facts))
+        meta = store.meta[row.patient]
+        facts = meta['volumes'],meta['affine']
+        scans = PreparedScans(dict.fromkeys(m.needs(), volumes), dict.fromkeys(m.needs(), facts))
+        yield row.patient,row,scans
 
+# %% ../nbs/55_learner.ipynb #ea007e64
 def _from_scans(m, cohort, n):
     how,ahead = (m.needs(), m.sequences),deque()
     if all(map(_is_read, cohort.to_dict('records'))): # a process of its own is for decoders, which may die
@@ -954,10 +1031,13 @@ def _from_scans(m, cohort, n):
                 yield _outcome(*ahead.popleft(), how)
         while ahead: yield _outcome(*ahead.popleft(), how)
 
+# %% ../nbs/55_learner.ipynb #3827c0b2
 def _is_read(row):
     "Are there volumes in place of paths?"
-    return all(isinstance(row[s], Volume) for s in SEQUENCES if has_scan(row, s))
+    scans = [row[s] for s in SEQUENCES if has_scan(row, s)]
+    return all(isinstance(o, Volume) for o in scans)
 
+# %% ../nbs/55_learner.ipynb #289c859c
 class _Workers:
     "Processes that are replaced when one of them dies"
     def __init__(self, n): self.n,self.pool = n,process_pool(n)
@@ -968,6 +1048,7 @@ class _Workers:
         self.pool = process_pool(self.n)
         return self.pool.submit(*args)
 
+# %% ../nbs/55_learner.ipynb #ff521023
 def _outcome(row, job, how):
     "A patient as `_ready_patients` gives it; one that was under way when a process died is tried again, alone"
     try: res = job.result()
@@ -979,6 +1060,7 @@ def _outcome(row, job, how):
 
 _DIED = 'the process that prepared it died, most likely because memory ran out: predict it again with n_workers=1'
 
+# %% ../nbs/55_learner.ipynb #2da8e839
 def _prepared(row, needs, sequences):
     "A patient's `PreparedScans`"
     volumes,facts,notes = {},{},[]
@@ -986,7 +1068,8 @@ def _prepared(row, needs, sequences):
         p = prepare_patient(row, prepared, recipe)
         volumes[k] = {s:a for s,a in p.arrays.items() if s in sequences}
         facts[k] = p.meta,p.affine
-        notes += [' '.join(filter(None, (r['sequence'],r['what']))) for r in p.report]
+        for r in p.report:
+            notes.append(' '.join(filter(None, (r['sequence'],r['what']))))
     return PreparedScans(volumes, facts, '; '.join(uniqueify(notes)))
 
 # %% ../nbs/55_learner.ipynb #2d5d7a8f
@@ -1004,25 +1087,34 @@ def predict_prepared(
     unlike,what = _is_unlike(m, scans.volumes, scans.facts, found)
     return prob,'; '.join(filter(None, (scans.note,lack,what))),unlike
 
+# %% ../nbs/55_learner.ipynb #bddb423b
 def _skulls_of(scans):
     "Sequence to whether it has a skull, as it was seen when it was prepared"
-    return {s: v.get('skull') for volumes,_ in scans.facts.values() for s,v in volumes.items()}
+    res = {}
+    for volumes,_ in scans.facts.values():
+        for s,v in volumes.items(): res[s] = v.get('skull')
+    return res
 
+# %% ../nbs/55_learner.ipynb #7a836722
 @contextmanager
 def _watched(m):
     "What each network of a model finds of a patient, while it predicts"
     with contextlib.ExitStack() as stack:
         leaves = m.leaves() if hasattr(m, 'leaves') else []
-        yield [(o, stack.enter_context(_unlike().pooled_features(o.model))) for o in leaves if o.like is not None]
+        known = [o for o in leaves if o.like is not None]
+        yield [(o, stack.enter_context(_unlike().pooled_features(o.model))) for o in known]
 
+# %% ../nbs/55_learner.ipynb #6551fd5b
 def _is_unlike(m, volumes, facts, found):
     "Is a patient's scan unlike training's, and in words what is; what fails here concerns the flag alone"
     if not found: return None,''
-    models,features = zip(*((o,f[0][0] if f else None) for o,f in found))
+    models = [o for o,_ in found]
+    features = [f[0][0] if f else None for _,f in found]
     try: return _unlike().unlike_training(models, volumes, facts, features)
     except Exception as e:
         return None,log_fault(e, 'looking for what is unlike training')
 
+# %% ../nbs/55_learner.ipynb #301b43b7
 def _one_logit(m, volumes, row):
     "The model's logit and note; what it raises concerns this patient alone"
     try: return m.logit(volumes, row)
@@ -1046,6 +1138,7 @@ def predict_unlogged(
     columns = ['patient','prob','note','unlike']
     return pd.DataFrame(rows, columns=columns).astype({'patient':'string', 'unlike':'boolean'})
 
+# %% ../nbs/55_learner.ipynb #7c04c361
 def _features_of(features):
     "What a table knows of each patient, by `id_key`"
     if features is None: return {}

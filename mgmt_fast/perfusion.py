@@ -50,27 +50,37 @@ def _exponentials(dt, n):
     nearest to both."""
     taus = np.geomspace(dt, 80*dt, 80)
     steps = taus[:,None]/dt
-    return taus,2*steps*(1-np.exp(-.5/steps))*np.exp(-np.arange(n)/steps)
+    mean = 2*steps*(1-np.exp(-.5/steps))
+    decay = np.exp(-np.arange(n)/steps)
+    return taus,mean*decay
 
+# %% ../nbs/34_perfusion.ipynb #aa761adf
 def _oscillation(r, peak):
     "Oscillation index of residues (N,n), around the circle"
     bend = r[:,2:]+r[:,:-2]
     bend -= 2*r[:,1:-1]
-    total = abs(bend).sum(1)+abs(r[:,1]+r[:,-1]-2*r[:,0])+abs(r[:,-2]+r[:,0]-2*r[:,-1])
-    return total/(r.shape[1]*np.maximum(peak, 1e-12))
+    first = abs(r[:,1]+r[:,-1]-2*r[:,0])
+    last = abs(r[:,-2]+r[:,0]-2*r[:,-1])
+    total = abs(bend).sum(1)+first+last
+    n = r.shape[1]
+    return total/(n*np.maximum(peak, 1e-12))
 
+# %% ../nbs/34_perfusion.ipynb #56f17049
 def _unblunted(peak, area, gains):
     "Peaks of residues as they were before frequencies were left out"
     ratio,gain = gains
-    seen = np.log(np.maximum(area, 1e-12)/np.maximum(peak, 1e-12))
-    return peak/np.interp(seen, np.log(ratio), gain)
+    seen = np.maximum(area, 1e-12)/np.maximum(peak, 1e-12)
+    left = np.interp(np.log(seen), np.log(ratio), gain)
+    return peak/left
 
 # %% ../nbs/34_perfusion.ipynb #fb6bd06f
 def _gains(spectra, keep, n, dt):
     "For exponentials: area over peak, s, and the share of the peak that is left"
     gain = fft.irfft(spectra*keep, n).max(1)
-    return spectra[:,0].real*dt/gain,gain
+    area = spectra[:,0].real*dt
+    return area/gain,gain
 
+# %% ../nbs/34_perfusion.ipynb #0bdf3482
 def _deconvolve(tissue, aif, dt, limit, exponential):
     "Area ratio, peak of the residue (1/s) and its time (s), each (N,)"
     n = fft.next_fast_len(2*len(aif), real=True)
@@ -83,7 +93,8 @@ def _deconvolve(tissue, aif, dt, limit, exponential):
     todo = np.arange(len(c))
     for level in _LEVELS:
         keep = size>=level
-        inverse = np.where(keep, 1/np.where(keep, a, 1), 0).astype(c.dtype)/c.real.dtype.type(dt)
+        inverse = np.where(keep, 1/np.where(keep, a, 1), 0).astype(c.dtype)
+        inverse = inverse/c.real.dtype.type(dt)
         r = fft.irfft(c[todo]*inverse, n)
         top = r.max(1)
         done = (_oscillation(r, top)<=limit)|(level==_LEVELS[-1])
@@ -133,13 +144,17 @@ def tissue_perfusion(
     if residue not in ('exponential', None):
         raise unknown_name('residue function', residue, ['exponential'])
     c,a = _check_curves(tissue, aif, dt)
-    parts = [_deconvolve(c[i:i+2**13], a, dt, oscillation, residue is not None) for i in range(0, len(c), 2**13)]
+    n,correct = 2**13,residue is not None
+    parts = [_deconvolve(c[i:i+n], a, dt, oscillation, correct) for i in range(0, len(c), n)]
     area,peak,tmax = np.concatenate(parts, 1) if parts else np.zeros((3,0))
-    factor,flows = haematocrit/density,(peak>0)&(area>0)
+    flows = (peak>0)&(area>0)
+    factor = haematocrit/density
     cbf = np.where(flows, peak, 0)*6000*factor
     cbv = area*100*factor
-    mtt = np.divide(60*cbv, cbf, out=np.full(len(cbf), np.nan), where=flows)
-    return pd.DataFrame(dict(cbf=cbf, cbv=cbv, mtt=mtt, tmax=np.where(flows, tmax, np.nan)))
+    mtt = np.full(len(cbf), np.nan)
+    np.divide(60*cbv, cbf, out=mtt, where=flows)
+    tmax = np.where(flows, tmax, np.nan)
+    return pd.DataFrame(dict(cbf=cbf, cbv=cbv, mtt=mtt, tmax=tmax))
 
 # %% ../nbs/34_perfusion.ipynb #21a09c61
 class Leakage(NamedTuple):
@@ -150,37 +165,54 @@ class Leakage(NamedTuple):
     kep:np.ndarray # (N,) 1/s, of the way back into the blood
     certain:np.ndarray # (N,) bool, whether the curve was corrected
 
+# %% ../nbs/34_perfusion.ipynb #1dc2208b
 _MODELS = ('transit','bidirectional','boxerman')
 _WAYS_BACK = (0, .005, .02) # kep, 1/s
 
 def _spread(curve, t, kep, delay=0.):
     "A curve convolved with exp(-kep t) by the trapezoid rule and delayed, (T,)"
     decay = np.exp(-kep*t)
-    c = np.convolve(curve, decay)[:len(t)]-.5*curve-.5*curve[0]*decay
-    return np.interp(t-delay, t, c*(t[1]-t[0]))
+    c = np.convolve(curve, decay)[:len(t)]
+    c = c-.5*curve-.5*curve[0]*decay # the two ends count half
+    dt = t[1]-t[0]
+    return np.interp(t-delay, t, c*dt)
 
+# %% ../nbs/34_perfusion.ipynb #51cf267e
 def _parts(ref, t, model):
     "Pairs of curves, (M,T) each, of which one may be what is seen; and their kep (M,)"
+    if model=='transit':
+        return _slowed_parts(ref, t)
     ways = _WAYS_BACK[:1] if model=='boxerman' else _WAYS_BACK
-    if model!='transit':
-        return np.stack([ref]*len(ways)),np.stack([_spread(ref, t, o) for o in ways]),np.array(ways)
-    grid = [(tau,delay,o) for tau in np.geomspace(1.5, 20, 14) for delay in np.arange(-1, 4.1) for o in ways]
-    blood = [_spread(ref, t, 1/tau, delay)/tau for tau,delay,_ in grid]
-    leaked = [_spread(ref, t, o, delay) for _,delay,o in grid]
-    return np.stack(blood),np.stack(leaked),np.array([o for *_,o in grid])
+    leaked = [_spread(ref, t, o) for o in ways]
+    return np.stack([ref]*len(ways)),np.stack(leaked),np.array(ways)
+
+# %% ../nbs/34_perfusion.ipynb #33df652d
+def _slowed_parts(ref, t):
+    "As `_parts`, for an arterial curve that is slowed by each transit time, and comes after each delay, of a grid"
+    blood,leaked,ways = [],[],[]
+    for tau in np.geomspace(1.5, 20, 14):
+        for delay in np.arange(-1, 4.1):
+            for way in _WAYS_BACK:
+                blood.append(_spread(ref, t, 1/tau, delay)/tau)
+                leaked.append(_spread(ref, t, way, delay))
+                ways.append(way)
+    return np.stack(blood),np.stack(leaked),np.array(ways)
 
 # %% ../nbs/34_perfusion.ipynb #420199b7
 def _fit_pairs(y, a, b):
     "For each row of `y` (N,T) the best pair, its coefficients (N,2), and the squares left with both and with the first"
-    aa,bb,ab = (np.einsum('mt,mt->m', *o) for o in ((a,a),(b,b),(a,b)))
-    ya,yb,total = y@a.T,y@b.T,(y*y).sum(1)
+    def dot(p, q): return np.einsum('mt,mt->m', p, q)
+    aa,bb,ab = dot(a,a),dot(b,b),dot(a,b)
+    ya,yb = y@a.T,y@b.T
+    total = (y*y).sum(1)
     det = np.maximum(aa*bb-ab*ab, 1e-12*aa*bb)
-    first,second = (ya*bb-yb*ab)/det,(yb*aa-ya*ab)/det
+    first = (ya*bb-yb*ab)/det
+    second = (yb*aa-ya*ab)/det
     explained = np.where(first>0, ya*first+yb*second, -np.inf)
-    best = explained.argmax(1)
-    row = np.arange(len(y))
+    best,row = explained.argmax(1),np.arange(len(y))
     alone = np.where(ya>0, ya*ya/aa, 0).max(1)
-    return best,np.stack([first,second], 1)[row,:,best],total-explained[row,best],total-alone
+    coefficients = np.stack([first,second], 1)[row,:,best]
+    return best,coefficients,total-explained[row,best],total-alone
 
 # %% ../nbs/34_perfusion.ipynb #f8bebc1a
 def correct_leakage(
@@ -200,14 +232,20 @@ def correct_leakage(
     y,t = np.asarray(curves),np.arange(len(reference))*dt
     a,b,ways = _parts(np.asarray(reference, dtype=float), t, model)
     if model!='transit': clearly = None
-    parts = [_corrected(y[i:i+2**12], a, b, ways, clearly) for i in range(0, len(y), 2**12)]
+    n = 2**12
+    parts = [_corrected(y[i:i+n], a, b, ways, clearly) for i in range(0, len(y), n)]
     return Leakage(*map(np.concatenate, zip(*parts)))
 
+# %% ../nbs/34_perfusion.ipynb #a0049a25
 def _corrected(y, a, b, ways, clearly):
     best,k,left,alone = _fit_pairs(y.astype(np.float64), a, b)
-    certain = np.full(len(y), True) if clearly is None else alone>left*(1+clearly/y.shape[1])
-    corrected = y-(np.where(certain, k[:,1], 0)[:,None]*b[best]).astype(y.dtype)
-    return corrected,k[:,0],-k[:,1],ways[best],certain
+    certain = np.full(len(y), True)
+    if clearly is not None:
+        certain = alone>left*(1+clearly/y.shape[1])
+    taken = np.where(certain, k[:,1], 0)
+    leaked = taken[:,None]*b[best]
+    k1,k2 = k[:,0],-k[:,1]
+    return y-leaked.astype(y.dtype),k1,k2,ways[best],certain
 
 # %% ../nbs/34_perfusion.ipynb #9978b939
 class Artery(NamedTuple):
@@ -216,23 +254,30 @@ class Artery(NamedTuple):
     voxels:np.ndarray # (D,H,W) bool, whose mean it is
     clusters:pd.DataFrame # Both rounds: `n`, `peak` (1/s), `arrival`, `width` (s), `score`, `taken`
 
+# %% ../nbs/34_perfusion.ipynb #5094319d
 def _moments(curves, dt):
     "Peak (1/s), time to half of it, and width at half of it (s), each (N,)"
-    at,peak = curves.argmax(1),curves.max(1)
-    half = curves>=peak[:,None]/2
-    i = np.arange(curves.shape[1])
-    before = np.where(~half&(i<at[:,None]), i, -1).max(1)
-    after = np.where(~half&(i>at[:,None]), i, curves.shape[1]).min(1)
-    return peak,(before+1)*dt,(after-before-1)*dt
+    peak,at = curves.max(1),curves.argmax(1)[:,None]
+    low = ~(curves>=peak[:,None]/2)
+    n = curves.shape[1]
+    i = np.arange(n)
+    before = np.where(low&(i<at), i, -1).max(1)
+    after = np.where(low&(i>at), i, n).min(1)
+    wide = after-before-1
+    return peak,(before+1)*dt,wide*dt
 
+# %% ../nbs/34_perfusion.ipynb #3392d23d
 def _best_cluster(curves, dt, k):
     "Indices of the best of `k` clusters of curves, and the table of them; of clusters as good, the largest"
     with threadpool_limits(1):
         of = KMeans(k, n_init=3, random_state=0).fit_predict(curves)
     rows = []
     for i in range(k):
-        peak,arrival,width = (o[0] for o in _moments(curves[of==i].mean(0, keepdims=True), dt))
-        rows.append(dict(n=int((of==i).sum()), peak=peak, arrival=arrival, width=width))
+        inside = of==i
+        mean = curves[inside].mean(0, keepdims=True)
+        peak,arrival,width = (o[0] for o in _moments(mean, dt))
+        n = int(inside.sum())
+        rows.append(dict(n=n, peak=peak, arrival=arrival, width=width))
     t = pd.DataFrame(rows)
     late = t.arrival-t.arrival.min()
     t['score'] = t.peak/(t.width+dt)/(1+late/6)
@@ -240,13 +285,18 @@ def _best_cluster(curves, dt, k):
     t['taken'] = t.index==best
     return np.flatnonzero(of==best),t
 
+# %% ../nbs/34_perfusion.ipynb #4092a6ae
 def _candidates(curves, dt, late):
     "Indices of curves that are large, smooth and over before the frame `late`"
     area = np.clip(curves[:,:late], 0, None).sum(1)
-    large = np.flatnonzero((area>=np.quantile(area, .9))&(area>0))
+    least = np.quantile(area, .9)
+    large = np.flatnonzero((area>=least)&(area>0))
     if len(large)<50: return large
-    rough = (np.diff(curves[large], 2, axis=1)**2).sum(1)/np.maximum(area[large], 1e-9)**2
-    return large[rough<=np.quantile(rough, .75)]
+    bends = np.diff(curves[large], 2, axis=1)
+    size = np.maximum(area[large], 1e-9)
+    rough = (bends**2).sum(1)/size**2
+    most = np.quantile(rough, .75)
+    return large[rough<=most]
 
 # %% ../nbs/34_perfusion.ipynb #7977f27e
 def find_aif(
@@ -285,7 +335,8 @@ def is_saturated(
     x = np.asarray(signal, dtype=float)
     base = x[:,bolus.baseline]
     noise = abs(np.diff(base)).mean()/1.128 # of the difference of two normal values
-    return bool(np.median(x.min(1))<3*noise)
+    lowest = np.median(x.min(1))
+    return bool(lowest<3*noise)
 
 # %% ../nbs/34_perfusion.ipynb #3adb17fe
 def brain_mask(
@@ -295,8 +346,10 @@ def brain_mask(
     mask = head_mask(series)
     size = np.linalg.norm(series.affine[:3,:3], axis=0)[1:]
     radius = np.maximum(1, (3/size).round().astype(int))
-    disc = np.ones((1,*(2*radius+1)), bool)
-    opened = ndimage.binary_opening(np.pad(mask, 4), disc)[4:-4,4:-4,4:-4]
+    width = 2*radius+1
+    disc = np.ones((1,*width), bool)
+    padded = np.pad(mask, 4)
+    opened = ndimage.binary_opening(padded, disc)[4:-4,4:-4,4:-4]
     return largest_part(opened) if opened.any() else mask
 
 # %% ../nbs/34_perfusion.ipynb #01b1b898
@@ -307,15 +360,19 @@ def lesion_side(
 ) -> str: # `'left'` or `'right'`, of the patient
     "A guess of the side of a lesion: that with more of the strongest leakage."
     x = _across(mask, affine)
-    strong = mask&(abs(k2)>=np.quantile(abs(k2[mask]), .98))
+    least = np.quantile(abs(k2[mask]), .98)
+    strong = mask&(abs(k2)>=least)
     return 'right' if x[strong].sum()>0 else 'left'
 
+# %% ../nbs/34_perfusion.ipynb #8ddee373
 def _across(mask, affine):
     "mm to the right of the middle of the brain, (D,H,W)"
-    at = np.stack(np.meshgrid(*map(np.arange, mask.shape), indexing='ij'), -1)
+    axes = map(np.arange, mask.shape)
+    at = np.stack(np.meshgrid(*axes, indexing='ij'), -1)
     x = at@affine[0,:3]+affine[0,3]
     lo,hi = np.percentile(x[mask], [1,99])
-    return x-(lo+hi)/2
+    middle = (lo+hi)/2
+    return x-middle
 
 # %% ../nbs/34_perfusion.ipynb #a4070005
 def white_matter(
@@ -331,18 +388,23 @@ def white_matter(
     if side not in ('left','right'):
         raise unknown_name('side', side, ['left','right'])
     x = _across(mask, affine)
-    inner = ndimage.binary_erosion(mask, np.ones((1,5,5)))&((x if side=='right' else -x)>8)
+    outwards = x if side=='right' else -x
+    inner = ndimage.binary_erosion(mask, np.ones((1,5,5)))&(outwards>8)
     weight = np.maximum(_smooth(mask), 1e-3)
     blood = _smooth(cbv*mask)/weight
     light = _smooth(baseline*mask)/weight
-    local = _smooth(baseline*mask, 12)/np.maximum(_smooth(mask, 12), 1e-3)
+    wide = np.maximum(_smooth(mask, 12), 1e-3)
+    local = _smooth(baseline*mask, 12)/wide
     light = light/np.maximum(local, 1e-9)
     def middle(v, lo, hi):
         a,b = np.quantile(v[inner], [lo,hi])
         return (v>=a)&(v<=b)
     return inner&middle(blood, .05, .3)&middle(light, .05, .5)
 
-def _smooth(x, sigma=1.): return ndimage.gaussian_filter(np.asarray(x, dtype=np.float32), (0,sigma,sigma))
+# %% ../nbs/34_perfusion.ipynb #5eda0e70
+def _smooth(x, sigma=1.):
+    x = np.asarray(x, dtype=np.float32)
+    return ndimage.gaussian_filter(x, (0,sigma,sigma))
 
 # %% ../nbs/34_perfusion.ipynb #353fc7ab
 def correct_motion(
@@ -361,11 +423,16 @@ def correct_motion(
         rows.append(dict(frame=i, **_movement(to, series, base), agreement=agreement))
     return series._replace(data=np.stack(frames)),pd.DataFrame(rows)
 
+# %% ../nbs/34_perfusion.ipynb #31159380
 def _movement(to, series, base):
     "How far the middle of the volume moved, mm, and the turn, degrees"
-    middle = np.r_[base.world((np.array(base.shape)-1)/2), 1]
-    turn = np.arccos(np.clip((np.trace(to[:3,:3])-1)/2, -1, 1))
-    return dict(shift=float(np.linalg.norm((to@middle-middle)[:3])), turn=float(np.degrees(turn)))
+    centre = base.world((np.array(base.shape)-1)/2)
+    middle = np.r_[centre, 1]
+    shift = (to@middle-middle)[:3]
+    cosine = (np.trace(to[:3,:3])-1)/2
+    turn = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+    mm = np.linalg.norm(shift)
+    return dict(shift=float(mm), turn=float(turn))
 
 # %% ../nbs/34_perfusion.ipynb #c287ae20
 PERFUSION_MAPS = dict( # Name to its unit and meaning
@@ -380,6 +447,7 @@ PERFUSION_MAPS = dict( # Name to its unit and meaning
     K2=('1/s', 'leakage: positive for T1, negative for T2* effects'),
     baseline=('', 'mean signal before contrast'))
 
+# %% ../nbs/34_perfusion.ipynb #24522ce5
 class Perfusion(NamedTuple):
     "Maps of a series, and what they were made with"
     maps:dict # Name, as in `PERFUSION_MAPS`, to `Volume`; 0 outside the brain
@@ -395,42 +463,55 @@ class Perfusion(NamedTuple):
 def _recovery(signal, bolus, dt):
     "Percentage signal recovery of curves (T,N): the mean of the last 15 s against baseline and lowest signal"
     s0 = signal[bolus.baseline].mean(0)
-    around = slice(max(0, bolus.peak-int(6/dt)), bolus.peak+int(6/dt)+1)
+    few = int(6/dt)
+    around = slice(max(0, bolus.peak-few), bolus.peak+few+1)
     low = signal[around].min(0)
     end = signal[-max(3, int(15/dt)):].mean(0)
     lost = s0-low
-    return np.where(lost>0, 100*(end-low)/np.where(lost>0, lost, 1), 0).clip(0, 300)
+    back = 100*(end-low)/np.where(lost>0, lost, 1)
+    return np.where(lost>0, back, 0).clip(0, 300)
 
+# %% ../nbs/34_perfusion.ipynb #1534ef58
 def _not_leaking(signal, bolus, dt):
     "Curves (T,N) whose signal comes back to the baseline within the noise: tissue without leakage"
     base = signal[bolus.baseline]
     end = signal[-max(5, int(15/dt)):]
     s0 = base.mean(0)
-    spread = np.maximum(base.std(0), 1e-6*abs(base).max())
+    least = 1e-6*abs(base).max()
+    spread = np.maximum(base.std(0), least)
     off = (end.mean(0)-s0)/spread
     return (off<1)&(off>np.quantile(off, .25))
 
+# %% ../nbs/34_perfusion.ipynb #6fcce569
 def _artery_given(aif, rates, dt):
     "An arterial input from a curve (T,) or a mask (D,H,W)"
-    aif = np.asarray(aif)
-    if aif.shape==rates.shape[1:] and aif.any():
-        return Artery(rates[:,aif>0].mean(1, dtype=float), aif>0, pd.DataFrame())
+    aif,shape = np.asarray(aif),rates.shape[1:]
+    if aif.shape==shape and aif.any():
+        curve = rates[:,aif>0].mean(1, dtype=float)
+        return Artery(curve, aif>0, pd.DataFrame())
     if aif.shape==(len(rates),):
-        return Artery(aif.astype(float), np.zeros(rates.shape[1:], bool), pd.DataFrame())
-    raise MGMTError(f"aif must be a curve of {len(rates)} samples or a mask of {rates.shape[1:]} that is not empty; "
+        nowhere = np.zeros(shape, bool)
+        return Artery(aif.astype(float), nowhere, pd.DataFrame())
+    raise MGMTError(f"aif must be a curve of {len(rates)} samples or a mask of {shape} that is not empty; "
         f"received {aif.shape}")
 
 # %% ../nbs/34_perfusion.ipynb #a0aad8d1
 def _filled(values, mask, affine):
     x = np.zeros(mask.shape, np.float32)
-    x[mask] = np.nan_to_num(values, nan=0, posinf=0, neginf=0)
+    values = np.nan_to_num(values, nan=0, posinf=0, neginf=0)
+    x[mask] = values
     return Volume(torch.from_numpy(x), affine=affine)
 
+# %% ../nbs/34_perfusion.ipynb #b1456c43
 def _all_maps(signal, fixed, flow, bolus, dt):
     "Values in the brain by name, (N,) each, without those relative to white matter"
     ttp = (fixed.corrected.argmax(1)-bolus.arrival)*dt
-    values = dict(CBV=flow.cbv, CBF=flow.cbf, MTT=flow.mtt.clip(0, 60), Tmax=flow.tmax, TTP=ttp, K2=fixed.k2)
-    return {**values, 'PSR':_recovery(signal, bolus, dt), 'baseline':signal[bolus.baseline].mean(0)}
+    return dict(
+        CBV=flow.cbv, CBF=flow.cbf,
+        MTT=flow.mtt.clip(0, 60), Tmax=flow.tmax, TTP=ttp,
+        K2=fixed.k2,
+        PSR=_recovery(signal, bolus, dt),
+        baseline=signal[bolus.baseline].mean(0))
 
 # %% ../nbs/34_perfusion.ipynb #28a4408c
 def perfusion_maps(
@@ -458,15 +539,18 @@ def perfusion_maps(
     reference = rates[_not_leaking(signal, bolus, dt)].mean(0, dtype=float)
     fixed = _without_leakage(rates, artery.curve, reference, dt, leakage)
     flow = tissue_perfusion(fixed.corrected, artery.curve, dt)
-    maps = {k: _filled(v, brain, series.affine) for k,v in _all_maps(signal, fixed, flow, bolus, dt).items()}
+    values = _all_maps(signal, fixed, flow, bolus, dt)
+    maps = {k: _filled(v, brain, series.affine) for k,v in values.items()}
     if side is None:
         side,findings = _guess_side(maps, brain, series.affine, findings)
-    white = white_matter(maps['CBV'].numpy(), maps['baseline'].numpy(), brain, series.affine, _OTHER[side])
+    cbv,base = maps['CBV'].numpy(),maps['baseline'].numpy()
+    white = white_matter(cbv, base, brain, series.affine, _OTHER[side])
     _add_relative(maps, white)
     means = dict(white_matter=rates[white[brain]].mean(0), brain=rates.mean(0))
     curves = pd.DataFrame(dict(time=series.times, artery=artery.curve, reference=reference, **means))
     return Perfusion(maps, curves, artery, brain, white, bolus, findings, moved)
 
+# %% ../nbs/34_perfusion.ipynb #6be32ef8
 def _without_leakage(rates, artery, reference, dt, model):
     "As `correct_leakage`, with `k2` relative to tissue whatever the model; curves as they were if the model is None"
     by_artery = model in ('transit', None)
@@ -475,13 +559,16 @@ def _without_leakage(rates, artery, reference, dt, model):
         fixed = fixed._replace(k2=fixed.k2*artery.sum()/reference.sum())
     return fixed if model else fixed._replace(corrected=rates)
 
+# %% ../nbs/34_perfusion.ipynb #7d83dcf8
 _OTHER = dict(left='right', right='left')
 
 def _find_or_take(aif, rates, brain, dt):
     whole = np.zeros((rates.shape[1],*brain.shape), np.float32)
     whole[:,brain] = rates.T
-    return find_aif(whole, brain, dt) if aif is None else _artery_given(aif, whole, dt)
+    if aif is None: return find_aif(whole, brain, dt)
+    return _artery_given(aif, whole, dt)
 
+# %% ../nbs/34_perfusion.ipynb #0f4bd112
 def _saturated():
     return Finding('saturated_artery', 'warning', "the signal of the artery falls into the noise: its peak, and with it"
         " flow and volume in absolute units, cannot be trusted; relative maps and times can, with care")
@@ -491,12 +578,14 @@ def _guess_side(maps, brain, affine, findings):
     said = f"the lesion is taken to be on the {side}, where most leakage is: give side= if that is wrong"
     return side,[*findings, Finding('guessed_side', 'note', said)]
 
+# %% ../nbs/34_perfusion.ipynb #3331fb0d
 def _no_normal():
     return "no_bolus: what is taken for normal white matter holds no blood: a wrong side= or brain=?"
 
 def _add_relative(maps, white):
     "Add the maps relative to white matter"
     for k in ('CBV','CBF'):
-        normal = float(np.median(maps[k].numpy()[white])) if white.any() else 0.
+        x = maps[k].numpy()
+        normal = float(np.median(x[white])) if white.any() else 0.
         if normal<=0: raise DSCError(_no_normal())
-        maps[f'r{k}'] = Volume(maps[k].numpy()/normal, affine=maps[k].affine)
+        maps[f'r{k}'] = Volume(x/normal, affine=maps[k].affine)

@@ -29,9 +29,11 @@ def process_pool(
     n:int, # Processes
 ) -> ProcessPoolExecutor: # Whose processes use one thread each and end with this one
     "Processes for this library's work."
-    context = multiprocessing.get_context('fork' if os.name=='posix' else 'spawn')
+    start = 'fork' if os.name=='posix' else 'spawn'
+    context = multiprocessing.get_context(start)
     return ProcessPoolExecutor(n, mp_context=context, initializer=worker_init, initargs=[os.getpid()])
 
+# %% ../nbs/02_processes.ipynb #c4ac7635
 def do_alone(
     f:Callable, # Function of a job's items
     job:tuple, # What it is given
@@ -62,15 +64,18 @@ def in_processes(
     total:int=None, # How many jobs there are, where `jobs` has no length
 ): # Generator of (place in `jobs`, `f(*job)` or `DIED`), as they come
     "Do jobs over processes; one that dies costs the job that it was at, and no other."
-    total = len(jobs) if total is None else total
-    n = min(os.cpu_count() if n_workers is None else n_workers, total)
+    if total is None: total = len(jobs)
+    if n_workers is None: n_workers = os.cpu_count()
+    n = min(n_workers, total)
     done = _pooled(f, jobs, n) if n>1 else _here(f, jobs)
     yield from track(done, total, progress)
 
+# %% ../nbs/02_processes.ipynb #59246ecf
 def _here(f, jobs):
     with one_thread():
         for i,job in enumerate(jobs): yield i,f(*job)
 
+# %% ../nbs/02_processes.ipynb #8a160f15
 def _pooled(f, jobs, n):
     "Two jobs per process are under way, so that few are done again when one dies"
     todo = enumerate(jobs)
@@ -95,6 +100,7 @@ def _pooled(f, jobs, n):
             pool = process_pool(n)
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
+# %% ../nbs/02_processes.ipynb #49999820
 def _lost(job): return isinstance(job.exception(), BrokenProcessPool)
 
 def _fill(pool, f, todo, ahead, under, most):
@@ -128,6 +134,7 @@ def working_in(
         _held.remove(key)
         release()
 
+# %% ../nbs/02_processes.ipynb #539429e9
 _held,_LOCK = set(),'.mgmt-lock'
 
 def _hold(folder):
@@ -148,13 +155,16 @@ def _hold(folder):
         path.unlink(missing_ok=True)
         os.close(fd)
     os.ftruncate(fd, 0)
-    os.pwrite(fd, f'process {os.getpid()} on {platform.node()} ({Path(sys.argv[0]).stem})'.encode(), 0)
+    who = f'process {os.getpid()} on {platform.node()} ({Path(sys.argv[0]).stem})'
+    os.pwrite(fd, who.encode(), 0)
     return _release
 
+# %% ../nbs/02_processes.ipynb #cb6af73c
 def _is_there(path, fd):
     try: return os.stat(path).st_ino==os.fstat(fd).st_ino
     except FileNotFoundError: return False
 
+# %% ../nbs/02_processes.ipynb #b3d532ee
 def _hold_elsewhere(path):
     "Where the system has no `flock`"
     lock = FileLock(path)
@@ -163,6 +173,7 @@ def _hold_elsewhere(path):
         raise _is_held(path.parent, 'another process') from None
     return lock.release
 
+# %% ../nbs/02_processes.ipynb #003c1b48
 def _is_held(folder, who, e=None):
     if e is not None and e.errno not in (errno.EWOULDBLOCK,errno.EACCES):
         return MGMTError(f"{folder} cannot be held ({e.strerror}): its file system has no locks; give a folder "

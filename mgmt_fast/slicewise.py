@@ -23,6 +23,7 @@ def _choice(name, doc, allowed, default, published, winner):
 
 _yes_or_no = Allowed.one_of(True, False)
 
+# %% ../nbs/23_slicewise.ipynb #faadc67d
 _choice('prepare_by', "'patient': one box, one grid and one range, in mm; 'slice': slices as acquired, each on its own",
     Allowed.one_of('patient','slice'), 'patient', 'slice', 'slice')
 _choice('slice_order', "slices by their 'position', or by the number in the 'filename'",
@@ -31,9 +32,13 @@ _choice('slice_pick', "which D slices: 'spread' over the stack, its 'middle', or
     Allowed.one_of('spread','middle','largest'), 'spread', 'middle', 'largest')
 _choice('wrap_start', 'let a start before the first slice count from the last one, as indices in Python do',
     _yes_or_no, False, False, False)
+
+# %% ../nbs/23_slicewise.ipynb #b1164ec6
 _choice('voi_lut', "apply each slice's VOI LUT or window (DICOM PS3.3 C.11.2) first", _yes_or_no, False, False, True)
 _choice('black_slices', "'keep' them, or 'replace' each by another of the series, drawn at random",
     Allowed.one_of('keep','replace'), 'keep', 'replace', 'keep')
+
+# %% ../nbs/23_slicewise.ipynb #ed41fb14
 _box = ("the box around what is not black: of the 'patient', of each 'slice', or 'none' "
     "(so do copies of the winner's code; its description crops)")
 choice('prepare', 'box_of', "what is not black: voxels above the slice's least 'raw' value, or above 0 once they are "
@@ -42,6 +47,8 @@ choice('prepare', 'box_of', "what is not black: voxels above the slice's least '
 _choice('crop_by', _box, Allowed.one_of('patient','slice','none'), 'patient', 'slice', 'slice')
 _range = "intensities that become 0 and 255: percentiles of the 'patient', or least and largest of each 'slice'"
 _choice('range_by', _range, Allowed.one_of('patient','slice'), 'patient', 'slice', 'slice')
+
+# %% ../nbs/23_slicewise.ipynb #f0ee17a5
 _short = ("fewer slices than D: 'stretch' them along D, or fill up with 'zeros', or with 'brightened' copies of slices "
     "drawn at random (by 1.2 for FLAIR and T1wCE, else 1.1)")
 _choice('short_series', _short, Allowed.one_of('stretch','zeros','brightened'), 'stretch', 'brightened', 'zeros')
@@ -54,8 +61,10 @@ _choice('transpose', 'exchange H and W', _yes_or_no, False, True, True)
 def _name_order(f):
     "Sorts names as people do: 2 before 10"
     parts = re.split(r'(\d+)', f['path'].name)
-    return [int(o) if o.isdigit() else o for o in parts],f['frame']
+    parts = [int(o) if o.isdigit() else o for o in parts]
+    return parts,f['frame']
 
+# %% ../nbs/23_slicewise.ipynb #a408bf68
 _bad_header = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError)
 
 def _window(x, path):
@@ -86,6 +95,7 @@ def read_stack(
     Raises `SeriesError` on what cannot be decoded, or holds several volumes."""
     return _stack(path, order, voi_lut, index, sequence)[0]
 
+# %% ../nbs/23_slicewise.ipynb #2181e415
 def _stack(path, order, voi_lut, index, sequence):
     "What `read_stack` gives, and notes on what a rule decided where there are several volumes"
     found = find_stacks(path)
@@ -97,7 +107,8 @@ def _stack(path, order, voi_lut, index, sequence):
     if order=='filename':
         stack = sorted(found[0], key=_name_order)
     else:
-        stack = [found[0][i] for i in place_slices(found[0])[0]]
+        at,_ = place_slices(found[0])
+        stack = [found[0][i] for i in at]
     x = read_pixels(stack)
     if voi_lut:
         x = np.stack([_window(a, f['path']) for a,f in zip(x, stack)])
@@ -108,11 +119,13 @@ def slice_boxes(
     x:np.ndarray, # (D,H,W)
 ) -> np.ndarray: # (D,4): first row, last row + 1, first column, last column + 1; zeros where all is black
     "The box of each slice around what is brighter than the slice's least value."
-    full = x>x.min((1,2), keepdims=True)
+    least = x.min((1,2), keepdims=True)
+    full = x>least
     rows,cols = full.any(2),full.any(1)
     def ends(a):
-        last = a.shape[1]-a[:,::-1].argmax(1)
-        return np.where(a.any(1), [a.argmax(1), last], 0)
+        start = a.argmax(1)
+        end = a.shape[1]-a[:,::-1].argmax(1)
+        return np.where(a.any(1), [start,end], 0)
     return np.concatenate([ends(rows), ends(cols)]).T
 
 # %% ../nbs/23_slicewise.ipynb #6100cb2c
@@ -126,8 +139,10 @@ def pick_slices(
     n = len(area)
     if how=='spread':
         return np.linspace(0, n-1, min(n,D)).round().astype(int)
-    lo = (n//2 if how=='middle' else int(area.argmax()))-D//2
-    return np.arange(n)[lo if wrap else max(lo,0):lo+D]
+    middle = n//2 if how=='middle' else int(area.argmax())
+    lo = middle-D//2
+    start = lo if wrap else max(lo,0)
+    return np.arange(n)[start:lo+D]
 
 # %% ../nbs/23_slicewise.ipynb #c7a1f31c
 def _bytes(x, by, clip):
@@ -135,12 +150,16 @@ def _bytes(x, by, clip):
     if by=='slice':
         lo = x.min((1,2), keepdims=True)
         hi = x.max((1,2), keepdims=True)
-        return ((x-lo)/np.maximum(hi-lo, 1e-9)*255).astype(np.uint8)
+        share = (x-lo)/np.maximum(hi-lo, 1e-9)
+        return (share*255).astype(np.uint8)
     tissue = x>x.min()
     lo,hi = np.percentile(x[tissue], clip)
     if not hi>lo: raise _constant(clip, lo)
-    return ((np.clip(x, lo, hi)-lo)*(254/(hi-lo))+1.5).astype(np.uint8)*tissue
+    scale = 254/(hi-lo)
+    x = (np.clip(x, lo, hi)-lo)*scale+1.5
+    return x.astype(np.uint8)*tissue
 
+# %% ../nbs/23_slicewise.ipynb #31662e86
 def _constant(clip, value):
     what = f"percentiles {clip} of what is not black are both {value:g}"
     return SeriesError(f"{what}: an almost constant series? Leave it out of the cohort")
@@ -149,24 +168,26 @@ def _constant(clip, value):
 def _resized(x, size):
     "(N,h,w) slices, bilinear as OpenCV's default has it"
     x = torch.from_numpy(np.ascontiguousarray(x)).float()[:,None]
-    return F.interpolate(x, size=size, mode='bilinear')[:,0].round().byte().numpy()
+    x = F.interpolate(x, size=size, mode='bilinear')
+    return x[:,0].round().byte().numpy()
 
+# %% ../nbs/23_slicewise.ipynb #52e1b967
 def _crop_slices(x, boxes, by, size):
     "Slices, cropped together or each to its own box, and resized"
     if by=='none': return _resized(x, size)
     if by=='slice':
         return np.concatenate([_cut_slice(a, box, size) for a,box in zip(x, boxes)])
     b = boxes[boxes[:,1]>0]
-    r0 = b[:,0].min()
-    r1 = b[:,1].max()
-    c0 = b[:,2].min()
-    c1 = b[:,3].max()
+    r0,_,c0,_ = b.min(0)
+    _,r1,_,c1 = b.max(0)
     return _resized(x[:,r0:r1,c0:c1], size)
 
+# %% ../nbs/23_slicewise.ipynb #4946067c
 def _cut_slice(a, box, size):
     "One slice (1,h,w), cut to its box; black where there is none"
     r0,r1,c0,c1 = box
-    return _resized(a[None,r0:r1,c0:c1], size) if r1 else np.zeros((1,*size), np.uint8)
+    if not r1: return np.zeros((1,*size), np.uint8)
+    return _resized(a[None,r0:r1,c0:c1], size)
 
 # %% ../nbs/23_slicewise.ipynb #c9940aef
 _brightened = dict(FLAIR=1.2, T1wCE=1.2, T1w=1.1, T2w=1.1)
@@ -175,16 +196,21 @@ def _filled(x, D, how, sequence, rng):
     "Bring fewer than D slices to D"
     if how=='stretch': return _stretched(x, D)
     if how=='zeros':
-        return np.concatenate([x, np.zeros((D-len(x),*x.shape[1:]), np.uint8)])
+        black = np.zeros((D-len(x),*x.shape[1:]), np.uint8)
+        return np.concatenate([x,black])
     x,gain = list(x),_brightened[sequence]
     while len(x)<D:
-        x.append(np.clip((x[rng.integers(len(x))]*gain).round(), 0, 255).astype(np.uint8))
+        drawn = x[rng.integers(len(x))]
+        brighter = np.clip((drawn*gain).round(), 0, 255)
+        x.append(brighter.astype(np.uint8))
     return np.stack(x)
 
+# %% ../nbs/23_slicewise.ipynb #f5e1ee01
 def _stretched(x, D):
     "Interpolated along D"
     y = torch.from_numpy(x).float()[None,None]
-    return F.interpolate(y, size=(D,*x.shape[1:]), mode='trilinear')[0,0].round().byte().numpy()
+    y = F.interpolate(y, size=(D,*x.shape[1:]), mode='trilinear')
+    return y[0,0].round().byte().numpy()
 
 # %% ../nbs/23_slicewise.ipynb #eeb15175
 def slicewise(
@@ -200,15 +226,19 @@ def slicewise(
     r = get_recipe(recipe)
     D,H,W = r.size
     rng = rng or rng_for(r.fill_seed, 'slicewise', sequence)
-    boxes = slice_boxes(x if r.box_of=='raw' else _bytes(x, 'slice', None))
-    area = (boxes[:,1]-boxes[:,0])*(boxes[:,3]-boxes[:,2])
+    seen = x if r.box_of=='raw' else _bytes(x, 'slice', None)
+    boxes = slice_boxes(seen)
+    r0,r1,c0,c1 = boxes.T
+    area = (r1-r0)*(c1-c0)
     at = _picked(area, D, r, rng)
     size = (W,H) if r.transpose else (H,W)
-    x = _crop_slices(_bytes(x[at], r.range_by, r.clip), boxes[at], r.crop_by, size)
+    x = _bytes(x[at], r.range_by, r.clip)
+    x = _crop_slices(x, boxes[at], r.crop_by, size)
     if len(x)<D:
         x = _filled(x, D, r.short_series, sequence, rng)
     return x.swapaxes(1,2).copy() if r.transpose else x
 
+# %% ../nbs/23_slicewise.ipynb #0276f95c
 def _picked(area, D, r, rng):
     "Indices of the slices taken, constant ones replaced if the recipe says so"
     if not area.any():
@@ -225,11 +255,14 @@ def _picked(area, D, r, rng):
 def _one_sequence(row, seq, r):
     "The prepared array, what is known of it, and notes"
     index = row.get(f'{seq}_index')
-    x,notes = _stack(row[seq], r.slice_order, r.voi_lut, None if pd.isna(index) else int(index), seq)
-    array = slicewise(x, seq, r, rng_for(r.fill_seed, 'slicewise', str(row['patient']), seq))
+    index = None if pd.isna(index) else int(index)
+    x,notes = _stack(row[seq], r.slice_order, r.voi_lut, index, seq)
+    rng = rng_for(r.fill_seed, 'slicewise', str(row['patient']), seq)
+    array = slicewise(x, seq, r, rng)
     if len(x)<r.size[0]:
         notes = [*notes, f"short series: {len(x)} slices for {r.size[0]}, {r.short_series}"]
-    return array,dict(window=None, shape=list(x.shape), spacing=None, plane=None, skull=None),notes
+    facts = dict(window=None, shape=list(x.shape), spacing=None, plane=None, skull=None)
+    return array,facts,notes
 
 # %% ../nbs/23_slicewise.ipynb #0aeac989
 def slicewise_patient(
@@ -240,7 +273,8 @@ def slicewise_patient(
     "Prepare one patient slice by slice. What fails is a row of the report, never an exception."
     r,patient = get_recipe(recipe),str(row['patient'])
     arrays,meta,report = {},{},[]
-    def _say(seq, level, what): report.append(dict(patient=patient, sequence=seq, level=level, what=what))
+    def _say(seq, level, what):
+        report.append(dict(patient=patient, sequence=seq, level=level, what=what))
     for seq in check_sequences(sequences):
         if seq not in row or pd.isna(row[seq]):
             _say(seq, 'note', 'sequence missing')

@@ -37,13 +37,15 @@ EfficientNet-B3 average .6579 .5627 .6588
 EfficientNet-B1 average .5686 .7242 .7857"""
 _measures = dict(validation=('accuracy','auc'), test=('loss','accuracy','auc'))
 
+# %% ../nbs/82_thesis.ipynb #d7edf196
 def thesis_results(
     part:str, # `'validation'` or `'test'`
 ) -> pd.DataFrame: # arch, sequences, accuracy and auc; of the test, loss too, and sequences `'average'`
     "The figures of the work that this library implements, without intervals, since none were given."
     if part not in _measures:
         raise unknown_name('part of the results', part, _measures)
-    rows = [o.split() for o in (_reported if part=='validation' else _test).splitlines()]
+    text = _reported if part=='validation' else _test
+    rows = [o.split() for o in text.splitlines()]
     table = pd.DataFrame(rows, columns=['arch','sequences',*_measures[part]])
     return table.astype({k:float for k in _measures[part]})
 
@@ -73,12 +75,15 @@ def beside_thesis(
     "Our figures above the thesis', cell by cell."
     theirs,values = thesis_results(part),_measures[part]
     ours = {'here':show_results(table, values)} if len(table) else {}
-    theirs['cell'] = [' / '.join(_said(k, r[k]) for k in values) for r in theirs.to_dict('records')]
-    wide = theirs.pivot(index='arch', columns='sequences', values='cell').loc[uniqueify(theirs.arch)]
+    def cell(row): return ' / '.join(_said(k, row[k]) for k in values)
+    theirs['cell'] = [cell(o) for o in theirs.to_dict('records')]
+    wide = theirs.pivot(index='arch', columns='sequences', values='cell')
+    wide = wide.loc[uniqueify(theirs.arch)]
     columns = uniqueify([c for t in (*ours.values(),wide) for c in t])
     both = pd.concat({**ours, 'thesis':wide}).reindex(columns=columns)
     return both.fillna('').rename_axis(columns=' / '.join(values))
 
+# %% ../nbs/82_thesis.ipynb #e6b74704
 def _said(measure, value): return f'{value:.1%}' if measure=='accuracy' else f'{value:.3f}'
 
 # %% ../nbs/82_thesis.ipynb #0645c26a
@@ -102,18 +107,24 @@ def say_results(
         out.append(_say_overridden(overridden))
     return ' '.join([*out, _say_findings(findings)])
 
+# %% ../nbs/82_thesis.ipynb #5925a508
 def _corrected(p, table):
     "p by Holm over the rows, or over all bundles that met the cohort where that is more"
     rows = holm(p) if len(table)>1 else np.array(p, float)
-    return np.fmax(rows, table.p_holm.to_numpy(float)) if 'p_holm' in table else rows
+    if 'p_holm' not in table: return rows
+    known = table.p_holm.to_numpy(float)
+    return np.fmax(rows, known)
 
+# %% ../nbs/82_thesis.ipynb #ec60adb7
 def _say_models(t):
     "How many were tested on whom, and how wide the intervals are"
     width = t.auc_hi-t.auc_lo
-    return (f"{len(t)} model{'s were' if len(t)>1 else ' was'} tested on {int(t.n.min())} patients, "
+    models = 'models were' if len(t)>1 else 'model was'
+    return (f"{len(t)} {models} tested on {int(t.n.min())} patients, "
         f"{t.minority.mean():.0%} of them of the rarer class; the AUCs lie between {t.auc.min():.3f} and "
         f"{t.auc.max():.3f}, and their intervals are {width.min():.2f} to {width.max():.2f} wide.")
 
+# %% ../nbs/82_thesis.ipynb #4c4ede93
 def _say_chance(t):
     "Which can be told from chance, and which are worse than chance"
     better = t[(t.p<.05)&(t.auc>.5)]
@@ -126,15 +137,17 @@ def _say_chance(t):
         f"turning the score around: {', '.join(worse.sequences)}.")
     return said
 
+# %% ../nbs/82_thesis.ipynb #515768a1
 def _say_company(t):
     "How many bundles have met the cohort, and p by Holm over all of them, where the table says so"
     if 'bundles' not in t or not t.bundles.max()>1:
         return []
     known = t[t.bundles>1]
-    ps = ', '.join(f'{s} {p:.3g}' for s,p in zip(known.sequences, known.p_holm))
+    ps = [f'{s} {p:.3g}' for s,p in zip(known.sequences, known.p_holm)]
     met = f'{known.bundles.max():.0f} bundles have met this cohort, these included'
-    return [f'{met}; p by Holm over all of them: {ps}.']
+    return [f"{met}; p by Holm over all of them: {', '.join(ps)}."]
 
+# %% ../nbs/82_thesis.ipynb #2f875a09
 def _say_power(t):
     "What so many patients could have shown"
     n = int(t.n.min())
@@ -143,30 +156,37 @@ def _say_power(t):
     return ("To tell an AUC of .65, about the best that honest external tests find, from chance takes "
         f"{need} patients; there were {n}{enough}")
 
+# %% ../nbs/82_thesis.ipynb #a4e43fec
 def _say_best(t):
     "That the best of several flatters"
     if len(t)==1: return []
     best = t.loc[t.auc.idxmax()]
-    return [f"The highest, {best.sequences} with {best.auc:.3f} [{best.auc_lo:.3f}, {best.auc_hi:.3f}], is the best of "
+    interval = f'[{best.auc_lo:.3f}, {best.auc_hi:.3f}]'
+    return [f"The highest, {best.sequences} with {best.auc:.3f} {interval}, is the best of "
         f"{len(t)} and flatters for that reason alone; it must not be called the model's performance."]
 
+# %% ../nbs/82_thesis.ipynb #d729fea9
 def _say_thesis(t):
     "Whether the thesis' highest figure lies inside the intervals"
     top = thesis_results('test').auc.max()
-    inside = int(((t.auc_lo<=top)&(top<=t.auc_hi)).sum())
+    holds = (t.auc_lo<=top)&(top<=t.auc_hi)
+    inside = int(holds.sum())
     where = f'inside {inside} of these intervals' if inside else 'outside every one of these intervals'
     return f"The thesis' highest test AUC, {top:.3f}, lies {where}."
 
+# %% ../nbs/82_thesis.ipynb #70aee99f
 def _say_aside(aside):
     if aside is None:
         return 'No leakage audit was made, so patients may be in both sets.'
     beside = ', and the figures without them stand beside.' if len(aside) else '.'
     return f"{len(aside)} patients were suspected to be in the training set too{beside}"
 
+# %% ../nbs/82_thesis.ipynb #c6ad7936
 def _say_found(found, planted):
     end = '.' if found>.9*planted else ', so what it did not find proves little.'
     return f"The audit found {found} of {planted} copies that had been hidden to try it{end}"
 
+# %% ../nbs/82_thesis.ipynb #5e6cf535
 def _say_overridden(kinds):
     return (f"The scans were prepared otherwise than those of training ({', '.join(kinds)}), which was accepted here "
         f"and can move a result in either direction.")

@@ -33,15 +33,18 @@ def field_of(
     corners = []
     for v in volumes:
         edges = np.array([[-.5]*3, np.array(v.shape)-.5])
-        corners.append(v.world(np.stack(np.meshgrid(*edges.T, indexing='ij'), -1).reshape(-1,3)))
+        grid = np.stack(np.meshgrid(*edges.T, indexing='ij'), -1)
+        corners.append(v.world(grid.reshape(-1,3)))
     corners = np.concatenate(corners)
     return np.array([corners.min(0), corners.max(0)])
 
 # %% ../nbs/71_viewer.ipynb #93469c39
 def _axes_of(plane):
     "The patient's axes along a picture's width and height"
-    return [int(np.flatnonzero(o)[0]) for o in PLANES[plane]]
+    edges = PLANES[plane]
+    return [int(np.flatnonzero(o)[0]) for o in edges]
 
+# %% ../nbs/71_viewer.ipynb #fa0e1e74
 def plane_points(
     plane:str, # One of `PLANES`
     at:np.ndarray|list, # (3,) RAS mm, a point of the plane
@@ -52,7 +55,9 @@ def plane_points(
     if plane not in PLANES:
         raise unknown_name('plane', plane, PLANES)
     right,down = _axes_of(plane)
-    def centres(axis): return np.arange(field[1,axis]-mm/2, field[0,axis], -mm)
+    def centres(axis):
+        low,high = field[:,axis]
+        return np.arange(high-mm/2, low, -mm)
     w,h = centres(right),centres(down)
     points = np.empty((len(h),len(w),3))
     points[:] = np.asarray(at, float)
@@ -69,10 +74,12 @@ def sample(
     inv,n = np.linalg.inv(vol.affine),np.array(vol.shape)
     at = points@inv[:3,:3].T+inv[:3,3]
     inside = ((at>=-.5)&(at<=n-.5)).all(-1)
-    grid = torch.from_numpy((2*at/np.maximum(n-1, 1)-1)[...,::-1].astype(np.float32)).reshape(1,1,1,-1,3)
+    grid = 2*at/np.maximum(n-1, 1)-1 # -1 to 1
+    grid = torch.from_numpy(grid[...,::-1].astype(np.float32)).reshape(1,1,1,-1,3)
     x = vol.as_subclass(torch.Tensor)[None,None].float()
     mode = 'bilinear' if order else 'nearest'
-    res = F.grid_sample(x, grid, mode, 'border', align_corners=True).numpy().reshape(inside.shape)
+    res = F.grid_sample(x, grid, mode, 'border', align_corners=True)
+    res = res.numpy().reshape(inside.shape)
     return np.where(inside, res, np.float32('nan'))
 
 # %% ../nbs/71_viewer.ipynb #fc921a79
@@ -94,6 +101,7 @@ def scans_of(
     if not there: raise _no_scans(wanted)
     return {s: read_sequence(what, s) for s in there}
 
+# %% ../nbs/71_viewer.ipynb #4c618d94
 def _of_store(store, patient, sequences):
     "A store's volumes on the prepared grid"
     if patient not in store.meta: raise _no_patient(patient)
@@ -105,6 +113,7 @@ def _of_store(store, patient, sequences):
         raise _no_place()
     return {s: store.volume(patient, s) for s in there}
 
+# %% ../nbs/71_viewer.ipynb #d1b3ab27
 def _cannot_be_shown(what):
     return MGMTError(f"a {type(what).__name__} cannot be shown: give a Volume, the path of a series, a row of a "
         "cohort, or a patient's name and store=")
@@ -122,9 +131,11 @@ def _no_place():
 # %% ../nbs/71_viewer.ipynb #f4073a0e
 def _every_3_mm(vol):
     "A part of a volume's voxels, and their values"
-    some = vol[tuple(slice(None, None, max(1, int(3/s))) for s in vol.spacing)]
+    steps = [max(1, int(3/mm)) for mm in vol.spacing]
+    some = vol[tuple(slice(None, None, n) for n in steps)]
     return some,some.numpy().astype(np.float32)
 
+# %% ../nbs/71_viewer.ipynb #47119fea
 def inner_slab(
     vol:Volume, # (D,H,W), a head
 ) -> tuple: # Lowest and highest height, RAS mm
@@ -139,24 +150,33 @@ def inner_slab(
 # %% ../nbs/71_viewer.ipynb #a3d26bdf
 def _robust(x):
     "The 1st and 99.8th percentile of what differs from the most common dark value"
-    some = x[::max(1, len(x)//32),::3,::3].astype(np.float32).ravel()
+    step = max(1, len(x)//32)
+    some = x[::step,::3,::3].astype(np.float32).ravel()
     lit = some[some>some.min()]
     if not lit.size:
         return float(some.min()),float(some.min())+1
     lo,hi = np.percentile(lit, [1,99.8])
     return float(lo),float(hi) if hi>lo else float(lo)+1
 
+# %% ../nbs/71_viewer.ipynb #4881dc11
 def _filled(volumes):
     "The field in which volumes hold more than air, with 8 mm around it"
     box,lows,highs = field_of(volumes),[],[]
     for v in volumes:
         some,x = _every_3_mm(v)
-        lit = np.argwhere(x>x.min()+.05*(np.percentile(x, 99.5)-x.min()))
+        air,bright = x.min(),np.percentile(x, 99.5)
+        lit = np.argwhere(x>air+.05*(bright-air))
         at = some.world(lit) if len(lit) else box
-        lows.append(at.min(0)-8); highs.append(at.max(0)+8)
-    return np.array([np.maximum(box[0], np.min(lows, 0)), np.minimum(box[1], np.max(highs, 0))])
+        lows.append(at.min(0)-8)
+        highs.append(at.max(0)+8)
+    low = np.maximum(box[0], np.min(lows, 0))
+    high = np.minimum(box[1], np.max(highs, 0))
+    return np.array([low,high])
 
-def _is_labels(vol): return vol is not None and not vol.is_floating_point() and int(vol.max())<=8
+# %% ../nbs/71_viewer.ipynb #12c72b1c
+def _is_labels(vol):
+    if vol is None or vol.is_floating_point(): return False
+    return int(vol.max())<=8
 
 _heat,_tab = plt.get_cmap('inferno'),plt.get_cmap('tab10')
 
@@ -177,7 +197,8 @@ class View:
             raise MGMTError("nothing to show: give one volume at least")
         store_attr('opacity,window,note')
         self.volumes = {k: v.float() for k,v in volumes.items()}
-        self.overlay,self.labels = overlay if overlay is None else overlay.float(),_is_labels(overlay)
+        self.overlay = overlay if overlay is None else overlay.float()
+        self.labels = _is_labels(overlay)
         self.field = _filled(volumes.values())
         heads = [] if head else [v for v in volumes.values() if has_skull(v) is True]
         self.cropped = bool(heads)
@@ -187,7 +208,8 @@ class View:
         self.mm = float(mm or np.clip(finest, .7, 1))
         self.ranges = {k: _robust(np.asarray(v)) for k,v in volumes.items()}
         self.top = 1. if overlay is None else max(float(overlay.max()), 1e-9)
-        self.at = np.clip(self._start() if at is None else np.asarray(at, float), *self.field)
+        start = self._start() if at is None else np.asarray(at, float)
+        self.at = np.clip(start, *self.field)
 
     def _start(self):
         if self.overlay is None or not bool((self.overlay>0).any()):
@@ -217,22 +239,26 @@ class View:
         "One sequence in one plane, with the overlay"
         points = plane_points(plane, self.at, self.field, self.mm)
         lo,hi = self.ranges[name]
-        grey = (np.nan_to_num(sample(self.volumes[name], points), nan=lo)-lo)/(hi-lo)
+        x = np.nan_to_num(sample(self.volumes[name], points), nan=lo)
+        grey = (x-lo)/(hi-lo)
         black,white = self.window
         grey = np.clip((grey-black)/max(white-black, 1e-3), 0, 1)
         rgb = np.repeat(grey[...,None], 3, -1).astype(np.float32)
         return rgb if self.overlay is None else self._blended(rgb, points)
 
     def _blended(self, rgb, points):
-        labels = self.labels
-        x = np.nan_to_num(sample(self.overlay, points, order=0 if labels else 1))
-        colour = _tab(x.astype(int)%10) if labels else _heat(np.clip(x/self.top, 0, 1))
-        alpha = self.opacity*((x>0) if labels else np.clip(x/self.top, 0, 1))
+        x = np.nan_to_num(sample(self.overlay, points, order=0 if self.labels else 1))
+        share = np.clip(x/self.top, 0, 1)
+        colour = _tab(x.astype(int)%10) if self.labels else _heat(share)
+        alpha = self.opacity*(x>0 if self.labels else share)
         return rgb+(colour[...,:3]-rgb)*alpha[...,None]
 
     def picture(self) -> np.ndarray: # (H,W,3) uint8
         "All panels as one picture, the crosshair drawn in; rows are planes, columns sequences"
-        rows = [np.concatenate([self._framed(n, p) for n in self.volumes], 1) for p in PLANES]
+        rows = []
+        for plane in PLANES:
+            panels = [self._framed(name, plane) for name in self.volumes]
+            rows.append(np.concatenate(panels, 1))
         return (np.concatenate(rows)*255).astype(np.uint8)
 
     def _framed(self, name, plane):
@@ -242,8 +268,10 @@ class View:
         col,row = (int((self.field[1,a]-self.at[a])/self.mm) for a in (right,down))
         row,col = min(row, len(x)-1),min(col, x.shape[1]-1)
         x[row,::3] = x[::3,col] = (.2,.8,1)
-        width = int(np.ceil(np.ptp(self.field, axis=0)[:2].max()/self.mm))+2
-        return np.pad(x, ((0,2),(0,max(0, width-x.shape[1])),(0,0)))
+        widest = np.ptp(self.field, axis=0)[:2].max()
+        width = int(np.ceil(widest/self.mm))+2
+        lack = max(0, width-x.shape[1])
+        return np.pad(x, ((0,2),(0,lack),(0,0)))
 
     def lines(self) -> list: # Of text
         "What is written under the picture"
@@ -272,8 +300,10 @@ class View:
 
     def _wrapped(self, inches):
         "The lines under the picture, as wide as it is"
-        parts = '\n'.join(self.lines()).splitlines()
-        return [w for o in parts for w in textwrap.wrap(o, int(13*inches))]
+        res,width = [],int(13*inches)
+        for o in '\n'.join(self.lines()).splitlines():
+            res += textwrap.wrap(o, width)
+        return res
 
     def png(self) -> bytes: # Of a PNG
         "The figure as a picture file"
@@ -295,20 +325,23 @@ def widget(
     except ImportError:
         raise MGMTError(_no_widgets) from None
     image = w.Image(value=self.png(), format='png')
-    def slider(name, lo, hi, value): return w.FloatSlider(value, min=lo, max=hi, step=.5, description=name)
+    def slider(name, lo, hi, value):
+        return w.FloatSlider(value, min=lo, max=hi, step=.5, description=name)
     axes = [slider(*o) for o in zip(_axes, *self.field, self.at)]
     window = w.FloatRangeSlider(value=self.window, min=0, max=1.5, step=.01, description='window')
     opacity = w.FloatSlider(self.opacity, min=0, max=1, step=.05, description='overlay')
     def changed(_):
         self.move([o.value for o in axes], opacity.value, window.value)
         image.value = self.png()
-    shown = [*axes, window, *([] if self.overlay is None else [opacity])]
+    shown = [*axes, window]
+    if self.overlay is not None: shown.append(opacity)
     for o in shown: o.observe(changed, 'value')
     return w.VBox([w.HBox(axes), w.HBox(shown[3:]), image])
 
 _axes = ('right, mm','front, mm','up, mm')
 _no_widgets = ("the viewer's sliders need ipywidgets: pip install mgmt_fast[view], or use .figure() or .html()")
 
+# %% ../nbs/71_viewer.ipynb #4709292d
 @patch
 def _repr_mimebundle_(self:View, include=None, exclude=None, **kwargs):
     "The widget where there are widgets, and a picture for whoever reads the saved notebook"
@@ -349,8 +382,11 @@ def slice_sheet(
 ) -> np.ndarray: # (Z,Y,X) float32: from the head's foot up, from the front back, from the patient's right to the left
     "A volume on a plain grid along the patient's axes; NaN outside it."
     heights = np.arange(field[0,2]+mm/2, field[1,2], mm)
-    middle = field.mean(0)
-    return np.stack([sample(vol, plane_points('axial', [*middle[:2],z], field, mm), order) for z in heights])
+    x,y,_ = field.mean(0)
+    def cut(z):
+        points = plane_points('axial', [x,y,z], field, mm)
+        return sample(vol, points, order)
+    return np.stack([cut(z) for z in heights])
 
 # %% ../nbs/71_viewer.ipynb #643aad15
 def _png(sheet):
@@ -361,10 +397,14 @@ def _png(sheet):
     tiles = np.zeros((rows*cols,h,w), np.uint8)
     tiles[:n] = sheet
     f = io.BytesIO()
-    Image.fromarray(tiles.reshape(rows,cols,h,w).swapaxes(1,2).reshape(rows*h,cols*w)).save(f, 'PNG')
+    picture = tiles.reshape(rows,cols,h,w).swapaxes(1,2).reshape(rows*h,cols*w)
+    Image.fromarray(picture).save(f, 'PNG')
     return base64.b64encode(f.getvalue()).decode(),cols
 
-def _bytes(x, lo, hi): return (np.clip((np.nan_to_num(x, nan=lo)-lo)/(hi-lo), 0, 1)*255).astype(np.uint8)
+# %% ../nbs/71_viewer.ipynb #87deb9a2
+def _bytes(x, lo, hi):
+    share = (np.nan_to_num(x, nan=lo)-lo)/(hi-lo)
+    return (np.clip(share, 0, 1)*255).astype(np.uint8)
 
 # %% ../nbs/71_viewer.ipynb #2db0d9fd
 @patch
@@ -393,12 +433,15 @@ def html(
         write_page(path, title, {'Scan': [res]})
     return res
 
+# %% ../nbs/71_viewer.ipynb #dc976dd1
 _VIEWER = """<div class="mgmt-view" data-said="{{ said }}"><div class="controls"></div>
 <div class="wide" role="group" aria-label="slices" tabindex="0"><table style="border-collapse:collapse"></table></div>
 <div class="place"></div>
 {% for o in lines %}<div>{{ o }}</div>{% endfor %}
 {% for name,data in pictures.items() %}<img hidden alt="{{ name }}" src="data:image/png;base64,{{ data }}">
 {% endfor %}<script>{{ script }}</script></div>"""
+
+# %% ../nbs/71_viewer.ipynb #c22fb532
 _SCRIPT = """(() => { for (const box of document.querySelectorAll('.mgmt-view:not([data-ready])')) {
   box.dataset.ready = 1
   const o = JSON.parse(box.dataset.said), [nx,ny,nz] = o.size, n = [nx,ny,nz], sign = [-1,-1,1]
@@ -475,5 +518,6 @@ def view(
     Series with their skull are shown by inner slices, unless `head=True`. Raises `MGMTError` where nothing can be
     shown."""
     note = getattr(overlay, 'note', '')
-    overlay = getattr(overlay, 'map', overlay) if not isinstance(overlay, Volume) else overlay
+    if not isinstance(overlay, Volume):
+        overlay = getattr(overlay, 'map', overlay)
     return View(scans_of(what, store, sequences), overlay, **{'note':note, **kwargs})
