@@ -489,7 +489,7 @@ def _resample_batch(src, out, ms, bs, outside):
     c = c[...,None,None]
     h,w = (torch.arange(k, dtype=src.dtype, device=src.device) for k in (H,W))
     def at(i):
-        by_h,by_w,offset = c[:,i,0],c[:,i,1],c[:,i,2]
+        by_h,by_w,offset = c[:,i].unbind(1)
         return by_h*h[:,None]+offset+by_w*w
     grid = torch.stack([at(1), at(0)], -1)
     sources = src.reshape(B,-1,H,W).chunk(4,1)
