@@ -670,13 +670,15 @@ def calibration(
 # %% ../nbs/51_metrics.ipynb #9d9036be
 def _mean_ci(v, z):
     "Interval of a mean over patients, `z` standard errors wide on either side"
+    mean = v.mean()
     half = z*v.std(ddof=1)/np.sqrt(len(v))
-    return v.mean()-half,v.mean()+half
+    return mean-half,mean+half
 
 def _wald(b, se, ideal, z):
     "A coefficient with its interval, its ideal, and how rare one so far from the ideal is"
+    lo,hi = b-z*se,b+z*se
     away = abs(b-ideal)/se
-    return b,b-z*se,b+z*se,ideal,2*norm.sf(away)
+    return b,lo,hi,ideal,2*norm.sf(away)
 
 # %% ../nbs/51_metrics.ipynb #661e5c22
 def _recalibration(x, y):
