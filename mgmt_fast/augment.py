@@ -23,6 +23,7 @@ from fasttransform import ItemTransform
 _yes_no,_share = Allowed.one_of(True,False),Allowed.number(0,1)
 _axes = Allowed.one_of(*(''.join(o) for n in range(4) for o in itertools.permutations('dhw', n)))
 
+# %% ../nbs/36_augment.ipynb #3d4e982a
 choice('augment', 'flip',
     'axes to mirror, each with probability 1/2: w left-right, h front-back, d foot-head (the thesis: h '
     'too, which is not anatomical)', _axes,
@@ -49,6 +50,8 @@ choice('augment', 'outside',
     "what moves in from outside: 'zeros' (air), 'border' or 'reflection' (the thesis: brain reflected "
     "into air)", Allowed.one_of('zeros','border','reflection'),
     default='zeros', published='reflection', none='zeros')
+
+# %% ../nbs/36_augment.ipynb #3cee2ce5
 choice('augment', 'contrast', 'fraction, largest change of the distance from the mean', _share,
     default=.15, published=.6, none=0.)
 choice('augment', 'contrast_over',
@@ -64,6 +67,8 @@ choice('augment', 'gamma', 'largest |log gamma| of intensity**gamma', Allowed.nu
     default=.2, published=0., none=0.)
 choice('augment', 'lighting_p', 'probability of contrast, brightness and gamma', _share,
     default=.5, published=1., none=0.)
+
+# %% ../nbs/36_augment.ipynb #1a1edd5a
 choice('augment', 'bias_field', 'fraction, largest shading by a smooth field', Allowed.number(0,3),
     default=.3, published=0., none=0.)
 choice('augment', 'bias_field_p', 'probability of a bias field', _share, default=.3, published=0., none=0.)
@@ -73,12 +78,16 @@ choice('augment', 'noise_kind', "'rician', as magnitude images have it, or 'gaus
     Allowed.one_of('rician','gaussian'),
     default='rician', published='rician', none='rician')
 choice('augment', 'noise_p', 'probability of noise', _share, default=.2, published=0., none=0.)
+
+# %% ../nbs/36_augment.ipynb #d234022e
 choice('augment', 'blur', 'mm, largest standard deviation of an in-plane Gaussian', Allowed.number(0,50),
     default=1., published=0., none=0.)
 choice('augment', 'blur_p', 'probability of blur', _share, default=.1, published=0., none=0.)
 choice('augment', 'thick_slices', 'mm, thickest simulated slice', Allowed.number(0,100),
     default=6., published=0., none=0.)
 choice('augment', 'thick_slices_p', 'probability of thick slices', _share, default=.1, published=0., none=0.)
+
+# %% ../nbs/36_augment.ipynb #97192bf4
 choice('augment', 'equalize_p', 'probability of histogram equalisation (the thesis does not give it: .5 is ours)',
     _share,
     default=0., published=.5, none=0.)
@@ -91,6 +100,8 @@ choice('augment', 'cutout', 'of each side, size of the box that cut-out empties 
     default=.2, published=.2, none=.2)
 choice('augment', 'cutout_p', 'probability of cut-out (the thesis describes it and does not call it)', _share,
     default=0., published=0., none=0.)
+
+# %% ../nbs/36_augment.ipynb #d0550095
 choice('augment', 'tta_flip', 'axes mirrored in test-time augmentation', _axes, default='w', published='', none='')
 choice('augment', 'tta_shift', 'mm, shift of the views of test-time augmentation', Allowed.number(0,1000),
     default=2., published=0., none=0.)
@@ -99,23 +110,29 @@ same_choices('augment', 'winner', like='none')
 # %% ../nbs/36_augment.ipynb #1bbf3ce0
 def _within(name, value, lo, hi, unit):
     "`value` as a number between two limits"
-    number = isinstance(value, (int,float,np.number))
-    if number and not isinstance(value, bool) and lo<=value<=hi:
-        return float(value)
-    raise MGMTError(f"{name} must be a number from {lo:g} to {hi:g} {unit}; received {value!r}")
+    number = isinstance(value, (int,float,np.number)) and not isinstance(value, bool)
+    if number and lo<=value<=hi: return float(value)
+    rule = f"{name} must be a number from {lo:g} to {hi:g} {unit}"
+    raise MGMTError(f"{rule}; received {value!r}")
 
 def _one_of(name, value, known):
     if value in known: return value
-    raise MGMTError(f"{name} must be one of {', '.join(map(repr,known))}; received {value!r}")
+    names = ', '.join(map(repr,known))
+    raise MGMTError(f"{name} must be one of {names}; received {value!r}")
 
+# %% ../nbs/36_augment.ipynb #cb51bbf4
 def _check_spacing(spacing, name='spacing'):
     "mm along D, H and W, as an array (3,) or (B,3)"
-    s = spacing.detach().cpu() if isinstance(spacing, torch.Tensor) else spacing
-    s = np.asarray(s, dtype=np.float64)
+    if isinstance(spacing, torch.Tensor):
+        spacing = spacing.detach().cpu()
+    s = np.asarray(spacing, dtype=np.float64)
     fits = s.shape[-1:]==(3,) and s.ndim<=2
-    if fits and (np.isfinite(s)&(s>0)).all(): return s
-    raise MGMTError(f"{name} must be (3,) or (B,3) positive mm along D, H and W; received {s.tolist()}")
+    positive = np.isfinite(s)&(s>0)
+    if fits and positive.all(): return s
+    rule = f"{name} must be (3,) or (B,3) positive mm along D, H and W"
+    raise MGMTError(f"{rule}; received {s.tolist()}")
 
+# %% ../nbs/36_augment.ipynb #56cd352b
 def _check_batch(x):
     if not isinstance(x, torch.Tensor):
         raise MGMTError(f"a batch is a tensor (B,C,D,H,W); received {type(x).__name__}")
@@ -131,6 +148,7 @@ def _bad_dtype(x):
     way_out = "bring bytes to 0..1 first, and let mixed precision begin in the model"
     return MGMTError(f"augmentation computes in float32 or float64; received {x.dtype}: {way_out}")
 
+# %% ../nbs/36_augment.ipynb #4c267a58
 def _check_values(x, bounded):
     lo,hi = map(float, x.aminmax())
     if not (math.isfinite(lo) and math.isfinite(hi)):
@@ -159,8 +177,11 @@ class RandAug(ItemTransform):
     ):
         super().__init__()
         for k,(lo,hi,unit) in self.limits.items():
-            setattr(self, k, _within(k, getattr(self,k), lo, hi, unit))
-        self.seed,self.drawn,self.looked = seed,0,False
+            value = _within(k, getattr(self,k), lo, hi, unit)
+            setattr(self, k, value)
+        self.seed = seed
+        self.drawn = 0
+        self.looked = False
         self.spacing = None if spacing is None else _check_spacing(spacing)
 
     def draw(self,
@@ -171,7 +192,8 @@ class RandAug(ItemTransform):
         if not isinstance(n, (int,np.integer)): n = len(n)
         draws = self._next(n, start)
         rows = [self.row(k) for k in draws]
-        return pd.DataFrame(rows, index=pd.Index(draws, name='draw'))
+        index = pd.Index(draws, name='draw')
+        return pd.DataFrame(rows, index=index)
 
     def _next(self, n, start=None):
         if start is None:
@@ -196,8 +218,9 @@ class RandAug(ItemTransform):
     def _check_column(self, name, least):
         if name not in self.neutral:
             raise unknown_name(f'parameter of {type(self).__name__}', name, self.neutral)
-        if self.neutral[name]!=1. or not least<=0: return
-        raise MGMTError(f"{name} is a factor and must be above 0; received {least:g}")
+        is_factor = self.neutral[name]==1.
+        if is_factor and least<=0:
+            raise MGMTError(f"{name} is a factor and must be above 0; received {least:g}")
 
     def _apply(self, x, rows, spacing=None):
         if x.device.type=='cpu' or not self.looked:
@@ -218,21 +241,28 @@ class RandAug(ItemTransform):
     def encodes(self,
         b:Any, # A batch (B,C,D,H,W), alone or followed by labels; any type, because fastai dispatches on it
     ): # Augmented; a `TensorMask` (B,D,H,W) or (B,1,D,H,W) is moved as the volumes are, other labels stay as they are
-        x,rest = (b[0],b[1:]) if isinstance(b,(list,tuple)) else (b,None)
+        with_labels = isinstance(b, (list,tuple))
+        x = b[0] if with_labels else b
         _check_batch(x)
         rows = [self.row(k) for k in self._next(len(x))]
         moved = self._apply(x, rows)
-        return moved if rest is None else [moved, *(self._with_mask(o, x, rows) for o in rest)]
+        if not with_labels: return moved
+        labels = [self._with_mask(o, x, rows) for o in b[1:]]
+        return [moved, *labels]
 
     def _with_mask(self, m, x, rows):
         "A mask, moved as the volumes of its batch"
         if not isinstance(m, TensorMask): return m
-        if len(m)!=len(x) or m.shape[-3:]!=x.shape[-3:] or m.numel()*x.shape[1]!=x.numel():
+        same_place = len(m)==len(x) and m.shape[-3:]==x.shape[-3:]
+        if not same_place or m.numel()*x.shape[1]!=x.numel():
             raise _no_mask_of(m, x)
-        each = m.as_subclass(torch.Tensor).reshape(len(x), *x.shape[-3:])
-        places = zip(each, rows, self._spacing(x, None))
-        moved = torch.stack([self.move_mask(o, {**self.neutral, **r}, mm) for o,r,mm in places])
-        return moved.view(m.shape).as_subclass(type(m))
+        each = m.as_subclass(torch.Tensor)
+        each = each.reshape(len(x), *x.shape[-3:])
+        rows = [{**self.neutral, **r} for r in rows]
+        mm = self._spacing(x, None)
+        moved = [self.move_mask(*o) for o in zip(each, rows, mm)]
+        moved = torch.stack(moved).view(m.shape)
+        return moved.as_subclass(type(m))
 
     def move_mask(self,
         m:torch.Tensor, # (D,H,W), a number per class
@@ -247,7 +277,8 @@ class RandAug(ItemTransform):
     def row(self,
         k:int, # Which draw
     ) -> dict: # Parameter -> value, of one patient
-        return self.sample(rng_for(self.seed, 'augment', type(self).__name__, k))
+        rng = rng_for(self.seed, 'augment', type(self).__name__, k)
+        return self.sample(rng)
 
     def sample(self,
         rng:np.random.Generator, # Of this draw alone
@@ -258,7 +289,9 @@ class RandAug(ItemTransform):
     def acts(self,
         r:dict, # One patient's parameters
     ) -> bool: # Do they change anything?
-        return any(v is not None and r[c]!=v for c,v in self.neutral.items())
+        for name,neutral in self.neutral.items():
+            if neutral is not None and r[name]!=neutral: return True
+        return False
 
     def fits(self,
         r:dict, # One patient's parameters
@@ -274,7 +307,8 @@ class RandAug(ItemTransform):
         "On a GPU rows that fit go together, or by the same arithmetic alone, with the same bits"
         if self.in_few_passes and passes_fit(src):
             return self.in_passes(src, out, rows, mm)
-        fits = [src.device.type!='cpu' and self.fits(r) for r in rows]
+        on_card = src.device.type!='cpu'
+        fits = [on_card and self.fits(r) for r in rows]
         if all(fits):
             return self.together(src, out, rows, mm)
         for i,r in enumerate(rows):
@@ -293,8 +327,9 @@ class RandAug(ItemTransform):
         "All patients in one or two passes over memory, on a card with Triton"
         if src is not out: out.copy_(src)
         at = [i for i,r in enumerate(rows) if self.acts(r)]
-        if at:
-            self.pass_(out, at, [rows[i] for i in at], mm[at])
+        if not at: return
+        acting = [rows[i] for i in at]
+        self.pass_(out, at, acting, mm[at])
 
     def pass_(self,
         x:torch.Tensor, # (B,C,D,H,W), changed in place
@@ -322,7 +357,8 @@ class RandAug(ItemTransform):
     ):
         "One patient: a copy, and the change in place that `change_` of a subclass makes"
         if src is not out: out.copy_(src)
-        if self.acts(r): self.change_(out, r, mm)
+        if self.acts(r):
+            self.change_(out, r, mm)
 
     def change_(self,
         x:torch.Tensor, # (C,D,H,W), changed in place
@@ -334,46 +370,54 @@ class RandAug(ItemTransform):
 
     def _spacing(self, x, spacing):
         known = spacing,getattr(x,'spacing',None),self.spacing
-        s = next((o for o in known if o is not None), None)
-        if s is None: s = BRAIN_EXTENT/np.array(x.shape[2:])
-        else: s = _check_spacing(s)
+        given = [o for o in known if o is not None]
+        if given:
+            s = _check_spacing(given[0])
+        else:
+            s = BRAIN_EXTENT/np.array(x.shape[2:])
         if s.ndim==2 and len(s)!=len(x):
             raise _not_one_per_patient('spacing (B,3)', s, x)
         return np.broadcast_to(s, (len(x),3))
     def __repr__(self):
-        names = inspect.signature(type(self).__init__).parameters
+        cls = type(self)
+        names = inspect.signature(cls.__init__).parameters
         args = [k for k in names if k not in ('self','seed','spacing')]
-        said = ', '.join(f'{k}={getattr(self,k)!r}' for k in args)
-        return f"{type(self).__name__}({said})"
+        said = [f'{k}={getattr(self,k)!r}' for k in args]
+        return f"{cls.__name__}({', '.join(said)})"
     @property
     def name(self): return repr(self)
 
+# %% ../nbs/36_augment.ipynb #085af5a8
 def _no_mask_of(m, x):
-    return MGMTError(f"a mask has one number per voxel, (B,D,H,W) or (B,1,D,H,W); received {tuple(m.shape)} beside "
-        f"volumes {tuple(x.shape)}")
+    rule = "a mask has one number per voxel, (B,D,H,W) or (B,1,D,H,W)"
+    return MGMTError(f"{rule}; received {tuple(m.shape)} beside volumes {tuple(x.shape)}")
 
 def _not_one_per_patient(what, rows, x):
-    return MGMTError(f"{what} needs one row per patient; received {len(rows)} rows for a batch of {len(x)}")
-
+    seen = f"{len(rows)} rows for a batch of {len(x)}"
+    return MGMTError(f"{what} needs one row per patient; received {seen}")
 
 # %% ../nbs/36_augment.ipynb #47a87318
 def _turn(axis, degrees):
+    "Rotation about one of the axes D, H and W, (3,3)"
     i,j = [(1,2),(2,0),(0,1)][axis]
-    a,m = math.radians(degrees),np.eye(3)
+    a = math.radians(degrees)
+    m = np.eye(3)
     m[i,i] = m[j,j] = math.cos(a)
-    m[i,j],m[j,i] = -math.sin(a),math.sin(a)
+    m[i,j] = -math.sin(a)
+    m[j,i] = math.sin(a)
     return m
 
+# %% ../nbs/36_augment.ipynb #ec1f3ffe
 def _matrix(r, shape, mm, in_plane):
     "Output voxel to input voxel, (3,3) and (3,), for a row of `RandAffine`"
-    axes,n = 'dhw',np.array(shape)
+    def along(name): return np.array([r[f'{name}_{a}'] for a in 'dhw'])
+    n = np.array(shape)
     both = np.array([0 if in_plane else 1,1,1])
-    mirror = [-1 if r[f'flip_{a}'] else 1 for a in axes]
+    mirror = np.where(along('flip'), -1, 1)
     size = np.where(both, r['zoom'], 1)*mirror
     keep = np.where(both, r['crop'], 1)
-    shift = np.array([r[f'shift_{a}']+r[f'frac_{a}']*k*s for a,k,s in zip(axes,n,mm)])
-    place = np.array([r[f'crop_{a}'] for a in axes])
-    place = place*(1-keep)/2*n*mm
+    shift = along('shift')+along('frac')*n*mm
+    place = along('crop')*(1-keep)/2*n*mm
     turn = _turn(0,r['turn_d'])@_turn(1,r['turn_h'])@_turn(2,r['turn_w'])
     back = np.diag(1/size)@turn.T
     m = back*keep*mm/mm[:,None]
@@ -387,39 +431,52 @@ def _grid(m, b, sizes, axes, like):
     k = len(sizes)
     where = dict(dtype=like.dtype, device=like.device)
     grid = torch.empty(*map(len,axes), k, **where)
-    def along(i, a): return torch.arange(a.start, a.stop, **where).view(-1,*[1]*(k-1-i))
+    def along(i, a):
+        places = torch.arange(a.start, a.stop, **where)
+        return places.view(-1,*[1]*(k-1-i))
     *axes,last = [along(i, a) for i,a in enumerate(axes)]
     for i,n in enumerate(sizes):
         part = float((2*b[i]+1)/n-1)
         for j,a in enumerate(axes):
             part = part+a*float(2*m[i,j]/n)
-        torch.add(part, last*float(2*m[i,-1]/n), out=grid[...,k-1-i])
+        slope = float(2*m[i,-1]/n)
+        torch.add(part, last*slope, out=grid[...,k-1-i])
     return grid
 
+# %% ../nbs/36_augment.ipynb #0c15e536
 def _slabs(n, voxels, device, temps=1):
     "Ranges over n slices of some voxels each: small compared with the volume; within a CPU's cache, few on a GPU"
-    if device.type=='cpu': k = 2**21//temps//voxels
-    else: k = max(2**22//temps//voxels, n//2//temps)
+    if device.type=='cpu':
+        k = 2**21//temps//voxels
+    else:
+        half = n//2//temps
+        k = max(2**22//temps//voxels, half)
     k = max(1, k)
-    return [range(i, min(i+k,n)) for i in range(0, n, k)]
+    starts = range(0, n, k)
+    return [range(i, min(i+k,n)) for i in starts]
 
 def _groups(n, device, gpu=8):
     "Parts of equal size to compute side by side"
     wanted = torch.get_num_threads() if device.type=='cpu' else gpu
     return math.gcd(n, wanted)
 
+# %% ../nbs/36_augment.ipynb #75cc0ce0
 def _sample(x, grid, outside): return F.grid_sample(x, grid, padding_mode=outside, align_corners=False)
 
 def _resample2d(src, out, m, b, outside):
-    D,H,W = src.shape[-3:]
+    "Move all slices (...,D,H,W) alike within their plane, by `m` (2,2) and `b` (2,)"
+    H,W = src.shape[-2:]
     grid = _grid(m, b, (H,W), (range(H),range(W)), src)[None]
-    src,out = src.reshape(-1,H,W),out.view(-1,H,W)
+    src = src.reshape(-1,H,W)
+    out = out.view(-1,H,W)
     for s in _slabs(len(src), H*W, src.device):
         k = _groups(len(s), src.device)
         part = slice(s.start, s.stop)
-        y = _sample(src[part].view(k,-1,H,W), grid.expand(k,-1,-1,-1), outside)
+        x = src[part].view(k,-1,H,W)
+        y = _sample(x, grid.expand(k,-1,-1,-1), outside)
         out[part] = y.view(-1,H,W)
 
+# %% ../nbs/36_augment.ipynb #41cd8292
 def _resample_batch(src, out, ms, bs, outside):
     "`_resample2d` of all patients at once, matrices (B,2,2) and (B,2): on a GPU, launches cost more than arithmetic"
     B,C,D,H,W = src.shape
@@ -427,24 +484,36 @@ def _resample_batch(src, out, ms, bs, outside):
     m = 2*np.stack(ms)/n[:,None]
     b = (2*np.stack(bs)+1)/n-1
     c = np.concatenate([m, b[...,None]], 2)
-    c = torch.from_numpy(c).to(src.device, src.dtype, non_blocking=True)[...,None,None]
+    c = torch.from_numpy(c)
+    c = c.to(src.device, src.dtype, non_blocking=True)
+    c = c[...,None,None]
     h,w = (torch.arange(k, dtype=src.dtype, device=src.device) for k in (H,W))
-    def at(i): return c[:,i,0]*h[:,None]+c[:,i,2]+c[:,i,1]*w
+    def at(i):
+        by_h,by_w,offset = c[:,i].unbind(1)
+        return by_h*h[:,None]+offset+by_w*w
     grid = torch.stack([at(1), at(0)], -1)
-    parts = zip(src.reshape(B,-1,H,W).chunk(4,1), out.view(B,-1,H,W).chunk(4,1))
-    for s,o in parts: o.copy_(_sample(s, grid, outside))
+    sources = src.reshape(B,-1,H,W).chunk(4,1)
+    results = out.view(B,-1,H,W).chunk(4,1)
+    for s,o in zip(sources, results):
+        o.copy_(_sample(s, grid, outside))
 
+# %% ../nbs/36_augment.ipynb #4321ebc8
 def _resample3d(src, out, m, b, outside):
+    "Move a volume (C,D,H,W) by `m` (3,3) and `b` (3,)"
     C,D,H,W = src.shape
     k = _groups(D, src.device, gpu=1)
     each = D//k
     n = max(1, each//12)
-    def grid(lo, hi): return _grid(m, b, (D,H,W), (range(lo,hi),range(H),range(W)), src)
+    whole = src[None].expand(k,-1,-1,-1,-1)
+    parts = out.view(C,k,each,H,W)
+    def grid(lo, hi):
+        slab = range(lo,hi),range(H),range(W)
+        return _grid(m, b, (D,H,W), slab, src)
     for lo in range(0, each, n):
         hi = min(lo+n, each)
         grids = torch.stack([grid(j*each+lo, j*each+hi) for j in range(k)])
-        y = _sample(src[None].expand(k,-1,-1,-1,-1), grids, outside)
-        out.view(C,k,each,H,W)[:,:,lo:hi] = y.transpose(0,1)
+        y = _sample(whole, grids, outside)
+        parts[:,:,lo:hi] = y.transpose(0,1)
 
 # %% ../nbs/36_augment.ipynb #28baecd6
 class RandAffine(RandAug):
@@ -478,15 +547,19 @@ class RandAffine(RandAug):
 
     def ever(self):
         moves = self.rotation or self.shift or any(self.shift_fraction)
-        return bool(self.flip or moves or self.zoom or self.crop_resize<1)
+        resizes = self.zoom or self.crop_resize<1
+        return bool(self.flip or moves or resizes)
 
     def sample(self, rng):
         u = rng.uniform(-1,1,9)
         hits = rng.random(3)<.5
-        place = rng.uniform(-1,1,3)
-        r = {f'flip_{a}': int(h) for a,h in zip('dhw',hits) if a in self.flip}
+        place = dict(zip('dhw', rng.uniform(-1,1,3)))
+        turn = dict(zip('dhw', u[:3]))
+        shift = dict(zip('dhw', u[3:6]))
         turns,on = ('d','hw') if self.in_plane else ('dhw','dhw')
-        turn,shift,place = (dict(zip('dhw', o)) for o in (u[:3],u[3:6],place))
+        r = {}
+        for a,hit in zip('dhw', hits):
+            if a in self.flip: r[f'flip_{a}'] = int(hit)
         if self.rotation:
             r |= {f'turn_{a}': self.rotation*turn[a] for a in turns}
         if self.shift:
@@ -514,13 +587,13 @@ class RandAffine(RandAug):
         maps = [np.c_[self.matrix(r, src.shape[2:], o)] for r,o in zip(rows, mm)]
         solid = [i for i,r in enumerate(rows) if self.across(r)]
         flat = [i for i in range(len(rows)) if i not in solid]
-        if solid and src.shape[2]<2:
-            raise _single_slice(src[0])
         if solid:
-            warp_volumes(src, out, solid, np.stack([maps[i] for i in solid]), self.outside)
-        mirror = [rows[i]['flip_d'] for i in flat]
-        planes = [maps[i][1:,1:] for i in flat]
+            if src.shape[2]<2: raise _single_slice(src[0])
+            volumes = [maps[i] for i in solid]
+            warp_volumes(src, out, solid, np.stack(volumes), self.outside)
         if flat:
+            mirror = [rows[i]['flip_d'] for i in flat]
+            planes = [maps[i][1:,1:] for i in flat]
             warp_slices(src, out, flat, np.stack(planes), mirror, self.outside)
 
     def matrix(self,
@@ -535,21 +608,24 @@ class RandAffine(RandAug):
         r:dict, # One patient's parameters
     ) -> bool: # Does it move anything from slice to slice?
         resized = not r['zoom']==r['crop']==1
-        moves = (r[o] for o in ('turn_h','turn_w','shift_d','frac_d'))
-        return any(moves) or not self.in_plane and resized
+        moved = any(r[o] for o in ('turn_h','turn_w','shift_d','frac_d'))
+        return moved or not self.in_plane and resized
 
     def only_flips(self,
         r:dict, # One patient's parameters
     ) -> bool: # Is mirroring all it does?
-        others = [c for c in self.neutral if 'flip' not in c]
-        return all(r[c]==self.neutral[c] for c in others)
+        for name,neutral in self.neutral.items():
+            if 'flip' not in name and r[name]!=neutral: return False
+        return True
 
-    def fits(self, r): return not (r['flip_d'] or self.across(r) or self.only_flips(r))
+    def fits(self, r):
+        across = r['flip_d'] or self.across(r)
+        return not (across or self.only_flips(r))
 
     def run(self, src, out, r, mm):
         if not self.acts(r):
             return super().run(src, out, r, mm)
-        flips = [1+'dhw'.index(a) for a in 'dhw' if r[f'flip_{a}']]
+        flips = [i for i,a in enumerate('dhw', 1) if r[f'flip_{a}']]
         if self.only_flips(r):
             return out.copy_(src.flip(flips))
         m,b = self.matrix(r, src.shape[1:], mm)
@@ -557,7 +633,9 @@ class RandAffine(RandAug):
             if r['flip_d']: src = src.flip(1)
             return _resample2d(src, out, m[1:,1:], b[1:], self.outside)
         if src.shape[1]<2: raise _single_slice(src)
-        _resample3d(src.clone() if src.data_ptr()==out.data_ptr() else src, out, m, b, self.outside)
+        if src.data_ptr()==out.data_ptr():
+            src = src.clone()
+        _resample3d(src, out, m, b, self.outside)
 
     def move_mask(self, m, r, mm):
         if not self.acts(r): return m
@@ -567,6 +645,7 @@ class RandAffine(RandAug):
         self.run(layers, out, r, mm)
         return torch.where(out.amax(0)>0, classes[out.argmax(0)], 0)
 
+# %% ../nbs/36_augment.ipynb #cbf98a43
 def _single_slice(x):
     rule = "turning, shifting or zooming across slices needs D of at least 2"
     return MGMTError(f"{rule}; received D = {x.shape[1]}: use in_plane=True")
@@ -579,14 +658,18 @@ def _means(x, over):
     "(N,1,1) mean for each slice of x (C,D,H,W): of its sequence's brain, or of the slice with its air"
     s = x.sum((-2,-1)).double()
     if over=='slice':
-        return (s/x[0,0].numel()).to(x.dtype).view(-1,1,1)
+        means = s/x[0,0].numel()
+        return means.to(x.dtype).view(-1,1,1)
     flat = x.view(-1,*x.shape[2:])
     slabs = _slabs(len(flat), flat[0].numel(), x.device)
     brain = [flat[i.start:i.stop].sign().sum((-2,-1)) for i in slabs]
     n = torch.cat(brain).view_as(s).double()
-    m = s.sum(1,keepdim=True)/n.sum(1,keepdim=True).clamp_min(1)
-    return m.expand_as(s).reshape(-1,1,1).to(x.dtype)
+    voxels = n.sum(1,keepdim=True).clamp_min(1)
+    mean = s.sum(1,keepdim=True)/voxels
+    means = mean.expand_as(s).reshape(-1,1,1)
+    return means.to(x.dtype)
 
+# %% ../nbs/36_augment.ipynb #1844b8de
 def _bits(rng): return int(rng.integers(2**31))
 
 # %% ../nbs/36_augment.ipynb #c4dc2fb3
@@ -611,31 +694,42 @@ class RandLighting(RandAug):
         hit = rng.random()<self.p
         c,b,g = rng.uniform(-1,1,3)
         if not hit: return dict(self.neutral)
-        return dict(contrast=1+self.contrast*c, brightness=1+self.brightness*b, gamma=math.exp(self.gamma*g))
+        contrast = 1+self.contrast*c
+        brightness = 1+self.brightness*b
+        gamma = math.exp(self.gamma*g)
+        return dict(contrast=contrast, brightness=brightness, gamma=gamma)
 
     def fits(self, r): return self.acts(r)
     def together(self, src, out, rows, mm):
         if src is not out: out.copy_(src)
         B,C,D = out.shape[:3]
-        c,b,gamma = (np.array([r[o] for r in rows]) for o in ('contrast','brightness','gamma'))
+        c,b,gamma = map(np.array, self._columns_of(rows))
         k = np.stack([c*b, (1-c)*b, gamma], 1)
-        k = torch.from_numpy(k).to(out.device, out.dtype, non_blocking=True)
+        k = torch.from_numpy(k)
+        k = k.to(out.device, out.dtype, non_blocking=True)
         scale,mean,gamma = k.T.reshape(3,B,1,1,1,1)
         brain = out.sign() if self.over=='brain' else None
-        mean = mean*torch.stack([_means(o, self.over) for o in out]).view(B,C,D,1,1)
-        out.mul_(scale).add_(mean).clamp_(0 if brain is None else _least, 1).pow_(gamma)
+        means = [_means(o, self.over) for o in out]
+        mean = mean*torch.stack(means).view(B,C,D,1,1)
+        out.mul_(scale).add_(mean)
+        out.clamp_(0 if brain is None else _least, 1).pow_(gamma)
         if brain is not None: out.mul_(brain)
 
     in_few_passes = True
     def pass_(self, x, at, rows, mm):
         brain = self.over=='brain'
-        each = ([r[k] for r in rows] for k in ('contrast','brightness','gamma'))
-        light_(x, at, *each, _least if brain else 0., brain)
+        least = _least if brain else 0.
+        light_(x, at, *self._columns_of(rows), least, brain)
+
+    def _columns_of(self, rows):
+        "Contrast, brightness and gamma, a list of each with one number per patient"
+        return [[r[k] for r in rows] for k in self.neutral]
 
     def change_(self, x, r, mm):
         c,b = r['contrast'],r['brightness']
         if c==1:
-            add = x.new_zeros(()).expand(x.shape[0]*x.shape[1],1,1)
+            slices = x.shape[0]*x.shape[1]
+            add = x.new_zeros(()).expand(slices,1,1)
         else:
             add = _means(x, self.over)*((1-c)*b)
         least = _least if self.over=='brain' else 0
@@ -643,7 +737,8 @@ class RandLighting(RandAug):
         for s in _slabs(len(x), x[0].numel(), x.device):
             y = x[s.start:s.stop]
             brain = y.sign() if self.over=='brain' else None
-            torch.add(add[s.start:s.stop], y, alpha=c*b, out=y).clamp_(least, 1)
+            torch.add(add[s.start:s.stop], y, alpha=c*b, out=y)
+            y.clamp_(least, 1)
             if r['gamma']!=1: y.pow_(r['gamma'])
             if brain is not None: y.mul_(brain)
 
@@ -664,8 +759,9 @@ class RandBiasField(RandAug):
 
     def sample(self, rng):
         hit = rng.random()<self.p
-        u,s = rng.random(),_bits(rng)
-        return dict(bias=self.bias*u if hit else 0., bias_seed=s)
+        u = rng.random()
+        bias = self.bias*u if hit else 0.
+        return dict(bias=bias, bias_seed=_bits(rng))
 
     def field(self,
         r:dict, # One patient's parameters
@@ -674,10 +770,12 @@ class RandBiasField(RandAug):
     ) -> torch.Tensor: # (D,H,W), factors
         "Cosines of random weights, up to `waves` half waves along the three axes together"
         k = int(self.waves)+1
-        f = torch.from_numpy(self.weights(r)).to(like.device, like.dtype, non_blocking=True)
+        f = torch.from_numpy(self.weights(r))
+        f = f.to(like.device, like.dtype, non_blocking=True)
         halves = torch.arange(k, device=like.device)
         for n in shape:
-            at = (torch.arange(n, device=like.device)[:,None]+.5)*(math.pi/n)
+            at = torch.arange(n, device=like.device)[:,None]+.5
+            at = at*(math.pi/n)
             waves = (halves*at).cos().to(like.dtype)
             f = torch.tensordot(f, waves, ([0],[1]))
         lo,hi = f.aminmax()
@@ -689,15 +787,21 @@ class RandBiasField(RandAug):
     ) -> np.ndarray: # (k,k,k), of 0 to k-1 half waves along each axis
         "How much of each wave the field has"
         k = int(self.waves)+1
-        weights = np.random.default_rng(int(r['bias_seed'] or 0)).standard_normal((k,k,k))
-        i = np.indices(weights.shape).sum(0)
-        return np.where((i>0)&(i<k), weights, 0)
+        seed = int(r['bias_seed'] or 0)
+        weights = np.random.default_rng(seed).standard_normal((k,k,k))
+        halves = np.indices(weights.shape).sum(0)
+        kept = (halves>0)&(halves<k)
+        return np.where(kept, weights, 0)
 
     in_few_passes = True
     def pass_(self, x, at, rows, mm):
-        shade_(x, at, [r['bias'] for r in rows], np.stack([self.weights(r) for r in rows]))
+        bias = [r['bias'] for r in rows]
+        weights = [self.weights(r) for r in rows]
+        shade_(x, at, bias, np.stack(weights))
 
-    def change_(self, x, r, mm): x.mul_(self.field(r, x.shape[1:], x)).clamp_(max=1)
+    def change_(self, x, r, mm):
+        field = self.field(r, x.shape[1:], x)
+        x.mul_(field).clamp_(max=1)
 
 # %% ../nbs/36_augment.ipynb #4a37096a
 class RandNoise(RandAug):
@@ -717,18 +821,24 @@ class RandNoise(RandAug):
 
     def sample(self, rng):
         hit = rng.random()<self.p
-        u,s = rng.random(),_bits(rng)
-        return dict(noise=self.noise*u if hit else 0., noise_seed=s)
+        u = rng.random()
+        noise = self.noise*u if hit else 0.
+        return dict(noise=noise, noise_seed=_bits(rng))
 
     in_few_passes = True
     def pass_(self, x, at, rows, mm):
+        levels = [r['noise'] for r in rows]
         seeds = [int(r['noise_seed'] or 0) for r in rows]
-        add_noise_(x, at, [r['noise'] for r in rows], seeds, _least, self.kind=='rician')
+        rician = self.kind=='rician'
+        add_noise_(x, at, levels, seeds, _least, rician)
 
     def change_(self, x, r, mm):
-        g = torch.Generator(x.device).manual_seed(int(r['noise_seed'] or 0))
+        seed = int(r['noise_seed'] or 0)
+        g = torch.Generator(x.device).manual_seed(seed)
         x = x.view(-1,*x.shape[2:])
-        def normal(y): return torch.randn(y.shape, generator=g, dtype=y.dtype, device=y.device)
+        def normal(y):
+            like = dict(dtype=y.dtype, device=y.device)
+            return torch.randn(y.shape, generator=g, **like)
         for s in _slabs(len(x), x[0].numel(), x.device, temps=2):
             y = x[s.start:s.stop]
             brain = y.sign()
@@ -740,34 +850,40 @@ class RandNoise(RandAug):
 # %% ../nbs/36_augment.ipynb #77667012
 def _weigh_(x, weigh, slab):
     "Average brain with brain by a linear `weigh`, in place, slab by slab along an axis that it does not mix"
-    for s in _slabs(x.shape[slab], x.numel()//x.shape[slab], x.device, temps=4):
+    n = x.shape[slab]
+    for s in _slabs(n, x.numel()//n, x.device, temps=4):
         part = x.narrow(slab, s.start, len(s))
         brain = part.sign()
         weight = weigh(brain).clamp_min_(1e-6)
         mean = weigh(part).div_(weight)
         part.copy_(mean.clamp_(_least,1).mul_(brain))
 
+# %% ../nbs/36_augment.ipynb #ce1e0f01
 def _gauss(x, sigma, dim):
     "Gaussian of sigma voxels along an axis, air outside"
     out = x.clone()
-    for k in range(1, min(x.shape[dim], math.ceil(3*sigma)+1)):
-        n,w = x.shape[dim]-k,math.exp(-.5*(k/sigma)**2)
+    reach = math.ceil(3*sigma)
+    for k in range(1, min(x.shape[dim], reach+1)):
+        n = x.shape[dim]-k
+        w = math.exp(-.5*(k/sigma)**2)
         out.narrow(dim,k,n).add_(x.narrow(dim,0,n), alpha=w)
         out.narrow(dim,0,n).add_(x.narrow(dim,k,n), alpha=w)
     return out
 
+# %% ../nbs/36_augment.ipynb #6ebc344f
 def _thick(n, t, phase):
     "(n,n): average into slices of t voxels, then interpolate back"
     edge = np.arange(-1+phase, n/t+1)*t
     voxel = np.arange(n)
+    centre = voxel+.5
     ends = np.minimum(edge[1:,None], voxel+1)
     starts = np.maximum(edge[:-1,None], voxel)
     a = np.clip(ends-starts, 0, None)
     a = a[a.sum(1)>0]
     a /= a.sum(1,keepdims=True)
-    mid = a@(voxel+.5)
-    b = np.stack([np.interp(voxel+.5, mid, e) for e in np.eye(len(mid))], 1)
-    return b@a
+    mid = a@centre
+    back = [np.interp(centre, mid, e) for e in np.eye(len(mid))]
+    return np.stack(back, 1)@a
 
 # %% ../nbs/36_augment.ipynb #e45825e1
 class RandBlur(RandAug):
@@ -789,11 +905,15 @@ class RandBlur(RandAug):
 
     in_few_passes = True
     def pass_(self, x, at, rows, mm):
-        blur_(x, at, [r['blur']/o[1:] for r,o in zip(rows, mm)], _least)
+        voxels = [r['blur']/o[1:] for r,o in zip(rows, mm)]
+        blur_(x, at, voxels, _least)
 
     def change_(self, x, r, mm):
         sh,sw = r['blur']/mm[1:]
-        _weigh_(x, lambda o: _gauss(_gauss(o, sh, 2), sw, 3), slab=1)
+        def blur(o):
+            along_h = _gauss(o, sh, 2)
+            return _gauss(along_h, sw, 3)
+        _weigh_(x, blur, slab=1)
 
 # %% ../nbs/36_augment.ipynb #32a54eb4
 class RandThickSlices(RandAug):
@@ -813,7 +933,8 @@ class RandThickSlices(RandAug):
         hit = rng.random()<self.p
         u = rng.random()
         start = rng.random()
-        return dict(thick=self.thick*u if hit else 0., thick_start=start)
+        thick = self.thick*u if hit else 0.
+        return dict(thick=thick, thick_start=start)
 
     def mix(self,
         r:dict, # One patient's parameters
@@ -822,7 +943,8 @@ class RandThickSlices(RandAug):
     ) -> np.ndarray: # (depth,depth); None where slices are no thicker than they were
         "Which slices each slice becomes a mean of"
         t = r['thick']/mm[0]
-        return None if t<=1 or depth<2 else _thick(depth, t, r['thick_start'] or 0.)
+        if t<=1 or depth<2: return None
+        return _thick(depth, t, r['thick_start'] or 0.)
 
     in_few_passes = True
     def pass_(self, x, at, rows, mm):
@@ -831,38 +953,51 @@ class RandThickSlices(RandAug):
             for i,r,o in zip(at, rows, mm):
                 self.change_(x[i], r, o)
             return
-        mixes = {i:m for i,r,o in zip(at, rows, mm) if (m := self.mix(r, D, o)) is not None}
+        mixes = {}
+        for i,r,o in zip(at, rows, mm):
+            m = self.mix(r, D, o)
+            if m is not None: mixes[i] = m
         if mixes:
-            thicken_(x, list(mixes), np.stack(list(mixes.values())), _least)
+            each = np.stack(list(mixes.values()))
+            thicken_(x, list(mixes), each, _least)
 
     def change_(self, x, r, mm):
         a = self.mix(r, x.shape[1], mm)
         if a is None: return
         a = torch.from_numpy(a)
         a = a.to(x.device, x.dtype, non_blocking=True)
-        def thicken(o): return (a@o.reshape(*o.shape[:2],-1)).view(o.shape)
+        def thicken(o):
+            rows = o.reshape(*o.shape[:2],-1)
+            return (a@rows).view(o.shape)
         _weigh_(x, thicken, slab=2)
 
 # %% ../nbs/36_augment.ipynb #526a0d97
 def _flatten_slices(n):
     "Look-up table (N,256) of `PIL.ImageOps.equalize` from counts (N,256)"
     level = torch.arange(256, device=n.device)
-    last = n.gather(1, ((n>0)*level).amax(1,keepdim=True))
+    highest = ((n>0)*level).amax(1,keepdim=True)
+    last = n.gather(1, highest)
     total = n.sum(1,keepdim=True)
     step = (total-last)//255
-    lut = ((step//2+n.cumsum(1)-n)//step.clamp_min(1)).clamp(max=255)
+    below = step//2+n.cumsum(1)-n
+    lut = below//step.clamp_min(1)
+    lut = lut.clamp(max=255)
     return torch.where(step>0, lut, level)/255
 
+# %% ../nbs/36_augment.ipynb #d567d449
 def _flatten_brain(n, depth):
     "Look-up table (N,256) from the counts of all slices of a sequence, without its air"
     n = n.view(-1,depth,256).sum(1)
     n[:,0] = 0
     total = n.sum(1,keepdim=True)
-    lut = 1+254*(n.cumsum(1)-n/2)/total.clamp_min(1)
+    below = n.cumsum(1)-n/2
+    lut = 1+254*below/total.clamp_min(1)
     lut[:,0] = 0
     one = n.amax(1,keepdim=True)==total
-    lut = torch.where(one, torch.arange(256, device=n.device), lut)
-    return lut.repeat_interleave(depth, 0, output_size=len(n)*depth)/255
+    level = torch.arange(256, device=n.device)
+    lut = torch.where(one, level, lut)
+    lut = lut.repeat_interleave(depth, 0, output_size=len(n)*depth)
+    return lut/255
 
 # %% ../nbs/36_augment.ipynb #b1a30645
 class RandEqualize(RandAug):
@@ -879,7 +1014,9 @@ class RandEqualize(RandAug):
         super().__init__(seed, spacing)
         _one_of('over', over, ('brain','slice'))
 
-    def sample(self, rng): return dict(equalize=int(rng.random()<self.p))
+    def sample(self, rng):
+        hit = rng.random()<self.p
+        return dict(equalize=int(hit))
 
     def fits(self, r): return True
     def together(self, src, out, rows, mm):
@@ -887,16 +1024,24 @@ class RandEqualize(RandAug):
         at = torch.tensor([i for i,r in enumerate(rows) if r['equalize']])
         if not len(at): return
         each = out[0,:,:,0,0].numel()
-        slices = (at[:,None]*each+torch.arange(each)).view(-1).to(out.device, non_blocking=True)
-        self.flatten_(out.view(-1,out[0,0,0].numel()), out.shape[2], slices)
+        slices = at[:,None]*each+torch.arange(each)
+        slices = slices.view(-1).to(out.device, non_blocking=True)
+        flat = out.view(-1,out[0,0,0].numel())
+        self.flatten_(flat, out.shape[2], slices)
 
     in_few_passes = True
     def pass_(self, x, at, rows, mm):
         counts = count_levels(x, at).long()
-        table = _flatten_slices(counts) if self.over=='slice' else _flatten_brain(counts, x.shape[2])
-        look_up_(x, at, table.to(x.dtype).contiguous())
+        table = self._look_up_table(counts, x.shape[2]).to(x.dtype)
+        look_up_(x, at, table.contiguous())
 
-    def change_(self, x, r, mm): self.flatten_(x.view(-1,x[0,0].numel()), x.shape[1])
+    def change_(self, x, r, mm):
+        flat = x.view(-1,x[0,0].numel())
+        self.flatten_(flat, x.shape[1])
+
+    def _look_up_table(self, counts, depth):
+        if self.over=='slice': return _flatten_slices(counts)
+        return _flatten_brain(counts, depth)
 
     def flatten_(self,
         x:torch.Tensor, # (N,H*W) slices, changed in place
@@ -909,16 +1054,19 @@ class RandEqualize(RandAug):
         slabs = _slabs(n, x.shape[1], x.device, temps=8)
         counts = torch.zeros(n, lanes*256, dtype=torch.int32, device=x.device)
         lane = torch.arange(x.shape[1], device=x.device)%lanes*256 if lanes>1 else None
-        def rows(s): return slice(s.start,s.stop) if slices is None else slices[s.start:s.stop]
-        def level(s): return (x[rows(s)]*255+.5).to(torch.int32).to(torch.int64)
+        def rows(s):
+            part = slice(s.start,s.stop)
+            return part if slices is None else slices[part]
+        def level(s):
+            whole = (x[rows(s)]*255+.5).to(torch.int32)
+            return whole.to(torch.int64)
         unit = torch.ones((), dtype=torch.int32, device=x.device)
         for s in slabs:
             i = level(s)
             if lanes>1: i += lane
             counts[s.start:s.stop].scatter_add_(1, i, unit.expand_as(i))
         counts = counts.view(n,lanes,256).sum(1)
-        lut = _flatten_slices(counts) if self.over=='slice' else _flatten_brain(counts, depth)
-        lut = lut.to(x.dtype)
+        lut = self._look_up_table(counts, depth).to(x.dtype)
         for s in slabs:
             x[rows(s)] = lut[s.start:s.stop].gather(1, level(s))
 
@@ -939,14 +1087,16 @@ class RandCutOut(RandAug):
 
     def sample(self, rng):
         hit = rng.random()<self.p
-        place = {f'cutout_{a}': v for a,v in zip('dhw', rng.random(3))}
-        return dict(cutout=self.cutout if hit else 0., **place)
+        d,h,w = rng.random(3)
+        cutout = self.cutout if hit else 0.
+        return dict(cutout=cutout, cutout_d=d, cutout_h=h, cutout_w=w)
 
     def change_(self, x, r, mm):
         box = [slice(None)]
         for a,n in zip('dhw', x.shape[1:]):
             size = max(1, round(n*r['cutout']))
-            start = round((n-size)*(r[f'cutout_{a}'] or 0.))
+            place = r[f'cutout_{a}'] or 0.
+            start = round((n-size)*place)
             box.append(slice(start, start+size))
         x[tuple(box)] = 0
 
@@ -965,7 +1115,9 @@ class RandCropResize(RandAug):
         super().__init__(seed, spacing)
 
     def ever(self): return self.crop_resize<1
-    def sample(self, rng): return dict(window=self.crop_resize, window_h=rng.random(), window_w=rng.random())
+    def sample(self, rng):
+        h,w = rng.random(),rng.random()
+        return dict(window=self.crop_resize, window_h=h, window_w=w)
     def choices(self) -> dict: # Choice of a recipe to its value
         return dict(crop_resize=self.crop_resize, crop_after_contrast=True)
 
@@ -974,8 +1126,12 @@ class RandCropResize(RandAug):
         sizes:tuple, # Voxels along H and W
     ) -> list: # First voxel and number of voxels, along H and W
         "What is cut out"
-        kept = [int(n*r['window']) for n in sizes]
-        return [(int((r[f'window_{a}'] or 0.)*(n-k+1)), k) for a,n,k in zip('hw', sizes, kept)]
+        found = []
+        for a,n in zip('hw', sizes):
+            kept = int(n*r['window'])
+            place = r[f'window_{a}'] or 0.
+            found.append((int(place*(n-kept+1)), kept))
+        return found
 
     in_few_passes = True
     def pass_(self, x, at, rows, mm):
@@ -983,13 +1139,18 @@ class RandCropResize(RandAug):
         for r in rows:
             (h,nh),(w,nw) = self.box(r, x.shape[3:])
             sh,sw = nh/x.shape[3],nw/x.shape[4]
-            maps.append([[sh,0,h+(sh-1)/2],[0,sw,w+(sw-1)/2]])
+            to_h = [sh,0,h+(sh-1)/2]
+            to_w = [0,sw,w+(sw-1)/2]
+            maps.append([to_h,to_w])
             windows.append([h,h+nh-1,w,w+nw-1])
-        warp_slices(x.clone(), x, at, np.array(maps), outside='border', windows=np.array(windows))
+        windows = np.array(windows)
+        warp_slices(x.clone(), x, at, np.array(maps), outside='border', windows=windows)
 
     def change_(self, x, r, mm):
         (h,nh),(w,nw) = self.box(r, x.shape[2:])
-        x.copy_(F.interpolate(x[:,:,h:h+nh,w:w+nw], size=x.shape[2:], mode='bilinear'))
+        window = x[:,:,h:h+nh,w:w+nw]
+        resized = F.interpolate(window, size=x.shape[2:], mode='bilinear')
+        x.copy_(resized)
 
 # %% ../nbs/36_augment.ipynb #eb3087df
 class ComposeAugs(RandAug):
@@ -1001,13 +1162,17 @@ class ComposeAugs(RandAug):
     ):
         super().__init__(seed, spacing)
         self.parts = list(parts)
-        self.neutral = {k:v for p in self.parts for k,v in p.neutral.items()}
+        self.neutral = {}
+        for p in self.parts: self.neutral.update(p.neutral)
         if len(self.neutral)<sum(len(p.neutral) for p in self.parts):
             raise _same_class(self.parts)
         self.bounded = any(p.bounded for p in self.parts)
         for p in self.parts: p.seed = seed
 
-    def row(self, k): return {c:v for p in self.parts for c,v in p.row(k).items()}
+    def row(self, k):
+        res = {}
+        for p in self.parts: res.update(p.row(k))
+        return res
     def acts(self, r): return any(p.acts(r) for p in self.parts)
     def move_mask(self, m, r, mm):
         for p in self.parts: m = p.move_mask(m, r, mm)
@@ -1026,6 +1191,7 @@ class ComposeAugs(RandAug):
         if src is not out: out.copy_(src)
     def __repr__(self): return f"ComposeAugs({', '.join(map(repr,self.parts))})"
 
+# %% ../nbs/36_augment.ipynb #64dadbd0
 def _same_class(parts):
     rule = "augmentations composed must be of different classes, for their draws share a table"
     return MGMTError(f"{rule}; received {parts}")
@@ -1066,7 +1232,9 @@ def choices(
 ) -> dict: # Choice of a recipe to its value
     "What this transform does, as choices of a recipe."
     if hasattr(self, 'parts'):
-        return {k:v for p in self.parts for k,v in p.choices().items()}
+        res = {}
+        for p in self.parts: res.update(p.choices())
+        return res
     name = _as_choices.get(type(self).__name__, {})
     given = inspect.signature(type(self).__init__).parameters
     own = [k for k in given if k not in ('self','seed','spacing','waves')]
@@ -1095,7 +1263,9 @@ def tta(
 ) -> torch.Tensor: # Mean logits (B,...)
     "Average a model's logits over a few mirrored and shifted views of each patient, without gradients."
     views,t = tta_views(recipe),RandAffine()
-    def view(i): return t.apply(x, views.iloc[[i]*len(x)], spacing)
+    def view(i):
+        same = views.iloc[[i]*len(x)]
+        return t.apply(x, same, spacing)
     with torch.no_grad():
         logits = (model(view(i)) for i in range(len(views)))
         return sum(logits)/len(views)

@@ -28,48 +28,69 @@ def shortcut_features(
     The number of slices, the geometry of the header, the size of the brain, the scale of the intensities. Where slices
     were prepared one by one there are no millimetres and no scale: the size of the brain is then its share of the
     prepared voxels."""
-    rows = [_features(store, p, m) for p,m in track(store.meta.items(), len(store), progress)]
+    patients = track(store.meta.items(), len(store), progress)
+    rows = [_features(store, p, m) for p,m in patients]
     t = pd.DataFrame(rows, index=pd.Index(store.meta, name='patient'))
     t.columns = pd.MultiIndex.from_tuples(t.columns)
-    return {k: t[k] for k in ('slice count','header','brain volume','intensity scale') if k in t}
+    shortcuts = 'slice count','header','brain volume','intensity scale'
+    return {k: t[k] for k in shortcuts if k in t}
 
+# %% ../nbs/61_baselines.ipynb #afbb97eb
 def _features(store, patient, meta):
     "One patient's features: (shortcut, feature) -> value"
-    r = {('header',f'has {s}'): float(s in meta['volumes']) for s in store.sequences}
-    for s,v in meta['volumes'].items():
+    volumes = meta['volumes']
+    r = {('header',f'has {s}'): float(s in volumes) for s in store.sequences}
+    for s,v in volumes.items():
         r |= _series_features(s, v)
-    return r | _brain_features(store, patient, meta) if meta['volumes'] else r
+    if volumes:
+        r |= _brain_features(store, patient, meta)
+    return r
 
+# %% ../nbs/61_baselines.ipynb #3de83156
 def _series_features(s, v):
     "What the header of one series says, and its intensities"
-    known = {('slice count',s): v['shape'][0], **{('header',f'{s} {a}'): x for a,x in zip('DHW', v['shape'])}}
-    if v['spacing'] is None: return known
-    mm = {f'{s} mm {a}': x for a,x in zip('DHW', v['spacing'])}
-    planes = {f'{s} {o}': float(v['plane']==o) for o in ('sagittal','coronal')}
-    header = {**mm, **planes, f'{s} skull': float(v['skull'])}
+    r = {('slice count',s): v['shape'][0]}
+    for a,n in zip('DHW', v['shape']):
+        r['header',f'{s} {a}'] = n
+    if v['spacing'] is None: return r
+    for a,mm in zip('DHW', v['spacing']):
+        r['header',f'{s} mm {a}'] = mm
+    for plane in ('sagittal','coronal'):
+        r['header',f'{s} {plane}'] = float(v['plane']==plane)
+    r['header',f'{s} skull'] = float(v['skull'])
     lo,hi = v['window']
-    return {**known, **{('header',k): x for k,x in header.items()},
-        ('intensity scale',f'{s} low'): lo, ('intensity scale',f'{s} high'): hi}
+    r['intensity scale',f'{s} low'] = lo
+    r['intensity scale',f'{s} high'] = hi
+    return r
 
+# %% ../nbs/61_baselines.ipynb #885ca8d9
 def _brain_features(store, patient, meta):
     "Volume of the brain and extent of its box, from the first sequence; its share of the voxels without millimetres"
     x = store.read(patient, next(iter(meta['volumes'])))
+    n = np.count_nonzero(x)
     if meta['affine'] is None:
-        return {('brain volume','share'): np.count_nonzero(x)/x.size}
+        return {('brain volume','share'): n/x.size}
     A = np.array(meta['affine'])[:3,:3]
-    ml = np.count_nonzero(x)*abs(np.linalg.det(A))/1000
+    ml = n*abs(np.linalg.det(A))/1000
+    r = {('brain volume','ml'): ml}
     extent = np.array(x.shape[1:])*np.linalg.norm(A, axis=0)
-    return {('brain volume','ml'): ml, **{('brain volume',f'mm {a}'): mm for a,mm in zip('DHW', extent)}}
+    for a,mm in zip('DHW', extent):
+        r['brain volume',f'mm {a}'] = mm
+    return r
 
 # %% ../nbs/61_baselines.ipynb #48fd05b5
 def _score(X, y, n_folds, seed):
     "Out-of-fold probabilities of a logistic regression on the columns of `X` that vary; None if none does"
     X = X.loc[:, X.nunique(dropna=False)>1]
     if not X.shape[1]: return None
-    model = make_pipeline(SimpleImputer(add_indicator=True), StandardScaler(), LogisticRegression(max_iter=1000))
+    steps = SimpleImputer(add_indicator=True),StandardScaler(),LogisticRegression(max_iter=1000)
+    model = make_pipeline(*steps)
     folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-    return cross_val_predict(model, X.to_numpy(dtype=float), y, cv=folds, method='predict_proba')[:,1]
+    X = X.to_numpy(dtype=float)
+    p = cross_val_predict(model, X, y, cv=folds, method='predict_proba')
+    return p[:,1]
 
+# %% ../nbs/61_baselines.ipynb #3bd955f0
 def _classify(name, X, y, n_folds, seed):
     "The row of one baseline"
     row = dict(baseline=name, n=len(y), auc=np.nan, lo=np.nan, hi=np.nan, p=np.nan)
@@ -107,17 +128,21 @@ def baselines(
         rows += _clinical(t.patient, y, clinical, n_folds, seed)
     return _judged(pd.DataFrame(rows, columns=['baseline','n','auc','lo','hi','interval','p','note']))
 
+# %% ../nbs/61_baselines.ipynb #858df0cf
 def _too_few(y, n_folds):
-    has = f"received {y.sum()} methylated and {(1-y).sum()} unmethylated"
+    ones,zeros = y.sum(),(1-y).sum()
+    has = f"received {ones} methylated and {zeros} unmethylated"
     return MGMTError(f"baselines in {n_folds} folds need as many patients of each class; {has}")
 
 def _prevalence(y):
     "The row of a model that gives everybody the same probability"
     share = max(y.mean(),1-y.mean())
     loss = -share*np.log(share)-(1-share)*np.log1p(-share)
-    note = f"accuracy {share:.1%}, log loss {loss:.3f}: what the same prediction for everybody gives"
+    figures = f"accuracy {share:.1%}, log loss {loss:.3f}"
+    note = f"{figures}: what the same prediction for everybody gives"
     return dict(baseline='prevalence', n=len(y), auc=.5, note=note)
 
+# %% ../nbs/61_baselines.ipynb #e473c263
 _clinical_names = ('age','sex','age and sex')
 _leak = 'beats chance: the label shows in the acquisition, and a network may have learned that'
 _shift = 'beats chance: the label shifts brightness or size of the whole image; by the scanner, or by the tumour itself'
@@ -149,14 +174,17 @@ def _clinical(patients, y, clinical, n_folds, seed):
         else:
             yield _classify(name, X[cols][known], y[known], n_folds, seed)
 
+# %% ../nbs/61_baselines.ipynb #6d45e0af
 def _numbers(clinical, patients):
     "Age in years and sex as a number, one row per patient; NaN where not known"
-    c = clinical.set_index(clinical.patient.map(id_key)).reindex(patients.map(id_key))
+    c = clinical.set_index(clinical.patient.map(id_key))
+    c = c.reindex(patients.map(id_key))
     X = pd.DataFrame(index=c.index)
     if 'age' in c: X['age'] = pd.to_numeric(c.age)
     if 'sex' in c: X['sex'] = pd.factorize(c.sex)[0]
     return X.where(c[[*X]].notna().to_numpy())
 
+# %% ../nbs/61_baselines.ipynb #2da54530
 def _permuted(preds, seed, n=1000):
     "The AUC that a model's probabilities reach when the labels are dealt at random"
     y,p = check_probs(preds.label.to_numpy(), preds.prob.to_numpy())
@@ -200,13 +228,15 @@ def subgroups(
     if unknown: raise _not_in_table(unknown)
     t = t.merge(g, on='key')
     for by in [c for c in ('site','scanner','sex','age') if c in g]:
-        for level,s in t.assign(**{by: t[by].fillna('not known')}).groupby(by):
+        levels = t[by].fillna('not known')
+        for level,s in t.assign(**{by: levels}).groupby(by):
             numbers = _judge(s.label.to_numpy(), s.prob.to_numpy(), least, least_class)
             rows.append(dict(group=by, level=level, **numbers))
     res = pd.DataFrame(rows, columns=_columns)
     res['note'] = res.note.astype(object).fillna('')
     return res
 
+# %% ../nbs/61_baselines.ipynb #4fd368f4
 _columns = '''group level n methylated auc auc_lo auc_hi interval said seen
     intercept intercept_lo intercept_hi slope slope_lo slope_hi note'''.split()
 
@@ -214,15 +244,20 @@ def _not_in_table(unknown):
     what = f"{len(unknown)} predicted patients are not in the table, e.g. {unknown[0]}"
     return MGMTError(f"{what}: is it the same cohort?")
 
+# %% ../nbs/61_baselines.ipynb #e1450fd2
 def _judge(y, p, least, least_class):
     "The numbers of one group, or why it has none"
     row = dict(n=len(y), methylated=int(y.sum()))
-    if len(y)<least or min(y.sum(),(1-y).sum())<least_class:
+    fewer = min(y.sum(),(1-y).sum())
+    if len(y)<least or fewer<least_class:
         return dict(**row, note=f'too few for a number: {least} patients and {least_class} of each class are needed')
     try: auc,cal = auc_ci(y, p),calibration(y, p)
     except MGMTError as e: return dict(**row, note=str(e))
     how = AUC_METHODS[auc.name]
-    row |= dict(**auc.rename(dict(lo='auc_lo',hi='auc_hi')), interval=how, said=p.mean(), seen=y.mean())
+    row |= dict(auc=auc.auc, auc_lo=auc.lo, auc_hi=auc.hi, interval=how)
+    row |= dict(said=p.mean(), seen=y.mean())
     for k in ('intercept','slope'):
-        row |= {k:cal.value[k], f'{k}_lo':cal.lo[k], f'{k}_hi':cal.hi[k]}
+        row[k] = cal.value[k]
+        row[f'{k}_lo'] = cal.lo[k]
+        row[f'{k}_hi'] = cal.hi[k]
     return row

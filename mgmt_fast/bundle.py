@@ -41,6 +41,7 @@ def preparation(
         if volumes: res[s] = _as_acquired(volumes)
     return res
 
+# %% ../nbs/65_bundle.ipynb #a7d6811d
 def _as_acquired(volumes):
     "What most volumes of one sequence share"
     grid,n = Counter(map(_grid_name, volumes)).most_common(1)[0]
@@ -48,14 +49,18 @@ def _as_acquired(volumes):
     if any(v['spacing'] is None for v in volumes):
         return dict(skull=None, spacing=None, space=space, plane=None)
     plane,_ = Counter(v['plane'] for v in volumes).most_common(1)[0]
-    spacing = np.median([v['spacing'] for v in volumes], axis=0).round(3).tolist()
-    skull = round(np.mean([v['skull'] for v in volumes]).item(), 3)
+    spacings = [v['spacing'] for v in volumes]
+    spacing = np.median(spacings, axis=0).round(3).tolist()
+    share = np.mean([v['skull'] for v in volumes])
+    skull = round(share.item(), 3)
     return dict(skull=skull, spacing=spacing, space=space, plane=plane)
 
+# %% ../nbs/65_bundle.ipynb #deae9acd
 def _grid_name(v):
     shape = 'x'.join(map(str, v['shape']))
     if v['spacing'] is None: return f'{shape} voxels'
-    return f"{shape} at {'x'.join(f'{o:.1f}' for o in v['spacing'])} mm"
+    mm = [f'{o:.1f}' for o in v['spacing']]
+    return f"{shape} at {'x'.join(mm)} mm"
 
 # %% ../nbs/65_bundle.ipynb #7a93e4a8
 def preparation_differs(
@@ -74,10 +79,16 @@ def preparation_differs(
             continue
         if None not in (a['spacing'],b['spacing']):
             rows += _mm_differ(s, a, b)
-        there,here = (', '.join(filter(None, (o['space'],o['plane']))) for o in (a,b))
+        there,here = map(_space_of, (a,b))
         if there!=here:
             rows.append(('space', s, there, here))
     return pd.DataFrame(rows, columns=['what','sequence','train','test'])
+
+# %% ../nbs/65_bundle.ipynb #099d9c9f
+def _space_of(o):
+    "Grid and plane in words, as far as they are known"
+    known = filter(None, (o['space'],o['plane']))
+    return ', '.join(known)
 
 def _mm_differ(s, a, b):
     "Rows of a sequence whose skulls or spacings differ"
@@ -123,9 +134,10 @@ class Ledger:
         "Write a line, whole or not at all"
         with locked(self.path):
             before = self.lines()
-            line = signed({**entry, 'previous':before[-1]['signature'] if before else self.first})
-            text = ''.join(json.dumps(o)+'\n' for o in [*before,line])
-            write_text(self.path, text)
+            previous = before[-1]['signature'] if before else self.first
+            line = signed({**entry, 'previous':previous})
+            lines = [json.dumps(o)+'\n' for o in (*before,line)]
+            write_text(self.path, ''.join(lines))
         return line
 
     def unfinished(self,
@@ -135,9 +147,10 @@ class Ledger:
         "The pass over the very same volumes that was begun and then stopped before its result was written"
         done = {e['done'] for e in self.lines() if 'done' in e}
         last = met[-1] if met else {}
-        open_ = last.get('begun') and last['result'] not in done and set(last['volumes'])==volumes
-        return last if open_ else None
+        stopped = last.get('begun') and last['result'] not in done
+        return last if stopped and set(last['volumes'])==volumes else None
 
+# %% ../nbs/65_bundle.ipynb #d2959c25
 def _parsed(line):
     "A line as a dictionary; an empty one where it is none"
     try: res = parse_json(line)
@@ -157,10 +170,12 @@ class Bundle:
         path = Path(path)
         if not (path/'bundle.json').exists():
             raise _no_bundle(path)
-        d = check_form(read_signed(path/'bundle.json'), _BUNDLE, 'bundle.json', ProtocolError)
+        d = read_signed(path/'bundle.json')
+        d = check_form(d, _BUNDLE, 'bundle.json', ProtocolError)
         for m in d['models']: _check_files(path, m)
         sequences = tuple(uniqueify(s for m in d['models'] for s in m['sequences']))
-        self.__dict__.update(d, path=path, sequences=sequences, recipe=Recipe.from_json(d['recipe']), parts=[])
+        recipe = Recipe.from_json(d['recipe'])
+        self.__dict__.update(d, path=path, sequences=sequences, recipe=recipe, parts=[])
         self.__dict__['ledger'] = Ledger(path, self.signature)
         if self.tta:
             self.__dict__['views'] = Recipe.from_json(self.tta)
@@ -169,11 +184,9 @@ class Bundle:
         raise ProtocolError(f"a bundle is frozen: {k} was settled on validation patients before the test. "
             "Freeze another bundle, from the training cohort")
     def __repr__(self):
-        archs = ', '.join(uniqueify(m['arch'] for m in self.models))
-        v = self.validation
-        auc = f"{v['auc']:.3f} [{v['lo']:.3f}, {v['hi']:.3f}]"+(f" ({v['interval']})" if 'interval' in v else '')
-        return (f"Bundle {self.signature[:8]} of {len(self.models)} models ({archs}; {', '.join(self.sequences)}), "
-            f"threshold {self.threshold:.3f}, validation AUC {auc}, {len(self.ledger.passes())} tests so far")
+        sequences = ', '.join(self.sequences)
+        models = f"{len(self.models)} models ({self.arch}; {sequences})"
+        return f"Bundle {self.signature[:8]} of {models}, {_frozen_in_words(self)}"
 
     def networks(self):
         "The frozen models, read once; with test-time augmentation, by the spacing of training's store"
@@ -185,19 +198,26 @@ class Bundle:
         return self.parts
 
     @property
-    def arch(self): return ', '.join(uniqueify(m['arch'] for m in self.models))
+    def arch(self):
+        archs = [m['arch'] for m in self.models]
+        return ', '.join(uniqueify(archs))
     @property
     def named(self):
-        sequences = ' and '.join(uniqueify('+'.join(m['sequences']) for m in self.models))
+        combined = ['+'.join(m['sequences']) for m in self.models]
+        sequences = ' and '.join(uniqueify(combined))
         return dict(arch=self.arch, sequences=sequences, recipe=self.recipe.name)
     @property
     def preparation_number(self): return self.networks()[0].preparation_number
-    def needs(self): return {k:v for m in self.networks() for k,v in m.needs().items()}
+    def needs(self):
+        res = {}
+        for m in self.networks(): res.update(m.needs())
+        return res
     def leaves(self): return self.networks()
 
     def seen(self) -> list: # `SeenVolumes`, of each model that wrote it down; those of version 0.1 did not
         "What the models were trained on and chosen by"
-        files = [self.path/f"{m['name']}.seen.safetensors" for m in self.models]
+        names = [m['name'] for m in self.models]
+        files = [self.path/f'{name}.seen.safetensors' for name in names]
         return [SeenVolumes.read(f) for f in files if f.exists()]
 
     def logit(self,
@@ -207,7 +227,8 @@ class Bundle:
         "The mean of the models' log-odds, each at its temperature"
         found = [m.logit(volumes, row) for m in self.networks()]
         z = [z/o['temperature'] for (z,_),o in zip(found, self.models)]
-        return float(np.mean(z)),'; '.join(uniqueify(note for _,note in found if note))
+        notes = uniqueify(note for _,note in found if note)
+        return float(np.mean(z)),'; '.join(notes)
 
     def note_prediction(self,
         store:VolumeStore, # Whose patients are predicted
@@ -225,7 +246,8 @@ class Bundle:
         needs = list(self.needs().values())
         if len(needs)>1: raise _many_preparations()
         (recipe,prepared), = needs
-        return prepare(cohort, dest, prepared, recipe=Recipe(recipe.name, recipe.room('prepare')), **kwargs)
+        own = Recipe(recipe.name, recipe.room('prepare'))
+        return prepare(cohort, dest, prepared, recipe=own, **kwargs)
 
     def predict(self,
         store:VolumeStore, # Prepared as `prepare` does
@@ -242,8 +264,10 @@ class Bundle:
         "Refused: raises `ProtocolError`"
         raise ProtocolError("a bundle is frozen and is not saved again: copy its folder as a whole")
 
+# %% ../nbs/65_bundle.ipynb #336f59c6
 model_kinds['bundle'] = Bundle
 
+# %% ../nbs/65_bundle.ipynb #6789b16d
 _OPTIONAL = ('.seen.safetensors','.unlike.safetensors') # models of version 0.1 have none
 _SUFFIXES = ('.safetensors','.json',*_OPTIONAL)
 _FILES = record_of({'.safetensors':TEXT, '.json':TEXT}, dict.fromkeys(_OPTIONAL, TEXT))
@@ -257,6 +281,7 @@ _CHOSEN = dict(threshold=_SHARE, validation=_VALIDATION, preparation=_ALIKE)
 _BUNDLE = record_of(dict(models=list_of(_MODEL), recipe=A_RECIPE, tta=NOTHING|A_RECIPE, **_CHOSEN, **_SAID),
     dict(spacing=NOTHING|_SPACING))
 
+# %% ../nbs/65_bundle.ipynb #64c124dd
 def _no_bundle(path):
     return ProtocolError(f"no bundle in {path}: bundle.json is missing; make one with freeze_bundle")
 
@@ -268,6 +293,16 @@ def _check_files(path, model):
         raise ProtocolError(f"{file.name} in {path} is missing or not the file that was frozen: restore it, or freeze "
             "a new bundle")
 
+# %% ../nbs/65_bundle.ipynb #09541bc9
+def _frozen_in_words(frozen):
+    "Threshold, AUC on validation patients with its interval, and number of tests, in words"
+    v = frozen.validation
+    auc = f"{v['auc']:.3f} [{v['lo']:.3f}, {v['hi']:.3f}]"
+    if 'interval' in v: auc += f" ({v['interval']})"
+    passes = len(frozen.ledger.passes())
+    return f"threshold {frozen.threshold:.3f}, validation AUC {auc}, {passes} tests so far"
+
+# %% ../nbs/65_bundle.ipynb #bc1420d2
 def _many_preparations():
     return ProtocolError("the models of this bundle were trained on stores that were prepared in different ways, "
         "so no single store serves them all: freeze them apart")
@@ -278,7 +313,10 @@ def _check_validation(v, store):
     known = dict(zip(store.table.patient, store.table.label))
     away = sorted(set(v.patient)-set(known))
     if away: raise _not_in_store(away)
-    wrong = [p for p,y in zip(v.patient, v.label) if not pd.isna(known[p]) and known[p]!=y]
+    wrong = []
+    for patient,label in zip(v.patient, v.label):
+        y = known[patient]
+        if not pd.isna(y) and y!=label: wrong.append(patient)
     if wrong: raise _other_labels(wrong)
 
 def _not_in_store(away):
@@ -289,17 +327,24 @@ def _other_labels(wrong):
     return ProtocolError(f"the labels of {len(wrong)} validation patients are not those of the store, e.g. {wrong[0]}: "
         "join the right labels with `store.join`, or give the right table")
 
+# %% ../nbs/65_bundle.ipynb #b0d76971
 def _parts_of(m):
     "Hash of each volume that a model has seen, and whether it was trained on or chosen by"
-    return dict(zip(m.seen.table.hash, m.seen.table.part))
+    t = m.seen.table
+    return dict(zip(t.hash, t.part))
 
 def _unseen_by(patient, models, store, parts):
     "Numbers of the models that have not seen the patient, or else of those that were only chosen by the patient"
-    hashes = {v['hash'] for v in store.meta[patient]['volumes'].values()}
-    met = [{part[h] for h in hashes if h in part} for part in parts]
-    strict = [i for i,o in enumerate(met) if not o]
-    return strict or [i for i,o in enumerate(met) if 'train' not in o]
+    volumes = store.meta[patient]['volumes'].values()
+    hashes = {v['hash'] for v in volumes}
+    unseen,chosen_by = [],[]
+    for i,part in enumerate(parts):
+        met = {part[h] for h in hashes if h in part}
+        if not met: unseen.append(i)
+        elif 'train' not in met: chosen_by.append(i)
+    return unseen or chosen_by
 
+# %% ../nbs/65_bundle.ipynb #78a5193d
 def _again(patient, use, models, temperatures, store):
     "The probability that some models give a patient, each at its temperature; NaN where none can"
     z = []
@@ -307,9 +352,11 @@ def _again(patient, use, models, temperatures, store):
         m = models[i]
         have = [s for s in m.sequences if s in store.meta[patient]['volumes']]
         volumes = dict(zip(have, store.read(patient, have))) if have else {}
-        z.append(m.logit({m.key: volumes}, {})[0]/temperatures[i])
+        logit,_ = m.logit({m.key: volumes}, {})
+        z.append(logit/temperatures[i])
     return expit(np.nanmean(z)) if np.isfinite(z).any() else np.nan
 
+# %% ../nbs/65_bundle.ipynb #5b087936
 def _check_again(v, models, temperatures, store, most=16):
     """How many predictions were computed again, and how many patients all models were trained on.
 
@@ -325,7 +372,8 @@ def _check_again(v, models, temperatures, store, most=16):
         prob = _again(patient, use, models, temperatures, store)
         if not abs(prob-given)<=.02:
             raise _not_theirs(patient, given, prob)
-    return dict(checked=len(some), trained_on=sum(not use for use in unseen.values()))
+    trained_on = sum(not use for use in unseen.values())
+    return dict(checked=len(some), trained_on=trained_on)
 
 def _not_theirs(patient, given, prob):
     return ProtocolError(f"the prediction of validation patient {patient} is {given:.3f}, but these models give "
@@ -370,6 +418,7 @@ def freeze_bundle(
     write_json(dest/'bundle.json', signed(json.loads(json.dumps(record))))
     return Bundle(dest)
 
+# %% ../nbs/65_bundle.ipynb #83d83af2
 def threshold_warning(
     trained_on:int, # Validation patients whom every model was trained on
     n:int, # Validation patients
@@ -378,6 +427,7 @@ def threshold_warning(
     return (f"the threshold was chosen on {n} patients, of whom the models were trained on {trained_on}: their "
         "probabilities are too good, so accuracy at this threshold may be poor elsewhere (the AUC needs no threshold)")
 
+# %% ../nbs/65_bundle.ipynb #24bb0ad9
 def _bundle_there(dest):
     return ProtocolError(f"{dest} holds a bundle already: a frozen one does not change; give another folder")
 
@@ -388,6 +438,7 @@ def _one_each(temperatures, paths):
     raise ProtocolError(f"a bundle has at least one model, and one temperature per model; "
         f"received {len(paths)} and {len(ts)}")
 
+# %% ../nbs/65_bundle.ipynb #4786aa92
 def _copied(path, model, temperature, dest, i):
     "Copy a model's files into the bundle; its entry"
     name,files = f'model-{i}',{}
@@ -397,20 +448,27 @@ def _copied(path, model, temperature, dest, i):
         with atomic_path(dest/f'{name}{suffix}', record=True) as tmp:
             shutil.copyfile(path+suffix, tmp)
         files[suffix] = file_hash(dest/f'{name}{suffix}')
-    about = dict(arch=model.arch, sequences=list(model.sequences), key=(model.trained or {}).get('key'))
+    key = (model.trained or {}).get('key')
+    about = dict(arch=model.arch, sequences=list(model.sequences), key=key)
     return dict(name=name, **about, temperature=temperature, files=files)
 
+# %% ../nbs/65_bundle.ipynb #aa65ae2c
 def _validation(v, checked):
     "What is known of the validation patients"
     auc = auc_ci(v.label, v.prob)
-    about = dict(n=len(v), methylated=int(v.label.sum()), hash=json_hash(v.values.tolist()), **checked)
-    return dict(about, **auc.round(6).to_dict(), interval=AUC_METHODS[auc.name], **_calibrated(v))
+    content = json_hash(v.values.tolist())
+    about = dict(n=len(v), methylated=int(v.label.sum()), hash=content)
+    figures = auc.round(6).to_dict()
+    how = AUC_METHODS[auc.name]
+    return dict(about, **checked, **figures, interval=how, **_calibrated(v))
 
 def _calibrated(v):
     "Intercept and slope with their intervals, and five groups of patients: mean probability, share, interval, number"
-    found = calibration(v.label, v.prob, n_sim=1).loc[['intercept','slope'], ['value','lo','hi']].round(6)
+    found = calibration(v.label, v.prob, n_sim=1)
+    found = found.loc[['intercept','slope'], ['value','lo','hi']].round(6)
     known = found.astype(object).where(np.isfinite(found), None)
-    groups = reliability(v.label, v.prob, n_bins=5)[['prob','rate','lo','hi','n']].round(6)
+    groups = reliability(v.label, v.prob, n_bins=5)
+    groups = groups[['prob','rate','lo','hi','n']].round(6)
     return dict(calibration=known.T.to_dict('list'), groups=groups.values.tolist())
 
 # %% ../nbs/65_bundle.ipynb #e815f701
@@ -429,6 +487,7 @@ def cv_models(
     models = [Path(dest)/'runs'/r/'model' for r in runs.run]
     return dict(models=models, temperatures=runs.temperature.tolist(), validation=ensemble(t))
 
+# %% ../nbs/65_bundle.ipynb #e057aa58
 def _say_which(dest, k, values):
     return ProtocolError(f"the cross-validation in {dest} has several {k}: say which ({', '.join(values)}), "
         "or pass a list for an ensemble")
@@ -459,6 +518,7 @@ def freeze_once(
         raise _other_bundle(dest)
     return there
 
+# %% ../nbs/65_bundle.ipynb #c7c33679
 def _other_bundle(dest):
     return ProtocolError(f"{dest} holds a bundle of other models than those that were just trained: delete it, or give "
         "another folder")
@@ -479,10 +539,8 @@ class FrozenPredictions:
         raise ProtocolError(f"predictions are frozen: {k} was settled on validation patients before the test. "
             "Freeze others, from validation patients")
     def __repr__(self):
-        v = self.validation
-        auc = f"{v['auc']:.3f} [{v['lo']:.3f}, {v['hi']:.3f}] ({v['interval']})"
-        return (f"FrozenPredictions {self.signature[:8]} of {self.model!r}, threshold {self.threshold:.3f}, "
-            f"validation AUC {auc}, {len(self.ledger.passes())} tests so far")
+        said = _frozen_in_words(self)
+        return f"FrozenPredictions {self.signature[:8]} of {self.model!r}, {said}"
 
     @property
     def named(self): return dict(arch=self.model, sequences='', recipe='')
@@ -497,6 +555,7 @@ class FrozenPredictions:
         raise ProtocolError(f"{Path(model).name} is not the file that was frozen as {self.model}: "
             "predict with that one")
 
+# %% ../nbs/65_bundle.ipynb #c609939a
 _predictions_file = 'predictions.json'
 _not_shown = 'a table cannot show that its predictions are those of the frozen model'
 
@@ -518,7 +577,9 @@ def freeze_predictions(
     if (dest/'bundle.json').exists():
         raise _bundle_there(dest)
     file = Path(model)
-    name,files = (file.name,{file.name: file_hash(file)}) if file.is_file() else (str(model),{})
+    name,files = str(model),{}
+    if file.is_file():
+        name,files = file.name,{file.name: file_hash(file)}
     about = dict(kind='predictions', model=name, models=[dict(files=files)])
     found = dict(checked=0, trained_on=None)
     chosen = dict(threshold=choose_threshold(v.label, v.prob), validation=_validation(v, found))
@@ -530,6 +591,7 @@ def freeze_predictions(
         write_json(dest/_predictions_file, signed(dict(record, version=__version__, created=utc_now())))
     return FrozenPredictions(dest)
 
+# %% ../nbs/65_bundle.ipynb #b50999c5
 def _same_frozen(dest, record):
     frozen = FrozenPredictions(dest)
     if any(getattr(frozen, k)!=v for k,v in record.items()):
@@ -542,4 +604,6 @@ def read_frozen(
 ) -> Bundle|FrozenPredictions: # Read anew, its files checked
     "What was frozen in a folder. Raises `ProtocolError` where nothing is, or a file was changed."
     path = Path(getattr(path, 'path', path))
-    return (FrozenPredictions if (path/_predictions_file).exists() else Bundle)(path)
+    if (path/_predictions_file).exists():
+        return FrozenPredictions(path)
+    return Bundle(path)

@@ -32,15 +32,19 @@ def name_image(
 ) -> list: # `FoundImage`; several where a folder without a telling name holds several series
     "Name an image by its place and its header."
     h = {} if placed.image.kind=='nifti' else series_header(placed.image.path)
-    several = len(h.get('series', ()))>1 and not any(map(sequence_of, placed.names))
+    told = any(map(sequence_of, placed.names))
+    several = len(h.get('series', ()))>1 and not told
     each = volume_headers(placed.image.path) if several else []
-    return [_named(placed, o, i) for i,o in enumerate(each)] if len(each)>1 else [_named(placed, h)]
+    if len(each)<2: return [_named(placed, h)]
+    return [_named(placed, o, i) for i,o in enumerate(each)]
 
 def _named(placed, h, index=None):
     said = h.get('SeriesDescription') or h.get('ProtocolName')
     echoes = [o[0] for o in h.get('echoes', ()) if o]
-    if len(set(echoes))>1: h = {**h, 'EchoTime':max(echoes)} # the long one counts, as in `read_sequence`
-    return FoundImage(placed, name_series(*placed.names, said, header=h), h, index)
+    if len(set(echoes))>1:
+        h = {**h, 'EchoTime':max(echoes)} # the long one counts, as in `read_sequence`
+    verdict = name_series(*placed.names, said, header=h)
+    return FoundImage(placed, verdict, h, index)
 
 # %% ../nbs/18_cases.ipynb #aaeef4a1
 def _date(o):
@@ -53,6 +57,7 @@ def _date(o):
     m = re.match(r'((?:19|20)\d{2})[-_.]?(\d{2})[-_.]?(\d{2})', s)
     return ''.join(m.groups()) if m else ''
 
+# %% ../nbs/18_cases.ipynb #012aed9c
 def _study_of(o): return o.header.get('StudyInstanceUID') or ''
 
 def _split_exams(images):
@@ -64,6 +69,7 @@ def _split_exams(images):
         return groupby(images, _study_of)
     return {'':images}
 
+# %% ../nbs/18_cases.ipynb #b06af4f5
 def _by_exam(images):
     "Images by session: as the folders say, and taken apart where studies or their dates differ"
     res = {}
@@ -77,12 +83,16 @@ def _by_exam(images):
 # %% ../nbs/18_cases.ipynb #69cf119d
 def _session_order(s):
     "Sorts names as people do: 2 before 10"
-    return [int(o) if o.isdigit() else o for o in re.split(r'(\d+)', (s or '').lower())]
+    name = (s or '').lower()
+    parts = re.split(r'(\d+)', name)
+    return [int(o) if o.isdigit() else o for o in parts]
 
+# %% ../nbs/18_cases.ipynb #a73fb586
 def _rank(session, images):
     "Least for the exam to take: the most complete, then the earliest"
     complete = len({o.verdict.sequence for o in images}-{None})
-    date = min(filter(None, map(_date, images)), default='')
+    dates = filter(None, map(_date, images))
+    date = min(dates, default='')
     after = bool(re.search(r'post|follow|fu', session or '', re.I))
     return -complete, date or '9', after, _session_order(session)
 
@@ -91,8 +101,10 @@ def _choose_exam(images):
     exams = _by_exam(images)
     best,*others = sorted(exams, key=lambda s: _rank(s, exams[s]))
     if not others: return best,exams[best],[]
-    what = f"{len(exams)} sessions: {best} is taken (most complete, then earliest), not {', '.join(map(str,others))}"
-    return best,exams[best],[('', what, 'nothing, or choose another: see `choices`')]
+    rest = ', '.join(map(str,others))
+    what = f"{len(exams)} sessions: {best} is taken (most complete, then earliest), not {rest}"
+    problem = '',what,'nothing, or choose another: see `choices`'
+    return best,exams[best],[problem]
 
 # %% ../nbs/18_cases.ipynb #d6b9fd53
 _DERIVED = set('bias n4 n4itk brain bet unstripped stripped norm normalized normalised reg registered coreg'
@@ -100,18 +112,24 @@ _DERIVED = set('bias n4 n4itk brain bet unstripped stripped norm normalized norm
 
 def _words_of(o):
     "Words of an image's name"
-    name = re.sub(r'\.nii(\.gz)?$', '', o.placed.image.parts[-1].lower())
+    name = o.placed.image.parts[-1].lower()
+    name = re.sub(r'\.nii(\.gz)?$', '', name)
     return set(re.split(r'[^a-z0-9]+', name))
 
+# %% ../nbs/18_cases.ipynb #155975e8
 def _plainest(same):
     "The one image of which all others are derived copies by their names, else all"
-    files = {os.path.dirname(o.placed.image.path) for o in same if o.placed.image.kind=='nifti'}
-    same = [o for o in same if o.placed.image.path not in files] # slices beside the NIfTI that was made of them
-    if len(same)<2 or any(o.placed.image.kind!='nifti' for o in same):
+    def is_file(o): return o.placed.image.kind=='nifti'
+    def words(o): return len(_words_of(o))
+    folders = {os.path.dirname(o.placed.image.path) for o in same if is_file(o)}
+    same = [o for o in same if o.placed.image.path not in folders] # slices beside the NIfTI that was made of them
+    if len(same)<2 or not all(map(is_file, same)):
         return same
-    plain = min(same, key=lambda o: len(_words_of(o)))
-    extra = [_words_of(o)-_words_of(plain) for o in same if o is not plain]
-    return [plain] if all(o and o<=_DERIVED for o in extra) else same
+    plain = min(same, key=words)
+    for o in same:
+        extra = _words_of(o)-_words_of(plain)
+        if o is not plain and not (extra and extra<=_DERIVED): return same
+    return [plain]
 
 # %% ../nbs/18_cases.ipynb #3c784f58
 _WAY_OUT = 'leave one of them, name it with `nifti_cohort`, or say which in a table of `choices`'
@@ -119,8 +137,11 @@ _WAY_OUT = 'leave one of them, name it with `nifti_cohort`, or say which in a ta
 def _no_sequence():
     return '', 'no sequence found in the folder', f"name files or folders after the sequences: {', '.join(SEQUENCES)}"
 
-def _contradicts(o): return any(s in o.verdict.why for s in (', but ', 'modality', ', and '))
+def _contradicts(o):
+    signs = ', but ','modality',', and '
+    return any(s in o.verdict.why for s in signs)
 
+# %% ../nbs/18_cases.ipynb #cc53fe08
 def _unnamed(images):
     "Problems of images without a sequence; those whose name says that they are something else have none"
     clear = [o for o in images if _contradicts(o)]
@@ -148,6 +169,15 @@ def count_rows(
     return res
 
 # %% ../nbs/18_cases.ipynb #9e9658ff
+def _empty_folders(odd):
+    "By sequence, what was found odd in a folder that is named after it"
+    res = {}
+    for o in odd:
+        s = sequence_of(o[0][-1]) if o[0] else None
+        if s: res[s] = o
+    return res
+
+# %% ../nbs/18_cases.ipynb #4d929228
 def _pick_images(by, empty, expect):
     "The one image of each sequence, and problems where there is none or several; `by` holds images by sequence"
     images,problems = {},[]
@@ -169,13 +199,14 @@ def choose_images(
 ) -> NS: # `paths` and `index` by sequence, `session`, `images` of the chosen session, `problems`
     "What becomes of one patient's images."
     unread = [('', *o[1:]) for o in odd if 'cannot be read' in o[1]]
-    empty = {s: o for o in odd if (s := sequence_of(o[0][-1]) if o[0] else None)}
+    empty = _empty_folders(odd)
     if not images and not empty:
         return NS(paths={}, session=None, images=[], problems=unread or [_no_sequence()])
     session,chosen,told = _choose_exam(images) if images else (None,[],[])
     by = groupby(chosen, lambda o: o.verdict.sequence)
     picked,problems = _pick_images(by, empty, () if unread else expect)
-    if not any(by.get(s) for s in SEQUENCES) and not empty:
+    any_sequence = any(by.get(s) for s in SEQUENCES)
+    if not any_sequence and not empty:
         problems = [_no_sequence()]
     paths = {s: o.placed.image.path for s,o in picked.items()}
     index = {s: o.index for s,o in picked.items() if o.index is not None}
@@ -193,5 +224,6 @@ def scan_patient(
     below = [o._replace(parts=(folder.name,*o.parts)) for o in images]
     placed = place_images(folder.parent, below, [folder.name])[0]
     found = [f for o in placed for f in name_image(o)]
-    res = choose_images(found, [((folder.name,*o[0]),*o[1:]) for o in odd], expect)
+    unread = [((folder.name,*o[0]),*o[1:]) for o in odd]
+    res = choose_images(found, unread, expect)
     return res.paths,res.problems

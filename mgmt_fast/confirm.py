@@ -24,8 +24,10 @@ def pair_score(
     r:NS, # From `register_rigid`
 ) -> float: # 0 to 1
     "How alike two registered brains are."
-    alike = np.sqrt(max(r.ncc, 0)*max(r.nmi, 0))
-    return float(alike*min(1, r.overlap/.5))
+    ncc,nmi = max(r.ncc, 0),max(r.nmi, 0)
+    alike = np.sqrt(ncc*nmi)
+    share = min(1, r.overlap/.5)
+    return float(alike*share)
 
 # %% ../nbs/62_confirm.ipynb #b7852aa0
 def confirm_pairs(
@@ -38,18 +40,24 @@ def confirm_pairs(
     groups = {}
     for key,A,i,B,j in jobs:
         groups.setdefault((id(A),i), []).append((key,A,i,B,j))
-    parts = [o[k:k+most] for o in groups.values() for k in range(0, len(o), most)]
+    parts = []
+    for group in groups.values():
+        parts += [group[k:k+most] for k in range(0, len(group), most)]
     done = in_parallel(_confirm, map(_pictures, parts), len(parts), n_workers, progress)
     res = {}
     for part,results in zip(parts, done):
-        res.update(zip([o[0] for o in part], results))
+        keys = [key for key,*_ in part]
+        res.update(zip(keys, results))
     return res
 
+# %% ../nbs/62_confirm.ipynb #dd6085df
 def _pictures(part):
     "The fixed small copy of some jobs, and those to move"
     _,A,i,*_ = part[0]
-    return np.array(A.rows[i]),[np.array(B.rows[j]) for *_,B,j in part]
+    fixed = np.array(A.rows[i])
+    return fixed,[np.array(B.rows[j]) for *_,B,j in part]
 
+# %% ../nbs/62_confirm.ipynb #4705010e
 @one_thread()
 def _confirm(fixed, movings):
     "Register several small copies onto one"
@@ -57,8 +65,9 @@ def _confirm(fixed, movings):
     return [_as_row(register_rigid(fixed, Structure(m))) for m in movings]
 
 def _as_row(r):
-    found = dict(ncc=r.ncc, nmi=r.nmi, overlap=r.overlap, flipped=r.flipped)
-    return dict(found, score=pair_score(r), matrix=r.matrix.round(5).tolist())
+    alike = dict(ncc=r.ncc, nmi=r.nmi, overlap=r.overlap)
+    matrix = r.matrix.round(5).tolist()
+    return dict(alike, flipped=r.flipped, score=pair_score(r), matrix=matrix)
 
 # %% ../nbs/62_confirm.ipynb #2c756780
 class Null:
@@ -81,22 +90,30 @@ class Null:
         m0,s0,n0 = self.prior
         n = len(u)
         mean = u.mean() if n else m0
-        self.df,self.mean = n0+n-1,(n0*m0+n*mean)/(n0+n)
-        squares = (n0-1)*s0**2 + ((u-mean)**2).sum() + n0*n/(n0+n)*(mean-m0)**2
-        self.sd = np.sqrt(squares/self.df*(1+1/(n0+n)))
+        self.df = n0+n-1
+        self.mean = (n0*m0+n*mean)/(n0+n)
+        within = (n0-1)*s0**2 + ((u-mean)**2).sum()
+        between = n0*n/(n0+n)*(mean-m0)**2
+        variance = (within+between)/self.df
+        self.sd = np.sqrt(variance*(1+1/(n0+n)))
 
     def chance(self,
         score:float|np.ndarray, # 0 to 1
     ): # Probability of such a score or a higher one
         "How rare a score is"
-        return stats.t.sf((np.sqrt(np.maximum(score, 0))-self.mean)/self.sd, self.df)
+        u = np.sqrt(np.maximum(score, 0))
+        away = (u-self.mean)/self.sd
+        return stats.t.sf(away, self.df)
 
     def threshold(self,
         chance:float, # Probability
     ) -> float: # 0 to 1
         "The score that is exceeded with this chance"
-        return float(np.clip(self.mean+self.sd*stats.t.isf(chance, self.df), 0, 1)**2)
+        rare = stats.t.isf(chance, self.df)
+        u = self.mean+self.sd*rare
+        return float(np.clip(u, 0, 1)**2)
 
+# %% ../nbs/62_confirm.ipynb #09b07567
 def _not_far_above(u):
     "Which values are not far above all others"
     keep = np.ones(len(u), bool)
@@ -117,8 +134,10 @@ class MeasuredNull(Null):
     ):
         t = _null_table()
         t = t[t.sequence.isin(check_sequences(set(sequences)))]
-        self.scores,self.odd = np.asarray(scores, float),np.array([], int)
-        self.mean,self.sd,self.df = t['median'].to_numpy(),t.spread.to_numpy(),t.brains.max()-1
+        self.scores = np.asarray(scores, float)
+        self.odd = np.array([], int)
+        self.mean,self.sd = t['median'].to_numpy(),t.spread.to_numpy()
+        self.df = t.brains.max()-1
         self.source = f"{t.pairs.sum()} pairs of other brains, measured beforehand"
 
     def chance(self,
@@ -126,18 +145,23 @@ class MeasuredNull(Null):
     ): # Probability of such a score or a higher one, in the worst of the measured sets
         "How rare a score is"
         u = np.sqrt(np.maximum(score, 0))
-        return stats.t.sf((np.expand_dims(u, -1)-self.mean)/self.sd, self.df).max(-1)
+        away = np.expand_dims(u, -1)-self.mean
+        chances = stats.t.sf(away/self.sd, self.df)
+        return chances.max(-1)
 
     def threshold(self,
         chance:float, # Probability
     ) -> float: # 0 to 1
         "The score that is exceeded with this chance, in the worst of the measured sets"
-        highest = (self.mean+self.sd*stats.t.isf(chance, self.df)).max()
-        return float(np.clip(highest, 0, 1)**2)
+        rare = stats.t.isf(chance, self.df)
+        u = self.mean+self.sd*rare
+        return float(np.clip(u.max(), 0, 1)**2)
 
+# %% ../nbs/62_confirm.ipynb #37c16b28
 @lru_cache
 def _null_table():
-    text = (resources.files('mgmt_fast')/'leakage_null.csv').read_text('utf-8')
+    path = resources.files('mgmt_fast')/'leakage_null.csv'
+    text = path.read_text('utf-8')
     return pd.read_csv(io.StringIO(text))
 
 # %% ../nbs/62_confirm.ipynb #4f3649fb

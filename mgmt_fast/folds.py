@@ -23,9 +23,12 @@ def describe_cohort(
 ) -> pd.DataFrame: # By source and status: number of patients, of those with each sequence, and of those with all
     "Count patients and their sequences by source and MGMT status."
     has = cohort[[*SEQUENCES]].notna()
-    status = cohort.label.map({1:'methylated', 0:'unmethylated'}).astype('string').fillna('unlabelled')
-    df = has.assign(complete=has.all(axis=1), patients=True, source=cohort.source, status=status)
-    return df.groupby(['source','status'], observed=True)[['patients',*SEQUENCES,'complete']].sum()
+    status = cohort.label.map({1:'methylated', 0:'unmethylated'})
+    status = status.astype('string').fillna('unlabelled')
+    complete = has.all(axis=1)
+    df = has.assign(complete=complete, patients=True, source=cohort.source, status=status)
+    groups = df.groupby(['source','status'], observed=True)
+    return groups[['patients',*SEQUENCES,'complete']].sum()
 
 # %% ../nbs/20_folds.ipynb #1b1d8210
 def plot_balance(
@@ -49,20 +52,28 @@ def plot_balance(
 def _given_folds(cohort, key, folds):
     "The folds that a table gives"
     table = folds if isinstance(folds, pd.DataFrame) else read_table(folds)
-    if 'fold' not in table:
-        raise CohortError(f"the table of folds has no column 'fold': it has {', '.join(map(str,table.columns))}")
-    of = dict(zip(map(id_key, table[id_column(table.columns)]), pd.to_numeric(table['fold'])))
-    fold = cohort.patient.map(lambda p: of.get(id_key(p), of.get(patient_key(p)))).astype('Int64')
+    if 'fold' not in table: raise CohortError(_no_fold_column(table))
+    ids = table[id_column(table.columns)]
+    of = dict(zip(map(id_key, ids), pd.to_numeric(table['fold'])))
+    def given(p): return of.get(id_key(p), of.get(patient_key(p)))
+    fold = cohort.patient.map(given).astype('Int64')
     torn = fold.groupby(key).nunique()
     if (torn>1).any():
         raise CohortError(_torn(torn.idxmax(), torn.max()))
+    left = cohort.patient[fold.isna()]
     missed = sorted(set(of) - set(cohort.patient.map(id_key)) - set(key))
-    report = [(p, '', 'not in the given split: in no fold', 'nothing, or add it') for p in cohort.patient[fold.isna()]]
+    report = [(p, '', 'not in the given split: in no fold', 'nothing, or add it') for p in left]
     report += [(p, '', 'in the given split, but not in the cohort', 'nothing, or restore it') for p in missed]
     return add_to_report(cohort.assign(fold=fold), report)
 
+# %% ../nbs/20_folds.ipynb #7da0faef
+def _no_fold_column(table):
+    columns = ', '.join(map(str,table.columns))
+    return f"the table of folds has no column 'fold': it has {columns}"
+
 def _torn(patient, n): return f"the given split puts scans of {patient} into {n} folds: a patient belongs to one"
 
+# %% ../nbs/20_folds.ipynb #08fd66ac
 def _too_few_for_folds(n, counts):
     return (f"n={n} folds: n must be at least 2 and each fold needs a patient of each class, but there are {counts[1]} "
         f"methylated and {counts[0]} unmethylated: choose a smaller n, or find more labels")

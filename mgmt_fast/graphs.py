@@ -51,12 +51,14 @@ class LateNumbers:
 # A process that was forked must not free what belongs to a card: the card is not its own, and torch would end it.
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=gc.freeze)
 
+# %% ../nbs/48_graphs.ipynb #3b275aeb
 def card_mark() -> torch.cuda.Event: # With the time at which the card passes it
     "A mark in what the card has to do."
     mark = torch.cuda.Event(enable_timing=True)
     mark.record()
     return mark
 
+# %% ../nbs/48_graphs.ipynb #eacf8364
 class CardClock:
     "Which share of the training loop a card spent on steps"
     def __init__(self,
@@ -65,7 +67,10 @@ class CardClock:
         self.mark,self.steps,self.first,self.last = mark,[],None,None
         self.worked,self.passed = 0.,0. # ms
 
-    def begin_loop(self): self.steps,self.first,self.last = [],self.mark(),None
+    def begin_loop(self):
+        self.steps = []
+        self.first = self.mark()
+        self.last = None
     def begin_step(self): self.last = self.mark()
     def end_step(self):
         if self.last is not None:
@@ -87,9 +92,12 @@ class CardClock:
 # %% ../nbs/48_graphs.ipynb #3b1ff3d5
 def _host_generators():
     "Where the generators of torch, Python and numpy on the CPU are"
+    of_torch = torch.get_rng_state().numpy()
     kind,keys,*rest = np.random.get_state()
-    return torch.get_rng_state().numpy().tobytes(),random.getstate(),(kind,keys.tobytes(),*rest)
+    of_numpy = kind,keys.tobytes(),*rest
+    return of_torch.tobytes(),random.getstate(),of_numpy
 
+# %% ../nbs/48_graphs.ipynb #bfacb5b6
 @contextmanager
 def put_back(
     model:nn.Module, # Whose buffers are kept
@@ -101,7 +109,10 @@ def put_back(
     states = torch.get_rng_state(),random.getstate(),np.random.get_state()
     card = torch.cuda.get_rng_state(device) if device.type=='cuda' else None
     def drew_host(): return _host_generators()!=host
-    def drew_card(): return card is not None and not torch.equal(torch.cuda.get_rng_state(device), card)
+    def drew_card():
+        if card is None: return False
+        now = torch.cuda.get_rng_state(device)
+        return not torch.equal(now, card)
     try: yield SimpleNamespace(host=drew_host, card=drew_card)
     finally:
         with torch.no_grad():
@@ -110,6 +121,7 @@ def put_back(
             torch.cuda.set_rng_state(card, device)
         if drew_host(): _set_host_generators(*states)
 
+# %% ../nbs/48_graphs.ipynb #002b027b
 def _set_host_generators(of_torch, of_python, of_numpy):
     torch.set_rng_state(of_torch)
     random.setstate(of_python)
@@ -137,6 +149,7 @@ class GraphMemory:
     "What the graphs of one training share, whose steps never overlap"
     def __init__(self): self.pool,self.turn,self.size = None,0,0 # torch's handle; steps so far; bytes
 
+# %% ../nbs/48_graphs.ipynb #14ad55c8
 class StepGraph:
     """A model's forward and backward pass for one shape of batch as two CUDA graphs; called as the model is.
 
@@ -193,7 +206,8 @@ class StepGraph:
     def _backward(self, out):
         "Gradients, each in memory as its parameter is; None for what is not used"
         with torch.autocast('cuda', enabled=False):
-            grads = torch.autograd.grad(out, self.leaves, self.g.as_subclass(type(out)), allow_unused=True)
+            given = self.g.as_subclass(type(out))
+            grads = torch.autograd.grad(out, self.leaves, given, allow_unused=True)
         return [g if g is None else _laid_out(g, p) for g,p in zip(grads, self.leaves)]
 
     def __call__(self,
@@ -225,6 +239,7 @@ class StepGraph:
         copies = iter(torch._foreach_mul(given, 1.))
         return [None if o is None else next(copies) for o in self.grads]
 
+# %% ../nbs/48_graphs.ipynb #a5c005d9
 class _Replay(torch.autograd.Function):
     "A captured step, as autograd sees it"
     @staticmethod
@@ -239,6 +254,7 @@ class _Replay(torch.autograd.Function):
         if step is None: raise MGMTError(_other_turn)
         return None,None,*step.backward(g, ctx.turn)
 
+# %% ../nbs/48_graphs.ipynb #38fc33f8
 @lru_cache
 def _side_stream(device):
     "One for all captures: libraries keep memory for each stream"
@@ -250,13 +266,21 @@ def _autocast_without_cache():
         return nullcontext()
     return torch.autocast('cuda', dtype=torch.get_autocast_dtype('cuda'), cache_enabled=False)
 
-def _laid_out(g, p): return g if g.stride()==p.stride() else torch.empty_like(p).copy_(g)
+# %% ../nbs/48_graphs.ipynb #ac57f444
+def _laid_out(g, p):
+    "A gradient, in memory as its parameter is"
+    if g.stride()==p.stride(): return g
+    return torch.empty_like(p).copy_(g)
 
+# %% ../nbs/48_graphs.ipynb #42bce972
 def _recomputes(model):
     "Do parts of a model compute their activations a second time?"
-    parts = [m for m in model.modules() if m is not model]
-    return any('forward' in vars(m) or getattr(m, 'grad_checkpointing', False) for m in parts)
+    for m in model.modules():
+        if m is model: continue
+        if 'forward' in vars(m) or getattr(m, 'grad_checkpointing', False): return True
+    return False
 
+# %% ../nbs/48_graphs.ipynb #768f218f
 def _no_output(out): return f"the model returns {type(out).__name__} without a gradient, not one tensor with one"
 _draws_on_host = "its forward pass draws random numbers on the CPU, which a graph would repeat"
 _draws_again = "it draws random numbers (dropout) in blocks that are recomputed, which a graph would not draw again"
@@ -279,10 +303,15 @@ def why_eager(
         return "the batch itself has a gradient"
     if not any(p.requires_grad for p in model.parameters()):
         return "none of the model's weights train"
-    hooked = next((n for n,m in model.named_modules() if m is not model and _has_hooks(m)), None)
-    return '' if hooked is None else f"{hooked!r} has hooks, which a graph does not call"
+    for name,m in model.named_modules():
+        if m is not model and _has_hooks(m):
+            return f"{name!r} has hooks, which a graph does not call"
+    return ''
 
-def _has_hooks(m): return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+# %% ../nbs/48_graphs.ipynb #d84d1b77
+def _has_hooks(m):
+    forward = m._forward_hooks or m._forward_pre_hooks
+    return forward or m._backward_hooks or m._backward_pre_hooks
 
 _several = "several processes share a batch, and what they tell each other is not captured"
 
@@ -355,7 +384,8 @@ class CapturedSteps(Callback):
 
     def _take_step(self, model, given, *xb):
         self._hand_back(model, given)
-        step = self._step(model, xb) if self.training and torch.is_grad_enabled() else None
+        trains = self.training and torch.is_grad_enabled()
+        step = self._step(model, xb) if trains else None
         return model.forward(*xb) if step is None else step(*xb)
 
     def _hand_back(self, model, given=None):
@@ -398,7 +428,8 @@ class CapturedSteps(Callback):
     def _state(self):
         "What a graph is made of and would not notice a change of"
         flags = [m.training for m in self.parts]
-        return [*flags, *((t.data_ptr(),t.requires_grad) for t in self.tensors), *self.fixed]
+        places = [(t.data_ptr(),t.requires_grad) for t in self.tensors]
+        return [*flags, *places, *self.fixed]
 
     def _add(self, model, x, key):
         "Capture one more step"
@@ -458,10 +489,10 @@ class CapturedSteps(Callback):
         "In words"
         names = ' and '.join(self.took)
         times = ' and '.join(f'{t:.1f}' for t in self.took.values())
-        one = len(self.took)==1
+        what = f"the training steps of {names} run as CUDA graphs"
+        if len(self.took)==1:
+            what = f"the training step of {names} runs as a CUDA graph"
         rest = len([k for k in self.eager if k not in self.took])
-        what = f"the training step of {names} runs as a CUDA graph" if one else f"the training steps of {names} run " \
-            "as CUDA graphs"
         more = f"; {rest} other shape{' runs' if rest==1 else 's run'} eagerly" if rest else ''
         return f"{what} ({times} s to capture){more}"
 
@@ -469,8 +500,10 @@ class CapturedSteps(Callback):
         """What the last training did: `captured`, seconds by shape; `eager`, batches by shape; `busy`, a share.
 
         That is the share of the training loop in which the card worked on steps; None where there is no card."""
-        return dict(captured=dict(self.took), eager=dict(self.eager), busy=self.clock and self.clock.share)
+        busy = self.clock and self.clock.share
+        return dict(captured=dict(self.took), eager=dict(self.eager), busy=busy)
 
+# %% ../nbs/48_graphs.ipynb #fe7fb792
 _constants = 'p','drop_prob','momentum','eps' # numbers of modules that a graph takes for constants
 _eagerly = "training steps run eagerly, not as CUDA graphs: "
 _rare = "no shape of batch came twice in an epoch"
@@ -480,19 +513,24 @@ def _no_room(held, free):
     return (f"the graph holds {held/2**30:.1f} GiB, and the {free/2**30:.1f} GiB that are left do not do for the other "
         "batches: a smaller bs, or checkpoint=True, makes room")
 
+# %% ../nbs/48_graphs.ipynb #93a89cb0
 _enough = "{} shapes are captured already"
 def _size(key): return 'x'.join(map(str, key[0]))
 
+# %% ../nbs/48_graphs.ipynb #f42fe4ab
 def _cast_to():
     "The type of autocast, where it is on"
     on = torch.is_autocast_enabled('cuda')
     return (on,torch.get_autocast_dtype('cuda') if on else None)
 
+# %% ../nbs/48_graphs.ipynb #daf24ef3
 def _cause(e):
     "What went wrong first, in one line"
     while e.__context__ is not None: e = e.__context__
-    return (str(e).strip() or type(e).__name__).splitlines()[0]
+    said = str(e).strip() or type(e).__name__
+    return said.splitlines()[0]
 
+# %% ../nbs/48_graphs.ipynb #3d9608e4
 def _end_capture(device):
     "After a capture that failed torch's generator takes itself for captured, until one ends well"
     if device.type!='cuda': return

@@ -27,8 +27,10 @@ from scipy.stats import norm, rankdata
 def _names(o):
     "Does a table's index name patients? A running number does not"
     if not isinstance(o, pd.Series): return False
-    return o.index.name=='patient' or not pd.api.types.is_numeric_dtype(o.index)
+    named = o.index.name=='patient'
+    return named or not pd.api.types.is_numeric_dtype(o.index)
 
+# %% ../nbs/51_metrics.ipynb #05929348
 def _paired(y, p, clustered):
     "`p` in the order of `y`'s patients, where both name them; each once, and the same ones"
     if not (isinstance(y, pd.Series) and isinstance(p, pd.Series)):
@@ -46,6 +48,7 @@ def _paired(y, p, clustered):
         raise MGMTError(_unmatched(a, b))
     return p.iloc[b.get_indexer(a)]
 
+# %% ../nbs/51_metrics.ipynb #3191305b
 def _counted_twice(patient):
     return (f"a patient counts once; patient {patient} is there several times: average the scans' scores, "
         "or say `cluster=y.index` where that is offered")
@@ -54,7 +57,10 @@ def _unmatched(a, b):
     "Why labels and scores of these patients cannot be paired"
     if set(a)==set(b): return _unordered
     alone = [(a.difference(b), 'in the labels'), (b.difference(a), 'in the scores')]
-    said = '; '.join(f'{len(o)} {what} only, e.g. {o[0]}' for o,what in alone if len(o))
+    parts = []
+    for ids,where in alone:
+        if len(ids): parts.append(f'{len(ids)} {where} only, e.g. {ids[0]}')
+    said = '; '.join(parts)
     return f"labels and scores name different patients ({said}): were they made from the same cohort?"
 
 _unordered = ("labels and scores hold the same patients in different orders, some of them several times: "
@@ -75,6 +81,7 @@ def check_scores(
     if why: raise MGMTError(why)
     return y==1, p
 
+# %% ../nbs/51_metrics.ipynb #4252dcc0
 def _no_metric(y, p, least):
     "Why labels and scores allow no metric; None if they do"
     if len(y)!=len(p):
@@ -94,6 +101,7 @@ def _no_metric(y, p, least):
         return _too_few(f'{ones:.0f} methylated and {zeros:.0f} unmethylated')
     if p.min()==p.max(): return _all_alike(p)
 
+# %% ../nbs/51_metrics.ipynb #7ca88b09
 def _too_few_patients(n, least):
     return f"{n} patients are too few to say anything; at least {least} are needed: report them one by one"
 
@@ -128,10 +136,12 @@ def delong_parts(
     Source: DeLong et al. 1988, Biometrics 44:837; in one sort after Sun and Xu 2014, IEEE Signal Process. Lett.
     21:1389."""
     u,at = np.unique(p, return_inverse=True)
-    pos,neg = (np.bincount(at[o], minlength=len(u)) for o in (y,~y))
+    pos = np.bincount(at[y], minlength=len(u))
+    neg = np.bincount(at[~y], minlength=len(u))
     below = (neg.cumsum()-neg/2)/neg.sum()
     above = 1-(pos.cumsum()-pos/2)/pos.sum()
-    v10,v01 = below[at[y]],above[at[~y]]
+    v10 = below[at[y]]
+    v01 = above[at[~y]]
     return v10.mean(), v10, v01
 
 # %% ../nbs/51_metrics.ipynb #c181a0d4
@@ -147,6 +157,7 @@ def delong_cov(
     d = _components(y, ps, cluster)
     return d.aucs, sum(_variances(d))
 
+# %% ../nbs/51_metrics.ipynb #0d461045
 def _components(y, ps, cluster):
     "What each patient's scans add to the AUCs of several models, and how many patients have scans of each class"
     c = np.arange(len(y)) if cluster is None else _numbered(cluster)
@@ -155,15 +166,19 @@ def _components(y, ps, cluster):
     aucs,v10,v01 = map(np.stack, zip(*(delong_parts(y,p) for p in ps)))
     few = [_patients(c[o]) for o in (y,~y)]
     if min(few)<2:
-        raise MGMTError(_too_few(f'scans of {few[0]} methylated and {few[1]} unmethylated patients'))
+        seen = f'scans of {few[0]} methylated and {few[1]} unmethylated patients'
+        raise MGMTError(_too_few(seen))
     n = c.max()+1
     def _sums(v, o):
         away = v-aucs[:,None]
         sums = [np.bincount(c[o], r, n) for r in away]
         return np.stack(sums)/o.sum()
-    informed = [_informed(v.mean(0), c[o]) for v,o in ((v10,y),(v01,~y))]
-    return NS(aucs=aucs, pos=_sums(v10,y), neg=_sums(v01,~y), few=few, informed=informed, single=len(y)==n)
+    pos = _sums(v10, y)
+    neg = _sums(v01, ~y)
+    informed = [_informed(v10.mean(0), c[y]), _informed(v01.mean(0), c[~y])]
+    return NS(aucs=aucs, pos=pos, neg=neg, few=few, informed=informed, single=len(y)==n)
 
+# %% ../nbs/51_metrics.ipynb #2b51e344
 def _numbered(cluster):
     "Patients as numbers from 0; -1 where a name is missing"
     names = np.asarray(cluster).ravel()
@@ -173,16 +188,23 @@ def _patients(c):
     "How many different ones there are among those numbered"
     return np.count_nonzero(np.bincount(c))
 
-def _unpaired(y, c): return f"every scan needs its patient; received {len(y)} scans and {np.sum(c>=0)} patients' names"
+def _unpaired(y, c):
+    seen = f"{len(y)} scans and {np.sum(c>=0)} patients' names"
+    return f"every scan needs its patient; received {seen}"
 
+# %% ../nbs/51_metrics.ipynb #48caf930
 def _informed(v, c):
     "Patients with a part in the rarer kind of pair: the wrong ones of a good model, the right ones of a bad one"
-    return min(_patients(c[o]) for o in (v<1,v>0))
+    wrong = _patients(c[v<1])
+    right = _patients(c[v>0])
+    return min(wrong, right)
 
+# %% ../nbs/51_metrics.ipynb #65e08216
 def _variances(d):
     "The covariance's parts, each (k,k): of the methylated, of the unmethylated, of patients with scans of both"
     patients = d.pos.shape[1]
-    i,j,k = (o/(o-1) for o in (*d.few,patients))
+    counts = *d.few,patients
+    i,j,k = (o/(o-1) for o in counts)
     ones = i*d.pos@d.pos.T
     zeros = j*d.neg@d.neg.T
     cross = k*d.pos@d.neg.T
@@ -193,6 +215,7 @@ def _tails(level):
     "The shares of a distribution that lie below the two ends of its interval"
     return [(1-level)/2,(1+level)/2]
 
+# %% ../nbs/51_metrics.ipynb #36ed97a2
 def _bootstrap(y, p, level, n_boot, seed):
     "Percentiles of the AUC over resamples within each class; what is drawn is how often each score occurs"
     u,at = np.unique(p, return_inverse=True)
@@ -214,15 +237,19 @@ def _bootstrap(y, p, level, n_boot, seed):
 AUC_METHODS = dict(mee="Mee's, shrunk", delong="DeLong's", newcombe="Newcombe's", bootstrap="bootstrap's percentiles",
     bound="Hoeffding's bound")
 
+# %% ../nbs/51_metrics.ipynb #8f6b2b7c
 def _wilson(auc, spread, level):
     "The true AUCs that `auc` is within `z` standard errors of, where their variance is `spread` times AUC(1-AUC)"
-    z2 = norm.ppf(.5+level/2)**2*spread
+    z = norm.ppf(.5+level/2)
+    z2 = z**2*spread
     centre = auc+z2/2
-    half = np.sqrt(z2*(auc*(1-auc)+z2/4))
+    inside = auc*(1-auc)+z2/4
+    half = np.sqrt(z2*inside)
     lo = (centre-half)/(1+z2)
     hi = (centre+half)/(1+z2)
     return np.maximum(0, lo),np.minimum(1, hi)
 
+# %% ../nbs/51_metrics.ipynb #6b232899
 def _spread(auc, parts, few, informed, cross=0., patients=4):
     "DeLong's variance as a share of AUC(1-AUC), the part of each class shrunk as if `patients` more had been seen"
     at = auc*(1-auc)
@@ -248,8 +275,11 @@ def hoeffding_ci(
     def far(t):
         apart = rel_entr(auc,t)+rel_entr(1-auc,1-t)
         return m*apart-limit
-    lo = brentq(far, tiny, auc) if auc>tiny and far(tiny)>0 else 0.
-    hi = brentq(far, auc, 1-tiny) if auc<1-tiny and far(1-tiny)>0 else 1.
+    lo,hi = 0.,1.
+    if auc>tiny and far(tiny)>0:
+        lo = brentq(far, tiny, auc)
+    if auc<1-tiny and far(1-tiny)>0:
+        hi = brentq(far, auc, 1-tiny)
     return pd.Series(dict(auc=auc, lo=lo, hi=hi), name='bound')
 
 # %% ../nbs/51_metrics.ipynb #a0c1d005
@@ -264,6 +294,7 @@ def _settle(method, d):
     if not d.single: raise MGMTError(_needs_single(d.few))
     return 'bound'
 
+# %% ../nbs/51_metrics.ipynb #8a5ed0f7
 def _needs_five(method, few):
     need = f"method {method!r} needs 5 patients of each class; received {few[0]} and {few[1]}"
     return f"{need}: leave `method` out for a bound that holds"
@@ -272,6 +303,7 @@ def _needs_single(few):
     need = "Hoeffding's bound takes one scan of each patient"
     return f"{need}; the {few[0]} and {few[1]} patients have several: average each patient's scores"
 
+# %% ../nbs/51_metrics.ipynb #606a07b1
 def auc_interval(
     y:np.ndarray, # bool, (n,)
     P:np.ndarray|list, # Scores of k runs on the same scans, (k,n): the AUC is the mean of theirs
@@ -350,7 +382,8 @@ def delong_test(
     else:
         (a,b),v = _unpaired_models(delong_cov(y_, p1), delong_cov(*check_scores(y2, p2)))
     delta = a-b
-    se = np.sqrt(max(0, v[0,0]+v[1,1]-v[0,1]-v[1,0]))
+    variance = v[0,0]+v[1,1]-v[0,1]-v[1,0]
+    se = np.sqrt(max(0, variance))
     if se<1e-9 and abs(delta)>1e-9:
         raise MGMTError(_no_spread(a, b))
     z = delta/se if se>=1e-9 else 0.
@@ -358,6 +391,7 @@ def delong_test(
     interval = dict(lo=delta-half, hi=delta+half)
     return pd.Series(dict(auc1=a, auc2=b, z=z, p=2*norm.sf(abs(z)), delta=delta, **interval))
 
+# %% ../nbs/51_metrics.ipynb #3d760a9e
 _clusters_apart = "clusters are for models that saw the same patients: leave out `y2` or `cluster`"
 
 def _unpaired_models(one, two):
@@ -393,7 +427,8 @@ def permutation_test(
         return below/(m*n)
     def _above_chance(a, b, axis): return _auc(a, axis)-.5
     def _difference(a, b, axis):
-        first,second = (rankdata(o, axis=-1)[...,y_] for o in (a,b))
+        first = rankdata(a, axis=-1)[...,y_]
+        second = rankdata(b, axis=-1)[...,y_]
         return _auc(first)-_auc(second)
     ranks = rankdata(p)
     if p2 is None:
@@ -434,10 +469,12 @@ def AUC() -> AccumMetric: # For `metrics=`
 
     It is NaN while the set holds one class only, or the model says the same of all."""
     def _auc(p, y):
-        y,p = np.asarray(y)==1,np.asarray(p, dtype=float)
+        y = np.asarray(y)==1
+        p = np.asarray(p, dtype=float)
         if y.all() or not y.any() or not p.min()<p.max():
             return float('nan')
-        return float(delong_parts(y, p)[0])
+        auc,*_ = delong_parts(y, p)
+        return float(auc)
     return AccumMetric(_auc, name='auc', flatten=True, to_np=True)
 
 # %% ../nbs/51_metrics.ipynb #33e694ce
@@ -458,11 +495,16 @@ def _rates(tp, fp, fn, tn):
     called,others = tp+fp,tn+fn
     ones,zeros = tp+fn,tn+fp
     right,wrong = tp+tn,fp+fn
-    by_class = dict(sensitivity=(tp,ones), specificity=(tn,zeros))
-    by_call = dict(ppv=(tp,called), npv=(tn,others))
-    f1 = 2*tp,2*tp+wrong
-    mcc = 1.*tp*tn-1.*fp*fn,np.sqrt(1.*called*ones*zeros*others)
-    return dict(accuracy=(right,right+wrong), **by_class, **by_call, f1=f1, mcc=mcc)
+    excess = 1.*tp*tn-1.*fp*fn
+    spread = np.sqrt(1.*called*ones*zeros*others)
+    return dict(
+        accuracy=(right,right+wrong),
+        sensitivity=(tp,ones),
+        specificity=(tn,zeros),
+        ppv=(tp,called),
+        npv=(tn,others),
+        f1=(2*tp,2*tp+wrong),
+        mcc=(excess,spread))
 
 # %% ../nbs/51_metrics.ipynb #fb35963b
 def classification_ci(
@@ -495,21 +537,27 @@ def classification_ci(
         rows[k] = dict(value=a/b if b else np.nan, lo=lo, hi=hi, n=b if share else n)
     return pd.DataFrame(rows).T.astype(dict(n=int))
 
+# %% ../nbs/51_metrics.ipynb #fa7e7b63
 def _confusion(y, call):
     "Numbers of patients: tp, fp, fn, tn"
-    cells = call&y,call&~y,~call&y,~call&~y
-    return [int(np.sum(o)) for o in cells]
+    tp,fp = call&y,call&~y
+    fn,tn = ~call&y,~call&~y
+    return [int(np.sum(o)) for o in (tp,fp,fn,tn)]
 
+# %% ../nbs/51_metrics.ipynb #abe61a25
 def _share_ci(k, n, level):
     "Wilson's interval of the share `k/n`"
-    lo,hi = stats.binomtest(int(k), int(n)).proportion_ci(level, 'wilson')
+    found = stats.binomtest(int(k), int(n))
+    lo,hi = found.proportion_ci(level, 'wilson')
     return lo,hi
 
 def _rate_ci(a, b, drawn, level, exact):
     "Interval of the rate `a/b`: Wilson's, or percentiles of what was drawn"
     if not b: return np.nan,np.nan
     if exact: return _share_ci(a, b, level)
-    num,den = (o[drawn[1]>0] for o in drawn)
+    num,den = drawn
+    there = den>0
+    num,den = num[there],den[there]
     return np.quantile(num/den, _tails(level))
 
 # %% ../nbs/51_metrics.ipynb #22ce5a48
@@ -533,10 +581,11 @@ def reliability(
     "The reliability diagram's data: what was said against what was. Raises `MGMTError` as `classification_ci`."
     y,p = check_probs(y, p)
     edges,at = _bins(p, n_bins, strategy)
-    placed = pd.DataFrame(dict(left=edges[at], right=edges[at+1], y=y, p=p))
-    bins = placed.groupby(['left','right'], as_index=False)
+    placed = dict(left=edges[at], right=edges[at+1], y=y, p=p)
+    bins = pd.DataFrame(placed).groupby(['left','right'], as_index=False)
     t = bins.agg(n=('y','size'), prob=('p','mean'), k=('y','sum'), rate=('y','mean'))
-    lo,hi = zip(*(_share_ci(k, n, level) for k,n in zip(t.k, t.n)))
+    intervals = [_share_ci(k, n, level) for k,n in zip(t.k, t.n)]
+    lo,hi = zip(*intervals)
     return t.drop(columns='k').assign(lo=lo, hi=hi)
 
 # %% ../nbs/51_metrics.ipynb #5182844b
@@ -545,6 +594,7 @@ def _logit(p):
     least = 2.**-24
     return logit(np.clip(p, least, 1-least))
 
+# %% ../nbs/51_metrics.ipynb #6e289614
 def _logistic(X, y, offset=0.):
     "Coefficients of a logistic regression without penalty, and their standard errors"
     def _loss(b):
@@ -561,6 +611,7 @@ def _logistic(X, y, offset=0.):
     variances = np.diag(np.linalg.inv(_hess(b)))
     return b, np.sqrt(variances)
 
+# %% ../nbs/51_metrics.ipynb #b9df2028
 def _ece(gap, at):
     "Expected calibration error, from each patient's gap between what was said and what was, and its bin"
     sums = np.bincount(at, gap)
@@ -588,7 +639,8 @@ def calibration(
     Broecker and Smith 2007, Weather Forecast. 22:651 (labels drawn from the probabilities).
     Raises `MGMTError` as `classification_ci`."""
     y,p = check_probs(y, p)
-    z,n,rate = norm.ppf(.5+level/2),len(y),y.mean()
+    n,rate = len(y),y.mean()
+    z = norm.ppf(.5+level/2)
     x = _logit(p)
     q = expit(x)
     _,at = _bins(p, n_bins, strategy)
@@ -598,31 +650,44 @@ def calibration(
     def _scores(y):
         means = [o.mean() for o in _each(y)]
         return np.array([*means, _ece(p-y, at)])
-    def _mean_ci(v):
-        half = z*v.std(ddof=1)/np.sqrt(n)
-        return v.mean()-half,v.mean()+half
-    def _wald(b, se, ideal):
-        away = abs(b-ideal)/se
-        return b,b-z*se,b+z*se,ideal,2*norm.sf(away)
-    seen,rng = _scores(y),rng_for(seed,'calibration')
+    seen = _scores(y)
+    rng = rng_for(seed,'calibration')
     drawn = np.stack([_scores(rng.random(n)<q) for _ in range(n_sim)])
     perfect = drawn.mean(0)
     as_bad = (drawn>=seen).sum(0)
     chance = (1+as_bad)/(1+n_sim)
-    squares,losses = (_mean_ci(o) for o in _each(y))
+    squares,losses = (_mean_ci(o, z) for o in _each(y))
     a,b = _recalibration(x, y)
-    rows = dict(brier=(seen[0], *squares, perfect[0], chance[0], rate*(1-rate)),
-        log_loss=(seen[1], *losses, perfect[1], chance[1], stats.entropy([rate,1-rate])),
-        intercept=(*_wald(*a, 0.), 0.), slope=(*_wald(*b, 1.), np.nan),
+    entropy = stats.entropy([rate,1-rate])
+    rows = dict(
+        brier=(seen[0], *squares, perfect[0], chance[0], rate*(1-rate)),
+        log_loss=(seen[1], *losses, perfect[1], chance[1], entropy),
+        intercept=(*_wald(*a, 0., z), 0.),
+        slope=(*_wald(*b, 1., z), np.nan),
         ece=(seen[2], np.nan, np.nan, perfect[2], chance[2], 0.))
     return pd.DataFrame(rows, index=['value','lo','hi','calibrated','p','prevalence']).T
 
+# %% ../nbs/51_metrics.ipynb #9d9036be
+def _mean_ci(v, z):
+    "Interval of a mean over patients, `z` standard errors wide on either side"
+    mean = v.mean()
+    half = z*v.std(ddof=1)/np.sqrt(len(v))
+    return mean-half,mean+half
+
+def _wald(b, se, ideal, z):
+    "A coefficient with its interval, its ideal, and how rare one so far from the ideal is"
+    lo,hi = b-z*se,b+z*se
+    away = abs(b-ideal)/se
+    return b,lo,hi,ideal,2*norm.sf(away)
+
+# %% ../nbs/51_metrics.ipynb #661e5c22
 def _recalibration(x, y):
     "Intercept at slope 1, and slope, each with its standard error; NaN for a slope where the classes do not overlap"
     one = np.ones((len(x),1))
     (a,),(se_a,) = _logistic(one, y, x)
-    apart = max(x[y].min()-x[~y].max(), x[~y].min()-x[y].max())
-    if apart>=0: return (a,se_a),(np.nan,np.nan)
+    above = x[y].min()-x[~y].max()
+    below = x[~y].min()-x[y].max()
+    if max(above, below)>=0: return (a,se_a),(np.nan,np.nan)
     (_,b),(_,se_b) = _logistic(np.c_[one,x], y)
     return (a,se_a),(b,se_b)
 
@@ -655,7 +720,9 @@ def fit_temperature(
     Source: Guo et al. 2017, ICML, arXiv:1706.04599. Raises `MGMTError` as `classification_ci`."""
     y,p = check_probs(y, p)
     x = np.where(y, 1, -1)*_logit(p)
-    def _log_loss(s): return np.logaddexp(0, -x*np.exp(-s)).mean()
+    def _log_loss(s):
+        losses = np.logaddexp(0, -x*np.exp(-s))
+        return losses.mean()
     how = dict(method='bounded', options=dict(xatol=1e-8))
     found = minimize_scalar(_log_loss, bounds=np.log([.01,100]), **how)
     return Temperature(float(np.exp(found.x)), len(y))
@@ -678,11 +745,15 @@ def decision_curve(
     def _share_above(o):
         below = np.searchsorted(np.sort(p[o]), t)
         return 1-below/o.sum()
-    tp,fp = _share_above(y)*rate,_share_above(~y)*(1-rate)
+    tp = _share_above(y)*rate
+    fp = _share_above(~y)*(1-rate)
     nb = tp-w*fp
     variance = (tp+w**2*fp-nb**2)/len(y)
     half = norm.ppf(.5+level/2)*np.sqrt(variance)
     curve = dict(threshold=t, net_benefit=nb, lo=nb-half, hi=nb+half)
     return pd.DataFrame(dict(curve, treat_all=rate-w*(1-rate), treat_none=0.))
 
-def _no_thresholds(t): return f"thresholds lie inside (0,1); received {t.min():g} to {t.max():g}"
+# %% ../nbs/51_metrics.ipynb #1da866b9
+def _no_thresholds(t):
+    seen = f"{t.min():g} to {t.max():g}"
+    return f"thresholds lie inside (0,1); received {seen}"

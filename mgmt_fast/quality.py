@@ -23,7 +23,9 @@ from .skull import air_value, has_skull
 # %% ../nbs/15_quality.ipynb #c33e0815
 class _Audit:
     "What was found: `facts` for columns of the row, `grave` findings, other findings `bad`, `notes`"
-    def __init__(self): self.facts,self.grave,self.bad,self.notes = {},[],[],[]
+    def __init__(self):
+        self.facts = {}
+        self.grave,self.bad,self.notes = [],[],[]
 
     def add(self, other):
         self.facts.update(other.facts)
@@ -32,17 +34,24 @@ class _Audit:
         self.notes += [o for o in other.notes if o not in self.notes]
 
     @property
-    def severity(self): return 'error' if self.grave else 'warning' if self.bad else 'note' if self.notes else ''
+    def severity(self):
+        if self.grave: return 'error'
+        if self.bad: return 'warning'
+        return 'note' if self.notes else ''
 
     @property
     def findings(self):
         "All findings once, the grave ones first; one that another completes is left out"
-        grave = [o for o in self.grave if not any(p!=o and p.startswith(o) for p in self.grave)]
+        def completed(o):
+            others = [p for p in self.grave if p!=o]
+            return any(p.startswith(o) for p in others)
+        grave = [o for o in self.grave if not completed(o)]
         return ' | '.join(uniqueify([*grave,*self.bad]))
 
 # %% ../nbs/15_quality.ipynb #b48985f5
 def _first_of(frame, k): return first(frame[k] or ())
 
+# %% ../nbs/15_quality.ipynb #76df6a99
 def _audit_geometry(stack):
     "What the places of the slices of `stack` say"
     a,f = _Audit(),stack[0]
@@ -60,20 +69,25 @@ def _audit_geometry(stack):
     _audit_tags(a, _first_of(f, 'SpacingBetweenSlices'), _first_of(f, 'SliceThickness'))
     return a
 
+# %% ../nbs/15_quality.ipynb #12e6969a
 def _audit_steps(a, gaps, along, normal):
     "Steps between slices: how many are missing or double, and do they follow the normal?"
     distinct = gaps[gaps>1e-2]
     usual,spread = np.median(distinct),np.ptp(distinct)
-    missing = int(np.maximum((gaps/usual).round()-1, 0).sum())
+    more = (gaps/usual).round()-1
+    missing = int(np.maximum(more, 0).sum())
     duplicates = int((gaps<=1e-2).sum())
-    step = usual if duplicates or missing else np.linalg.norm(along)/len(gaps)
-    tilt = np.degrees(np.arccos(np.clip(along@normal/np.linalg.norm(along), -1, 1)))
+    length = np.linalg.norm(along)
+    step = usual if duplicates or missing else length/len(gaps)
+    cosine = np.clip(along@normal/length, -1, 1)
+    tilt = np.degrees(np.arccos(cosine))
     a.facts.update(duplicates=duplicates, missing=missing, step=float(step))
     if not missing and spread>.02*step:
         a.notes.append(f'steps vary by {spread:.2f} mm')
     if tilt>1:
         a.bad.append(f'stack tilted by {tilt:.1f} degrees against the slice normal')
 
+# %% ../nbs/15_quality.ipynb #7694f6c5
 def _audit_tags(a, between, thick):
     "Two tags, mm, against the step; `None` where the header lacks one"
     step = a.facts['step']
@@ -103,6 +117,7 @@ _FILLERS = ('anon','none','unknown','unspecified','deidentified','de-identified'
 
 _BURNED_IN = 'burned-in annotation'
 
+# %% ../nbs/15_quality.ipynb #343e50ef
 class _Identifiers:
     "Kinds of identifiers in a header; `known` are strings that tell nothing new"
     kinds = {Tag(tag_for_keyword(k)): kind for kind,ks in _IDENTIFIERS.items() for k in ks.split()}
@@ -110,30 +125,43 @@ class _Identifiers:
     tags  = [*kinds,burned_in]
     def __init__(self, known): self.known = {o.lower() for o in known if o}
     def __call__(self, ds):
-        found = {kind for t,kind in self.kinds.items() if t in ds and self.tells(ds.get_item(t))}
+        found = set()
+        for tag,kind in self.kinds.items():
+            if tag in ds and self.tells(ds.get_item(tag)): found.add(kind)
         raw = ds.get_item(self.burned_in)
-        return found|{_BURNED_IN} if raw is not None and b'YES' in bytes(raw.value or b'') else found
+        if raw is not None and b'YES' in bytes(raw.value or b''):
+            found.add(_BURNED_IN)
+        return found
 
     def tells(self, raw):
-        v = raw.value.decode('latin-1') if isinstance(raw.value, bytes) else str(raw.value or '')
+        v = raw.value
+        v = v.decode('latin-1') if isinstance(v, bytes) else str(v or '')
         v = v.strip(' \0').lower()
-        return len(v.strip('0^x -_.'))>1 and v not in self.known and not v.startswith(_FILLERS)
+        if len(v.strip('0^x -_.'))<=1: return False
+        return v not in self.known and not v.startswith(_FILLERS)
 
 # %% ../nbs/15_quality.ipynb #280d682a
 def _extent(x, air, usual, spacing):
     "Extent of what is brighter than air, (3,) mm along D, H, W"
-    lit,res = x>air+.1*(usual-air),[]
+    lit = x>air+.1*(usual-air)
+    res = []
     for i in range(3):
-        at = np.flatnonzero(lit.any(tuple({0,1,2}-{i})))
+        others = tuple({0,1,2}-{i})
+        at = np.flatnonzero(lit.any(others))
         res.append(float(at[-1]-at[0]+1)*spacing[i] if len(at) else 0.)
     return res
 
+# %% ../nbs/15_quality.ipynb #f9702404
 def _structure(x):
     "Correlation of neighbours along W over a few slices: near 1 in an image, near 0 in noise"
-    few = np.linspace(0, len(x)-1, min(len(x),6)).round().astype(int)
+    n = min(len(x),6)
+    few = np.linspace(0, len(x)-1, n)
+    few = few.round().astype(int)
     part = x[few].astype(np.float64)
-    a,b = part[:,::3,:-1].ravel(),part[:,::3,1:].ravel()
-    return 1. if not a.std() or not b.std() else float(np.corrcoef(a, b)[0,1])
+    a = part[:,::3,:-1].ravel()
+    b = part[:,::3,1:].ravel()
+    if not a.std() or not b.std(): return 1.
+    return float(np.corrcoef(a, b)[0,1])
 
 # %% ../nbs/15_quality.ipynb #8cb1bcf0
 def _padding(x):
@@ -144,35 +172,43 @@ def _padding(x):
     some = rest[::7] if rest.size>7 else rest
     next_ = float(rest.min())
     top = float(np.percentile(some, 99))
-    return int(x.size-rest.size) if next_-lo>2*(top-next_) else 0
+    far_below = next_-lo>2*(top-next_)
+    return int(x.size-rest.size) if far_below else 0
 
+# %% ../nbs/15_quality.ipynb #8ff90ec5
 def _burned_in(x, usual, air):
     "A finding on bright pixels that are the same in every slice, as text is that was burned into the image"
     low = x.min(0)
-    n = int(np.count_nonzero((low==x.max(0)) & (low>air+.5*(usual-air))))
+    bright = low>air+.5*(usual-air)
+    n = int(np.count_nonzero((low==x.max(0)) & bright))
     if len(x)<3 or n<20: return []
     return [f'{n} bright pixels are the same in every slice: text or marks burned into the image? They may tell a name']
 
+# %% ../nbs/15_quality.ipynb #f64fade2
 def _spots(x, usual, air):
     "A finding on voxels far above all others, if there are any and few"
-    n = int(np.count_nonzero(x>air+30*max(usual-air, 1e-6)))
+    limit = air+30*max(usual-air, 1e-6)
+    n = int(np.count_nonzero(x>limit))
     if not 0<n<.002*x.size: return []
-    return [f"{n} voxel{'s'*(n>1)} far above all others (up to {x.max():g}): hot voxels, or markers"]
+    what = f"{n} voxel{'s'*(n>1)} far above all others"
+    return [f"{what} (up to {x.max():g}): hot voxels, or markers"]
 
 # %% ../nbs/15_quality.ipynb #ba85f028
 def _audit_content(vol, x, air, usual):
     "Grave findings: not the size of a head, nothing in it, noise, or a few values only"
     h,w = np.clip((2/vol.spacing[1:]).astype(int), 2, 4) # about 2 mm is fine enough
     some,spacing = x[:,::h,::w],vol.spacing*(1,h,w)
-    lit = float((some>air+.05*max(usual-air, 1e-6)).mean())
+    background = air+.05*max(usual-air, 1e-6)
+    lit = float((some>background).mean())
     if lit<.01:
         return [f'almost empty: {lit:.2%} of it is brighter than the background; burned-in text alone?']
     if len(np.unique(some[::3,::2,::2]))<8:
         return ['holds a few values only: a mask, labels, or burned-in text, not a scan']
-    if (r := _structure(x))<.2:
-        return [f'only noise: neighbours correlate by {r:.2f}']
+    r = _structure(x)
+    if r<.2: return [f'only noise: neighbours correlate by {r:.2f}']
     return _head_size(sorted(_extent(some, air, usual, spacing)))
 
+# %% ../nbs/15_quality.ipynb #5f55218f
 def _head_size(size):
     "Grave findings on the extent of what is bright, (3,) mm, in ascending order"
     where = ' x '.join(f'{o:.0f}' for o in size)
@@ -185,22 +221,27 @@ def _head_size(size):
 def _audit_blank(a, blank, faint):
     "Slices that hold one value, or hardly anything, (D,) each"
     full = np.flatnonzero(~blank)
+    n = int(blank.sum())
     inside = int(blank[full[0]:full[-1]+1].sum())
-    ends = int(blank.sum())-inside
-    a.facts.update(blank=int(blank.sum()), near_blank=int((faint&~blank).sum()))
+    ends = n-inside
+    near = faint&~blank
+    a.facts.update(blank=n, near_blank=int(near.sum()))
     if inside:
         a.bad.append(f"{inside} blank slice{'s'*(inside>1)} inside the stack")
     if ends:
         a.notes.append(f"{ends} blank slice{'s'*(ends>1)} at the ends")
 
+# %% ../nbs/15_quality.ipynb #3ae44e20
 def _audit_clipped(a, x, hi, tissue, some):
     "More voxels at the very maximum than a smooth histogram allows"
     top = sum(np.count_nonzero(o==hi) for o in x)
     share = float(top/max(tissue.sum(),1))
     a.facts.update(clipped=share)
-    if top>20 and share>.002 and len(np.unique(some))>16:
+    many = top>20 and share>.002
+    if many and len(np.unique(some))>16:
         a.bad.append(f"{share:.1%} of the tissue clipped at {hi:g}")
 
+# %% ../nbs/15_quality.ipynb #892a8a3a
 def _audit_pixels(vol):
     "What the intensities of `vol` say"
     a,x = _Audit(),vol.numpy()
@@ -210,7 +251,8 @@ def _audit_pixels(vol):
     if lo==hi:
         a.grave.append(f'all voxels are {lo:g}')
         return a
-    some,padded = x[:,::4,::4],_padding(x) if lo<0 else 0
+    some = x[:,::4,::4]
+    padded = _padding(x) if lo<0 else 0
     seen = some[some>lo] if padded else some
     air = float(air_value(seen)[0])
     usual = np.percentile(seen, 99)
@@ -232,10 +274,15 @@ def _audit_pixels(vol):
 # %% ../nbs/15_quality.ipynb #b1d0053e
 def _forms_apart(img, shape):
     "Greatest distance between where sform and qform put a corner, mm"
-    corners = np.stack(np.meshgrid(*[(0,n-1) for n in shape[:3]], indexing='ij'), -1).reshape(-1,3)
-    s,q = (nib.affines.apply_affine(o, corners) for o in (img.header.get_sform(),img.header.get_qform()))
-    return float(np.linalg.norm(s-q, axis=1).max())
+    ends = [(0,n-1) for n in shape[:3]]
+    corners = np.stack(np.meshgrid(*ends, indexing='ij'), -1)
+    corners = corners.reshape(-1,3)
+    s = nib.affines.apply_affine(img.header.get_sform(), corners)
+    q = nib.affines.apply_affine(img.header.get_qform(), corners)
+    far = np.linalg.norm(s-q, axis=1)
+    return float(far.max())
 
+# %% ../nbs/15_quality.ipynb #720f516d
 def _audit_affine(a, img, shape):
     "Is it clear where a NIfTI image lies?"
     sform,qform = (img.header.get(f'{k}_code',1) for k in ('sform','qform'))
@@ -244,9 +291,11 @@ def _audit_affine(a, img, shape):
     if np.array_equal(img.affine, np.eye(4)):
         a.grave.append('the affine is the identity: sizes and orientation were lost in a conversion')
     if not (sform>0 and qform>0): return
-    if (far := _forms_apart(img, shape))>1:
+    far = _forms_apart(img, shape)
+    if far>1:
         a.bad.append(f'sform and qform disagree by up to {far:.0f} mm')
 
+# %% ../nbs/15_quality.ipynb #04944244
 def _audit_nifti(path):
     "What the header of a NIfTI file says"
     a,(img,shape) = _Audit(),open_nifti(path)
@@ -274,9 +323,13 @@ def _contradiction(f, header, can, sequence):
     if sequence not in says.can:
         return f'called {sequence}, but {says.why}'
 
+# %% ../nbs/15_quality.ipynb #8d08db07
 def _other_times(f, can, sequence):
-    tr,te,ti = (_first_of(f, k) or 0 for k in ('RepetitionTime','EchoTime','InversionTime'))
-    return f"called {sequence}, but its times (TR {tr:g}, TE {te:g}, TI {ti:g} ms) are those of {' or '.join(can)}"
+    tr = _first_of(f, 'RepetitionTime') or 0
+    te = _first_of(f, 'EchoTime') or 0
+    ti = _first_of(f, 'InversionTime') or 0
+    times = f"TR {tr:g}, TE {te:g}, TI {ti:g} ms"
+    return f"called {sequence}, but its times ({times}) are those of {' or '.join(can)}"
 
 # %% ../nbs/15_quality.ipynb #6e249e37
 def _audit_sequence(a, f, sequence, names):
@@ -285,23 +338,27 @@ def _audit_sequence(a, f, sequence, names):
     header = {**series_header(f['path']), **own}
     can = times_allow(header)
     a.facts.update(contrast=' or '.join(can) or None)
-    if why := _contradiction(f, header, can, sequence):
+    why = _contradiction(f, header, can, sequence)
+    if why:
         a.grave.append(why)
     elif sequence in SEQUENCES:
         verdict = name_series(*names, header=header)
         a.facts.update(evidence=verdict.evidence if verdict.sequence==sequence else 'name')
 
+# %% ../nbs/15_quality.ipynb #eaa68a52
 def _more_pixels(stack):
     "A finding on a file that holds more pixels than its header says frames, if there is one"
     for f in stack:
         if not f['native'] or None in (f['Rows'],f['Columns'],f['BitsAllocated']):
             continue
         samples = (f['SamplesPerPixel'] or (1,))[0]
-        frame = f['Rows'][0]*f['Columns'][0]*f['BitsAllocated'][0]/8*samples
+        rows,columns = f['Rows'][0],f['Columns'][0]
+        frame = rows*columns*f['BitsAllocated'][0]/8*samples
         if f['size']>=frame*(f['frames']+1):
             return [f"a file holds pixels of {f['size']/frame:.1f} frames and says {f['frames']}"]
     return []
 
+# %% ../nbs/15_quality.ipynb #26844fab
 def _audit_identifiers(a, stack):
     kinds = [o for o in _IDENTIFIERS if any(o in f['looked'] for f in stack)]
     bad = [o for o in kinds if o not in _MILD]
@@ -342,15 +399,19 @@ AUDIT_COLUMNS = '''readable error severity evidence coding volumes slices rows c
 # %% ../nbs/15_quality.ipynb #495625fb
 def _text_of(s): return s.encode('utf-8', 'replace').decode() # names of files may be no text
 
+# %% ../nbs/15_quality.ipynb #1e3672c3
 def _examine(a, path, sequence, patient, index):
     "Add to `a` what is found at `path`; the volume, once it was read"
     found = find_stacks(path, _Identifiers([patient, *path.absolute().parts]))
     claimed = sequence or path.name
     named = claimed if claimed in SEQUENCES else None
     a.add(_audit_headers(found, index, named, (path.name,path.parent.name)))
-    vol = load_volume(found, pick_volume(found, index, claimed)[0])
-    a.notes += [o for o in getattr(vol, 'notes', ()) if o not in a.notes]
-    a.facts.update(plane=vol.plane, **dict(zip(('step','row_mm','col_mm'), vol.spacing.tolist())))
+    index,_ = pick_volume(found, index, claimed)
+    vol = load_volume(found, index)
+    for note in getattr(vol, 'notes', ()):
+        if note not in a.notes: a.notes.append(note)
+    step,row_mm,col_mm = vol.spacing.tolist()
+    a.facts.update(plane=vol.plane, step=step, row_mm=row_mm, col_mm=col_mm)
     return vol
 
 # %% ../nbs/15_quality.ipynb #30d03d42
