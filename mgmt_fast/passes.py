@@ -33,7 +33,7 @@ def _sent(table, x, dtype=np.float32):
     if not x.is_cuda: return t
     return t.pin_memory().to(x.device, non_blocking=True)
 
-# %% ../nbs/09_passes.ipynb #ead38832
+# %% ../nbs/09_passes.ipynb #8f78f926
 def _check(*xs):
     for x in xs:
         if not x.is_contiguous() or x.dtype!=torch.float32:
@@ -56,7 +56,7 @@ def _inside(y, lo, hi, n, MODE:tl.constexpr):
         y = tl.minimum(y, hi)
     return y
 
-# %% ../nbs/09_passes.ipynb #3caf9352
+# %% ../nbs/09_passes.ipynb #53f9e070
 @on_card
 def _warp_slices(src, out, rows, C, D, H, W, per, MODE:tl.constexpr, BH:tl.constexpr, BW:tl.constexpr):
     r = rows+tl.program_id(2)*13
@@ -140,7 +140,7 @@ def _row_of(v, at, y0, x0, ty, tx, H, W, here):
     below = e*(1-tx)+f*tx
     return above*(1-ty)+below*ty
 
-# %% ../nbs/09_passes.ipynb #11dde813
+# %% ../nbs/09_passes.ipynb #7eda56d8
 @in_kernel
 def _along(r, d, h, w):
     "One coordinate of the map"
@@ -217,7 +217,7 @@ def _sum_slices(x, rows, sums, counts, S, N, BLOCK:tl.constexpr):
     tl.store(sums+to, tl.sum(total))
     tl.store(counts+to, tl.sum(brain))
 
-# %% ../nbs/09_passes.ipynb #9a4904c4
+# %% ../nbs/09_passes.ipynb #1d110493
 @on_card
 def _light(x, rows, sums, counts, least, D, S, N, BRAIN:tl.constexpr, BD:tl.constexpr, BLOCK:tl.constexpr):
     k = tl.program_id(2)
@@ -282,7 +282,7 @@ def _field(g, n, h, w, H, W, BH:tl.constexpr, BW:tl.constexpr):
         f += part*tl.cos(ph*j)
     return f
 
-# %% ../nbs/09_passes.ipynb #7e22064f
+# %% ../nbs/09_passes.ipynb #3a9df577
 @on_card
 def _field_extent(most, g, n, D, H, W, BH:tl.constexpr, BW:tl.constexpr):
     k = tl.program_id(2)
@@ -294,7 +294,7 @@ def _field_extent(most, g, n, D, H, W, BH:tl.constexpr, BW:tl.constexpr):
     effect = tl.where((h<H)&(w<W), tl.abs(f), 0.)
     tl.atomic_max(most+k, tl.max(tl.max(effect, 1), 0))
 
-# %% ../nbs/09_passes.ipynb #e546dbe7
+# %% ../nbs/09_passes.ipynb #366d70e0
 @on_card
 def _shade(x, rows, most, g, n, C, D, H, W, BH:tl.constexpr, BW:tl.constexpr):
     k = tl.program_id(2)
@@ -327,7 +327,8 @@ def shade_(
     waves = np.cos(halves*(math.pi/D))
     slices = np.einsum('kijl,di->kdjl', weights, waves)
     g = _sent(slices, x)
-    rows = _sent(np.stack([at, strength], 1), x)
+    table = np.stack([at, strength], 1)
+    rows = _sent(table, x)
     most = torch.zeros(len(at), device=x.device)
     BH,BW = 16,64
     tiles = ceil_div(H, BH)*ceil_div(W, BW)
@@ -391,7 +392,7 @@ def _blur_rows(x, rows, a, b, S, H, W, BLOCK:tl.constexpr):
     tl.store(a+to, total, mask=j<H*W)
     tl.store(b+to, brain, mask=j<H*W)
 
-# %% ../nbs/09_passes.ipynb #e89dfe53
+# %% ../nbs/09_passes.ipynb #0c5d337c
 @on_card
 def _blur_columns(x, rows, a, b, least, S, H, W, BLOCK:tl.constexpr):
     k = tl.program_id(2)
@@ -501,7 +502,7 @@ def _count_levels(x, rows, counts, S, N, BLOCK:tl.constexpr):
     beyond = tl.where(bins==0, lost, 0)
     tl.store(to, n-beyond)
 
-# %% ../nbs/09_passes.ipynb #988e4266
+# %% ../nbs/09_passes.ipynb #f6221aa3
 @on_card
 def _look_up(x, rows, table, S, N, BLOCK:tl.constexpr):
     k = tl.program_id(2)
@@ -527,7 +528,7 @@ def count_levels(
         _count_levels[S,len(at)](x, _sent(at, x), counts, S, N, 2048)
     return counts
 
-# %% ../nbs/09_passes.ipynb #342965be
+# %% ../nbs/09_passes.ipynb #ed85625a
 def look_up_(
     x:torch.Tensor, # (B,C,D,H,W), 0 to 1, changed in place
     at:list, # Which patients
