@@ -50,9 +50,12 @@ def _conv3(ni, nf, k, stride=(1,1,1), bias=False):
     nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
     return conv
 
+# %% ../nbs/44_backbones.ipynb #a3ba6da9
 class _Projection(nn.Sequential):
     "A shortcut with weights"
-    def __init__(self, ni, nf, stride, bias): super().__init__(_conv3(ni, nf, 1, stride, bias), BatchNormAct3d(nf))
+    def __init__(self, ni, nf, stride, bias):
+        conv = _conv3(ni, nf, 1, stride, bias)
+        super().__init__(conv, BatchNormAct3d(nf))
 
 class _Padding(nn.Module):
     "A shortcut without: every other voxel, and zeros in the new channels"
@@ -64,6 +67,7 @@ class _Padding(nn.Module):
         d,h,w = self.stride
         return nn.functional.pad(x[...,::d,::h,::w], (0,0,0,0,0,0,0,self.more))
 
+# %% ../nbs/44_backbones.ipynb #3e50995f
 class _BasicBlock(nn.Module):
     expansion = 1
     def __init__(self, ni, nf, stride, shortcut, bias):
@@ -75,8 +79,10 @@ class _BasicBlock(nn.Module):
 
     def forward(self, x):
         y = self.conv2(norm_act(self.bn1, self.act, self.conv1(x)))
-        return norm_act(self.bn2, self.act, y, x if self.downsample is None else self.downsample(x))
+        kept = x if self.downsample is None else self.downsample(x)
+        return norm_act(self.bn2, self.act, y, kept)
 
+# %% ../nbs/44_backbones.ipynb #05d248f6
 class _Bottleneck(nn.Module):
     expansion = 4
     def __init__(self, ni, nf, stride, shortcut, bias):
@@ -90,10 +96,12 @@ class _Bottleneck(nn.Module):
     def forward(self, x):
         y = self.conv2(norm_act(self.bn1, self.act, self.conv1(x)))
         y = self.conv3(norm_act(self.bn2, self.act, y))
-        return norm_act(self.bn3, self.act, y, x if self.downsample is None else self.downsample(x))
+        kept = x if self.downsample is None else self.downsample(x)
+        return norm_act(self.bn3, self.act, y, kept)
 
 known_blocks.extend([_BasicBlock, _Bottleneck])
 
+# %% ../nbs/44_backbones.ipynb #d358b257
 class _ResNet3d(nn.Module):
     def __init__(self, block, depths, shortcut, bias, stem, in_chans=1, anisotropic=0):
         super().__init__()
@@ -117,6 +125,7 @@ class _ResNet3d(nn.Module):
         x = self.maxpool(norm_act(self.bn1, self.act, self.conv1(x)))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
+# %% ../nbs/44_backbones.ipynb #01ca4ddc
 _RESNETS = dict( # block, blocks in each stage, shortcut, a bias in it, stride of the first convolution
     resnet10=(_BasicBlock, (1,1,1,1), _Projection, True, 1),
     medicalnet10=(_BasicBlock, (1,1,1,1), _Projection, False, 2),
@@ -144,7 +153,8 @@ class Standardize(nn.Module):
         return (x-mean)/std
 
     def extra_repr(self) -> str: # For `repr`
-        return ', '.join(f"{k}={getattr(self,k).double().numpy().round(3).tolist()}" for k in ('mean','std'))
+        mean,std = (o.double().numpy().round(3).tolist() for o in (self.mean,self.std))
+        return f'mean={mean}, std={std}'
 
 # %% ../nbs/44_backbones.ipynb #ecdd6dac
 class Body(nn.Module):
@@ -174,6 +184,7 @@ class Body(nn.Module):
         f = features(x)
         return f if route(f)=='plain' else ChannelsInside.apply(f)
 
+# %% ../nbs/44_backbones.ipynb #986b4d53
 def _wrong_batch(body, x):
     what = f"{body.arch} takes batches (B,{body.in_chans},D,H,W); received shape {tuple(x.shape)}"
     return MGMTError(f"{what}: another number of sequences, or no batch axis?")
@@ -189,11 +200,13 @@ def _plain(nf, n): return dict(fc=nn.Linear(nf, n))
 
 def _published(nf, n):
     "Batch norm, dropout .4, dense 32, ReLU, batch norm, dropout .4, linear"
-    first = dict(bn1=nn.BatchNorm1d(nf), drop1=nn.Dropout(.4), fc1=nn.Linear(nf, 32), act=nn.ReLU())
-    return dict(**first, bn2=nn.BatchNorm1d(32), drop2=nn.Dropout(.4), fc=nn.Linear(32, n))
+    hidden = dict(bn1=nn.BatchNorm1d(nf), drop1=nn.Dropout(.4), fc1=nn.Linear(nf, 32), act=nn.ReLU())
+    logits = dict(bn2=nn.BatchNorm1d(32), drop2=nn.Dropout(.4), fc=nn.Linear(32, n))
+    return {**hidden, **logits}
 
 _heads = dict(plain=_plain, published=_published)
 
+# %% ../nbs/44_backbones.ipynb #3e0b10dd
 class Head(nn.Sequential):
     "Features (B,F,d,h,w) to one logit (B,1), or several (B,n)"
     def __init__(self,
@@ -217,6 +230,7 @@ class Head(nn.Sequential):
             raise _one_volume()
         return super().forward(x)
 
+# %% ../nbs/44_backbones.ipynb #ef93d5e2
 def _no_classes(n): return MGMTError(f"num_classes must be a whole number of 1 or more; received {n!r}")
 
 def _one_volume():
@@ -257,6 +271,7 @@ class Backbone(nn.Module):
 
 def _is_exported(): return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
+# %% ../nbs/44_backbones.ipynb #f4e06865
 def _from_monai(model, state, prefix, *args):
     "Rename the keys of MONAI's `resnet10`, in place"
     if prefix+'conv1.weight' not in state: return
@@ -293,6 +308,7 @@ def read_weights(
     state = _without_prefixes(state)
     return {_dense.sub(r'\1\2', k):v for k,v in state.items()}
 
+# %% ../nbs/44_backbones.ipynb #5503a93b
 _wrappers = ('state_dict_ema','model_ema','state_dict','model_state_dict','model') # the first that is there
 _prefixes = ('module.','_orig_mod.','model.','net.')
 _dense = re.compile(r'(denselayer\d+\.(?:norm|relu|conv))\.(\d\.)') # norm.1 in torchvision's files of 2017, now norm1
@@ -305,6 +321,7 @@ def _without_prefixes(state):
         return _without_prefixes({k[len(p):]:v for k,v in state.items()})
     return state
 
+# %% ../nbs/44_backbones.ipynb #f97c0143
 def weights_file(
     folder:str|Path, # With files of weights
     arch:str, # Backbone, see `list_backbones`
@@ -317,24 +334,28 @@ def weights_file(
         for s in _suffixes:
             if (folder/f'{name}{s}').is_file():
                 return folder/f'{name}{s}'
-        hashed = [p for p in sorted(folder.glob(f'{name}-*.pth')) if re.fullmatch(r'[0-9a-f]{8}', p.stem[len(name)+1:])]
-        if hashed: return hashed[0]
+        for p in sorted(folder.glob(f'{name}-*.pth')):
+            if re.fullmatch(r'[0-9a-f]{8}', p.stem[len(name)+1:]): return p
     for p in (folder/'model.safetensors', folder/'pytorch_model.bin'):
         if p.is_file() and _architecture(folder) in names:
             return p
 
 _suffixes = ('.safetensors','.pth','.pt','.bin')
 
+# %% ../nbs/44_backbones.ipynb #57f26f66
 def _architecture(folder):
     "What the `config.json` of a download from the hub says"
     try: return read_json(folder/'config.json', record_of({}, others=True)).get('architecture')
     except MGMTError: return None
 
+# %% ../nbs/44_backbones.ipynb #247b78d6
 def _no_such_weights(folder, arch):
-    holds = ', '.join(sorted(o.name for o in folder.iterdir())[:8]) or 'nothing'
+    names = sorted(o.name for o in folder.iterdir())
+    holds = ', '.join(names[:8]) or 'nothing'
     way_out = f"`mgmt_weights {folder.name} {arch}` writes them; or give the path of the file itself"
     return MGMTError(f"no weights of {arch!r} in {folder}: it holds {holds}; {way_out}")
 
+# %% ../nbs/44_backbones.ipynb #c51c0124
 _unreadable = (safetensors.SafetensorError, RuntimeError, EOFError, OSError, KeyError)
 
 def _load_tensors(path):
@@ -347,12 +368,14 @@ def _load_tensors(path):
         raise _not_only_tensors(path) from e
     except _unreadable as e: raise _damaged(path, e) from e
 
+# %% ../nbs/44_backbones.ipynb #51c08b50
 def _not_only_tensors(path):
     why = "unpickling it could run code, so it is not loaded"
     return MGMTError(f"{path.name} holds more than tensors, and {why}: save its state dict as safetensors")
 
 def _damaged(path, e):
-    what = str(e).splitlines()[0][:120] if str(e) else type(e).__name__
+    what = type(e).__name__
+    if str(e): what = str(e).splitlines()[0][:120]
     return MGMTError(f"{path.name} cannot be read ({what}): is it cut off, or of another kind than its suffix says?")
 
 # %% ../nbs/44_backbones.ipynb #288f381f
@@ -368,6 +391,7 @@ def _quick_offline():
     try: yield
     finally: c.HF_HUB_OFFLINE = old
 
+# %% ../nbs/44_backbones.ipynb #8427caf5
 def imagenet_network(
     name:str, # timm's name
     arch:str, # Name that the user gave, for messages
@@ -381,6 +405,7 @@ def imagenet_network(
             if 'No pretrained weights' not in str(e): raise
             raise MGMTError(f"timm has no ImageNet weights of {name!r}; use pretrained=False or a path") from e
 
+# %% ../nbs/44_backbones.ipynb #847e8932
 def _no_hub(arch, whose='the ImageNet'):
     what = f"{whose} weights of {arch!r} are not in the hub's cache here, and the hub cannot be reached"
     how = f"where there is internet run `mgmt_weights DEST {arch}`, bring the folder here"
@@ -409,9 +434,13 @@ def mgmt_weights(
     *archs:str, # Names from `list_backbones`
 ) -> pd.DataFrame: # One row per file: `arch`, `file`, `MB`, `source` (timm's name of the weights), `license`
     "Fetch 2D ImageNet weights, or MedicalNet's, into a folder that `create_backbone(pretrained=folder)` reads offline."
-    names = {a: a if a in MEDICALNETS else timm_name(_with_weights(a)) for a in archs}
+    names = {a: _fetched_name(a) for a in archs}
     rows = [_write_weights(Path(dest), a, *_fetched(a, n)) for a,n in names.items()]
     return pd.DataFrame(rows, columns=['arch','file','MB','source','license'])
+
+# %% ../nbs/44_backbones.ipynb #d26fa25b
+def _fetched_name(arch):
+    return arch if arch in MEDICALNETS else timm_name(_with_weights(arch))
 
 def _fetched(arch, name):
     "Tensors, where they are from, and their licence"
@@ -419,8 +448,10 @@ def _fetched(arch, name):
         return medicalnet_weights(arch),MEDICALNETS[arch],_MEDICALNET_LICENSE
     net = imagenet_network(name, arch)
     cfg = net.pretrained_cfg
-    return net.state_dict(),f"{name}.{cfg.get('tag','')}",str(cfg.get('license',''))
+    source = f"{name}.{cfg.get('tag','')}"
+    return net.state_dict(),source,str(cfg.get('license',''))
 
+# %% ../nbs/44_backbones.ipynb #263b5328
 def _write_weights(dest, arch, state, source, license):
     "Write one file; its row of the table"
     file = dest/f"{arch.replace('/','_')}.safetensors"
@@ -430,6 +461,7 @@ def _write_weights(dest, arch, state, source, license):
         st.save_file(state, tmp, metadata=meta)
     return arch,str(file),round(file.stat().st_size/1e6, 1),source,license
 
+# %% ../nbs/44_backbones.ipynb #10761d0c
 def _with_weights(arch):
     if arch!='resnet10': return arch
     why = "'resnet10' is 3D from the start and has no 2D weights to fetch"
@@ -461,9 +493,14 @@ def freeze_body(
     model.train(model.training)
     return pd.DataFrame(rows, columns=['layer','kind','params','weights','statistics'])
 
-def _own_params(m): return [p for p in m._parameters.values() if p is not None]
+# %% ../nbs/44_backbones.ipynb #911f80e0
+def _own_params(m):
+    "Of a module, without those of its parts"
+    return [p for p in m._parameters.values() if p is not None]
+
 def _is_norm(m): return isinstance(m, nn.modules.batchnorm._BatchNorm)
 
+# %% ../nbs/44_backbones.ipynb #1d0cad19
 def _chosen(what, layers, arch):
     "Indices of the layers that one choice freezes"
     kind,_,n = what.partition('=')
@@ -480,6 +517,7 @@ def _chosen(what, layers, arch):
         return all_-_last_in_keras([k for k,_ in layers], arch, int(n))
     return {i for i,(_,m) in enumerate(layers) if kind=='batchnorm' and _is_norm(m)}
 
+# %% ../nbs/44_backbones.ipynb #e7cd4344
 _keras_layers = dict( # the last layers in Keras, last first; `.` where one has no weights, `+` those of a residual sum
     efficientnet='''. bn2 conv_head + + LAST.bn3 LAST.conv_pwl . LAST.se.conv_expand LAST.se.conv_reduce . . .
         LAST.bn2 LAST.conv_dw . LAST.bn1 LAST.conv_pw''',
@@ -488,9 +526,16 @@ _keras_layers = dict( # the last layers in Keras, last first; `.` where one has 
     densenet121='''. features.norm5 . DENSE16.conv2 . DENSE16.norm2 DENSE16.conv1 . DENSE16.norm1 . DENSE15.conv2 .
         DENSE15.norm2 DENSE15.conv1 .'''.replace('DENSE', 'features.denseblock4.denselayer'))
 
+# %% ../nbs/44_backbones.ipynb #c765e485
+def _family_in_keras(arch):
+    "Whose layers are known, or None; timm's other Xceptions are other networks"
+    if arch in ('xception41','xception65'): return None
+    return next((k for k in _keras_layers if k in arch), None)
+
+# %% ../nbs/44_backbones.ipynb #2393e558
 def _last_in_keras(names, arch, n):
     "Numbers of the layers with weights among the last `n` that a network has in Keras"
-    family = next((k for k in _keras_layers if k in arch and arch not in ('xception41','xception65')), None)
+    family = _family_in_keras(arch)
     if family is None:
         return set(range(len(names)-n, len(names)))
     blocks = [o for o in names if o.startswith('net.blocks.')]
@@ -499,8 +544,10 @@ def _last_in_keras(names, arch, n):
     layers = [o for o in _keras_layers[family].split() if o!='+' or not alone]
     if n>len(layers): raise _too_many_layers(n, len(layers))
     tail = [f"net.{o.replace('LAST', block)}" for o in layers[:n] if o not in '.+']
-    return {i for i,k in enumerate(names) if any(k==o or k.startswith(f'{o}.') for o in tail)}
+    parts = tuple(f'{o}.' for o in tail)
+    return {i for i,k in enumerate(names) if k in tail or k.startswith(parts)}
 
+# %% ../nbs/44_backbones.ipynb #26393d94
 def _too_many_layers(n, known):
     return MGMTError(f"only the last {known} layers are known as Keras counts them; received all_but_keras={n}: use "
         "all_but_last, which counts layers with weights")
@@ -525,6 +572,8 @@ choice('backbones', 'depth', "depthwise convolutions 'separable' into plane and 
     default='separable', published='full', winner='separable')
 choice('backbones', 'depth_padding', "along D: 'replicate' the end slices, or 'zeros'",
     Allowed.one_of('replicate','zeros'), without='replicate', default='replicate', published='zeros', winner='zeros')
+
+# %% ../nbs/44_backbones.ipynb #70134d66
 _standardize = ("intensities get the mean and deviation that the weights expect at the 'input', or inside the "
     "'backbone', behind the adapter: there by colour, and in EfficientNets only, as Keras' networks have it")
 choice('backbones', 'standardize', _standardize, Allowed.one_of('input','backbone'), without='input',
@@ -551,15 +600,19 @@ def _make(arch, in_chans, pretrained, mode, anisotropic, depth_padding):
     net3 = inflate_model(net, **kw)
     return net3,_fill(net3, pretrained, arch, mode),*_grey(net.pretrained_cfg)
 
+# %% ../nbs/44_backbones.ipynb #3465cd55
 def _grey(cfg):
     "Mean and standard deviation of a 2D network's input, averaged over RGB"
     return [sum(cfg[k])/3 for k in ('mean','std')]
 
+# %% ../nbs/44_backbones.ipynb #6c38417c
 def _fill(net3, pretrained, arch, mode):
     "The report of an inflated network's weights, read from a file if a path is given"
     if pretrained is False: return None
-    return net3.report if pretrained is True else inflate_weights(read_weights(pretrained, arch), net3, mode)
+    if pretrained is True: return net3.report
+    return inflate_weights(read_weights(pretrained, arch), net3, mode)
 
+# %% ../nbs/44_backbones.ipynb #eeb5cd98
 def _make_own(make, pretrained, kw):
     "A network of the user's own function, 2D or 3D"
     if pretrained is True: raise _own_weights()
@@ -572,10 +625,12 @@ def _make_own(make, pretrained, kw):
     what = "a network that is 3D already takes neither pretrained= nor anisotropic="
     raise MGMTError(f"{what}: let your function see to them")
 
+# %% ../nbs/44_backbones.ipynb #647aa15f
 def _own_weights():
     what = "there are no hub weights of your own function's network"
     return MGMTError(f"{what}: let the function load them, or give pretrained=path")
 
+# %% ../nbs/44_backbones.ipynb #139d0022
 def _make_timm_3d(name, in_chans, pretrained, mode, anisotropic):
     "timm-3d's own 3D network, with zeros around its depth, for what has no inflated counterpart"
     with warnings.catch_warnings():
@@ -620,6 +675,7 @@ def _measure(net, in_chans):
         raise _no_features(f)
     return f.shape[1],getattr(net, 'depth_stride', -(-D//f.shape[2]))
 
+# %% ../nbs/44_backbones.ipynb #9f51f7c1
 def _no_features(f):
     gave = tuple(f.shape) if torch.is_tensor(f) else type(f).__name__
     rule = "features (B,F,d,h,w), before any pool or classifier, or have `forward_features`"
@@ -652,6 +708,7 @@ def as_keras(
             m.eps,m.momentum = 1e-3,.01
     return model
 
+# %% ../nbs/44_backbones.ipynb #45d2c682
 def _glorot(m):
     "Start a dense layer or a convolution as Keras does"
     if not isinstance(m, (nn.Linear,nn.Conv2d,nn.Conv3d)):
@@ -659,9 +716,11 @@ def _glorot(m):
     nn.init.xavier_uniform_(m.weight)
     if m.bias is not None: nn.init.zeros_(m.bias)
 
+# %% ../nbs/44_backbones.ipynb #74418d63
 def _keras_norm(arch):
     "eps, and the share of a batch in the running statistics"
-    return 1.001e-5 if 'densenet' in arch else 1e-3, .1 if 'efficientnetv2' in arch else .01
+    eps = 1.001e-5 if 'densenet' in arch else 1e-3
+    return eps, .1 if 'efficientnetv2' in arch else .01
 
 # %% ../nbs/44_backbones.ipynb #19a00003
 def inside_scale(
@@ -672,7 +731,8 @@ def inside_scale(
     "What stands between the adapter and the first convolution in Keras: the weights' mean and deviation, by colour."
     if not rescales_inside(arch): return None
     mean,std = (net.pretrained_cfg[k] for k in ('mean','std'))
-    return Standardize(mean, std) if in_chans==3 else Standardize(sum(mean)/3, sum(std)/3)
+    if in_chans==3: return Standardize(mean, std)
+    return Standardize(sum(mean)/3, sum(std)/3)
 
 # %% ../nbs/44_backbones.ipynb #09e2ccd1
 def _names_3d(model):
@@ -684,6 +744,7 @@ def _names_3d(model):
             names[k[5:]] = v
     return names
 
+# %% ../nbs/44_backbones.ipynb #3ecb9b27
 def _action_3d(k, t, state, share):
     "What becomes of one weight: (action, reason)"
     if k not in state: return _without(k)
@@ -693,13 +754,20 @@ def _action_3d(k, t, state, share):
         return 'adapted',f'one channel, shared out among {t.shape[1]}'
     return 'wrong',f'has shape {tuple(w.shape)}, the network wants {tuple(t.shape)}'
 
+# %% ../nbs/44_backbones.ipynb #af81e081
 def _without(k):
     if k.endswith('downsample.0.bias'):
         return 'set','to zero: the checkpoint was made without this bias'
     return ('kept','the checkpoint has no classifier') if k.startswith('fc.') else ('missing','not in the checkpoint')
 
-def _one_channel(w, t): return w.ndim==t.ndim==5 and w.shape[1]==1<t.shape[1] and w.shape[::2]==t.shape[::2]
+# %% ../nbs/44_backbones.ipynb #e5d188c0
+def _one_channel(w, t):
+    "Is `w` a kernel of one channel, of the size of `t`, which has several?"
+    if not w.ndim==t.ndim==5: return False
+    same_size = w.shape[::2]==t.shape[::2]
+    return w.shape[1]==1<t.shape[1] and same_size
 
+# %% ../nbs/44_backbones.ipynb #9a7c19b7
 def _left_out_3d(k):
     if k.startswith('fc.'):
         return 'classifier; the published head has its own'
@@ -727,11 +795,14 @@ def load_3d(
             if a=='set': target[k].zero_()
     return report
 
+# %% ../nbs/44_backbones.ipynb #68938690
 def _renamed(k, keys):
     "The name with its beginning exchanged, where that is asked for"
-    old = next((o for o in keys if k.startswith(o)), None)
-    return k if old is None else keys[old]+k[len(old):]
+    for old,new in keys.items():
+        if k.startswith(old): return new+k[len(old):]
+    return k
 
+# %% ../nbs/44_backbones.ipynb #eb83ad42
 def _fill_3d(model, arch, pretrained):
     "A 3D network's weights, by name or from a file"
     if pretrained is True:
@@ -792,8 +863,14 @@ def create_backbone(
     model.frozen = freeze_body(model, freeze)
     return model
 
-def _full_name(f): return f"{f.__module__}.{getattr(f, '__qualname__', type(f).__name__)}"
-_depths,_stems,_places = ('separable','separable_all','full'),('sum','adapter'),('input','backbone')
+# %% ../nbs/44_backbones.ipynb #d8c5e90e
+def _full_name(f):
+    name = getattr(f, '__qualname__', type(f).__name__)
+    return f'{f.__module__}.{name}'
+
+_depths = ('separable','separable_all','full')
+_stems = ('sum','adapter')
+_places = ('input','backbone')
 
 # %% ../nbs/44_backbones.ipynb #3cadd4b1
 class StageFeatures(nn.Module):
@@ -821,6 +898,7 @@ class StageFeatures(nn.Module):
             for h in hooks: h.remove()
         return [found[o] for o in self.stages]
 
+# %% ../nbs/44_backbones.ipynb #081bc1fe
 def _stages_of(model):
     "Where the stages of a network end, as timm says, without the first convolution"
     info = getattr(getattr(model.body, 'net', None), 'feature_info', None)
@@ -833,8 +911,10 @@ def _stages_of(model):
 @functools.cache
 def _backbone_table(size):
     columns = ['arch','timm','M params','GFLOPs','smallest D','features']
-    return pd.DataFrame([_backbone_row(a, size) for a in [*ARCHS,*_RESNETS]], columns=columns)
+    rows = [_backbone_row(a, size) for a in [*ARCHS,*_RESNETS]]
+    return pd.DataFrame(rows, columns=columns)
 
+# %% ../nbs/44_backbones.ipynb #c2581194
 def _backbone_row(arch, size):
     "Counted on torch's meta device, without numbers"
     with torch.device('meta'): m = create_backbone(arch)
@@ -842,8 +922,10 @@ def _backbone_row(arch, size):
         m.eval()(torch.empty(1, 1, *size, device='meta'))
     params = sum(p.numel() for p in m.parameters())
     sizes = round(params/1e6, 1),round(flops.get_total_flops()/1e9, 1)
-    return arch,ARCHS.get(arch),*sizes,m.body.depth_stride,m.body.num_features
+    ends = m.body.depth_stride,m.body.num_features
+    return arch,ARCHS.get(arch),*sizes,*ends
 
+# %% ../nbs/44_backbones.ipynb #740acbd2
 def list_backbones(
     size:tuple=(32,128,128), # (D,H,W) that the operations are counted for
 ) -> pd.DataFrame: # One row per backbone: its name, timm's name, millions of parameters, GFLOPs, smallest D, features F

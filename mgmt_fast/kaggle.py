@@ -98,6 +98,7 @@ def working_folder(
         raise KaggleError(_too_full(work, left, need, sizes))
     return work
 
+# %% ../nbs/80_kaggle.ipynb #019e479f
 def _sizes(folder):
     "GB of each entry of a folder"
     sizes = Counter()
@@ -106,6 +107,7 @@ def _sizes(folder):
             sizes[p.relative_to(folder).parts[0]] += p.stat().st_size/1e9
     return sizes
 
+# %% ../nbs/80_kaggle.ipynb #76d55784
 def _too_full(work, left, need, sizes):
     largest = ', '.join(f'{k} ({v:.2g} GB)' for k,v in sizes.most_common(3)) or 'nothing'
     return (f"{work} has {left:.2g} GB left and {need:.2g} GB are needed; it holds {largest}: delete what is not "
@@ -119,7 +121,8 @@ def store_gb(
     size:tuple=(64,256,256), # (D,H,W) voxels
 ) -> float: # GB
     "GB that a store takes: one byte per voxel."
-    return n*len(check_sequences(sequences))*np.prod(size)/1e9
+    voxels = n*len(check_sequences(sequences))*np.prod(size)
+    return voxels/1e9
 
 # %% ../nbs/80_kaggle.ipynb #fd6b5e28
 def kaggle_data(
@@ -137,6 +140,7 @@ def kaggle_data(
     make_phantom(work/'phantom', **{'progress':False, **phantom})
     return NS(root=work/'phantom', real=False, work=work)
 
+# %% ../nbs/80_kaggle.ipynb #e7847322
 def _stand_in():
     why = f'the competition is not attached (attach {COMPETITION})' if on_kaggle() else 'no Kaggle kernel'
     return f"PHANTOM: {why}; synthetic patients stand in for it, and no figure below says anything about real ones"
@@ -188,6 +192,7 @@ def carry_on(
         print(f"goes on from what {old} holds: {', '.join(res)}")
     return res
 
+# %% ../nbs/80_kaggle.ipynb #0fd82f6c
 def _copy_whole(source, dest, part):
     "Copy a folder so that `dest` is there only when all is, and may be written to"
     shutil.rmtree(part, ignore_errors=True)
@@ -237,6 +242,7 @@ def find_bundles(
 _no_bundles = ("no frozen models are attached: run the kernel mgmt-fast-train to its end, and attach its output to "
     "this one (Add Input, Notebooks)")
 
+# %% ../nbs/80_kaggle.ipynb #7fb94b3c
 def _bundles_below(folder):
     "Folders of bundles, up to three levels down"
     found = []
@@ -244,6 +250,7 @@ def _bundles_below(folder):
         found += folder.glob(f'{above}*/bundle.json')
     return sorted(p.parent for p in found)
 
+# %% ../nbs/80_kaggle.ipynb #a0368ba0
 def _copy_bundle(source, dest):
     "Copy a bundle, unless it is there; `bundle.json` comes last, so that a half copy is not taken for a whole one"
     if (dest/'bundle.json').exists(): return
@@ -291,6 +298,7 @@ def refuse_unprepared(
 
 _unlike_grids = 'its sequences lie on different grids: register them to one space'
 
+# %% ../nbs/80_kaggle.ipynb #e6b347a9
 def _grid_of(row, seq):
     "Where a patient's volume lies: `shape`, `spacing`, `affine`, None if it cannot be read; and `why` it is refused"
     path,index = row.get(seq),row.get(f'{seq}_index')
@@ -307,20 +315,27 @@ def _grid_of(row, seq):
 
 def _unfit(why): return NS(shape=None, spacing=None, affine=None, why=why)
 
+# %% ../nbs/80_kaggle.ipynb #3a216ecf
 def _one_grid(placed):
     "Do a patient's volumes lie on one grid?"
-    if len({(o.shape,o.spacing) for o in placed})>1:
-        return False
+    sizes = {(o.shape,o.spacing) for o in placed}
+    if len(sizes)>1: return False
     return all(np.allclose(o.affine, placed[0].affine, atol=1e-2) for o in placed)
 
+# %% ../nbs/80_kaggle.ipynb #4442e4c0
 def _other_spaces(grids):
     "Rows of the patients whose grid is not the one that most share"
     if not grids: return []
     common,n = Counter(grids.values()).most_common(1)[0]
-    return [(p, '', _other_space(g, common, n)) for p,g in grids.items() if g!=common]
+    rows = []
+    for p,g in grids.items():
+        if g!=common: rows.append((p, '', _other_space(g, common, n)))
+    return rows
 
 def _other_space(grid, common, n):
-    def _said(shape, spacing): return 'x'.join(map(str, shape)),' x '.join(f'{o:g}' for o in spacing)
+    def _said(shape, spacing):
+        mm = ' x '.join(f'{o:g}' for o in spacing)
+        return 'x'.join(map(str, shape)),mm
     voxels,mm = _said(*grid)
     usual,usual_mm = _said(*common)
     return f"{voxels} voxels of {mm} mm, where {n} others share {usual} of {usual_mm}: another space"
@@ -352,11 +367,13 @@ def make_tcga_phantom(
     write_csv(dest/'labels.csv', labels)
     return dest
 
+# %% ../nbs/80_kaggle.ipynb #828a5d4c
 def _save_nifti(v, path):
     "A volume as int16, axes x y z"
     array = np.asarray(v).transpose(2,1,0).astype(np.int16)
+    affine = v.affine[:,[2,1,0,3]]
     with atomic_path(path) as tmp:
-        nib.save(nib.Nifti1Image(array, v.affine[:,[2,1,0,3]]), tmp)
+        nib.save(nib.Nifti1Image(array, affine), tmp)
 
 # %% ../nbs/80_kaggle.ipynb #69707d12
 def find_tcga(
@@ -375,6 +392,7 @@ def find_tcga(
         return NS(root=root, labels=p, real=not (root/'phantom.json').exists())
     raise KaggleError(_no_label_table(root))
 
+# %% ../nbs/80_kaggle.ipynb #a40a2e1e
 _tcga_stand_in = (f"PHANTOM: no TCGA scans attached ({DATASETS['tcga']}); synthetic ones stand in, "
     "and no figure below says anything about real patients")
 
@@ -403,6 +421,7 @@ def standardize_raw(
         print(f'  {r.patient}: {r.problem}')
     return done
 
+# %% ../nbs/80_kaggle.ipynb #97dc8e88
 def _no_single_atlas(folder, images):
     return (f"{folder} holds {len(images)} NIfTI files, and an atlas is one: attach a data set with the T1 image of "
         "SRI24 alone (CC BY-SA 3.0, https://www.nitrc.org/projects/sri24)")
@@ -447,6 +466,7 @@ def make_submission(
     log = log[prob.isna() | (note!='')].reset_index(drop=True)
     return want.assign(**{prob_col: prob.fillna(prevalence)}),log
 
+# %% ../nbs/80_kaggle.ipynb #a95d9a8a
 def _no_sample(path, table):
     columns = ', '.join(table.columns)
     return f"{path} has {len(table)} rows and the columns {columns}: two columns, ids and probabilities, were expected"
@@ -464,29 +484,39 @@ def predict_submission(
     "Probability of each patient by all frozen models that can be asked; preparation's reasons where none can."
     bs = [Bundle(b) for b in bundles]
     seqs = uniqueify(s for b in bs for s in b.sequences)
-    if not any(s in cohort and cohort[s].notna().any() for s in seqs):
-        return _nobody_scanned(cohort)
+    scanned = [s for s in seqs if s in cohort and cohort[s].notna().any()]
+    if not scanned: return _nobody_scanned(cohort)
     stores = _stores_for(bs, cohort, Path(dest), progress)
-    zs = np.stack([log_odds(b.predict(o, progress=progress).prob) for b,o in zip(bs, stores)])
+    probs = [b.predict(o, progress=progress).prob for b,o in zip(bs, stores)]
+    zs = np.stack([log_odds(o) for o in probs])
     n = np.isfinite(zs).sum(0)
-    z = np.where(n>0, np.nansum(zs, 0)/np.maximum(n,1), np.nan)
+    mean = np.nansum(zs, 0)/np.maximum(n,1)
+    z = np.where(n>0, mean, np.nan)
     table = stores[0].table
     why = table.patient.map(_reasons(stores)).fillna('')
     note = [_lacking(k, len(bs), o) for k,o in zip(n, why)]
     return pd.DataFrame(dict(patient=table.patient, prob=expit(z), note=note))
 
+# %% ../nbs/80_kaggle.ipynb #9ed033ae
 def _reasons(stores):
     "What preparation reported of each patient, joined"
-    report = pd.concat([o.report for o in stores]).drop_duplicates(['patient','sequence','what'])
-    return (report.sequence+': '+report.what).groupby(report.patient).agg('; '.join)
+    report = pd.concat([o.report for o in stores])
+    report = report.drop_duplicates(['patient','sequence','what'])
+    said = report.sequence+': '+report.what
+    return said.groupby(report.patient).agg('; '.join)
 
+# %% ../nbs/80_kaggle.ipynb #ccd346bb
 def _lacking(n, wanted, why):
     "What a prediction lacks that only some of the models could make"
     if n==wanted: return ''
-    return '; '.join(o for o in (f'{n} of {wanted} models could predict' if n else '', why) if o)
+    some = f'{n} of {wanted} models could predict' if n else ''
+    return '; '.join(o for o in (some, why) if o)
 
-def _nobody_scanned(cohort): return pd.DataFrame(dict(patient=cohort.patient, prob=np.nan, note='no scans'))
+# %% ../nbs/80_kaggle.ipynb #8c3509db
+def _nobody_scanned(cohort):
+    return pd.DataFrame(dict(patient=cohort.patient, prob=np.nan, note='no scans'))
 
+# %% ../nbs/80_kaggle.ipynb #5f57766e
 def _stores_for(bundles, cohort, dest, progress):
     "A store for each bundle; bundles that need the same preparation share one"
     needs = [tuple(b.needs()) for b in bundles]

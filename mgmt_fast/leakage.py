@@ -48,13 +48,19 @@ def published_similarity(
     a,b = (np.asarray(o, float) for o in (a,b))
     if a.shape!=b.shape:
         b = zoom(b, np.divide(a.shape, b.shape))
-    x,y = (_standardised(o.ravel()) for o in (a,b))
-    xcorr = correlate(x, y).max()/np.sqrt((x@x)*(y@y))
-    return NS(xcorr=float(xcorr), mi=float(mutual_info_score(_classes(a), _classes(b))))
+    x = _standardised(a.ravel())
+    y = _standardised(b.ravel())
+    power = np.sqrt((x@x)*(y@y))
+    xcorr = correlate(x, y).max()/power
+    mi = mutual_info_score(_classes(a), _classes(b))
+    return NS(xcorr=float(xcorr), mi=float(mi))
 
+# %% ../nbs/63_leakage.ipynb #565c06b6
 def _classes(x): return np.unique(x, return_inverse=True)[1].ravel()
 
-def _standardised(x): return (x-x.mean())/max(x.std(), 1e-9)
+def _standardised(x):
+    spread = max(x.std(), 1e-9)
+    return (x-x.mean())/spread
 
 # %% ../nbs/63_leakage.ipynb #fd1c12de
 def _sequence_pairs(sequences, a, b):
@@ -70,6 +76,7 @@ def _sequence_pairs(sequences, a, b):
         raise LeakageError(f"sequences must be distinct; received {sequences}")
     return res
 
+# %% ../nbs/63_leakage.ipynb #9e6f6ac8
 def _sequence_pair(item, sides, have):
     "One pair of sequences, which both sets have"
     pair = (item,item) if isinstance(item, str) else item
@@ -80,6 +87,7 @@ def _sequence_pair(item, sides, have):
             raise LeakageError(_nobody_has(seq, side, there))
     return pair
 
+# %% ../nbs/63_leakage.ipynb #58b57256
 _on_purpose = "two different sequences by name: sequences=[('T1w','T1wCE')]"
 
 def _none_shared(train, test):
@@ -107,6 +115,7 @@ def _id_map(ids):
 def _one_column(df):
     return f"an id map has two columns, the training set's ids and the test set's; received {list(df.columns)}"
 
+# %% ../nbs/63_leakage.ipynb #830b82a6
 def _keys_of(patient): return {id_key(patient), patient_key(patient)}
 
 def _named_pairs(a, b, ids):
@@ -125,6 +134,7 @@ def _why_named(a, b, key):
     if key.isdigit(): return _bare
     return 'equal patient id' if id_key(a)==id_key(b) else 'same patient, another visit by its id'
 
+# %% ../nbs/63_leakage.ipynb #058e55e2
 def _mapped_pairs(train, b, ids):
     "Pairs `(i,j)` that a map of ids names"
     back,res = {},{}
@@ -139,7 +149,8 @@ def _equal_content(fa, fb):
     "Pairs `(i,j)` of shared UIDs or equal voxels, and which of the two"
     uids = _shared_hashes(fa, fb, lambda f: f['uids'])
     voxels = _shared_hashes(fa, fb, lambda f: [f['voxels']])
-    return {**dict.fromkeys(uids, 'a shared series or SOP UID'), **dict.fromkeys(voxels, 'equal voxels')}
+    shared = dict.fromkeys(uids, 'a shared series or SOP UID')
+    return shared | dict.fromkeys(voxels, 'equal voxels')
 
 def _shared_hashes(fa, fb, get):
     "Pairs `(i,j)` of two sets' facts that have a hash in common"
@@ -150,6 +161,7 @@ def _shared_hashes(fa, fb, get):
         res += [(i,j) for i in seen.get(h, ())]
     return res
 
+# %% ../nbs/63_leakage.ipynb #7115d07c
 def _hashes(facts, get):
     "Each hash of each volume that could be read, with its row"
     for i,f in enumerate(facts):
@@ -157,11 +169,14 @@ def _hashes(facts, get):
             for h in get(f): yield i,h
 
 # %% ../nbs/63_leakage.ipynb #50313520
-def _different(side, i, j): return patient_key(side.patients[i])!=patient_key(side.patients[j])
+def _different(side, i, j):
+    first,second = side.patients[i],side.patients[j]
+    return patient_key(first)!=patient_key(second)
 
 def _null_pairs(A, B, seed, n=300):
     "Pairs of different patients within the training set, and within the test set where those are few: `(part, i, j)`"
-    rng,res = rng_for(seed, 'leakage', 'null', A.seq),[]
+    rng = rng_for(seed, 'leakage', 'null', A.seq)
+    res = []
     for part in (A,B):
         pairs = [(part,i,j) for i,j in combinations(part.ok, 2) if _different(part.scans, i, j)]
         drawn = rng.choice(len(pairs), min(n, len(pairs)), replace=False)
@@ -173,16 +188,20 @@ def _null_pairs(A, B, seed, n=300):
 def _planted_part(A, opt):
     "Changed copies of some training patients, kept like the small copies"
     rng = rng_for(opt.seed, 'leakage', 'planted', A.seq)
-    chosen = set(rng.choice(A.ok, min(opt.planted, len(A.ok)), replace=False).tolist())
-    contents = [f"{opt.seed} {f['content']}" if i in chosen else None for i,f in enumerate(A.facts)]
+    n = min(opt.planted, len(A.ok))
+    contents = [None]*len(A.facts)
+    for i in rng.choice(A.ok, n, replace=False).tolist():
+        contents[i] = f"{opt.seed} {A.facts[i]['content']}"
     def _compute(todo):
         jobs = ((A.scans,i,A.seq,opt.seed) for i in todo)
         return in_parallel(_plant, jobs, len(todo), **opt.work)
     folder = opt.cache(A.scans)
     name = f'planted_{A.seq}'
     shape = A.rows.shape[1:]
-    return SmallCopies(A.scans, A.seq, *keep_rows(folder, name, A.scans.key, contents, shape, np.uint8, _compute))
+    kept = keep_rows(folder, name, A.scans.key, contents, shape, np.uint8, _compute)
+    return SmallCopies(A.scans, A.seq, *kept)
 
+# %% ../nbs/63_leakage.ipynb #a88f2654
 @one_thread()
 def _plant(side, i, seq, seed):
     "The small copy of a changed copy, or why there is none"
@@ -199,15 +218,19 @@ def _top(blocks, allowed, n):
     "The `n` highest scores of allowed pairs `(score, i, j)`, `i<j`, highest first"
     best = []
     for i0,j0,m in blocks:
-        later = j0+np.arange(m.shape[1])>i0+np.arange(len(m))[:,None]
-        m = np.where(later, m, -9)
-        at = np.argpartition(m, -min(4*n, m.size), None)[-4*n:]
+        rows = i0+np.arange(len(m))
+        columns = j0+np.arange(m.shape[1])
+        m = np.where(columns>rows[:,None], m, -9)
+        k = min(4*n, m.size)
+        at = np.argpartition(m, -k, None)[-4*n:]
         for i,j in zip(*np.unravel_index(at, m.shape)):
             if m[i,j]>-9:
                 best.append((float(m[i,j]), i0+int(i), j0+int(j)))
-        best = sorted((o for o in best if allowed(*o[1:])), reverse=True)[:n]
+        best = [o for o in best if allowed(*o[1:])]
+        best = sorted(best, reverse=True)[:n]
     return best
 
+# %% ../nbs/63_leakage.ipynb #4e2c6f84
 def _candidates(A, B, P, opt):
     """Pairs that the fingerprints pass on: their `scores`; `strangers`, pairs of the null chosen alike; planted copies
     that `passed`; the `limit`"""
@@ -222,12 +245,19 @@ def _candidates(A, B, P, opt):
     def _blocks(x, y): return compare_fingerprints(x, y, mean, mirror)
 
     alike = opt.candidates*len(A.ok)//(2*len(B.ok))
-    top = _top(_blocks(va, va), lambda i,j: _different(A.scans, A.ok[i], A.ok[j]), max(50, alike))
+    def _strangers(i, j): return _different(A.scans, A.ok[i], A.ok[j])
+    top = _top(_blocks(va, va), _strangers, max(50, alike))
     limit = top[min(alike, len(top)-1)][0] if top else -1.
-    own = {i: next(_blocks(va[[A.place[i]]], vp[[k]]))[2].item() for i,k in P.place.items()}
-    return NS(scores=_above_limit(_blocks(va, vb), limit, A.ok, B.ok), limit=limit, expected=opt.candidates,
-        strangers=[(A,A.ok[i],A.ok[j]) for _,i,j in top], passed=[i for i in P.ok if own[i]>limit])
+    own = {}
+    for i,k in P.place.items():
+        _,_,score = next(_blocks(va[[A.place[i]]], vp[[k]]))
+        own[i] = score.item()
+    scores = _above_limit(_blocks(va, vb), limit, A.ok, B.ok)
+    strangers = [(A,A.ok[i],A.ok[j]) for _,i,j in top]
+    passed = [i for i in P.ok if own[i]>limit]
+    return NS(scores=scores, limit=limit, expected=opt.candidates, strangers=strangers, passed=passed)
 
+# %% ../nbs/63_leakage.ipynb #b8334441
 def _above_limit(blocks, limit, rows, columns):
     "Scores above the limit, by the numbers of their patients"
     res = {}
@@ -236,37 +266,50 @@ def _above_limit(blocks, limit, rows, columns):
             res[rows[i0+i],columns[j0+j]] = float(m[i,j])
     return res
 
+# %% ../nbs/63_leakage.ipynb #9027e992
 def _every_pair(A, B, P, opt):
     "As `_candidates`, where all pairs are few enough to be registered"
     scores = {(i,j):np.nan for i in A.ok for j in B.ok}
-    return NS(scores=scores, limit=np.nan, expected=len(scores), strangers=_null_pairs(A, B, opt.seed), passed=P.ok)
+    strangers = _null_pairs(A, B, opt.seed)
+    return NS(scores=scores, limit=np.nan, expected=len(scores), strangers=strangers, passed=P.ok)
 
 # %% ../nbs/63_leakage.ipynb #c5966ebc
 def _compare_sequence(a, b, s, u, named, opt):
     "Scores of one sequence of the training set against one of the test set: of pairs, of the null, of planted copies"
-    A,B = (small_copies(o, seq, opt.cache(o), **opt.work) for o,seq in ((a,s),(b,u)))
-    f = NS(label=_pair_label(s, u), seqs=(s,u), parts=(A,B), report=_unusable(A)+_unusable(B), reason='')
+    A = small_copies(a, s, opt.cache(a), **opt.work)
+    B = small_copies(b, u, opt.cache(b), **opt.work)
+    report = _unusable(A)+_unusable(B)
+    f = NS(label=_pair_label(s, u), seqs=(s,u), parts=(A,B), report=report, reason='')
     for o in (B,A):
         if not o.ok:
             f.reason = f'no volume of {o.scans.name} could be used'
     if f.reason: return f
     P = _planted_part(A, opt)
-    f.n,f.pairs,f.planted = (len(A.ok),len(B.ok)),len(A.ok)*len(B.ok),len(P.ok)
+    f.n = len(A.ok),len(B.ok)
+    f.pairs = len(A.ok)*len(B.ok)
+    f.planted = len(P.ok)
     known = {**named, **_equal_content(A.facts, B.facts)}
     f.known = {(i,j):why for (i,j),why in known.items() if i in A.place and j in B.place}
-    vars(f).update(vars((_every_pair if f.pairs<=opt.small else _candidates)(A, B, P, opt)))
+    choose = _every_pair if f.pairs<=opt.small else _candidates
+    vars(f).update(vars(choose(A, B, P, opt)))
     f.chosen = sorted({*f.scores,*f.known})
     f.done = confirm_pairs(_jobs(f, A, B, P), **opt.work)
     return f
 
-def _pair_label(s, u): return s if s==u else f'{s}~{u}'
+# %% ../nbs/63_leakage.ipynb #21251a28
+def _pair_label(s, u):
+    return s if s==u else f'{s}~{u}'
 
 def _jobs(f, A, B, P):
     "What is registered: pairs of both sets, planted copies on their originals, pairs of the null"
-    jobs = [(('pair',i,j), A, i, B, j) for i,j in f.chosen]
-    jobs += [(('planted',i), A, i, P, i) for i in f.passed]
-    return jobs+[(('null',k), o, i, o, j) for k,(o,i,j) in enumerate(f.strangers)]
+    pairs = [(('pair',i,j), A, i, B, j) for i,j in f.chosen]
+    planted = [(('planted',i), A, i, P, i) for i in f.passed]
+    null = []
+    for k,(part,i,j) in enumerate(f.strangers):
+        null.append((('null',k), part, i, part, j))
+    return [*pairs, *planted, *null]
 
+# %% ../nbs/63_leakage.ipynb #24d15bbb
 def _unusable(part):
     "Rows of the report for volumes that are missing or cannot be used"
     rows = []
@@ -278,32 +321,41 @@ def _unusable(part):
 
 # %% ../nbs/63_leakage.ipynb #8b8d868f
 def _is_same(f, pair):
-    why = f.known.get(pair, '')
-    return f.done['pair',*pair]['score']>=f.same or bool(why) and why!=_bare
+    score = f.done['pair',*pair]['score']
+    told = f.known.get(pair, '') not in ('',_bare)
+    return score>=f.same or told
 
+# %% ../nbs/63_leakage.ipynb #5fa6fe0c
 def _settle_null(f, twins, opt):
     "The null without `twins`, and the thresholds; returns pairs `(side, i, j)` of it that look like one brain"
     at,scores = [],[]
     for k,(part,i,j) in enumerate(f.strangers):
-        if (part.scans.name,i,j) in twins: continue
-        at.append((part.scans.name,i,j))
+        pair = part.scans.name,i,j
+        if pair in twins: continue
+        at.append(pair)
         scores.append(f.done['null',k]['score'])
     f.null = choose_null(scores, *f.seqs)
     f.same,f.doubt = (f.null.threshold(o/f.expected) for o in opt.alarms)
-    return {at[k] for k in _odd_ones(f.null, np.array(scores), opt.alarms[0])}
+    odd = _odd_ones(f.null, np.array(scores), opt.alarms[0])
+    return {at[k] for k in odd}
 
 def _odd_ones(null, scores, alarms):
     "Numbers of the scores that look like copies: far above all others, or above the threshold measured beforehand"
     if not isinstance(null, MeasuredNull): return null.odd
-    return np.flatnonzero(scores>=null.threshold(alarms/max(1,len(scores))))
+    limit = null.threshold(alarms/max(1,len(scores)))
+    return np.flatnonzero(scores>=limit)
 
+# %% ../nbs/63_leakage.ipynb #9197d207
 def _equal_within(part):
     "Pairs `(side, i, j)` of one set with equal voxels or shared UIDs"
-    return {(part.scans.name,i,j) for i,j in _equal_content(part.facts, part.facts) if i<j}
+    equal = _equal_content(part.facts, part.facts)
+    return {(part.scans.name,i,j) for i,j in equal if i<j}
 
+# %% ../nbs/63_leakage.ipynb #1d7adf76
 def _through(f):
     "Pairs of one set that are both the same as one patient of the other"
-    same,res = [o for o in f.chosen if _is_same(f, o)],set()
+    same = [o for o in f.chosen if _is_same(f, o)]
+    res = set()
     for k,part in enumerate(f.parts):
         groups = {}
         for o in same:
@@ -312,35 +364,47 @@ def _through(f):
             res |= {(part.scans.name,*o) for o in combinations(sorted(g), 2)}
     return res
 
+# %% ../nbs/63_leakage.ipynb #e347c0f6
 def _settle_nulls(facts, sides, opt):
     "Patients under two names within a set, found through one sequence, left out of the null of all: `{pair: sequence}`"
-    twins = {o:f.label for f in facts for part in f.parts for o in _equal_within(part)}
+    twins = {}
+    for f in facts:
+        for part in f.parts:
+            twins |= dict.fromkeys(_equal_within(part), f.label)
     while True:
-        found = {o:f.label for f in facts for o in (_settle_null(f, twins, opt) | _through(f))}
+        found = {}
+        for f in facts:
+            pairs = _settle_null(f, twins, opt) | _through(f)
+            found |= dict.fromkeys(pairs, f.label)
         if not set(found)-set(twins): break
         twins = {**found, **twins}
     return {o:s for o,s in twins.items() if _different(sides[o[0]], *o[1:])}
 
+# %% ../nbs/63_leakage.ipynb #b51e8715
 def _say_twin(side, i, j, sequence):
     "The report's row of a patient who seems to be in a set twice"
     what = 'look like one brain: one patient under two names within the set? Left out of the null of every sequence'
-    return dict(side=side.name, patient=f'{side.patients[i]}, {side.patients[j]}', sequence=sequence, what=what)
+    both = f'{side.patients[i]}, {side.patients[j]}'
+    return dict(side=side.name, patient=both, sequence=sequence, what=what)
 
 # %% ../nbs/63_leakage.ipynb #2d4c971a
 def _verdicts(f, a, b):
     "Rows of one sequence, and what its planted copies told"
     f.hits = [f.done['planted',i]['score'] for i in f.passed]
-    f.found,f.confirmed = sum(o>=f.same for o in f.hits),len(f.chosen)
+    f.found = sum(o>=f.same for o in f.hits)
+    f.confirmed = len(f.chosen)
     return [_judged(f, a, b, *o) for o in f.chosen]
 
 def _judged(f, a, b, i, j):
-    r,why = f.done['pair',i,j],f.known.get((i,j), '')
-    doubtful = r['score']>=f.doubt or why
-    verdict = 'same' if _is_same(f, (i,j)) else 'uncertain' if doubtful else 'different'
+    r = f.done['pair',i,j]
+    why = f.known.get((i,j), '')
+    verdict = 'uncertain' if r['score']>=f.doubt or why else 'different'
+    if _is_same(f, (i,j)): verdict = 'same'
     who = dict(train=a.patients[i], test=b.patients[j], sequence=f.label)
-    stage = dict(stage='identifiers' if why else 'confirmation', identifiers=why,
-        fingerprint=f.scores.get((i,j), np.nan))
-    return dict(r, **who, **stage, verdict=verdict, false_alarms=f.null.chance(r['score'])*f.expected, _at=(i,j))
+    stage = dict(stage='identifiers' if why else 'confirmation', identifiers=why)
+    fingerprint = f.scores.get((i,j), np.nan)
+    alarms = f.null.chance(r['score'])*f.expected
+    return dict(r, **who, **stage, fingerprint=fingerprint, verdict=verdict, false_alarms=alarms, _at=(i,j))
 
 # %% ../nbs/63_leakage.ipynb #1d8749af
 def leakage_audit(
@@ -385,6 +449,7 @@ def leakage_audit(
         if dest is not None: _write(df, facts, Path(dest))
         return df.drop(columns=['matrix','_at'])
 
+# %% ../nbs/63_leakage.ipynb #f83de12a
 def _decide(facts, a, b, opt):
     "The table of verdicts, and rows of the report for patients who seem to be in a set twice"
     done = [f for f in facts if not f.reason]
@@ -408,22 +473,33 @@ def _cache(side, dest, tmp):
         except MGMTError: pass
     return tmp/side.name
 
+# %% ../nbs/63_leakage.ipynb #fe362931
 def _attrs(df, facts, named, a, b, twins):
     done = [f for f in facts if not f.reason]
-    report = [o for f in facts for o in f.report]+twins+_not_compared(df, named, a, b)
-    recall = [dict(sequence=f.label, planted=f.planted, passed_fingerprints=f.passed, found=f.found) for f in done]
-    thresholds = [dict(sequence=f.label, pairs=f.pairs, confirmed=f.confirmed, null=f.null.source,
-        null_pairs=len(f.null.scores), null_mean=float(np.max(f.null.mean)**2), same=f.same, uncertain=f.doubt)
-        for f in done]
+    report = [o for f in facts for o in f.report]
+    report += twins+_not_compared(df, named, a, b)
     columns = ['sequence','planted','passed_fingerprints','found']
-    recall = pd.DataFrame(recall, columns=columns)
-    thresholds = pd.DataFrame(thresholds)
-    res = dict(recall=recall.to_dict('records'), thresholds=thresholds.to_dict('records'), report=report)
-    return {**res, 'summary':_summarise(df, facts, recall)}
+    recall = pd.DataFrame([_recall_of(f) for f in done], columns=columns)
+    thresholds = pd.DataFrame([_thresholds_of(f) for f in done])
+    return dict(recall=recall.to_dict('records'), thresholds=thresholds.to_dict('records'), report=report,
+        summary=_summarise(df, facts, recall))
 
+# %% ../nbs/63_leakage.ipynb #00794d43
+def _recall_of(f):
+    return dict(sequence=f.label, planted=f.planted, passed_fingerprints=f.passed, found=f.found)
+
+def _thresholds_of(f):
+    "The limits of one sequence, and the null that they come from"
+    pairs = dict(sequence=f.label, pairs=f.pairs, confirmed=f.confirmed)
+    mean = float(np.max(f.null.mean)**2)
+    null = dict(null=f.null.source, null_pairs=len(f.null.scores), null_mean=mean)
+    return dict(**pairs, **null, same=f.same, uncertain=f.doubt)
+
+# %% ../nbs/63_leakage.ipynb #0767eace
 def _not_compared(df, named, a, b):
     "Rows of the report for pairs that identifiers name, but of whom no volume was compared"
-    compared,rows = set(zip(df.train, df.test)),[]
+    compared = set(zip(df.train, df.test))
+    rows = []
     for (i,j),why in named.items():
         pair = a.patients[i],b.patients[j]
         what = f'{why}, but no volume of theirs could be compared'
@@ -437,9 +513,11 @@ def _summarise(df, facts, recall):
     found = int(recall.found.sum())
     n = int(recall.planted.sum())
     hit = df[df.verdict!='different']
-    return '\n'.join([*map(_say_compared, facts),
-        *(_say_hits(hit, found, n) if len(hit) else [_say_nothing(found, n)])])
+    lines = [_say_compared(f) for f in facts]
+    lines += _say_hits(hit, found, n) if len(hit) else [_say_nothing(found, n)]
+    return '\n'.join(lines)
 
+# %% ../nbs/63_leakage.ipynb #d6a6f7dc
 def _say_compared(f):
     if f.reason:
         return f'{f.label}: not compared: {f.reason}'
@@ -447,17 +525,22 @@ def _say_compared(f):
     if not np.isnan(f.limit):
         how = f'{f.confirmed} registered, those with a fingerprint score above {f.limit:.2f}'
     limits = f'same from a score of {f.same:.3f}, uncertain from {f.doubt:.3f} ({_say_null(f.null)})'
-    return f'{f.label}: {f.n[0]} x {f.n[1]} = {f.pairs} pairs, {how}; {limits}'
+    a,b = f.n
+    return f'{f.label}: {a} x {b} = {f.pairs} pairs, {how}; {limits}'
 
 def _say_null(null):
     "Which null was used, and what the set's own pairs gave"
-    own = f'{len(null.scores)} pairs known to differ, at most {max(null.scores, default=np.nan):.3f}'
-    if null.source==Null.source: return f'null: {own}'
-    return f'null: {null.source}; of its own this set has {len(null.scores)} pairs, at least {ENOUGH} are needed'
+    n = len(null.scores)
+    highest = max(null.scores, default=np.nan)
+    if null.source==Null.source:
+        return f'null: {n} pairs known to differ, at most {highest:.3f}'
+    return f'null: {null.source}; of its own this set has {n} pairs, at least {ENOUGH} are needed'
 
+# %% ../nbs/63_leakage.ipynb #ffed1ab9
 def _say_recall(found, n):
     r = stats.binomtest(found, n).proportion_ci(method='wilson')
-    share = f'recall {found/n:.1%}, 95 % interval {r.low:.1%} to {r.high:.1%}'
+    interval = f'95 % interval {r.low:.1%} to {r.high:.1%}'
+    share = f'recall {found/n:.1%}, {interval}'
     return f'{found} of {n} planted copies were found ({share})'
 
 def _say_nothing(found, n):
@@ -466,16 +549,20 @@ def _say_nothing(found, n):
     said = 'None found' if found>=.9*n else 'No pair was flagged, which says little'
     return f'{said}; {_say_recall(found, n)}'
 
+# %% ../nbs/63_leakage.ipynb #5415a0f1
 def _say_hits(hit, found, n):
     lines = [_say_hit(r) for r in hit.head(20).itertuples()]
     if len(hit)>20: lines.append(f'and {len(hit)-20} more')
-    known = _say_recall(found, n) if n else 'no copies were planted: what this audit missed is not known'
-    return [*lines, f'{len(set_aside(hit))} test patients to set aside; {known}']
+    known = 'no copies were planted: what this audit missed is not known'
+    if n: known = _say_recall(found, n)
+    lines.append(f'{len(set_aside(hit))} test patients to set aside; {known}')
+    return lines
 
 def _say_hit(r):
     why = f' ({r.identifiers})' if r.identifiers else ''
     who = f'{r.verdict}: train {r.train}, test {r.test}, {r.sequence}'
-    return f'{who}: score {r.score:.3f}, {_say_alarms(r.false_alarms)}{why}'
+    alarms = _say_alarms(r.false_alarms)
+    return f'{who}: score {r.score:.3f}, {alarms}{why}'
 
 def _say_alarms(n): return f"{n:{',.0f' if n>=10 else '.1g'}} false alarms expected"
 
@@ -492,21 +579,28 @@ def set_aside(
 def _add_published(df, a, b, pairs, published, progress, dest):
     "Three columns of the thesis' measure; each pair is appended to `dest/published.csv` as soon as it is done"
     limit,rule = _alarms[published]
-    of,rows = {_pair_label(*o):o for o in pairs},[]
+    of = {_pair_label(*o):o for o in pairs}
+    rows = []
     for r in track(df.to_dict('records'), progress=progress):
-        (s,u),(i,j) = of[r['sequence']],r['_at']
-        o = published_similarity(a.volume(i, s)[0].numpy(), b.volume(j, u)[0].numpy())
+        s,u = of[r['sequence']]
+        i,j = r['_at']
+        first = a.volume(i, s)[0].numpy()
+        second = b.volume(j, u)[0].numpy()
+        o = published_similarity(first, second)
         alarm = rule([o.xcorr>limit, o.mi>limit])
         rows.append(dict(published_xcorr=o.xcorr, published_mi=o.mi, published_alarm=alarm))
         if dest is not None:
-            _append_row(Path(dest)/'published.csv', {**{k:r[k] for k in ('train','test','sequence')}, **rows[-1]})
+            pair = {k:r[k] for k in ('train','test','sequence')}
+            _append_row(Path(dest)/'published.csv', pair | rows[-1])
     columns = ['published_xcorr','published_mi','published_alarm']
     return df.assign(**pd.DataFrame(rows, columns=columns, index=df.index))
 
+# %% ../nbs/63_leakage.ipynb #7e34b092
 def _append_row(path, row):
     make_folder(path.parent)
     before = pd.read_csv(path, dtype=str) if path.exists() else None
-    write_csv(path, pd.concat([before, pd.DataFrame([row])], ignore_index=True))
+    table = pd.concat([before, pd.DataFrame([row])], ignore_index=True)
+    write_csv(path, table)
 
 # %% ../nbs/63_leakage.ipynb #7dcf5696
 @one_thread()
@@ -543,36 +637,49 @@ def planted_recall(
     work = dict(n_workers=n_workers, progress=progress)
     A = _all_usable(side, sequence, work)
     null = _null_within(A, seed, work)
-    limit,n = null.threshold(alarms/pairs),len(A.rows)
-    draws = [(tuple(k),s) for k in (*((k,) for k in kinds), kinds) for s in strengths]
+    limit = null.threshold(alarms/pairs)
+    n = len(A.rows)
+    alone = [(k,) for k in kinds]
+    draws = [(k,s) for k in (*alone, tuple(kinds)) for s in strengths]
     jobs = ((side,i,sequence,A.rows[(i+1)%n],draws,seed) for i in range(n))
     scores = np.array(list(in_parallel(_copies, jobs, n, **work)))
-    df = pd.DataFrame([_recall_row(*d, scores[:,k], limit) for k,d in enumerate(draws)])
+    rows = [_recall_row(*d, scores[:,k], limit) for k,d in enumerate(draws)]
+    df = pd.DataFrame(rows)
     df.attrs = dict(threshold=limit, null=null.source, null_pairs=len(null.scores),
         null_highest=float(null.scores.max()))
     return df
 
+# %% ../nbs/63_leakage.ipynb #1a522a9e
 def _all_usable(side, sequence, work):
     "Small copies of a set of which every volume can be used"
     n = len(side.patients)
-    smalls = list(in_parallel(small_copy, ((side,i,sequence) for i in range(n)), n, **work))
-    bad = [f"{p}: {f['error']}" for p,(_,f) in zip(side.patients, smalls) if 'error' in f]
+    jobs = ((side,i,sequence) for i in range(n))
+    found = list(in_parallel(small_copy, jobs, n, **work))
+    smalls = [o for o,_ in found]
+    facts = [f for _,f in found]
+    bad = [f"{p}: {f['error']}" for p,f in zip(side.patients, facts) if 'error' in f]
     if bad or n<3:
         raise LeakageError(_no_recall(sequence, bad, n))
-    return SmallCopies(side, sequence, [o for o,_ in smalls], [f for _,f in smalls])
+    return SmallCopies(side, sequence, smalls, facts)
 
+# %% ../nbs/63_leakage.ipynb #f7977076
 def _null_within(A, seed, work):
     "The null of pairs within one set"
     jobs = [((i,j), A, i, A, j) for _,i,j in _null_pairs(A, A, seed)]
     done = confirm_pairs(jobs, **work)
-    return choose_null([r['score'] for r in done.values()], A.seq)
+    scores = [r['score'] for r in done.values()]
+    return choose_null(scores, A.seq)
 
+# %% ../nbs/63_leakage.ipynb #19972c20
 def _recall_row(kinds, strength, scores, limit):
     own,other = scores.T
     change = kinds[0] if len(kinds)==1 else 'all together'
-    counts = dict(copies=len(scores), found=int((own>=limit).sum()), false_alarms=int((other>=limit).sum()))
+    found = int((own>=limit).sum())
+    alarms = int((other>=limit).sum())
+    counts = dict(copies=len(scores), found=found, false_alarms=alarms)
     return dict(change=change, strength=strength, **counts, own=own.min(), other=other.max())
 
+# %% ../nbs/63_leakage.ipynb #74f0e98c
 def _no_recall(sequence, bad, n):
     why = '; '.join(bad[:3]) or f'received {n}'
     return f'recall needs three patients or more with a usable {sequence}; {why}'
@@ -606,19 +713,26 @@ def _strip(fixed, moving, matrix):
     fixed = np.asarray(fixed)
     there = _in_pose(np.asarray(moving), torch.from_numpy(np.array(matrix)))
     full = np.flatnonzero((fixed>0).any((1,2)))
-    at = np.linspace(full[0]+.2*np.ptp(full), full[-1]-.15*np.ptp(full), 5).round().astype(int)
-    return [np.concatenate(list(o[at]), 1).clip(0,255).astype(np.uint8) for o in (fixed,there)]
+    low = full[0]+.2*np.ptp(full)
+    high = full[-1]-.15*np.ptp(full)
+    at = np.linspace(low, high, 5).round().astype(int)
+    rows = [np.concatenate(list(o[at]), 1) for o in (fixed,there)]
+    return [o.clip(0,255).astype(np.uint8) for o in rows]
 
+# %% ../nbs/63_leakage.ipynb #c2da4fb6
 def _in_pose(moving, m):
     "A small copy where the matrix (4,4) takes the voxels of another one"
     at = torch.meshgrid(*map(torch.arange, SMALL_SHAPE), indexing='ij')
-    q = torch.stack(at, -1).reshape(-1,3).double()@m[:3,:3].T+m[:3,3]-SMALL_CENTRE
+    voxels = torch.stack(at, -1).reshape(-1,3).double()
+    q = voxels@m[:3,:3].T+m[:3,3]-SMALL_CENTRE
     field = torch.tensor(moving, dtype=torch.float32)[None,None]
     return sample_field(field, q.float()).reshape(SMALL_SHAPE).numpy()
 
+# %% ../nbs/63_leakage.ipynb #c0d7f5ab
 def _slices_tag(a, alt, scale=2):
     size = a.shape[1]*scale,a.shape[0]*scale
-    return picture_tag(np.asarray(Image.fromarray(a).resize(size, Image.Resampling.BICUBIC)), alt)
+    image = Image.fromarray(a).resize(size, Image.Resampling.BICUBIC)
+    return picture_tag(np.asarray(image), alt)
 
 # %% ../nbs/63_leakage.ipynb #5084b84c
 _SUSPECTS = """<table>{% for r in rows %}<tr>
@@ -628,6 +742,7 @@ _SUSPECTS = """<table>{% for r in rows %}<tr>
 _ROWS = ("Upper row: training set; lower row: test set, in the same pose. All are axial slices from inside the head at "
     "4 mm, on which no face can be seen.")
 
+# %% ../nbs/63_leakage.ipynb #ecb69dd2
 def _write_sheet(path, df, facts):
     "The page of suspects: verdict and scores beside slices, then the null distributions"
     parts = {f.label:f.parts for f in facts}
@@ -636,19 +751,23 @@ def _write_sheet(path, df, facts):
     nulls = [plot_null(f.null, f.same, f.doubt, f.hits, title=f.label) for f in facts if not f.reason]
     summary = fill_page('<pre>{{ o }}</pre>', o=df.attrs['summary'])
     suspects = scrolling(fill_page(_SUSPECTS, rows=rows, markup=Markup))
-    write_page(path, 'Is any test patient in the training set?', {'Summary': [summary], 'Suspects': [_ROWS, suspects],
-        'Null distributions': [figure_tag(ax.figure, dpi=100) for ax in nulls]})
+    figures = [figure_tag(ax.figure, dpi=100) for ax in nulls]
+    sections = {'Summary': [summary], 'Suspects': [_ROWS, suspects], 'Null distributions': figures}
+    write_page(path, 'Is any test patient in the training set?', sections)
 
+# %% ../nbs/63_leakage.ipynb #3c12c90f
 def _suspect(r, A, B):
     "One pair as a row of the page"
     i,j = r['_at']
-    sides = (f"five slices of {k} patient {r[k]}" for k in ('train','test'))
-    pictures = [*map(_slices_tag, _strip(A.rows[i], B.rows[j], r['matrix']), sides)]
+    strips = _strip(A.rows[i], B.rows[j], r['matrix'])
+    alts = [f"five slices of {k} patient {r[k]}" for k in ('train','test')]
+    pictures = [_slices_tag(o, alt) for o,alt in zip(strips, alts)]
     who = [f"train {r['train']}", f"test {r['test']}", r['sequence'], r['identifiers']]
     scores = [f"score {r['score']:.3f}", f"NCC {r['ncc']:.3f}", f"NMI {r['nmi']:.3f}",
         _say_alarms(r['false_alarms'])]
     return dict(verdict=r['verdict'], who=who, scores=scores, pictures=pictures)
 
+# %% ../nbs/63_leakage.ipynb #fa822f1c
 def _write(df, facts, dest):
     "The tables, the summary and the page"
     make_folder(dest)

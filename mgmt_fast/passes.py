@@ -22,13 +22,18 @@ def passes_fit(
     return x.is_cuda and x.dtype==torch.float32 and runs_kernels(x)
 
 # %% ../nbs/09_passes.ipynb #61d4e5b7
-def _at(x): return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def _at(x):
+    "Launch kernels on the card of `x`, whichever is the current one"
+    if x.is_cuda: return torch.cuda.device(x.device)
+    return nullcontext()
 
 def _sent(table, x, dtype=np.float32):
     "A small table on the device of `x`, without waiting"
     t = torch.from_numpy(np.ascontiguousarray(table, dtype=dtype))
-    return t.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else t
+    if not x.is_cuda: return t
+    return t.pin_memory().to(x.device, non_blocking=True)
 
+# %% ../nbs/09_passes.ipynb #8f78f926
 def _check(*xs):
     for x in xs:
         if not x.is_contiguous() or x.dtype!=torch.float32:
@@ -46,9 +51,12 @@ def _inside(y, lo, hi, n, MODE:tl.constexpr):
         turns = tl.floor(far/n)
         rest = far-turns*n
         y = tl.where(turns-2*tl.floor(turns/2)==0, rest, n-rest)-.5
-    if MODE>0: y = tl.minimum(tl.maximum(y, lo), hi)
+    if MODE>0:
+        y = tl.maximum(y, lo)
+        y = tl.minimum(y, hi)
     return y
 
+# %% ../nbs/09_passes.ipynb #53f9e070
 @on_card
 def _warp_slices(src, out, rows, C, D, H, W, per, MODE:tl.constexpr, BH:tl.constexpr, BW:tl.constexpr):
     r = rows+tl.program_id(2)*13
@@ -56,18 +64,23 @@ def _warp_slices(src, out, rows, C, D, H, W, per, MODE:tl.constexpr, BH:tl.const
     across = (W+BW-1)//BW
     h = (tl.program_id(0)//across)*BH+tl.arange(0, BH)[:,None]
     w = (tl.program_id(0)%across)*BW+tl.arange(0, BW)[None,:]
-    fh,fw = h.to(tl.float32),w.to(tl.float32)
+    fh = h.to(tl.float32)
+    fw = w.to(tl.float32)
     y = tl.load(r+3)*fh+tl.load(r+4)*fw+tl.load(r+5)
     x = tl.load(r+6)*fh+tl.load(r+7)*fw+tl.load(r+8)
     y = _inside(y, tl.load(r+9), tl.load(r+10), H, MODE)
     x = _inside(x, tl.load(r+11), tl.load(r+12), W, MODE)
     fy,fx = tl.floor(y),tl.floor(x)
     ty,tx = y-fy,x-fx
-    y0,x0 = fy.to(tl.int32),fx.to(tl.int32)
+    y0 = fy.to(tl.int32)
+    x0 = fx.to(tl.int32)
     here = (h<H)&(w<W)
-    top,bottom = here&(y0>=0)&(y0<H),here&(y0>=-1)&(y0<H-1)
-    left,right = (x0>=0)&(x0<W),(x0>=-1)&(x0<W-1)
-    at,to = y0*W+x0,h*W+w
+    top = here&(y0>=0)&(y0<H)
+    bottom = here&(y0>=-1)&(y0<H-1)
+    left = (x0>=0)&(x0<W)
+    right = (x0>=-1)&(x0<W-1)
+    at = y0*W+x0
+    to = h*W+w
     step = tl.load(r+1).to(tl.int32)
     first = tl.load(r+2).to(tl.int32)
     start = tl.program_id(1)*per
@@ -79,8 +92,9 @@ def _warp_slices(src, out, rows, C, D, H, W, per, MODE:tl.constexpr, BH:tl.const
         b = tl.load(v+at+1, mask=top&right, other=0.)
         e = tl.load(v+at+W, mask=bottom&left, other=0.)
         f = tl.load(v+at+W+1, mask=bottom&right, other=0.)
-        y_ = (a*(1-tx)+b*tx)*(1-ty)+(e*(1-tx)+f*tx)*ty
-        tl.store(out+(p*C*D+s)*H*W+to, y_, mask=here)
+        above = a*(1-tx)+b*tx
+        below = e*(1-tx)+f*tx
+        tl.store(out+(p*C*D+s)*H*W+to, above*(1-ty)+below*ty, mask=here)
 
 # %% ../nbs/09_passes.ipynb #10bf6bd1
 _modes = dict(zeros=0, border=1, reflection=2)
@@ -101,9 +115,12 @@ def warp_slices(
     if windows is None:
         windows = np.tile([0,H-1,0,W-1], (len(at),1))
     order = np.stack([at, 1-2*turned, turned*(D-1)], 1)
-    rows = _sent(np.concatenate([order, np.reshape(maps, (-1,6)), windows], 1), src)
+    table = np.concatenate([order, np.reshape(maps, (-1,6)), windows], 1)
+    rows = _sent(table, src)
     BH,BW,per = 8,64,8
-    grid = ceil_div(H, BH)*ceil_div(W, BW),ceil_div(C*D, per),len(at)
+    tiles = ceil_div(H, BH)*ceil_div(W, BW)
+    slices = ceil_div(C*D, per)
+    grid = tiles,slices,len(at)
     with _at(src):
         _warp_slices[grid](src, out, rows, C, D, H, W, per, _modes[outside], BH, BW)
 
@@ -111,21 +128,33 @@ def warp_slices(
 @in_kernel
 def _row_of(v, at, y0, x0, ty, tx, H, W, here):
     "A slice between its four pixels"
-    top,bottom = here&(y0>=0)&(y0<H),here&(y0>=-1)&(y0<H-1)
-    left,right = (x0>=0)&(x0<W),(x0>=-1)&(x0<W-1)
+    top = here&(y0>=0)&(y0<H)
+    bottom = here&(y0>=-1)&(y0<H-1)
+    left = (x0>=0)&(x0<W)
+    right = (x0>=-1)&(x0<W-1)
     a = tl.load(v+at, mask=top&left, other=0.)
     b = tl.load(v+at+1, mask=top&right, other=0.)
     e = tl.load(v+at+W, mask=bottom&left, other=0.)
     f = tl.load(v+at+W+1, mask=bottom&right, other=0.)
-    return (a*(1-tx)+b*tx)*(1-ty)+(e*(1-tx)+f*tx)*ty
+    above = a*(1-tx)+b*tx
+    below = e*(1-tx)+f*tx
+    return above*(1-ty)+below*ty
 
+# %% ../nbs/09_passes.ipynb #7eda56d8
 @in_kernel
-def _along(r, d, h, w): return tl.load(r)*d+tl.load(r+1)*h+tl.load(r+2)*w+tl.load(r+3)
+def _along(r, d, h, w):
+    "One coordinate of the map"
+    a = tl.load(r)
+    b = tl.load(r+1)
+    c = tl.load(r+2)
+    first = tl.load(r+3)
+    return a*d+b*h+c*w+first
 
 @on_card
 def _warp_volumes(src, out, rows, C, D, H, W, MODE:tl.constexpr, BH:tl.constexpr, BW:tl.constexpr):
     r = rows+tl.program_id(2)*13
-    p,d = tl.load(r).to(tl.int64),tl.program_id(1)
+    p = tl.load(r).to(tl.int64)
+    d = tl.program_id(1)
     across = (W+BW-1)//BW
     h = (tl.program_id(0)//across)*BH+tl.arange(0, BH)[:,None]
     w = (tl.program_id(0)%across)*BW+tl.arange(0, BW)[None,:]
@@ -142,7 +171,8 @@ def _warp_volumes(src, out, rows, C, D, H, W, MODE:tl.constexpr, BH:tl.constexpr
     x0 = fx.to(tl.int32)
     here = (h<H)&(w<W)
     at = (z0*H+y0)*W+x0
-    near,far = here&(z0>=0)&(z0<D),here&(z0>=-1)&(z0<D-1)
+    near = here&(z0>=0)&(z0<D)
+    far = here&(z0>=-1)&(z0<D-1)
     for c in range(C):
         v = src+(p*C+c)*D*H*W
         a = _row_of(v, at, y0, x0, ty, tx, H, W, near)
@@ -160,17 +190,22 @@ def warp_volumes(
     "Move patients in 3D."
     _check(src, out)
     B,C,D,H,W = src.shape
-    rows = _sent(np.concatenate([np.reshape(at, (-1,1)), np.reshape(maps, (-1,12))], 1), src)
+    who = np.reshape(at, (-1,1))
+    table = np.concatenate([who, np.reshape(maps, (-1,12))], 1)
+    rows = _sent(table, src)
     BH,BW = 4,64
-    grid = ceil_div(H, BH)*ceil_div(W, BW),D,len(at)
+    tiles = ceil_div(H, BH)*ceil_div(W, BW)
+    grid = tiles,D,len(at)
     with _at(src):
         _warp_volumes[grid](src, out, rows, C, D, H, W, _modes[outside], BH, BW)
 
 # %% ../nbs/09_passes.ipynb #beb0b59d
 @on_card
 def _sum_slices(x, rows, sums, counts, S, N, BLOCK:tl.constexpr):
-    k,s = tl.program_id(1),tl.program_id(0)
-    v = x+(tl.load(rows+k*4).to(tl.int64)*S+s)*N
+    k = tl.program_id(1)
+    s = tl.program_id(0)
+    p = tl.load(rows+k*4).to(tl.int64)
+    v = x+(p*S+s)*N
     total = tl.zeros([BLOCK], tl.float32)
     brain = tl.zeros([BLOCK], tl.float32)
     for i in range(0, N, BLOCK):
@@ -178,12 +213,15 @@ def _sum_slices(x, rows, sums, counts, S, N, BLOCK:tl.constexpr):
         o = tl.load(v+j, mask=j<N, other=0.)
         total += o
         brain += (o>0).to(tl.float32)
-    tl.store(sums+k*S+s, tl.sum(total))
-    tl.store(counts+k*S+s, tl.sum(brain))
+    to = k*S+s
+    tl.store(sums+to, tl.sum(total))
+    tl.store(counts+to, tl.sum(brain))
 
+# %% ../nbs/09_passes.ipynb #1d110493
 @on_card
 def _light(x, rows, sums, counts, least, D, S, N, BRAIN:tl.constexpr, BD:tl.constexpr, BLOCK:tl.constexpr):
-    k,s = tl.program_id(2),tl.program_id(1)
+    k = tl.program_id(2)
+    s = tl.program_id(1)
     r = rows+k*4
     if BRAIN:
         d = tl.arange(0, BD)
@@ -196,9 +234,11 @@ def _light(x, rows, sums, counts, least, D, S, N, BRAIN:tl.constexpr, BD:tl.cons
     j = tl.program_id(0)*BLOCK+tl.arange(0, BLOCK)
     v = x+(tl.load(r).to(tl.int64)*S+s)*N+j
     o = tl.load(v, mask=j<N, other=0.)
-    y = tl.minimum(tl.maximum(o*tl.load(r+1)+mean*tl.load(r+2), least), 1.)
+    y = o*tl.load(r+1)+mean*tl.load(r+2)
+    y = tl.minimum(tl.maximum(y, least), 1.)
     gamma = tl.load(r+3)
-    y = tl.where(gamma==1., y, tl.where(y>0, tl.exp(gamma*tl.log(tl.maximum(y, 1e-30))), 0.))
+    power = tl.exp(gamma*tl.log(tl.maximum(y, 1e-30)))
+    y = tl.where(gamma==1., y, tl.where(y>0, power, 0.))
     if BRAIN: y = tl.where(o>0, y, 0.)
     tl.store(v, y, mask=j<N)
 
@@ -218,11 +258,14 @@ def light_(
     S,N = C*D,H*W
     c = np.asarray(contrast, dtype=float)
     b = np.asarray(brightness, dtype=float)
-    rows = _sent(np.stack([at, c*b, (1-c)*b, gamma], 1), x)
-    sums,counts = (torch.empty(len(at), S, device=x.device) for _ in range(2))
+    table = np.stack([at, c*b, (1-c)*b, gamma], 1)
+    rows = _sent(table, x)
+    sums = torch.empty(len(at), S, device=x.device)
+    counts = torch.empty(len(at), S, device=x.device)
+    grid = ceil_div(N, 2048),S,len(at)
     with _at(x):
         _sum_slices[S,len(at)](x, rows, sums, counts, S, N, 1024)
-        _light[ceil_div(N, 2048),S,len(at)](x, rows, sums, counts, least, D, S, N, bool(brain), next_power(D), 2048)
+        _light[grid](x, rows, sums, counts, least, D, S, N, bool(brain), next_power(D), 2048)
 
 # %% ../nbs/09_passes.ipynb #15d7490f
 @in_kernel
@@ -234,32 +277,40 @@ def _field(g, n, h, w, H, W, BH:tl.constexpr, BW:tl.constexpr):
     for j in range(n):
         part = tl.zeros([1,BW], tl.float32)
         for i in range(n):
-            part += tl.load(g+j*n+i)*tl.cos(pw*i)
+            weight = tl.load(g+j*n+i)
+            part += weight*tl.cos(pw*i)
         f += part*tl.cos(ph*j)
     return f
 
+# %% ../nbs/09_passes.ipynb #3a9df577
 @on_card
 def _field_extent(most, g, n, D, H, W, BH:tl.constexpr, BW:tl.constexpr):
-    k,d = tl.program_id(2),tl.program_id(1)
+    k = tl.program_id(2)
+    d = tl.program_id(1)
     across = (W+BW-1)//BW
     h = (tl.program_id(0)//across)*BH+tl.arange(0, BH)[:,None]
     w = (tl.program_id(0)%across)*BW+tl.arange(0, BW)[None,:]
-    f = tl.abs(_field(g+(k*D+d)*n*n, n, h, w, H, W, BH, BW))
-    tl.atomic_max(most+k, tl.max(tl.max(tl.where((h<H)&(w<W), f, 0.), 1), 0))
+    f = _field(g+(k*D+d)*n*n, n, h, w, H, W, BH, BW)
+    effect = tl.where((h<H)&(w<W), tl.abs(f), 0.)
+    tl.atomic_max(most+k, tl.max(tl.max(effect, 1), 0))
 
+# %% ../nbs/09_passes.ipynb #366d70e0
 @on_card
 def _shade(x, rows, most, g, n, C, D, H, W, BH:tl.constexpr, BW:tl.constexpr):
-    k,d = tl.program_id(2),tl.program_id(1)
+    k = tl.program_id(2)
+    d = tl.program_id(1)
     across = (W+BW-1)//BW
     h = (tl.program_id(0)//across)*BH+tl.arange(0, BH)[:,None]
     w = (tl.program_id(0)%across)*BW+tl.arange(0, BW)[None,:]
     here = (h<H)&(w<W)
     scale = tl.load(rows+k*2+1)/tl.maximum(tl.load(most+k), 1e-6)
-    f = tl.exp(scale*_field(g+(k*D+d)*n*n, n, h, w, H, W, BH, BW))
+    f = _field(g+(k*D+d)*n*n, n, h, w, H, W, BH, BW)
+    factor = tl.exp(scale*f)
     p = tl.load(rows+k*2).to(tl.int64)
     for c in range(C):
         v = x+((p*C+c)*D+d)*H*W+h*W+w
-        tl.store(v, tl.minimum(tl.load(v, mask=here, other=0.)*f, 1.), mask=here)
+        o = tl.load(v, mask=here, other=0.)
+        tl.store(v, tl.minimum(o*factor, 1.), mask=here)
 
 # %% ../nbs/09_passes.ipynb #be75255b
 def shade_(
@@ -272,12 +323,16 @@ def shade_(
     _check(x)
     B,C,D,H,W = x.shape
     n = weights.shape[-1]
-    waves = np.cos(np.arange(n)*(np.arange(D)[:,None]+.5)*(math.pi/D))
-    g = _sent(np.einsum('kijl,di->kdjl', weights, waves), x)
-    rows = _sent(np.stack([at, strength], 1), x)
+    halves = np.arange(n)*(np.arange(D)[:,None]+.5)
+    waves = np.cos(halves*(math.pi/D))
+    slices = np.einsum('kijl,di->kdjl', weights, waves)
+    g = _sent(slices, x)
+    table = np.stack([at, strength], 1)
+    rows = _sent(table, x)
     most = torch.zeros(len(at), device=x.device)
     BH,BW = 16,64
-    grid = ceil_div(H, BH)*ceil_div(W, BW),D,len(at)
+    tiles = ceil_div(H, BH)*ceil_div(W, BW)
+    grid = tiles,D,len(at)
     with _at(x):
         _field_extent[grid](most, g, n, D, H, W, BH, BW)
         _shade[grid](x, rows, most, g, n, C, D, H, W, BH, BW)
@@ -293,7 +348,8 @@ def _add_noise(x, rows, seeds, least, N, RICIAN:tl.constexpr, BLOCK:tl.constexpr
     s = tl.load(rows+k*2+1)
     y = o+s*a
     if RICIAN: y = tl.sqrt(y*y+s*s*b*b)
-    tl.store(v, tl.where(o>0, tl.minimum(tl.maximum(y, least), 1.), 0.), mask=j<N)
+    y = tl.minimum(tl.maximum(y, least), 1.)
+    tl.store(v, tl.where(o>0, y, 0.), mask=j<N)
 
 # %% ../nbs/09_passes.ipynb #2e4a0fac
 def add_noise_(
@@ -309,13 +365,15 @@ def add_noise_(
     N = x[0].numel()
     rows = _sent(np.stack([at, noise], 1), x)
     seeds = _sent(seeds, x, np.int32)
+    grid = ceil_div(N, 1024),len(at)
     with _at(x):
-        _add_noise[ceil_div(N, 1024),len(at)](x, rows, seeds, least, N, bool(rician), 1024)
+        _add_noise[grid](x, rows, seeds, least, N, bool(rician), 1024)
 
 # %% ../nbs/09_passes.ipynb #51d62b45
 @on_card
 def _blur_rows(x, rows, a, b, S, H, W, BLOCK:tl.constexpr):
-    k,s = tl.program_id(2),tl.program_id(1)
+    k = tl.program_id(2)
+    s = tl.program_id(1)
     j = tl.program_id(0)*BLOCK+tl.arange(0, BLOCK)
     h = j//W
     v = x+(tl.load(rows+k*5).to(tl.int64)*S+s)*H*W
@@ -325,7 +383,8 @@ def _blur_rows(x, rows, a, b, S, H, W, BLOCK:tl.constexpr):
     brain = tl.zeros([BLOCK], tl.float32)
     for i in range(-r, r+1):
         g = i*narrow
-        o = tl.load(v+j+i*W, mask=(h+i>=0)&(h+i<H)&(j<H*W), other=0.)
+        here = (h+i>=0)&(h+i<H)&(j<H*W)
+        o = tl.load(v+j+i*W, mask=here, other=0.)
         g = tl.exp(-.5*g*g)
         total += g*o
         brain += g*(o>0).to(tl.float32)
@@ -333,9 +392,11 @@ def _blur_rows(x, rows, a, b, S, H, W, BLOCK:tl.constexpr):
     tl.store(a+to, total, mask=j<H*W)
     tl.store(b+to, brain, mask=j<H*W)
 
+# %% ../nbs/09_passes.ipynb #0c5d337c
 @on_card
 def _blur_columns(x, rows, a, b, least, S, H, W, BLOCK:tl.constexpr):
-    k,s = tl.program_id(2),tl.program_id(1)
+    k = tl.program_id(2)
+    s = tl.program_id(1)
     j = tl.program_id(0)*BLOCK+tl.arange(0, BLOCK)
     w = j%W
     at = (k*S+s).to(tl.int64)*H*W+j
@@ -351,7 +412,8 @@ def _blur_columns(x, rows, a, b, least, S, H, W, BLOCK:tl.constexpr):
         brain += g*tl.load(b+at+i, mask=here, other=0.)
     v = x+(tl.load(rows+k*5).to(tl.int64)*S+s)*H*W+j
     o = tl.load(v, mask=j<H*W, other=0.)
-    y = tl.minimum(tl.maximum(total/tl.maximum(brain, 1e-6), least), 1.)
+    mean = total/tl.maximum(brain, 1e-6)
+    y = tl.minimum(tl.maximum(mean, least), 1.)
     tl.store(v, tl.where(o>0, y, 0.), mask=j<H*W)
 
 # %% ../nbs/09_passes.ipynb #9d263ecf
@@ -366,7 +428,8 @@ def blur_(
     B,C,D,H,W = x.shape
     sigmas = np.asarray(sigmas, dtype=float)
     reach = np.minimum(np.ceil(3*sigmas), [H-1,W-1])
-    rows = _sent(np.stack([at, reach[:,0], sigmas[:,0], reach[:,1], sigmas[:,1]], 1), x)
+    table = np.stack([at, reach[:,0], sigmas[:,0], reach[:,1], sigmas[:,1]], 1)
+    rows = _sent(table, x)
     a,b = torch.empty(2, len(at), *x.shape[1:], device=x.device).unbind()
     grid = ceil_div(H*W, 1024),C*D,len(at)
     with _at(x):
@@ -376,7 +439,8 @@ def blur_(
 # %% ../nbs/09_passes.ipynb #ce7ca4eb
 @on_card
 def _thicken(x, rows, mix, least, C, D, N, BD:tl.constexpr, BN:tl.constexpr):
-    k,c = tl.program_id(2),tl.program_id(1)
+    k = tl.program_id(2)
+    c = tl.program_id(1)
     j = tl.program_id(0)*BN+tl.arange(0, BN)
     d = tl.arange(0, BD)
     v = x+(tl.load(rows+k).to(tl.int64)*C+c)*D*N
@@ -390,7 +454,8 @@ def _thicken(x, rows, mix, least, C, D, N, BD:tl.constexpr, BN:tl.constexpr):
     here = (d<D)[:,None]&(j<N)[None,:]
     at = v+d[:,None]*N+j[None,:]
     o = tl.load(at, mask=here, other=0.)
-    y = tl.minimum(tl.maximum(total/tl.maximum(brain, 1e-6), least), 1.)
+    mean = total/tl.maximum(brain, 1e-6)
+    y = tl.minimum(tl.maximum(mean, least), 1.)
     tl.debug_barrier() # no thread may overwrite a slice that another one still reads
     tl.store(at, tl.where(o>0, y, 0.), mask=here)
 
@@ -404,35 +469,50 @@ def thicken_(
     "Mix the slices of patients, brain with brain."
     _check(x)
     B,C,D,H,W = x.shape
-    rows,mix = _sent(at, x),_sent(mixes, x)
+    rows = _sent(at, x)
+    mix = _sent(mixes, x)
     BD = next_power(D)
     BN = max(16, 4096//BD)
+    grid = ceil_div(H*W, BN),C,len(at)
     with _at(x):
-        _thicken[ceil_div(H*W, BN),C,len(at)](x, rows, mix, least, C, D, H*W, BD, BN)
+        _thicken[grid](x, rows, mix, least, C, D, H*W, BD, BN)
 
 # %% ../nbs/09_passes.ipynb #3330a115
 @in_kernel
-def _level(x): return tl.minimum(tl.maximum((x*255+.5).to(tl.int32), 0), 255)
+def _level(x):
+    "Of 256"
+    level = (x*255+.5).to(tl.int32)
+    level = tl.maximum(level, 0)
+    return tl.minimum(level, 255)
 
 @on_card
 def _count_levels(x, rows, counts, S, N, BLOCK:tl.constexpr):
-    k,s = tl.program_id(1),tl.program_id(0)
+    k = tl.program_id(1)
+    s = tl.program_id(0)
     v = x+(tl.load(rows+k).to(tl.int64)*S+s)*N
-    n,lost = tl.zeros([256], tl.int32),0
+    n = tl.zeros([256], tl.int32)
+    lost = 0
     for i in range(0, N, BLOCK):
         j = i+tl.arange(0, BLOCK)
-        n += tl.histogram(_level(tl.load(v+j, mask=j<N, other=0.)), 256)
+        o = tl.load(v+j, mask=j<N, other=0.)
+        n += tl.histogram(_level(o), 256)
         lost += tl.maximum(i+BLOCK-N, 0) # what lies beyond the slice was counted as level 0
     bins = tl.arange(0, 256)
-    tl.store(counts+(k*S+s)*256+bins, n-tl.where(bins==0, lost, 0))
+    to = counts+(k*S+s)*256+bins
+    beyond = tl.where(bins==0, lost, 0)
+    tl.store(to, n-beyond)
 
+# %% ../nbs/09_passes.ipynb #f6221aa3
 @on_card
 def _look_up(x, rows, table, S, N, BLOCK:tl.constexpr):
-    k,s = tl.program_id(2),tl.program_id(1)
+    k = tl.program_id(2)
+    s = tl.program_id(1)
     j = tl.program_id(0)*BLOCK+tl.arange(0, BLOCK)
     v = x+(tl.load(rows+k).to(tl.int64)*S+s)*N+j
-    level = _level(tl.load(v, mask=j<N, other=0.))
-    tl.store(v, tl.load(table+(k*S+s)*256+level, mask=j<N, other=0.), mask=j<N)
+    o = tl.load(v, mask=j<N, other=0.)
+    at = table+(k*S+s)*256+_level(o)
+    new = tl.load(at, mask=j<N, other=0.)
+    tl.store(v, new, mask=j<N)
 
 # %% ../nbs/09_passes.ipynb #1dbc863b
 def count_levels(
@@ -441,12 +521,14 @@ def count_levels(
 ) -> torch.Tensor: # (len(at)*C*D,256) int32: how often each slice has each of 256 levels
     "Histograms of slices."
     _check(x)
-    S,N = x.shape[1]*x.shape[2],x[0,0,0].numel()
+    S = x.shape[1]*x.shape[2]
+    N = x[0,0,0].numel()
     counts = torch.empty(len(at)*S, 256, dtype=torch.int32, device=x.device)
     with _at(x):
         _count_levels[S,len(at)](x, _sent(at, x), counts, S, N, 2048)
     return counts
 
+# %% ../nbs/09_passes.ipynb #ed85625a
 def look_up_(
     x:torch.Tensor, # (B,C,D,H,W), 0 to 1, changed in place
     at:list, # Which patients
@@ -454,6 +536,8 @@ def look_up_(
 ):
     "Replace the levels of slices."
     _check(x, table)
-    S,N = x.shape[1]*x.shape[2],x[0,0,0].numel()
+    S = x.shape[1]*x.shape[2]
+    N = x[0,0,0].numel()
+    grid = ceil_div(N, 2048),S,len(at)
     with _at(x):
-        _look_up[ceil_div(N, 2048),S,len(at)](x, _sent(at, x), table, S, N, 2048)
+        _look_up[grid](x, _sent(at, x), table, S, N, 2048)

@@ -22,6 +22,7 @@ _COLOURS = dict(rCBV=('magma',0,6), rCBF=('magma',0,6), CBV=('magma',0,None), CB
     MTT=('viridis',0,12), Tmax=('viridis',0,8), TTP=('viridis',0,20), PSR=('cividis',0,120),
     K2=('coolwarm',-.06,.06), baseline=('gray',0,None))
 
+# %% ../nbs/38_perfusion_page.ipynb #567f4f5c
 def show_maps(
     maps:dict, # Name, as in `PERFUSION_MAPS`, to `Volume`
     at:int=None, # Slice; that of the lesion if None, see `lesion_slice`
@@ -33,15 +34,18 @@ def show_maps(
     if axs is None:
         axs = plt.subplots(1, len(names), figsize=(2.4*len(names),2.6), layout='constrained', squeeze=False)[1][0]
     for ax,k in zip(axs, names):
-        x,(cmap,lo,hi) = maps[k].numpy()[at],_COLOURS[k]
+        x = maps[k].numpy()[at]
+        cmap,lo,hi = _COLOURS[k]
         if hi is None:
             hi = max(np.quantile(x[x>0], .98), 1e-6) if (x>0).any() else 1
-        seen = ax.imshow(x, cmap=cmap, vmin=lo, vmax=hi, aspect=maps[k].spacing[1]/maps[k].spacing[2])
+        _,high,wide = maps[k].spacing
+        seen = ax.imshow(x, cmap=cmap, vmin=lo, vmax=hi, aspect=high/wide)
         unit = PERFUSION_MAPS[k][0]
         ax.set_title(f'{k}, {unit}' if unit else k, fontsize=9); ax.set_axis_off()
         ax.figure.colorbar(seen, ax=ax, shrink=.75)
     return axs
 
+# %% ../nbs/38_perfusion_page.ipynb #e805f6d8
 def lesion_slice(
     maps:dict, # With `K2` and `rCBV`
 ) -> int: # Index along D
@@ -72,6 +76,7 @@ def show_curves(
     legend_below(ctx, ncols=2)
     return ctx
 
+# %% ../nbs/38_perfusion_page.ipynb #ff806ac6
 def show_artery(
     found:Perfusion, # From `perfusion_maps`
     axs:list=None, # Two axes; a new figure if None
@@ -80,12 +85,13 @@ def show_artery(
     if axs is None:
         axs = plt.subplots(1, 2, figsize=(6,3), layout='constrained')[1]
     base = found.maps['baseline']
+    _,high,wide = base.spacing
     for ax,mask,name in zip(axs, (found.artery.voxels,found.white), ('artery','white matter')):
         at = int(mask.sum((1,2)).argmax())
-        ax.imshow(base.numpy()[at], cmap='gray', aspect=base.spacing[1]/base.spacing[2])
+        ax.imshow(base.numpy()[at], cmap='gray', aspect=high/wide)
         over = np.zeros((*mask.shape[1:],4))
         over[mask[at]] = 1,0,0,.7
-        ax.imshow(over, aspect=base.spacing[1]/base.spacing[2])
+        ax.imshow(over, aspect=high/wide)
         ax.set_title(f'{name}: {mask.sum()} voxels, slice {at}', fontsize=9); ax.set_axis_off()
     return axs
 
@@ -98,15 +104,21 @@ def _values(found):
         numbers = {'white matter': np.median(x[found.white])}
         for q in (5,50,95):
             numbers[f'brain, {q} %'] = np.percentile(x[found.brain], q)
-        rows[k] = {**{a: f'{b:.3g}' for a,b in numbers.items()}, 'unit':unit, 'what it is':meaning}
+        said = {a: f'{b:.3g}' for a,b in numbers.items()}
+        rows[k] = {**said, 'unit':unit, 'what it is':meaning}
     return pd.DataFrame.from_dict(rows, orient='index')
 
+# %% ../nbs/38_perfusion_page.ipynb #46c824f3
 def _map_pictures(found):
     "Three slices around the lesion"
     middle = lesion_slice(found.maps)
-    for at in sorted({max(0, middle-1), middle, min(len(found.brain)-1, middle+1)}):
-        yield figure_tag(show_maps(found.maps, at)[0].figure, f'slice {at}', dpi=80)
+    last = len(found.brain)-1
+    around = {max(0, middle-1), middle, min(last, middle+1)}
+    for at in sorted(around):
+        figure = show_maps(found.maps, at)[0].figure
+        yield figure_tag(figure, f'slice {at}', dpi=80)
 
+# %% ../nbs/38_perfusion_page.ipynb #8026d137
 def _sections(found):
     "What the page shows, by heading"
     table = pd.DataFrame(found.findings, columns=['name','level','what'])

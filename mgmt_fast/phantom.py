@@ -48,6 +48,7 @@ _rates = (.5,.33) # of the two traits, per standard deviation of the latent
 def _gadolinium(latent): return .22*np.exp(_rates[0]*latent)   # mM in the enhancing rim
 def _unevenness(latent): return .20*np.exp(_rates[1]*latent)   # sd of log FLAIR signal in oedema
 
+# %% ../nbs/21_phantom.ipynb #ae6ae32a
 def _draw_patient(patient, split, label, distance, seed):
     rng = rng_for(seed, 'phantom', patient, 'traits')
     latent = rng.standard_normal() + distance*(label-.5)
@@ -58,7 +59,8 @@ def _draw_patient(patient, split, label, distance, seed):
     traits = dict(latent=latent, gadolinium=_gadolinium(latent), unevenness=_unevenness(latent))
     sizes = dict(radius=(13,25), rim=(3.5,6), oedema=(9,20), ventricles=(.8,1.35))
     sizes = {k: rng.uniform(*o) for k,o in sizes.items()}
-    return dict(patient=patient, split=split, label=label, **traits, x=x, y=y, z=z, **sizes)
+    who = dict(patient=patient, split=split, label=label)
+    return dict(**who, **traits, x=x, y=y, z=z, **sizes)
 
 # %% ../nbs/21_phantom.ipynb #a00b3ea3
 def _labels(n, prevalence, rng):
@@ -89,6 +91,7 @@ def draw_patients(
             rows.append(_draw_patient(f'{len(rows):05d}', split, int(y), distance, seed))
     return pd.DataFrame(rows)
 
+# %% ../nbs/21_phantom.ipynb #10e3c4f4
 def _bad_cohort(n, test, prevalence):
     rule = "n must be at least 1, test lie in [0, 1) and prevalence in [0, 1]"
     return MGMTError(f"{rule}; received n={n}, test={test}, prevalence={prevalence}")
@@ -108,11 +111,14 @@ def phantom_bound(
         raise _one_class(table, split)
     def auc(c):
         seen = table.dropna(subset=c) if c in table else table[:0]
-        return roc_auc_score(seen.label, seen[c]) if seen.label.nunique()>1 else np.nan
+        if seen.label.nunique()<2: return np.nan
+        return roc_auc_score(seen.label, seen[c])
     return pd.Series(dict(n=len(table), bound=auc('latent'), oracle=auc('oracle')))
 
+# %% ../nbs/21_phantom.ipynb #695e6b8c
 def _one_class(table, split):
-    has = f"the {len(table)} patients of split {split!r} have labels {sorted(table.label.unique())}"
+    labels = sorted(table.label.unique())
+    has = f"the {len(table)} patients of split {split!r} have labels {labels}"
     return MGMTError(f"the bound needs both classes; {has}: make a larger phantom")
 
 # %% ../nbs/21_phantom.ipynb #33e8a2d4
@@ -131,17 +137,22 @@ _extent = (120,118,100) # half the size of the box that noise fills, along z, y,
 def _bspline(t):
     t = np.abs(t)
     far = np.maximum(2-t, 0)
-    return np.where(t<1, 2/3-t*t*(1-t/2), far*far*far/6)
+    near = 2/3-t*t*(1-t/2)
+    return np.where(t<1, near, far*far*far/6)
 
+# %% ../nbs/21_phantom.ipynb #91b664a9
 def _noise(rng, axes, pitch):
     mats = []
     for a,e in zip(axes, _extent):
         knots = np.arange(-1, int(2*e/pitch)+3)
-        w = _bspline((a[:,None]+e)/pitch-knots)
+        at = (a[:,None]+e)/pitch
+        w = _bspline(at-knots)
         w = w/np.linalg.norm(w, axis=1, keepdims=True)
         mats.append(w.astype(np.float32))
-    lattice = rng.standard_normal([m.shape[1] for m in mats], dtype=np.float32)
-    return np.tensordot(mats[0], mats[1] @ (lattice @ mats[2].T), 1)
+    size = [m.shape[1] for m in mats]
+    lattice = rng.standard_normal(size, dtype=np.float32)
+    z,y,x = mats
+    return np.tensordot(z, y @ (lattice @ x.T), 1)
 
 # %% ../nbs/21_phantom.ipynb #de30f679
 def _edge(depth, soft=1.): return np.clip(depth/(2*soft)+.5, 0, 1)
@@ -149,8 +160,10 @@ def _edge(depth, soft=1.): return np.clip(depth/(2*soft)+.5, 0, 1)
 def _ellipsoid(g, centre, semi):
     squares = (((o-c)/s)**2 for o,c,s in zip(g, centre, semi))
     r = np.sqrt(sum(squares))
-    return (1-r)*min(float(np.min(s)) for s in semi)
+    smallest = min(float(np.min(s)) for s in semi)
+    return (1-r)*smallest
 
+# %% ../nbs/21_phantom.ipynb #15650f7b
 def _capsules(g, nodes):
     depths = []
     for a,b in zip(np.float32(nodes), np.float32(nodes[1:])):
@@ -199,18 +212,22 @@ def _distance_to_csf(g, depth, cerebrum, axes, rng):
     callosum = np.maximum(0, 1-np.hypot((y+2)/44, (z-4)/25))
     fissure = wide+60*callosum
     slope = z-.55*y+4+3*_noise(rng, axes, 12)
-    sylvian = np.abs(slope)+.7*np.maximum(0, 40-wide)+.8*beyond(np.abs(y-8), 24)
+    inward = .7*np.maximum(0, 40-wide)
+    sylvian = np.abs(slope)+inward+.8*beyond(np.abs(y-8), 24)
     sulci = 4.8*np.abs(_noise(rng, axes, 6))+1.2*beyond(depth, 14)
     folia = .6+1.6*np.abs(_noise(rng, axes, 3.2))+.8*beyond(depth, 12)
     folded = reduce(np.minimum, (fissure, sylvian, sulci))
-    return np.minimum(depth, np.where(cerebrum, folded, folia))
+    nearest = np.where(cerebrum, folded, folia)
+    return np.minimum(depth, nearest)
 
 # %% ../nbs/21_phantom.ipynb #2d92b63e
+_horns = ((8,32,3,4.5),(10,12,13,6.5),(13,-16,16,6),(23,-36,6,7),(26,-58,3,2.5)) # x, y, z, radius; mm
+
 def _deep(g, width):
     "Depths inside the ventricles and the deep grey nuclei"
     half = (np.abs(g[0]),*g[1:])
-    horns = ((8,32,3,4.5),(10,12,13,6.5),(13,-16,16,6),(23,-36,6,7),(26,-58,3,2.5))
-    lateral = _capsules(half, [(x,y,z,r*width) for x,y,z,r in horns])
+    horns = [(x,y,z,r*width) for x,y,z,r in _horns]
+    lateral = _capsules(half, horns)
     third = _ellipsoid(g, (0,-8,-1), (2.6*width,15,9))
     fourth = _ellipsoid(g, (0,-40,-34), (7,5,9))
     ventricles = reduce(np.maximum, (lateral, third, fourth))
@@ -225,14 +242,16 @@ def _tumour(p, away, depth, near, axes, rng):
     "Depths inside the whole tumour, its core and its oedema"
     turn = Rotation.random(rng=rng).as_matrix()
     turn = turn*rng.uniform(.8,1.25,3)[:,None]
-    turn = (turn/np.cbrt(np.linalg.det(turn))).astype(np.float32)
+    stretched = np.cbrt(np.linalg.det(turn)) # the volume stays
+    turn = (turn/stretched).astype(np.float32)
     turned = [sum(c*o for c,o in zip(row, away)) for row in turn]
     r = np.sqrt(sum(o**2 for o in turned))
     radius = np.float32(p.radius)
     uneven = np.float32(.16*p.radius)
     whole = radius-r+uneven*_noise(rng, axes, .6*p.radius)
     whole = np.minimum(whole, depth-1)
-    core = whole-np.float32(p.rim)*(1+.22*_noise(rng, axes, 7))
+    thickness = np.float32(p.rim)*(1+.22*_noise(rng, axes, 7))
+    core = whole-thickness
     width = np.float32(p.oedema)*(1+.35*_noise(rng, axes, 13))
     spared = .35+.65*_edge(near-3.5, 3) # it follows the white matter
     return whole,core,whole+width*spared
@@ -260,16 +279,20 @@ def _anatomy(p, seed, skull=False, mm=1.5, decoy=False):
     near = _distance_to_csf(g, depth, cerebrum, axes, rng)
     ventricles,nuclei = _deep(g, p.ventricles)
     whole,core,wet = _tumour(p, away, depth, near, axes, rng)
-    vessels = 5.5*np.abs(_noise(rng, axes, 9))+5.5*np.abs(_noise(rng, axes, 9))+.3*np.maximum(0, near-1)
+    vessels = 5.5*np.abs(_noise(rng, axes, 9))+5.5*np.abs(_noise(rng, axes, 9))
+    vessels = vessels+.3*np.maximum(0, near-1)
     sinus = np.hypot(g[0], np.where(g[2]>20, depth-2.5, 99))
     shares = dict(white=np.ones_like(depth))
     def paint(name, share):
         for o in shares.values(): o *= 1-share
         shares[name] = share.astype(np.float32)
-    paint('grey', np.maximum(_edge(np.where(cerebrum,4.2,2.6)-near, .8), .85*_edge(nuclei, 1.5)))
-    paint('csf', np.maximum(_edge(np.where(cerebrum,1.,.5)-near, .7), _edge(ventricles)))
+    cortex = _edge(np.where(cerebrum,4.2,2.6)-near, .8)
+    paint('grey', np.maximum(cortex, .85*_edge(nuclei, 1.5)))
+    outer = _edge(np.where(cerebrum,1.,.5)-near, .7)
+    paint('csf', np.maximum(outer, _edge(ventricles)))
     paint('vessel', _edge(np.maximum(1.1-vessels, 2.3-sinus))*(depth>0))
-    paint('oedema', _edge(wet, 3)*(1-shares['csf']-shares['vessel'])*_edge(depth-2))
+    solid = 1-shares['csf']-shares['vessel']
+    paint('oedema', _edge(wet, 3)*solid*_edge(depth-2))
     paint('rim', _edge(whole))
     paint('necrosis', _edge(core, 1.3))
     if decoy:
@@ -285,22 +308,29 @@ def _anatomy(p, seed, skull=False, mm=1.5, decoy=False):
         paint('air', _edge(-head))
     return shares,label,(depth>.3).astype(np.uint8),axes
 
+# %% ../nbs/21_phantom.ipynb #d1ac4ef8
 def _tumour_label(shares):
     "1 necrosis, 3 enhancing rim, 2 oedema, 4 decoy, 0 elsewhere: what fills more than half of a voxel"
-    necrosis,rim,oedema,decoy = (shares.get(o, np.zeros(1)) for o in ('necrosis','rim','oedema','decoy'))
+    names = ('necrosis','rim','oedema','decoy')
+    necrosis,rim,oedema,decoy = (shares.get(o, np.zeros(1)) for o in names)
     fills = [decoy>.5, necrosis>.5, rim+necrosis>.5, oedema>.5]
     return np.select(fills, [4,1,3,2], 0).astype(np.uint8)
 
+# %% ../nbs/21_phantom.ipynb #6de3ac91
 def _decoy_depth(p, g, depth, seed):
     "Depth inside a solid ball in the other hemisphere, with the volume of the tumour's rim"
     rng = rng_for(seed, 'phantom', p.patient, 'decoy')
     radius = np.cbrt(p.radius**3-(p.radius-p.rim)**3)
-    place = [-np.sign(p.x)*rng.uniform(26,36), rng.uniform(-34,30), rng.uniform(6,26)]
-    return np.minimum(_ellipsoid(g, place, [radius]*3), depth-1)
+    x = -np.sign(p.x)*rng.uniform(26,36)
+    y = rng.uniform(-34,30)
+    z = rng.uniform(6,26)
+    ball = _ellipsoid(g, [x,y,z], [radius]*3)
+    return np.minimum(ball, depth-1)
 
 def _decoy_gadolinium(p, seed):
     "mM in the decoy: spread as in the rims of a cohort whose best AUC is .9, and drawn without looking at the label"
-    return _gadolinium(1.35*rng_for(seed, 'phantom', p.patient, 'decoy gadolinium').standard_normal())
+    rng = rng_for(seed, 'phantom', p.patient, 'decoy gadolinium')
+    return _gadolinium(1.35*rng.standard_normal())
 
 # %% ../nbs/21_phantom.ipynb #9926db8c
 _relaxation = dict( # T1 ms, T2 ms, proton density; typical of 1.5 T
@@ -310,6 +340,7 @@ _relaxation = dict( # T1 ms, T2 ms, proton density; typical of 1.5 T
 _protocol = dict(FLAIR=(9000,105,2400), T1w=(500,12,None), T1wCE=(500,12,None), T2w=(5000,100,None)) # TR, TE, TI; ms
 _relaxivity = 4.5 # of gadolinium, 1/(s mM)
 
+# %% ../nbs/21_phantom.ipynb #5c64f553
 def _signal(tissue, tr, te, ti, gadolinium=0):
     t1,t2,pd = _relaxation[tissue]
     t1 = 1/(1/t1+_relaxivity*gadolinium/1000)
@@ -321,14 +352,18 @@ def _signal(tissue, tr, te, ti, gadolinium=0):
 # %% ../nbs/21_phantom.ipynb #bdfdd635
 def _ideal(p, seq, shares, axes, rng, timing, decoy=0.):
     "What a perfect scanner would see: signal, texture and the coil's uneven sensitivity, on the head's grid"
-    gd = dict(rim=p.gadolinium, vessel=.9, necrosis=.03, decoy=decoy) if seq=='T1wCE' else {}
-    def signal(tissue): return np.float32(_signal(tissue, *timing, gadolinium=gd.get(tissue,0)))
+    gd = {}
+    if seq=='T1wCE':
+        gd = dict(rim=p.gadolinium, vessel=.9, necrosis=.03, decoy=decoy)
+    def signal(tissue):
+        value = _signal(tissue, *timing, gadolinium=gd.get(tissue,0))
+        return np.float32(value)
     x = sum(signal(t)*o for t,o in shares.items())
     sd = p.unevenness if seq=='FLAIR' else .1
     def noise(size, pitch): return np.float32(size)*_noise(rng, axes, pitch)
     uneven = noise(sd, 5)-np.float32(sd**2/2)
-    log = shares['oedema']*uneven
-    return x*np.exp(log+noise(.025, 3)+noise(.06, 80))
+    log = shares['oedema']*uneven+noise(.025, 3)
+    return x*np.exp(log+noise(.06, 80))
 
 # %% ../nbs/21_phantom.ipynb #e51f7bf2
 _planes = dict( # directions of D, H, W in RAS, and mm that the slices cover
@@ -395,9 +430,18 @@ def draw_series(
     affine = series_affine(plane, d, n, mm, turn)
     return NS(affine=affine, shape=(d,n,n), moved=rng.uniform(-shift,shift,3))
 
+# %% ../nbs/21_phantom.ipynb #9e8350a2
 def _too_small(slices, size, fov):
     rule = "a series needs at least 2 slices of 8x8 and a positive field of view"
     return MGMTError(f"{rule}; received slices={slices}, size={size}, fov={fov}")
+
+# %% ../nbs/21_phantom.ipynb #85e43a50
+def _received(x, white, noise, rng):
+    "Rician noise, as a share of the white matter's signal, and the scanner's scale"
+    n = rng.standard_normal((2,*x.shape), dtype=np.float32)
+    n = n*np.float32(noise*white)
+    gain = np.float32(rng.uniform(300,600)/white)
+    return np.hypot(x+n[0], n[1])*gain
 
 # %% ../nbs/21_phantom.ipynb #0f49cc21
 @delegates(draw_series, but=['seq'])
@@ -421,16 +465,13 @@ def render_patient(
     res,masks = {},{}
     for seq,scan in scans.items():
         rng = rng_for(seed, 'phantom', p.patient, seq)
-        x = _sample(_ideal(p, seq, shares, axes, rng, timing[seq], decoy), axes, **vars(scan))
+        ideal = _ideal(p, seq, shares, axes, rng, timing[seq], decoy)
+        x = _sample(ideal, axes, **vars(scan))
         key = (scan.affine.tobytes(), scan.moved.tobytes())
         if key not in masks:
             masks[key] = [_sample(o, axes, **vars(scan), order=0) for o in (label,brain)]
         mask,inside = masks[key]
-        white = _signal('white', *timing[seq])
-        n = rng.standard_normal((2,*scan.shape), dtype=np.float32)
-        n = n*np.float32(noise*white)
-        gain = np.float32(rng.uniform(300,600)/white)
-        x = np.hypot(x+n[0], n[1])*gain
+        x = _received(x, _signal('white', *timing[seq]), noise, rng)
         if not skull: x *= inside
         both = x.round().astype(np.int32),mask
         res[seq] = [Volume(torch.from_numpy(o), scan.affine) for o in both]
@@ -446,10 +487,12 @@ def tissue_shares(
 ) -> tuple: # Tissue to its share of each voxel, float32 (D,H,W); mask as in BraTS, and brain, uint8 (D,H,W)
     "The anatomy of one patient on any grid."
     finest = np.linalg.norm(affine[:3,1:3], axis=0).min()
-    shares,label,brain,axes = _anatomy(p, seed, skull, float(np.clip(.9*finest, 1, 2.4)))
+    mm = float(np.clip(.9*finest, 1, 2.4))
+    shares,label,brain,axes = _anatomy(p, seed, skull, mm)
     still = np.zeros(3)
     def on_grid(x, order=1): return _sample(x, axes, affine, shape, still, order)
-    return {k: on_grid(v) for k,v in shares.items()},on_grid(label, 0),on_grid(brain, 0)
+    shares = {k: on_grid(v) for k,v in shares.items()}
+    return shares,on_grid(label, 0),on_grid(brain, 0)
 
 # %% ../nbs/21_phantom.ipynb #e4ce323a
 def _widest(mask):
@@ -469,8 +512,10 @@ def show_phantom(
     if axs is None:
         axs = plt.subplots(1, n, figsize=(2.3*n,2.5), layout='constrained', squeeze=False)[1][0]
     for ax,(seq,(v,m)) in zip(axs, images.items()):
-        d,x = _widest(m),np.asarray(v)
-        high,(_,h,w) = np.quantile(x[x>0], .998),v.spacing
+        d = _widest(m)
+        x = np.asarray(v)
+        high = np.quantile(x[x>0], .998)
+        _,h,w = v.spacing
         ax.imshow(x[d], cmap='gray', vmin=0, vmax=high, aspect=h/w)
         if outline:
             ax.contour(np.asarray(m)[d]>0, levels=[.5], colors='gold', linewidths=.7)
@@ -491,6 +536,7 @@ def _rim_gadolinium(x, mask):
     faster = -np.log(1-recovered)/tr-1/t1
     return max(faster, 1e-6)*1000/_relaxivity
 
+# %% ../nbs/21_phantom.ipynb #b7f0f6d5
 def _oedema_unevenness(x, mask, spacing):
     "sd of log FLAIR signal in the oedema, away from its border where voxels are small enough to have an inside"
     inside = (mask==2)&(x>0)
@@ -520,32 +566,48 @@ _empty = '''StudyDate StudyTime AccessionNumber ReferringPhysicianName PatientBi
 
 def _header(v, seq, patient, uid, derived=False):
     "The elements that all slices of a series share; what was derived has no times of its own"
-    (tr,te,ti),num = _protocol[seq],'{:.8g}'.format
     meta = FileMetaDataset()
-    meta.TransferSyntaxUID,meta.ImplementationClassUID = ExplicitVRLittleEndian,uid('implementation')
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.ImplementationClassUID = uid('implementation')
     ds = FileDataset(None, {}, file_meta=meta, preamble=b'\0'*128)
     for k in _empty: setattr(ds, k, '')
     ds.SOPClassUID = meta.MediaStorageSOPClassUID = MRImageStorage
     ds.PatientID = ds.PatientName = patient
     kind = ('DERIVED','SECONDARY') if derived else ('ORIGINAL','PRIMARY')
-    ds.ImageType,ds.Modality,ds.Manufacturer = [*kind,'OTHER'],'MR','mgmt_fast'+' phantom'*(not derived)
+    ds.ImageType,ds.Modality = [*kind,'OTHER'],'MR'
+    ds.Manufacturer = 'mgmt_fast' if derived else 'mgmt_fast phantom'
     ds.SeriesDescription,ds.SeriesNumber = seq,SEQUENCES.index(seq)+1
     ds.StudyInstanceUID,ds.SeriesInstanceUID,ds.FrameOfReferenceUID = uid('study'),uid(seq),uid('frame')
     ds.BodyPartExamined,ds.PatientPosition,ds.MRAcquisitionType = 'BRAIN','HFS','2D'
-    ds.ScanningSequence,ds.SequenceVariant,ds.ScanOptions = ['SE','IR'] if ti else 'SE','SK',''
+    _add_timing(ds, seq, derived)
+    _add_geometry(ds, v)
+    return ds
+
+# %% ../nbs/21_phantom.ipynb #7678d5af
+def _add_timing(ds, seq, derived):
+    "What made the contrast"
+    tr,te,ti = _protocol[seq]
+    ds.ScanningSequence = ['SE','IR'] if ti else 'SE'
+    ds.SequenceVariant,ds.ScanOptions = 'SK',''
     if derived:
         ds.RepetitionTime = ds.EchoTime = ds.EchoTrainLength = None
     else:
         ds.RepetitionTime,ds.EchoTime,ds.EchoTrainLength,ds.MagneticFieldStrength = tr,te,1,1.5
     if ti and not derived: ds.InversionTime = ti
     if seq=='T1wCE': ds.ContrastBolusAgent = 'gadolinium'
+
+# %% ../nbs/21_phantom.ipynb #fafc9fde
+def _add_geometry(ds, v):
+    "Directions, spacing and size of the slices; DICOM's axes are LPS"
+    num = '{:.8g}'.format
     step,high,wide = v.spacing
     dirs = (v.affine[:3,:3]/v.spacing).T*[-1,-1,1]+0. # +0. turns -0 to 0
     ds.ImageOrientationPatient = [*map(num, dirs[2]),*map(num, dirs[1])]
-    ds.PixelSpacing,ds.SliceThickness,ds.SpacingBetweenSlices = [num(high),num(wide)],num(step),num(step)
-    ds.Rows,ds.Columns,ds.SamplesPerPixel,ds.PhotometricInterpretation = *v.shape[1:],1,'MONOCHROME2'
+    ds.PixelSpacing = [num(high),num(wide)]
+    ds.SliceThickness = ds.SpacingBetweenSlices = num(step)
+    ds.Rows,ds.Columns = v.shape[1:]
+    ds.SamplesPerPixel,ds.PhotometricInterpretation = 1,'MONOCHROME2'
     ds.BitsAllocated,ds.BitsStored,ds.HighBit,ds.PixelRepresentation = 16,16,15,0
-    return ds
 
 # %% ../nbs/21_phantom.ipynb #cdd0a6c5
 def phantom_uid(
@@ -554,7 +616,8 @@ def phantom_uid(
     key:str='', # Of another rendering of the same patient
 ) -> str: # DICOM UID
     "The same UID for the same thing, and another for every other."
-    return generate_uid(entropy_srcs=[json.dumps(['mgmt_fast', key, patient, *what])])
+    names = ['mgmt_fast', key, patient, *what]
+    return generate_uid(entropy_srcs=[json.dumps(names)])
 
 # %% ../nbs/21_phantom.ipynb #de9dcf29
 def write_series(
@@ -568,18 +631,23 @@ def write_series(
 ):
     "Write a volume as a DICOM MR series (DICOM PS3.3 A.4). Raises `MGMTError` on values that 16 bits do not hold."
     check_sequences(seq)
-    dest,x = Path(dest),np.asarray(v)
+    dest = Path(dest)
+    x = np.asarray(v)
     if x.min()<0 or x.max()>65535: raise _not_16_bits(x)
     uid = partial(phantom_uid, patient, key=key)
     ds = _encoded(_header(v, seq, patient, uid, derived))
     dest.mkdir(parents=True, exist_ok=True)
-    for i,n in enumerate(range(1,len(x)+1) if numbers is None else numbers):
+    if numbers is None:
+        numbers = range(1, len(x)+1)
+    for i,n in enumerate(numbers):
         ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = uid(seq, i)
         at = v.world([i,0,0])*[-1,-1,1]
-        ds.InstanceNumber,ds.ImagePositionPatient = int(n),[f'{o:.8g}' for o in at]
+        ds.InstanceNumber = int(n)
+        ds.ImagePositionPatient = [f'{o:.8g}' for o in at]
         ds.add_new('PixelData', 'OW', x[i].astype('<u2').tobytes())
         ds.save_as(dest/f'Image-{n}.dcm', enforce_file_format=True)
 
+# %% ../nbs/21_phantom.ipynb #a530a429
 def _encoded(header):
     "A header whose elements are bytes already, so that each slice need not encode them again"
     file = io.BytesIO()
@@ -587,6 +655,7 @@ def _encoded(header):
     file.seek(0)
     return dcmread(file)
 
+# %% ../nbs/21_phantom.ipynb #d6b186f2
 def _not_16_bits(x):
     rule = "values must lie in 0..65535 to be written as 16 bits"
     return MGMTError(f"{rule}; received {x.min()}..{x.max()}: rescale first")
@@ -624,11 +693,13 @@ def _lacking(which, table, sequences, seed, what):
         return _lacking_by_name(which, table, sequences, what)
     if not 0<=which<=(len(sequences)>1):
         raise _bad_share(which, what)
-    rng,n = rng_for(seed, 'phantom', what),len(table)
+    rng = rng_for(seed, 'phantom', what)
+    n = len(table)
     hit = rng.random(n)<which
     one = rng.integers(len(sequences), size=n)
     return {p: (sequences[i],) for p,h,i in zip(table.patient, hit, one) if h}
 
+# %% ../nbs/21_phantom.ipynb #30a140f9
 def _lacking_by_name(which, table, sequences, what):
     "Checked, and only sequences that the phantom has"
     for p,seqs in which.items():
@@ -636,8 +707,12 @@ def _lacking_by_name(which, table, sequences, what):
             raise unknown_name('patient of this phantom', p, table.patient)
         if not set(sequences)-set(check_sequences(seqs)):
             raise _no_sequence_left(p, what)
-    return {p: tuple(s for s in check_sequences(o) if s in sequences) for p,o in which.items()}
+    res = {}
+    for p,seqs in which.items():
+        res[p] = tuple(s for s in check_sequences(seqs) if s in sequences)
+    return res
 
+# %% ../nbs/21_phantom.ipynb #cee6ccdc
 def _no_sequence_left(p, what):
     return MGMTError(f"patient {p} would be left with no sequence; leave at least one out of {what}")
 
@@ -654,11 +729,18 @@ def _claim(dest, settings):
         changed = [k for k in {**old,**settings} if old.get(k)!=settings.get(k)]
         if changed: raise _other_phantom(dest, changed)
         return (dest/'phantom.csv').exists()
-    if dest.exists() and (not dest.is_dir() or any(not o.name.startswith('.mgmt-') for o in dest.iterdir())):
-        raise _occupied(dest)
+    if _holds_others(dest): raise _occupied(dest)
     write_json(at, settings)
     return False
 
+# %% ../nbs/21_phantom.ipynb #a991f52a
+def _holds_others(dest):
+    "Is there anything but the files that mark a folder as in use?"
+    if not dest.exists(): return False
+    if not dest.is_dir(): return True
+    return any(not o.name.startswith('.mgmt-') for o in dest.iterdir())
+
+# %% ../nbs/21_phantom.ipynb #bc883314
 def _other_phantom(dest, changed):
     what = f"{dest} holds a phantom made with another {', '.join(changed)}"
     return MGMTError(f"{what}: choose another folder or delete this one")
@@ -704,21 +786,25 @@ def make_phantom(
     with working_in(dest):
         return _make_all(dest, table, settings, how, n_workers, progress)
 
+# %% ../nbs/21_phantom.ipynb #bc2130e5
 def _make_all(dest, table, settings, how, n_workers, progress):
     for o in dest.glob('.patient-*'): shutil.rmtree(o)
     for o in ('train','test'): make_folder(dest/o)
     make = partial(_make_patient, dest=dest, key=json.dumps(settings, sort_keys=True), **how)
-    measured = dict(in_processes(make, [(o,) for _,o in table.iterrows()], n_workers, progress))
+    patients = [(o,) for _,o in table.iterrows()]
+    measured = dict(in_processes(make, patients, n_workers, progress))
     if DIED in measured.values():
         raise MGMTError(f"{DIED}: run it again with fewer workers; what is done is kept")
-    _write_tables(dest, table, pd.DataFrame([measured[i] for i in range(len(table))]))
+    rows = [measured[i] for i in range(len(table))]
+    _write_tables(dest, table, pd.DataFrame(rows))
     return read_side_table(dest)
 
 def _write_tables(dest, table, measured):
     "The competition's two tables, and the side table last"
     ids = table.rename(columns=dict(patient='BraTS21ID', label='MGMT_value'))
     train,test = (ids.loc[ids.split==o, ['BraTS21ID','MGMT_value']] for o in ('train','test'))
-    files = dict(train_labels=train, sample_submission=test.assign(MGMT_value=.5),
-        phantom=pd.concat([table, measured], axis=1))
+    guess = test.assign(MGMT_value=.5)
+    side = pd.concat([table, measured], axis=1)
+    files = dict(train_labels=train, sample_submission=guess, phantom=side)
     for name,o in files.items():
         write_csv(dest/f'{name}.csv', o)

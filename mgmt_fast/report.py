@@ -29,15 +29,18 @@ def roc_band(
 ) -> tuple: # False positive rates (101,), lower and upper true positive rates (101,)
     "Pointwise band of the ROC curve by a bootstrap within each class."
     y,p = check_scores(y, p)
-    rng,at = rng_for(seed,'roc_band'),np.linspace(0,1,101)
+    rng = rng_for(seed,'roc_band')
+    at = np.linspace(0,1,101)
     pos,neg = p[y],p[~y]
+    truth = np.r_[np.ones(len(pos)),np.zeros(len(neg))]
     curves = np.empty((n_boot,101))
     for c in curves:
         a = rng.choice(pos,len(pos))
         b = rng.choice(neg,len(neg))
-        fpr,tpr,_ = roc_curve(np.r_[np.ones(len(a)),np.zeros(len(b))], np.r_[a,b])
+        fpr,tpr,_ = roc_curve(truth, np.r_[a,b])
         c[:] = np.interp(at, fpr, tpr)
-    return at, *np.quantile(curves, [(1-level)/2,(1+level)/2], axis=0)
+    lo,hi = np.quantile(curves, [(1-level)/2,(1+level)/2], axis=0)
+    return at,lo,hi
 
 # %% ../nbs/60_report.ipynb #97d4d700
 def plot_roc(
@@ -52,11 +55,13 @@ def plot_roc(
         _,ax = plt.subplots(figsize=(5,5), layout='constrained')
     fpr,tpr,_ = roc_curve(*check_scores(y, p))
     r = auc_ci(y, p)
-    line, = ax.plot(fpr, tpr, label=f'{label}: AUC {r.auc:.3f} [{r.lo:.3f}, {r.hi:.3f}]')
+    label = f'{label}: AUC {r.auc:.3f} [{r.lo:.3f}, {r.hi:.3f}]'
+    line, = ax.plot(fpr, tpr, label=label)
     at,lo,hi = roc_band(y, p, **kwargs)
     ax.fill_between(at, lo, hi, color=line.get_color(), alpha=.15, lw=0)
     ax.plot([0,1], [0,1], ':', color='gray', lw=1)
-    ax.set(xlabel='1 - specificity', ylabel='sensitivity', xlim=(-.01,1.01), ylim=(-.01,1.01), aspect='equal')
+    ax.set(xlabel='1 - specificity', ylabel='sensitivity')
+    ax.set(xlim=(-.01,1.01), ylim=(-.01,1.01), aspect='equal')
     legend_below(ax, alignment='left', title=f"95 % interval: {AUC_METHODS[r.name]}; band: bootstrap's")
     return ax
 
@@ -94,9 +99,11 @@ def plot_pr(
     if ax is None:
         _,ax = plt.subplots(figsize=(5,5), layout='constrained')
     precision,recall,_ = precision_recall_curve(y, p)
-    ax.step(recall, precision, where='post', label=f'{label}: average precision {average_precision_score(y,p):.3f}')
+    label = f'{label}: average precision {average_precision_score(y,p):.3f}'
+    ax.step(recall, precision, where='post', label=label)
     ax.axhline(y.mean(), ls=':', color='gray', lw=1)
-    ax.set(xlabel='recall (sensitivity)', ylabel='precision (PPV)', xlim=(-.01,1.01), ylim=(-.01,1.03), aspect='equal')
+    ax.set(xlabel='recall (sensitivity)', ylabel='precision (PPV)')
+    ax.set(xlim=(-.01,1.01), ylim=(-.01,1.03), aspect='equal')
     legend_below(ax)
     return ax
 
@@ -114,11 +121,14 @@ def plot_reliability(
     t = reliability(y, p, n_bins=n_bins)
     if t.n.max()-t.n.min()<2:
         label = f'{label}, {n_bins} groups of {int(t.n.median())}'
-    dots = ax.errorbar(t.prob, t.rate, yerr=[t.rate-t.lo, t.hi-t.rate], fmt='o', capsize=3, label=label)
+    interval = [t.rate-t.lo, t.hi-t.rate]
+    dots = ax.errorbar(t.prob, t.rate, yerr=interval, fmt='o', capsize=3, label=label)
     n,edges = np.histogram(p, np.linspace(0,1,21))
-    ax.bar(edges[:-1], .15*n/n.max(), .05, align='edge', color=dots[0].get_color(), alpha=.3, lw=0)
+    heights = .15*n/n.max()
+    ax.bar(edges[:-1], heights, .05, align='edge', color=dots[0].get_color(), alpha=.3, lw=0)
     ax.plot([0,1], [0,1], ':', color='gray', lw=1)
-    ax.set(xlabel='mean probability', ylabel='share methylated', xlim=(-.01,1.01), ylim=(-.01,1.01), aspect='equal')
+    ax.set(xlabel='mean probability', ylabel='share methylated')
+    ax.set(xlim=(-.01,1.01), ylim=(-.01,1.01), aspect='equal')
     legend_below(ax)
     return ax
 
@@ -142,18 +152,26 @@ def plot_calibration(
     legend_below(ax)
     return ax
 
+# %% ../nbs/60_report.ipynb #4e6c8646
 def _recalibrated(y, p, c):
     "The curve: 100 probabilities, and what each should have been; NaN if the fit does not exist"
     z = logit(np.clip(p, 1e-6, 1-1e-6))
-    x = np.linspace(*np.quantile(z, [.025,.975]), 100)
+    ends = np.quantile(z, [.025,.975])
+    x = np.linspace(*ends, 100)
     if not np.isfinite(c.value['slope']):
         return expit(x),np.full(100, np.nan)
-    fit = LogisticRegression(C=np.inf).fit(np.asarray(z)[:,None], y)
-    return expit(x),fit.predict_proba(x[:,None])[:,1]
+    fit = LogisticRegression(C=np.inf)
+    fit.fit(np.asarray(z)[:,None], y)
+    prob = fit.predict_proba(x[:,None])[:,1]
+    return expit(x),prob
 
+# %% ../nbs/60_report.ipynb #c334dc90
 def _slope_and_intercept(c):
-    slope,intercept = (f"{k} {c.value[k]:.2f} [{c.lo[k]:.2f}, {c.hi[k]:.2f}]" for k in ('slope','intercept'))
-    return f'{slope},\n{intercept}'
+    lines = []
+    for k in ('slope','intercept'):
+        interval = f'[{c.lo[k]:.2f}, {c.hi[k]:.2f}]'
+        lines.append(f'{k} {c.value[k]:.2f} {interval}')
+    return ',\n'.join(lines)
 
 # %% ../nbs/60_report.ipynb #0cb2807e
 def plot_decision(
@@ -165,8 +183,9 @@ def plot_decision(
     "Decision curves with 95 % bands, next to those of treating everybody and nobody. Source: see `decision_curve`."
     if ax is None:
         _,ax = plt.subplots(figsize=(6,4), layout='constrained')
+    thresholds = np.linspace(.01, most, 90)
     for name,p in probs.items():
-        t = decision_curve(y, p, np.linspace(.01, most, 90))
+        t = decision_curve(y, p, thresholds)
         line, = ax.plot(t.threshold, t.net_benefit, label=name)
         ax.fill_between(t.threshold, t.lo, t.hi, color=line.get_color(), alpha=.12, lw=0)
     ax.plot(t.threshold, t.treat_all, color='gray', lw=1, label='everybody')
@@ -187,7 +206,8 @@ def plot_forest(
     t = table.rename(columns=dict(auc_lo='lo',auc_hi='hi')).reset_index(drop=True)
     names = _texts(t) if names is None else listify(names)
     if interval is None and 'interval' in t:
-        interval = ' or '.join(uniqueify(t.interval[t.auc.notna()].dropna()))
+        methods = t.interval[t.auc.notna()].dropna()
+        interval = ' or '.join(uniqueify(methods))
     if ax is None:
         _,ax = plt.subplots(figsize=(7,.32*len(t)+1.2), layout='constrained')
     at = np.arange(len(t))[::-1]
@@ -198,16 +218,23 @@ def plot_forest(
     ax.axvline(.5, ls=':', color='gray', lw=1)
     ax.set_yticks(at, t[names].astype(str).agg(', '.join, axis=1))
     left = min(.2, np.nanmin(t.lo)-.02) if t.lo.notna().any() else 0
-    what = 'AUC with 95 % interval'+(f' ({interval})' if interval else '')
+    what = 'AUC with 95 % interval'
+    if interval: what += f' ({interval})'
     ax.set(xlabel=what, xlim=(left,1.01), ylim=(-.7,len(t)-.3))
     return ax
 
+# %% ../nbs/60_report.ipynb #68810dbb
 def _texts(t):
     "Columns of text that name a row"
-    return [c for c in t if c!='interval' and _is_text(t[c])]
+    names = [c for c in t if c!='interval']
+    return [c for c in names if _is_text(t[c])]
 
 def _is_text(c): return c.dtype==object or isinstance(c.dtype, pd.StringDtype)
-def _interval(r): return 'too few' if pd.isna(r.auc) else f'{r.auc:.3f} [{r.lo:.3f}, {r.hi:.3f}]'
+
+# %% ../nbs/60_report.ipynb #77ce846a
+def _interval(r):
+    if pd.isna(r.auc): return 'too few'
+    return f'{r.auc:.3f} [{r.lo:.3f}, {r.hi:.3f}]'
 
 # %% ../nbs/60_report.ipynb #783684d8
 def plot_losses(
@@ -222,11 +249,14 @@ def plot_losses(
     axs = np.reshape(axs, (len(rows), len(cols)))
     for (a,s),runs in histories.items():
         drawn = axs[rows.index(a)][cols.index(s)]
-        _plot_runs(drawn, [h if isinstance(h, pd.DataFrame) else pd.read_csv(h) for h in runs])
+        tables = [h if isinstance(h, pd.DataFrame) else pd.read_csv(h) for h in runs]
+        _plot_runs(drawn, tables)
         drawn.set_title(f'{a}\n{s}', fontsize=9)
     for ax in axs.flat:
         ax.axhline(np.log(2), ls=':', color='gray', lw=1)
-    axs[0][0].set_ylim(0, min(axs[0][0].get_ylim()[1], 2))
+    first = axs[0][0]
+    _,top = first.get_ylim()
+    first.set_ylim(0, min(top, 2))
     for ax in axs[-1]:
         ax.set_xlabel('epoch')
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -234,15 +264,21 @@ def plot_losses(
     legend_below(axs[-1][0], drawn)
     return axs
 
+# %% ../nbs/60_report.ipynb #4e724137
 def _loss_axes(rows, cols, size):
-    figsize = (max(4, size*cols), .85*size*rows+.5)
-    return plt.subplots(rows, cols, figsize=figsize, squeeze=False, sharex=True, sharey=True, layout='constrained')[1]
+    shared = dict(squeeze=False, sharex=True, sharey=True, layout='constrained')
+    wide = max(4, size*cols)
+    high = .85*size*rows+.5
+    _,axs = plt.subplots(rows, cols, figsize=(wide,high), **shared)
+    return axs
 
+# %% ../nbs/60_report.ipynb #2184b47b
 def _plot_runs(ax, histories):
     for c,name,color in (('train_loss','training','C0'),('valid_loss','validation','C1')):
-        for h in histories:
-            ax.plot(h.epoch, h[c], color=color, lw=.6, alpha=.5)
-        mean = pd.concat(histories).groupby('epoch')[c].mean()
+        thin = dict(color=color, lw=.6, alpha=.5)
+        for h in histories: ax.plot(h.epoch, h[c], **thin)
+        epochs = pd.concat(histories).groupby('epoch')
+        mean = epochs[c].mean()
         ax.plot(mean.index, mean, color=color, lw=2, marker='.', label=name)
 
 # %% ../nbs/60_report.ipynb #5cef7334
@@ -253,12 +289,13 @@ _expect = ("What honest external tests of MGMT prediction from MRI find: AUCs of
     "A much higher figure needs an explanation before it is believed.")
 HEAD = (_use, _expect)
 
+# %% ../nbs/60_report.ipynb #e9576e6d
 def _html(o):
     "Text, table or figure as HTML"
     if isinstance(o, str): return o
     if isinstance(o, pd.DataFrame): return table_tag(o)
-    first = np.ravel(o)[0] if isinstance(o, np.ndarray) else o
-    return figure_tag(getattr(first, 'figure', first))
+    if isinstance(o, np.ndarray): o = np.ravel(o)[0]
+    return figure_tag(getattr(o, 'figure', o))
 
 # %% ../nbs/60_report.ipynb #7e2372ec
 def write_report(
@@ -267,5 +304,8 @@ def write_report(
     sections:dict, # Heading -> text, DataFrames, axes or figures (which are closed), alone or in a list
 ) -> Path: # The path
     "Write a self-contained page: what it may be used for and what to expect first, then the sections."
-    parts = {k: v if isinstance(v, (list,tuple)) else [v] for k,v in sections.items()}
-    return write_page(path, title, {k: [*map(_html, v)] for k,v in parts.items()}, HEAD)
+    parts = {}
+    for k,v in sections.items():
+        several = v if isinstance(v, (list,tuple)) else [v]
+        parts[k] = [_html(o) for o in several]
+    return write_page(path, title, parts, HEAD)

@@ -53,12 +53,16 @@ def run_key(
     key = dict(version=__version__, recipe=_steering(recipe), sequences=list(sequences), patients=who, **more)
     return json.loads(json.dumps(key))
 
+# %% ../nbs/26_runs.ipynb #e6f9dc43
 def _plain_label(label): return None if pd.isna(label) else int(label)
 
+# %% ../nbs/26_runs.ipynb #eb802c9c
 def _volumes_digest(entry, sequences):
     "A digest of those of a patient's volumes that are there"
-    return key_digest([volume_key(entry, s) for s in sequences if s in entry['volumes']])
+    there = [s for s in sequences if s in entry['volumes']]
+    return key_digest([volume_key(entry, s) for s in there])
 
+# %% ../nbs/26_runs.ipynb #d429127e
 def _steering(recipe):
     "The choices that steer a training, as JSON; pretrained weights go by their content instead"
     names = choice_names('prepare', 'loader', 'augment', 'backbones', 'learner')
@@ -80,12 +84,15 @@ def key_changes(
         *_values_differ(then['recipe'], now['recipe'], choices),
         *_values_differ(then, now, rest)]
 
+# %% ../nbs/26_runs.ipynb #43d26d18
 _no_key = 'made by version 0.1, which did not write down of what'
 
 def _values_differ(then, now, names):
     "In words, which of the values of these names differ"
-    return [f'{k!r}: {then.get(k)} there, {now.get(k)} now' for k in names if then.get(k)!=now.get(k)]
+    changed = [k for k in names if then.get(k)!=now.get(k)]
+    return [f'{k!r}: {then.get(k)} there, {now.get(k)} now' for k in changed]
 
+# %% ../nbs/26_runs.ipynb #2b86d954
 def _patients_differ(then, now):
     "In words, how the patients of two runs differ"
     both = [p for p in now if p in then]
@@ -96,9 +103,12 @@ def _patients_differ(then, now):
     found['with'] = [p for p in now if p not in then]
     return [_say_who(k, v) for k,v in found.items() if v]
 
+# %% ../nbs/26_runs.ipynb #50e22733
 def _say_who(what, who):
     some = ', '.join(who[:3])
-    return f"{what} {len(who)} patient{'s' if len(who)>1 else ''} ({some}{', ...' if len(who)>3 else ''})"
+    if len(who)>3: some += ', ...'
+    s = 's' if len(who)>1 else ''
+    return f"{what} {len(who)} patient{s} ({some})"
 
 # %% ../nbs/26_runs.ipynb #2f08f77e
 def other_runs(
@@ -108,9 +118,11 @@ def other_runs(
 ) -> list: # In words, how each of the others differs from the one that is wanted
     "Why kept runs of the same name are not used."
     paths = sorted(Path(folder).glob(f'{glob.escape(prefix)}-*/run.json'))
-    differ = ['; '.join(key_changes(_kept_key(p), key)) for p in paths]
+    kept = [_kept_key(p) for p in paths]
+    differ = ['; '.join(key_changes(k, key)) for k in kept]
     return [o for o in differ if o]
 
+# %% ../nbs/26_runs.ipynb #11f9d4c5
 def _kept_key(path):
     "The key that a run wrote down; None if its file cannot be read as JSON"
     try: return read_json(path, record_of({}, others=True)).get('key')
@@ -123,4 +135,5 @@ def say_other_runs(
 ):
     "One line for each reason."
     for reason,n in Counter(why).items():
-        print(f"{n} kept run{'s' if n>1 else ''} in {dest} not used, but trained anew: {reason}")
+        runs = 'runs' if n>1 else 'run'
+        print(f'{n} kept {runs} in {dest} not used, but trained anew: {reason}')

@@ -24,6 +24,7 @@ def _inside(where, form, v):
     except (ValueError,TypeError,OverflowError):
         raise _Misfit(f'{where} must be {form.text}, and is {reprlib.repr(v)}') from None
 
+# %% ../nbs/04_schemas.ipynb #b0e409fb
 def record_of(
     required:dict, # Name to `Allowed`
     optional:dict=None, # The same, of what may be left out
@@ -50,14 +51,15 @@ def table_of(
         return {k: _inside(f'{k:.60}', kind, o) for k,o in v.items()}
     return Allowed('a table', take)
 
+# %% ../nbs/04_schemas.ipynb #f770d919
 def list_of(
     kind:Allowed, # What each of them must be
     n:int=None, # How many; None: any number
 ) -> Allowed: # Of a list, which stays one
     "A list of values of one kind."
     def take(v):
-        if not isinstance(v, (list,tuple)) or n is not None and len(v)!=n:
-            raise ValueError(v)
+        if not isinstance(v, (list,tuple)): raise ValueError(v)
+        if n is not None and len(v)!=n: raise ValueError(v)
         return [_inside(f'value {i}', kind, o) for i,o in enumerate(v)]
     return Allowed(f"a list of {n or 'values, each'} {kind.text}", take)
 
@@ -73,6 +75,7 @@ A_NUMBER = Allowed('a number, or NaN', _number)
 AN_AFFINE = list_of(list_of(Allowed.number(), 4), 4)
 A_RECIPE = record_of(dict(name=TEXT, choices=table_of(ANYTHING)))
 
+# %% ../nbs/04_schemas.ipynb #9eea4720
 def _file_name(v):
     if not isinstance(v, str) or not v or Path(v).name!=v or v.startswith('.'):
         raise ValueError(v)
@@ -97,6 +100,7 @@ def check_form(
 def _not_written(name, why):
     return f"{name} is not as this library writes it ({why}): was it changed or cut off? Restore it, or make it anew"
 
+# %% ../nbs/04_schemas.ipynb #d4c82fee
 def read_json(
     path:str|Path, # File
     form:Allowed=ANYTHING, # What it must hold

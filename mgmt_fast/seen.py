@@ -39,11 +39,13 @@ class Prints:
         "Some of the fingerprints"
         wanted = set(hashes)
         at = [i for i,h in enumerate(self.hashes) if h in wanted]
-        return Prints([self.hashes[i] for i in at], self.prints[at], self.template)
+        found = [self.hashes[i] for i in at]
+        return Prints(found, self.prints[at], self.template)
 
     def tensors(self) -> dict: # For safetensors: `prints`, `y` and `w`
         "What is written"
-        return dict(prints=torch.from_numpy(self.prints), y=self.template.y.half(), w=self.template.w.byte())
+        y,w = self.template.y,self.template.w
+        return dict(prints=torch.from_numpy(self.prints), y=y.half(), w=w.byte())
 
     @classmethod
     def of_tensors(cls,
@@ -51,11 +53,15 @@ class Prints:
         tensors:dict, # As `tensors` gives them
     ):
         "What was written"
-        return cls(list(hashes), tensors['prints'].numpy(), _template(tensors['y'], tensors['w']))
+        template = _template(tensors['y'], tensors['w'])
+        return cls(list(hashes), tensors['prints'].numpy(), template)
 
+# %% ../nbs/54_seen.ipynb #8b105700
 def _template(y, w):
     "A template in the precision in which it is kept"
-    return Structure.of(y.half().float(), w.byte().float())
+    y = y.half().float()
+    w = w.byte().float()
+    return Structure.of(y, w)
 
 # %% ../nbs/54_seen.ipynb #47881b5a
 def make_prints(
@@ -73,10 +79,14 @@ def make_prints(
     jobs = [(scans, i, sequence, template) for i in at]
     found = zip(at, in_parallel(_print, jobs, len(jobs), n_workers, progress=False))
     found = [(i,o) for i,o in found if o is not None]
-    hashes = [store.meta[scans.patients[i]]['volumes'][sequence]['hash'] for i,_ in found]
-    none = np.zeros((0,len(template_points(template)[0])), np.float16)
-    return Prints(hashes, np.stack([o for _,o in found]) if found else none, template)
+    entries = [store.meta[scans.patients[i]] for i,_ in found]
+    hashes = [m['volumes'][sequence]['hash'] for m in entries]
+    rows = np.zeros((0,len(template_points(template)[0])), np.float16)
+    if found:
+        rows = np.stack([o for _,o in found])
+    return Prints(hashes, rows, template)
 
+# %% ../nbs/54_seen.ipynb #a3a0b3cf
 def _average(scans, at, sequence):
     "The average of some brains, or None if there are none that can be used"
     chosen = rng_for(0, 'seen', sequence).permutation(at)[:8]
@@ -86,6 +96,7 @@ def _average(scans, at, sequence):
     t = average_brain(smalls, rounds=2)
     return _template(t.y, t.w)
 
+# %% ../nbs/54_seen.ipynb #9a7e04f9
 def _print(scans, i, sequence, template):
     "The fingerprint of one volume, or None where it cannot be had"
     small,_ = small_copy(scans, i, sequence)
@@ -98,16 +109,19 @@ def kept_prints(
 ) -> Prints: # Of the volumes that the part holds; None where there are none
     "Fingerprints of a store's volumes, computed once for what the folder holds."
     whole = VolumeStore(store.path)
-    key = key_digest([_version, sequence, [volume_key(m, sequence) for m in whole.meta.values()]])
+    volumes = [volume_key(m, sequence) for m in whole.meta.values()]
+    key = key_digest([_version, sequence, volumes])
     beside = store.path/'fingerprints'/f'seen_{sequence}.safetensors'
-    places = [beside, user_folder()/'fingerprints'/f'{key}.safetensors']
-    prints = _read_kept(beside, key) or _read_kept(places[1], key)
+    elsewhere = user_folder()/'fingerprints'/f'{key}.safetensors'
+    prints = _read_kept(beside, key) or _read_kept(elsewhere, key)
     if prints is None:
         prints = make_prints(whole, sequence)
         if prints is None: return None
-        _keep(prints, key, places)
-    return prints.only([m['volumes'][sequence]['hash'] for m in store.meta.values() if sequence in m['volumes']])
+        _keep(prints, key, [beside, elsewhere])
+    wanted = [m['volumes'] for m in store.meta.values()]
+    return prints.only([o[sequence]['hash'] for o in wanted if sequence in o])
 
+# %% ../nbs/54_seen.ipynb #3dac153d
 _version = 1 # of the fingerprints that are kept
 
 def _read_kept(path, key):
@@ -117,10 +131,12 @@ def _read_kept(path, key):
         with safe_open(path, 'pt') as f:
             said = f.metadata()
             if said['key']!=key: return None
-            return Prints.of_tensors(parse_json(said['hashes']), {k: f.get_tensor(k) for k in f.keys()})
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+            return Prints.of_tensors(parse_json(said['hashes']), tensors)
     except (OSError,LookupError,RuntimeError,TypeError,ValueError,SafetensorError):
         return None # made again
 
+# %% ../nbs/54_seen.ipynb #a003f93d
 def _keep(prints, key, places):
     "Write fingerprints to the first place that can be written to"
     for path in places:
@@ -138,7 +154,10 @@ class SeenVolumes:
         table:pd.DataFrame, # patient, sequence, hash (of voxels), source (of files), part (`'train'` or `'valid'`)
         prints:dict=None, # Sequence to `Prints`
         store:VolumeStore=None, # Where they are taken from when they are first asked for, if not given
-    ): self.table,self._prints,self.store = table,prints,store
+    ):
+        self.table = table
+        self._prints = prints
+        self.store = store
 
     @property
     def prints(self):
@@ -147,9 +166,11 @@ class SeenVolumes:
             made = {s: kept_prints(self.store, s) for s,_ in hashes}
             self._prints = {s: made[s].only(h) for s,h in hashes if made[s] is not None}
         return self._prints
+
     def __repr__(self):
+        n = self.table.patient.nunique()
         sequences = ', '.join(self.table.sequence.unique())
-        return f"SeenVolumes of {self.table.patient.nunique()} patients, {sequences}"
+        return f"SeenVolumes of {n} patients, {sequences}"
 
     @classmethod
     def of(cls,
@@ -168,8 +189,11 @@ class SeenVolumes:
         path:str|Path, # A `.safetensors` file
     ):
         "Write table and fingerprints, whole or not at all"
-        said = dict(table=self.table.to_dict('list'), hashes={s: p.hashes for s,p in self.prints.items()})
-        tensors = {f'{s}.{k}': t for s,p in self.prints.items() for k,t in p.tensors().items()}
+        hashes = {s: p.hashes for s,p in self.prints.items()}
+        said = dict(table=self.table.to_dict('list'), hashes=hashes)
+        tensors = {}
+        for s,p in self.prints.items():
+            tensors |= {f'{s}.{k}': t for k,t in p.tensors().items()}
         with atomic_path(path) as tmp:
             st.save_file(tensors, tmp, dict(seen=json.dumps(said, sort_keys=True)))
 
@@ -184,23 +208,29 @@ class SeenVolumes:
         except (OSError,AttributeError,LookupError,RecursionError,TypeError,ValueError,SafetensorError) as e:
             raise _not_read(path, e) from e
 
+# %% ../nbs/54_seen.ipynb #6fa08975
 _columns = ['patient','sequence','hash','source','part']
 
 _SEEN = record_of(dict(table=table_of(list_of(TEXT)), hashes=table_of(list_of(TEXT))))
 
 def _row(patient, entry, sequence, part):
-    return patient,sequence,entry['volumes'][sequence]['hash'],source_hash(entry, sequence),part
+    voxels = entry['volumes'][sequence]['hash']
+    files = source_hash(entry, sequence)
+    return patient,sequence,voxels,files,part
 
+# %% ../nbs/54_seen.ipynb #c7045ff0
 def _from_file(f):
     "Table and fingerprints of an open file"
     said = check_form(parse_json(f.metadata()['seen']), _SEEN, 'what was seen')
     prints = {}
     for s,hashes in said['hashes'].items():
-        prints[s] = Prints.of_tensors(hashes, {k: f.get_tensor(f'{s}.{k}') for k in ('prints','y','w')})
+        tensors = {k: f.get_tensor(f'{s}.{k}') for k in ('prints','y','w')}
+        prints[s] = Prints.of_tensors(hashes, tensors)
         if len(prints[s].prints)!=len(hashes):
             raise ValueError('not a fingerprint for each volume')
     return pd.DataFrame(said['table'], columns=_columns),prints
 
+# %% ../nbs/54_seen.ipynb #9a3555c6
 def _not_read(path, e):
     return MGMTError(f"{Path(path).name} does not say what the model has seen ({type(e).__name__}): was it cut off or "
         "changed? Restore it; without the file the model is taken as one of version 0.1")
@@ -217,29 +247,40 @@ class PrintNull:
         m0,s0,n0 = self.prior
         n = len(z)
         mean = z.mean() if n else m0
-        self.df,self.mean = n0+brains-1,(n0*m0+n*mean)/(n0+n)
-        ss = (n0-1)*s0**2 + ((z-mean)**2).sum() + n0*n/(n0+n)*(mean-m0)**2
+        self.df = n0+brains-1
+        self.mean = (n0*m0+n*mean)/(n0+n)
+        around = ((z-mean)**2).sum()
+        between = n0*n/(n0+n)*(mean-m0)**2
+        ss = (n0-1)*s0**2 + around + between
         self.sd = np.sqrt(ss/(n0+n-1))
 
     def chance(self,
         score:float|np.ndarray, # Of a pair
     ) -> float|np.ndarray: # Probability of as high a score in a pair of different brains
         "How rare a score is among different brains"
-        return stats.t.sf((_fisher(score)-self.mean)/self.sd, self.df)
+        t = (_fisher(score)-self.mean)/self.sd
+        return stats.t.sf(t, self.df)
 
     def threshold(self,
         chance:float, # As `chance` gives it
     ) -> float: # The score that is so rare
         "The inverse of `chance`"
-        return float(np.tanh(self.mean+self.sd*stats.t.isf(chance, self.df)))
+        t = stats.t.isf(chance, self.df)
+        return float(np.tanh(self.mean+self.sd*t))
 
-def _fisher(score): return np.arctanh(np.clip(np.asarray(score, float), -.999, .999))
+# %% ../nbs/54_seen.ipynb #3bb805a2
+def _fisher(score):
+    "Fisher's z, finite for equal brains too"
+    score = np.asarray(score, float)
+    return np.arctanh(np.clip(score, -.999, .999))
 
+# %% ../nbs/54_seen.ipynb #c6742bdb
 def _typical(z):
     "Without what lies far above all others: copies within the training set"
     if len(z)<8: return z
     low,middle = np.quantile(z, [.16,.5])
-    return z[z<middle+6*max(middle-low, .03)]
+    deviation = max(middle-low, .03)
+    return z[z<middle+6*deviation]
 
 # %% ../nbs/54_seen.ipynb #5cd57d13
 def find_seen(
@@ -252,23 +293,31 @@ def find_seen(
     for sequence,prints,names in _gathered(seen):
         rows += _meet(sequence, prints, names, store, alarms)
     t = pd.DataFrame(rows, columns=['patient','sequence','train','score','false_alarms','verdict'])
+    volume = ['patient','sequence']
     nearest = t.sort_values('score', ascending=False, kind='stable', na_position='last')
-    return nearest.drop_duplicates(['patient','sequence']).sort_values(['patient','sequence'], ignore_index=True)
+    return nearest.drop_duplicates(volume).sort_values(volume, ignore_index=True)
 
+# %% ../nbs/54_seen.ipynb #341a89d2
 def _gathered(seen):
     "(sequence, prints, patient of each hash): what several models have seen, those of one template together"
     groups,names = {},{}
     for s in seen:
         names.update(zip(s.table.hash, s.table.patient))
         for sequence,p in s.prints.items():
-            groups.setdefault((sequence, voxel_hash(p.template.y.numpy())), []).append(p)
+            key = sequence,voxel_hash(p.template.y.numpy())
+            groups.setdefault(key, []).append(p)
     return [(sequence, _union(ps), names) for (sequence,_),ps in groups.items()]
 
+# %% ../nbs/54_seen.ipynb #2cb54793
 def _union(prints):
     "Each volume once"
-    rows = {h: row for p in prints for h,row in zip(p.hashes, p.prints)}
-    return Prints(list(rows), np.stack(list(rows.values())), prints[0].template)
+    rows = {}
+    for p in prints:
+        rows |= dict(zip(p.hashes, p.prints))
+    table = np.stack(list(rows.values()))
+    return Prints(list(rows), table, prints[0].template)
 
+# %% ../nbs/54_seen.ipynb #3d3951bc
 def _meet(sequence, prints, names, store, alarms):
     "Each test volume with the training volume that is most like it"
     if sequence not in store.sequences: return []
@@ -286,30 +335,44 @@ def _meet(sequence, prints, names, store, alarms):
             continue
         score,near = found
         expected = float(null.chance(score))*pairs
-        rows.append((p, sequence, names[prints.hashes[near]], score, expected, _verdict(score, *limits)))
+        who = names[prints.hashes[near]]
+        rows.append((p, sequence, who, score, expected, _verdict(score, *limits)))
     return rows
 
-def _verdict(score, same, doubt): return 'same' if score>=same else 'uncertain' if score>=doubt else 'different'
+# %% ../nbs/54_seen.ipynb #1736ac7f
+def _verdict(score, same, doubt):
+    if score>=same: return 'same'
+    return 'uncertain' if score>=doubt else 'different'
 
+# %% ../nbs/54_seen.ipynb #d7b3c8c6
 def _best(prints, mine, names):
     "For each of `mine` the highest score and whose it is; and the null of training's own pairs"
     mirror = template_points(prints.template)[1]
     mean = prints.prints.astype(np.float32).mean(0)
-    mean,best = (mean+mean[mirror])/2,[(-1., 0)]*len(mine)
+    mean = (mean+mean[mirror])/2
+    best = [(-1., 0)]*len(mine)
     for i0,j0,m in compare_fingerprints(prints.prints, mine.prints, mean, mirror):
         for j,i in enumerate(m.argmax(0)):
-            best[j0+j] = max(best[j0+j], (float(m[i,j]), i0+int(i)))
-    return best,_own_null(prints, mirror, [patient_key(names[h]) for h in prints.hashes])
+            found = float(m[i,j]),i0+int(i)
+            best[j0+j] = max(best[j0+j], found)
+    who = [patient_key(names[h]) for h in prints.hashes]
+    return best,_own_null(prints, mirror, who)
 
+# %% ../nbs/54_seen.ipynb #224e9618
 def _own_null(prints, mirror, who, most=600):
     "The null of training's own pairs: one half of the patients plays the strangers, for whom the mean was not made"
     order = rng_for(0, 'seen', 'null').permutation(len(prints))[:most]
-    halves,scores = np.array_split(order, 2),[]
+    halves = np.array_split(order, 2)
+    scores = []
     for mine,theirs in (halves, halves[::-1]):
         if not len(mine) or not len(theirs): continue
         a,b = prints.prints[mine],prints.prints[theirs]
         mean = a.astype(np.float32).mean(0)
-        m = next(compare_fingerprints(a, b, (mean+mean[mirror])/2, mirror))[2]
-        apart = np.array([[who[i]!=who[j] for j in theirs] for i in mine])
-        scores.append(m[apart])
-    return PrintNull(np.concatenate(scores) if scores else [], len({who[i] for i in order}))
+        mean = (mean+mean[mirror])/2
+        _,_,m = next(compare_fingerprints(a, b, mean, mirror))
+        apart = []
+        for i in mine:
+            apart.append([who[i]!=who[j] for j in theirs])
+        scores.append(m[np.array(apart)])
+    brains = len({who[i] for i in order})
+    return PrintNull(np.concatenate(scores) if scores else [], brains)
