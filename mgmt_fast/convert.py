@@ -576,7 +576,8 @@ def _convert(m, plan, done, name=''):
     old = m
     if type(m) in _staying_2d:
         return _recast(_staying_2d[type(m)])(m, plan)
-    for n,c in list(m.named_children()):
+    for n,c in list(m._modules.items()): # named_children would leave out a second use
+        if c is None: continue
         setattr(m, n, _convert(c, plan, done, f'{name}.{n}'.lstrip('.')))
     if type(m) in _counterparts:
         m = _counterparts[type(m)](m, plan)

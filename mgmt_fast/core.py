@@ -794,7 +794,7 @@ def _limits(lo, hi):
 def _between(v, lo, hi):
     too_low = lo is not None and v<lo
     too_high = hi is not None and v>hi
-    if not math.isfinite(v) or too_low or too_high:
+    if not abs(v)<=sys.float_info.max or too_low or too_high:
         raise ValueError(v)
     return v
 

@@ -411,6 +411,7 @@ def _place(s, d):
 # %% ../nbs/37_dsc_phantom.ipynb #2edc7264
 def _clock(seconds):
     "Seconds after noon as DICOM writes a time"
+    seconds = round(seconds, 6) # before it is cut: 59.9999999 is the next minute
     whole = int(seconds)
     hour = 12+whole//3600
     minute = whole//60%60

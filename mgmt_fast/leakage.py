@@ -555,7 +555,8 @@ def _say_hits(hit, found, n):
     if len(hit)>20: lines.append(f'and {len(hit)-20} more')
     known = 'no copies were planted: what this audit missed is not known'
     if n: known = _say_recall(found, n)
-    lines.append(f'{len(set_aside(hit))} test patients to set aside; {known}')
+    aside = len(set_aside(hit))
+    lines.append(f"{aside} test {'patient' if aside==1 else 'patients'} to set aside; {known}")
     return lines
 
 def _say_hit(r):

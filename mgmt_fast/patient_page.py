@@ -137,7 +137,7 @@ def patient_findings(
     rows = []
     for r in audit.to_dict('records'):
         for k,level in (('findings',r['severity']),('notes','note')):
-            said = (r[k] or '').split(' | ')
+            said = r[k].split(' | ') if isinstance(r[k], str) else []
             rows += [(level, r['sequence'], o) for o in said if o]
     lacking = set(audit.sequence[audit.error=='missing'])
     for r in row.attrs.get('report', pd.DataFrame()).to_dict('records'):

@@ -254,6 +254,7 @@ def _audit_pixels(vol):
     some = x[:,::4,::4]
     padded = _padding(x) if lo<0 else 0
     seen = some[some>lo] if padded else some
+    if not seen.size: seen = x[x>lo] # a thin volume, of which only padding was looked at
     air = float(air_value(seen)[0])
     usual = np.percentile(seen, 99)
     tissue = np.array([np.count_nonzero(o>air+.05*(usual-air)) for o in x])

@@ -113,7 +113,8 @@ def kept_prints(
     key = key_digest([_version, sequence, volumes])
     beside = store.path/'fingerprints'/f'seen_{sequence}.safetensors'
     elsewhere = user_folder()/'fingerprints'/f'{key}.safetensors'
-    prints = _read_kept(beside, key) or _read_kept(elsewhere, key)
+    prints = _read_kept(beside, key)
+    if prints is None: prints = _read_kept(elsewhere, key)
     if prints is None:
         prints = make_prints(whole, sequence)
         if prints is None: return None

@@ -248,7 +248,7 @@ def _picked(area, D, r, rng):
     if r.black_slices=='replace':
         at = np.array([i if area[i] else rng.choice(full) for i in at])
     if area[at].any(): return at
-    what = f"the {len(at)} slices picked are all constant"
+    what = f"the {len(at)} slices picked are all constant" if len(at) else "no slice was picked"
     raise SeriesError(f"{what}: too few slices with brain for slice_pick={r.slice_pick!r}")
 
 # %% ../nbs/23_slicewise.ipynb #773511aa
