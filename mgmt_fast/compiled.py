@@ -24,7 +24,8 @@ _all_ = ['triton', 'tl']
 # %% ../nbs/08_compiled.ipynb #897d2202
 def interpreted() -> bool: # Is the variable TRITON_INTERPRET 1, as for tests without a card?
     "Whether Triton interprets its kernels, on whatever device."
-    return triton is not None and os.environ.get('TRITON_INTERPRET')=='1'
+    asked = os.environ.get('TRITON_INTERPRET')=='1'
+    return triton is not None and asked
 
 # %% ../nbs/08_compiled.ipynb #aa291788
 in_kernel = triton.jit if triton else noop
@@ -39,7 +40,8 @@ class on_card:
     def __init__(self,
         f:callable, # In Triton's language
     ):
-        self.f,self.compiled = f,{}
+        self.f = f
+        self.compiled = {}
         params = list(signature(f).parameters.values())
         self.names = [o.name for o in params]
         self.constants = sum('constexpr' not in str(o.annotation) for o in params)
@@ -64,12 +66,15 @@ class on_card:
         self.numbers = next(i for i,o in enumerate(args) if isinstance(o, (int,float)))
         free = self.names[self.numbers:self.constants]
         self.channels = self.names.index('C') if 'C' in free else None
-        return triton.jit(self.f, do_not_specialize=[o for o in free if o!='C'])
+        others = [o for o in free if o!='C']
+        return triton.jit(self.f, do_not_specialize=others)
 
     def _key(self, args):
         "Card, whether numbers are large, channels, types and where tensors begin in memory, and constants"
-        types = [None if o is None else (o.dtype,o.data_ptr()%16) for o in args[:self.numbers]]
-        large = max(args[self.numbers:self.constants])>=2**31
+        tensors = args[:self.numbers]
+        numbers = args[self.numbers:self.constants]
+        types = [None if o is None else (o.dtype,o.data_ptr()%16) for o in tensors]
+        large = max(numbers)>=2**31
         channels = None if self.channels is None else args[self.channels]
         return torch.cuda.current_device(),large,channels,*types,*args[self.constants:]
 
@@ -79,6 +84,7 @@ def _ones(x, C, BC:tl.constexpr):
     c = tl.arange(0, BC)
     tl.store(x+c, c*0.+1., mask=c<C)
 
+# %% ../nbs/08_compiled.ipynb #5c330c77
 @lru_cache
 def card_compiles(
     i:int, # Number of the card
@@ -97,6 +103,7 @@ def card_compiles(
         return False
     return True
 
+# %% ../nbs/08_compiled.ipynb #85f52f4b
 def _no_kernels(card, e):
     why = (str(e).strip().splitlines() or [type(e).__name__])[0]
     return (f"{card} computes with torch's own operators, which is slower: kernels cannot be compiled for it "
@@ -107,7 +114,8 @@ def runs_kernels(
     x:torch.Tensor, # What is computed with
 ) -> bool: # Is it where kernels run?
     "Whether kernels can compute with a tensor, by the device that it is on."
-    return interpreted() or x.is_cuda and card_compiles(x.device.index)
+    if interpreted(): return True
+    return x.is_cuda and card_compiles(x.device.index)
 
 # %% ../nbs/08_compiled.ipynb #7a3a811b
 def next_power(

@@ -21,7 +21,8 @@ from .core import *
 # %% ../nbs/49_devices.ipynb #3acdd316
 def cards() -> list: # Names such as `'cuda:0'`; `['cpu']` where there is none
     "The cards that this process may use."
-    return [f'cuda:{i}' for i in range(torch.cuda.device_count())] or ['cpu']
+    n = torch.cuda.device_count()
+    return [f'cuda:{i}' for i in range(n)] or ['cpu']
 
 # %% ../nbs/49_devices.ipynb #50f2da84
 def card_precision() -> str: # A value of the recipe's `precision`
@@ -62,6 +63,7 @@ def free_device(
         default_device(None)
         lock.release()
 
+# %% ../nbs/49_devices.ipynb #f1021ef6
 def _first_free(devices, folder):
     for i,device in enumerate(devices):
         lock = FileLock(folder/f'{i}.lock')
@@ -70,6 +72,7 @@ def _first_free(devices, folder):
         return lock,device
     raise MGMTError(f"all {len(devices)} devices are taken: start no more processes than there are devices")
 
+# %% ../nbs/49_devices.ipynb #291f610f
 def use_device(
     device:str, # `'cpu'`, or a card as `'cuda:1'`
 ):
@@ -94,6 +97,7 @@ def side_by_side(
         one = partialler(_on_free_device, work=f, devices=devices, folder=folder)
         yield from as_they_finish(one, jobs, len(devices), 'loky', progress)
 
+# %% ../nbs/49_devices.ipynb #f6d36798
 def _on_free_device(job, work, devices, folder):
     with free_device(devices, folder): return work(job)
 
@@ -114,6 +118,7 @@ def as_they_finish(
         done = Parallel(n_jobs=n_jobs, return_as='generator_unordered')(work)
         yield from track(done, len(jobs), progress)
 
+# %% ../nbs/49_devices.ipynb #fe258347
 def _one(f, i, job, parent):
     if os.getppid()==parent: end_with_parent(parent)
     return i,f(job)

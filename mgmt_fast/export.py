@@ -34,6 +34,7 @@ def _onnx_tools():
 
 _no_onnx = "writing ONNX needs {}: pip install 'mgmt_fast[onnx]'"
 
+# %% ../nbs/73_export.ipynb #f83b8449
 def onnx_bytes(
     network:nn.Module, # (B,C,D,H,W) in [0,1] to logits (B,1); not changed
     shape:tuple, # (C,D,H,W) of one volume; the batch stays open
@@ -55,11 +56,14 @@ def onnx_bytes(
             raise MGMTError(_not_as_onnx(network, opset, e)) from e # of many kinds, torch's
     return _without_traces(proto).SerializeToString(deterministic=True)
 
+# %% ../nbs/73_export.ipynb #60e31f60
 def _not_as_onnx(network, opset, e):
-    what = f"{getattr(network, 'arch', type(network).__name__)} cannot be written as ONNX, opset {opset}"
-    return (f"{what} ({type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}): try another opset, or "
+    name = getattr(network, 'arch', type(network).__name__)
+    why = str(e).splitlines()[0][:200] if str(e) else ''
+    return (f"{name} cannot be written as ONNX, opset {opset} ({type(e).__name__}: {why}): try another opset, or "
         "export it by torch.export.export")
 
+# %% ../nbs/73_export.ipynb #eef0686b
 def _without_traces(proto):
     "Take out where in which file of this computer each operator came from"
     g = proto.graph
@@ -95,7 +99,9 @@ def onnx_difference(
     return worst
 
 def _no_valid_onnx(network, e):
-    return f"{getattr(network, 'arch', type(network).__name__)} as ONNX is not valid ({str(e).splitlines()[0][:200]})"
+    name = getattr(network, 'arch', type(network).__name__)
+    why = str(e).splitlines()[0][:200]
+    return f"{name} as ONNX is not valid ({why})"
 
 # %% ../nbs/73_export.ipynb #b6ae6904
 class ExportedPart(NamedTuple):
@@ -121,10 +127,14 @@ def parts_of(
             raise MGMTError(_no_views)
     return [ExportedPart(*o) for o in parts]
 
-def _frozen(bundle, o): return o['name'],load_model(bundle.path/o['name']),o['temperature']
+# %% ../nbs/73_export.ipynb #7a2a9735
+def _frozen(bundle, o):
+    model = load_model(bundle.path/o['name'])
+    return o['name'],model,o['temperature']
 
 _no_views = "a model that averages over views is no single network: export the model that `save_model` wrote"
 
+# %% ../nbs/73_export.ipynb #01908d5e
 def _averaged(model):
     "The networks of a fusion that is their mean"
     parts = getattr(model, 'parts', None)
@@ -148,9 +158,11 @@ def describe_network(
     return dict(kind='onnx', form=1, **made, input=_input_of(m), output=_OUTPUT, prepare=_prepared_as(m, model),
         calibrate=calibrate)
 
+# %% ../nbs/73_export.ipynb #7bc2f8e8
 _OUTPUT = dict(name='logit', type='float32', axes=['batch',1],
     what='log-odds of a methylated MGMT promoter, before any calibration')
 
+# %% ../nbs/73_export.ipynb #36df1e04
 def _input_of(m):
     axes = ['batch',len(m.sequences),*m.size]
     what = 'prepared bytes divided by 255: 0 to 1, the surroundings of the brain 0'
@@ -158,6 +170,7 @@ def _input_of(m):
     return dict(name='volume', type='float32', axes=axes, order='batch, sequence, D, H, W', what=what,
         sequences=list(m.sequences), done_inside=inside)
 
+# %% ../nbs/73_export.ipynb #f1b9c438
 def _prepared_as(m, model):
     "The recipe's choices of preparation, and how the scans of training lay"
     known = dict(spacing=getattr(model, 'spacing', None), acquired=getattr(model, 'preparation', None))
@@ -168,6 +181,7 @@ _HOW = ('as `prepare` of mgmt_fast does it with these choices: slices in the ord
     '`sequences` on one grid and cut to one box around the brain, resampled to the size of the input, percentiles '
     '`clip` of the brain to 1 and 255')
 
+# %% ../nbs/73_export.ipynb #92c2584c
 def weights_digest(
     network:nn.Module, # Any
 ) -> str: # SHA-256 of names, types, shapes and numbers of its weights and statistics
@@ -206,7 +220,8 @@ def export_model(
     _onnx_tools()
     model,dest = as_model(model),Path(dest)
     told = {o.name: dict(describe_network(o, model), opset=opset) for o in parts_of(model)}
-    if dest.is_symlink() or dest.is_file() or dest.is_dir() and any(dest.iterdir()):
+    is_taken = dest.is_symlink() or dest.is_file() or dest.is_dir() and any(dest.iterdir())
+    if is_taken:
         return _same_export(dest, told)
     with atomic_path(dest, record=True) as tmp:
         tmp.mkdir()
@@ -214,6 +229,7 @@ def export_model(
         write_text(tmp/'predict.py', PREDICT)
     return pd.DataFrame(rows)
 
+# %% ../nbs/73_export.ipynb #4700d8c3
 def _write_network(part, told, opset, folder):
     "Write one network and its JSON; its row of the table"
     m = part.model
@@ -227,12 +243,14 @@ def _write_network(part, told, opset, folder):
     write_json(folder/f'{part.name}.json', dict(told, file=file, written_with=_versions()))
     return _row(file)
 
+# %% ../nbs/73_export.ipynb #8e7cb4d6
 def _row(file): return dict(file=file['name'], bytes=file['bytes'], difference=file['difference'])
 
 def _versions():
     onnx,runtime = _onnx_tools()
     return dict(mgmt_fast=__version__, torch=torch.__version__, onnx=onnx.__version__, onnxruntime=runtime.__version__)
 
+# %% ../nbs/73_export.ipynb #d70af1b1
 def _differs(m, d):
     return (f"{m.arch} as ONNX gives logits that differ by {d:.2g} from torch's, and {_SAME:g} is allowed: its "
         "activations may be very large. Nothing was written")
@@ -241,6 +259,7 @@ def _differs(m, d):
 _FILE = record_of(dict(name=A_FILE_NAME, bytes=Allowed.whole(0), sha256=TEXT, difference=Allowed.number(0)))
 _WRITTEN = record_of(dict(kind=Allowed.one_of('onnx'), file=_FILE), others=True)
 
+# %% ../nbs/73_export.ipynb #2714008e
 def _same_export(dest, told):
     "The table of the export that is there, if it is of the same model; else an error"
     try:
@@ -252,9 +271,11 @@ def _same_export(dest, told):
         "away")
     return pd.DataFrame([_row(there[k]['file']) for k in told])
 
+# %% ../nbs/73_export.ipynb #f2d29843
 def _is_of(there, told, dest):
     "Is a JSON that was read the one of this network, and its file the one that it names?"
     own = {k:v for k,v in there.items() if k not in ('file','written_with')}
     with open_input(dest/there['file']['name']) as f:
         data = f.read()
-    return json_digest(own)==json_digest(told) and hashlib.sha256(data).hexdigest()==there['file']['sha256']
+    same_file = hashlib.sha256(data).hexdigest()==there['file']['sha256']
+    return json_digest(own)==json_digest(told) and same_file

@@ -29,6 +29,7 @@ from .bundle import *
 METRICS = dict(auc='AUC', accuracy='accuracy', sensitivity='sensitivity', specificity='specificity', loss='log loss',
     brier='Brier score') # what a plan can name as its measure
 
+# %% ../nbs/66_external.ipynb #10e5d355
 def preregister(
     path:str|Path, # File to write
     bundle:Bundle|FrozenPredictions|str|Path, # What was frozen, or its folder
@@ -53,6 +54,7 @@ def preregister(
         write_json(path, plan)
     return plan
 
+# %% ../nbs/66_external.ipynb #978874e2
 def _same_plan(path, said):
     "The plan that was written before, where it says the same"
     plan = _read_plan(path)
@@ -66,6 +68,7 @@ def _read_plan(path):
         raise ProtocolError(f"{path} is no plan: give the file that preregister wrote")
     return d
 
+# %% ../nbs/66_external.ipynb #0d5965ec
 def _deviations(plan, b, n, nth, record):
     "In words, where the test is not what the plan says"
     res = []
@@ -81,6 +84,7 @@ def _deviations(plan, b, n, nth, record):
         res.append(f"the cohort had been met {len(earlier)} times before the plan was written")
     return res
 
+# %% ../nbs/66_external.ipynb #2240319a
 def _fulfilled(plan, b, part, nth, record):
     "The plan in the result: its hash, its measure, and what deviates"
     if plan is None: return 'no plan was given'
@@ -97,21 +101,25 @@ def _check_ids(bundle, patients):
 
 def _with_scans(store):
     "A label without scans tests nobody"
-    return store.table.patient[store.table[list(store.sequences)].any(axis=1)]
+    scanned = store.table[list(store.sequences)].any(axis=1)
+    return store.table.patient[scanned]
 
 def _in_both(both):
     return ProtocolError(f"{len(both)} patients are in training and test, e.g. {both[0]}: take them out of the test "
         "cohort; or rename its patients, if they only share their numbers")
 
+# %% ../nbs/66_external.ipynb #029e82c2
 def _check_content(bundle, store, seen):
     "No volume of training, and none that was prepared from the same files, may be tested"
     tables = [s.table for s in seen]
-    voxels = {*bundle.volumes, *(h for t in tables for h in t.hash)}
-    files = {h for t in tables for h in t.source}-{''}
-    twins = [p for p,m in store.meta.items() if any(v['hash'] in voxels for v in m['volumes'].values())]
+    voxels = set(bundle.volumes).union(*(t.hash for t in tables))
+    files = set().union(*(t.source for t in tables))-{''}
+    def _same_voxels(m): return any(v['hash'] in voxels for v in m['volumes'].values())
+    def _same_files(m): return any(source_hash(m, s) in files for s in m['volumes'])
+    twins = [p for p,m in store.meta.items() if _same_voxels(m)]
     if twins:
         raise _same_scan(twins, 'have a volume that is equal to the voxel to one of training')
-    twins = [p for p,m in store.meta.items() if any(source_hash(m, s) in files for s in m['volumes'])]
+    twins = [p for p,m in store.meta.items() if _same_files(m)]
     if twins:
         raise _same_scan(twins, 'have a volume that was prepared from the very files of one of training')
 
@@ -119,6 +127,7 @@ def _same_scan(twins, what):
     return ProtocolError(f"{len(twins)} test patients {what}, e.g. {twins[0]}: the same scan under another name. "
         "Take them out")
 
+# %% ../nbs/66_external.ipynb #f3c79013
 def _overlap(bundle, store, seen):
     "What the fingerprints say: who is the same, who is uncertain, and how it was found"
     silent = len(bundle.models)-len(seen)
@@ -132,6 +141,7 @@ def _overlap(bundle, store, seen):
     note = '' if not silent else _no_fingerprints(silent, len(bundle.models))
     return dict(same=same, uncertain=uncertain, compared=compared.patient.nunique(), highest=highest, note=note)
 
+# %% ../nbs/66_external.ipynb #1871d31b
 def _no_fingerprints(silent, n):
     return (f"{silent} of {n} models do not say what they were trained on (version 0.1), so overlap could not be "
         "excluded")
@@ -155,6 +165,7 @@ def _aside(leakage, cohort):
         "is it the report of another one?")
     return sorted({of[id_key(o)] for o in ids}),source
 
+# %% ../nbs/66_external.ipynb #41b37679
 def _as_report(leakage):
     "A table with test and verdict, or a list of patients; and its source"
     if not isinstance(leakage, (str,Path)):
@@ -166,11 +177,13 @@ def _as_report(leakage):
         source['kind'] = 'leakage audit'
     return (table.patient.tolist() if list(table)==['patient'] else table),source
 
+# %% ../nbs/66_external.ipynb #0d3fb076
 def _source_of_object(leakage):
     "An audit's table in memory knows its thresholds; anything else is made by hand"
     made = isinstance(leakage, pd.DataFrame) and 'thresholds' in leakage.attrs and _audits<=set(leakage)
     return dict(kind='leakage audit' if made else 'list made by hand')
 
+# %% ../nbs/66_external.ipynb #9e5a616d
 def _from_audit(table, path):
     "Does a file agree with the audit that lies beside it?"
     beside = path.parent/'leakage.csv'
@@ -181,17 +194,20 @@ def _from_audit(table, path):
     if list(table)!=['patient']: return table.equals(audit)
     return set(table.patient)==set(audit.test[audit.verdict.isin(['same','uncertain'])])
 
+# %% ../nbs/66_external.ipynb #d2eaa71b
 def _no_report(table):
     have = ', '.join(map(str, table.columns))
     return ProtocolError(f"a leakage report has the columns test and verdict; received {have}")
 
+# %% ../nbs/66_external.ipynb #52852f32
 def _how_they_differ(scored, aside, threshold):
     "Labels and errors of those set aside and of the others, and Fisher's exact test of the errors"
     out = scored.patient.isin(aside)
     wrong = (scored.prob>=threshold)!=(scored.label==1)
     res = {}
     for name,at in (('those_set_aside',out),('the_others',~out)):
-        res[name] = dict(n=int(at.sum()), methylated=int((scored.label[at]==1).sum()), errors=int(wrong[at].sum()))
+        methylated = scored.label[at]==1
+        res[name] = dict(n=int(at.sum()), methylated=int(methylated.sum()), errors=int(wrong[at].sum()))
     counts = [[o['errors'], o['n']-o['errors']] for o in res.values()]
     return dict(res, p_errors=round(float(fisher_exact(counts)[1]), 6))
 
@@ -213,12 +229,15 @@ def _performance(t, threshold):
     res = {k: np.round(v, 6).tolist() for k,v in res.items()}
     return dict(n=len(t), methylated=int(y.sum()), interval=AUC_METHODS[auc.name], **res)
 
+# %% ../nbs/66_external.ipynb #35bed92f
 def _scored(preds, store, same):
     "Predictions with labels of those who can be scored, and why the others are left out"
     t = preds.merge(store.table[['patient','label']], on='patient')
     copies = t.patient.isin(same)
     out = t.prob.isna()|t.label.isna()|copies
-    rows = [dict(patient=r.patient, why=_why_left_out(r, copy)) for r,copy in zip(t[out].itertuples(), copies[out])]
+    rows = []
+    for r,copy in zip(t[out].itertuples(), copies[out]):
+        rows.append(dict(patient=r.patient, why=_why_left_out(r, copy)))
     if copies.any() and out.all():
         raise _nobody_left(copies.sum())
     return t[~out],rows
@@ -239,7 +258,9 @@ def _company(record, b, p):
     results,predictions = record.results,record.predictions # each reads the files
     rows = [_first_result(results, o) for o in others]
     ps = [1. if r['p'] is None else r['p'] for r in rows]
-    p_holm = None if p is None else round(float(holm([p, *ps])[0]), 6)
+    p_holm = None
+    if p is not None:
+        p_holm = round(float(holm([p, *ps])[0]), 6)
     own = [e for e in predictions if not e['by'].startswith('bundle ')]
     looks = dict(by_models=len(own), by_bundles=len(predictions)-len(own))
     return dict(bundles=1+len(others), others=rows, p=p, p_holm=p_holm, predictions=looks)
@@ -256,10 +277,19 @@ _signature_means = ('the signature is a hash without a key: it shows damage and 
 
 def _note(bundle, this, aside, source, differ, overlap, company, plan, unlike):
     "What a reader must know first, in sentences"
-    return '; '.join(filter(None, [_on_the_list(aside, source, differ), _on_the_pass(this.nth),
-        _on_other_copies(*this.elsewhere), _on_the_company(company), _on_the_overlap(overlap),
-        _on_the_unlike(unlike), _on_the_threshold(bundle.validation), _on_the_plan(plan), _signature_means]))
+    said = [
+        _on_the_list(aside, source, differ),
+        _on_the_pass(this.nth),
+        _on_other_copies(*this.elsewhere),
+        _on_the_company(company),
+        _on_the_overlap(overlap),
+        _on_the_unlike(unlike),
+        _on_the_threshold(bundle.validation),
+        _on_the_plan(plan),
+        _signature_means]
+    return '; '.join(filter(None, said))
 
+# %% ../nbs/66_external.ipynb #314f9b87
 def _unlike(preds):
     "Test patients whose scans are unlike training's, as far as the models know what that was like"
     if 'unlike' not in preds:
@@ -271,6 +301,7 @@ def _on_the_unlike(unlike):
     n,of = len(unlike['flagged']),unlike['looked_at']
     return f"{n} of {of} scans are unlike training's (in `unlike`; the figures are of all)" if n else ''
 
+# %% ../nbs/66_external.ipynb #d2142d15
 def _on_other_copies(own, others):
     res = []
     if own:
@@ -281,10 +312,12 @@ def _on_other_copies(own, others):
         res.append(f'copies of this cohort were tested on this computer with {others} more, not counted here')
     return '; '.join(res)
 
+# %% ../nbs/66_external.ipynb #d5176f74
 def _on_the_threshold(validation):
     known = validation.get('trained_on')
     return threshold_warning(known, validation['n']) if known else ''
 
+# %% ../nbs/66_external.ipynb #58963f8f
 def _on_the_list(aside, source, differ):
     if not aside or source['kind']!='list made by hand':
         return ''
@@ -294,11 +327,13 @@ def _on_the_list(aside, source, differ):
 
 def _patients(n): return '1 patient' if n==1 else f'{n} patients'
 
+# %% ../nbs/66_external.ipynb #4088d74c
 def _on_the_pass(nth):
     if nth==1: return 'first pass'
     return (f'pass {nth}: patients of this cohort were tested before with this bundle, so this is no longer an '
         'untouched test set')
 
+# %% ../nbs/66_external.ipynb #3076cf7c
 def _on_the_company(company):
     k = company['bundles']
     looks = sum(company['predictions'].values())
@@ -310,6 +345,7 @@ def _on_the_company(company):
         res.append(f"it was predicted {'once' if looks==1 else f'{looks} times'} outside of a test")
     return '; '.join(res)
 
+# %% ../nbs/66_external.ipynb #cbbc27f2
 def _on_the_overlap(overlap):
     res = []
     same = len(overlap['same'])
@@ -320,6 +356,7 @@ def _on_the_overlap(overlap):
         res.append(f'{_patients(doubt)} may be known from training: see the figures without them')
     return '; '.join(filter(None, [*res, overlap['note']]))
 
+# %% ../nbs/66_external.ipynb #52a04254
 def _on_the_plan(plan):
     if isinstance(plan, str):
         return 'not announced beforehand'
@@ -340,6 +377,7 @@ def _check_alike(bundle, store, override):
     if len(rest): raise _prepared_otherwise(rest)
     return differ
 
+# %% ../nbs/66_external.ipynb #fd2927c7
 _kinds = ('space','spacing','skull')
 
 def _lacking(sequences):
@@ -350,6 +388,7 @@ def _prepared_otherwise(rest):
     return ProtocolError(f"the test cohort was prepared otherwise than training's: {said}. Prepare it alike, or pass "
         f"override={sorted(set(rest.what))}, which the result will record")
 
+# %% ../nbs/66_external.ipynb #811cad08
 def _this_pass(b, store, record):
     "Which pass this is: of a test that was stopped, the same one"
     volumes = set(record.volumes)
@@ -363,17 +402,23 @@ def _this_pass(b, store, record):
     elsewhere = _met_elsewhere(b, record, known, met)
     return NS(again=again, nth=nth, elsewhere=elsewhere, name=f'external-{json_hash(sorted(volumes))[:8]}-{nth}')
 
+# %% ../nbs/66_external.ipynb #4c3c9007
 def _met_elsewhere(b, record, known, met):
     "How often this bundle, and how many others, met copies of the cohort that this record knows nothing of"
     counted = {e['bundle'] for e in known}
-    tests = [e for entries in record.elsewhere().values() for e in entries if e['kind']=='test']
+    tests = []
+    for entries in record.elsewhere().values():
+        tests += [e for e in entries if e['kind']=='test']
     own = sum(e['bundle']==b.signature for e in tests)-len(met)
-    return max(0, own),len({e['bundle'] for e in tests}-counted-{b.signature})
+    others = {e['bundle'] for e in tests}-counted-{b.signature}
+    return max(0, own),len(others)
 
+# %% ../nbs/66_external.ipynb #82aee483
 def _entries_missing(b, store, known, met):
     return ProtocolError(f"{store.path} was tested {known} times with this bundle, but its ledger knows of {met}: "
         f"entries are missing. Restore {b.ledger.path}")
 
+# %% ../nbs/66_external.ipynb #56048645
 def _begin(b, store, record):
     "Write down the intent, in the ledger and in the cohort's record, before any number is known to the outside"
     with locked(b.ledger.path): # a pass has its number to itself
@@ -384,10 +429,12 @@ def _begin(b, store, record):
     if not where: raise _no_record(record.store.path)
     return this,entry,where
 
+# %% ../nbs/66_external.ipynb #b2fb9909
 def _no_record(path):
     return ProtocolError(f"the test can be recorded neither beside {path} nor in {user_folder()}: both are read-only. "
         "Set MGMT_FAST_HOME to a folder that can be written to")
 
+# %% ../nbs/66_external.ipynb #cb18730f
 def _groups(scored, threshold, aside, uncertain):
     "Figures of all, without those set aside, and without those of whom it is uncertain"
     def _without(who): return _performance(scored[~scored.patient.isin(who)], threshold)
@@ -425,6 +472,7 @@ def external_test(
     with locked(b.path/f'external-{record.key}', timeout=0.):
         return _test(b, store, dest, record, leakage, differ, plan, progress)
 
+# %% ../nbs/66_external.ipynb #b20884a5
 def _test(b, store, dest, record, leakage, differ, plan, progress):
     "Predict, write down that the test has begun, and write and sign its result"
     seen = b.seen()
@@ -440,6 +488,7 @@ def _listed(leakage, store):
     "Who is set aside, and by whom"
     return (None,None) if leakage is None else _aside(leakage, store.table.patient)
 
+# %% ../nbs/66_external.ipynb #dcfd8af4
 def _write_test(b, store, dest, record, listed, differ, plan, overlap, preds):
     "Write down that the test has begun; then its result, signed"
     aside,source = listed
@@ -466,24 +515,28 @@ def _write_test(b, store, dest, record, listed, differ, plan, overlap, preds):
     _end(b, this, record, res)
     return res
 
+# %% ../nbs/66_external.ipynb #c3fdcde7
 def _end(b, this, record, res):
     "Enter the result in the cohort's record, and close the pass"
-    found = dict(auc=res['all'].get('auc', [None])[0], p=res['record']['p'], result=res['signature'])
+    auc = res['all'].get('auc', [None])[0]
+    found = dict(auc=auc, p=res['record']['p'], result=res['signature'])
     record.enter('result', date=res['date'], bundle=b.signature, **found, **{'pass':this.nth})
     b.ledger.enter(date=utc_now(), done=this.name)
 
+# %% ../nbs/66_external.ipynb #5f8fddc9
 def _for_testing(fitting):
     return ProtocolError(f"external_test takes no {', '.join(fitting)}: a test cohort is for testing, and what is "
         "fitted, chosen or recalibrated on it is no longer tested. Settle it on validation patients and freeze another "
         "bundle")
 
+# %% ../nbs/66_external.ipynb #1d926bca
 def _store_of(b, cohort, dest, progress):
     "The cohort's store, prepared here if it is not"
     if isinstance(cohort, VolumeStore): return cohort
     name = f'store-{json_hash(sorted(cohort.patient.astype(str)))[:8]}'
     return b.prepare(cohort, dest/name, progress=progress)
 
-
+# %% ../nbs/66_external.ipynb #382d2085
 def _cohort(store, record, left_out):
     "What was tested, by hash and by number"
     t = store.table[['patient','label']]
@@ -505,6 +558,7 @@ def read_result(
         raise _signed_again(path)
     return d
 
+# %% ../nbs/66_external.ipynb #206ab95f
 def _results_of(d):
     "Results that the cohort's record in the user's data folder holds"
     return cohort_entries(d['record']['key'], 'result') if 'record' in d else []
@@ -532,17 +586,22 @@ def external_table(
                 rows.append(_row(r, r[part], name, results))
     return pd.DataFrame(rows)
 
+# %% ../nbs/66_external.ipynb #ad2b51ba
 _parts = dict(all='external', without_suspected='external, without suspected',
     without_uncertain='external, without uncertain')
 
+# %% ../nbs/66_external.ipynb #c05a0584
 def _row(r, x, name, results):
     "One group of patients of a result"
-    figures = {k+end: v for k in ('accuracy','auc','loss') for end,v in zip(('','_lo','_hi'), x[k])}
+    figures = {}
+    for k in ('accuracy','auc','loss'):
+        figures[k],figures[k+'_lo'],figures[k+'_hi'] = x[k]
     share = min(x['methylated'], x['n']-x['methylated'])/x['n']
     company = _company_today(r, x['p_permutation'], results)
     about = dict(r['model'], set=name, n=x['n'], minority=share, interval=x.get('interval', "DeLong's"))
     return {**about, 'pass':r['pass'], **figures, **company}
 
+# %% ../nbs/66_external.ipynb #df86c5bc
 def _company_today(r, p, results):
     "How many bundles met the cohort, by this result and the others that are given, and p by Holm over them"
     if 'record' not in r:
@@ -561,11 +620,17 @@ class _PredictedCohort:
     "A table of predictions, as a cohort's record knows one: who is in it, and where what it has met is written down"
     sequences = ()
     def __init__(self, preds, path):
-        self.path,self.table = path,preds[['patient','label']]
-        self.meta = {p: dict(volumes=dict(label=dict(hash=_person(p, y)))) for p,y in self.table.values.tolist()}
+        self.path = path
+        self.table = preds[['patient','label']]
+        self.meta = {}
+        for p,y in self.table.values.tolist():
+            self.meta[p] = dict(volumes=dict(label=dict(hash=_person(p, y))))
 
-def _person(patient, label): return json_hash([id_key(patient), None if pd.isna(label) else int(label)])
+def _person(patient, label):
+    known = None if pd.isna(label) else int(label)
+    return json_hash([id_key(patient), known])
 
+# %% ../nbs/66_external.ipynb #6389f79e
 _no_images = "without images, overlap with training under other ids could not be looked for"
 
 def _table_at(predictions, dest):

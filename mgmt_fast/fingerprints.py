@@ -29,6 +29,7 @@ from .runs import key_digest, volume_key
 _strengths = dict(shift=15., turn=10., slices=(1.,5.), gamma=(.7,1.4), bias=.4, noise=.05, peel=4., crop=.15, flip=.5)
 PERTURBATIONS = tuple(_strengths)
 
+# %% ../nbs/29_fingerprints.ipynb #dae4f415
 def draw_perturbation(
     rng:np.random.Generator, # Where the draw comes from
     kinds:list|tuple=PERTURBATIONS, # Which of them to draw
@@ -36,13 +37,16 @@ def draw_perturbation(
 ) -> dict: # For `perturb`
     """Draw how a copy differs: up to 15 mm, 10 degrees, slices of 1 to 5 mm, gamma .7 to 1.4, coils uneven by e^.4,
     noise of 5 %, a mask tighter by 4 mm, 15 % cut off each end, every second one mirrored."""
-    def size(n=()): return rng.random(n) if strength is None else strength*np.ones(n)
+    def size(n=()):
+        if strength is None: return rng.random(n)
+        return strength*np.ones(n)
     def share(most): return float(most*size())
     def ends(most): return (most*size((3,2))).tolist()
     def mirrored(chance): return bool(rng.random()<chance)
     def vector(most):
         v = rng.standard_normal(3)
-        return (v/np.linalg.norm(v)*most*size()).tolist()
+        v = v/np.linalg.norm(v)
+        return (v*most*size()).tolist()
     def between(limits):
         if strength is None:
             return float(np.exp(rng.uniform(*np.log(limits))))
@@ -87,16 +91,20 @@ def perturb(
     side = int(np.abs(affine[0,:3]).argmax())
     return Volume(y.flip(side), affine=y.affine) if flip else y
 
+# %% ../nbs/29_fingerprints.ipynb #65e57f91
 def _new_grid(vol, new, shift, turn):
     "Affine and shape of a grid of another spacing that holds the volume after it moved"
     margin = 2*np.linalg.norm(shift)+40*(np.linalg.norm(turn)>0)
     size = np.array(vol.shape)
-    n = tuple(int(o) for o in np.ceil((size*vol.spacing+margin)/new))
+    n = np.ceil((size*vol.spacing+margin)/new)
+    n = tuple(int(o) for o in n)
+    centre = vol.world((size-1)/2)
     affine = np.eye(4)
     affine[:3,:3] = vol.affine[:3,:3]/vol.spacing*new
-    affine[:3,3] = vol.world((size-1)/2)-affine[:3,:3]@((np.array(n)-1)/2)
+    affine[:3,3] = centre-affine[:3,:3]@((np.array(n)-1)/2)
     return affine,n
 
+# %% ../nbs/29_fingerprints.ipynb #d4c4ef8c
 def _moved(vol, shift, turn):
     "Where a point of the copy lies in the volume, mm (4,4)"
     centre = vol.world((np.array(vol.shape)-1)/2)
@@ -105,24 +113,33 @@ def _moved(vol, shift, turn):
     move[:3,3] = centre-move[:3,:3]@(centre+shift)
     return move
 
+# %% ../nbs/29_fingerprints.ipynb #108a7884
 def _with_gain(y, bias):
     "Multiply by a gain that grows along D, H and W"
     for axis,b in enumerate(bias):
         gain = np.exp(b*np.linspace(-1, 1, y.shape[axis]))
-        y = y*gain.reshape([-1 if d==axis else 1 for d in range(3)])
+        shape = [1,1,1]
+        shape[axis] = -1
+        y = y*gain.reshape(shape)
     return y
 
+# %% ../nbs/29_fingerprints.ipynb #bc7b95fe
 def _rician(y, noise, rng):
     "The magnitude of a signal with noise in both channels"
-    real,imaginary = (noise*rng.standard_normal(y.shape, dtype=np.float32) for _ in range(2))
+    real = noise*rng.standard_normal(y.shape, dtype=np.float32)
+    imaginary = noise*rng.standard_normal(y.shape, dtype=np.float32)
     return np.hypot(y+real, imaginary)
 
+# %% ../nbs/29_fingerprints.ipynb #882c3d9f
 def _cut_ends(y, tissue, crop):
     "Cut a share of what holds tissue off both ends of each axis"
     full = np.argwhere(tissue)
     lo,hi = full.min(0),full.max(0)+1
     cut = np.round((hi-lo)[:,None]*np.asarray(crop)).astype(int)
-    return y[tuple(slice(int(a),int(b)) for a,b in zip(lo+cut[:,0], hi-cut[:,1]))]
+    first = lo+cut[:,0]
+    end = hi-cut[:,1]
+    kept = [slice(int(a), int(b)) for a,b in zip(first, end)]
+    return y[tuple(kept)]
 
 # %% ../nbs/29_fingerprints.ipynb #d7682a14
 class LeakageError(MGMTError):
@@ -177,15 +194,20 @@ class ScanSet:
 
     def sequences(self) -> list: # In the order of `SEQUENCES`
         "Those that one patient or more has"
-        def _some(seq): return any(self.has(i, seq) for i in range(len(self.patients)))
-        return [s for s in SEQUENCES if s in self.table and _some(s)]
+        found = []
+        for seq in SEQUENCES:
+            if any(self.has(i, seq) for i in range(len(self.patients))): found.append(seq)
+        return found
 
     def content(self,
         i:int, # Which patient
         seq:str, # Which sequence
     ) -> str: # Digest of `volume_key`; what is not there is told where it is read
         "What changes when the volume does"
-        entry = self.data.meta[self.patients[i]] if self.store else self.table.iloc[i]
+        if self.store:
+            entry = self.data.meta[self.patients[i]]
+        else:
+            entry = self.table.iloc[i]
         return key_digest(volume_key(entry, seq))
 
     def volume(self,
@@ -210,6 +232,7 @@ class ScanSet:
         affine[:3,:3] = CANONICAL*BRAIN_EXTENT/np.array(vol.shape)
         return Volume(vol, affine=affine)
 
+# %% ../nbs/29_fingerprints.ipynb #1de1be6b
 def _read_hashed(row, seq):
     "A cohort's volume, and hashes of its UIDs"
     path,index = row[seq],row.get(f'{seq}_index')
@@ -224,6 +247,7 @@ def _read_hashed(row, seq):
                 uids.add(_digest(k.encode(), str(f[k]).encode()))
     return vol,sorted(uids)
 
+# %% ../nbs/29_fingerprints.ipynb #f0af67ca
 def _no_set(name, data):
     return f"{name} must be a VolumeStore or a cohort with a column `patient`; received {type(data).__name__}"
 
@@ -246,9 +270,11 @@ def in_parallel(
     size = max(1, min(16, total//(4*n)))
     parts = ((f,o) for o in chunked(jobs, size))
     n_parts = -(-total//size)
-    done = _in_order(in_processes(_each, parts, n, progress=False, total=n_parts))
-    yield from track((o for results in done for o in results), total, progress)
+    done = in_processes(_each, parts, n, progress=False, total=n_parts)
+    results = (o for part in _in_order(done) for o in part)
+    yield from track(results, total, progress)
 
+# %% ../nbs/29_fingerprints.ipynb #98c96220
 def _in_order(done):
     "Results by their places"
     waiting,i = {},0
@@ -260,6 +286,7 @@ def _in_order(done):
             yield waiting.pop(i)
             i += 1
 
+# %% ../nbs/29_fingerprints.ipynb #fc229e86
 def _each(f, jobs): return [f(*o) for o in jobs]
 
 # %% ../nbs/29_fingerprints.ipynb #e00f9340
@@ -285,25 +312,32 @@ def keep_rows(
     write_text(journal, _as_lines([key,*facts.values()]))
     todo = [i for i,c in enumerate(contents) if c is not None and i not in facts]
     _fill_rows(arrays, journal, todo, contents, facts, compute)
-    return np.load(arrays, mmap_mode='r'),[facts.get(i) for i in range(len(contents))]
+    each = [facts.get(i) for i in range(len(contents))]
+    return np.load(arrays, mmap_mode='r'),each
 
+# %% ../nbs/29_fingerprints.ipynb #292018af
 _version = 3 # of the small copies and fingerprints
 
-def _as_lines(entries): return ''.join(json.dumps(o)+'\n' for o in entries)
+def _as_lines(entries):
+    lines = [json.dumps(o)+'\n' for o in entries]
+    return ''.join(lines)
 
 
 def _kept_facts(journal, key, contents):
     "Facts of the rows that an earlier run left and whose content is the same"
     first,*lines = read_json_lines(journal) or [None]
     if first!=key: return {}
-    return {o['i']:o for o in lines if _is_fact(o, contents)}
+    known = [o for o in lines if _is_fact(o, contents)]
+    return {o['i']: o for o in known}
 
 def _is_fact(o, contents):
     "Is an entry of a journal one of these rows, as it is now?"
-    if not isinstance(o, dict) or type(o.get('i')) is not int or not 0<=o['i']<len(contents):
-        return False
-    return o.get('content')==contents[o['i']]
+    if not isinstance(o, dict): return False
+    i = o.get('i')
+    if type(i) is not int or not 0<=i<len(contents): return False
+    return o.get('content')==contents[i]
 
+# %% ../nbs/29_fingerprints.ipynb #f630d6cb
 def _fill_rows(arrays, journal, todo, contents, facts, compute):
     "Compute rows and write them with their facts, 64 at a time and when interrupted"
     with write_errors(arrays, LeakageError):
@@ -344,11 +378,15 @@ def small_copies(
     progress:bool=True, # Show a progress bar?
 ) -> SmallCopies: # One row per patient
     "Read each volume once and keep its small copy. A volume that cannot be used is a fact of its row."
-    contents = [scans.content(i, seq) if scans.has(i, seq) else None for i in range(len(scans.patients))]
-    def _compute(todo): return in_parallel(small_copy, ((scans,i,seq) for i in todo), len(todo), n_workers, progress)
-    return SmallCopies(scans, seq, *keep_rows(folder, f'small_{seq}', scans.key, contents, SMALL_SHAPE, np.uint8,
-        _compute))
+    patients = range(len(scans.patients))
+    contents = [scans.content(i, seq) if scans.has(i, seq) else None for i in patients]
+    def _compute(todo):
+        jobs = ((scans,i,seq) for i in todo)
+        return in_parallel(small_copy, jobs, len(todo), n_workers, progress)
+    rows,facts = keep_rows(folder, f'small_{seq}', scans.key, contents, SMALL_SHAPE, np.uint8, _compute)
+    return SmallCopies(scans, seq, rows, facts)
 
+# %% ../nbs/29_fingerprints.ipynb #f6b9091c
 @one_thread()
 def small_copy(
     scans:ScanSet, # Whose volume to read
@@ -365,10 +403,13 @@ def small_copy(
 # %% ../nbs/29_fingerprints.ipynb #0751b6c9
 def _symmetric(y, w):
     "A symmetric `Structure` of summed local contrast and weights"
-    y,w = (y+y.flip(2))/2,(w+w.flip(2))/2
+    y = (y+y.flip(2))/2
+    w = (w+w.flip(2))/2
     inside = (w>.6*w.max()).float()
-    return Structure.of(torch.where(w>0, y/w.clamp(min=1e-3), 0)*inside, inside)
+    mean = torch.where(w>0, y/w.clamp(min=1e-3), 0)
+    return Structure.of(mean*inside, inside)
 
+# %% ../nbs/29_fingerprints.ipynb #3f8a09ca
 def _pose(template, s, k=2):
     "Where the template's voxels lie in a brain"
     starts = find_starts(template, s, k)
@@ -378,13 +419,16 @@ def _pose(template, s, k=2):
         return ncc*min(1, overlap/.7)
     return max(found, key=_fit)
 
+# %% ../nbs/29_fingerprints.ipynb #726527d6
 def _on_template(template, small):
     "A brain's local contrast and weights in the template's pose"
     s = Structure(small)
     turn,shift = _pose(template, s)
     at = torch.meshgrid(*map(torch.arange, SMALL_SHAPE), indexing='ij')
     q = torch.stack(at, -1).reshape(-1,3)-SMALL_CENTRE
-    return sample_field(torch.stack([s.y*s.w,s.w])[None], q@turn.T+shift).reshape(2,*SMALL_SHAPE)
+    field = torch.stack([s.y*s.w,s.w])[None]
+    values = sample_field(field, q@turn.T+shift)
+    return values.reshape(2,*SMALL_SHAPE)
 
 # %% ../nbs/29_fingerprints.ipynb #60b9e213
 @one_thread()
@@ -394,7 +438,9 @@ def average_brain(
 ) -> Structure: # Symmetric
     "The average local contrast of some brains, the template of all poses."
     parts = [Structure(o) for o in smalls]
-    t = _symmetric(sum(s.y*s.w for s in parts), sum(s.w for s in parts))
+    y = sum(s.y*s.w for s in parts)
+    w = sum(s.w for s in parts)
+    t = _symmetric(y, w)
     for _ in range(rounds):
         t = _symmetric(*sum(_on_template(t, o) for o in smalls))
     return t
@@ -407,8 +453,10 @@ def common_brain(
 ) -> Structure: # From `average_brain`
     "The average of some brains of a set, the same for the same set and seed."
     rng = rng_for(seed, 'leakage', 'template', copies.seq)
-    chosen = rng.choice(copies.ok, min(most,len(copies.ok)), replace=False)
-    return average_brain([copies.rows[i] for i in sorted(chosen)])
+    n = min(most, len(copies.ok))
+    chosen = rng.choice(copies.ok, n, replace=False)
+    smalls = [copies.rows[i] for i in sorted(chosen)]
+    return average_brain(smalls)
 
 # %% ../nbs/29_fingerprints.ipynb #62ad0c4a
 def template_points(
@@ -421,7 +469,9 @@ def template_points(
     at = inside.nonzero()
     number = torch.full(half, -1)
     number[inside] = torch.arange(len(at))
-    return (at-(torch.tensor(half)-1)/2)*2, number.flip(2)[inside].numpy()
+    centre = (torch.tensor(half)-1)/2
+    mirror = number.flip(2)[inside]
+    return (at-centre)*2,mirror.numpy()
 
 # %% ../nbs/29_fingerprints.ipynb #c4125657
 @one_thread()
@@ -432,8 +482,10 @@ def fingerprint(
     "What of a brain can be compared by a product."
     s = Structure(small)
     turn,shift = _pose(template, s)
-    y,w = sample_field(s.coarse.field, template_points(template)[0]@turn.T+shift)
-    return torch.where(w>.5, y, 0).numpy().astype(np.float16)
+    points,_ = template_points(template)
+    y,w = sample_field(s.coarse.field, points@turn.T+shift)
+    known = torch.where(w>.5, y, 0)
+    return known.numpy().astype(np.float16)
 
 # %% ../nbs/29_fingerprints.ipynb #4640d575
 def compare_fingerprints(
@@ -455,17 +507,20 @@ def compare_fingerprints(
             mirrored = _correlate(x, mx, y[:,mirror], my[:,mirror])
             yield i,j,np.maximum(straight, mirrored)
 
+# %% ../nbs/29_fingerprints.ipynb #9b281eb6
 def _centred(v, mean):
     "Fingerprints less the mean, and where they have values"
     v = np.asarray(v, np.float32)
     m = (v!=0).astype(np.float32)
     return (v-mean)*m,m
 
+# %% ../nbs/29_fingerprints.ipynb #5286cb9c
 def _correlate(x, mx, y, my):
     "Correlation over shared points, less the fewer there are"
     shared = mx@my.T
     power = ((x*x)@my.T)*(mx@(y*y).T)
-    return x@y.T*np.sqrt(shared/x.shape[1]/np.maximum(power, 1e-6))
+    weight = np.sqrt(shared/x.shape[1]/np.maximum(power, 1e-6))
+    return x@y.T*weight
 
 # %% ../nbs/29_fingerprints.ipynb #8f9d1e7f
 def kept_fingerprints(
@@ -478,10 +533,14 @@ def kept_fingerprints(
 ) -> np.ndarray: # (n,K) float16, of the copies in `copies.ok`, in that order
     "Fingerprints of small copies, computed once for each content and template."
     key = _digest(template.y.numpy(), template.w.numpy())
-    contents = [f"{key} {f['content']}" if i in copies.place else None for i,f in enumerate(copies.facts)]
+    contents = [None]*len(copies.facts)
+    for i in copies.ok:
+        contents[i] = f"{key} {copies.facts[i]['content']}"
     def _compute(todo):
         jobs = ((np.array(copies.rows[i]),template) for i in todo)
-        return ((o,{}) for o in in_parallel(fingerprint, jobs, len(todo), n_workers, progress))
-    shape = (len(template_points(template)[0]),)
+        prints = in_parallel(fingerprint, jobs, len(todo), n_workers, progress)
+        return ((o,{}) for o in prints)
+    points,_ = template_points(template)
+    shape = (len(points),)
     rows,_ = keep_rows(folder, f'{name}_{copies.seq}', key, contents, shape, np.float16, _compute)
     return np.asarray(rows[copies.ok])

@@ -49,6 +49,7 @@ def out_of_fold(
     t = t.astype({'patient':'string'}).sort_values('patient', ignore_index=True)
     return t,FusionModel(parts)
 
+# %% ../nbs/68_fusion.ipynb #97f3d356
 def _all_epochs(learn):
     "Train by the recipe to the end, with nothing that would choose an epoch"
     learn.remove_cbs([c for c in learn.cbs if isinstance(c, TrackerCallback)])
@@ -56,6 +57,7 @@ def _all_epochs(learn):
         learn.fit_recipe()
     return as_model(learn)
 
+# %% ../nbs/68_fusion.ipynb #18ac140d
 def _logits(m, store, fold):
     "What a model says of the patients of its fold"
     rows = []
@@ -75,13 +77,16 @@ def _number(v):
     try: return float(_words.get(word, v))
     except (TypeError, ValueError): return np.nan
 
+# %% ../nbs/68_fusion.ipynb #57e74bd8
 def _line(x, y):
     "Logistic regression (ridge of one standard deviation) as [intercept, weights]"
-    mu,sd = x.mean(0),np.maximum(x.std(0), 1e-9)
+    mu = x.mean(0)
+    sd = np.maximum(x.std(0), 1e-9)
     f = LogisticRegression().fit((x-mu)/sd, y)
     w = f.coef_[0]/sd
     return [float(f.intercept_[0]-w@mu), *map(float, w)]
 
+# %% ../nbs/68_fusion.ipynb #3485e866
 def _input_sets(parts, features):
     "All sets of inputs with one part at least"
     names = [*parts,*features]
@@ -89,6 +94,7 @@ def _input_sets(parts, features):
         for have in itertools.combinations(names, n):
             if set(have) & set(parts): yield list(have)
 
+# %% ../nbs/68_fusion.ipynb #fedb9cff
 def _weights(oof, parts, features):
     "A regression for each set of inputs with one part at least"
     res = {}
@@ -98,6 +104,7 @@ def _weights(oof, parts, features):
         res[','.join(have)] = _line(x, y)
     return res
 
+# %% ../nbs/68_fusion.ipynb #da3f0675
 def _combine(x, parts, weights):
     "One logit, and what was lacking, from `{input: number or NaN}`"
     lack = [k for k,v in x.items() if np.isnan(v)]
@@ -139,7 +146,9 @@ class FusionModel:
     @property
     def size(self): return tuple(self.recipe.size)
     @property
-    def arch(self): return '+'.join(uniqueify([p.arch for p in self.parts.values()]))
+    def arch(self):
+        names = [p.arch for p in self.parts.values()]
+        return '+'.join(uniqueify(names))
     def __repr__(self):
         how = 'mean' if self.weights is None else 'regression'
         inputs = ', '.join([*self.parts,*self.features])
@@ -147,7 +156,9 @@ class FusionModel:
 
     def needs(self) -> dict: # Each part's key, with its recipe and the sequences to prepare
         "What scans must be prepared with"
-        return {k:v for p in self.parts.values() for k,v in p.needs().items()}
+        found = {}
+        for p in self.parts.values(): found.update(p.needs())
+        return found
 
     def leaves(self) -> list: # Of `MGMTModel`s
         "The networks of all parts"
@@ -197,12 +208,15 @@ class FusionModel:
             raise MGMTError(f"{name} names itself as one of its parts: was it changed?") from None
         return cls(parts, d['weights'], d['features'], d['version'], d['trained'])
 
+# %% ../nbs/68_fusion.ipynb #dfd191fc
 model_kinds['fusion'] = FusionModel
 
+# %% ../nbs/68_fusion.ipynb #6aaa8754
 _WEIGHTS = NOTHING|table_of(list_of(Allowed.number()))
 _FUSION = record_of(dict(parts=table_of(A_FILE_NAME), weights=_WEIGHTS, features=list_of(TEXT), version=TEXT,
     trained=NOTHING|record_of({}, others=True)), dict(kind=Allowed.one_of('fusion'), sequences=list_of(A_SEQUENCE)))
 
+# %% ../nbs/68_fusion.ipynb #ac4ef64d
 def _check_weights(d, name):
     "Raise where a regression for some inputs is missing, or has not a weight for each"
     if d['weights'] is None or len(d['parts'])+len(d['features'])>8:
@@ -212,6 +226,7 @@ def _check_weights(d, name):
             continue
         raise MGMTError(f"{name} has no regression for {', '.join(have)}: was it changed? Restore it")
 
+# %% ../nbs/68_fusion.ipynb #2bb0d5cb
 def _check_names(names):
     "Inputs' names become parts of file names and of the weights' keys"
     for k in names:
@@ -222,6 +237,7 @@ def _bad_name(k):
     return MGMTError(f"inputs of a fusion are named by letters, digits, '_', '+' and '-', since files and weights are "
         f"called after them; received {k!r}")
 
+# %% ../nbs/68_fusion.ipynb #7f19ef0c
 def _in_other_folders(path, part):
     return MGMTError(f"{path.name}.json names parts in other folders, {part!r}: a fusion's parts lie beside it, "
         "as `save_model` wrote them")
@@ -240,6 +256,7 @@ def _check_oof(oof, parts, features):
     if min(n0, n1)<5: raise _too_few_to_fit(inputs, n1, n0)
     return res
 
+# %% ../nbs/68_fusion.ipynb #419c6073
 def _as_numbers(column, name):
     "An input's column as numbers; what is missing is NaN, and what is neither is refused"
     numbers = np.array([_number(v) for v in column], float)
@@ -248,6 +265,7 @@ def _as_numbers(column, name):
         raise _no_number(name, column[odd].iloc[0])
     return numbers
 
+# %% ../nbs/68_fusion.ipynb #0b617c29
 def _lacks_columns(lack, oof):
     return MGMTError(f"the table to fit on needs the columns patient, label and one for each input; it lacks "
         f"{', '.join(lack)} (and has {', '.join(map(str, oof.columns))})")
@@ -282,13 +300,16 @@ def fuse(
 def _needs_weights():
     return MGMTError("features need weights, and weights need oof=, a table of out-of-fold logits and features")
 
+# %% ../nbs/68_fusion.ipynb #e7881bee
 def _check_against(oof, store):
     "What is fitted must be of patients of the store, with the labels that it knows"
     refuse_held_out(store)
     known = dict(zip(store.table.patient, store.table.label))
     away = [p for p in oof.patient if p not in known]
     if away: raise _not_in_store(away, store)
-    wrong = [p for p,y in zip(oof.patient, oof.label) if pd.isna(known[p]) or known[p]!=y]
+    wrong = []
+    for p,y in zip(oof.patient, oof.label):
+        if pd.isna(known[p]) or known[p]!=y: wrong.append(p)
     if wrong: raise _other_labels(wrong, store)
 
 def _not_in_store(away, store):
@@ -319,6 +340,7 @@ def fused_oof(
         logit[fold==k] = _fused(t[fold==k], parts, features, weights)
     return _with_logits(t, logit)
 
+# %% ../nbs/68_fusion.ipynb #b6f6d7e0
 def _fused(t, parts, features, weights):
     "The fusion's logit of each patient, (n,)"
     rows = t[[*parts,*features]].to_dict('records')
@@ -353,11 +375,13 @@ def sequence_experiments(
         models[how] = fuse(parts, None if how=='mean' else oof, store=store)
     return NS(table=_auc_table(oof, models), oof=oof, models=models)
 
+# %% ../nbs/68_fusion.ipynb #414ec3c0
 def _ways(recipe, sequences, stems):
     "Name of each way to its recipe and sequences"
     one = {f'one-{s}': (get_recipe(recipe, stem=s), sequences) for s in stems}
     return {**one, **{s: (recipe, [s]) for s in sequences}}
 
+# %% ../nbs/68_fusion.ipynb #d429d886
 def _auc_table(oof, ways):
     "AUC, interval and its method for each way"
     rows = {}

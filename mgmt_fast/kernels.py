@@ -17,7 +17,9 @@ def kernels_fit(
     x:torch.Tensor, # What is computed with
 ) -> bool: # Can the kernels of this page do it?
     "Whether this is where kernels run, and a type that they compute with."
-    return x.dtype in (torch.bfloat16,torch.float16,torch.float32) and runs_kernels(x)
+    types = torch.bfloat16,torch.float16,torch.float32
+    known = x.dtype in types
+    return known and runs_kernels(x)
 
 # %% ../nbs/40_kernels.ipynb #3b2f9157
 def tile(
@@ -37,7 +39,9 @@ def _new(x, *size, dtype=None):
     form = dict(dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last_3d)
     return torch.empty(size, **form)
 
-def _floats(x, *size): return torch.empty(size, dtype=torch.float32, device=x.device)
+def _floats(x, *size):
+    form = dict(dtype=torch.float32, device=x.device)
+    return torch.empty(size, **form)
 
 # %% ../nbs/40_kernels.ipynb #b5501479
 @on_card
@@ -91,6 +95,7 @@ def _join_moments(mean, table, w, b, running, running_var, N, C, share, P, momen
         old = tl.load(running_var+c, mask=c<C, other=0.)
         tl.store(running_var+c, old+momentum*(var*sample-old), mask=c<C)
 
+# %% ../nbs/40_kernels.ipynb #3c2861dc
 @in_kernel
 def _factors(table, w, b, c, C, mu, var, eps):
     s = 1./tl.sqrt(var+eps)
@@ -106,6 +111,7 @@ def _factors(table, w, b, c, C, mu, var, eps):
     tl.store(table+3*C+c, a, mask=c<C)
     tl.store(table+4*C+c, offset, mask=c<C)
 
+# %% ../nbs/40_kernels.ipynb #88bc723c
 @on_card
 def _known_moments(table, w, b, running, running_var, C, eps, BC:tl.constexpr):
     "The same of running statistics"
@@ -116,10 +122,12 @@ def _known_moments(table, w, b, running, running_var, C, eps, BC:tl.constexpr):
 # %% ../nbs/40_kernels.ipynb #0ae8fddd
 def _shares(N, C, BN, BC, programs=1056):
     "How many rows each program takes, and how many shares that makes"
-    P = max(1, min(programs//ceil_div(C, BC), ceil_div(N, BN)))
+    most = programs//ceil_div(C, BC)
+    P = max(1, min(most, ceil_div(N, BN)))
     share = ceil_div(ceil_div(N, P), BN)*BN
     return share,ceil_div(N, share)
 
+# %% ../nbs/40_kernels.ipynb #0e0ed080
 def _norm_table(x, w=None, b=None, mean=None, var=None, own=True, momentum=0., eps=0.):
     "What the kernels of a norm have to know of each channel, (5,C): see `_join_moments`"
     C = x.shape[1]
@@ -137,6 +145,7 @@ def _norm_table(x, w=None, b=None, mean=None, var=None, own=True, momentum=0., e
     _join_moments[wide](means, table, w, b, mean, var, N, C, share, P, momentum, eps, sample, 32, 32)
     return table
 
+# %% ../nbs/40_kernels.ipynb #f9e178ce
 def channel_moments(
     x:torch.Tensor, # (B,C,D,H,W)
 ) -> tuple: # Mean and variance, (C,) float32 each
@@ -170,6 +179,7 @@ def _through_act(g, z, ACT:tl.constexpr):
         g = g*s*(1.+z*(1.-s))
     return g
 
+# %% ../nbs/40_kernels.ipynb #54427b3a
 @on_card
 def _norm_sums(x, r, g, table, sums, N, C, share, ACT:tl.constexpr, ADD:tl.constexpr, BN:tl.constexpr,
     BC:tl.constexpr):
@@ -223,6 +233,7 @@ def _join_sums(sums, table, grads, N, C, P, OWN:tl.constexpr, BP:tl.constexpr, B
         tl.store(grads+2*C+c, k, mask=c<C)
         tl.store(grads+3*C+c, -a*gb/N-k*tl.load(table+c, mask=c<C, other=0.), mask=c<C)
 
+# %% ../nbs/40_kernels.ipynb #d910f6da
 @on_card
 def _norm_backward(x, r, g, gx, gr, table, grads, N, C, ACT:tl.constexpr, ADD:tl.constexpr, OWN:tl.constexpr,
     BN:tl.constexpr, BC:tl.constexpr):
@@ -252,11 +263,15 @@ class _CardNorm(torch.autograd.Function):
     "`act(norm(x)+r)` that keeps its inputs and a few numbers per channel"
     @staticmethod
     def forward(ctx, x, r, w, b, mean, var, own, momentum, eps, act):
-        x,r = _inside(x),None if r is None else _inside(r)
-        C,y = x.shape[1],torch.empty_like(x)
+        x = _inside(x)
+        r = None if r is None else _inside(r)
+        y = torch.empty_like(x)
         table = _norm_table(x, w, b, mean, var, own, momentum, eps)
-        N,(BN,BC) = x.numel()//C,tile(C)
-        _norm_forward[ceil_div(N, BN),ceil_div(C, BC)](x, r, y, table, N, C, act, r is not None, BN, BC)
+        C = x.shape[1]
+        N = x.numel()//C
+        BN,BC = tile(C)
+        grid = ceil_div(N, BN),ceil_div(C, BC)
+        _norm_forward[grid](x, r, y, table, N, C, act, r is not None, BN, BC)
         ctx.how = own,act
         ctx.save_for_backward(x, r, w, b, table)
         return y
@@ -266,8 +281,11 @@ class _CardNorm(torch.autograd.Function):
     def backward(ctx, g):
         own,act = ctx.how
         x,r,w,b,table = ctx.saved_tensors
-        g,C,add = _inside(g),x.shape[1],r is not None
-        N,(BN,BC) = x.numel()//C,tile(C)
+        g = _inside(g)
+        add = r is not None
+        C = x.shape[1]
+        N = x.numel()//C
+        BN,BC = tile(C)
         share,P = _shares(N, C, BN, BC)
         sums = _floats(x, 2, P, C)
         grads = _floats(x, 4, C)
@@ -277,9 +295,13 @@ class _CardNorm(torch.autograd.Function):
         gx = torch.empty_like(x)
         gr = torch.empty_like(r) if add else None
         _norm_backward[ceil_div(N, BN),wide](x, r, g, gx, gr, table, grads, N, C, act, add, own, BN, BC)
-        return gx,gr,_like(grads[0], w),_like(grads[1], b),*(None,)*6
+        gw,gb = _like(grads[0], w),_like(grads[1], b)
+        return gx,gr,gw,gb,*(None,)*6
 
-def _like(g, w): return None if w is None else g.to(w.dtype)
+# %% ../nbs/40_kernels.ipynb #86779ac0
+def _like(g, w):
+    if w is None: return None
+    return g.to(w.dtype)
 
 # %% ../nbs/40_kernels.ipynb #e96e48f8
 def card_norm(
@@ -295,7 +317,8 @@ def card_norm(
     add:torch.Tensor=None, # Like `x`; added before the activation
 ) -> torch.Tensor: # Like `x`
     "Batch norm, an addition and an activation. Source: Ioffe and Szegedy 2015, arXiv:1502.03167."
-    return _CardNorm.apply(x, add, w, b, mean, var, own, momentum, eps, act)
+    statistics = mean,var,own,momentum,eps
+    return _CardNorm.apply(x, add, w, b, *statistics, act)
 
 # %% ../nbs/40_kernels.ipynb #051e4839
 class geometry:
@@ -317,19 +340,23 @@ class geometry:
     def in_plane(self) -> 'geometry':
         "Its part in the plane"
         def flat(o, n): return (n,*o[1:])
-        return geometry(self.size, flat(self.kernel, 1), flat(self.stride, 1), self.dilation, flat(self.before, 0),
-            flat(self.after, 0))
+        steps = flat(self.kernel, 1),flat(self.stride, 1),self.dilation
+        return geometry(self.size, *steps, flat(self.before, 0), flat(self.after, 0))
 
     def along_depth(self) -> 'geometry':
         "Its part along the depth, after that in the plane"
         def only(o, n): return (o[0],n,n)
         steps = only(self.kernel, 1),only(self.stride, 1),only(self.dilation, 1)
-        return geometry((self.size[0],*self.out[1:]), *steps, only(self.before, 0), only(self.after, 0), self.replicate)
+        padding = only(self.before, 0),only(self.after, 0)
+        size = self.size[0],*self.out[1:]
+        return geometry(size, *steps, *padding, self.replicate)
 
     @property
     def args(self): return *self.size,*self.out
     @property
-    def fixed(self): return *self.kernel,*self.stride,*self.dilation,*self.before,self.replicate
+    def fixed(self):
+        steps = *self.stride,*self.dilation
+        return *self.kernel,*steps,*self.before,self.replicate
 
 # %% ../nbs/40_kernels.ipynb #9ca2cce5
 @in_kernel
@@ -340,6 +367,7 @@ def _tile_under_way(slices, pixels, width, BN:tl.constexpr, BC:tl.constexpr):
     at = (tl.program_id(0)%tiles)*BN+tl.arange(0, BN)
     return plane,plane//slices,plane%slices,at,at//width,at%width,tl.program_id(1)*BC+tl.arange(0, BC)
 
+# %% ../nbs/40_kernels.ipynb #aa9e5070
 @on_card
 def _depthwise_forward(x, w, y, C, D, H, W, d, h, v, KD:tl.constexpr, KH:tl.constexpr, KW:tl.constexpr,
     SD:tl.constexpr, SH:tl.constexpr, SW:tl.constexpr, DD:tl.constexpr, DH:tl.constexpr, DW:tl.constexpr,
@@ -429,16 +457,24 @@ def _start(kernel, a, b, out, planes, pixels, geo, elements):
     "Run a kernel of this section over all tiles of so many slices of so many pixels"
     C = a.shape[1]
     BN,BC = _tiles(C, pixels, elements)
-    kernel[planes*ceil_div(pixels, BN),ceil_div(C, BC)](a, b, out, C, *geo.args, *geo.fixed, BN, BC)
+    grid = planes*ceil_div(pixels, BN),ceil_div(C, BC)
+    sizes = *geo.args,*geo.fixed
+    kernel[grid](a, b, out, C, *sizes, BN, BC)
 
-def _table(w): "(C,1,k,H,W) as (k*H*W,C) float32"; return w.flatten(1).t().float().contiguous()
+def _table(w):
+    "(C,1,k,H,W) as (k*H*W,C) float32"
+    return w.flatten(1).t().float().contiguous()
 
+# %% ../nbs/40_kernels.ipynb #faa8823a
 class _CardDepthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, geo):
-        x,B,C = _inside(x),*x.shape[:2]
-        y,table = _new(x, B, C, *geo.out),_table(w)
-        _start(_depthwise_forward, x, table, y, B*geo.out[0], geo.out[1]*geo.out[2], geo, 1024)
+        x = _inside(x)
+        B,C = x.shape[:2]
+        d,h,v = geo.out
+        y = _new(x, B, C, d, h, v)
+        table = _table(w)
+        _start(_depthwise_forward, x, table, y, B*d, h*v, geo, 1024)
         ctx.how = geo,w.shape,w.dtype
         ctx.save_for_backward(x, table)
         return y
@@ -451,18 +487,25 @@ class _CardDepthwise(torch.autograd.Function):
         g = _inside(g)
         gx = gw = None
         if ctx.needs_input_grad[0]:
-            gx,(D,H,W) = torch.empty_like(x),geo.size
+            D,H,W = geo.size
+            gx = torch.empty_like(x)
             _start(_depthwise_input_grad, g, table, gx, len(x)*D, H*W, geo, 2048)
         if ctx.needs_input_grad[1]:
-            gw = _weight_grad(x, g, geo).t().reshape(shape).to(dtype)
+            sums = _weight_grad(x, g, geo)
+            gw = sums.t().reshape(shape).to(dtype)
         return gx,gw,None
 
+# %% ../nbs/40_kernels.ipynb #69a7d854
 def _weight_grad(x, g, geo):
     "(k*H*W,C)"
-    C,(d,h,v) = x.shape[1],geo.out
+    C = x.shape[1]
+    d,h,v = geo.out
+    k,H,W = geo.kernel
+    planes = len(x)*d
     BN,_ = _tiles(C, h*v, 4096)
-    part = _floats(x, len(x)*d*ceil_div(h*v, BN), geo.kernel[0]*geo.kernel[1]*geo.kernel[2], C)
-    _start(_depthwise_weight_grad, x, g, part, len(x)*d, h*v, geo, 4096)
+    tiles = planes*ceil_div(h*v, BN)
+    part = _floats(x, tiles, k*H*W, C)
+    _start(_depthwise_weight_grad, x, g, part, planes, h*v, geo, 4096)
     return part.sum(0)
 
 # %% ../nbs/40_kernels.ipynb #c7b6e994
@@ -499,6 +542,7 @@ def _pool_forward(x, y, best, C, D, H, W, d, h, v, KD:tl.constexpr, KH:tl.conste
     tl.store(y+to, most.to(y.dtype.element_ty), mask=(at<h*v)[:,None]&some)
     tl.store(best+to, where.to(tl.uint8), mask=(at<h*v)[:,None]&some)
 
+# %% ../nbs/40_kernels.ipynb #8318bae0
 @on_card
 def _pool_backward(g, best, y, C, D, H, W, d, h, v, KD:tl.constexpr, KH:tl.constexpr, KW:tl.constexpr,
     SD:tl.constexpr, SH:tl.constexpr, SW:tl.constexpr, DD:tl.constexpr, DH:tl.constexpr, DW:tl.constexpr,
@@ -526,10 +570,12 @@ def _pool_backward(g, best, y, C, D, H, W, d, h, v, KD:tl.constexpr, KH:tl.const
 class _CardMaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, geo):
-        x,B,C = _inside(x),*x.shape[:2]
-        y = _new(x, B, C, *geo.out)
-        best = _new(x, B, C, *geo.out, dtype=torch.uint8)
-        _start(_pool_forward, x, y, best, B*geo.out[0], geo.out[1]*geo.out[2], geo, 1024)
+        x = _inside(x)
+        B,C = x.shape[:2]
+        d,h,v = geo.out
+        y = _new(x, B, C, d, h, v)
+        best = _new(x, B, C, d, h, v, dtype=torch.uint8)
+        _start(_pool_forward, x, y, best, B*d, h*v, geo, 1024)
         ctx.geo = geo
         ctx.save_for_backward(best)
         return y
@@ -537,12 +583,16 @@ class _CardMaxPool(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        (best,),geo,g = ctx.saved_tensors,ctx.geo,_inside(g)
-        gx = _new(g, *g.shape[:2], *geo.size)
+        best, = ctx.saved_tensors
+        geo = ctx.geo
+        g = _inside(g)
+        B,C = g.shape[:2]
         D,H,W = geo.size
+        gx = _new(g, B, C, D, H, W)
         _start(_pool_backward, g, best, gx, len(g)*D, H*W, geo, 2048)
         return gx,None
 
+# %% ../nbs/40_kernels.ipynb #5611d0e2
 def card_max_pool(
     x:torch.Tensor, # (B,C,D,H,W)
     geo:geometry, # Of windows of at most 255 voxels
@@ -559,6 +609,7 @@ def _pad_forward(x, y, C, D, d, lo, BC:tl.constexpr):
     value = tl.load(x+from_.to(tl.int64)*C+at, mask=at<C, other=0.)
     tl.store(y+tl.program_id(0).to(tl.int64)*C+at, value, mask=at<C)
 
+# %% ../nbs/40_kernels.ipynb #a3ee0d9c
 @on_card
 def _pad_backward(g, y, C, D, d, lo, BC:tl.constexpr):
     at = tl.program_id(1)*BC+tl.arange(0, BC)
@@ -571,19 +622,24 @@ def _pad_backward(g, y, C, D, d, lo, BC:tl.constexpr):
         total += tl.load(g+(b*d+i).to(tl.int64)*C+at, mask=at<C, other=0.).to(tl.float32)
     tl.store(y+tl.program_id(0).to(tl.int64)*C+at, total.to(y.dtype.element_ty), mask=at<C)
 
+# %% ../nbs/40_kernels.ipynb #da5b921b
 class _CardPad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, lo, hi):
-        x,(B,C,D,H,W) = _inside(x),x.shape
-        y = _new(x, B, C, lo+D+hi, H, W)
-        ctx.how = D,lo,H*W*C
-        _pad_forward[B*(lo+D+hi),ceil_div(H*W*C, 2048)](x, y, H*W*C, D, lo+D+hi, lo, 2048)
+        x = _inside(x)
+        B,C,D,H,W = x.shape
+        d = lo+D+hi
+        n = H*W*C
+        y = _new(x, B, C, d, H, W)
+        ctx.how = D,lo,n
+        _pad_forward[B*d,ceil_div(n, 2048)](x, y, n, D, d, lo, 2048)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        (D,lo,n),g = ctx.how,_inside(g)
+        D,lo,n = ctx.how
+        g = _inside(g)
         B,C,d,H,W = g.shape
         gx = _new(g, B, C, D, H, W)
         _pad_backward[B*D,ceil_div(n, 2048)](g, gx, n, D, d, lo, 2048)
@@ -612,22 +668,29 @@ def _volume_sums(x, part, V, C, share, BN:tl.constexpr, BC:tl.constexpr):
         s += tl.load(start+r[:,None]*C+c[None,:], mask=inside, other=0.).to(tl.float32)
     tl.store(part+(b*tl.num_programs(0)+p)*C+c, tl.sum(s, 0), mask=c<C)
 
+# %% ../nbs/40_kernels.ipynb #e9c32111
 class _CardMean(torch.autograd.Function):
     "Mean over (D,H,W) whose gradient is not written out"
     @staticmethod
     def forward(ctx, x):
         ctx.shape = x.shape
-        x,B,C = _inside(x),*x.shape[:2]
-        V,(BN,BC) = x[0,0].numel(),tile(x.shape[1])
+        x = _inside(x)
+        B,C = x.shape[:2]
+        V = x[0,0].numel()
+        BN,BC = tile(C)
         share,P = _shares(V, C*B, BN, BC)
         part = _floats(x, B, P, C)
         _volume_sums[P,ceil_div(C, BC),B](x, part, V, C, share, BN, BC)
-        return (part.sum(1)/V).to(x.dtype)
+        mean = part.sum(1)/V
+        return mean.to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g): return (g/ctx.shape[2:].numel())[...,None,None,None].expand(ctx.shape)
+    def backward(ctx, g):
+        each = g/ctx.shape[2:].numel()
+        return each[...,None,None,None].expand(ctx.shape)
 
+# %% ../nbs/40_kernels.ipynb #0e5aa046
 def card_mean(
     x:torch.Tensor, # (B,C,D,H,W)
 ) -> torch.Tensor: # (B,C)
@@ -646,6 +709,7 @@ def _scale_forward(x, s, y, V, C, BN:tl.constexpr, BC:tl.constexpr):
     value = tl.load(x+at, mask=inside, other=0.).to(tl.float32)*factor[None,:]
     tl.store(y+at, value.to(y.dtype.element_ty), mask=inside)
 
+# %% ../nbs/40_kernels.ipynb #e055f66f
 @on_card
 def _scale_backward(x, s, g, gx, part, V, C, share, BN:tl.constexpr, BC:tl.constexpr):
     p,b = tl.program_id(0),tl.program_id(2)
@@ -667,27 +731,32 @@ def _scale_backward(x, s, g, gx, part, V, C, share, BN:tl.constexpr, BC:tl.const
 class _CardScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, s):
-        x,B,C = _inside(x),*x.shape[:2]
+        x = _inside(x)
+        B,C = x.shape[:2]
         ctx.save_for_backward(x, s)
         V = x[0,0].numel()
         BN,BC = tile(C)
         y = torch.empty_like(x)
-        _scale_forward[ceil_div(V, BN),ceil_div(C, BC),B](x, s.contiguous(), y, V, C, BN, BC)
+        grid = ceil_div(V, BN),ceil_div(C, BC),B
+        _scale_forward[grid](x, s.contiguous(), y, V, C, BN, BC)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x,s = ctx.saved_tensors
-        g,B,C = _inside(g),*x.shape[:2]
+        g = _inside(g)
+        B,C = x.shape[:2]
         V = x[0,0].numel()
         BN,BC = tile(C)
         gx = torch.empty_like(x)
         share,P = _shares(V, C*B, BN, BC)
         part = _floats(x, B, P, C)
         _scale_backward[P,ceil_div(C, BC),B](x, s.contiguous(), g, gx, part, V, C, share, BN, BC)
-        return gx,part.sum(1).to(s.dtype)
+        gs = part.sum(1)
+        return gx,gs.to(s.dtype)
 
+# %% ../nbs/40_kernels.ipynb #99a0d685
 def card_scale(
     x:torch.Tensor, # (B,C,D,H,W)
     s:torch.Tensor, # (B,C) factors

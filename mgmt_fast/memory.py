@@ -45,6 +45,7 @@ def fit_batch(
                 return dict(bs=bs, accumulate=step//bs, checkpoint=checkpoint)
     raise MGMTError(_too_small(sizes[-1], first, room))
 
+# %% ../nbs/57_memory.ipynb #8cc7328c
 def _too_small(bs, need, room):
     return (f"training takes {gigabytes(need)} with {bs} patients at a time and activations recomputed, and the card "
         f"has room for {gigabytes(room)}: prepare a smaller size, choose a smaller arch, or precision='bf16'")
@@ -57,6 +58,7 @@ class _Stop(Callback):
     def after_batch(self):
         if self.iter+1>=self.n: raise CancelFitException
 
+# %% ../nbs/57_memory.ipynb #d4634a98
 def train_a_little(
     store:VolumeStore, # Prepared cohort with labels
     recipe:Recipe, # With the batch to be tried
@@ -68,8 +70,8 @@ def train_a_little(
     "Train on a few batches; nothing remains of it."
     with tempfile.TemporaryDirectory() as d, contextlib.redirect_stdout(io.StringIO()):
         dls = recipe_dls(store, recipe, sequences, kept=False, device=device)
-        learn = mgmt_learner(dls, recipe=recipe, path=d, cbs=_Stop(n),
-            model_kwargs=dict(checkpoint=True) if checkpoint else None)
+        kwargs = dict(checkpoint=True) if checkpoint else None
+        learn = mgmt_learner(dls, recipe=recipe, path=d, cbs=_Stop(n), model_kwargs=kwargs)
         with learn.no_bar(), learn.no_logging():
             learn.fit(1)
 
@@ -123,6 +125,7 @@ def auto_batch(
     print(_say_batch(found, step, room))
     return found
 
+# %% ../nbs/57_memory.ipynb #01484102
 def _left(store, recipe, sequences, device):
     "Bytes that are free beside the volumes that stay on the card"
     free = free_bytes(device)
@@ -131,14 +134,19 @@ def _left(store, recipe, sequences, device):
     size = math.prod(volumes.shape)
     return free-size if size<=free/2 else free
 
+# %% ../nbs/57_memory.ipynb #26e574cd
 def _least(recipe):
     "Pairs need two patients, and so does a batch norm over patients alone"
-    return 2 if recipe.network=='siamese' or recipe.values().get('head')=='published' else 1
+    pairs = recipe.network=='siamese'
+    norm_over_patients = recipe.values().get('head')=='published'
+    return 2 if pairs or norm_over_patients else 1
 
+# %% ../nbs/57_memory.ipynb #5d5088ba
 _no_card = ("bs='auto' asks a card how much memory it has, and training is on a CPU here, whose memory is shared with "
     "all else: give bs as a number")
 _summed = "summed_batches counts batches as they are, so their size is part of the training: give bs as a number"
 
+# %% ../nbs/57_memory.ipynb #f16219f4
 def _say_batch(found, step, room):
     again = ', activations recomputed' if found['checkpoint'] else ''
     return (f"bs={found['bs']}, accumulate={found['accumulate']}: {step} patients per step, as the recipe has them"

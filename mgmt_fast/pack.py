@@ -22,6 +22,7 @@ from .card import model_card
 # %% ../nbs/76_pack.ipynb #c80669a6
 _TAGS = ['mgmt', 'glioblastoma', 'mri', 'tripod-ai', 'research-use-only']
 
+# %% ../nbs/76_pack.ipynb #74bb7c6c
 def bundle_card(
     bundle:Bundle|str|Path, # `Bundle`, or its folder
     known:pd.DataFrame=None, # From `model_card`, where the store is at hand; None: what the bundle knows
@@ -35,8 +36,10 @@ def bundle_card(
         _item_table(t[~is_open])]
     return str(huggingface_hub.ModelCard('\n\n'.join(parts)+'\n'))
 
+# %% ../nbs/76_pack.ipynb #548f2c05
 def _read_again(bundle): return Bundle(getattr(bundle, 'path', bundle))
 
+# %% ../nbs/76_pack.ipynb #4d575da4
 def _in_words(b):
     "What a bundle is, in a few paragraphs"
     v,n = b.validation,len(b.models)
@@ -51,6 +54,7 @@ def _in_words(b):
 
 def _plain(text): return html.escape(str(text), quote=False).replace('|', '&#124;').replace('\n', ' ')
 
+# %% ../nbs/76_pack.ipynb #55e94c7d
 def _open_items(items, n):
     if not len(items): return f'All {n} items are answered.'
     return f"{len(items)} of {n} items are open, for the authors to fill in: {'; '.join(items)}."
@@ -85,6 +89,7 @@ def pack_bundle(
 def _in_the_way(path):
     return MGMTError(f"{path} is there already and holds something else: give another place, or move it away")
 
+# %% ../nbs/76_pack.ipynb #c0895926
 def _ledger_lines(b):
     "The lines of a ledger that lacks no test and holds no unfinished one"
     lines = b.ledger.lines()
@@ -98,8 +103,10 @@ def _ledger_lines(b):
 def _not_in_ledger(b):
     "Tests of a bundle that this computer knows of and its ledger does not"
     own = {(e.get('date'), e.get('pass')) for e in b.ledger.passes()}
-    return [e for e in bundle_tests(b.signature) if (e['date'], e.get('pass')) not in own]
+    known = bundle_tests(b.signature)
+    return [e for e in known if (e['date'], e.get('pass')) not in own]
 
+# %% ../nbs/76_pack.ipynb #ebfc538a
 def _not_finished(b):
     return ProtocolError(f"an external test of {b.path} was begun and not finished: run it again, which finishes it, "
         "and then pack the bundle")
@@ -108,6 +115,7 @@ def _tests_missing(b, n):
     return ProtocolError(f"this computer knows of {n} test{'s'*(n>1)} of this bundle that {b.ledger.path} does not "
         "hold: entries are missing, or another copy of the bundle was tested. Restore the file, or pack that copy")
 
+# %% ../nbs/76_pack.ipynb #9098ac63
 def _card_text(b, card):
     "The authors' card, or what the bundle says of itself"
     beside = b.path/'card.md'
@@ -129,10 +137,15 @@ def _no_card(path):
     return MGMTError(f"{path} is no model card: it must be Markdown of less than 1 MB in UTF-8, and its head, between "
         "two lines of ---, YAML")
 
+# %% ../nbs/76_pack.ipynb #8014ca9c
 def _files_of(b):
     "The files that a bundle vouches for"
-    return ['bundle.json', *(m['name']+suffix for m in b.models for suffix in m['files'])]
+    files = ['bundle.json']
+    for m in b.models:
+        files += [m['name']+suffix for suffix in m['files']]
+    return files
 
+# %% ../nbs/76_pack.ipynb #a95cbb8c
 def _write_pack(b, texts, about, path):
     "Write the archive; its manifest"
     files = {}
@@ -147,6 +160,7 @@ def _write_pack(b, texts, about, path):
         _add(archive, 'manifest.json', io.BytesIO(text.encode()))
     return manifest
 
+# %% ../nbs/76_pack.ipynb #60389f2a
 def _add(archive, name, source):
     "Add what can be read from `source`, without its date; its size and hash"
     entry = zipfile.ZipInfo(name) # of 1980, so that equal content gives equal bytes
@@ -160,6 +174,7 @@ def _add(archive, name, source):
             to.write(part)
     return dict(bytes=entry.file_size, sha256=h.hexdigest())
 
+# %% ../nbs/76_pack.ipynb #d8726fcf
 def _parts(source):
     "What can be read, 1 MB at a time"
     while part := source.read(2**20): yield part
@@ -177,12 +192,14 @@ _MANIFEST = record_of(dict(kind=TEXT, form=Allowed.whole(1), bundle=TEXT, passes
     files=table_of(_FILE)))
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}')
 
+# %% ../nbs/76_pack.ipynb #bb10be7c
 def read_manifest(
     file:str|Path, # That `pack_bundle` wrote
 ) -> dict: # `kind`, `form`, `bundle` (signature), `passes` (tests), `files` (name to `bytes` and `sha256`)
     "What a pack says of itself; nothing is unpacked. Raises `MGMTError` on any other file."
     with _opened(file) as (_,manifest): return manifest
 
+# %% ../nbs/76_pack.ipynb #00909398
 _BROKEN = (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, LookupError, OverflowError,
     struct.error) # what `zipfile` raises on a file that is none
 
@@ -202,6 +219,7 @@ def _no_pack(file):
     return MGMTError(f"{file} is no pack, or only a part of one: was it cut short, or changed on its way? Fetch it "
         "again")
 
+# %% ../nbs/76_pack.ipynb #e9b4d09e
 def _check_directory(entries, size):
     "Refuse whatever a pack never has"
     named = Counter(o.orig_filename.lower() for o in entries) # two names may be one on some systems
@@ -222,6 +240,7 @@ def _strange(entry, what):
     return MGMTError(f"this is no pack of mgmt_fast: its entry {entry.orig_filename!r:.60} is {what}. Nothing was "
         "unpacked; do not unpack it with another program either, unless you know where it is from")
 
+# %% ../nbs/76_pack.ipynb #8bfcc844
 def _manifest(archive):
     "The manifest, which names all other entries of the archive and their sizes"
     sizes = {o.filename: o.file_size for o in archive.infolist()}
@@ -237,6 +256,7 @@ def _manifest(archive):
         raise _other_files()
     return d
 
+# %% ../nbs/76_pack.ipynb #b9162dd4
 def _another_kind():
     return MGMTError("this archive is no pack of mgmt_fast: its manifest.json is missing or says another kind. Give a "
         "file that mgmt_pack wrote")
@@ -277,6 +297,7 @@ def unpack_bundle(
     if lost := _not_in_ledger(b): print(_older(len(lost)))
     return b
 
+# %% ../nbs/76_pack.ipynb #f13b9e70
 def _check_free(dest):
     "A folder that is empty or holds a bundle may be named"
     if dest.is_symlink() or dest.is_file():
@@ -284,6 +305,7 @@ def _check_free(dest):
     if dest.is_dir() and any(dest.iterdir()) and not (dest/'bundle.json').exists():
         raise _in_the_way(dest)
 
+# %% ../nbs/76_pack.ipynb #b26aab23
 def _same_bundle(dest, archive, manifest):
     "The bundle that is there, if it is the packed one and its ledger goes on from the packed one's"
     b = Bundle(dest)
@@ -293,6 +315,7 @@ def _same_bundle(dest, archive, manifest):
         raise _in_the_way(dest)
     return b
 
+# %% ../nbs/76_pack.ipynb #4acb9ac9
 def _sent(file):
     "The hash of what arrived"
     try: return _sha256(file)
@@ -303,6 +326,7 @@ def _not_as_sent(file):
     return MGMTError(f"{file} does not have the hash that you were told: it is another file, or was changed on its "
         "way. Ask the sender for hash and file again")
 
+# %% ../nbs/76_pack.ipynb #45855652
 def _check_room(dest, manifest):
     need = sum(o['bytes'] for o in manifest['files'].values())
     free = shutil.disk_usage(make_folder(dest.parent)).free
@@ -310,6 +334,7 @@ def _check_room(dest, manifest):
         raise MGMTError(f"unpacking takes {need:,} bytes, and {free:,} are free: make room, or give another "
         "folder")
 
+# %% ../nbs/76_pack.ipynb #7ccfe0f0
 def _unpack_one(archive, name, said, folder):
     "Write one file; raise where it is not the one whose hash the manifest names"
     h = hashlib.sha256()
@@ -324,6 +349,7 @@ def _unpack_one(archive, name, said, folder):
 def _changed(name):
     return MGMTError(f"{name} in this pack is not the file that was packed: it was changed on its way. Fetch it again")
 
+# %% ../nbs/76_pack.ipynb #d0113f56
 def _check_bundle(folder, manifest):
     "The files must be one bundle, no more and no less, with the ledger that the manifest speaks of"
     try:
@@ -340,6 +366,7 @@ def _not_one(why):
     return MGMTError(f"the files of this pack are not one bundle ({why}): it was not made by mgmt_pack, or changed "
         "afterwards. Fetch it again")
 
+# %% ../nbs/76_pack.ipynb #2936a811
 def _older(n):
     return (f"this computer knows of {n} test{'s'*(n>1)} of this bundle that the pack's ledger does not hold: it was "
         "packed before, or from another copy. External tests of those cohorts will be refused or say so")
@@ -347,6 +374,7 @@ def _older(n):
 # %% ../nbs/76_pack.ipynb #cbc04dc5
 _PACK = 'bundle.zip'
 
+# %% ../nbs/76_pack.ipynb #c0086935
 def push_model(
     bundle:Bundle|str|Path, # `Bundle`, or its folder
     repo_id:str, # Repository on the hub, `OWNER/NAME`
@@ -370,6 +398,7 @@ def push_model(
             _send(api or huggingface_hub.HfApi(), folder, repo_id, private, b)
     return pd.DataFrame(rows)
 
+# %% ../nbs/76_pack.ipynb #83b2867d
 def _says_what(b):
     "What a pack gives away, in words"
     n,tests = len(b.models),len(b.ledger.passes())
@@ -377,6 +406,7 @@ def _says_what(b):
         f"and fingerprints of their scans; threshold and validation AUC; a ledger of {tests} test{'s'*(tests!=1)}, "
         "with hashes of the scans tested")
 
+# %% ../nbs/76_pack.ipynb #a4a7ad3b
 def _check_repo(repo_id):
     try: huggingface_hub.utils.validate_repo_id(repo_id)
     except ValueError as e: raise _no_repo(repo_id) from e
@@ -385,6 +415,7 @@ def _check_repo(repo_id):
 def _no_repo(repo_id):
     return MGMTError(f"{repo_id!r:.100} is no repository: give OWNER/NAME, in letters, digits, '-', '_' and '.'")
 
+# %% ../nbs/76_pack.ipynb #cd005e12
 def _send(api, folder, repo_id, private, b):
     "Make the repository where there is none, and send all files in one commit"
     with _hub_errors(repo_id):
@@ -397,6 +428,7 @@ def _public(repo_id):
     return MGMTError(f"{repo_id} is public, and nothing was sent: it would be seen by everybody. Give another name, or "
         "say that public is meant (private=False, or --public)")
 
+# %% ../nbs/76_pack.ipynb #06c1ef91
 _HTTP = tuple(c for c in huggingface_hub.errors.HfHubHTTPError.__mro__ if c.__name__=='HTTPError') # of its own client
 
 @contextmanager

@@ -26,7 +26,8 @@ SMALL_CENTRE = (torch.tensor(SMALL_SHAPE, dtype=torch.float32)-1)/2 # Poses turn
 # %% ../nbs/28_register.ipynb #ccff1827
 def _air(a):
     "The value of air in `a`, and whether it is one value and not noise; a tight crop may show little of it"
-    high,wide = a[:,[0,-1]],a[:,:,[0,-1]]
+    high = a[:,[0,-1]]
+    wide = a[:,:,[0,-1]]
     faces = np.r_[high.ravel(), wide.ravel()]
     for x,share in ((faces,.5),(a.ravel(),.1)):
         values,counts = np.unique(x, return_counts=True)
@@ -34,11 +35,15 @@ def _air(a):
             return float(values[counts.argmax()]),True
     return float(np.percentile(faces, 10)),False
 
+# %% ../nbs/28_register.ipynb #54af3dc5
 def _tissue(a, air, constant, high):
     "Where `a` holds more than air, which is one value or noise"
-    if constant: return abs(a-air)>.01*abs(high-air)
-    return a>air+.15*(high-air)
+    contrast = high-air
+    if constant:
+        return abs(a-air)>.01*abs(contrast)
+    return a>air+.15*contrast
 
+# %% ../nbs/28_register.ipynb #682143e3
 def _solid(mask, constant):
     "Fill what is dark inside: ventricles of a FLAIR, and in a head as scanned all that its outer surface holds"
     if constant:
@@ -65,7 +70,8 @@ def smooth(
     "Gaussian smoothing as three matrix products, which is the fastest way at this size."
     d,h,w = (_gauss_matrix(n, sigma) for n in x.shape)
     plane = h @ (x @ w)
-    return (d @ plane.flatten(1)).reshape(x.shape)
+    whole = d @ plane.flatten(1)
+    return whole.reshape(x.shape)
 
 # %% ../nbs/28_register.ipynb #812d240b
 @one_thread()
@@ -78,7 +84,8 @@ def low_resolution(
     a = np.nan_to_num(np.asarray(vol[some], dtype=np.float32))
     if a.min()==a.max():
         raise _blank(f"all looked-at voxels equal {a.min():g}")
-    (air,constant),high = _air(a),np.percentile(a, 99.5)
+    air,constant = _air(a)
+    high = np.percentile(a, 99.5)
     voxels = np.argwhere(_tissue(a, air, constant, high))*stride
     at = voxels@vol.affine[:3,:3].T + vol.affine[:3,3]
     if len(at)<64:
@@ -94,15 +101,18 @@ def low_resolution(
     small = np.where(mask, x, 0).astype(np.uint8)
     return Volume(torch.from_numpy(small), affine=affine)
 
+# %% ../nbs/28_register.ipynb #bbada930
 def _small_affine(at):
     "Where a small copy lies: 80 mm below the top of the tissue at `at` (N,3), midway between its sides"
     top = np.percentile(at[:,2], 99.5)
     lo,hi = np.percentile(at[at[:,2]>top-150], [1,99], axis=0)
     affine = np.eye(4)
     affine[:3,:3] = CANONICAL*SMALL_MM
-    affine[:3,3] = [*(lo+hi)[:2]/2, top-80] - affine[:3,:3]@SMALL_CENTRE.numpy()
+    middle = (lo+hi)[:2]/2
+    affine[:3,3] = [*middle, top-80] - affine[:3,:3]@SMALL_CENTRE.numpy()
     return affine
 
+# %% ../nbs/28_register.ipynb #5d750ce5
 def _blank(what): return MGMTError(f"{what}: an empty or blank series? Leave it out of the audit")
 
 def _scattered():
@@ -124,9 +134,14 @@ class Structure:
         d = (x-smooth(x*m, 1.5)/n)*m
         sd = (smooth(d*d, 1.5)/n).sqrt()
         least = .1*sd[m>0].median()
-        self._set((d/(sd+least+1e-6)).clamp(-3,3)*(m>0), (smooth(m, 2.)>.9).float())
+        y = (d/(sd+least+1e-6)).clamp(-3,3)*(m>0)
+        w = (smooth(m, 2.)>.9).float()
+        self._set(y, w)
 
-    def _set(self, y, w): self.y,self.w,self.size = y,w,float(w.sum())
+    def _set(self, y, w):
+        self.y = y
+        self.w = w
+        self.size = float(w.sum())
 
     @classmethod
     def of(cls,
@@ -156,7 +171,9 @@ class Structure:
         turned = F.grid_sample(copies, _turned_grids(), align_corners=False)
         return _spectrum(turned[:,0])
     @property
-    def _halved(self): return F.avg_pool3d((self.y*self.w)[None], 2)
+    def _halved(self):
+        y = self.y*self.w
+        return F.avg_pool3d(y[None], 2)
 
 # %% ../nbs/28_register.ipynb #0f2d4197
 class _Scale:
@@ -166,7 +183,8 @@ class _Scale:
     def __init__(self, y, w, step):
         self.at = torch.zeros_like(w, dtype=torch.bool)
         self.at[::step,::step,::step] = w[::step,::step,::step]>0
-        self.n,self.field = int(self.at.sum()),torch.stack([y,w])[None]
+        self.n = int(self.at.sum())
+        self.field = torch.stack([y,w])[None]
     @cached_property
     def q(self): return self.at.nonzero()-SMALL_CENTRE
     @cached_property
@@ -187,7 +205,8 @@ def sample_field(
     "Values of a field at some places, linear between voxels."
     per_voxel = 2/torch.tensor(SMALL_SHAPE[::-1])
     grid = p.flip(1)*per_voxel
-    return F.grid_sample(field, grid[None,None,None], align_corners=False)[0,:,0,0]
+    values = F.grid_sample(field, grid[None,None,None], align_corners=False)
+    return values[0,:,0,0]
 
 # %% ../nbs/28_register.ipynb #a8ccaa39
 _angles = list(itertools.product((-12,0,12), repeat=3)) # degrees
@@ -196,13 +215,16 @@ _period = 32 # voxels of 8 mm, so that shifts of 4 cm do not wrap around
 
 _fft = dict(s=(_period,)*3, dim=(-3,-2,-1))
 
+# %% ../nbs/28_register.ipynb #5b314861
 def _spectrum(x): return torch.fft.rfftn(x, **_fft)
 
+# %% ../nbs/28_register.ipynb #ce315098
 @lru_cache(maxsize=None)
 def _turned_grids():
     half = [n//2 for n in SMALL_SHAPE]
     axes = [torch.arange(n)-(n-1)/2 for n in half]
-    q = torch.stack(torch.meshgrid(*axes, indexing='ij'), -1)
+    at = torch.meshgrid(*axes, indexing='ij')
+    q = torch.stack(at, -1)
     per_voxel = 2/torch.tensor(half[::-1])
     grids = [(q@r.T).flip(-1)*per_voxel for r in _turns]
     return torch.stack(grids)
@@ -245,6 +267,7 @@ def refine_pose(
             break
     return turn,shift
 
+# %% ../nbs/28_register.ipynb #e3ad7e01
 def _step(basis, m, w):
     "The turn (rotation vector, radians) and shift (voxels) that fit best, (6,); never a long way"
     weighted = basis*w[:,None]
@@ -253,7 +276,9 @@ def _step(basis, m, w):
     normal.diagonal().add_(1e-3)
     fit = torch.linalg.solve(normal, weighted.T@m)
     step = fit[2:]/fit[1].clamp(min=.15)
-    return step/max(1., float(step[:3].norm()/.12), float(step[3:].norm()/1.5))
+    turn = float(step[:3].norm()/.12)
+    shift = float(step[3:].norm()/1.5)
+    return step/max(1., turn, shift)
 
 # %% ../nbs/28_register.ipynb #94c6cfa7
 def pose_agreement(
@@ -266,7 +291,8 @@ def pose_agreement(
     m,w = sample_field(moving.field, fixed.q@turn.T+shift)
     n = w.sum()
     if n<50: return 0.,0.
-    m,f = (o-(w*o).sum()/n for o in (m,fixed.f))
+    m = m-(w*m).sum()/n
+    f = fixed.f-(w*fixed.f).sum()/n
     product = (w*m*m).sum()*(w*f*f).sum()
     ncc = (w*m*f).sum()/product.clamp(min=1e-12).sqrt()
     return float(ncc),float(n/min(fixed.n, moving.n))
@@ -283,7 +309,9 @@ def normalised_mutual_information(
     def bin_of(x):
         rank = x.argsort(stable=True).argsort(stable=True)
         return rank*bins//len(x)
-    def h(p): return float(-torch.special.xlogy(p, p).sum())
+    def h(p):
+        terms = torch.special.xlogy(p, p)
+        return float(-terms.sum())
     counts = torch.bincount(bin_of(a)*bins+bin_of(b), minlength=bins*bins)
     joint = counts.double().reshape(bins,bins)/len(a)
     single = h(joint.sum(1))+h(joint.sum(0))
@@ -292,7 +320,8 @@ def normalised_mutual_information(
 # %% ../nbs/28_register.ipynb #3aea1f7d
 def _level_gain(a, b, q):
     "Logarithms of intensities `a` and `b` at `q`; the second without its smooth gain over a power of the first"
-    a,b = a.clamp(min=8).log(),b.clamp(min=8).log()
+    a = a.clamp(min=8).log()
+    b = b.clamp(min=8).log()
     q = q/q.abs().max()
     one = torch.ones(len(q),1)
     squares = q*q
@@ -325,7 +354,10 @@ def register_rigid(
     matrix = _index_matrix(turn, shift, flipped)
     return NS(ncc=ncc, nmi=nmi, overlap=overlap, flipped=flipped, matrix=matrix)
 
-def _structure(o): return o if isinstance(o, Structure) else Structure(low_resolution(o))
+# %% ../nbs/28_register.ipynb #ee3c98ee
+def _structure(o):
+    if isinstance(o, Structure): return o
+    return Structure(low_resolution(o))
 
 def _best_start(fixed, movings, starts):
     "The brain, as it is or mirrored, and its pose that agree best after some steps at the coarse scale"
@@ -339,6 +371,7 @@ def _best_start(fixed, movings, starts):
     _,m,pose = max(found, key=lambda o: o[0])
     return m,pose
 
+# %% ../nbs/28_register.ipynb #d40e4f1d
 def _nmi(fixed, moving, turn, shift):
     "Mutual information of the intensities where both hold brain; 0 if that is hardly anywhere"
     fine = fixed.fine
@@ -358,13 +391,13 @@ def mirrored(self:Structure):
         self._mirrored = Structure(self.x, flip=True)
     return self._mirrored
 
+# %% ../nbs/28_register.ipynb #c72ef9e7
 def _index_matrix(turn, shift, flipped):
     m = np.eye(4)
     m[:3,:3] = turn.numpy()
     m[:3,3] = (SMALL_CENTRE+shift-turn@SMALL_CENTRE).numpy()
     if flipped: m[2] = [0,0,0,SMALL_SHAPE[2]-1]-m[2]
     return m
-
 
 # %% ../nbs/28_register.ipynb #1c5e0002
 def rigid_transform(
@@ -375,4 +408,5 @@ def rigid_transform(
     "The turn and shift from one volume to another, by `register_rigid`. Raises `MGMTError` on a blank volume."
     fixed,moving = map(_structure, (fixed,moving))
     found = register_rigid(fixed, moving, flips=False, starts=starts)
-    return moving.affine@found.matrix@np.linalg.inv(fixed.affine),found.ncc
+    to_voxels = np.linalg.inv(fixed.affine)
+    return moving.affine@found.matrix@to_voxels,found.ncc
