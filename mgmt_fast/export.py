@@ -100,7 +100,7 @@ def onnx_difference(
 
 def _no_valid_onnx(network, e):
     name = getattr(network, 'arch', type(network).__name__)
-    why = str(e).splitlines()[0][:200]
+    why = (str(e) or type(e).__name__).splitlines()[0][:200]
     return f"{name} as ONNX is not valid ({why})"
 
 # %% ../nbs/73_export.ipynb #b6ae6904

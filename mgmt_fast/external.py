@@ -81,7 +81,8 @@ def _deviations(plan, b, n, nth, record):
     if nth>1: res.append(f'pass {nth}, not the first')
     earlier = [e for e in (*record.tests, *record.predictions) if e['date'] and e['date']<plan['date']]
     if earlier:
-        res.append(f"the cohort had been met {len(earlier)} times before the plan was written")
+        often = 'once' if len(earlier)==1 else f'{len(earlier)} times'
+        res.append(f"the cohort had been met {often} before the plan was written")
     return res
 
 # %% ../nbs/66_external.ipynb #2240319a

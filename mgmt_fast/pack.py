@@ -187,7 +187,7 @@ def _sha256(path):
 
 # %% ../nbs/76_pack.ipynb #69445d26
 _HASH = Allowed('64 hexadecimal digits', lambda v: re.fullmatch('[0-9a-f]{64}', v)[0])
-_FILE = record_of(dict(bytes=Allowed.whole(0), sha256=TEXT))
+_FILE = record_of(dict(bytes=Allowed.whole(0), sha256=_HASH))
 _MANIFEST = record_of(dict(kind=TEXT, form=Allowed.whole(1), bundle=TEXT, passes=Allowed.whole(0),
     files=table_of(_FILE)))
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}')

@@ -35,6 +35,25 @@ def named(tree):
             yield from ((n.id,o) for t in o.targets for n in ast.walk(t) if isinstance(n, ast.Name))
 
 
+def bound(tree):
+    "All names that a module gives to something"
+    for o in ast.walk(tree):
+        if isinstance(o, ast.Name) and not isinstance(o.ctx, ast.Load): yield o.id
+        if isinstance(o, (ast.FunctionDef,ast.ClassDef)): yield o.name
+        if isinstance(o, ast.arg): yield o.arg
+        if isinstance(o, ast.alias): yield o.asname or o.name
+
+
+@pytest.mark.parametrize('path', ROOMS, ids=names(ROOMS))
+def test_private_names_exist_and_are_used(path):
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    used = {o.id for o in ast.walk(tree) if isinstance(o, ast.Name) and isinstance(o.ctx, ast.Load)}
+    private = {o for o in used if o.startswith('_') and not o.startswith('__')}
+    assert not private-set(bound(tree)), 'used, and defined nowhere'
+    tops = {n for n,_ in named(tree) if n.startswith('_') and not n.endswith('_')}
+    assert not tops-used-{'_'}, 'defined, and used nowhere'
+
+
 @pytest.mark.parametrize('path', ROOMS, ids=names(ROOMS))
 def test_no_function_takes_the_name_of_another_thing(path):
     found = [*named(ast.parse(path.read_text(encoding='utf-8')))]

@@ -89,7 +89,7 @@ def test_a_plan_is_fulfilled_or_deviated_from(frozen, tmp_path):
     test = table(tmp_path/'B.csv', 'B')
     assert external_predictions(frozen, test, plan=tmp_path/'plan.json')['plan']['deviates']==[]
     assert external_predictions(frozen, test, plan=tmp_path/'plan.json')['plan']['deviates']==['pass 2, not the first',
-        'the cohort had been met 1 times before the plan was written'][:1]
+        'the cohort had been met once before the plan was written'][:1]
 
 
 def test_patients_without_a_label_or_a_probability_are_left_out(frozen, tmp_path):
