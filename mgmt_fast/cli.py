@@ -46,7 +46,7 @@ def _listen():
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
 
-# %% ../nbs/90_cli.ipynb #6ef27297
+# %% ../nbs/90_cli.ipynb #58a85669
 _Word = Annotated[Path, 'given without the name of an option, and may be left out']
 
 def _parser(f):
@@ -67,13 +67,13 @@ def _parser(f):
             parser.add_argument(f'--{k}', type=p.annotation, default=p.default, help=about)
     return parser
 
-# %% ../nbs/90_cli.ipynb #6fc009b2
+# %% ../nbs/90_cli.ipynb #d2ba80c1
 def _underscored(word):
     "The name of an option with `_` in place of `-`; other words as they are"
     def _named(m): return '--'+m[0][2:].replace('-','_')
     return re.sub(r'^--[a-z-]+', _named, word)
 
-# %% ../nbs/90_cli.ipynb #248742fb
+# %% ../nbs/90_cli.ipynb #2b442c3e
 def _from_command_line(f):
     "The arguments of a command as they were typed, with `-` or `_` in the names of options"
     typed = [_underscored(o) for o in sys.argv[1:]]
@@ -93,7 +93,7 @@ def _from_command_line(f):
         given['sequences'] = _as_spelt(given['sequences'])
     return given
 
-# %% ../nbs/90_cli.ipynb #e1cd57f2
+# %% ../nbs/90_cli.ipynb #b3196160
 def _dest_as_word(typed, first):
     "`--dest FOLDER` of a command that takes the folder as a word: its first, or its last"
     option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -102,14 +102,14 @@ def _dest_as_word(typed, first):
     if found.dest is None: return typed
     return [found.dest,*rest] if first else [*rest,found.dest]
 
-# %% ../nbs/90_cli.ipynb #590c6c71
+# %% ../nbs/90_cli.ipynb #edd75709
 def _as_spelt(sequences):
     "Sequences as the competition spells them, whatever their case: `t1wce,flair+T2W`"
     known = {o.lower():o for o in CHANNELS}
     def _known(m): return known.get(m[0].lower(), m[0])
     return re.sub(r'[^,+\s]+', _known, sequences)
 
-# %% ../nbs/90_cli.ipynb #8b4ddc7d
+# %% ../nbs/90_cli.ipynb #2afa33b1
 def _command(f):
     "A function that is a command too: errors that we raise on purpose become one line and an exit code"
     @functools.wraps(f)
@@ -127,17 +127,17 @@ def _command(f):
             return _end(f"error: {log_fault(e, f'running {f.__name__}')}", 2)
     return _f
 
-# %% ../nbs/90_cli.ipynb #bb2b178f
+# %% ../nbs/90_cli.ipynb #cb92809f
 def _end(said, code):
     print(said, file=sys.stderr)
     return code
 
-# %% ../nbs/90_cli.ipynb #7915b5ed
+# %% ../nbs/90_cli.ipynb #c6fc0c99
 def _done(lost, strict):
     "The exit code of work that is done: 0, or 3 if patients were left out and that was to be told apart"
     return 3 if lost and strict else 0
 
-# %% ../nbs/90_cli.ipynb #5fa93cad
+# %% ../nbs/90_cli.ipynb #495e95ae
 def _say_report(report, what):
     "Print the rows that matter, count the others; was a patient or sequence lost?"
     errors = report[report.level=='error']
@@ -161,14 +161,14 @@ def _cohort(root, most=20, **kwargs):
         print(f'  and {len(report)-most} more')
     return cohort
 
-# %% ../nbs/90_cli.ipynb #ac623d1a
+# %% ../nbs/90_cli.ipynb #258d524d
 def _store(path, labels=None, id_col=None, label_col=None):
     "A store, with the labels of a table in place of those that it knows"
     if labels is None and (id_col or label_col):
         raise MGMTError(_no_table(id_col or label_col))
     return VolumeStore(path, labels if labels is None else read_labels(labels, id_col, label_col))
 
-# %% ../nbs/90_cli.ipynb #19b008af
+# %% ../nbs/90_cli.ipynb #465d6197
 _LABEL = re.compile(r'slice (\d+) of (\d+)')
 
 def _show_names(patient, sequence, path, said):
@@ -180,7 +180,7 @@ def _show_names(patient, sequence, path, said):
         if n==len(files):
             print(f'  {patient} {sequence} slice {i} of {n}: {files[i-1]}')
 
-# %% ../nbs/90_cli.ipynb #35b9a657
+# %% ../nbs/90_cli.ipynb #15c6bae9
 def _show_all_names(cohort, report):
     "Print which files the rows of a report mean"
     rows = cohort.set_index('patient')
@@ -190,7 +190,7 @@ def _show_all_names(cohort, report):
             if r.patient in rows.index and s in rows:
                 _show_names(r.patient, s, rows.at[r.patient,s], r.what)
 
-# %% ../nbs/90_cli.ipynb #13d57ec2
+# %% ../nbs/90_cli.ipynb #43f57d76
 def _no_table(column): return f"{column!r} names a column of a label table, and none was given: add --labels TABLE"
 
 # %% ../nbs/90_cli.ipynb #bad12659
@@ -213,7 +213,7 @@ def mgmt_audit(
     perfusion = _audit_perfusion(root, dest, labels=labels, choices=choices, **columns)
     return int(perfusion or found)
 
-# %% ../nbs/90_cli.ipynb #721a788d
+# %% ../nbs/90_cli.ipynb #3b238ad5
 def _audit_perfusion(root, dest, **how):
     "Audit the DSC series beside a cohort's images; was anything found?"
     try: cohort = find_dsc(find_cohort(root, **how))
@@ -251,7 +251,7 @@ def mgmt_phantom(
 from .atlas import read_atlas
 from .standardize import standardize
 
-# %% ../nbs/90_cli.ipynb #e85edca0
+# %% ../nbs/90_cli.ipynb #26dc7282
 @_command
 def mgmt_atlas(
     path:Path, # The atlas' T1 image, NIfTI; you fetch it yourself, since it has a licence of its own
@@ -351,13 +351,13 @@ def mgmt_train(
     print(f'{dest}/model: {_best_epoch(learn)}')
     return _done(len(learn.dls.left_out), strict)
 
-# %% ../nbs/90_cli.ipynb #9d2ddd97
+# %% ../nbs/90_cli.ipynb #5229a3b1
 def _number(bs):
     "A size of a batch as it was typed; `None` for `auto`, and what is no number as it is, for the recipe to refuse"
     if bs=='auto': return None
     return int(bs) if str(bs).isdecimal() else bs
 
-# %% ../nbs/90_cli.ipynb #e0fc5f3b
+# %% ../nbs/90_cli.ipynb #8d9af382
 def _auto(store, dest, recipe, sequences):
     "The recipe with the batch that fits, or with that of a training that goes on; are activations to be recomputed?"
     found = auto_batch(store, recipe, sequences)
@@ -370,7 +370,7 @@ def _auto(store, dest, recipe, sequences):
             bs,accumulate = before.bs,before.accumulate
     return get_recipe(recipe, bs=bs, accumulate=accumulate),again
 
-# %% ../nbs/90_cli.ipynb #491cfc3e
+# %% ../nbs/90_cli.ipynb #18177f5f
 def _best_epoch(learn):
     best = learn.save_best.best_epoch
     _,loss,auc,*_ = learn.recorder.values[best]
@@ -383,14 +383,14 @@ from mgmt_fast.callbacks import DistributedTraining
 from mgmt_fast.operators import keep_freed_memory
 from mgmt_fast.learner import recipe_dls
 
-# %% ../nbs/90_cli.ipynb #81c4e76a
+# %% ../nbs/90_cli.ipynb #0bc29514
 def _recipe(store, recipe, **given):
     "The recipe of a command on a store: the store's or another, with what was given"
     base = store.recipe if recipe is None else recipe
     chosen = {k:v for k,v in given.items() if v is not None}
     return get_recipe(base, **chosen)
 
-# %% ../nbs/90_cli.ipynb #db05f323
+# %% ../nbs/90_cli.ipynb #dfb8e727
 def _train(store, dest, recipe, sequences=None, fold=0, seed=0, checkpoint=False):
     if num_distrib()>1: DistributedTraining()
     keep_freed_memory()
@@ -409,7 +409,7 @@ def _train(store, dest, recipe, sequences=None, fold=0, seed=0, checkpoint=False
     _save(plot_history(Path(dest)/'history.csv')[0], Path(dest)/'history.png')
     return learn
 
-# %% ../nbs/90_cli.ipynb #a63f653d
+# %% ../nbs/90_cli.ipynb #0b166944
 def _save(ax, path):
     import matplotlib.pyplot as plt
     write_picture(path, ax.figure)
@@ -452,7 +452,7 @@ def mgmt_weights(
 from .patient_page import patient_report
 from .app import mgmt_app
 
-# %% ../nbs/90_cli.ipynb #d0719a8d
+# %% ../nbs/90_cli.ipynb #c381c8db
 @_command
 def mgmt_report(
     model:Path, # Folder of a bundle or of a training, or a model in it, e.g. run/model
@@ -490,7 +490,7 @@ def _print_findings(table, thresholds=(.5,)):
 # %% ../nbs/90_cli.ipynb #90c00001
 from .sweep import sweep, sweep_table
 
-# %% ../nbs/90_cli.ipynb #02b4deca
+# %% ../nbs/90_cli.ipynb #16219e41
 @_command
 def mgmt_sweep(
     store:Path, # Folder that `mgmt_prepare` wrote
@@ -595,18 +595,18 @@ def mgmt_evaluate(
     print(f"{page}: {oof.patient.nunique()} patients out of fold; research use only")
     return _done(oof.patient.nunique()<len(store), strict)
 
-# %% ../nbs/90_cli.ipynb #866d9162
+# %% ../nbs/90_cli.ipynb #87cdfe03
 def _freeze_validated(oof, dest, bundle, **kwargs):
     "Freeze all models of a cross-validation; a selection among them is no model of its own"
     real = oof[oof.arch!='selected']
     chosen = [real[k].unique().tolist() for k in ('arch','sequences','recipe')]
     return freeze_once(**cv_models(dest, *chosen), dest=bundle, **kwargs)
 
-# %% ../nbs/90_cli.ipynb #f6b9240e
+# %% ../nbs/90_cli.ipynb #f9b5a548
 _store_or_table = ("give the folder of a store, whose patients are predicted out of fold, or --predictions TABLE with "
     "the columns patient, label and prob; one of the two")
 
-# %% ../nbs/90_cli.ipynb #a07005df
+# %% ../nbs/90_cli.ipynb #7ab9e8e4
 def _evaluate_table(table, dest, bundle, model, clinical, seed, columns):
     "Evaluate predictions of any making, and freeze their threshold where a folder for that is given"
     preds = read_predictions(table, **columns)
@@ -675,11 +675,11 @@ def mgmt_external(
     _external_page(res, cohort, Path(dest or bundle))
     return _done(_say_test(res), strict)
 
-# %% ../nbs/90_cli.ipynb #c9f1079c
+# %% ../nbs/90_cli.ipynb #25b062ce
 _scans_or_table = ("give a folder of scans or a store, which the bundle's models predict, or --predictions TABLE with "
     "the columns patient, label and prob; one of the two")
 
-# %% ../nbs/90_cli.ipynb #1717ab1d
+# %% ../nbs/90_cli.ipynb #4c944572
 def _external_page(res, cohort, dest):
     "Write tables, figures and the page of a test of scans, in a folder beside its result"
     known = cohort.table if isinstance(cohort, VolumeStore) else cohort
@@ -688,14 +688,14 @@ def _external_page(res, cohort, dest):
     labelled = preds.merge(known[['patient','label']])
     _page_of_test(read_predictions(labelled), table, res['model']['arch'], res['threshold'], res)
 
-# %% ../nbs/90_cli.ipynb #4e11fe35
+# %% ../nbs/90_cli.ipynb #1a650b70
 def _page_of_test(preds, table, name, threshold, res):
     "A page that cannot be written takes nothing from a test, which would be another pass if it were run again"
     try: print(predictions_report(preds, table.with_suffix(''), name, threshold, results=res))
     except MGMTError as e:
         print(f"the test is done and its result is written, but not its page: {e}", file=sys.stderr)
 
-# %% ../nbs/90_cli.ipynb #b473937b
+# %% ../nbs/90_cli.ipynb #c801acfb
 def _external_table(bundle, table, dest, **kwargs):
     "Test a table of predictions, and write its page"
     res = external_predictions(bundle, table, dest, **kwargs)
@@ -705,7 +705,7 @@ def _external_table(bundle, table, dest, **kwargs):
     _page_of_test(read_predictions(table, **columns), file, frozen.model, frozen.threshold, res)
     return res
 
-# %% ../nbs/90_cli.ipynb #c81573d0
+# %% ../nbs/90_cli.ipynb #3e4aef2d
 def _say_test(res):
     "Print what an external test found; were patients left out?"
     for part in ('all','without_suspected','without_uncertain'):
@@ -720,7 +720,7 @@ def _say_test(res):
     print(f"{name}: {res['note']}; {left_out} patients left out; research use only")
     return left_out>0
 
-# %% ../nbs/90_cli.ipynb #487a96ef
+# %% ../nbs/90_cli.ipynb #522215c9
 def _result_line(r):
     "One row of an external test's table"
     auc = f"AUC {r.auc:.3f} [{r.auc_lo:.3f}, {r.auc_hi:.3f}] ({r.interval})"
@@ -732,7 +732,7 @@ def _result_line(r):
 # %% ../nbs/90_cli.ipynb #a2aa6f79
 from .pack import pack_bundle, pull_model, push_model, unpack_bundle
 
-# %% ../nbs/90_cli.ipynb #e67305fb
+# %% ../nbs/90_cli.ipynb #0a94cecf
 @_command
 def mgmt_pack(
     bundle:Path, # Folder that `mgmt_evaluate --bundle` wrote
@@ -793,7 +793,7 @@ def mgmt_pull(
 # %% ../nbs/90_cli.ipynb #40dba8cd
 from .export import export_model
 
-# %% ../nbs/90_cli.ipynb #2e161d92
+# %% ../nbs/90_cli.ipynb #9aa8e27e
 @_command
 def mgmt_export(
     model:Path, # Folder of a training or of a bundle, a model in it, or a file that `mgmt_pack` wrote
@@ -818,14 +818,14 @@ _no_views = "this bundle averages over views of each volume, and a network sees 
 # %% ../nbs/90_cli.ipynb #1eaca9e1
 from .leakage import leakage_audit
 
-# %% ../nbs/90_cli.ipynb #45998f65
+# %% ../nbs/90_cli.ipynb #5f70b334
 def _images(path):
     "A store, or the cohort of a folder of scans"
     if (path/'store.json').exists():
         return VolumeStore(path)
     return _cohort(path, labels=False)
 
-# %% ../nbs/90_cli.ipynb #2bc146da
+# %% ../nbs/90_cli.ipynb #4169aefe
 def _two_columns(path, train_col, test_col):
     "The two columns of ids of a table; the first two where none are named"
     if path is None or not (train_col or test_col):
@@ -840,7 +840,7 @@ def _name_both(missing, columns):
     return (f"the table of ids has no column {', '.join(map(repr, missing))}: name both, --train-col and --test-col;"
         f" it has {', '.join(columns)}")
 
-# %% ../nbs/90_cli.ipynb #4905f02f
+# %% ../nbs/90_cli.ipynb #a43fb75b
 @_command
 def mgmt_leakage(
     train:Path, # Store, or folder of scans, of the training set
@@ -872,7 +872,7 @@ from .perfusion import perfusion_maps
 from .perfusion_page import write_perfusion
 from .series import read_volume
 
-# %% ../nbs/90_cli.ipynb #8f76bc67
+# %% ../nbs/90_cli.ipynb #7227bde7
 @_command
 def mgmt_perfusion(
     series:Path, # DSC series: folder of DICOM files, an enhanced file, or a NIfTI file with a time axis
@@ -897,7 +897,7 @@ def mgmt_perfusion(
     print(f'{dest}/perfusion.html: {read}')
     return 0
 
-# %% ../nbs/90_cli.ipynb #c39c8733
+# %% ../nbs/90_cli.ipynb #92c3cd5a
 def _mask(path): return None if path is None else read_volume(path).numpy()
 
 def _arterial(path):
@@ -911,7 +911,7 @@ def _arterial(path):
 # %% ../nbs/90_cli.ipynb #66829b58
 from .kaggle_build import LACKING, PYTHONS, build_kaggle
 
-# %% ../nbs/90_cli.ipynb #b4206fcc
+# %% ../nbs/90_cli.ipynb #6d39008a
 _SEND = ('With the kaggle tool installed and its token in place, send them in this order (data sets: `version -m TEXT`'
     ' instead of `create` from the second time on; a kernel only after those it takes output from have finished):')
 
@@ -939,7 +939,7 @@ def mgmt_kaggle(
 # %% ../nbs/90_cli.ipynb #19c00002
 from .experiment import QUICK, THESIS_ARCHS, quick_stores, run_thesis
 
-# %% ../nbs/90_cli.ipynb #e0abeb62
+# %% ../nbs/90_cli.ipynb #46f08766
 @_command
 def mgmt_thesis(
     store:Path, # Folder that `mgmt_prepare` wrote of the training cohort, by the recipe
@@ -987,7 +987,7 @@ def mgmt_thesis(
 import torch
 from .phantom import draw_patients, render_patient
 
-# %% ../nbs/90_cli.ipynb #64a54163
+# %% ../nbs/90_cli.ipynb #e52d3e0b
 class _Laps:
     "Seconds since the start, step by step"
     def __init__(self):
@@ -1002,7 +1002,7 @@ class _Laps:
         total = sum(self.of.values())
         return f"{', '.join(steps)}; {total:.0f} in all"
 
-# %% ../nbs/90_cli.ipynb #9bc3aecb
+# %% ../nbs/90_cli.ipynb #bf64bb79
 @_command
 def mgmt_demo(
     dest:Path='demo', # Folder for the cohort, the store, the model and the figures
@@ -1037,7 +1037,7 @@ def mgmt_demo(
     lost = _say_report(store.report, 'preparation')
     return _done(lost or preds.prob.isna().any(), strict)
 
-# %% ../nbs/90_cli.ipynb #4f53c62a
+# %% ../nbs/90_cli.ipynb #e12346ff
 def _demo_recipe(epochs):
     "Small volumes, a small network that is split, as suits two cores, and no augmentation but mirroring"
     mirrored = get_recipe('none', flip='w').room('augment')
@@ -1045,7 +1045,7 @@ def _demo_recipe(epochs):
     training = dict(schedule='one_cycle', lr=2e-3, epochs=epochs, patience=epochs)
     return get_recipe('default', size=(32,48,48), **network, **training, **mirrored)
 
-# %% ../nbs/90_cli.ipynb #369855ab
+# %% ../nbs/90_cli.ipynb #d84847a4
 def _show_both_classes(patients, seed, scans, path):
     "Draw two unmethylated and two methylated patients of the training set, as `make_phantom` will write them"
     few = patients[patients.split=='train'].groupby('label').head(2).sort_values('label')
@@ -1057,7 +1057,7 @@ def _show_both_classes(patients, seed, scans, path):
     axes = show_batch(TensorMR(torch.stack(volumes)), few.label.tolist(), None, sequences=scans['sequences'])
     _save(axes.flat[0], path)
 
-# %% ../nbs/90_cli.ipynb #01618f1a
+# %% ../nbs/90_cli.ipynb #7c898fba
 def _say_demo(dest, preds):
     "The model's AUC on held-out phantoms beside the best attainable, printed and drawn"
     truth = read_side_table(dest/'cohort').set_index('patient')
