@@ -31,31 +31,40 @@ from .quality import AUDIT_COLUMNS, audit_and_read
 # %% ../nbs/25_audit.ipynb #b96c7554
 def _evenly(x, n):
     "Indices of `n` slices, evenly spread over those that hold something"
-    filled = np.flatnonzero((x!=x[:,:1,:1]).any((1,2)))
+    differs = x!=x[:,:1,:1]
+    filled = np.flatnonzero(differs.any((1,2)))
     if not len(filled): return [len(x)//2]*n
-    return filled[np.linspace(len(filled)*.1, len(filled)*.9-1, n).round().astype(int).clip(0)]
+    at = np.linspace(len(filled)*.1, len(filled)*.9-1, n)
+    return filled[at.round().astype(int).clip(0)]
 
+# %% ../nbs/25_audit.ipynb #eb96c3f7
 def _axial(vol):
     "Voxels with their axes from foot to head, front to back and right to left, and the steps along these"
     axes = vol.affine[:3,:3]
     order,signs = match_axes(axes, CANONICAL)
-    turned = vol.numpy().transpose(order)[tuple(slice(None, None, int(s)) for s in signs)]
+    flips = tuple(slice(None, None, int(s)) for s in signs)
+    turned = vol.numpy().transpose(order)[flips]
     return turned,axes[:,order]*signs
 
+# %% ../nbs/25_audit.ipynb #75177699
 def _inner(x, step, n):
     "Indices of `n` axial slices from 25 to 75 mm below the top of the head, above the face; `step` in mm"
     some = x[:,::2,::2]
-    lo,hi = float(some.min()),float(np.percentile(some, 99))
-    lit = np.flatnonzero((some>lo+.25*(hi-lo)).mean((1,2))>.02)
+    lo = float(some.min())
+    hi = float(np.percentile(some, 99))
+    bright = some>lo+.25*(hi-lo)
+    lit = np.flatnonzero(bright.mean((1,2))>.02)
     first_,top = (lit[0],lit[-1]) if len(lit) else (0,len(x)-1)
-    return (top-np.linspace(75, 25, n)/step).round().astype(int).clip(first_, top)
+    at = top-np.linspace(75, 25, n)/step
+    return at.round().astype(int).clip(first_, top)
 
+# %% ../nbs/25_audit.ipynb #3f2ea6f1
 def _upright(x, h, w):
     "Slices (n,H,W) turned upright, and the steps along their axes, from steps `h` and `w` in RAS+ mm"
     if np.abs(h).argmax()<np.abs(w).argmax():
         x,h,w = x.swapaxes(1,2),w,h
-    flips = [-1 if step[np.abs(step).argmax()]>0 else 1 for step in (h,w)]
-    return x[:, ::flips[0], ::flips[1]],h,w
+    def _flip(step): return -1 if step[np.abs(step).argmax()]>0 else 1
+    return x[:, ::_flip(h), ::_flip(w)],h,w
 
 # %% ../nbs/25_audit.ipynb #69b96550
 def thumbnail(
@@ -66,15 +75,20 @@ def thumbnail(
 ) -> np.ndarray: # (height, width) uint8, the slices side by side with their true aspect
     "A small upright picture of a volume: its least value is black, its 99.5th percentile white."
     if head is None: head = has_skull(vol) is not False
-    x,step = _axial(vol) if head else (vol.numpy(),vol.affine[:3,:3])
-    at = _inner(x, np.linalg.norm(step[:,0]), n) if head else _evenly(x, n)
+    if head:
+        x,step = _axial(vol)
+        at = _inner(x, np.linalg.norm(step[:,0]), n)
+    else:
+        x,step = vol.numpy(),vol.affine[:3,:3]
+        at = _evenly(x, n)
     x,h,w = _upright(x[at].astype(np.float32), step[:,1], step[:,2])
     lo = x.min()
     hi = max(np.percentile(x, 99.5), x.min()+1e-6)
     x = ((x-lo)/(hi-lo)*255).clip(0,255).astype(np.uint8)
     aspect = x.shape[2]*np.linalg.norm(w)/(x.shape[1]*np.linalg.norm(h))
-    size = max(1, min(round(height*aspect), 4*height)),height
-    return np.concatenate([np.asarray(Image.fromarray(o).resize(size, Image.Resampling.BOX)) for o in x], 1)
+    width = max(1, min(round(height*aspect), 4*height))
+    tiles = [Image.fromarray(o).resize((width,height), Image.Resampling.BOX) for o in x]
+    return np.concatenate([np.asarray(o) for o in tiles], 1)
 
 # %% ../nbs/25_audit.ipynb #6c72fab3
 class _Seen(NamedTuple):
@@ -91,15 +105,19 @@ def _absent(error, finding):
     said = dict(readable=False, error=error, severity=severity, findings=finding, notes='')
     return _Seen({**dict.fromkeys(AUDIT_COLUMNS), **said})
 
+# %% ../nbs/25_audit.ipynb #7698b5a7
 def _look(patient, sequence, path, index):
     row,vol = audit_and_read(path, sequence, patient, index)
     if vol is None: return _Seen(row.to_dict())
     some = np.ascontiguousarray(vol.numpy()[:,::2,::2])
-    digest = None if row['min']==row['max'] else hashlib.blake2b(some, digest_size=16).hexdigest()
-    grid = f'{tuple(vol.shape)} {(vol.affine.round(2)+0.).tolist()}'
+    is_constant = row['min']==row['max']
+    digest = None if is_constant else hashlib.blake2b(some, digest_size=16).hexdigest()
+    place = vol.affine.round(2)+0.
+    grid = f'{tuple(vol.shape)} {place.tolist()}'
     picture = thumbnail(vol, head=row['skull'] is not False)
     return _Seen(row.to_dict(), grid, digest, picture, _head_box(vol))
 
+# %% ../nbs/25_audit.ipynb #2859dbf6
 def _one(job):
     "Audit one series, `(patient, sequence, path, index)`, in a worker"
     patient,sequence,path,index = job
@@ -109,32 +127,40 @@ def _one(job):
     except Exception as e:
         return _absent(type(e).__name__, log_fault(e, 'auditing'))
 
+# %% ../nbs/25_audit.ipynb #91461d5a
 def _head_box(vol):
     "Box of what is brighter than air, [[x,y,z],[x,y,z]] in RAS+ mm; `None` if nothing is"
-    step = [max(1, int(4/s)) for s in vol.spacing]
-    small = vol[tuple(slice(None, None, o) for o in step)]
+    about_4_mm = tuple(slice(None, None, max(1, int(4/s))) for s in vol.spacing)
+    small = vol[about_4_mm]
     x = small.numpy().astype(np.float32)
     air = float(np.median(x[:,[0,-1]]))
     usual = float(np.percentile(x, 99))
     at = np.argwhere(x>air+.15*(usual-air))
     if not len(at): return None
-    lo,hi = np.percentile(at, [1,99], axis=0)
-    corners = small.world(np.stack(np.meshgrid(*np.array([lo,hi]).T, indexing='ij'), -1).reshape(-1,3))
+    ends = np.percentile(at, [1,99], axis=0)
+    voxels = np.meshgrid(*ends.T, indexing='ij')
+    corners = small.world(np.stack(voxels, -1).reshape(-1,3))
     return [corners.min(0).round(1).tolist(), corners.max(0).round(1).tolist()]
 
 # %% ../nbs/25_audit.ipynb #0ae4b763
 def _results(jobs, n_workers, progress):
     "(place, what is kept) of each job, as they come"
-    for i,o in in_processes(_one, [(job,) for job in jobs], n_workers, progress):
-        yield i,_absent('died', f'{DIED}: look at it alone') if o==DIED else o
+    given = [(job,) for job in jobs]
+    for i,o in in_processes(_one, given, n_workers, progress):
+        if o==DIED:
+            o = _absent('died', f'{DIED}: look at it alone')
+        yield i,o
 
 # %% ../nbs/25_audit.ipynb #6656d7dd
 def _job_key(job):
     "Which series, as it is now; a digest, since a path may name people"
-    state = None if pd.isna(job[2]) or not os.path.exists(job[2]) else os.stat(job[2]).st_mtime_ns
+    path = job[2]
+    is_there = not pd.isna(path) and os.path.exists(path)
+    state = os.stat(path).st_mtime_ns if is_there else None
     said = repr((__version__,*job,state))
     return hashlib.blake2b(said.encode('utf-8','surrogateescape'), digest_size=16).hexdigest()
 
+# %% ../nbs/25_audit.ipynb #4088abf2
 def _picture_text(a):
     "A picture as text"
     if a is None: return None
@@ -142,11 +168,15 @@ def _picture_text(a):
     return base64.b64encode(f.getvalue()).decode()
 
 def _picture_of(text):
-    return None if text is None else np.array(Image.open(io.BytesIO(base64.b64decode(text))))
+    if text is None: return None
+    png = io.BytesIO(base64.b64decode(text))
+    return np.array(Image.open(png))
 
+# %% ../nbs/25_audit.ipynb #76032ab5
 def _entry_of(key, seen):
     "What the journal keeps of a series"
-    return [key,*seen[:3],_picture_text(seen.picture),seen.box]
+    picture = _picture_text(seen.picture)
+    return [key, seen.row, seen.grid, seen.digest, picture, seen.box]
 
 def _left_by_run(journal):
     "What a stopped run wrote, by key; what is not as it was written is looked at again"
@@ -154,20 +184,24 @@ def _left_by_run(journal):
     for o in read_json_lines(journal):
         try:
             key,row,grid,digest,picture,box = o
-            res[key] = _Seen({k: row[k] for k in AUDIT_COLUMNS}, grid, digest, _picture_of(picture), box)
+            row = {k: row[k] for k in AUDIT_COLUMNS}
+            res[key] = _Seen(row, grid, digest, _picture_of(picture), box)
         except (KeyError,OSError,TypeError,ValueError):
             continue
     return res
 
+# %% ../nbs/25_audit.ipynb #4d7da592
 def _resumed(jobs, n_workers, progress, journal=None):
     "Results of `_one` in the jobs' order; those that a stopped run left in `journal` are taken from there"
     if journal is None:
         found = dict(_results(jobs, n_workers, progress))
         return [found[i] for i in range(len(jobs))]
-    keys,done = [*map(_job_key, jobs)],_left_by_run(journal)
+    keys = [*map(_job_key, jobs)]
+    done = _left_by_run(journal)
     todo = [i for i,k in enumerate(keys) if k not in done]
+    new = [jobs[i] for i in todo]
     with Journal(journal) as j:
-        for at,seen in _results([jobs[i] for i in todo], n_workers, progress):
+        for at,seen in _results(new, n_workers, progress):
             key = keys[todo[at]]
             done[key] = seen
             j.add(_entry_of(key, seen), default=lambda o: o.item())
@@ -177,24 +211,31 @@ def _resumed(jobs, n_workers, progress, journal=None):
 def _box_overlap(a, b):
     "Share of the smaller box that lies in the other"
     (a0,a1),(b0,b1) = np.array(a),np.array(b)
-    both = np.prod(np.maximum(0, np.minimum(a1,b1)-np.maximum(a0,b0)))
-    return float(both/max(min(np.prod(a1-a0), np.prod(b1-b0)), 1e-9))
+    lo,hi = np.maximum(a0, b0),np.minimum(a1, b1)
+    sides = np.maximum(0, hi-lo)
+    smaller = min(np.prod(a1-a0), np.prod(b1-b0))
+    return float(np.prod(sides)/max(smaller, 1e-9))
 
 def _sizes_differ(a, b):
     "Is one box less than two fifths of the other along two axes or more?"
     p,q = (np.ptp(np.array(o), axis=0) for o in (a,b))
-    return int((np.minimum(p,q)<.4*np.maximum(p,q)).sum())>=2
+    differ = np.minimum(p,q)<.4*np.maximum(p,q)
+    return int(differ.sum())>=2
 
 def _apart(a, b): return _box_overlap(a, b)<.3
 
+# %% ../nbs/25_audit.ipynb #50044e66
 def _most_different(boxes, differ):
     "Boxes (by position) that differ from more than half of the others, and most of all"
     n = {}
     for i,a in boxes.items():
-        n[i] = sum(differ(a, b) for j,b in boxes.items() if j!=i)
+        others = [b for j,b in boxes.items() if j!=i]
+        n[i] = sum(differ(a, b) for b in others)
     most = max(n.values(), default=0)
-    return [i for i in boxes if n[i] and n[i]==most and n[i]>(len(boxes)-1)/2]
+    if most<=(len(boxes)-1)/2: return []
+    return [i for i in boxes if n[i]==most]
 
+# %% ../nbs/25_audit.ipynb #ed47e8b1
 def _odd_heads(boxes):
     "Which series of a patient do not fit the others, and why; `boxes` by position. Two that differ are both named"
     res = []
@@ -204,30 +245,40 @@ def _odd_heads(boxes):
     return res
 
 # %% ../nbs/25_audit.ipynb #5ad985e3
-def _append_text(texts, i, what): texts[i] = f'{texts[i]} | {what}' if texts[i] else what
+def _append_text(texts, i, what):
+    if texts[i]:
+        what = f'{texts[i]} | {what}'
+    texts[i] = what
 
+# %% ../nbs/25_audit.ipynb #f98e5e7f
 def _rows_of(keys):
     "Rows by key, in order; those without one are left out"
-    return groupby([i for i,k in enumerate(keys) if k], lambda i: keys[i])
+    keyed = [i for i,k in enumerate(keys) if k]
+    return groupby(keyed, lambda i: keys[i])
 
 def _ranks(grids):
     "How common each grid is: 0 for the most common; `None` where there is none"
-    order = [g for g,_ in Counter(filter(None, grids)).most_common()]
+    often = Counter(filter(None, grids)).most_common()
+    order = [g for g,_ in often]
     return [order.index(g) if g else None for g in grids]
 
+# %% ../nbs/25_audit.ipynb #e36de3e7
 def _compare_patient(df, rows, seen, bad, note):
     "Add letters for grids and findings on the series of one patient, the rows `rows`"
     at = df.columns.get_loc('grid')
     patient = df.patient.iat[rows[0]]
-    for i,rank in zip(rows, _ranks([seen[i].grid for i in rows])):
+    grids = [seen[i].grid for i in rows]
+    for i,rank in zip(rows, _ranks(grids)):
         if rank is None: continue
         df.iat[i,at] = chr(65+min(rank,25))
         if patient and rank:
             _append_text(note, i, "on another grid than the patient's other series")
-    boxes = {i: seen[i].box for i in rows if seen[i].box and patient and pd.notna(df.sequence.iat[i])}
+    named = [i for i in rows if patient and pd.notna(df.sequence.iat[i])]
+    boxes = {i: seen[i].box for i in named if seen[i].box}
     for i,what in _odd_heads(boxes):
         _append_text(bad, i, what)
 
+# %% ../nbs/25_audit.ipynb #b77d278c
 def _compare_all(df, seen, bad):
     "Add findings on skulls among brains, and on scans that come twice"
     skull = df.skull.dropna().astype(bool)
@@ -238,8 +289,10 @@ def _compare_all(df, seen, bad):
     for rows in _rows_of([o.digest for o in seen]).values():
         if len(rows)<2: continue
         for i in rows:
-            _append_text(bad, i, f"same voxels as {', '.join(called(df.iloc[j]) for j in rows if j!=i)}")
+            others = [called(df.iloc[j]) for j in rows if j!=i]
+            _append_text(bad, i, f"same voxels as {', '.join(others)}")
 
+# %% ../nbs/25_audit.ipynb #e543f1a9
 def _compare_series(df, seen):
     "Add to the table what only shows beside the other series"
     bad,note = df.findings.tolist(),df.notes.tolist()
@@ -258,19 +311,25 @@ _COUNTS = ['volumes','slices','rows','columns','missing','duplicates','blank','n
 def _to_audit(cohort):
     "A job for each patient and sequence: `(patient, sequence, path, index)`"
     jobs = []
+    sequences = [s for s in SEQUENCES if s in cohort]
     for _,r in cohort.iterrows():
-        for s in (o for o in SEQUENCES if o in cohort):
+        for s in sequences:
             i = r.get(f'{s}_index')
-            jobs.append((str(r['patient']), s, r[s], None if pd.isna(i) else int(i)))
+            index = None if pd.isna(i) else int(i)
+            jobs.append((str(r['patient']), s, r[s], index))
     return jobs
 
+# %% ../nbs/25_audit.ipynb #0e3bbe1b
 def _audited(jobs, n_workers, progress, journal=None):
     "The audited jobs as a table, and a picture of each that can be read"
     seen = _resumed(jobs, n_workers, progress, journal)
-    rows = [dict(patient=p, sequence=s, **o.row) for (p,s,*_),o in zip(jobs,seen)]
-    df = pd.DataFrame(rows, columns=['patient','sequence',*AUDIT_COLUMNS]).astype(dict.fromkeys(_COUNTS, 'Int64'))
+    rows = []
+    for (patient,sequence,*_),o in zip(jobs, seen):
+        rows.append(dict(patient=patient, sequence=sequence, **o.row))
+    df = pd.DataFrame(rows, columns=['patient','sequence',*AUDIT_COLUMNS])
+    df = _compare_series(df.astype(dict.fromkeys(_COUNTS, 'Int64')), seen)
     columns = ['patient','sequence',*AUDIT_COLUMNS[:-2],'grid','findings','notes']
-    return _compare_series(df, seen)[columns], [o.picture for o in seen]
+    return df[columns], [o.picture for o in seen]
 
 # %% ../nbs/25_audit.ipynb #06b8f2c1
 def audit_cohort(
@@ -289,13 +348,26 @@ def _facts_line(r):
     "One line on a series: extent, plane, coding, intensities"
     if not r.readable: return r.error or ''
     size = f"{r.slices} x {r['rows']} x {r.columns}, {r.step:.2f} x {r.row_mm:.2f} x {r.col_mm:.2f} mm"
-    times = [f'times of {r.contrast}'] if pd.notna(r.contrast) else []
-    return ', '.join([size, r.plane, r.coding, *times, f'intensities {r["min"]:g} to {r["max"]:g}'])
+    parts = [size, r.plane, r.coding]
+    if pd.notna(r.contrast):
+        parts.append(f'times of {r.contrast}')
+    parts.append(f'intensities {r["min"]:g} to {r["max"]:g}')
+    return ', '.join(parts)
+
+# %% ../nbs/25_audit.ipynb #7d533117
+def _separate(text):
+    "The findings in a cell of the table"
+    return [o for o in text.split(' | ') if o]
+
+def _kind_of_finding(finding):
+    "A finding without numbers, names and what is said after the first sentence"
+    head = re.split(r'[.:] ', finding)[0]
+    return re.sub(r"'[^']*'|\d[\d.%]*", '#', head)
 
 def _kinds(texts):
-    "How often each kind of finding was made; numbers and names do not make a kind"
-    found = [o for t in texts for o in t.split(' | ') if o]
-    return Counter(re.sub(r"'[^']*'|\d[\d.%]*", '#', re.split(r'[.:] ', o)[0]) for o in found).most_common()
+    "How often each kind of finding was made"
+    found = [o for t in texts for o in _separate(t)]
+    return Counter(map(_kind_of_finding, found)).most_common()
 
 # %% ../nbs/25_audit.ipynb #db302300
 def _by_severity(table):
@@ -303,9 +375,13 @@ def _by_severity(table):
     rank = table.severity.map({'error':0,'warning':1}).fillna(2)
     return np.argsort(rank.to_numpy(), kind='stable')
 
+# %% ../nbs/25_audit.ipynb #95e8b5e3
 def _counts_line(table):
-    return f"{len(table)} series, {int(table.readable.sum())} readable, {(table.findings!='').sum()} with findings"
+    readable = int(table.readable.sum())
+    found = (table.findings!='').sum()
+    return f"{len(table)} series, {readable} readable, {found} with findings"
 
+# %% ../nbs/25_audit.ipynb #da70a2f9
 _INTRODUCTION = ("Identifiers found in headers are named by kind; their values are not kept. Series with their skull "
     "are shown by axial slices from inside it, on which no face can be seen.")
 _KINDS = """<table>{% for kind,n in kinds %}<tr><td>{{ n }}</td><td>{{ kind }}</td></tr>
@@ -317,9 +393,8 @@ _SERIES = """<table>{% for r in rows %}<tr><td class="told">{{ r.name }}<div cla
 def _shown_row(r, picture):
     "A row of the page"
     picture = '' if picture is None else picture_tag(picture, f'five slices of {called(r)}', 'JPEG')
-    findings,notes = ([o for o in t.split(' | ') if o] for t in (r.findings,r.notes))
-    return dict(name=called(r), facts=_facts_line(r), picture=picture, findings=findings, notes=notes,
-        severity=r.severity)
+    said = dict(findings=_separate(r.findings), notes=_separate(r.notes))
+    return dict(name=called(r), facts=_facts_line(r), picture=picture, severity=r.severity, **said)
 
 # %% ../nbs/25_audit.ipynb #bdc02f3c
 def write_sheet(
@@ -332,35 +407,46 @@ def write_sheet(
     rows = [_shown_row(table.iloc[i], pictures[i]) for i in _by_severity(table)]
     found = scrolling(fill_page(_KINDS, kinds=_kinds(table.findings)))
     series = scrolling(fill_page(_SERIES, rows=rows))
-    write_page(path, title, {'What was found': [f'{_counts_line(table)}. {_INTRODUCTION}', found], 'Series': [series]})
+    summary = f'{_counts_line(table)}. {_INTRODUCTION}'
+    write_page(path, title, {'What was found': [summary, found], 'Series': [series]})
 
 # %% ../nbs/25_audit.ipynb #8cd1c51d
 def _doubtful(cohort):
     "Images that contradict themselves, or are no MR; of patients who lack a sequence also those that say nothing"
     lack = set(cohort.patient[cohort[[*SEQUENCES]].isna().any(axis=1)])
-    def doubtful(patient, why):
-        return patient in lack if why.startswith('neither') else ', but ' in why or not why.startswith('its name')
-    return [o for o in cohort.attrs.get('images', []) if o[2] is None and doubtful(o[0], o[5])]
+    def _is_doubtful(patient, why):
+        if why.startswith('neither'): return patient in lack
+        return ', but ' in why or not why.startswith('its name')
+    unnamed = [o for o in cohort.attrs.get('images', []) if o[2] is None]
+    return [o for o in unnamed if _is_doubtful(o[0], o[5])]
 
+# %% ../nbs/25_audit.ipynb #5b962265
 def _splits(root):
     "Both splits of the competition, if the folder has both"
-    splits = [o for o in ('train','test') if (root/o).is_dir() and any((root/o).iterdir())]
+    def _is_filled(folder): return folder.is_dir() and any(folder.iterdir())
+    splits = [o for o in ('train','test') if _is_filled(root/o)]
     return splits if len(splits)==2 else [None]
 
+# %% ../nbs/25_audit.ipynb #efc2234e
 def _problems(cohort):
     "The first twenty rows of a cohort's report, as text"
     rows = cohort_report(cohort)
-    told = ''.join(f'  {called(r)}: {r.problem}; {r.what_to_do}\n' for r in rows[:20].itertuples())
-    return told+(f'  and {len(rows)-20} more\n' if len(rows)>20 else '')
+    lines = [f'  {called(r)}: {r.problem}; {r.what_to_do}\n' for r in rows[:20].itertuples()]
+    if len(rows)>20:
+        lines.append(f'  and {len(rows)-20} more\n')
+    return ''.join(lines)
 
+# %% ../nbs/25_audit.ipynb #6acaeaa8
 def _find_cohort(root, **how):
     "The cohort of a folder, both splits if it is the competition's, and what there is to say; `None` if it is none"
     unlabelled = dict(choices=how.get('choices'))
+    is_meant = how.get('labels') is not None or how.get('choices') is not None
+    def _part(split):
+        return find_cohort(root, split=split, **(unlabelled if split=='test' else how))
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        try: parts = [find_cohort(root, split=s, **(how if s!='test' else unlabelled)) for s in _splits(root)]
+        try: parts = [_part(split) for split in _splits(root)]
         except CohortError as e:
-            if how.get('labels') is not None or how.get('choices') is not None:
-                raise
+            if is_meant: raise
             return None,f'{e}\n' if 'two layouts' in str(e) else ''
     cohort = pd.concat(parts, ignore_index=True)
     for k in ('report','images'):
@@ -370,27 +456,35 @@ def _find_cohort(root, **how):
 # %% ../nbs/25_audit.ipynb #8d21c7fb
 def _add_doubts(table, start, doubts):
     "Say in the last rows of the table why these images have no sequence"
+    severity = table.columns.get_loc('severity')
     for i,o in enumerate(doubts, start):
-        silent = o[5].startswith('neither')
+        why = o[5]
+        silent = why.startswith('neither')
         at = table.columns.get_loc('notes' if silent else 'findings')
-        if o[5] in table.iat[i,at]: continue
-        table.iat[i,at] = ' | '.join(filter(None, (table.iat[i,at], f'no sequence: {o[5]}')))
-        if table.severity.iat[i]!='error' and not silent:
-            table.iat[i,table.columns.get_loc('severity')] = 'warning'
+        before = table.iat[i,at]
+        if why in before: continue
+        table.iat[i,at] = ' | '.join(filter(None, (before, f'no sequence: {why}')))
+        if table.iat[i,severity]!='error' and not silent:
+            table.iat[i,severity] = 'warning'
 
+# %% ../nbs/25_audit.ipynb #b9839778
 def _any_named(cohort):
     "Does a name on any path tell a sequence, and not headers alone?"
-    paths = [Path(o[6]) for o in cohort.attrs.get('images', []) if o[3]]
-    return any(sequence_of(name) for p in paths for name in p.parts)
+    used = [o for o in cohort.attrs.get('images', []) if o[3]]
+    names = [name for o in used for name in Path(o[6]).parts]
+    return any(map(sequence_of, names))
 
+# %% ../nbs/25_audit.ipynb #c52d5f30
 def _by_chance(cohort, jobs, known, others):
     "Do a few names look like sequences by chance, so that the folder is no cohort?"
-    few = len(others)>len(known) or not _any_named(cohort)
-    return few and len(known)<len(jobs)/2
+    if len(known)>=len(jobs)/2: return False
+    return len(others)>len(known) or not _any_named(cohort)
 
+# %% ../nbs/25_audit.ipynb #7ff15cec
 def _called_by(image, root):
     "What a series is called that is no part of a cohort: its path below the root"
-    return shown_name('/'.join(image.parts) or root.resolve().name)
+    path = '/'.join(image.parts)
+    return shown_name(path or root.resolve().name)
 
 def _no_series(root, odd):
     packed = sum(o[1]=='a packed archive' for o in odd)
@@ -419,9 +513,12 @@ def _plan(root, choices, how):
     jobs += [(o[0], None, os.path.join(root, o[6]), None) for o in doubts]
     return NS(jobs=jobs, doubts=doubts, n_others=len(others), said=said)
 
+# %% ../nbs/25_audit.ipynb #cb3ff0cd
 def _say_audited(plan, root, dest, table):
-    left = f'; {plan.n_others} images below it were left out: other sessions, maps, segmentations'
-    print(f"{plan.said}{root}: {_counts_line(table)}" + (left if plan.n_others else ''))
+    said = f"{plan.said}{root}: {_counts_line(table)}"
+    if plan.n_others:
+        said += f'; {plan.n_others} images below it were left out: other sessions, maps, segmentations'
+    print(said)
     for k,n in _kinds(table.findings):
         print(f'{n:6d} x {k}')
     print(f"table: {dest/'audit.csv'}; pictures: {dest/'audit.html'}")
@@ -443,7 +540,8 @@ def audit(
 
     Run it again to finish after a stop. Raises `MGMTError` if there is no series, or `dest` cannot be written."""
     root,dest = Path(root),Path(dest)
-    plan = _plan(root, choices, dict(labels=labels, id_col=id_col, label_col=label_col, patient_col=patient_col))
+    how = dict(labels=labels, id_col=id_col, label_col=label_col, patient_col=patient_col)
+    plan = _plan(root, choices, how)
     with working_in(dest):
         journal = dest/'audit.jsonl'
         table,pictures = _audited(plan.jobs, n_workers, progress, journal)

@@ -46,6 +46,7 @@ def _listen():
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
 
+# %% ../nbs/90_cli.ipynb #58a85669
 _Word = Annotated[Path, 'given without the name of an option, and may be left out']
 
 def _parser(f):
@@ -66,9 +67,16 @@ def _parser(f):
             parser.add_argument(f'--{k}', type=p.annotation, default=p.default, help=about)
     return parser
 
+# %% ../nbs/90_cli.ipynb #d2ba80c1
+def _underscored(word):
+    "The name of an option with `_` in place of `-`; other words as they are"
+    def _named(m): return '--'+m[0][2:].replace('-','_')
+    return re.sub(r'^--[a-z-]+', _named, word)
+
+# %% ../nbs/90_cli.ipynb #2b442c3e
 def _from_command_line(f):
     "The arguments of a command as they were typed, with `-` or `_` in the names of options"
-    typed = [re.sub(r'^--[a-z-]+', lambda m: '--'+m[0][2:].replace('-','_'), o) for o in sys.argv[1:]]
+    typed = [_underscored(o) for o in sys.argv[1:]]
     parser = _parser(f)
     params = inspect.signature(f).parameters
     required = [k for k,p in params.items() if p.default is p.empty]
@@ -85,6 +93,7 @@ def _from_command_line(f):
         given['sequences'] = _as_spelt(given['sequences'])
     return given
 
+# %% ../nbs/90_cli.ipynb #b3196160
 def _dest_as_word(typed, first):
     "`--dest FOLDER` of a command that takes the folder as a word: its first, or its last"
     option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -93,11 +102,14 @@ def _dest_as_word(typed, first):
     if found.dest is None: return typed
     return [found.dest,*rest] if first else [*rest,found.dest]
 
+# %% ../nbs/90_cli.ipynb #edd75709
 def _as_spelt(sequences):
     "Sequences as the competition spells them, whatever their case: `t1wce,flair+T2W`"
     known = {o.lower():o for o in CHANNELS}
-    return re.sub(r'[^,+\s]+', lambda m: known.get(m[0].lower(), m[0]), sequences)
+    def _known(m): return known.get(m[0].lower(), m[0])
+    return re.sub(r'[^,+\s]+', _known, sequences)
 
+# %% ../nbs/90_cli.ipynb #2afa33b1
 def _command(f):
     "A function that is a command too: errors that we raise on purpose become one line and an exit code"
     @functools.wraps(f)
@@ -115,14 +127,17 @@ def _command(f):
             return _end(f"error: {log_fault(e, f'running {f.__name__}')}", 2)
     return _f
 
+# %% ../nbs/90_cli.ipynb #cb92809f
 def _end(said, code):
     print(said, file=sys.stderr)
     return code
 
+# %% ../nbs/90_cli.ipynb #c6fc0c99
 def _done(lost, strict):
     "The exit code of work that is done: 0, or 3 if patients were left out and that was to be told apart"
     return 3 if lost and strict else 0
 
+# %% ../nbs/90_cli.ipynb #495e95ae
 def _say_report(report, what):
     "Print the rows that matter, count the others; was a patient or sequence lost?"
     errors = report[report.level=='error']
@@ -146,22 +161,26 @@ def _cohort(root, most=20, **kwargs):
         print(f'  and {len(report)-most} more')
     return cohort
 
+# %% ../nbs/90_cli.ipynb #258d524d
 def _store(path, labels=None, id_col=None, label_col=None):
     "A store, with the labels of a table in place of those that it knows"
     if labels is None and (id_col or label_col):
         raise MGMTError(_no_table(id_col or label_col))
     return VolumeStore(path, labels if labels is None else read_labels(labels, id_col, label_col))
 
+# %% ../nbs/90_cli.ipynb #465d6197
 _LABEL = re.compile(r'slice (\d+) of (\d+)')
 
 def _show_names(patient, sequence, path, said):
     "Print which files a text calls slices, to a terminal and nowhere else"
     if not sys.stdout.isatty() or pd.isna(path): return
     files = files_by_number(path)
-    for i,n in sorted({(int(i),int(n)) for i,n in _LABEL.findall(said)}):
+    named = {(int(i),int(n)) for i,n in _LABEL.findall(said)}
+    for i,n in sorted(named):
         if n==len(files):
             print(f'  {patient} {sequence} slice {i} of {n}: {files[i-1]}')
 
+# %% ../nbs/90_cli.ipynb #15c6bae9
 def _show_all_names(cohort, report):
     "Print which files the rows of a report mean"
     rows = cohort.set_index('patient')
@@ -171,6 +190,7 @@ def _show_all_names(cohort, report):
             if r.patient in rows.index and s in rows:
                 _show_names(r.patient, s, rows.at[r.patient,s], r.what)
 
+# %% ../nbs/90_cli.ipynb #43f57d76
 def _no_table(column): return f"{column!r} names a column of a label table, and none was given: add --labels TABLE"
 
 # %% ../nbs/90_cli.ipynb #bad12659
@@ -190,8 +210,10 @@ def mgmt_audit(
     columns = dict(id_col=id_col, label_col=label_col, patient_col=patient_col)
     named = _show_names if show_names else None
     found = audit(root, dest, labels=labels, n_workers=n_workers, choices=choices, named=named, **columns)
-    return int(_audit_perfusion(root, dest, labels=labels, choices=choices, **columns) or found)
+    perfusion = _audit_perfusion(root, dest, labels=labels, choices=choices, **columns)
+    return int(perfusion or found)
 
+# %% ../nbs/90_cli.ipynb #3b238ad5
 def _audit_perfusion(root, dest, **how):
     "Audit the DSC series beside a cohort's images; was anything found?"
     try: cohort = find_dsc(find_cohort(root, **how))
@@ -221,13 +243,15 @@ def mgmt_phantom(
 ):
     "Write a synthetic glioblastoma cohort whose best attainable AUC is known"
     make_phantom(dest, n=n, auc=auc, seed=seed, test=test, slices=slices, size=size)
-    print(f"{dest}: {n} patients, bound of the AUC on training patients {phantom_bound(dest,'train').bound:.3f}")
+    bound = phantom_bound(dest, 'train').bound
+    print(f"{dest}: {n} patients, bound of the AUC on training patients {bound:.3f}")
     return 0
 
 # %% ../nbs/90_cli.ipynb #24a7c0d1
 from .atlas import read_atlas
 from .standardize import standardize
 
+# %% ../nbs/90_cli.ipynb #26dc7282
 @_command
 def mgmt_atlas(
     path:Path, # The atlas' T1 image, NIfTI; you fetch it yourself, since it has a licence of its own
@@ -256,14 +280,16 @@ def mgmt_standardize(
 
     Needs `pip install mgmt_fast[tcga]`. A page, qc.html, shows whether it worked."""
     choice_of = get_recipe(recipe)
-    print(f"recipe {choice_of.name}: {', '.join(f'{k} {v}' for k,v in choice_of.room('standardize').items())}")
+    settings = [f'{k} {v}' for k,v in choice_of.room('standardize').items()]
+    print(f"recipe {choice_of.name}: {', '.join(settings)}")
     cohort = _cohort(root, labels=labels, choices=choices)
     how = dict(dicom=dicom, budget=Budget.parse(budget), stripper=stripper)
     done = standardize(cohort, dest, choice_of, atlas, sequences, n_workers, **how)
     bad = done[done.problem.notna()]
     for r in bad.itertuples():
         print(f'  {r.patient}: {r.problem}')
-    lost = int(done[list(check_sequences(sequences))].isna().all(axis=1).sum())
+    wanted = list(check_sequences(sequences))
+    lost = int(done[wanted].isna().all(axis=1).sum())
     print(f"{dest}: {len(done)-lost} of {len(done)} patients, {len(bad)} with problems; look at {dest/'qc.html'}")
     return _done(len(bad), strict)
 
@@ -325,17 +351,26 @@ def mgmt_train(
     print(f'{dest}/model: {_best_epoch(learn)}')
     return _done(len(learn.dls.left_out), strict)
 
-def _number(bs): return None if bs=='auto' else int(bs) if str(bs).isdecimal() else bs
+# %% ../nbs/90_cli.ipynb #5229a3b1
+def _number(bs):
+    "A size of a batch as it was typed; `None` for `auto`, and what is no number as it is, for the recipe to refuse"
+    if bs=='auto': return None
+    return int(bs) if str(bs).isdecimal() else bs
 
+# %% ../nbs/90_cli.ipynb #8d9af382
 def _auto(store, dest, recipe, sequences):
     "The recipe with the batch that fits, or with that of a training that goes on; are activations to be recomputed?"
     found = auto_batch(store, recipe, sequences)
     then = Path(dest)/'recipe.yaml'
     bs,accumulate,again = found.values()
-    if then.is_file() and (r := read_recipe(then)).bs*r.accumulate==bs*accumulate:
-        bs,accumulate,again = r.bs,r.accumulate,again or r.bs>bs
+    if then.is_file():
+        before = read_recipe(then)
+        if before.bs*before.accumulate==bs*accumulate:
+            again = again or before.bs>bs
+            bs,accumulate = before.bs,before.accumulate
     return get_recipe(recipe, bs=bs, accumulate=accumulate),again
 
+# %% ../nbs/90_cli.ipynb #18177f5f
 def _best_epoch(learn):
     best = learn.save_best.best_epoch
     _,loss,auc,*_ = learn.recorder.values[best]
@@ -348,10 +383,14 @@ from mgmt_fast.callbacks import DistributedTraining
 from mgmt_fast.operators import keep_freed_memory
 from mgmt_fast.learner import recipe_dls
 
+# %% ../nbs/90_cli.ipynb #0bc29514
 def _recipe(store, recipe, **given):
     "The recipe of a command on a store: the store's or another, with what was given"
-    return get_recipe(store.recipe if recipe is None else recipe, **{k:v for k,v in given.items() if v is not None})
+    base = store.recipe if recipe is None else recipe
+    chosen = {k:v for k,v in given.items() if v is not None}
+    return get_recipe(base, **chosen)
 
+# %% ../nbs/90_cli.ipynb #dfb8e727
 def _train(store, dest, recipe, sequences=None, fold=0, seed=0, checkpoint=False):
     if num_distrib()>1: DistributedTraining()
     keep_freed_memory()
@@ -370,6 +409,7 @@ def _train(store, dest, recipe, sequences=None, fold=0, seed=0, checkpoint=False
     _save(plot_history(Path(dest)/'history.csv')[0], Path(dest)/'history.png')
     return learn
 
+# %% ../nbs/90_cli.ipynb #0b166944
 def _save(ax, path):
     import matplotlib.pyplot as plt
     write_picture(path, ax.figure)
@@ -412,6 +452,7 @@ def mgmt_weights(
 from .patient_page import patient_report
 from .app import mgmt_app
 
+# %% ../nbs/90_cli.ipynb #c381c8db
 @_command
 def mgmt_report(
     model:Path, # Folder of a bundle or of a training, or a model in it, e.g. run/model
@@ -449,6 +490,7 @@ def _print_findings(table, thresholds=(.5,)):
 # %% ../nbs/90_cli.ipynb #90c00001
 from .sweep import sweep, sweep_table
 
+# %% ../nbs/90_cli.ipynb #16219e41
 @_command
 def mgmt_sweep(
     store:Path, # Folder that `mgmt_prepare` wrote
@@ -549,15 +591,22 @@ def mgmt_evaluate(
     known = None if clinical is None else read_clinical(clinical, clinical_id_col)
     page = evaluate_report(store, dest, known, seed=seed)
     if bundle is not None:
-        real = oof[oof.arch!='selected']
-        models = cv_models(dest, *(real[k].unique().tolist() for k in ('arch','sequences','recipe')))
-        print(freeze_once(**models, store=store, dest=bundle, tta=recipe if tta else None))
+        print(_freeze_validated(oof, dest, bundle, store=store, tta=recipe if tta else None))
     print(f"{page}: {oof.patient.nunique()} patients out of fold; research use only")
     return _done(oof.patient.nunique()<len(store), strict)
 
+# %% ../nbs/90_cli.ipynb #87cdfe03
+def _freeze_validated(oof, dest, bundle, **kwargs):
+    "Freeze all models of a cross-validation; a selection among them is no model of its own"
+    real = oof[oof.arch!='selected']
+    chosen = [real[k].unique().tolist() for k in ('arch','sequences','recipe')]
+    return freeze_once(**cv_models(dest, *chosen), dest=bundle, **kwargs)
+
+# %% ../nbs/90_cli.ipynb #f9b5a548
 _store_or_table = ("give the folder of a store, whose patients are predicted out of fold, or --predictions TABLE with "
     "the columns patient, label and prob; one of the two")
 
+# %% ../nbs/90_cli.ipynb #7ab9e8e4
 def _evaluate_table(table, dest, bundle, model, clinical, seed, columns):
     "Evaluate predictions of any making, and freeze their threshold where a folder for that is given"
     preds = read_predictions(table, **columns)
@@ -626,22 +675,27 @@ def mgmt_external(
     _external_page(res, cohort, Path(dest or bundle))
     return _done(_say_test(res), strict)
 
+# %% ../nbs/90_cli.ipynb #25b062ce
 _scans_or_table = ("give a folder of scans or a store, which the bundle's models predict, or --predictions TABLE with "
     "the columns patient, label and prob; one of the two")
 
+# %% ../nbs/90_cli.ipynb #4c944572
 def _external_page(res, cohort, dest):
     "Write tables, figures and the page of a test of scans, in a folder beside its result"
     known = cohort.table if isinstance(cohort, VolumeStore) else cohort
     table = dest/res['predictions']['file']
-    preds = plain_cells(pd.read_csv(table, dtype={'patient':'string'})).merge(known[['patient','label']])
-    _page_of_test(read_predictions(preds), table, res['model']['arch'], res['threshold'], res)
+    preds = plain_cells(pd.read_csv(table, dtype={'patient':'string'}))
+    labelled = preds.merge(known[['patient','label']])
+    _page_of_test(read_predictions(labelled), table, res['model']['arch'], res['threshold'], res)
 
+# %% ../nbs/90_cli.ipynb #1a650b70
 def _page_of_test(preds, table, name, threshold, res):
     "A page that cannot be written takes nothing from a test, which would be another pass if it were run again"
     try: print(predictions_report(preds, table.with_suffix(''), name, threshold, results=res))
     except MGMTError as e:
         print(f"the test is done and its result is written, but not its page: {e}", file=sys.stderr)
 
+# %% ../nbs/90_cli.ipynb #c801acfb
 def _external_table(bundle, table, dest, **kwargs):
     "Test a table of predictions, and write its page"
     res = external_predictions(bundle, table, dest, **kwargs)
@@ -651,6 +705,7 @@ def _external_table(bundle, table, dest, **kwargs):
     _page_of_test(read_predictions(table, **columns), file, frozen.model, frozen.threshold, res)
     return res
 
+# %% ../nbs/90_cli.ipynb #3e4aef2d
 def _say_test(res):
     "Print what an external test found; were patients left out?"
     for part in ('all','without_suspected','without_uncertain'):
@@ -665,15 +720,19 @@ def _say_test(res):
     print(f"{name}: {res['note']}; {left_out} patients left out; research use only")
     return left_out>0
 
+# %% ../nbs/90_cli.ipynb #522215c9
 def _result_line(r):
     "One row of an external test's table"
     auc = f"AUC {r.auc:.3f} [{r.auc_lo:.3f}, {r.auc_hi:.3f}] ({r.interval})"
-    company = f", by Holm over {r.bundles:.0f} bundles {r.p_holm:.3g}" if r.bundles>1 else ''
-    return f"{r['set']}: {auc}, accuracy {r.accuracy:.1%}, loss {r.loss:.3f}, {r.n} patients, p {r.p:.3g}{company}"
+    said = f"{r['set']}: {auc}, accuracy {r.accuracy:.1%}, loss {r.loss:.3f}, {r.n} patients, p {r.p:.3g}"
+    if r.bundles>1:
+        said += f", by Holm over {r.bundles:.0f} bundles {r.p_holm:.3g}"
+    return said
 
 # %% ../nbs/90_cli.ipynb #a2aa6f79
 from .pack import pack_bundle, pull_model, push_model, unpack_bundle
 
+# %% ../nbs/90_cli.ipynb #0a94cecf
 @_command
 def mgmt_pack(
     bundle:Path, # Folder that `mgmt_evaluate --bundle` wrote
@@ -734,6 +793,7 @@ def mgmt_pull(
 # %% ../nbs/90_cli.ipynb #40dba8cd
 from .export import export_model
 
+# %% ../nbs/90_cli.ipynb #9aa8e27e
 @_command
 def mgmt_export(
     model:Path, # Folder of a training or of a bundle, a model in it, or a file that `mgmt_pack` wrote
@@ -758,10 +818,14 @@ _no_views = "this bundle averages over views of each volume, and a network sees 
 # %% ../nbs/90_cli.ipynb #1eaca9e1
 from .leakage import leakage_audit
 
+# %% ../nbs/90_cli.ipynb #5f70b334
 def _images(path):
     "A store, or the cohort of a folder of scans"
-    return VolumeStore(path) if (path/'store.json').exists() else _cohort(path, labels=False)
+    if (path/'store.json').exists():
+        return VolumeStore(path)
+    return _cohort(path, labels=False)
 
+# %% ../nbs/90_cli.ipynb #4169aefe
 def _two_columns(path, train_col, test_col):
     "The two columns of ids of a table; the first two where none are named"
     if path is None or not (train_col or test_col):
@@ -776,6 +840,7 @@ def _name_both(missing, columns):
     return (f"the table of ids has no column {', '.join(map(repr, missing))}: name both, --train-col and --test-col;"
         f" it has {', '.join(columns)}")
 
+# %% ../nbs/90_cli.ipynb #a43fb75b
 @_command
 def mgmt_leakage(
     train:Path, # Store, or folder of scans, of the training set
@@ -790,8 +855,10 @@ def mgmt_leakage(
     n_workers:int=None, # Processes; one per core if not given
 ):
     "Say whether any test patient is in the training set, and how sure that is; exit code 1 if one may be"
-    table = leakage_audit(_images(train), _images(test), sequences, _two_columns(ids, train_col, test_col), dest,
-        planted=planted, published=published, n_workers=n_workers)
+    how = dict(planted=planted, published=published, n_workers=n_workers)
+    images = _images(train),_images(test)
+    pairs = _two_columns(ids, train_col, test_col)
+    table = leakage_audit(*images, sequences, pairs, dest, **how)
     for r in table.attrs['report'][:20]:
         print(f"  {r['side']} {r['patient']} {r['sequence']}: {r['what']}")
     print(table.attrs['summary'])
@@ -805,6 +872,7 @@ from .perfusion import perfusion_maps
 from .perfusion_page import write_perfusion
 from .series import read_volume
 
+# %% ../nbs/90_cli.ipynb #7227bde7
 @_command
 def mgmt_perfusion(
     series:Path, # DSC series: folder of DICOM files, an enhanced file, or a NIfTI file with a time axis
@@ -829,6 +897,7 @@ def mgmt_perfusion(
     print(f'{dest}/perfusion.html: {read}')
     return 0
 
+# %% ../nbs/90_cli.ipynb #92c3cd5a
 def _mask(path): return None if path is None else read_volume(path).numpy()
 
 def _arterial(path):
@@ -842,6 +911,7 @@ def _arterial(path):
 # %% ../nbs/90_cli.ipynb #66829b58
 from .kaggle_build import LACKING, PYTHONS, build_kaggle
 
+# %% ../nbs/90_cli.ipynb #6d39008a
 _SEND = ('With the kaggle tool installed and its token in place, send them in this order (data sets: `version -m TEXT`'
     ' instead of `create` from the second time on; a kernel only after those it takes output from have finished):')
 
@@ -869,6 +939,7 @@ def mgmt_kaggle(
 # %% ../nbs/90_cli.ipynb #19c00002
 from .experiment import QUICK, THESIS_ARCHS, quick_stores, run_thesis
 
+# %% ../nbs/90_cli.ipynb #46f08766
 @_command
 def mgmt_thesis(
     store:Path, # Folder that `mgmt_prepare` wrote of the training cohort, by the recipe
@@ -916,16 +987,22 @@ def mgmt_thesis(
 import torch
 from .phantom import draw_patients, render_patient
 
+# %% ../nbs/90_cli.ipynb #e52d3e0b
 class _Laps:
     "Seconds since the start, step by step"
-    def __init__(self): self.start,self.of = time.perf_counter(),{}
+    def __init__(self):
+        self.start = time.perf_counter()
+        self.of = {}
     def lap(self, name):
         "Enter the seconds since the last step"
-        self.of[name] = time.perf_counter()-self.start-sum(self.of.values())
+        since_start = time.perf_counter()-self.start
+        self.of[name] = since_start-sum(self.of.values())
     def __repr__(self):
-        steps = ', '.join(f'{k} {v:.0f}' for k,v in self.of.items())
-        return f'{steps}; {sum(self.of.values()):.0f} in all'
+        steps = [f'{k} {v:.0f}' for k,v in self.of.items()]
+        total = sum(self.of.values())
+        return f"{', '.join(steps)}; {total:.0f} in all"
 
+# %% ../nbs/90_cli.ipynb #bf64bb79
 @_command
 def mgmt_demo(
     dest:Path='demo', # Folder for the cohort, the store, the model and the figures
@@ -946,10 +1023,7 @@ def mgmt_demo(
     print(f"{dest}/patients.png: two patients of each class, after {laps.of['first pictures']:.0f} s")
     make_phantom(dest/'cohort', **patients, **scans)
     laps.lap('scans')
-    mirrored = get_recipe('none', flip='w').room('augment')
-    network = dict(arch='timm/resnet10t', depth='separable_all') # small and split, as suits two cores
-    recipe = get_recipe('default', size=(32,48,48), **network, schedule='one_cycle', lr=2e-3, epochs=epochs,
-        patience=epochs, **mirrored)
+    recipe = _demo_recipe(epochs)
     store = prepare(kaggle_cohort(dest/'cohort'), dest/'store', sequences, recipe=recipe)
     laps.lap('store')
     _train(store, dest, recipe, seed=seed)
@@ -963,17 +1037,31 @@ def mgmt_demo(
     lost = _say_report(store.report, 'preparation')
     return _done(lost or preds.prob.isna().any(), strict)
 
+# %% ../nbs/90_cli.ipynb #e12346ff
+def _demo_recipe(epochs):
+    "Small volumes, a small network that is split, as suits two cores, and no augmentation but mirroring"
+    mirrored = get_recipe('none', flip='w').room('augment')
+    network = dict(arch='timm/resnet10t', depth='separable_all')
+    training = dict(schedule='one_cycle', lr=2e-3, epochs=epochs, patience=epochs)
+    return get_recipe('default', size=(32,48,48), **network, **training, **mirrored)
+
+# %% ../nbs/90_cli.ipynb #d84847a4
 def _show_both_classes(patients, seed, scans, path):
     "Draw two unmethylated and two methylated patients of the training set, as `make_phantom` will write them"
     few = patients[patients.split=='train'].groupby('label').head(2).sort_values('label')
-    drawn = [render_patient(p, seed, **scans) for _,p in few.iterrows()]
-    volumes = [torch.stack([o[s][0].float()/o[s][0].max() for s in scans['sequences']]) for o in drawn]
+    volumes = []
+    for _,p in few.iterrows():
+        drawn = render_patient(p, seed, **scans)
+        channels = [drawn[s][0] for s in scans['sequences']]
+        volumes.append(torch.stack([o.float()/o.max() for o in channels]))
     axes = show_batch(TensorMR(torch.stack(volumes)), few.label.tolist(), None, sequences=scans['sequences'])
     _save(axes.flat[0], path)
 
+# %% ../nbs/90_cli.ipynb #7c898fba
 def _say_demo(dest, preds):
     "The model's AUC on held-out phantoms beside the best attainable, printed and drawn"
-    y = read_side_table(dest/'cohort').set_index('patient').label.loc[preds.patient].to_numpy()
+    truth = read_side_table(dest/'cohort').set_index('patient')
+    y = truth.label.loc[preds.patient].to_numpy()
     r = auc_ci(y, preds.prob)
     bound = phantom_bound(dest/'cohort','test')
     _save(plot_roc(y, preds.prob, label='held-out patients'), dest/'roc.png')

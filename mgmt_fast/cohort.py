@@ -30,7 +30,8 @@ def cohort_report(
     cohort:pd.DataFrame, # From one of the functions below
 ) -> pd.DataFrame: # `patient`, `sequence` (empty where all are meant), `problem`, `what_to_do`; no rows if all is well
     "What was wrong with a cohort's folders and labels, one row per problem."
-    return pd.DataFrame(cohort.attrs.get('report', []), columns=_REPORT, dtype='string')
+    rows = cohort.attrs.get('report', [])
+    return pd.DataFrame(rows, columns=_REPORT, dtype='string')
 
 # %% ../nbs/19_cohort.ipynb #de5e7a72
 def add_to_report(
@@ -47,7 +48,8 @@ def called(
     row:tuple|pd.Series, # With `patient` and `sequence`, either of which may be missing
 ) -> str: # `'00001 T2w'`
     "Whom and what a row of a report is about."
-    return ' '.join(o for o in (row.patient,row.sequence) if not pd.isna(o) and o) or 'the cohort'
+    known = [o for o in (row.patient,row.sequence) if not pd.isna(o) and o]
+    return ' '.join(known) or 'the cohort'
 
 # %% ../nbs/19_cohort.ipynb #d083749b
 def _label_table(labels, id_col=None, label_col=None, patient_col=None):
@@ -58,32 +60,44 @@ def _label_table(labels, id_col=None, label_col=None, patient_col=None):
     raise CohortError(f"patient_col={patient_col!r} names a column of the label table, and there is no label table: "
         "give one as labels=")
 
+# %% ../nbs/19_cohort.ipynb #2688cf11
 def _usable(paths, row, patient, report):
     "`paths` without the sequences that a column of the label table, called like the sequence, says False of"
-    bad = [k for k in paths if str(row.get(k)).lower()=='false']
-    report += [(patient, k, 'the label table marks it as unusable: left out', 'nothing') for k in bad]
+    def _is_marked(sequence): return str(row.get(sequence)).lower()=='false'
+    bad = [k for k in paths if _is_marked(k)]
+    for k in bad:
+        report.append((patient, k, 'the label table marks it as unusable: left out', 'nothing'))
     return {k:v for k,v in paths.items() if k not in bad}
 
+# %% ../nbs/19_cohort.ipynb #3d0e1dcd
 def _missing_together(report, df):
     "The report with one row for a sequence that no patient has"
     never = [s for s in SEQUENCES if len(df)>1 and df[s].isna().all()]
-    rows = [o for o in report if not (o[1] in never and o[2]=='missing')]
-    return rows+[('all', s, 'missing', 'nothing, if it was not acquired') for s in never if len(rows)<len(report)]
+    def _is_missing(row): return row[1] in never and row[2]=='missing'
+    rows = [o for o in report if not _is_missing(o)]
+    if len(rows)==len(report): return rows
+    return rows+[('all', s, 'missing', 'nothing, if it was not acquired') for s in never]
 
 # %% ../nbs/19_cohort.ipynb #1eadf046
 def _counts(df):
     n = df.label.value_counts()
     has = df[[*SEQUENCES]].notna().sum()
-    labels = f"{n.get(1,0)} methylated, {n.get(0,0)} unmethylated, {df.label.isna().sum()} without label"
-    scans = ', '.join(f'{k} {v}' for k,v in has.items()) if has.any() else 'no scans'
-    return f"{len(df)} patient{'s'*(len(df)!=1)}, {labels if n.sum() else 'none labelled'}; {scans}"
+    labels = scans = None
+    if n.sum():
+        labels = f"{n.get(1,0)} methylated, {n.get(0,0)} unmethylated, {df.label.isna().sum()} without label"
+    if has.any():
+        scans = ', '.join(f'{k} {v}' for k,v in has.items())
+    return f"{len(df)} patient{'s'*(len(df)!=1)}, {labels or 'none labelled'}; {scans or 'no scans'}"
 
+# %% ../nbs/19_cohort.ipynb #8f73412b
 def _kinds_of_problems(report):
-    kinds = Counter(' '.join(filter(None, (seq,problem))) for _,seq,problem,_ in report).most_common()
-    first_ = '; '.join(f'{k} ({v})' for k,v in kinds[:6])
-    n = f"{len(report)} problem{'s'*(len(report)>1)}"
-    return f"{n}, listed by cohort_report: {first_}{'; ...'*(len(kinds)>6)}"
+    what = [' '.join(filter(None, (seq,problem))) for _,seq,problem,_ in report]
+    kinds = Counter(what).most_common()
+    first_ = [f'{k} ({v})' for k,v in kinds[:6]]
+    if len(kinds)>6: first_.append('...')
+    return f"{len(report)} problem{'s'*(len(report)>1)}, listed by cohort_report: {'; '.join(first_)}"
 
+# %% ../nbs/19_cohort.ipynb #a4d378cf
 def _say_cohort(df, labels):
     lines = [_counts(df)]
     if report := df.attrs.get('report'):
@@ -96,10 +110,13 @@ def _patient_row(patient, scan, row, source, report):
     "The row of a patient in the cohort, from its scans and its row in the label table"
     report += [(patient, *o) for o in scan.problems]
     paths = scan.paths if row is None else _usable(scan.paths, row, patient, report)
-    index = {f'{k}_index': v for k,v in (getattr(scan, 'index', None) or {}).items()}
-    return dict(patient=patient, session=scan.session, label=row['label'] if row else pd.NA,
-        source=getattr(scan, 'source', None) or source, **paths, **index)
+    index = getattr(scan, 'index', None) or {}
+    columns = {f'{k}_index': v for k,v in index.items()}
+    label = row['label'] if row else pd.NA
+    source = getattr(scan, 'source', None) or source
+    return dict(patient=patient, session=scan.session, label=label, source=source, **paths, **columns)
 
+# %% ../nbs/19_cohort.ipynb #b640057c
 def _scanned(scans, labels, source, keep, report):
     "Rows of the patients that have folders"
     rows,seen = [],{}
@@ -116,6 +133,7 @@ def _scanned(scans, labels, source, keep, report):
             rows.append(new)
     return rows
 
+# %% ../nbs/19_cohort.ipynb #581acc49
 def _same_patient(patient, other):
     return (patient, '', f'the same patient as {other}: both are kept, and share a fold',
         'delete one if they are the same scans')
@@ -123,6 +141,7 @@ def _same_patient(patient, other):
 def _not_labelled(patient):
     return patient, '', 'not in the label table: unlabelled', 'add it, if its status is known'
 
+# %% ../nbs/19_cohort.ipynb #7aed781c
 def _not_scanned(scans, labels, source, pad, report):
     "Rows of the patients that only the label table knows"
     met = {*map(id_key, scans),*map(patient_key, scans)}
@@ -135,14 +154,18 @@ def _not_scanned(scans, labels, source, pad, report):
         rows.append(dict(patient=patient, label=r['label'], source=source))
     return rows
 
+# %% ../nbs/19_cohort.ipynb #258eb8cd
 def _typed(rows):
     "Rows as a cohort; columns of indices only where one is needed"
-    index = [f'{s}_index' for s in SEQUENCES if any(f'{s}_index' in o for o in rows)]
+    index = [f'{s}_index' for s in SEQUENCES]
+    index = [k for k in index if any(k in o for o in rows)]
     df = pd.DataFrame(rows, columns=['patient','session','label',*SEQUENCES,*index,'source'])
     text = dict.fromkeys(['patient','session',*SEQUENCES,'source'], 'string')
-    df = df.astype({**text, **dict.fromkeys(['label',*index], 'Int64')})
+    numbers = dict.fromkeys(['label',*index], 'Int64')
+    df = df.astype({**text,**numbers})
     return df.sort_values('patient', ignore_index=True)
 
+# %% ../nbs/19_cohort.ipynb #948741e6
 def _assemble(scans, table, source, report=(), keep=False, pad=0):
     "Join scans by patient with labels; `keep` patients that only the labels know, their ids padded to `pad` digits"
     labels = LabelRows(table)
@@ -158,10 +181,14 @@ def _assemble(scans, table, source, report=(), keep=False, pad=0):
 # %% ../nbs/19_cohort.ipynb #88621f47
 def _visible_entries(folder):
     with os.scandir(folder) as it:
-        return sorted((e for e in it if not e.name.startswith('.')), key=lambda e: e.name)
+        visible = [e for e in it if not e.name.startswith('.')]
+        return sorted(visible, key=lambda e: e.name)
 
-def _subfolders(folder): return [Path(folder)/e.name for e in _visible_entries(folder) if e.is_dir()]
+def _subfolders(folder):
+    entries = _visible_entries(folder)
+    return [Path(folder)/e.name for e in entries if e.is_dir()]
 
+# %% ../nbs/19_cohort.ipynb #a70bb009
 def _folder(root):
     "`root` as a path, known to be a folder with something in it"
     root = Path(root)
@@ -175,17 +202,25 @@ def _folder(root):
 def _under(placed, who, several):
     "The same place, under patient `who`; the old id becomes part of the session where `who` has several"
     if who is None: return placed
-    session = ' '.join(filter(None, (placed.session, placed.patient))) if several else placed.session
+    session = placed.session
+    if several:
+        session = ' '.join(filter(None, (placed.session,placed.patient)))
     return placed._replace(patient=who, session=session)
 
+# %% ../nbs/19_cohort.ipynb #2dddb846
 def _under_people(found, people):
     "Images under the patient whom a label table names for their id; where a patient has several, each is a session"
     whose = [entry_of(people, o.placed.patient, o.placed.session) for o in found]
     ids = {}
     for o,who in zip(found, whose):
         ids.setdefault(who, set()).add(o.placed.patient)
-    return [o._replace(placed=_under(o.placed, who, len(ids[who])>1)) for o,who in zip(found, whose)]
+    res = []
+    for o,who in zip(found, whose):
+        placed = _under(o.placed, who, several=len(ids[who])>1)
+        res.append(o._replace(placed=placed))
+    return res
 
+# %% ../nbs/19_cohort.ipynb #8e5b0de9
 _FILLER = re.compile(r'anon|none|unk|unspec|de-?id|removed|n/?a$|patient|subject|test|[0x]+$', re.I)
 
 def _folders_by_id(found, settled):
@@ -199,21 +234,23 @@ def _folders_by_id(found, settled):
             res.setdefault(who, {})[o.placed.patient] = True
     return [list(o) for o in res.values()]
 
+# %% ../nbs/19_cohort.ipynb #1396cd02
 def _stem(name): return re.sub(r'[-_ .][A-Za-z0-9]+$', '', name)
 
 def _merged(found, settled=()):
     "Folders with one PatientID whose names differ in their last part become sessions of one patient"
-    of,rename = _folders_by_id(found, settled),{}
+    of = _folders_by_id(found, settled)
+    rename = {}
     for names in of:
         stem = _stem(names[0])
         one = len(names)>1 and len(of)>1 and all(_stem(n)==stem for n in names)
         if one:
             rename.update({n: (stem,n[len(stem)+1:]) for n in names})
-    def to(p):
+    def _renamed(p):
         if p.patient not in rename: return p
         patient,session = rename[p.patient]
         return p._replace(patient=patient, session=p.session or session)
-    return [o._replace(placed=to(o.placed)) for o in found]
+    return [o._replace(placed=_renamed(o.placed)) for o in found]
 
 # %% ../nbs/19_cohort.ipynb #c01b7ea7
 def _table_rows(root, images, used, index, patient):
@@ -221,24 +258,42 @@ def _table_rows(root, images, used, index, patient):
     rows = []
     for o in images:
         seq,path = o.verdict.sequence,o.placed.image.path
-        taken = seq in used and used[seq]==path and (o.index is None or index.get(seq)==o.index)
-        rows.append((patient, o.placed.session, seq, 'yes' if taken else '', o.verdict.evidence, o.verdict.why,
-            os.path.relpath(path, root), o.index))
+        taken = seq in used and used[seq]==path
+        if taken and o.index is not None:
+            taken = index.get(seq)==o.index
+        use = 'yes' if taken else ''
+        shown = os.path.relpath(path, root)
+        rows.append((patient, o.placed.session, seq, use, o.verdict.evidence, o.verdict.why, shown, o.index))
     return rows
 
+# %% ../nbs/19_cohort.ipynb #e262285d
 def _find_named(root, patients, table):
     "Images below `root`, named and under their patients; images of nobody; what was found besides"
     images,odd = find_images(root)
-    ids = set() if table is None else {*map(id_key, table.patient), *map(patient_key, table.patient)}
+    ids = set()
+    if table is not None:
+        ids = {*map(id_key, table.patient), *map(patient_key, table.patient)}
     def known(name): return id_key(name) in ids or patient_key(name) in ids
     try: placed,left = place_images(root, images, patients, known)
     except ArchiveError as e:
         raise CohortError(f'{root}: {e}') from None
     people = people_of(table)
-    found = _under_people([f for o in placed for f in name_image(o)], people)
-    return NS(found=found if patients is not None else _merged(found, set(people.values())), left=left,
-        images=images, odd=odd)
+    named = [image for o in placed for image in name_image(o)]
+    found = _under_people(named, people)
+    if patients is None:
+        found = _merged(found, set(people.values()))
+    return NS(found=found, left=left, images=images, odd=odd)
 
+# %% ../nbs/19_cohort.ipynb #29b0742e
+def _owners(here):
+    "Whose the folder is in which something odd lies; `None` if it is nobody's"
+    res = {}
+    for parts,*_ in here.odd:
+        beside = [o.placed for o in here.found if o.placed.image.parts[:1]==parts[:1]]
+        res[parts] = beside[0].patient if beside else None
+    return res
+
+# %% ../nbs/19_cohort.ipynb #102c2994
 def _lost(here, whose, scans, name):
     "Problems of the folder that are no patient's"
     rows = []
@@ -251,23 +306,25 @@ def _lost(here, whose, scans, name):
         rows.append(('', '', what, 'nothing, or name them with `nifti_cohort`'))
     return count_rows(rows, 2, 'times')
 
+# %% ../nbs/19_cohort.ipynb #ef903962
 def _scan(root, patients=None, table=None, choices=None, base=None):
     "Every patient below `root`: `scans` by patient, `report`, and the `images` and oddities (`odd`) of the folder"
-    people,base = people_of(table),base or root
+    base = base or root
+    people = people_of(table)
     def name(folder): return people.get(id_key(folder), folder)
     here = _find_named(root, patients, table)
     chosen,report = _read_choices(choices, base, here.found)
     by = groupby(here.found, lambda o: o.placed.patient)
-    whose = {}
-    for o in here.odd:
-        whose[o[0]] = first(p.placed.patient for p in here.found if p.placed.image.parts[:1]==o[0][:1])
+    whose = _owners(here)
+    def is_of(parts, patient): return parts and (name(parts[0])==patient or whose[parts]==patient)
     scans = {}
     for p in uniqueify([*map(name, patients or ()), *by]):
         mine = by.get(p, [])
-        odd = [o for o in here.odd if o[0] and (name(o[0][0])==p or whose[o[0]]==p)]
+        odd = [o for o in here.odd if is_of(o[0], p)]
         scan = scans[p] = chosen[p] if p in chosen else choose_images(mine, odd)
         scan.table = _table_rows(base, mine, scan.paths, getattr(scan, 'index', {}), p)
-        scan.source = None if patients is not None or not mine else mine[0].placed.layout
+        given = patients is not None
+        scan.source = None if given or not mine else mine[0].placed.layout
     if not patients:
         report = report+_lost(here, whose, scans, name)
     return NS(scans=scans, images=here.images, odd=here.odd, report=report)
@@ -284,6 +341,7 @@ def _folder_cohort(root, labels, source, looked_for, layout=None, **kwargs):
         raise CohortError(_no_scans_in(root, s, looked_for))
     return _assemble(s.scans, table, source, s.report)
 
+# %% ../nbs/19_cohort.ipynb #607e2b6e
 def _why_none(s):
     "What kept a folder's images from being scans"
     problems = [o for scan in s.scans.values() for o in scan.problems]
@@ -297,7 +355,8 @@ def _why_none(s):
 
 def _no_scans_in(root, s, looked_for):
     why = '; '.join(_why_none(s)[:3])
-    return (f"{root} holds no scans that can be told apart{f' ({why})' if why else ''}. Looked for {looked_for}."
+    if why: why = f' ({why})'
+    return (f"{root} holds no scans that can be told apart{why}. Looked for {looked_for}."
         " Any other layout: nifti_cohort(root, pattern='{patient}/{sequence}.nii.gz')")
 
 # %% ../nbs/19_cohort.ipynb #f398b1d5
@@ -309,7 +368,8 @@ def write_choices(
 ) -> pd.DataFrame: # The table: a row for each image that was found
     "Write what every image was taken for, to be edited and given back as `choices`."
     df = pd.DataFrame(cohort.attrs.get('images', []), columns=_CHOICE)
-    df.insert(3, 'index', ['' if pd.isna(o) else str(int(o)) for o in df.pop('index')])
+    index = ['' if pd.isna(o) else str(int(o)) for o in df.pop('index')]
+    df.insert(3, 'index', index)
     write_csv(path, df, encoding='utf-8', errors='surrogateescape')
     return df
 
@@ -332,6 +392,7 @@ def _read_choices(choices, root, found):
         res[str(patient)] = _one_choice(str(patient), used, at, report)
     return res,report
 
+# %% ../nbs/19_cohort.ipynb #4a2306fb
 def _check_choice(patient, seq, paths):
     if seq not in SEQUENCES:
         raise CohortError(f"the table of choices uses an image of {patient} as {seq!r}: use one of"
@@ -339,10 +400,12 @@ def _check_choice(patient, seq, paths):
     if seq in paths:
         raise CohortError(f"the table of choices uses two images of {patient} as {seq}: leave one")
 
+# %% ../nbs/19_cohort.ipynb #a5175993
 def _cell(r, k):
     "A cell of a row; `None` where it is missing or blank"
     v = r.get(k)
-    return None if pd.isna(v) or not str(v).strip() else v
+    is_empty = pd.isna(v) or not str(v).strip()
+    return None if is_empty else v
 
 def _whole_number(v, patient, seq):
     "The `index` of a choice"
@@ -350,9 +413,12 @@ def _whole_number(v, patient, seq):
     if text.isdecimal() and len(text)<10: return int(text)
     raise CohortError(f"the table of choices has index {str(v)[:40]!r} for {patient} {seq}: it must be a whole number")
 
+# %% ../nbs/19_cohort.ipynb #f83a36e4
 def _one_choice(patient, used, at, report):
     "Paths, indices and session of the images that are used of one patient"
-    paths,index,sessions,problems = {},{},set(),[]
+    paths,index = {},{}
+    sessions = set()
+    problems = []
     for r in used:
         o = at.get(str(r['path']))
         seq = str(r['sequence']).strip()
@@ -361,7 +427,8 @@ def _one_choice(patient, used, at, report):
             continue
         _check_choice(patient, seq, paths)
         paths[seq] = o.placed.image.path
-        sessions.add(r.get('session') if pd.notna(r.get('session')) else None)
+        session = r.get('session')
+        sessions.add(session if pd.notna(session) else None)
         if _cell(r, 'index') is not None:
             index[seq] = _whole_number(r['index'], patient, seq)
     if len(sessions)>1:
@@ -380,7 +447,8 @@ def _no_labels(root):
         f" labels, or split='test'")
 
 def _no_patients_in(root, split):
-    return f"{root} has no patients: looked for {split}/PATIENT/{{{','.join(SEQUENCES)}}} and for a label table"
+    sequences = ','.join(SEQUENCES)
+    return f"{root} has no patients: looked for {split}/PATIENT/{{{sequences}}} and for a label table"
 
 def _check_split(split):
     if split in ('train','test'): return
@@ -434,25 +502,36 @@ def brats_cohort(
 def _grade(v):
     "The study that a cell of the column `Study` names"
     s = str(v).lower()
-    return 'GBM' if 'glioblastoma' in s or 'gbm' in s else 'LGG' if 'lower grade' in s or 'lgg' in s else pd.NA
+    if 'glioblastoma' in s or 'gbm' in s: return 'GBM'
+    if 'lower grade' in s or 'lgg' in s: return 'LGG'
+    return pd.NA
 
 def _studies(table):
     "Study by `id_key` of the patient; `None` where the table tells none"
     if table is None or 'Study' not in table: return None
-    return {id_key(p): _grade(s) for p,s in zip(_patients_of(table), table.Study)}
+    rows = zip(_patients_of(table), table.Study)
+    return {id_key(p): _grade(s) for p,s in rows}
 
 def _patients_of(table):
     people = people_of(table)
     return [people.get(id_key(p), p) for p in table.patient]
 
+# %% ../nbs/19_cohort.ipynb #0f7359f4
 def _other_study(studies, study):
     "Patients, by `id_key`, that are known to belong to another study"
-    return {p for p,s in studies.items() if study is not None and not pd.isna(s) and s!=study}
+    if study is None: return set()
+    told = {p:s for p,s in studies.items() if not pd.isna(s)}
+    return {p for p,s in told.items() if s!=study}
 
 def _left_out(patients, studies, other, study):
-    told = {p: f'{studies[id_key(p)]}, not {study}: left out' for p in patients if id_key(p) in other}
-    return [(p, '', what, 'study=None keeps it') for p,what in told.items()]
+    rows = []
+    for p in patients:
+        if id_key(p) in other:
+            what = f'{studies[id_key(p)]}, not {study}: left out'
+            rows.append((p, '', what, 'study=None keeps it'))
+    return rows
 
+# %% ../nbs/19_cohort.ipynb #13b7e40b
 def _no_tcga(root):
     return (f"{root} holds no scans: looked for PATIENT/SEQUENCE/*.nii.gz and PATIENT/SEQUENCE/*.dcm,"
         f" SEQUENCE being {', '.join(SEQUENCES)} or another name that says so")
@@ -512,6 +591,7 @@ def _regex_of(part, before):
     name = part[1:-1]
     return f'(?P={name})' if f'<{name}>' in before else f'(?P<{name}>[^/]+)'
 
+# %% ../nbs/19_cohort.ipynb #4aa373f8
 def _pattern(pattern):
     "The pattern as a glob and as a regular expression"
     rest = ''.join(re.split(_HOLES, pattern)[::2])
@@ -541,6 +621,7 @@ def _given_images(path, seq, patient):
         res.append(f._replace(verdict=verdict))
     return res,[] if images else [(seq, 'its folder holds no DICOM or NIfTI file', 'restore the files')]
 
+# %% ../nbs/19_cohort.ipynb #75e66903
 def _named_sequences(pattern, sequences):
     "The one sequence of a pattern that names none, else `None`; and the sequences to expect"
     one = check_sequences(sequences)[0] if isinstance(sequences, str) else None
@@ -550,6 +631,7 @@ def _named_sequences(pattern, sequences):
     if one: return one,[one]
     return None,check_sequences(uniqueify(sequences.values())) if isinstance(sequences, dict) else SEQUENCES
 
+# %% ../nbs/19_cohort.ipynb #586aa2fe
 def _matches(root, as_glob, as_regex):
     "Paths that match a pattern, with the patient and, where it has one, the sequence's name"
     for p in sorted(root.glob(as_glob)):
@@ -557,9 +639,12 @@ def _matches(root, as_glob, as_regex):
         if m and not p.name.startswith('.'):
             yield p,m['patient'],m.groupdict().get('sequence')
 
+# %% ../nbs/19_cohort.ipynb #be53d2be
 def _no_match(root, pattern, names):
     here = sorted(names)
-    hint = f"; found {', '.join(here[:8])}: pass sequences={{{here[0]!r}: 'FLAIR', ...}}" if names else ''
+    hint = ''
+    if here:
+        hint = f"; found {', '.join(here[:8])}: pass sequences={{{here[0]!r}: 'FLAIR', ...}}"
     return CohortError(f"nothing in {root} matches {pattern!r} with a sequence that is known{hint}")
 
 def _unknown_names(names):
@@ -585,8 +670,9 @@ def nifti_cohort(
     one,expect = _named_sequences(pattern, sequences)
     table = _label_table(labels, id_col, label_col, patient_col)
     found,problems,names = {},{},Counter()
+    called_so = sequences.get if isinstance(sequences, dict) else sequence_of
     for p,patient,name in _matches(root, *where):
-        seq = one or (sequences.get(name) if isinstance(sequences, dict) else sequence_of(name))
+        seq = one or called_so(name)
         names[name] += seq is None
         if not seq: continue
         images,odd = _given_images(p, seq, patient)
@@ -595,7 +681,8 @@ def nifti_cohort(
     if not found: raise _no_match(root, pattern, names)
     people = people_of(table)
     whose = {k: people.get(id_key(k), k) for k in found}
-    by = groupby(_under_people(sum(found.values(), []), people), lambda o: o.placed.patient)
+    images = _under_people(sum(found.values(), []), people)
+    by = groupby(images, lambda o: o.placed.patient)
     scans = {p: choose_images(by.get(p, []), [], expect) for p in uniqueify(whose.values())}
     for k,v in problems.items():
         scans[whose[k]].problems += v
@@ -611,13 +698,17 @@ def _is_competition(root):
     "Does the competition's layout explain the folder: its label table, or splits and no image outside them?"
     if (root/'train_labels.csv').is_file(): return True
     splits = [o for o in ('train','test') if (root/o).is_dir()]
-    return bool(splits) and not any(o.name not in splits and find_images(o)[0] for o in _subfolders(root))
+    if not splits: return False
+    outside = [o for o in _subfolders(root) if o.name not in splits]
+    return not any(find_images(o)[0] for o in outside)
 
+# %% ../nbs/19_cohort.ipynb #3bfd00ca
 def _root_and_split(root, split):
     "The competition's folder where `root` is one of its splits"
     whole = root.resolve()
-    tables = any((whole.parent/o).is_file() for o in _COMPETITION)
-    return (whole.parent,whole.name) if whole.name in ('train','test') and tables else (root,split)
+    tables = [o for o in _COMPETITION if (whole.parent/o).is_file()]
+    is_split = whole.name in ('train','test') and tables
+    return (whole.parent,whole.name) if is_split else (root,split)
 
 # %% ../nbs/19_cohort.ipynb #01188689
 def find_cohort(
@@ -642,7 +733,8 @@ def find_cohort(
     root,split = _root_and_split(root, split)
     if not _is_competition(root):
         return _folder_cohort(root, labels, 'folder', _LOOKED_FOR, **how)
-    split = split or ('train' if (root/'train').is_dir() or not (root/'test').is_dir() else 'test')
+    only_test = (root/'test').is_dir() and not (root/'train').is_dir()
+    split = split or ('test' if only_test else 'train')
     own = labels is not None or (root/'train_labels.csv').is_file()
     return kaggle_cohort(root, split, labels if own else False, **how)
 
@@ -653,11 +745,12 @@ def drop_patients(
 ) -> pd.DataFrame: # The others; ids that were not found are in its report
     "Leave patients out, whichever way their ids are padded."
     ids = read_ids(ids) if isinstance(ids, (str,Path)) else list(ids)
-    out = set(map(id_key, ids))
-    have = set(cohort.patient.map(id_key))
+    keys = cohort.patient.map(id_key)
+    out,have = set(map(id_key, ids)),set(keys)
     missed = [str(o) for o in ids if id_key(o) not in have]
     rows = [(o, '', 'to be left out, but not in the cohort', 'nothing, or check the id') for o in missed]
-    return add_to_report(cohort[~cohort.patient.map(id_key).isin(out)].reset_index(drop=True), rows)
+    kept = cohort[~keys.isin(out)].reset_index(drop=True)
+    return add_to_report(kept, rows)
 
 # %% ../nbs/19_cohort.ipynb #46e9efd8
 __getattr__ = moved_from('cohort')

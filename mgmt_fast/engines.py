@@ -36,7 +36,9 @@ ENGINES = dict(
 # %% ../nbs/31_engines.ipynb #559bab1c
 def engine_table() -> pd.DataFrame: # `engine`, `does`, `licence`, `version`: missing where it is not installed
     "The libraries that do the work, and which of them are here."
-    rows = [dict(engine=k, does=e['does'], licence=e['licence'], version=_version(e)) for k,e in ENGINES.items()]
+    rows = []
+    for k,e in ENGINES.items():
+        rows.append(dict(engine=k, does=e['does'], licence=e['licence'], version=_version(e)))
     return pd.DataFrame(rows)
 
 def _version(engine):
@@ -49,7 +51,8 @@ def need_engines(
     *names:str, # Of `ENGINES`
 ):
     "Raise `EngineError` with what to install where one of these is not there."
-    missing = [ENGINES[o]['package'] for o in names if find_spec(ENGINES[o]['module']) is None]
+    needed = [ENGINES[o] for o in names]
+    missing = [e['package'] for e in needed if find_spec(e['module']) is None]
     if missing: raise EngineError(_not_installed(missing))
 
 def _not_installed(packages):
@@ -76,13 +79,18 @@ def _no_deprecation():
         warnings.simplefilter('ignore', DeprecationWarning)
         yield
 
+# %% ../nbs/31_engines.ipynb #047f259a
 def _scaled(x, low, high):
     "Intensities as the networks were trained on them"
-    x = ((x-low)/(high-low).clamp(min=1e-6)).clamp(0, 1)
+    span = (high-low).clamp(min=1e-6)
+    x = ((x-low)/span).clamp(0, 1)
     return .226*(x-x.mean())/x.std()+.449
 
-def _resized(x, shape): return F.interpolate(x[None,None], tuple(shape), mode='nearest-exact')[0,0]
+def _resized(x, shape):
+    as_batch = x[None,None]
+    return F.interpolate(as_batch, tuple(shape), mode='nearest-exact')[0,0]
 
+# %% ../nbs/31_engines.ipynb #075fe268
 def _box(small, shape, margin=.1):
     "Slices of the whole volume that hold what is marked in the small copy, with a margin on each side"
     res = []
@@ -95,7 +103,9 @@ def _box(small, shape, margin=.1):
         size = (at[-1]+1-at[0])*whole
         middle = np.round(middle)
         size = np.round(size*(1+2*margin))
-        res.append(slice(max(0, int(middle-size/2)), min(n, int(middle+size/2))))
+        start = max(0, int(middle-size/2))
+        stop = min(n, int(middle+size/2))
+        res.append(slice(start, stop))
     return tuple(res)
 
 _no_brain_found = ("no brain was found in this series: is it a T1 of a head, and are its axes right? Another sequence "
@@ -113,11 +123,13 @@ def brain_mask(
     x = vol.as_subclass(torch.Tensor).float().permute(order).flip(backwards).nan_to_num()
     small = _resized(x, (128,)*3)
     low,high = small.quantile(.005),small.quantile(.995)
-    rough = _network('bbox_model.pt')(_scaled(small, low, high)[None,None])[0,1]
-    box = _box(largest_part((rough>.5).numpy(), corners=True), x.shape)
-    inside = _network('model.pt')(_scaled(_resized(x[box], (256,)*3), low, high)[None,None])[0,1]
-    mask = np.zeros(x.shape, bool)
+    def _marked(network, x):
+        return _network(network)(_scaled(x, low, high)[None,None])[0,1]
+    rough = (_marked('bbox_model.pt', small)>.5).numpy()
+    box = _box(largest_part(rough, corners=True), x.shape)
+    inside = _marked('model.pt', _resized(x[box], (256,)*3))
     found = (_resized(inside, x[box].shape)>.5).numpy()
+    mask = np.zeros(x.shape, bool)
     mask[box] = ndimage.binary_fill_holes(largest_part(found, corners=True))
     mask = torch.from_numpy(mask.astype(np.uint8)).flip(backwards).permute(*np.argsort(order))
     return Volume(mask.contiguous(), affine=vol.affine)
@@ -144,6 +156,7 @@ def brain_mask_by(
     there = np.asarray(resample(solid_mask(made).float(), vol.affine, vol.shape))>.5
     return Volume(torch.from_numpy(there.astype(np.uint8)), affine=vol.affine)
 
+# %% ../nbs/31_engines.ipynb #328e9401
 def _run_stripper(words, brain, minutes):
     program = shlex.join(words[:-4])
     try: done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=60*minutes)
@@ -156,6 +169,7 @@ def _run_stripper(words, brain, minutes):
     if not is_file(brain):
         raise EngineError(_said(program, 'wrote no file'))
 
+# %% ../nbs/31_engines.ipynb #87898427
 def _said(program, what):
     return (f"{program!r} {what}: it is called as `{program} -i IN.nii.gz -o OUT.nii.gz` and shall write the head "
         "without its skull. Try it by hand; its weights must be there already")
@@ -166,7 +180,8 @@ def moved(
     matrix:np.ndarray, # (4,4) from mm of a fixed volume to mm of this one
 ) -> Volume: # The same voxels, placed in the space of the fixed volume
     "Place a volume in the space of another, without touching a voxel."
-    return Volume(vol, affine=np.linalg.inv(matrix)@vol.affine)
+    affine = np.linalg.inv(matrix)@vol.affine
+    return Volume(vol, affine=affine)
 
 # %% ../nbs/31_engines.ipynb #8edc9e29
 def distances(
@@ -176,7 +191,8 @@ def distances(
 ) -> np.ndarray: # (N,) mm
     "How far apart two matrices take the same points."
     at = np.c_[points, np.ones(len(points))]
-    return np.linalg.norm((at@(a-b).T)[:,:3], axis=1)
+    apart = at@(a-b).T
+    return np.linalg.norm(apart[:,:3], axis=1)
 
 # %% ../nbs/31_engines.ipynb #5712bebc
 def _to_itk(vol):
@@ -187,9 +203,11 @@ def _to_itk(vol):
     spacing = np.linalg.norm(affine[:3,:3], axis=0)
     img.SetSpacing(spacing.tolist())
     img.SetOrigin(affine[:3,3].tolist())
-    img.SetDirection((affine[:3,:3]/spacing).ravel().tolist())
+    direction = affine[:3,:3]/spacing
+    img.SetDirection(direction.ravel().tolist())
     return img
 
+# %% ../nbs/31_engines.ipynb #3821b725
 @contextmanager
 def _silent():
     "Without the lines that a compiled library prints past Python"
@@ -205,12 +223,14 @@ def _silent():
             os.close(old)
         os.close(nothing)
 
+# %% ../nbs/31_engines.ipynb #de377cc4
 def _check_matrix(m, rigid):
     "Raise where a registration broke down: no numbers, a mirror image, or a scale that no head has"
-    scales = np.linalg.svd(m[:3,:3], compute_uv=False) if np.isfinite(m).all() else np.zeros(3)
+    is_finite = np.isfinite(m).all()
+    scales = np.linalg.svd(m[:3,:3], compute_uv=False) if is_finite else np.zeros(3)
     most = 1.01 if rigid else 1.5
-    if scales.min()>1/most and scales.max()<most and np.linalg.det(m[:3,:3])>0:
-        return m
+    keeps_size = scales.min()>1/most and scales.max()<most
+    if keeps_size and np.linalg.det(m[:3,:3])>0: return m
     raise EngineError("the registration broke down: its matrix is no turn and shift. Do the two volumes show a head?")
 
 # %% ../nbs/31_engines.ipynb #305bfa22
@@ -277,6 +297,7 @@ def itk_align(
         raise EngineError("SimpleITK did not align the two volumes: they hardly overlap") from None
     return _check_matrix(_from_euler(pose), rigid=True)
 
+# %% ../nbs/31_engines.ipynb #009e48e5
 _LPS = np.diag([-1.,-1,1,1])
 
 def _as_euler(matrix, fixed):
@@ -287,11 +308,13 @@ def _as_euler(matrix, fixed):
     pose = sitk.Euler3DTransform()
     pose.SetCenter(middle.tolist())
     pose.SetMatrix(m[:3,:3].ravel().tolist(), 1e-5)
-    pose.SetTranslation((m[:3,3]+m[:3,:3]@middle-middle).tolist())
+    shift = m[:3,3]+m[:3,:3]@middle-middle
+    pose.SetTranslation(shift.tolist())
     return pose
 
 def _from_euler(pose):
-    m,middle = np.eye(4),np.array(pose.GetCenter())
+    middle = np.array(pose.GetCenter())
+    m = np.eye(4)
     m[:3,:3] = np.array(pose.GetMatrix()).reshape(3,3)
     m[:3,3] = middle+pose.GetTranslation()-m[:3,:3]@middle
     return _LPS@m@_LPS

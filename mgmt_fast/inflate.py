@@ -31,13 +31,17 @@ def inflate_kernel(
     if mode=='slice' and depth!=1: raise _not_depth_1(depth)
     return w.unsqueeze(2)*_profile(depth, mode).to(w).view(-1,1,1)
 
-_modes,_paddings = ('mean','centre','slice'),('replicate','zeros')
+# %% ../nbs/43_inflate.ipynb #4a087a8e
+_modes = ('mean','centre','slice')
+_paddings = ('replicate','zeros')
 
 def _profile(depth, mode):
     "(depth,) weights of the slices, summing to 1"
     if mode!='centre': return torch.full((depth,), 1/depth)
-    return torch.zeros(depth).index_fill(0, torch.tensor(depth//2), 1)
+    middle = torch.tensor(depth//2)
+    return torch.zeros(depth).index_fill(0, middle, 1)
 
+# %% ../nbs/43_inflate.ipynb #19a1b26f
 def _not_2d(w):
     why = "is it 3D already, or not a convolution's?"
     return MGMTError(f"a 2D kernel has 4 axes (O,I,H,W); received shape {tuple(w.shape)}: {why}")
@@ -59,7 +63,8 @@ def inflate_weights(
     if mode not in _modes:
         raise unknown_name('inflation mode', mode, _modes)
     _check_state(state)
-    target,new,rows = model3d.state_dict(),{},[]
+    target = model3d.state_dict()
+    new,rows = {},[]
     depths = depth_profiles(model3d)
     stem = next((k for k,t in target.items() if k in state and t.ndim in (4,5)), None)
     for k,t in target.items():
@@ -72,7 +77,8 @@ def inflate_weights(
         else:
             action = 'missing'
             reason = 'not among the 2D weights'
-        rows.append((k, action, reason, tuple(state[k].shape) if k in state else None, tuple(t.shape)))
+        shape2d = tuple(state[k].shape) if k in state else None
+        rows.append((k, action, reason, shape2d, tuple(t.shape)))
     for k,v in state.items():
         if k not in target:
             rows.append((k, 'left out', _why_left_out(k), tuple(v.shape), None))
@@ -82,6 +88,7 @@ def inflate_weights(
         for k,v in new.items(): target[k].copy_(v)
     return report
 
+# %% ../nbs/43_inflate.ipynb #e070af2e
 def _why_left_out(key):
     classifier = key.split('.')[0] in ('classifier','fc','head','last_linear')
     return 'classifier of the 2D network' if classifier else 'unknown to the 3D network'
@@ -98,17 +105,20 @@ def _not_a_tensor(k, v):
     why = "is it a checkpoint that has the state dict under one of its keys?"
     return MGMTError(f"a state dict maps names to tensors; {k!r} holds {type(v).__name__}: {why}")
 
+# %% ../nbs/43_inflate.ipynb #aacb1a98
 def _fit(w, t, mode, stem=True):
     "How a 2D tensor gets into the shape of a 3D one: (action, reason, tensor)"
     if t.is_floating_point() and not w.is_floating_point():
         return 'wrong',f'holds {w.dtype}, not floating point',None
     action = 'copied'
-    notes = [] if w.dtype==t.dtype else [f'{w.dtype} to {t.dtype}'.replace('torch.','')]
+    notes = []
+    if w.dtype!=t.dtype:
+        notes.append(f'{w.dtype} to {t.dtype}'.replace('torch.',''))
     w = w.to(t.dtype)
     if stem and _adaptable(w, t):
-        n,action = t.shape[1],'adapted'
-        notes.insert(0, f"{'RGB summed' if w.shape[1]==3 else 'grey shared'}, to {n} channel{'s'*(n>1)}")
-        w = (w.sum(1, keepdim=True)/n).expand(-1,n,-1,-1)
+        action = 'adapted'
+        w,how = _adapted(w, t.shape[1])
+        notes.insert(0, how)
     if _inflatable(w, t, mode):
         w = inflate_kernel(w, t.shape[2], mode)
         if action=='copied': action = 'inflated'
@@ -116,16 +126,26 @@ def _fit(w, t, mode, stem=True):
         return 'wrong',f'has shape {tuple(w.shape)}, the network wants {tuple(t.shape)}',None
     return action,', '.join(notes),w
 
+# %% ../nbs/43_inflate.ipynb #6d06e951
+def _adapted(w, n):
+    "The kernel for `n` channels, each with an equal share of the sum over those it had; and how it was made"
+    how = 'RGB summed' if w.shape[1]==3 else 'grey shared'
+    share = w.sum(1, keepdim=True)/n
+    return share.expand(-1,n,-1,-1),f"{how}, to {n} channel{'s'*(n>1)}"
+
+# %% ../nbs/43_inflate.ipynb #3bc10c5e
 def _adaptable(w, t):
     "Is this a kernel for RGB, or for grey, where another number of channels is wanted?"
-    if w.ndim!=4 or t.ndim not in (4,5) or w.shape[0]!=t.shape[0]:
-        return False
-    return w.shape[1] in (1,3) and w.shape[1]!=t.shape[1]
+    if w.ndim!=4 or t.ndim not in (4,5): return False
+    if w.shape[0]!=t.shape[0]: return False
+    given,wanted = w.shape[1],t.shape[1]
+    return given in (1,3) and given!=wanted
 
 def _inflatable(w, t, mode):
     "Is this a 2D kernel where a 3D one is wanted?"
-    same = w.ndim==4 and t.ndim==5 and w.shape==t.shape[:2]+t.shape[3:]
-    return same and (mode!='slice' or t.shape[2]==1)
+    if w.ndim!=4 or t.ndim!=5: return False
+    if w.shape!=t.shape[:2]+t.shape[3:]: return False
+    return mode!='slice' or t.shape[2]==1
 
 # %% ../nbs/43_inflate.ipynb #cb942460
 def check_report(
@@ -134,17 +154,20 @@ def check_report(
 ):
     "Raise `MGMTError` if weights did not fit, or if some are missing."
     wrong = report[report.action=='wrong']
-    lost = report.key[(report.action=='missing') | (report.reason=='unknown to the 3D network')].tolist()
+    one_sided = (report.action=='missing') | (report.reason=='unknown to the 3D network')
+    lost = report.key[one_sided].tolist()
     if len(wrong): raise _misfits(wrong)
     if strict and lost: raise _losses(lost)
 
+# %% ../nbs/43_inflate.ipynb #3977c3a3
 def _misfits(wrong):
     one = wrong.iloc[0]
     what = f"{len(wrong)} weights do not fit, the first: {one.key} {one.reason}"
     return MGMTError(f"{what}. Weights of another architecture?")
 
 def _losses(lost):
-    names = ', '.join(lost[:4]) + (', ...' if len(lost)>4 else '')
+    names = ', '.join(lost[:4])
+    if len(lost)>4: names += ', ...'
     way_out = "Weights of another architecture? strict=False loads the rest and reports these"
     return MGMTError(f"{len(lost)} keys are in one of the networks only: {names}. {way_out}")
 
@@ -174,7 +197,8 @@ def inflate_model(
 # %% ../nbs/43_inflate.ipynb #8bce92a1
 def _compare(m2, m3, rgb, in_chans, size=96):
     "Run both networks on a volume constant along D, and blame the module that holds the first difference"
-    x = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0)).to(next(m3.parameters()))
+    draws = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 1, size, size, generator=draws).to(next(m3.parameters()))
     still = x[:,:,None].expand(-1,in_chans,2*m3.depth_stride,-1,-1) # so deep that two slices are left
     witness = _Witness(m2, m3)
     at,error = witness.run(x.expand(-1,rgb,-1,-1), still)
@@ -184,10 +208,12 @@ def _compare(m2, m3, rgb, in_chans, size=96):
         at = at.rpartition('.')[0]
     raise _differs(modules[at], at, error) from error
 
+# %% ../nbs/43_inflate.ipynb #4fd7ed80
 class _Witness:
     "Two networks whose modules are watched while they run"
     def __init__(self, m2, m3):
-        self.m2,self.m3 = copy.deepcopy(m2).eval(),copy.deepcopy(m3).eval()
+        self.m2 = copy.deepcopy(m2).eval()
+        self.m3 = copy.deepcopy(m3).eval()
         self.seen,self.wrong,self.last = {},None,''
         watched = _outside(self.m2, converted_whole(m2))
         for n in watched:
@@ -203,29 +229,39 @@ class _Witness:
         self.m2(x2)
         try: self.m3(x3)
         except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as e:
-            return (self.last if self.wrong is None else self.wrong),e
+            at = self.last if self.wrong is None else self.wrong
+            return at,e
         return self.wrong,None
 
     def _keep(self, name, m, i, o):
         "A copy of each answer, because the next module may work in place; one module may be asked several times"
-        self.seen.setdefault(name, []).append(o.clone() if torch.is_tensor(o) else o)
+        answer = o.clone() if torch.is_tensor(o) else o
+        self.seen.setdefault(name, []).append(answer)
     def _enter(self, name, m, i): self.last = name
     def _check(self, name, m, i, o):
         calls = self.seen.get(name)
         a = calls.pop(0) if calls else None
-        if self.wrong is None and torch.is_tensor(a) and torch.is_tensor(o) and not _agree(a, o):
+        if self.wrong is not None: return
+        if torch.is_tensor(a) and torch.is_tensor(o) and not _agree(a, o):
             self.wrong = name
 
+# %% ../nbs/43_inflate.ipynb #361193ef
 def _outside(model, whole):
     "Names of modules, without those inside of a module that is converted as a whole: how it asks them is its own"
-    return [n for n,_ in model.named_modules() if not any(n.startswith(f'{o}.') for o in whole)]
+    within = tuple(f'{o}.' for o in whole)
+    return [n for n,_ in model.named_modules() if not n.startswith(within)]
 
+# %% ../nbs/43_inflate.ipynb #6c666940
 def _agree(a, b):
     "Is `b` the 2D result `a` at every depth?"
     if b.ndim==a.ndim+1>4: a = a.unsqueeze(-3)
-    try: return torch.allclose(a.expand_as(b), b, rtol=1e-3, atol=1e-3*a.abs().max().item())
+    try:
+        still = a.expand_as(b)
+        atol = 1e-3*a.abs().max().item()
+        return torch.allclose(still, b, rtol=1e-3, atol=atol)
     except RuntimeError: return False
 
+# %% ../nbs/43_inflate.ipynb #cd561b0d
 def _differs(m, at, error):
     what = f"{type(m).__name__}, at {at or 'the top'!r}, does not give in 3D what it gives in 2D"
     because = f" ({error})" if error else ''

@@ -41,6 +41,8 @@ def moved_from(
         return getattr(import_module(f'mgmt_fast.{to}'), new)
     return find
 
+# %% ../nbs/01_moves.ipynb #4dfb4a5a
 def _where(module, old, to, new):
     now = f"mgmt_fast.{module}.{old} is mgmt_fast.{to}.{new} now"
-    return f"{now}: use `from mgmt_fast.{to} import {new}`; the old import works until the next version"
+    use = f"use `from mgmt_fast.{to} import {new}`"
+    return f"{now}: {use}; the old import works until the next version"

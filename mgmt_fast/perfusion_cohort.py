@@ -49,13 +49,19 @@ def find_dsc(
     cohort['DSC'] = pd.array(paths, dtype='string')
     return cohort
 
+# %% ../nbs/39_perfusion_cohort.ipynb #c0485efa
 def _beside(row):
     "DSC series in the folder that holds a patient's images"
     images = [str(row[s]) for s in SEQUENCES if s in row and not pd.isna(row[s])]
     if not images: return []
-    folder = Path(os.path.commonpath([os.path.dirname(o) for o in images]))
+    folders = [os.path.dirname(o) for o in images]
+    folder = Path(os.path.commonpath(folders))
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [str(p) for p in entries if says_dsc(p.name) and (p.is_dir() or is_nifti(p) or p.suffix.lower()=='.dcm')]
+    named = [p for p in entries if says_dsc(p.name)]
+    return [str(p) for p in named if _may_be_series(p)]
+
+def _may_be_series(path):
+    return path.is_dir() or is_nifti(path) or path.suffix.lower()=='.dcm'
 
 # %% ../nbs/39_perfusion_cohort.ipynb #0a31ae76
 def audit_dsc(
@@ -69,17 +75,21 @@ def audit_dsc(
         rows += [(r['patient'],*o) for o in _findings_of(r)]
     return pd.DataFrame(rows, columns=['patient','level','finding','what'], dtype='string')
 
+# %% ../nbs/39_perfusion_cohort.ipynb #9cd99374
 def _findings_of(row):
     "Level, name and text of each finding"
-    try: return [(o.level, o.name, o.what) for o in dsc_findings(read_dsc(row['DSC']))]
+    try: found = dsc_findings(read_dsc(row['DSC']))
     except MGMTError as e:
         return [('error', *_name_and_text(e, row['DSC']))]
+    return [(o.level, o.name, o.what) for o in found]
 
+# %% ../nbs/39_perfusion_cohort.ipynb #b96b12c4
 def _name_and_text(e, path):
     "The name of a finding that an error begins with, and the rest, without the path"
     text = str(e).removeprefix(f'{path}: ')
     name,_,what = text.partition(': ')
-    return (name,what) if re.fullmatch(r'[a-z0-9_]+', name) else ('unreadable',text)
+    has_name = re.fullmatch(r'[a-z0-9_]+', name)
+    return (name,what) if has_name else ('unreadable',text)
 
 # %% ../nbs/39_perfusion_cohort.ipynb #46b18d6d
 def place_maps(
@@ -90,7 +100,8 @@ def place_maps(
     "Put maps where the anatomy is: only their affines change. Below `least` they stay."
     to,agreement = rigid_transform(anatomy, maps['baseline'], starts=1)
     if agreement<least: return maps,agreement
-    return {k: moved(v, to) for k,v in maps.items()},agreement
+    placed = {k: moved(v, to) for k,v in maps.items()}
+    return placed,agreement
 
 # %% ../nbs/39_perfusion_cohort.ipynb #bdfdb643
 def add_perfusion(
@@ -107,7 +118,8 @@ def add_perfusion(
     for k in maps:
         if k not in PERFUSION:
             raise unknown_name('map of perfusion', k, PERFUSION)
-    dest,report,added = make_folder(dest),[],[]
+    dest = make_folder(dest)
+    report,added = [],[]
     for r in track(cohort.to_dict('records'), len(cohort), progress):
         added.append(_add_one(r, dest, maps, motion, report))
     cohort = add_to_report(cohort, report)
@@ -115,20 +127,25 @@ def add_perfusion(
         cohort[k] = pd.array([o.get(k, pd.NA) for o in added], dtype='string')
     return cohort
 
+# %% ../nbs/39_perfusion_cohort.ipynb #fa1526e2
 _MAPS = 1 # part of the key of kept maps: raised only when the same series comes to give other maps
 _RECORD = 'maps.json'
 _ENTRY = record_of(dict(key=record_of({}, others=True), maps=list_of(TEXT), notes=list_of(TEXT)))
 
 def _key_of(row, seq, motion):
     "All that a patient's maps depend on"
-    return dict(computed_by=_MAPS, sources=source_states(row, ('DSC',seq)), motion=bool(motion))
+    sources = source_states(row, ('DSC',seq))
+    return dict(computed_by=_MAPS, sources=sources, motion=bool(motion))
 
+# %% ../nbs/39_perfusion_cohort.ipynb #58499c95
 def _kept_notes(folder, key, maps):
     "What is to be known of maps that are there, where they are those that are asked for; else None"
     entry = read_kept(folder/_RECORD, _ENTRY, key)
-    there = entry and set(maps)<=set(entry['maps']) and all(is_file(folder/f'{k}.nii.gz') for k in maps)
-    return entry['notes'] if there else None
+    if not entry or not set(maps)<=set(entry['maps']): return None
+    files = [folder/f'{k}.nii.gz' for k in maps]
+    return entry['notes'] if all(map(is_file, files)) else None
 
+# %% ../nbs/39_perfusion_cohort.ipynb #bb7fe31a
 def _add_one(row, dest, maps, motion, report):
     "Paths of one patient's maps; none where there is no DSC, or it failed"
     if pd.isna(row.get('DSC')): return {}
@@ -146,6 +163,7 @@ def _add_one(row, dest, maps, motion, report):
     report += [(row['patient'], 'DSC', o, 'look at the maps') for o in notes]
     return {k: str(folder/f'{k}.nii.gz') for k in maps}
 
+# %% ../nbs/39_perfusion_cohort.ipynb #7dd49763
 def _write_maps(row, seq, folder, maps, motion, key):
     "Compute the maps of a patient and write them; what is to be known"
     found,notes = _placed(row, seq, motion)
@@ -155,10 +173,12 @@ def _write_maps(row, seq, folder, maps, motion, key):
     write_json(folder/_RECORD, dict(key=key, maps=list(maps), notes=notes))
     return notes
 
+# %% ../nbs/39_perfusion_cohort.ipynb #4ce78750
 def _placed(row, seq, motion):
     "Maps of a patient on the anatomy, and what is to be known"
     found = perfusion_maps(read_dsc(row['DSC']), motion=motion)
-    notes = [f'{o.name}: {o.what}' for o in found.findings if o.level!='note' or o.name=='guessed_side']
+    to_know = [o for o in found.findings if o.level!='note' or o.name=='guessed_side']
+    notes = [f'{o.name}: {o.what}' for o in to_know]
     maps,agreement = place_maps(found.maps, read_sequence(row, seq))
     if maps is found.maps:
         notes.append(_not_registered(seq, agreement))

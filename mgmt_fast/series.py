@@ -33,9 +33,13 @@ def _check_placed(f):
         raise _no_places(f)
     for k,n in _PLACED.items():
         if f[k] is None: raise _no_place(f, k)
-        if len(f[k])==n and np.isfinite(f[k]).all() and max(map(abs,f[k]))<=1e5:
-            continue
-        raise SeriesError(f"{k} in {slice_label(f['path'])} must be {n} finite numbers; received {f[k]}: {_DAMAGED}")
+        is_sound = len(f[k])==n and np.isfinite(f[k]).all() and max(map(abs,f[k]))<=1e5
+        if not is_sound: raise _wrong_numbers(f, k, n)
+
+# %% ../nbs/13_series.ipynb #9aeb58d3
+def _wrong_numbers(f, k, n):
+    where = slice_label(f['path'])
+    return SeriesError(f"{k} in {where} must be {n} finite numbers; received {f[k]}: {_DAMAGED}")
 
 def _no_places(f):
     return SeriesError(f"{slice_label(f['path'])} holds {f['frames']} frames and does not say where each lies: not an "
@@ -45,6 +49,7 @@ def _no_place(f, k):
     return SeriesError(f"{k} is missing in {slice_label(f['path'])}, so nobody knows where its pixels lie: a secondary "
         "capture or an incomplete export? Export the original series")
 
+# %% ../nbs/13_series.ipynb #d4aa463a
 def _too_few_slices(n):
     return SeriesError(f"a volume needs 3 slices or more, so that their step is known and can be checked; received "
         f"{n}: one file of a series (give its folder), a scout, or an incomplete copy?")
@@ -53,15 +58,19 @@ def _too_few_slices(n):
 def _orientation(stack):
     "Unit vectors along a row and down a column, (2,3); the mean where slices differ in the last digits"
     each = np.array([f['ImageOrientationPatient'] for f in stack])
-    row,col = (each[0] if (each==each[0]).all() else each.mean(0)).reshape(2,3)
-    if max(abs(row@row-1), abs(col@col-1), abs(row@col))>.01:
+    all_same = (each==each[0]).all()
+    row,col = (each[0] if all_same else each.mean(0)).reshape(2,3)
+    off = max(abs(row@row-1), abs(col@col-1), abs(row@col))
+    if off>.01:
         raise _not_perpendicular(row, col)
     return row/np.linalg.norm(row),col/np.linalg.norm(col)
 
 def _not_perpendicular(row, col):
     rule = "ImageOrientationPatient must be two perpendicular unit vectors"
-    return SeriesError(f"{rule}; received {[*row.tolist(),*col.tolist()]}: {_DAMAGED}")
+    received = [*row.tolist(),*col.tolist()]
+    return SeriesError(f"{rule}; received {received}: {_DAMAGED}")
 
+# %% ../nbs/13_series.ipynb #625c6b3b
 def _pixel_size(stack):
     "Height and width of a pixel, mm"
     size = shared_value(stack, 'PixelSpacing', 'the size of a pixel is not known')
@@ -73,10 +82,12 @@ def _check_steps(ipp, normal, paths):
     "Raise if positions `ipp` (D,3), in order along `normal`, are not evenly spaced"
     gaps = np.diff(ipp@normal)
     if gaps.min()<1e-2: raise _one_place(gaps, paths)
-    off = np.linalg.norm(ipp-np.linspace(ipp[0], ipp[-1], len(ipp)), axis=1)
-    if off.max()>.1*np.median(gaps):
-        raise _uneven(gaps, paths, off.max())
+    even = np.linspace(ipp[0], ipp[-1], len(ipp))
+    off = np.linalg.norm(ipp-even, axis=1).max()
+    if off>.1*np.median(gaps):
+        raise _uneven(gaps, paths, off)
 
+# %% ../nbs/13_series.ipynb #5d5e5792
 def _one_place(gaps, paths):
     i = int(gaps.argmin())
     names = [*map(slice_label, paths)]
@@ -107,8 +118,9 @@ def place_slices(
     idx = np.argsort(ipp@normal, kind='stable')
     ipp = ipp[idx]
     _check_steps(ipp, normal, [stack[i]['path'] for i in idx])
+    step = (ipp[-1]-ipp[0])/(len(ipp)-1)
     affine = np.eye(4)
-    affine[:3] = np.column_stack([(ipp[-1]-ipp[0])/(len(ipp)-1), col*dh, row*dw, ipp[0]])
+    affine[:3] = np.column_stack([step, col*dh, row*dw, ipp[0]])
     return idx, np.diag([-1.,-1,1,1])@affine
 
 # %% ../nbs/13_series.ipynb #e90ec602
@@ -143,7 +155,8 @@ def place_numbers(
     pos = np.array([f['ImagePositionPatient'] for f in stack]) @ normal
     idx = np.argsort(pos, kind='stable')
     place = np.empty(len(pos), int)
-    place[idx] = np.r_[0, np.cumsum(np.diff(pos[idx])>1e-2)]
+    is_next = np.diff(pos[idx])>1e-2
+    place[idx] = np.r_[0, np.cumsum(is_next)]
     return place
 
 # %% ../nbs/13_series.ipynb #6f0ffed2
@@ -153,19 +166,27 @@ def _split_by_header(stack, place):
     "Stacks by the first header value that takes repeats apart into stacks of the same places; `None` if none does"
     for k in _APART:
         parts = groupby(range(len(stack)), lambda i: stack[i][k])
-        if len(parts)<2 or len({tuple(np.unique(place[p])) for p in parts.values()})>1:
-            continue
+        if len(parts)<2: continue
+        places = {tuple(np.unique(place[p])) for p in parts.values()}
+        if len(places)>1: continue
         values = sorted(parts, key=lambda v: (v is not None, v))
         return [[stack[i] for i in parts[v]] for v in values]
 
+# %% ../nbs/13_series.ipynb #8517c583
 def _split_by_number(stack, place):
     "Time points by `InstanceNumber`, if every place repeats equally often and no image comes twice"
     n = np.bincount(place)
-    if n.min()<n.max() or len({(f['SOPInstanceUID'],f['frame']) for f in stack})<len(stack):
-        return [stack]
-    order = sorted(range(len(stack)), key=lambda i: (place[i], stack[i]['InstanceNumber'] or (0,), stack[i]['frame']))
-    return [[stack[i] for i in order[t::n[0]]] for t in range(n[0])]
+    if n.min()<n.max(): return [stack]
+    images = {(f['SOPInstanceUID'],f['frame']) for f in stack}
+    if len(images)<len(stack): return [stack]
+    def _rank(i):
+        f = stack[i]
+        return place[i], f['InstanceNumber'] or (0,), f['frame']
+    order = sorted(range(len(stack)), key=_rank)
+    times = [order[t::n[0]] for t in range(n[0])]
+    return [[stack[i] for i in o] for o in times]
 
+# %% ../nbs/13_series.ipynb #c004d9a0
 def _take_apart(stack):
     "Stacks in which no place repeats, where the headers tell how"
     normal = slice_normal(stack)
@@ -183,25 +204,34 @@ def _split_by_matrix(stack):
     "The slices, and apart from them up to two images of another matrix that fill no place among them, as a scout has"
     if len(set(map(_matrix_of, stack)))==1: return [stack]
     parts = sorted(groupby(stack, _matrix_of).values(), key=len, reverse=True)
-    few = len(stack)-len(parts[0])<3
-    return parts if few and _forms_volume(parts[0]) and not _forms_volume(stack) else [stack]
+    most = parts[0]
+    few = len(stack)-len(most)<3
+    has_scout = few and _forms_volume(most) and not _forms_volume(stack)
+    return parts if has_scout else [stack]
 
 # %% ../nbs/13_series.ipynb #96453167
 def _by_orientation(frames):
     "Frames of one series and one orientation, within half a per cent"
+    def _is_near(a, b):
+        if len(a)!=len(b): return False
+        return not any(abs(p-q)>=5e-3 for p,q in zip(a, b))
     groups = []
     for f in frames:
         uid = f['SeriesInstanceUID']
         iop = f['ImageOrientationPatient'] or ()
         for u,o,g in groups:
-            if u==uid and len(o)==len(iop) and not any(abs(a-b)>=5e-3 for a,b in zip(o,iop)):
+            if u==uid and _is_near(o, iop):
                 g.append(f)
                 break
         else:
             groups.append((uid,iop,[f]))
     return [g for *_,g in groups]
 
-def _began(stack): return min((f['SeriesNumber'] or (0,), f['InstanceNumber'] or (0,), f['frame']) for f in stack)
+# %% ../nbs/13_series.ipynb #2ec33db8
+def _began(stack):
+    "Numbers of series and image of a stack's first frame, by which stacks are ordered"
+    def _numbers(f): return f['SeriesNumber'] or (0,), f['InstanceNumber'] or (0,), f['frame']
+    return min(map(_numbers, stack))
 
 # %% ../nbs/13_series.ipynb #b5e83b6b
 def make_stacks(
@@ -228,11 +258,12 @@ def find_stacks(
     if is_nifti(path) and path.is_file(): return path
     frames = folder_frames(path, look, budget)
     if not frames: return _only_nifti(path)
-    if any('MOSAIC' in (f['ImageType'] or '') for f in frames):
-        raise _mosaic()
+    kinds = [f['ImageType'] or '' for f in frames]
+    if any('MOSAIC' in o for o in kinds): raise _mosaic()
     _check_one_patient(frames)
     return make_stacks(frames)
 
+# %% ../nbs/13_series.ipynb #ab51dd24
 def _only_nifti(path):
     "The one NIfTI file in a folder without DICOM images"
     inside = path.iterdir() if path.is_dir() else ()
@@ -242,12 +273,15 @@ def _only_nifti(path):
         raise SeriesError(f"{len(found)} NIfTI files here: give the path of one of them")
     raise SeriesError("no DICOM image here: give the folder that holds the slices themselves, or a NIfTI file")
 
+# %% ../nbs/13_series.ipynb #0a94d5ac
 def _check_one_patient(frames):
-    ids,names = ({f[k] for f in frames if f[k]} for k in ('PatientID','PatientName'))
+    ids = {f['PatientID'] for f in frames if f['PatientID']}
+    names = {f['PatientName'] for f in frames if f['PatientName']}
     if len(ids)<2 and (ids or len(names)<2): return
     raise SeriesError("slices of more than one patient in one folder: a mix-up; find out whose they are before anything"
         " else")
 
+# %% ../nbs/13_series.ipynb #dbde6a2a
 def _nothing_there():
     return SeriesError("there is no such file or folder, or it may not be seen: a misspelt path, or a link that leads "
         "nowhere?")
@@ -262,8 +296,10 @@ def _volume_row(affine, d, h, w):
     row = dict(slices=d, rows=h, columns=w, plane=None, spacing=None)
     if affine is None: return row
     vol = Volume(torch.zeros(1,1,1), affine=affine)
-    return {**row, 'plane':vol.plane, 'spacing':' x '.join(f'{o:.2f}' for o in vol.spacing)}
+    spacing = ' x '.join(f'{o:.2f}' for o in vol.spacing)
+    return {**row, 'plane':vol.plane, 'spacing':spacing}
 
+# %% ../nbs/13_series.ipynb #dad8f300
 def _stack_row(stack):
     def one(k): return first(stack[0][k] or ())
     try: affine = place_slices(stack)[1]
@@ -271,6 +307,7 @@ def _stack_row(stack):
     row = _volume_row(affine, len(stack), one('Rows'), one('Columns'))
     return dict(modality=stack[0]['Modality'], **row, echo_ms=one('EchoTime'))
 
+# %% ../nbs/13_series.ipynb #1e240305
 def _describe(found):
     "One row per volume of what `find_stacks` found"
     if not isinstance(found, Path):
@@ -278,15 +315,19 @@ def _describe(found):
         return pd.DataFrame(rows).astype({'rows':'Int64','columns':'Int64'})
     img,shape = open_nifti(found)
     axes = nifti_axes(img)
-    row = _volume_row(img.affine[:,[*axes,3]], *(shape[a] for a in axes))
-    return pd.DataFrame([row]).loc[[0]*(*shape,1)[3]].reset_index(drop=True)
+    size = [shape[a] for a in axes]
+    row = _volume_row(img.affine[:,[*axes,3]], *size)
+    times = (*shape,1)[3]
+    return pd.DataFrame([row]).loc[[0]*times].reset_index(drop=True)
 
 # %% ../nbs/13_series.ipynb #1b3dcb29
 def n_volumes(
     found:Path|list, # From `find_stacks`
 ) -> int: # Stacks, or time points of a NIfTI file
     "How many volumes were found."
-    return len(found) if not isinstance(found, Path) else (*open_nifti(found)[1],1)[3]
+    if not isinstance(found, Path): return len(found)
+    _,shape = open_nifti(found)
+    return (*shape,1)[3]
 
 # %% ../nbs/13_series.ipynb #fd0e5402
 def list_series(
@@ -322,25 +363,31 @@ def _long_echo(found):
     a,b = map(_echo, found)
     if None in (a,b) or not min(a,b)<60<=max(a,b):
         return None
-    return int(b>a) if _positions(found[0])==_positions(found[1]) else None
+    same_places = _positions(found[0])==_positions(found[1])
+    return int(b>a) if same_places else None
 
+# %% ../nbs/13_series.ipynb #69bc4dd9
 def _is_foreign(f, slice_):
     "Is an image surely no slice of the volume: a screenshot, in colour, of another matrix or plane, as a scout is?"
-    if 'Secondary Capture' in uid_name(f['SOPClassUID']) or (f['SamplesPerPixel'] or (1,))[0]>1:
-        return True
-    if None not in _matrix_of(f) and _matrix_of(f)!=_matrix_of(slice_):
-        return True
-    a,b = (o['ImageOrientationPatient'] for o in (f,slice_))
-    return bool(a and b) and max(abs(p-q) for p,q in zip(a,b))>.1
+    if 'Secondary Capture' in uid_name(f['SOPClassUID']): return True
+    if (f['SamplesPerPixel'] or (1,))[0]>1: return True
+    matrix = _matrix_of(f)
+    if None not in matrix and matrix!=_matrix_of(slice_): return True
+    a = f['ImageOrientationPatient']
+    b = slice_['ImageOrientationPatient']
+    if not (a and b): return False
+    return max(abs(p-q) for p,q in zip(a, b))>.1
 
+# %% ../nbs/13_series.ipynb #736b24fc
 def _large_stack(found):
     "Index of the one stack of 3 slices or more beside up to 3 foreign images, and their number; else `None`"
     large = [i for i,o in enumerate(found) if len(o)>=3]
     if len(large)!=1: return None
+    at = large[0]
     rest = [f for o in found if len(o)<3 for f in o]
-    if len(rest)>3 or not all(_is_foreign(f, found[large[0]][0]) for f in rest):
+    if len(rest)>3 or not all(_is_foreign(f, found[at][0]) for f in rest):
         return None
-    return large[0],len(rest)
+    return at,len(rest)
 
 # %% ../nbs/13_series.ipynb #2d912599
 def pick_volume(
@@ -366,8 +413,14 @@ def _summarised(found):
         return f'0 to {len(table)-1}: {_entry_of(table.iloc[0])}'
     rows = [_entry_of(r) for _,r in table.iterrows()]
     starts = [i for i in range(len(rows)) if i==0 or rows[i]!=rows[i-1]]
-    parts = [f"{a if b-a==1 else f'{a} to {b-1}'}: {rows[a]}" for a,b in zip(starts, [*starts[1:],len(rows)])]
-    return '; '.join(parts[:20]) + (f'; and {len(parts)-20} more' if len(parts)>20 else '')
+    ends = [*starts[1:],len(rows)]
+    parts = []
+    for a,b in zip(starts, ends):
+        which = a if b-a==1 else f'{a} to {b-1}'
+        parts.append(f'{which}: {rows[a]}')
+    if len(parts)>20:
+        parts = [*parts[:20], f'and {len(parts)-20} more']
+    return '; '.join(parts)
 
 def _entry_of(r):
     what = f"{r.slices} {r.plane or 'unstackable'} slices of {r['rows']} x {r['columns']}"
@@ -391,7 +444,8 @@ def load_volume(
     stack = found[index or 0]
     check_modality(stack)
     idx,affine = place_slices(stack)
-    vol = Volume(torch.from_numpy(read_pixels([stack[i] for i in idx], budget)), affine=affine)
+    pixels = read_pixels([stack[i] for i in idx], budget)
+    vol = Volume(torch.from_numpy(pixels), affine=affine)
     vol.notes = notes
     return vol
 
@@ -415,7 +469,9 @@ def has_scan(
     sequence:str, # A column of it
 ) -> bool: # Is there one?
     "Whether a row of a cohort names a scan of a sequence."
-    return sequence in row and (isinstance(row[sequence], Volume) or not pd.isna(row[sequence]))
+    if sequence not in row: return False
+    scan = row[sequence]
+    return isinstance(scan, Volume) or not pd.isna(scan)
 
 # %% ../nbs/13_series.ipynb #3004d4df
 def read_sequence(
@@ -434,9 +490,11 @@ def read_sequence(
         vol = load_volume(found, index, budget)
     except SeriesError as e:
         raise SeriesError(f"{path}: {e}") from None
-    vol.notes = [*notes,*(o for o in getattr(vol,'notes',()) if o not in notes)]
+    more = [o for o in getattr(vol,'notes',()) if o not in notes]
+    vol.notes = [*notes,*more]
     return vol
 
+# %% ../nbs/13_series.ipynb #25d4b3d8
 def _as_given(vol):
     vol.notes = [*getattr(vol,'notes',())]
     return vol
@@ -454,17 +512,23 @@ class _HeaderWitness:
 def _as_text(ds, tag):
     raw = ds.get_item(tag)
     if raw is None or raw.value is None: return None
-    return raw.value.decode('utf-8', 'replace').strip(' \0') if isinstance(raw.value, bytes) else str(raw.value)
+    value = raw.value
+    if not isinstance(value, bytes): return str(value)
+    return value.decode('utf-8', 'replace').strip(' \0')
 
+# %% ../nbs/13_series.ipynb #7006eaa4
 def _may_be_slice(name):
-    return not (name.startswith('.') or name.upper().startswith('DICOMDIR') or name.lower().endswith(_NO_SLICES))
+    if name.startswith('.') or name.upper().startswith('DICOMDIR'): return False
+    return not name.lower().endswith(_NO_SLICES)
 
 def _three_files(path):
     "The first two files of a folder that may be slices, and the last"
     if not path.is_dir(): return [path]
     names = sorted(o.name for o in os.scandir(path) if _may_be_slice(o.name))
-    return [path/o for o in uniqueify([*names[:2],*names[-1:]])]
+    few = uniqueify([*names[:2],*names[-1:]])
+    return [path/o for o in few]
 
+# %% ../nbs/13_series.ipynb #d6383375
 def _witnessed(p):
     "Frames of file `p` with what their headers testify; none if it is no image or cannot be read"
     try: frames = file_frames(p, _HeaderWitness()) if is_file(p) else None
@@ -476,13 +540,15 @@ def series_header(
     path:str|Path, # A folder of DICOM slices, or a file
 ) -> dict: # DICOM keywords to values, times as tuples of numbers; empty where there is no header to read
     "What the headers of a series testify, for `name_series`; it may hold identifiers, so it is never reported."
-    res,path = {},Path(path)
+    path = Path(path)
+    res = {}
     try: files = [] if is_nifti(path) else _three_files(path)
     except OSError: return {}
     for frames in map(_witnessed, files):
         if not frames: continue
         f = frames[0]
-        res = res or {**f['looked'], **{k: f[k] for k in ('RepetitionTime','EchoTime','InversionTime','ImageType')}}
+        told = {k: f[k] for k in ('RepetitionTime','EchoTime','InversionTime','ImageType')}
+        res = res or {**f['looked'], **told}
         res.setdefault('echoes', set()).update(o['EchoTime'] for o in frames)
         res.setdefault('series', set()).update(o['SeriesInstanceUID'] for o in frames)
     return res
@@ -494,7 +560,8 @@ def volume_headers(
     "What the headers of each volume in a folder testify, where several series lie in one."
     try: found = find_stacks(path)
     except (SeriesError,OSError): return []
-    return [] if isinstance(found, Path) else [series_header(o[0]['path']) for o in found]
+    if isinstance(found, Path): return []
+    return [series_header(o[0]['path']) for o in found]
 
 # %% ../nbs/13_series.ipynb #cbd1e495
 __getattr__ = moved_from('series')

@@ -32,12 +32,15 @@ def sweep_table(
 ) -> pd.DataFrame: # arch, sequences, fold, and one column per choice
     "Every combination, one row per run."
     cols = dict(arch=archs, sequences=sequences, fold=folds, **choices)
-    return pd.DataFrame(itertools.product(*cols.values()), columns=list(cols))
+    rows = itertools.product(*cols.values())
+    return pd.DataFrame(rows, columns=list(cols))
 
 # %% ../nbs/69_sweep.ipynb #16000007
 def _loaders(store, recipe, sequences, fold, n_folds, seed, patients=None):
-    return recipe_dls(store, recipe, sequences.split('+'), seed, fold=fold, n_folds=n_folds, patients=patients)
+    channels = sequences.split('+')
+    return recipe_dls(store, recipe, channels, seed, fold=fold, n_folds=n_folds, patients=patients)
 
+# %% ../nbs/69_sweep.ipynb #6144c27a
 def _trained(dls, path, recipe, seed):
     "A trained learner with its best weights"
     learn = mgmt_learner(dls, recipe=recipe, path=path, seed=seed)
@@ -48,8 +51,10 @@ def _trained(dls, path, recipe, seed):
 def _best_epoch(learn):
     "What was logged of the best epoch"
     rec = learn.recorder
-    return dict(zip(rec.metric_names[1:], rec.values[learn.save_best.best_epoch]))
+    values = rec.values[learn.save_best.best_epoch]
+    return dict(zip(rec.metric_names[1:], values))
 
+# %% ../nbs/69_sweep.ipynb #35fba2ad
 def _run_row(row, store, dest, recipe, n_folds, seed):
     """One run: its row with what came out, from its folder if that was of the same patients, labels and choices; and
     why others there were not. A row that fails is a row."""
@@ -62,10 +67,13 @@ def _run_row(row, store, dest, recipe, n_folds, seed):
         path = Path(dest)/f'{prefix}-{key_digest(key)[:8]}'
         if kept := _kept_row(path/'run.json'):
             return kept,[]
-        return _train_row(row, dls, path, recipe, seed, key),other_runs(dest, prefix, key)
+        trained = _train_row(row, dls, path, recipe, seed, key)
+        return trained,other_runs(dest, prefix, key)
     except Exception as e:
-        return {**row, 'error':f'{type(e).__name__}: {e}'},[]
+        error = f'{type(e).__name__}: {e}'
+        return {**row, 'error':error},[]
 
+# %% ../nbs/69_sweep.ipynb #02147da5
 _RUN = record_of(dict(row=table_of(NOTHING|TEXT|YES_OR_NO|A_NUMBER|list_of(ANYTHING)), key=ANYTHING))
 
 def _kept_row(path):
@@ -74,6 +82,7 @@ def _kept_row(path):
     try: return read_json(path, _RUN)['row']
     except MGMTError: return None
 
+# %% ../nbs/69_sweep.ipynb #4403232f
 def _train_row(row, dls, path, recipe, seed, key):
     "Train a run, and keep its row in its folder"
     start = time.perf_counter()
@@ -86,13 +95,15 @@ def _train_row(row, dls, path, recipe, seed, key):
     write_csv(path/'valid.csv', valid)
     save_model(learn, path/'model')
     seconds = round(time.perf_counter()-start, 1)
-    res = {**row, 'epoch':epoch, 'valid_loss':best['valid_loss'], 'auc':best['auc'], **_interval_of(y, p),
-        'n_train':len(dls.train.dataset), 'n_valid':len(valid), 'seconds':seconds, 'folder':path.name, 'error':''}
+    found = dict(epoch=epoch, valid_loss=best['valid_loss'], auc=best['auc'], **_interval_of(y, p))
+    run = dict(n_train=len(dls.train.dataset), n_valid=len(valid), seconds=seconds, folder=path.name, error='')
+    res = {**row, **found, **run}
     write_json(path/'run.json', dict(row=res, key=key))
     for f in ('checkpoint.safetensors','best.safetensors'):
         (path/f).unlink(missing_ok=True)
     return res
 
+# %% ../nbs/69_sweep.ipynb #dcabe5c2
 def _interval_of(y, p):
     "The AUC's interval and its method; none for too few patients"
     try: ci = auc_ci(y, p)
@@ -129,6 +140,7 @@ def sweep(
     with working_in(dest) as dest:
         return _run_rows(table, rows, store, dest, recipe, **how)
 
+# %% ../nbs/69_sweep.ipynb #4a787ffc
 def _run_rows(table, rows, store, dest, recipe, n_folds, seed, n_jobs, backend, progress):
     "Train the rows that are not there yet; the table as far as it is known is written after each"
     done,others = [None]*len(rows),[]
@@ -141,6 +153,7 @@ def _run_rows(table, rows, store, dest, recipe, n_folds, seed, n_jobs, backend, 
     say_other_runs(dest, others)
     return _write_sweep(table, rows, done, dest)
 
+# %% ../nbs/69_sweep.ipynb #5b96b653
 _results = 'epoch valid_loss auc lo hi interval n_train n_valid seconds folder error'.split()
 _needed = ['arch','sequences','fold']
 
@@ -153,18 +166,28 @@ def _check_table(table):
             raise unknown_name('choice of a recipe', c, choice_names())
 
 def _no_runs(table):
-    need,have = ', '.join(_needed),', '.join(table.columns)
+    need = ', '.join(_needed)
+    have = ', '.join(table.columns)
     return f"a sweep's table has one row per run and columns {need}; received {len(table)} rows, columns {have}"
 
+# %% ../nbs/69_sweep.ipynb #3e745f58
 def _plain_row(row):
     "A table's row in plain values, without its empty cells"
-    row = {k: v.item() if isinstance(v,np.generic) else v for k,v in row.items()}
-    return {k:v for k,v in row.items() if not (isinstance(v,float) and np.isnan(v))}
+    res = {}
+    for k,v in row.items():
+        if isinstance(v, np.generic): v = v.item()
+        is_empty = isinstance(v, float) and np.isnan(v)
+        if not is_empty: res[k] = v
+    return res
 
+# %% ../nbs/69_sweep.ipynb #96af86fa
 def _write_sweep(table, rows, done, dest):
     "Write what is known so far: the table's own columns, then those of the results"
-    res = pd.DataFrame([o or {**r,'error':'not run yet'} for o,r in zip(done,rows)])
-    columns = [*(c for c in table if c in res), *(c for c in _results if c in res)]
+    so_far = []
+    for finished,row in zip(done, rows):
+        so_far.append(finished or {**row, 'error':'not run yet'})
+    res = pd.DataFrame(so_far)
+    columns = [c for c in (*table,*_results) if c in res]
     write_csv(dest/'sweep.csv', res[columns])
     return res[columns]
 
@@ -182,6 +205,7 @@ def _propose(trial, name, v):
     f = trial.suggest_int if _whole(lo, hi) else trial.suggest_float
     return f(name, lo, hi, log=log==['log'])
 
+# %% ../nbs/69_sweep.ipynb #724b3a19
 def _distribution(v):
     "optuna's form of a list of values, or of (low, high) or (low, high, 'log')"
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -191,12 +215,14 @@ def _distribution(v):
     kind = IntDistribution if _whole(lo, hi) else FloatDistribution
     return kind(lo, hi, log=log==['log'])
 
+# %% ../nbs/69_sweep.ipynb #9a9a7418
 def _check_space(space):
     "Refuse choices that do not exist, and values that they do not take"
     for k,v in space.items():
         for o in v if isinstance(v, list) else v[:2]:
             check_choice(k, o)
 
+# %% ../nbs/69_sweep.ipynb #7f716188
 def _fitting(study, space):
     "Finished trials of another space whose values are in this one, in this one's form"
     from optuna.trial import TrialState, create_trial
@@ -226,6 +252,7 @@ def _study(dest, seed, space, key):
     _enqueue_stopped(study, space)
     return study
 
+# %% ../nbs/69_sweep.ipynb #0c3c4a5a
 def _storage(dest, optuna):
     "A journal of trials that many processes may write to"
     from optuna.storages.journal import JournalFileBackend, JournalStorage
@@ -233,8 +260,15 @@ def _storage(dest, optuna):
         warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
         return JournalStorage(JournalFileBackend(str(dest/'trials.log')))
 
-def _space_key(space): return {k: list(v) if isinstance(v,tuple) else ['one of',*v] for k,v in space.items()}
+# %% ../nbs/69_sweep.ipynb #8d065c85
+def _space_key(space):
+    "A space as text can hold it, in which a list of values stays apart from a range"
+    res = {}
+    for k,v in space.items():
+        res[k] = list(v) if isinstance(v, tuple) else ['one of',*v]
+    return res
 
+# %% ../nbs/69_sweep.ipynb #ff23d758
 def _take_over(study, old, space, key):
     "Use the trials of an earlier search of the same key"
     why = key_changes(old.user_attrs.get('key'), key)
@@ -243,6 +277,7 @@ def _take_over(study, old, space, key):
     else:
         study.add_trials(list(_fitting(old, space)))
 
+# %% ../nbs/69_sweep.ipynb #a3d835c4
 def _enqueue_stopped(study, space):
     "Try again what was under way when a search was stopped"
     from optuna.trial import TrialState
@@ -252,6 +287,7 @@ def _enqueue_stopped(study, space):
         if t.params.keys()==space.keys():
             study.enqueue_trial(t.params)
 
+# %% ../nbs/69_sweep.ipynb #ccde94be
 def _write_trials(study, space, dest):
     "The table of all trials so far"
     rows = []
@@ -285,10 +321,10 @@ def search(
     dest = make_folder(dest)
     recipe = follow_recipe(store.recipe, recipe)
     table,_ = usable_patients(store, sequences.split('+'))
-    train = table.patient[(assign_folds(table, n=n_folds, seed=seed).fold!=fold).to_numpy()]
-    fixed = Recipe(recipe.name, {k:v for k,v in recipe.changed.items() if k not in space}, recipe.settled)
-    key = run_key(store, dict(train=train), sequences.split('+'), fixed, seed=seed, inner=list(inner), n_folds=n_folds,
-        weights=weights_key(recipe.pretrained, recipe.arch))
+    outside = assign_folds(table, n=n_folds, seed=seed).fold!=fold
+    train = table.patient[outside.to_numpy()]
+    settings = dict(seed=seed, inner=list(inner), n_folds=n_folds, weights=weights_key(recipe.pretrained, recipe.arch))
+    key = run_key(store, dict(train=train), sequences.split('+'), _fixed_choices(recipe, space), **settings)
     study = _study(dest, seed, space, key)
     def _judge(r, i, path):
         dls = _loaders(store, r, sequences, i, n_folds, seed, train)
@@ -296,14 +332,26 @@ def search(
     def _objective(trial):
         r = get_recipe(recipe, **_suggest(trial, space))
         path = dest/key_digest([key, r.to_json()])[:12]
-        return _mean_loss(trial, path, lambda: [_judge(r, i, path) for i in inner])
-    from optuna.trial import TrialState
-    left = n_trials-len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
+        def _runs(): return [_judge(r, i, path) for i in inner]
+        return _mean_loss(trial, path, _runs)
     def _note(*_): _write_trials(study, space, dest)
+    left = n_trials-_n_complete(study)
     if left>0:
         study.optimize(_objective, n_trials=left, catch=(Exception,), callbacks=[_note])
     return _write_trials(study, space, dest)
 
+# %% ../nbs/69_sweep.ipynb #de63268c
+def _fixed_choices(recipe, space):
+    "The recipe without the choices that are searched"
+    others = {k:v for k,v in recipe.changed.items() if k not in space}
+    return Recipe(recipe.name, others, recipe.settled)
+
+# %% ../nbs/69_sweep.ipynb #93914ed0
+def _n_complete(study):
+    from optuna.trial import TrialState
+    return len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
+
+# %% ../nbs/69_sweep.ipynb #d615462d
 def _mean_loss(trial, path, runs):
     "The mean validation loss of a trial's runs, kept with the trial beside the AUC, or its error"
     try: done = runs()
@@ -311,6 +359,7 @@ def _mean_loss(trial, path, runs):
         trial.set_user_attr('error', f'{type(e).__name__}: {e}')
         raise
     for k in ('valid_loss','auc'):
-        trial.set_user_attr(k, float(np.mean([o[k] for o in done])))
+        values = [o[k] for o in done]
+        trial.set_user_attr(k, float(np.mean(values)))
     for f in path.glob('*/*.safetensors'): f.unlink()
     return trial.user_attrs['valid_loss']

@@ -22,20 +22,32 @@ def run_parts(
     "What a tracker shows of a run. Raises `MGMTError` on a folder that holds nothing of a run."
     folder = Path(folder)
     runs = [folder, *sorted(folder.glob('runs/*'))]
-    recipes,logs = ([o/name for o in runs if (o/name).is_file()] for name in ('recipe.yaml','history.csv'))
+    def _files(name): return [o/name for o in runs if (o/name).is_file()]
+    recipes,logs = _files('recipe.yaml'),_files('history.csv')
     figures = sorted([*folder.glob('*.png'), *folder.glob('figures/*.png')])
     reports = sorted(folder.glob('*.html'))
     if not (recipes or logs or figures or reports):
         raise MGMTError(_nothing_to_track(folder))
-    recipe = dict(recipe=read_recipe(recipes[0]).name, **read_recipe(recipes[0]).values()) if recipes else {}
-    curves = {'' if o.parent==folder else o.parent.name: _curves(o) for o in logs}
+    recipe = _choices_of(recipes[0]) if recipes else {}
+    curves = {}
+    for o in logs:
+        run = '' if o.parent==folder else o.parent.name
+        curves[run] = _curves(o)
     return NS(recipe=recipe, curves=curves, figures=figures, reports=reports)
 
+# %% ../nbs/70_trackers.ipynb #dc10e913
+def _choices_of(path):
+    "A recipe's name and its choices"
+    recipe = read_recipe(path)
+    return dict(recipe=recipe.name, **recipe.values())
+
+# %% ../nbs/70_trackers.ipynb #b51ed75d
 def _curves(path):
     "The columns of a history that are numbers, by epoch"
     t = pd.read_csv(path).set_index('epoch')
     return t.select_dtypes('number')
 
+# %% ../nbs/70_trackers.ipynb #e3ef3ff2
 def _nothing_to_track(folder):
     return (f"{folder} holds nothing of a run: give the folder of a training (`path=` of the learner), of "
         "`cross_validate`, or of a report")
@@ -63,16 +75,24 @@ def to_tensorboard(
             w.add_text(o.stem, _without_pictures(o.read_text(encoding='utf-8')))
     return log_dir
 
+# %% ../nbs/70_trackers.ipynb #e716b6d8
 def _points(t):
     "(epoch, name, value) of each number of a history"
-    return [(int(i), k, float(v)) for k in t for i,v in t[k].items()]
+    points = []
+    for k in t:
+        points += [(int(i), k, float(v)) for i,v in t[k].items()]
+    return points
 
+# %% ../nbs/70_trackers.ipynb #01624ba0
 def _as_markdown(recipe):
+    head = ['| choice | value |', '|---|---|']
     rows = [f'| {k} | {v} |' for k,v in recipe.items()]
-    return '\n'.join(['| choice | value |', '|---|---|', *rows])
+    return '\n'.join([*head,*rows])
 
+# %% ../nbs/70_trackers.ipynb #bfa14e27
 def _without_pictures(page): return re.sub(r'<style>.*?</style>|<img [^>]*>', '', page, flags=re.S)
 
+# %% ../nbs/70_trackers.ipynb #169af440
 def _not_installed(name):
     return f"{name} is not installed: `pip install {name}`, or the extra `trackers` of this package"
 
@@ -87,8 +107,8 @@ def to_mlflow(
     try: from mlflow.tracking import MlflowClient
     except ImportError as e:
         raise MGMTError(_not_installed('mlflow')) from e
-    parts,uri = run_parts(folder),_store_uri(store)
-    client = MlflowClient(tracking_uri=uri)
+    parts = run_parts(folder)
+    client = MlflowClient(tracking_uri=_store_uri(store))
     known = client.get_experiment_by_name(experiment)
     where = known.experiment_id if known else client.create_experiment(experiment)
     run = client.create_run(where, run_name=name or Path(folder).name).info.run_id
@@ -103,6 +123,7 @@ def to_mlflow(
     client.set_terminated(run)
     return run
 
+# %% ../nbs/70_trackers.ipynb #7f0fef49
 def _store_uri(store):
     "The address of a store; a folder is one with MLflow's consent"
     if '://' in str(store): return str(store)
