@@ -222,12 +222,12 @@ def _audit_perfusion(root, dest, **how):
     if cohort.DSC.isna().all() and doubts.empty:
         return False
     table = audit_dsc(cohort)
-    write_csv(dest/'dsc.csv', table)
+    write_csv(Path(dest)/'dsc.csv', table)
     for r in table.itertuples():
         print(f'  {r.patient} DSC: {r.level} {r.finding}: {r.what}')
     for r in doubts.itertuples():
         print(f'  {r.patient} DSC: {r.problem}; {r.what_to_do}')
-    print(f"{cohort.DSC.notna().sum()} DSC series; table: {dest/'dsc.csv'}")
+    print(f"{cohort.DSC.notna().sum()} DSC series; table: {Path(dest)/'dsc.csv'}")
     return bool(len(table)+len(doubts))
 
 # %% ../nbs/90_cli.ipynb #61a6ab36
@@ -290,7 +290,7 @@ def mgmt_standardize(
         print(f'  {r.patient}: {r.problem}')
     wanted = list(check_sequences(sequences))
     lost = int(done[wanted].isna().all(axis=1).sum())
-    print(f"{dest}: {len(done)-lost} of {len(done)} patients, {len(bad)} with problems; look at {dest/'qc.html'}")
+    print(f"{dest}: {len(done)-lost} of {len(done)} patients, {len(bad)} with problems; look at {Path(dest)/'qc.html'}")
     return _done(len(bad), strict)
 
 # %% ../nbs/90_cli.ipynb #513c7040
@@ -683,7 +683,7 @@ _scans_or_table = ("give a folder of scans or a store, which the bundle's models
 def _external_page(res, cohort, dest):
     "Write tables, figures and the page of a test of scans, in a folder beside its result"
     known = cohort.table if isinstance(cohort, VolumeStore) else cohort
-    table = dest/res['predictions']['file']
+    table = Path(dest)/res['predictions']['file']
     preds = plain_cells(pd.read_csv(table, dtype={'patient':'string'}))
     labelled = preds.merge(known[['patient','label']])
     _page_of_test(read_predictions(labelled), table, res['model']['arch'], res['threshold'], res)
