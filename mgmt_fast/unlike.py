@@ -305,6 +305,7 @@ def pooled_features(
     "Watch the features before a network's head, averaged over the volume."
     return _watching(model)
 
+# %% ../nbs/56_unlike.ipynb #dad4d21a
 @contextmanager
 def _watching(model):
     found = []
