@@ -43,7 +43,8 @@ def resize(
                 row.add_(slices[i], alpha=float(w[i]))
         flat = slab[:size[0]-at]
         if flat.shape[1:]!=size[1:]:
-            flat = F.interpolate(flat[None], size=size[1:], mode='bilinear', antialias=True)[0]
+            resized = F.interpolate(flat[None], size=size[1:], mode='bilinear', antialias=True)
+            flat = resized[0]
         out[at:at+16] = flat
     return out
 
