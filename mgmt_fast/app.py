@@ -50,6 +50,7 @@ def folder_inside(
 _no_folder = ("there is no such folder below the one that this app may read: check the spelling, or close the app and "
     "start it with --root")
 
+# %% ../nbs/78_app.ipynb #825aa2e6
 def list_folder(
     root:Path, # As for `folder_inside`
     at:Path, # A folder inside it
@@ -82,13 +83,18 @@ def _is_plain(part):
     forbidden = r'[\x00-\x1f\x7f\\:]' if os.name=='nt' else r'[\x00-\x1f\x7f\\]'
     return short and part not in ('','.','..') and not re.search(forbidden, part)
 
+# %% ../nbs/78_app.ipynb #0c7f5759
 class Uploads:
     "Files that are dropped in a browser, below one folder"
     def __init__(self,
         folder:Path, # Where they are kept
         most:float=1e9, # Bytes of one drop
         most_files:int=50000, # Of one drop
-    ): self.folder,self.most,self.most_files,self.known = Path(folder),most,most_files,{}
+    ):
+        self.folder = Path(folder)
+        self.most = most
+        self.most_files = most_files
+        self.known = {}
 
     def begin(self,
         listed:list, # Of [name, bytes]
@@ -153,6 +159,7 @@ class Uploads:
             return self.known[upload,'root']
         raise AppError("not all files have come: drop the folder again, and only the others are sent")
 
+# %% ../nbs/78_app.ipynb #975c6531
 def _is_there(path, size): return path.is_file() and path.stat().st_size==size
 
 def _copy(body, f, size):
@@ -163,6 +170,7 @@ def _copy(body, f, size):
         f.write(part)
         size -= len(part)
 
+# %% ../nbs/78_app.ipynb #0df1ec8e
 def _too_much(total, most):
     return (f"these files have {total/1e9:.1f} GB, and at most {most/1e9:g} GB can be dropped. Four MRI series of one "
         "patient seldom have more than 0.3 GB: is this CT, or are there many patients? Give the folder's path above, "
@@ -187,7 +195,11 @@ class Worker(threading.Thread):
         temporary:Path=None, # Folder for its temporary files, which may be left there when it is ended
     ):
         super().__init__(daemon=True)
-        self.settings,self.heard,self.command,self.process,self.closed = settings,heard,command,None,False
+        self.settings = settings
+        self.heard = heard
+        self.command = command
+        self.process = None
+        self.closed = False
         self.environment = os.environ if temporary is None else {**os.environ, 'TMPDIR':str(temporary)}
 
     def run(self):
@@ -233,6 +245,7 @@ class Worker(threading.Thread):
         self.end()
         self.join(10)
 
+# %% ../nbs/78_app.ipynb #6ad950db
 def _never_ready(code):
     return (f"the process that works could not be started (it ended with {code}): does `python -c 'import "
         "mgmt_fast.app_work'` work?")
@@ -243,7 +256,13 @@ class Run:
     def __init__(self,
         number:int, # From 1
         root:Path, # The folder
-    ): self.number,self.root,self.state,self.what,self.said,self.rows = number,root,'waiting','',[],[]
+    ):
+        self.number = number
+        self.root = root
+        self.state = 'waiting'
+        self.what = ''
+        self.said = []
+        self.rows = []
 
     @property
     def ended(self): return sum(r['step'] in ('done','failed') for r in self.rows)
@@ -261,18 +280,33 @@ class Run:
         if self.state=='running' and not self.rows:
             return 'Looking for patients.'
         done = f"{self.ended} of {len(self.rows)} patient{'s'*(len(self.rows)!=1)} done"
+        sentences = dict(
+            waiting='Waiting.',
+            running=f'Running: {done}{self._doing()}.',
+            done=f'Done: {done}.',
+            cancelled=f'Cancelled: {done}; what is done is kept.',
+            failed='Ended.')
+        return sentences[self.state]
+
+    def _doing(self):
+        "What is done now, and to whom"
         under = [r for r in self.rows if r['step'] in _DOING]
-        doing = f"; {_DOING[under[0]['step']]} {under[0]['patient']}" if under and self.state=='running' else ''
-        return dict(waiting='Waiting.', running=f'Running: {done}{doing}.', done=f'Done: {done}.',
-            cancelled=f'Cancelled: {done}; what is done is kept.', failed='Ended.')[self.state]
+        if not under: return ''
+        return f"; {_DOING[under[0]['step']]} {under[0]['patient']}"
 
 _DOING = dict(audit='auditing', standardize='bringing into the atlas', predict='predicting')
 
+# %% ../nbs/78_app.ipynb #35a436e6
 class Runs:
     "All runs of an app, and the model's state: `'loading'`, `'ready'` or `'refused'`"
     def __init__(self):
-        self.runs,self.state,self.what,self.sequences,self.current = [],'loading','',[],None
-        self.lock,self.worker = threading.RLock(),None
+        self.runs = []
+        self.state = 'loading'
+        self.what = ''
+        self.sequences = []
+        self.current = None
+        self.lock = threading.RLock()
+        self.worker = None
 
     def of(self,
         number:int, # From 1
@@ -304,7 +338,9 @@ class Runs:
             run = self.of(number)
             if run.state=='waiting': run.state = 'cancelled'
             if run.state!='running': return
-            run.state,self.current,self.state = 'cancelled',None,'loading'
+            run.state = 'cancelled'
+            self.current = None
+            self.state = 'loading'
             for r in run.rows:
                 if r['step'] in _DOING:
                     r['step'] = 'waiting'
@@ -313,8 +349,8 @@ class Runs:
     def _next(self):
         "Hand over the next run, if there is one and somebody to do it"
         run = next((o for o in self.runs if o.state=='waiting'), None)
-        if run is None or self.state!='ready' or self.current:
-            return
+        free = self.state=='ready' and not self.current
+        if run is None or not free: return
         self.current,run.state = run,'running'
         self.worker.send(dict(run=run.number, root=str(run.root)))
 
@@ -336,22 +372,30 @@ class Runs:
     def _ended(self, run):
         if self.state!='refused': self.state = 'loading'
         if run:
-            run.state,run.what,self.current = 'failed',_died,None
+            run.state = 'failed'
+            run.what = _died
+            self.current = None
 
     def _of_run(self, kind, told, run):
         if kind=='found':
             blank = dict(step='waiting', findings=[], prob=None, unlike=None, note='', place='')
-            run.rows,run.said = [dict(blank, patient=p) for p in told['patients']],told['said']
+            run.rows = [dict(blank, patient=p) for p in told['patients']]
+            run.said = told['said']
         elif kind=='row': run.rows[told['at']] = told['row']
         else:
-            run.state,run.what,self.current = kind,told.get('what', ''),None
+            run.state = kind
+            run.what = told.get('what', '')
+            self.current = None
 
+# %% ../nbs/78_app.ipynb #94259a11
 _died = ("the process that works died, most likely because memory ran out; what is done is kept, and the run can go on")
 
 # %% ../nbs/78_app.ipynb #1dc50d77
 _environment = Environment(autoescape=True)
 def _sentence(text): return text[:1].upper()+text[1:]
 _environment.filters['sentence'] = _sentence
+
+# %% ../nbs/78_app.ipynb #61fbdb0e
 _CSS,_HTML = ((files('mgmt_fast')/o).read_text('utf-8') for o in ('page.css','page.html'))
 _MORE_CSS = """button,input{font:inherit;padding:.35em .8em}
 input[type=text]{width:min(38em,100%);box-sizing:border-box}
@@ -360,6 +404,7 @@ button{cursor:pointer} label{display:block} #drop{border:2px dashed var(--line);
 button,input{margin:.2em 0} progress{width:min(30em,100%)} td ul{margin:0;padding-left:1.2em} #said{margin:0 0 1em}
 #said:empty{display:none} .number{font-size:1.3em} td a{margin-right:.5em}"""
 
+# %% ../nbs/78_app.ipynb #75adc8c8
 def fill(
     template:str, # In the language of Jinja2
     **values, # What it names, escaped
@@ -367,6 +412,7 @@ def fill(
     "Fill a template; whatever a name holds, it is shown and not executed."
     return Markup(_environment.from_string(template).render(**values))
 
+# %% ../nbs/78_app.ipynb #855dda1f
 def app_page(
     title:str, # Of the page
     sections:dict, # Heading -> `Markup`
@@ -380,6 +426,7 @@ def app_page(
 
 _RESEARCH = "Research use only. No number here is a diagnosis, and no decision on a patient may rest on it."
 
+# %% ../nbs/78_app.ipynb #19308f31
 _CHOOSE = """<div id="said" role="alert" class="error"></div>
 <form id="choose"><label for="path">Path of a patient's folder, or of a folder with several patients</label>
 <input type="text" id="path" autocomplete="off" spellcheck="false"> <button>Run</button>
@@ -389,11 +436,13 @@ _CHOOSE = """<div id="said" role="alert" class="error"></div>
 <p id="sending" hidden><progress id="sent" aria-label="files sent" value="0"></progress>
 <button type="button" id="stop">Stop sending</button></p></div>"""
 
+# %% ../nbs/78_app.ipynb #496314b8
 _FOLDERS = """{% if f.up is not none %}<button type="button" data-at="{{ f.up }}">One folder up</button>{% endif %}
 <p>Folders: {{ f.folders|length + f.more }}, files: {{ f.files }}{% if f.more %}; {{ f.more }} folders are not listed,
 type their path{% endif %}.</p><ul>{% for o in f.folders %}
 <li><button type="button" data-at="{{ o.at }}">{{ o.name }}</button></li>{% endfor %}</ul>"""
 
+# %% ../nbs/78_app.ipynb #6aaefe85
 _MODEL = """<p role="status"{% if d.state=='refused' %} class="error"{% endif %}>
 {% if d.state=='ready' %}The model is ready. It reads {{ d.sequences|join(', ') }}.
 {% elif d.state=='loading' %}The model is being read; a folder can be chosen already.
@@ -404,6 +453,7 @@ _RUNS = _MODEL+"""{% if d.runs %}<div class="wide" role="group" aria-label="runs
 <td class="told">{{ o.status() }} {{ o.what|sentence }}</td></tr>
 {% endfor %}</table></div>{% else %}<p>There is no run yet.</p>{% endif %}"""
 
+# %% ../nbs/78_app.ipynb #9724cd88
 _RUN = """{% if d.state!='ready' %}"""+_MODEL+"""{% endif %}<p role="status">{{ run.status() }}</p>
 {% if run.what %}<p class="error" role="alert">{{ run.what|sentence }}</p>{% endif %}
 {% for o in run.said %}<p class="warning">The folder: {{ o }}.</p>{% endfor %}
@@ -428,6 +478,7 @@ aria-label="{{ k }} of {{ r.patient }}">{{ k }}</a>{% endfor %}{% endif %}</td>
 
 _SHOWN = dict(page='report.html', PDF='report.pdf', viewer='viewer.html')
 
+# %% ../nbs/78_app.ipynb #f3b68587
 def run_part(
     desk:Runs, # Of the app
     run:Run, # Of this folder
@@ -443,7 +494,7 @@ def run_part(
         return fill(_RUN, d=desk, run=dict(shown, status=run.status), shown=_SHOWN.items(), failed=failed)
 
 # %% ../nbs/78_app.ipynb #d29e748b
-_SCRIPT = """'use strict'
+_JS_ASK = """'use strict'
 const by = id => document.getElementById(id), gone = 'The app was closed, or cannot be reached.'
 history.replaceState(null, '', location.pathname) // the token leaves the address
 const tell = text => { const o = by('said'); if (o) o.textContent = text }
@@ -455,7 +506,10 @@ const ask = async (to, body, signal) => {
   if (!r.ok) throw new Error(said.what)
   return said }
 const trying = f => async (...args) => { tell(''); try { await f(...args) } catch (e) { tell(e.message) } }
-const part = document.querySelector('[data-from]')
+"""
+
+# %% ../nbs/78_app.ipynb #bc236790
+_JS_LIVE = """const part = document.querySelector('[data-from]')
 let before = part ? part.innerHTML : '', failed = 0
 const refresh = async () => {
   let text
@@ -474,7 +528,10 @@ document.addEventListener('click', trying(async e => {
   const o = e.target.closest('[data-post],[data-at]')
   if (!o) return
   if (o.dataset.post) { await ask(o.dataset.post, '{}'); await refresh() } else await look(o.dataset.at) }))
-const look = async at => {
+"""
+
+# %% ../nbs/78_app.ipynb #9a792f30
+_JS_CHOOSE = """const look = async at => {
   const found = await ask('/folders', JSON.stringify({at:at}))
   by('folders').innerHTML = found.html; by('path').value = found.at }
 if (by('choose')) {
@@ -519,6 +576,9 @@ if (by('choose')) {
 }
 """
 
+# %% ../nbs/78_app.ipynb #9de69395
+_SCRIPT = _JS_ASK+_JS_LIVE+_JS_CHOOSE
+
 # %% ../nbs/78_app.ipynb #92f3f805
 _OWN = ("default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
@@ -527,6 +587,7 @@ _PAGES = {'report.html':("text/html; charset=utf-8", "default-src 'none'; style-
     'viewer.html':("text/html; charset=utf-8", "sandbox allow-scripts; default-src 'none'; "
         "script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:")}
 
+# %% ../nbs/78_app.ipynb #d3a266eb
 class AppServer(ThreadingHTTPServer):
     "A server on 127.0.0.1 that shows `desk`, and reads only below `root`"
     daemon_threads,block_on_close,allow_reuse_address = True,False,os.name!='nt'
@@ -563,6 +624,7 @@ class AppServer(ThreadingHTTPServer):
         print(f'a fault of this app ({type(e).__name__}, {Path(at.filename).name}:{at.lineno}): please report it',
             file=sys.stderr)
 
+# %% ../nbs/78_app.ipynb #f69ed030
 class _Handler(BaseHTTPRequestHandler):
     timeout = 60
 
@@ -637,6 +699,7 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(value, kind): return value
         raise AppError('this request is not of this app')
 
+# %% ../nbs/78_app.ipynb #189f4267
 def _same(a, b): return hmac.compare_digest(a.encode('utf-8', 'replace'), b.encode())
 
 _no_token = "open the whole address that mgmt_app printed on the terminal: it holds the token of this app"
@@ -652,6 +715,7 @@ def _runs(h):
         html = fill(_RUNS, d=h.server.desk)
     h.reply(html)
 
+# %% ../nbs/78_app.ipynb #cfe89a08
 def _run_page(h, number):
     run = h.server.desk.of(int(number))
     live = '<p><a href="/">All runs</a></p><div data-from="/run/{{ n }}/part">{{ o }}</div>'
@@ -670,6 +734,7 @@ def _shown(h, number, at, name):
     kind,rules = _PAGES[name]
     h.reply(path.read_bytes(), kind, rules=rules)
 
+# %% ../nbs/78_app.ipynb #7d253a86
 def _folders(h):
     found = list_folder(h.server.root, folder_inside(h.server.root, h.told('at')))
     h.say(html=fill(_FOLDERS, f=found), at=found['at'])
@@ -678,10 +743,12 @@ def _begin(h, root): h.say(to=f'/run/{h.server.desk.start(root).number}')
 def _start(h): _begin(h, folder_inside(h.server.root, h.told('path')))
 def _again(h, number): _begin(h, h.server.desk.of(int(number)).root)
 
+# %% ../nbs/78_app.ipynb #301ae7cc
 def _cancel(h, number):
     h.server.desk.cancel(int(number))
     h.say()
 
+# %% ../nbs/78_app.ipynb #a3b041e5
 def _upload(h): h.say(**h.server.uploads.begin(h.told('files', list)))
 
 def _put(h, upload, i):
@@ -689,6 +756,8 @@ def _put(h, upload, i):
     h.say()
 
 def _uploaded(h, upload): _begin(h, h.server.uploads.root(upload))
+
+# %% ../nbs/78_app.ipynb #0e1a261c
 def _script(h): h.reply(_SCRIPT, 'text/javascript; charset=utf-8')
 
 _N = r'(\d{1,9})'
@@ -752,6 +821,7 @@ class App:
                 return 'pages and dropped files were wiped'
         return f'NOT everything could be wiped: remove {self.private}'
 
+# %% ../nbs/78_app.ipynb #18ee7993
 def _check_paths(model, root, atlas):
     if not (Path(model).exists() or Path(f'{model}.json').exists()):
         raise AppError(_no_model)
@@ -763,12 +833,14 @@ def _check_paths(model, root, atlas):
 _no_model = ("there is no model at this place: give the folder of a bundle or of a training, or a model in it, e.g. "
     "run/model")
 
+# %% ../nbs/78_app.ipynb #07d5f4ce
 def _made(keep):
     try: Path(keep).mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise AppError(f"the folder of --keep cannot be made ({e.strerror})") from None
     return Path(keep).resolve()
 
+# %% ../nbs/78_app.ipynb #491c7739
 def _private_folder():
     "A folder that this user alone may read; what apps that were killed left is wiped"
     for o in Path(tempfile.gettempdir()).glob('mgmt-app-*'):
@@ -797,6 +869,7 @@ def _as_typed(f):
         return 2
     return _f
 
+# %% ../nbs/78_app.ipynb #c2df99b0
 def _from_command_line(f):
     parser = argparse.ArgumentParser(f.__name__, description=f.__doc__)
     about = docments(f)
@@ -811,6 +884,7 @@ def _from_command_line(f):
 
 def _spelt(k): return dict.fromkeys((f"--{k.replace('_','-')}",f'--{k}'))
 
+# %% ../nbs/78_app.ipynb #8b0dfe11
 def _terminate(*_): raise KeyboardInterrupt
 
 @_as_typed

@@ -27,6 +27,7 @@ class _Image(NamedTuple):
     path:str
     kind:str # `'nifti'`, `'slices'` or `'other'`, a format that needs an extra
 
+# %% ../nbs/16_archive.ipynb #bbc0adf9
 _NOTHING = set('''.txt .csv .tsv .json .xml .html .htm .pdf .md .png .jpg .jpeg .bmp .gif .tif .tiff .zip .gz .tar .7z
     .rar .npy .npz .bval .bvec .mat .py .ipynb .db .ini .inf .exe .dll .lnk .log .doc .docx .xls .xlsx .yaml .yml
     .css .js .jar .mp4 .avi .img .raw .zraw .sh .bat .ds_store'''.split())
@@ -49,6 +50,7 @@ def _looks_dicom(path):
     except (OSError,MGMTError): return False
     return head[128:]==b'DICM' or head[:2] in (b'\x08\0',b'\x02\0') and len(head)==132
 
+# %% ../nbs/16_archive.ipynb #469940f7
 def _is_slice(e):
     "Is this entry of a folder named like a slice, or one by its first bytes?"
     low = e.name.lower()
@@ -56,6 +58,7 @@ def _is_slice(e):
     if low.endswith(_SLICES): return True
     return os.path.splitext(low)[1] not in _NOTHING and not _kind_of(low) and _looks_dicom(e.path)
 
+# %% ../nbs/16_archive.ipynb #ae0c8bfb
 def _folder_entries(folder):
     "What a folder holds, without what systems leave there"
     junk = ('__macosx','lost+found','$recycle.bin','system volume information')
@@ -81,6 +84,7 @@ def _slice_files(entries):
         files.append(e)
     return files
 
+# %% ../nbs/16_archive.ipynb #f698062c
 def _slices(folder, parts, entries):
     "The images that the slices in a folder make: the folder, or every file, if each is named after another sequence"
     files = _slice_files(entries)
@@ -90,6 +94,7 @@ def _slices(folder, parts, entries):
         return [_Image(parts, str(folder), 'slices')]
     return [_Image((*parts,e.name), e.path, 'slices') for e in files]
 
+# %% ../nbs/16_archive.ipynb #6aba36dc
 def _look_at(e, parts, res, odd):
     "One entry of a folder: an image, or something that must be reported"
     parts,kind = (*parts,e.name),_kind_of(e.name)
@@ -103,6 +108,7 @@ def _look_at(e, parts, res, odd):
     elif _dead(e) and not e.name.lower().endswith(_SLICES):
         odd.append((parts, 'a link that leads nowhere', 'restore what it points to'))
 
+# %% ../nbs/16_archive.ipynb #ae00269b
 def _search_folder(folder, parts, above, res, odd):
     "Add what lies in a folder, and below it, to images `res` and to `odd`; `above` holds the folders on the way"
     real = os.path.realpath(folder)
@@ -120,6 +126,7 @@ def _search_folder(folder, parts, above, res, odd):
     if len(res)==before and not any(o[0][:len(parts)]==parts for o in odd):
         odd.append((parts, *_no_image(entries)))
 
+# %% ../nbs/16_archive.ipynb #6fddebff
 STANDARDIZED = 'standardized.json' # what `standardize` writes into the folder of each patient
 
 def _no_image(entries):
@@ -167,8 +174,10 @@ def split_id(
     id:str, # As a folder or a table writes it
 ) -> tuple: # Patient, and session or None
     "Take the visit off an id, where a published collection writes ids so; any other id is a patient's."
-    found = _known(str(id).strip())
-    return (found[1],found[2]) if found and not found[3] else (str(id).strip(),None)
+    name = str(id).strip()
+    found = _known(name)
+    if found and not found[3]: return found[1],found[2]
+    return name,None
 
 # %% ../nbs/16_archive.ipynb #458b3745
 _SESSION = re.compile(r'''(ses|session|visit|v|tp|timepoint|time|week|wk|month|mo|day|exam|study|stu?|baseline|base|bl
@@ -183,21 +192,28 @@ def _has_digit(name): return re.search(r'\d', name) is not None
 # %% ../nbs/16_archive.ipynb #e9003365
 def _sequence_in(image, at):
     "The sequence that the nearest name below level `at` tells"
-    return first(s for o in reversed(image.parts[at:]) if (s := sequence_of(o)))
+    told = (sequence_of(o) for o in reversed(image.parts[at:]))
+    return first(s for s in told if s)
 
 def _inner(images, at):
     "Folders one below level `at` that are no sequences themselves, with their images"
-    inner = [i for i in images if len(i.parts)>at+2 and name_testimony(i.parts[at+1]).can==SEQUENCES]
+    deep = [i for i in images if len(i.parts)>at+2]
+    inner = [i for i in deep if name_testimony(i.parts[at+1]).can==SEQUENCES]
     return groupby(inner, lambda i: i.parts[at+1])
 
+# %% ../nbs/16_archive.ipynb #cd47fe17
 def _conflict(images, at):
     "Does a sequence come twice below level `at`?"
-    told = Counter(filter(None, (_sequence_in(i, at+1) for i in images)))
-    return any(n>1 for n in told.values())
+    told = [_sequence_in(i, at+1) for i in images]
+    times = Counter(filter(None, told))
+    return any(n>1 for n in times.values())
 
+# %% ../nbs/16_archive.ipynb #909e111d
 def _ids_in(images):
     "PatientIDs of the first two folders of slices"
-    return {series_header(i.path).get('PatientID') for i in images[:2] if i.kind=='slices'}-{None}
+    slices = [i for i in images[:2] if i.kind=='slices']
+    ids = {series_header(i.path).get('PatientID') for i in slices}
+    return ids-{None}
 
 def _says_patient_id(inner):
     "`'patients'` or `'sessions'`, if PatientID says which the folders `inner` are"
@@ -209,12 +225,14 @@ def _says_patient_id(inner):
 # %% ../nbs/16_archive.ipynb #666a767b
 def _patient_level(images, at, known, shared=()):
     "Level of the patients' folders for `images`, which share all names up to `at`"
-    name,inner = images[0].parts[at],_inner(images, at)
+    name = images[0].parts[at]
+    inner = _inner(images, at)
     here = {i.parts: at for i in images}
     if not inner or not _deeper(name, inner, images, at, known, shared):
         return here
     return merge(here, *(_patient_level(o, at+1, known, shared) for o in inner.values()))
 
+# %% ../nbs/16_archive.ipynb #0377d554
 def _deeper(name, inner, images, at, known, shared):
     "Are the folders `inner`, and not `name` above them, the patients?"
     all_digits = all(_has_digit(o) and not _is_session(o) and o not in shared for o in inner)
@@ -229,6 +247,7 @@ def _deeper(name, inner, images, at, known, shared):
         raise ArchiveError(_tie(name, list(inner)))
     return says=='patients'
 
+# %% ../nbs/16_archive.ipynb #7a8ecea0
 def _tie(name, inner):
     some = ', '.join(inner[:3])
     return (f"two layouts explain the folders equally: {name!r} is a patient with {len(inner)} sessions ({some}), or"
@@ -247,18 +266,25 @@ class Placed(NamedTuple):
 
 # %% ../nbs/16_archive.ipynb #d3d5024f
 def _without(prefix, name):
-    return name[len(prefix):].lstrip('_-. ') if name.lower().startswith(prefix.lower()) else name
+    "A name without the patient's in front of it"
+    if not name.lower().startswith(prefix.lower()): return name
+    return name[len(prefix):].lstrip('_-. ')
 
+# %% ../nbs/16_archive.ipynb #9d484d7b
 def _owner(parts, root_name, levels):
     "Level, layout, patient, session and further names of an image at `parts`; `None` if it is nobody's"
     found = [(i,k) for i,o in enumerate(parts) if (k := _known(o))]
     if found:
         at,(layout,patient,session,rest) = found[0]
-        return at,layout,patient,session,[rest] if rest and at==len(parts)-1 else []
+        in_file = at==len(parts)-1
+        return at,layout,patient,session,[rest] if rest and in_file else []
     if k := _known(root_name): return -1,*k[:3],[]
     at = levels.get(parts)
-    return None if at is None else (at, 'folder', root_name if at<0 else parts[at], None, [])
+    if at is None: return None
+    patient = root_name if at<0 else parts[at]
+    return at,'folder',patient,None,[]
 
+# %% ../nbs/16_archive.ipynb #cb1defe9
 def _placed(image, root_name, levels):
     "Whose an image is: by the name of a collection, or by the level of its folder; `None` if nobody's"
     parts = image.parts
@@ -281,37 +307,56 @@ def _placed(image, root_name, levels):
 # %% ../nbs/16_archive.ipynb #862ce263
 def _outer_name(o):
     "The name just below the patient, if it is no sequence"
-    return o.names[-1] if len(o.names)>1 and name_testimony(o.names[-1]).can==SEQUENCES else None
+    if len(o.names)<2: return None
+    outer = o.names[-1]
+    return outer if name_testimony(outer).can==SEQUENCES else None
 
 def _are_exams(outer, told):
     "Are folders `outer` exams: does a sequence come twice among images, and once in each folder?"
-    twice = {s for s,n in Counter(filter(None, told)).items() if n>1}
-    once = all(n==1 for n in Counter((u,s) for u,s in zip(outer,told) if s in twice).values())
-    return twice and once and all(map(_has_digit, filter(None,outer))) and len(set(outer))>1
+    times = Counter(filter(None, told))
+    twice = {s for s,n in times.items() if n>1}
+    in_folder = Counter((u,s) for u,s in zip(outer,told) if s in twice)
+    once = all(n==1 for n in in_folder.values())
+    numbered = all(map(_has_digit, filter(None,outer)))
+    return twice and once and numbered and len(set(outer))>1
 
+# %% ../nbs/16_archive.ipynb #b3078c39
 def _sub_sessions(placed):
     "Unnamed folders of exams below a patient become sessions where one exam could not hold all that is told"
     res = []
     for (_,session),group in groupby(placed, lambda o: (o.patient,o.session)).items():
         outer = [_outer_name(o) for o in group]
-        told = [first(s for n in o.names if (s := sequence_of(n))) for o in group]
-        if session is None and group[0].layout=='folder' and _are_exams(outer, told):
+        told = [_first_sequence(o.names) for o in group]
+        unnamed = session is None and group[0].layout=='folder'
+        if unnamed and _are_exams(outer, told):
             group = [o._replace(session=u, names=o.names[:-1]) if u else o for o,u in zip(group,outer)]
         res += group
     return res
 
+def _first_sequence(names):
+    "The sequence that the first of some names tells, if one does"
+    told = (sequence_of(o) for o in names)
+    return first(s for s in told if s)
+
 # %% ../nbs/16_archive.ipynb #50cae175
 def _derived(image):
     "Is it one of the copies that BIDS keeps apart?"
-    return any(o.lower() in ('derivatives','sourcedata') for o in image.parts[:-1])
+    folders = [o.lower() for o in image.parts[:-1]]
+    return any(o in ('derivatives','sourcedata') for o in folders)
 
 def _several(image):
     "Does a folder of slices hold several series, as that of a patient may and that of a series does not?"
-    return image.kind=='slices' and len(series_header(image.path).get('series', ()))>1
+    if image.kind!='slices': return False
+    series = series_header(image.path).get('series', ())
+    return len(series)>1
 
+# %% ../nbs/16_archive.ipynb #d1ba29d3
 def _on_medium(images):
     "Levels of the patients' folders of a DICOM medium; `None` unless every image lies in one"
-    levels = {i.parts: k for i in images for k,o in enumerate(i.parts[:-1]) if _MEDIA.fullmatch(o)}
+    levels = {}
+    for i in images:
+        for k,o in enumerate(i.parts[:-1]):
+            if _MEDIA.fullmatch(o): levels[i.parts] = k
     return levels if levels and len(levels)==len(images) else None
 
 def _is_patient(root_name, tops, images):
@@ -322,6 +367,7 @@ def _is_patient(root_name, tops, images):
         return False
     return all(map(_is_session, tops)) or not _conflict(images, -1)
 
+# %% ../nbs/16_archive.ipynb #eec7b7d5
 def _patient_levels(images, root_name, known):
     "Level of the patient's folder for each image; -1 where it is the root"
     inside = [i for i in images if i.parts]
@@ -343,10 +389,15 @@ def place_images(
 ) -> tuple: # `Placed` of each image that has a patient; the images that have none
     "Say of each image whose it is. Raises `ArchiveError` where two layouts explain the same folders."
     name = Path(root).resolve().name
-    strange = [i for i in images if not _derived(i) and not any(map(_known, i.parts)) and not _known(name)]
+    def _is_strange(i): return not (_derived(i) or any(map(_known, i.parts)) or _known(name))
+    strange = [i for i in images if _is_strange(i)]
     if patients is not None:
         levels = {i.parts: 0 for i in images if i.parts and i.parts[0] in patients}
     else:
         levels = _patient_levels(strange, name, known)
-    placed = [(None if _derived(i) else _placed(i, name, levels), i) for i in images]
-    return _sub_sessions([p for p,_ in placed if p]), [i for p,i in placed if not p]
+    placed,rest = [],[]
+    for i in images:
+        p = None if _derived(i) else _placed(i, name, levels)
+        if p: placed.append(p)
+        else: rest.append(i)
+    return _sub_sessions(placed),rest

@@ -49,6 +49,7 @@ def check_predictions(
     check_probs(t.label.to_numpy(), t.prob.to_numpy())
     return t[['patient','label','prob']].astype({'label':int}).reset_index(drop=True)
 
+# %% ../nbs/64_evaluate.ipynb #d02d1670
 def _true_labels(t, labels):
     "The label of each prediction's patient, from a table of the same patients"
     _check_once(labels, 'labels')
@@ -57,6 +58,7 @@ def _true_labels(t, labels):
     if apart: raise _not_the_same(apart)
     return t.key.map(dict(zip(keys, labels.label)))
 
+# %% ../nbs/64_evaluate.ipynb #476ba3af
 def _check_columns(preds, need):
     lack = [c for c in need if c not in preds]
     if not lack: return
@@ -69,6 +71,7 @@ def _check_once(t, name):
     raise ProtocolError(f"{len(twice)} patients come more than once in the {name}, e.g. {twice[0]}: "
         "average their scans first, or keep one")
 
+# %% ../nbs/64_evaluate.ipynb #a1d4fca9
 def _not_the_same(apart):
     return ProtocolError(f"{len(apart)} patients are in the predictions or in the labels only, e.g. {apart[0]}: "
         "were they made from the same cohort?")
@@ -114,24 +117,30 @@ def log_odds(
     p:float|np.ndarray|pd.Series|list, # Probabilities
 ) -> np.ndarray: # Their logits, finite: probabilities are kept 1e-7 away from 0 and 1
     "The scale on which models are averaged, and divided by a temperature."
-    return logit(np.clip(np.asarray(p, dtype=float), 1e-7, 1-1e-7))
+    p = np.asarray(p, dtype=float)
+    return logit(np.clip(p, 1e-7, 1-1e-7))
 
 # %% ../nbs/64_evaluate.ipynb #38f1416e
 class _Views(torch.nn.Module):
     "A network whose answer is averaged over the views of test-time augmentation"
     def __init__(self, net, recipe, spacing):
         super().__init__()
-        self.net,self.recipe,self.spacing,self.arch = net,recipe,spacing,net.arch
+        self.net = net
+        self.recipe = recipe
+        self.spacing = spacing
+        self.arch = net.arch
     def forward(self, x): return tta(self.net, x, self.recipe, self.spacing)
 
+# %% ../nbs/64_evaluate.ipynb #dc6dba7d
 def with_views(
     m:MGMTModel, # A trained model
     spacing:tuple|list|None, # mm along D, H and W of the store
     recipe:Recipe, # Whose views
 ) -> MGMTModel:
     "A model that answers with the mean over its views."
+    views = _Views(m.model, recipe, spacing)
     kept = dict(prepared=m.prepared, preparation_number=m.preparation_number, like=m.like)
-    return MGMTModel(_Views(m.model, recipe, spacing), m.recipe, m.sequences, **kept)
+    return MGMTModel(views, m.recipe, m.sequences, **kept)
 
 # %% ../nbs/64_evaluate.ipynb #1811223f
 def choose_threshold(
@@ -145,7 +154,9 @@ def choose_threshold(
     y,p = check_probs(y, p)
     u = np.unique(p)
     cuts = np.r_[u[0], (u[1:]+u[:-1])/2]
-    gain = [(p[y]>=c).mean()+(p[~y]<c).mean() for c in cuts]
+    sensitivity = np.array([(p[y]>=c).mean() for c in cuts])
+    specificity = np.array([(p[~y]<c).mean() for c in cuts])
+    gain = sensitivity+specificity
     best = cuts[np.isclose(gain, max(gain))]
     return float(min(best, key=lambda c: abs(c-.5)))
 
@@ -159,6 +170,7 @@ def _inputs(store, sequences):
         return [check_sequences(sequences)]
     return [check_sequences(s) for s in sequences]
 
+# %% ../nbs/64_evaluate.ipynb #86ebd23c
 def _recipes(store, recipes, augment):
     "The recipes to compare by their labels, each with the augmentation that is to go with it"
     if not isinstance(recipes, dict):
@@ -168,8 +180,11 @@ def _recipes(store, recipes, augment):
     more = {} if augment is None else get_recipe(augment).room('augment')
     return {k: get_recipe(follow_recipe(store.recipe, r), **more) for k,r in recipes.items()}
 
-def _with_arch(recipe, arch): return get_recipe(recipe, **({} if arch is None else dict(arch=arch)))
+def _with_arch(recipe, arch):
+    if arch is None: return get_recipe(recipe)
+    return get_recipe(recipe, arch=arch)
 
+# %% ../nbs/64_evaluate.ipynb #7f4e9a31
 def _cells(store, archs, sequences, recipes, augment):
     "The models to compare: (sequences, label of the recipe, recipe)"
     if archs is None or isinstance(archs, str):
@@ -196,6 +211,7 @@ def _fit(job, path):
     save_model(learn, path/'model')
     return load_model(path/'model'),job.store.only(dls.valid.dataset.patients)
 
+# %% ../nbs/64_evaluate.ipynb #00d8990b
 def _temperature(v, name):
     "The temperature that an inner validation part gives"
     try: return fit_temperature(v.label.to_numpy(), v.prob.to_numpy())
@@ -209,29 +225,33 @@ def _chosen_inside(m, held, name):
     if v.prob.isna().any():
         raise ProtocolError(f"{name} predicts no numbers: training diverged; "
         "a lower learning rate may help. The finished runs are kept")
-    temperature,y = _temperature(v, name),v.label.to_numpy()
+    temperature = _temperature(v, name)
+    y = v.label.to_numpy()
     threshold = choose_threshold(y, temperature(v.prob))
     loss = float(log_loss(y.astype(int), v.prob))
     return dict(temperature=temperature.t, threshold=threshold, valid_loss=loss, valid_patients=len(v))
 
+# %% ../nbs/64_evaluate.ipynb #4b385167
 def _train(job, path):
     "Train one model and predict the patients of the fold"
     m,held = _fit(job, path)
     inside = _chosen_inside(m, held, path.name)
     out = job.store.only(job.test)
-    res = predict(m, out, progress=False)[['patient','prob']].rename(columns=dict(prob='raw'))
+    res = predict(m, out, progress=False)[['patient','prob']]
+    res = res.rename(columns=dict(prob='raw'))
     views = with_views(m, job.store.spacing, job.recipe)
     res['tta'] = predict(views, out, progress=False).prob if job.tta else np.nan
     files = {p.name: file_hash(p) for p in sorted(path.glob('model.*'))}
     return dict(key=job.key, **inside, files=files, predictions=res.to_dict('list'))
 
+# %% ../nbs/64_evaluate.ipynb #c8453840
 def _kept(job, path):
     "The result of an earlier run with the same inputs and unchanged files, or `None`"
     if not is_file(path/'run.json'): return None
     try: res = read_json(path/'run.json', _RUN)
     except MGMTError: return None
-    if len({*map(len, res['predictions'].values())})>1:
-        return None
+    lengths = {len(o) for o in res['predictions'].values()}
+    if len(lengths)>1: return None
     if key_changes(res['key'], job.key): return None
     whole = all((path/f).exists() and file_hash(path/f)==h for f,h in res['files'].items())
     return res if whole else None
@@ -241,11 +261,13 @@ _PREDICTED = record_of(dict(patient=list_of(TEXT), raw=list_of(A_NUMBER), tta=li
 _RUN = record_of(dict(key=record_of({}, others=True), temperature=Allowed.number(1e-9), threshold=_SHARE,
     valid_loss=Allowed.number(), valid_patients=Allowed.whole(0), files=table_of(TEXT), predictions=_PREDICTED))
 
+# %% ../nbs/64_evaluate.ipynb #848e4253
 def _begun(path):
     "Is there a training in a folder that can go on?"
     try: return not (path/'run.json').exists() and Checkpoint().read(path) is not None
     except TrainingError: return False
 
+# %% ../nbs/64_evaluate.ipynb #670b378f
 def _run(job, dest):
     "The predictions of one training run, from an earlier one if that had the same inputs"
     path = dest/'runs'/job.name
@@ -270,8 +292,11 @@ def _parts(store, sequences, folds, fold):
     "The patients who are trained on, and those of the fold"
     of = dict(zip(folds.patient, folds.fold))
     usable = [p for p in usable_patients(store, sequences)[0].patient if p in of]
-    return [p for p in usable if of[p]!=fold],[p for p in usable if of[p]==fold]
+    train = [p for p in usable if of[p]!=fold]
+    test = [p for p in usable if of[p]==fold]
+    return train,test
 
+# %% ../nbs/64_evaluate.ipynb #518aad1c
 def _job(store, cell, folds, repeat, fold, member, inner, tta, seed, clock):
     "One training run: its patients, its settings, and a key that changes with any of them"
     sequences,label,recipe = cell
@@ -288,6 +313,7 @@ def _job(store, cell, folds, repeat, fold, member, inner, tta, seed, clock):
     return NS(sequences=sequences, recipe=recipe, store=store, **parts, inner=inner, tta=tta,
         seed=seed, key=key, row=row, prefix=prefix, name=name, clock=clock)
 
+# %% ../nbs/64_evaluate.ipynb #af149e8f
 _least_inner = 10 # patients from whom a temperature and a threshold can be chosen
 
 def _check_inner(jobs, inner):
@@ -347,6 +373,7 @@ def cross_validate(
     with working_in(dest) as dest:
         return _validate_all(jobs, dest, dealt, table, nested, progress, devices)
 
+# %% ../nbs/64_evaluate.ipynb #5868296d
 def _validate_all(jobs, dest, dealt, table, nested, progress, devices):
     "Run the jobs, and write and return their predictions"
     for j in jobs:
@@ -362,6 +389,7 @@ def _validate_all(jobs, dest, dealt, table, nested, progress, devices):
         write_csv(dest/f'{name}.csv', t)
     return oof
 
+# %% ../nbs/64_evaluate.ipynb #4ecfc3a8
 def _check_repeats(repeats, seeds, folds):
     if min(repeats,seeds)>=1 and (folds is None or repeats==1):
         return
@@ -399,6 +427,7 @@ def select_inside(
 MODEL_AXES = ('arch','sequences','recipe') # what tells one model from another
 RUN_AXES = ('repeat','member') # what tells one run of a model from another
 
+# %% ../nbs/64_evaluate.ipynb #eedf3bb8
 def ensemble(
     oof:pd.DataFrame, # From `cross_validate`
     over:str|list|tuple=None, # Some of `'member'`, `'repeat'`, `'sequences'`, `'recipe'`, `'arch'`; all if None
@@ -443,7 +472,8 @@ def mean_auc_ci(
     level:float=.95, # Coverage of the interval
 ) -> pd.Series: # auc (mean over the runs), lo, hi
     "Mean AUC of several runs with the default interval of `auc_interval`; of one run, the same as `auc_ci`."
-    return auc_interval(np.asarray(y)==1, P, cluster=cluster, level=level)
+    methylated = np.asarray(y)==1
+    return auc_interval(methylated, P, cluster=cluster, level=level)
 
 # %% ../nbs/64_evaluate.ipynb #857253ee
 def results_table(
@@ -457,42 +487,61 @@ def results_table(
     the folds of a run, and is what the interval covers; `auc_folds` is the mean over folds. `thresholds` is how many
     one run was cut at, `threshold` the one farthest from .5."""
     given = dict(arch='model', sequences='', recipe='', repeat=0, member=0, threshold=threshold)
-    oof = oof.assign(**{k:v for k,v in given.items() if k not in oof})
-    groups = oof.groupby(list(MODEL_AXES), sort=False)
-    return pd.DataFrame([dict(zip(MODEL_AXES, cell), **_figures(t)) for cell,t in groups])
+    lacking = {k:v for k,v in given.items() if k not in oof}
+    oof = oof.assign(**lacking)
+    rows = []
+    for cell,t in oof.groupby(list(MODEL_AXES), sort=False):
+        model = dict(zip(MODEL_AXES, cell))
+        rows.append({**model, **_figures(t)})
+    return pd.DataFrame(rows)
 
+# %% ../nbs/64_evaluate.ipynb #359238bc
 def _figures(t):
     "The figures of one model, from the predictions of its runs"
     y,P,who = _runs(t)
-    n,auc = len(y),mean_auc_ci(y, P, who)
+    n = len(y)
+    auc = mean_auc_ci(y, P, who)
     shares = dict(runs=len(P), n=n, minority=min(y.mean(), 1-y.mean()))
-    named = dict(auc=auc.auc, auc_lo=auc.lo, auc_hi=auc.hi, interval=AUC_METHODS[auc.name])
-    return {**shares, **_accuracy(t, n), **named, 'auc_folds':_auc_of_folds(t), **_loss(t, n), **_cuts(t)}
+    named = dict(
+        auc=auc.auc,
+        auc_lo=auc.lo,
+        auc_hi=auc.hi,
+        interval=AUC_METHODS[auc.name],
+        auc_folds=_auc_of_folds(t))
+    return {**shares, **_accuracy(t, n), **named, **_loss(t, n), **_cuts(t)}
 
+# %% ../nbs/64_evaluate.ipynb #889cf9ff
 def _auc_of_folds(t):
     "Mean of the AUCs within each fold and run; NaN where there are no folds, or one lacks a class"
     if 'fold' not in t: return np.nan
     folds = [o for _,o in t.groupby([*RUN_AXES,'fold'])]
     if any(o.label.nunique()<2 for o in folds):
         return np.nan
-    return float(np.mean([roc_auc_score(o.label.astype(int), o.prob) for o in folds]))
+    aucs = [roc_auc_score(o.label.astype(int), o.prob) for o in folds]
+    return float(np.mean(aucs))
 
+# %% ../nbs/64_evaluate.ipynb #1e882cda
 def _accuracy(t, n):
-    right = ((t.prob>=t.threshold)==(t.label==1)).mean()
+    called = t.prob>=t.threshold
+    methylated = t.label==1
+    right = (called==methylated).mean()
     ci = binomtest(round(right*n), n).proportion_ci(method='wilson')
     return dict(accuracy=right, accuracy_lo=ci[0], accuracy_hi=ci[1])
 
 def _loss(t, n):
     right = np.where(t.label==1, t.prob, 1-t.prob)
-    losses = pd.Series(-np.log(np.clip(right, 1e-7, 1)), index=t.index).groupby(t.patient).mean()
+    each = pd.Series(-np.log(np.clip(right, 1e-7, 1)), index=t.index)
+    losses = each.groupby(t.patient).mean()
     mean = losses.mean()
     half = norm.ppf(.975)*losses.std()/np.sqrt(n)
     return dict(loss=mean, loss_lo=mean-half, loss_hi=mean+half)
 
+# %% ../nbs/64_evaluate.ipynb #7b8fc68f
 def _cuts(t):
     "At how many thresholds one run was cut, and the one farthest from .5"
+    by_run = t.groupby(list(RUN_AXES)).threshold
     farthest = max(t.threshold, key=lambda o: abs(o-.5))
-    return dict(thresholds=t.groupby(list(RUN_AXES)).threshold.nunique().max(), threshold=farthest)
+    return dict(thresholds=by_run.nunique().max(), threshold=farthest)
 
 # %% ../nbs/64_evaluate.ipynb #84333c19
 def show_results(
@@ -501,19 +550,27 @@ def show_results(
 ) -> pd.DataFrame: # Rows: architectures; columns: sequences; cells: text with intervals
     "The table as papers print it: architecture by sequence."
     values = listify(values)
-    cells = [' / '.join(_in_words(r, k) for k in values) for _,r in table.iterrows()]
-    t = table.assign(cell=cells, row=_row_names(table))
+    cells = []
+    for _,r in table.iterrows():
+        cells.append(' / '.join(_in_words(r, k) for k in values))
+    names = _row_names(table)
+    t = table.assign(cell=cells, row=names)
     t = t.pivot(index='row', columns='sequences', values='cell')
-    t = t.loc[uniqueify(_row_names(table)), uniqueify(table.sequences)].fillna('')
-    return t.rename_axis(index=None, columns=' / '.join(values)+_interval_name(table, values))
+    t = t.loc[uniqueify(names), uniqueify(table.sequences)].fillna('')
+    title = ' / '.join(values)+_interval_name(table, values)
+    return t.rename_axis(index=None, columns=title)
 
+# %% ../nbs/64_evaluate.ipynb #41f88d99
 def _in_words(r, k):
     "A figure with its interval"
     form = '{:.1%}' if k=='accuracy' else '{:.3f}'
     value,lo,hi = (form.format(r[k+end]) for end in ('','_lo','_hi'))
-    folds = f"; folds {r['auc_folds']:.3f}" if k=='auc' and pd.notna(r.get('auc_folds')) else ''
-    return f'{value} [{lo}, {hi}]{folds}'
+    text = f'{value} [{lo}, {hi}]'
+    if k=='auc' and pd.notna(r.get('auc_folds')):
+        text += f"; folds {r['auc_folds']:.3f}"
+    return text
 
+# %% ../nbs/64_evaluate.ipynb #f88a564b
 def _row_names(table):
     "The architectures, with the recipe's label where there are several"
     inside = table.recipe=='inside'
@@ -521,24 +578,34 @@ def _row_names(table):
     return table.arch+np.where(inside, '', ' '+table.recipe)
 
 def _interval_name(table, values):
+    "The heading's words on the AUC: how folds were joined, and whose interval it is"
     named = table.interval.dropna() if 'interval' in table and 'auc' in values else ()
     if not len(named): return ''
-    folds = '; folds: mean of their own AUCs' if 'auc_folds' in table and table.auc_folds.notna().any() else ''
-    return f" (AUC: all folds pooled, {' or '.join(uniqueify(named))}{folds})"
+    text = f"AUC: all folds pooled, {' or '.join(uniqueify(named))}"
+    if 'auc_folds' in table and table.auc_folds.notna().any():
+        text += '; folds: mean of their own AUCs'
+    return f' ({text})'
 
 # %% ../nbs/64_evaluate.ipynb #f00e0b1d
-def _first(t): return t[(t.repeat==t.repeat.min())&(t.member==t.member.min())]
+def _first(t):
+    "What is there without more repeats and seeds"
+    repeat = t.repeat==t.repeat.min()
+    member = t.member==t.member.min()
+    return t[repeat&member]
 
+# %% ../nbs/64_evaluate.ipynb #1a92a22b
 def _within_a_model(t, name):
     "What more views, seeds and repeats of one model add"
     one,dealt = _first(t),t[t.repeat==0]
     if one.tta.notna().all():
-        yield 'test-time augmentation',name,one,one.assign(prob=expit(log_odds(one.tta)/one.temperature))
+        prob = expit(log_odds(one.tta)/one.temperature)
+        yield 'test-time augmentation',name,one,one.assign(prob=prob)
     if t.member.nunique()>1:
         yield f'{t.member.nunique()} seeds',name,one,ensemble(dealt, 'member')
     if t.repeat.nunique()>1:
         yield f'{t.repeat.nunique()} repeats',name,ensemble(dealt, 'member'),ensemble(t, RUN_AXES)
 
+# %% ../nbs/64_evaluate.ipynb #d73e868b
 def _over_sequences(real):
     "What a mean over sequences adds to each of them"
     for (arch,recipe),t in real.groupby(['arch','recipe'], sort=False):
@@ -555,6 +622,7 @@ def _over_archs(real):
     for arch,t in real.groupby('arch', sort=False):
         yield f'{n} architectures',f'over {arch}',ensemble(t, [*RUN_AXES,'sequences','recipe']),ensemble(real)
 
+# %% ../nbs/64_evaluate.ipynb #a3381f1f
 def _pairs(oof):
     "(step, of what, without, with): frames of patient, label, prob, one row per patient"
     real = oof[oof.arch!='selected']
@@ -574,12 +642,15 @@ def gains(
     """What each ensemble and test-time augmentation adds to the AUC, on the same patients.
 
     Intervals are DeLong's for paired AUCs, and `p_holm` is p by Holm over the rows."""
-    t = pd.DataFrame([_gain(*o) for o in _pairs(oof)], columns='step of n without with gain lo hi p'.split())
+    rows = [_gain(*o) for o in _pairs(oof)]
+    t = pd.DataFrame(rows, columns='step of n without with gain lo hi p'.split())
     return t.assign(p_holm=holm(t.p) if len(t) else [])
 
 def _gain(step, of, without, more):
     "One row: the AUC without and with, and the paired difference"
-    m = without[['patient','label','prob']].merge(more[['patient','prob']], on='patient', suffixes=('','_with'))
+    before = without[['patient','label','prob']]
+    after = more[['patient','prob']]
+    m = before.merge(after, on='patient', suffixes=('','_with'))
     d = delong_test(m.label.to_numpy(), m.prob_with.to_numpy(), m.prob.to_numpy())
     of_what = dict(step=step, of=of, n=len(m))
     return {**of_what, 'without':d.auc2, 'with':d.auc1, 'gain':d.delta, **d[['lo','hi','p']]}

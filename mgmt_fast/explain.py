@@ -43,6 +43,7 @@ def networks_of(
         return [(1., _with_a_map(model))]
     return [(w*v, net) for w,m in parts for v,net in networks_of(m)]
 
+# %% ../nbs/72_explain.ipynb #11698637
 def _fused(model):
     "Weights and parts of a fusion"
     if model.features: raise MGMTError(_no_features)
@@ -55,6 +56,7 @@ def _fused(model):
 _no_features = ("this fusion's answer depends on features beside the scans (age, sex), which no map shows: explain one "
     "of its `.parts`")
 
+# %% ../nbs/72_explain.ipynb #add9ddec
 def _with_a_map(m):
     kind = getattr(m.model, 'config', {}).get('network', '3d')
     if kind=='2d': raise MGMTError(_no_depth)
@@ -79,6 +81,7 @@ def feature_place(
     "Where on the input's grid the features of a stage lie."
     return _place_of(_stages_along(net, size), size, stage)
 
+# %% ../nbs/72_explain.ipynb #2ad29daf
 @one_thread()
 def _stages_along(net, size):
     "For each axis an input that is whole along it alone, where places are the same and found sooner; and its features"
@@ -91,19 +94,27 @@ def _stages_along(net, size):
         with torch.enable_grad(): res.append((x,even(x)))
     return res
 
+# %% ../nbs/72_explain.ipynb #f7b25c3d
 def _place_of(along, size, stage):
     "Steps between the features of a stage, and places of the first ones"
-    step,first_ = zip(*(_place_along(i, x, found[stage], n) for i,((x,found),n) in enumerate(zip(along, size))))
-    return np.array(step),np.array(first_)
+    steps,firsts = [],[]
+    for axis,((x,found),n) in enumerate(zip(along, size)):
+        step,first_ = _place_along(axis, x, found[stage], n)
+        steps.append(step)
+        firsts.append(first_)
+    return np.array(steps),np.array(firsts)
 
 @one_thread()
 def _place_along(axis, x, found, n):
     "Step between features, and place of the first one, along one axis"
     middle = [o//2 for o in found.shape[2:]]
-    g, = torch.autograd.grad(found[(0,slice(None),*middle)].sum(), x)
+    one = found[(0,slice(None),*middle)].sum()
+    g, = torch.autograd.grad(one, x)
+    reached = g[0].abs().sum(0).numpy()
     step = n/found.shape[2+axis]
-    return step,_centroid(g[0].abs().sum(0).numpy(), axis)-middle[axis]*step
+    return step,_centroid(reached, axis)-middle[axis]*step
 
+# %% ../nbs/72_explain.ipynb #d08bc7da
 def _make_even(m):
     "Equal weights in convolutions, means in place of maxima, no effect of norms"
     for name,o in m.named_children():
@@ -116,6 +127,7 @@ def _make_even(m):
         m.running_mean.zero_()
         m.running_var.fill_(1)
 
+# %% ../nbs/72_explain.ipynb #de746eb1
 def _means(pool):
     "Means over the windows of a pool of maxima; None of any other module"
     if isinstance(pool, nn.MaxPool3d):
@@ -125,7 +137,9 @@ def _means(pool):
     return nn.AvgPool3d(*pool.windows(pool.along.k)[:3])
 
 def _centroid(x, axis):
-    w = x.sum(tuple({0,1,2}-{axis}))
+    "Where the weights of an array have their middle along an axis"
+    others = tuple({0,1,2}-{axis})
+    w = x.sum(others)
     return (w*np.arange(len(w))).sum()/w.sum()
 
 # %% ../nbs/72_explain.ipynb #b471b598
@@ -140,8 +154,11 @@ def place_features(
     for n,m,s,f in zip(size, features.shape, step, first):
         at = (torch.arange(n)-f)/s
         grid.append(2*at/max(m-1, 1)-1)
-    grid = torch.stack(torch.meshgrid(*grid, indexing='ij')[::-1], -1)[None].float()
-    return F.grid_sample(features[None,None].float(), grid, 'bilinear', 'border', align_corners=True)[0,0]
+    grid = torch.meshgrid(*grid, indexing='ij')
+    grid = torch.stack(grid[::-1], -1)[None].float()
+    values = features[None,None].float()
+    placed = F.grid_sample(values, grid, 'bilinear', 'border', align_corners=True)
+    return placed[0,0]
 
 # %% ../nbs/72_explain.ipynb #9a93863e
 def _frozen(net):
@@ -178,13 +195,17 @@ def stage_gradients(
 def _grad_cam(net, x, place, **kwargs):
     "Selvaraju et al. 2017: features weighed by their gradient's mean"
     z,a,g = stage_gradients(net, x, place.stage)
-    return z,place.on_input((g.mean((1,2,3), keepdim=True)*a).sum(0))
+    weights = g.mean((1,2,3), keepdim=True)
+    weighed = (weights*a).sum(0)
+    return z,place.on_input(weighed)
 
 def _hires_cam(net, x, place, **kwargs):
     "Draelos and Carin 2020: features times gradient, place by place"
     z,a,g = stage_gradients(net, x, place.stage)
-    return z,place.on_input((g*a).sum(0))
+    products = (g*a).sum(0)
+    return z,place.on_input(products)
 
+# %% ../nbs/72_explain.ipynb #088ce81c
 def _input_gradient(net, x):
     "Logits, and the gradient of their sum"
     x,was = x.detach().requires_grad_(),_frozen(net)
@@ -195,10 +216,12 @@ def _input_gradient(net, x):
     finally: _thawed(was)
     return z.detach().flatten(),g
 
+# %% ../nbs/72_explain.ipynb #edf42abc
 def _gradient(net, x, place, **kwargs):
     "Simonyan et al. 2013"
     z,g = _input_gradient(net, x)
-    return z.item(),place.smooth(g[0].abs().amax(0))
+    sizes = g[0].abs().amax(0)
+    return z.item(),place.smooth(sizes)
 
 def _integrated(net, x, place, steps=8, **kwargs):
     "Sundararajan et al. 2017: the gradient along the way from air to the scan, times the scan"
@@ -206,8 +229,10 @@ def _integrated(net, x, place, steps=8, **kwargs):
     for i in range(steps):
         total += _input_gradient(net, x*(i+.5)/steps)[1]
     with torch.no_grad(): z = net(x).item()
-    return z,place.smooth((x*total/steps)[0].sum(0))
+    weighed = (x*total/steps)[0].sum(0)
+    return z,place.smooth(weighed)
 
+# %% ../nbs/72_explain.ipynb #c29dc8b4
 def _occlusion(net, x, place, progress=True, mm=60., batch=8, **kwargs):
     "Zeiler and Fergus 2014: how far the logit falls where a cube takes on the brain's mean"
     start = time.perf_counter()
@@ -218,7 +243,7 @@ def _occlusion(net, x, place, progress=True, mm=60., batch=8, **kwargs):
         print(f"occlusion: {len(cubes)} predictions, about {each*len(cubes):.0f} s")
     total = torch.zeros(x.shape[2:])
     n = torch.zeros(x.shape[2:])
-    mean = torch.stack([c[c>0].mean() if (c>0).any() else c.sum() for c in x[0]])
+    mean = torch.stack([_brain_mean(c) for c in x[0]])
     for part in track(list(chunked(cubes, batch)), progress=progress):
         some = x.repeat(len(part),1,1,1,1)
         for o,cube in zip(some, part): _cover(o, cube, mean)
@@ -228,14 +253,23 @@ def _occlusion(net, x, place, progress=True, mm=60., batch=8, **kwargs):
             n[cube] += 1
     return z,place.smooth(total/n.clamp(min=1))
 
+# %% ../nbs/72_explain.ipynb #d347d89b
+def _brain_mean(x):
+    "The mean of what is above 0; 0 where there is only air"
+    inside = x>0
+    return x[inside].mean() if inside.any() else x.sum()
+
 def _cubes(x, spacing, mm):
     "Overlapping cubes that hold some brain"
     axes = []
     for n,s in zip(x.shape[2:], spacing):
         side = min(n, max(1, round(mm/s)))
-        axes.append([slice(i, min(n, i+side)) for i in range(0, max(1, n-side//2), max(1, side//2))])
+        starts = range(0, max(1, n-side//2), max(1, side//2))
+        axes.append([slice(i, min(n, i+side)) for i in starts])
     filled = (x[0]>0).any(0)
-    return [o for o in ((a,b,c) for a in axes[0] for b in axes[1] for c in axes[2]) if filled[o].any()]
+    d,h,w = axes
+    cubes = [(a,b,c) for a in d for b in h for c in w]
+    return [o for o in cubes if filled[o].any()]
 
 def _cover(x, cube, mean):
     "Put each channel's mean where there is brain, in place"
@@ -243,6 +277,7 @@ def _cover(x, cube, mean):
         part = c[cube]
         part[part>0] = m
 
+# %% ../nbs/72_explain.ipynb #923ccf6a
 _methods = dict(gradcam=_grad_cam, hirescam=_hires_cam, integrated=_integrated, occlusion=_occlusion,
     gradient=_gradient)
 
@@ -262,7 +297,9 @@ class Place:
         cell:float=25., # mm
         blur:float=4., # mm, standard deviation by which maps of single voxels are smoothed
     ):
-        self.size,self.spacing,self.blur = tuple(size),np.asarray(spacing, float),blur
+        self.size = tuple(size)
+        self.spacing = np.asarray(spacing, float)
+        self.blur = blur
         along = _stages_along(net, self.size)
         self.stage = self._deepest(along, cell) if stage is None else stage
         self.step,self.first = _place_of(along, self.size, self.stage)
@@ -286,7 +323,8 @@ class Place:
         x:torch.Tensor, # (D,H,W)
     ) -> torch.Tensor: # (D,H,W)
         "A map of voxels, smoothed in millimetres"
-        return torch.from_numpy(ndimage.gaussian_filter(x.numpy(), self.blur/self.spacing))
+        smoothed = ndimage.gaussian_filter(x.numpy(), self.blur/self.spacing)
+        return torch.from_numpy(smoothed)
 
 # %% ../nbs/72_explain.ipynb #57197a21
 def aim(
@@ -300,8 +338,11 @@ def aim(
         return dict(tumour=False, decoy=False)
     at = heat.world(np.unravel_index(x.argmax(), x.shape))
     def near(labels):
-        places = mask.world(np.argwhere(np.isin(np.asarray(mask), labels)))
-        return bool(len(places)) and bool(np.linalg.norm(places-at, axis=1).min()<=tolerance)
+        there = np.isin(np.asarray(mask), labels)
+        places = mask.world(np.argwhere(there))
+        if not len(places): return False
+        nearest = np.linalg.norm(places-at, axis=1).min()
+        return bool(nearest<=tolerance)
     return dict(tumour=near([1,3]), decoy=near([4]))
 
 # %% ../nbs/72_explain.ipynb #1edddeba
@@ -325,29 +366,39 @@ def _too_few(few):
     n,s = few.min()
     return MGMTError(f"a method is judged on 60 patients and 3 seeds at least; received {n} and {s}")
 
+# %% ../nbs/72_explain.ipynb #4ea1a19a
 def _rates(t, phantom, labels, column):
     "Of each patient, the share of seeds with a hit"
-    some = t[(t.phantom==phantom)&(t.labels==labels)]
-    return some.groupby('patient')[column].mean()
+    asked = (t.phantom==phantom)&(t.labels==labels)
+    hits = t[asked].groupby('patient')[column]
+    return hits.mean()
 
+# %% ../nbs/72_explain.ipynb #7f41f220
 def _difference(a, b, rng, n_boot):
     "Mean of the patients' differences with its 95 % interval"
     d = (a-b.reindex(a.index)).to_numpy(float)
     means = rng.choice(d, (n_boot,len(d))).mean(1)
     return d.mean(),*np.quantile(means, [.025,.975])
 
+# %% ../nbs/72_explain.ipynb #19149028
 def _verdict(method, t, n_boot, seed):
     rng = rng_for(seed, 'judge', method)
     plain = {k: _rates(t, 'plain', k, 'tumour') for k in ('true','none','shuffled')}
     signal,decoy = (_rates(t, 'decoy', 'true', k) for k in ('tumour','decoy'))
-    pairs = dict(over_untrained=(plain['true'],plain['none']), over_shuffled=(plain['true'],plain['shuffled']),
+    pairs = dict(
+        over_untrained=(plain['true'],plain['none']),
+        over_shuffled=(plain['true'],plain['shuffled']),
         over_decoy=(signal,decoy))
     found = {}
     for k,(a,b) in pairs.items():
         for end,v in zip(('','_lo','_hi'), _difference(a, b, rng, n_boot)):
             found[k+end] = v
-    rates = dict(trained=plain['true'].mean(), untrained=plain['none'].mean(), shuffled=plain['shuffled'].mean(),
-        signal=signal.mean(), decoy=decoy.mean())
+    rates = dict(
+        trained=plain['true'].mean(),
+        untrained=plain['none'].mean(),
+        shuffled=plain['shuffled'].mean(),
+        signal=signal.mean(),
+        decoy=decoy.mean())
     passed = found['over_untrained_lo']>0 and found['over_shuffled_lo']>0 and found['over_decoy']>0
     n = dict(patients=len(plain['true']), seeds=t.seed.nunique())
     return dict(method=method, **rates, **found, **n, passed=bool(passed))
@@ -378,17 +429,20 @@ class Explanation:
     @property
     def note(self):
         if self.map is None: return f"no map: {self.why}"
+        what = 'what moves the answer'
+        if self.method in _one_sided:
+            what = f"what speaks for {self.answer!r}"
         said = f"{self.prob:.2f} methylated, threshold {self.threshold:.2f}"
-        what = f"what speaks for {self.answer!r}" if self.method in _one_sided else 'what moves the answer'
-        what = f"{METHODS[self.method]}: {what} ({said})"
-        return what if self.tested else f'{what}\n{_untested}'
+        note = f"{METHODS[self.method]}: {what} ({said})"
+        return note if self.tested else f'{note}\n{_untested}'
     def __repr__(self): return f'Explanation: {self.note}'
 
     def show(self,
         **kwargs, # For `View`: `opacity`, `at`, ...
     ) -> View: # The scan with the map, or without one and the reason
         "The map where it lies in the patient"
-        return View(self.scans, self.map, **{'note':self.note, **kwargs})
+        how = {'note':self.note, **kwargs}
+        return View(self.scans, self.map, **how)
 
     def _repr_mimebundle_(self, include=None, exclude=None, **kwargs): return self.show()._repr_mimebundle_()
 
@@ -404,6 +458,7 @@ def _auc_of(model, auc):
         return float(auc[0]),float(auc[-1])
     return float(auc['lo']),float(auc['hi'])
 
+# %% ../nbs/72_explain.ipynb #1866d70c
 def _no_better(auc):
     if auc is None: return _auc_unknown
     lo,hi = auc
@@ -427,11 +482,14 @@ def _inputs(model, what, store, scans, prepared):
         raise MGMTError(f"the scans could not be prepared ({p.note})")
     return {k: (p.volumes[k], p.facts[k][1]) for k in p.volumes}
 
+# %% ../nbs/72_explain.ipynb #d6f6a0aa
 def _channels(m, arrays):
     lack = [s for s in m.sequences if s not in arrays]
     if lack: raise MGMTError(_lacking(lack))
-    x = torch.from_numpy(np.stack([arrays[s] for s in m.sequences]))[None].float()/255
-    return x.to(next(m.model.parameters()).device)
+    stacked = np.stack([arrays[s] for s in m.sequences])
+    x = torch.from_numpy(stacked)[None].float()/255
+    device = next(m.model.parameters()).device
+    return x.to(device)
 
 def _lacking(lack):
     return (f"the patient lacks {', '.join(lack)}, which the model was trained on, so there is no answer to explain: "
@@ -446,14 +504,18 @@ def _summed(nets, inputs, method, stage, **kwargs):
         x,affine = _channels(m, arrays),np.array(affine)
         spacing = np.linalg.norm(affine[:3,:3], axis=0)
         net = getattr(m.model, 'net', m.model).eval() # without the views of test-time augmentation
-        z,one = _methods[method](net, x, _place(net, x.shape[2:], spacing, stage), **kwargs)
+        place = _place(net, x.shape[2:], spacing, stage)
+        z,one = _methods[method](net, x, place, **kwargs)
         one = Volume(one, affine=affine)
         if heat is None: heat,grid = w*one,affine
+        elif np.allclose(affine, grid):
+            heat = heat + w*one
         else:
-            heat = heat + w*(one if np.allclose(affine, grid) else resample(one, grid, heat.shape))
+            heat = heat + w*resample(one, grid, heat.shape)
         total += w*z
     return total,heat
 
+# %% ../nbs/72_explain.ipynb #06467ab7
 def _place(net, size, spacing, stage):
     "Kept with the network, since measuring takes as long as some predictions"
     key = (tuple(size), tuple(np.round(spacing, 2)), stage)
@@ -502,6 +564,7 @@ def explain(
         heat = _on_scan(heat, first(scans.values()))
     return said(heat)
 
+# %% ../nbs/72_explain.ipynb #99db80e0
 def _there(m, patient, store):
     "The sequences to show: the model's, or those of them that there are"
     if store is None:
@@ -513,6 +576,7 @@ def _there(m, patient, store):
     if lack: raise MGMTError(_lacking(lack))
     return m.sequences
 
+# %% ../nbs/72_explain.ipynb #2ae14415
 def _passed(method):
     t = explanation_tests().set_index('method').passed
     return bool(t.get(method, False))
@@ -523,6 +587,7 @@ def _not_passed(method):
     return MGMTError(f"{METHODS[method]} is not among the methods that passed on phantoms, where the signal's place is "
         f"known ({offer}): with untested=True it is shown, with a line that says so; see explanation_tests()")
 
+# %% ../nbs/72_explain.ipynb #b7928361
 def _finished(heat, method, sign):
     "From 0 to 1: what speaks for the answer, or the size of what moves it; None where all speaks against it"
     if float(heat.abs().max())<=1e-9:
@@ -536,6 +601,8 @@ _constant = ("the model's answer does not depend on this scan, so nothing explai
 _only_against = ("by this method no place speaks for the answer; what there is speaks against it, and the answer comes "
     "from what the model says of every scan")
 
+# %% ../nbs/72_explain.ipynb #845de995
 def _on_scan(heat, scan):
     "On the scan's own grid"
-    return resample(heat, scan.affine, tuple(scan.shape)).clamp(0, 1)
+    own = resample(heat, scan.affine, tuple(scan.shape))
+    return own.clamp(0, 1)

@@ -19,7 +19,8 @@ def triangle_weights(
 ) -> np.ndarray: # (m,n), rows sum to one
     "Weights that resize an axis: linear interpolation where it grows, a triangle as wide as the step where it shrinks."
     centre = (np.arange(m)[:,None]+.5)*n/m - .5
-    w = np.maximum(0, 1-abs(np.arange(n)-centre)/max(1,n/m))
+    apart = abs(np.arange(n)-centre)
+    w = np.maximum(0, 1-apart/max(1,n/m))
     return w/w.sum(1, keepdims=True)
 
 # %% ../nbs/22_grids.ipynb #1ad888fe
@@ -41,9 +42,10 @@ def resize(
             for i in used[1:]:
                 row.add_(slices[i], alpha=float(w[i]))
         flat = slab[:size[0]-at]
-        if flat.shape[1:]==size[1:]: out[at:at+16] = flat
-        else:
-            out[at:at+16] = F.interpolate(flat[None], size=size[1:], mode='bilinear', antialias=True)[0]
+        if flat.shape[1:]!=size[1:]:
+            resized = F.interpolate(flat[None], size=size[1:], mode='bilinear', antialias=True)
+            flat = resized[0]
+        out[at:at+16] = flat
     return out
 
 # %% ../nbs/22_grids.ipynb #a1d00007
@@ -55,8 +57,13 @@ def match_axes(
     onto:np.ndarray, # (3,3), columns: directions that are wanted
 ) -> tuple: # For each wanted direction the axis nearest to it, each taken once; and signs, -1 where it is reversed
     "Which axis of an array lies along which direction."
-    cosines = (onto/np.linalg.norm(onto, axis=0)).T @ (axes/np.linalg.norm(axes, axis=0))
-    def agreement(order): return sum(abs(cosines[k,i]) for k,i in enumerate(order))
+    wanted = onto/np.linalg.norm(onto, axis=0)
+    own = axes/np.linalg.norm(axes, axis=0)
+    cosines = wanted.T @ own
+    def agreement(order):
+        "How far axes in this order lie along the directions"
+        cells = list(enumerate(order))
+        return sum(abs(cosines[o]) for o in cells)
     order = list(max(permutations(range(3)), key=agreement))
     return order,np.sign(cosines[range(3),order])
 
@@ -67,9 +74,12 @@ def canonical_affine(
     "The grid of a volume after its axes are brought to canonical order and direction."
     axes = vol.affine[:3,:3]
     order,sign = match_axes(axes, CANONICAL)
-    res,n = np.eye(4),np.array(vol.shape)[order]
-    res[:3,:3] = axes[:,order]*sign
-    res[:3,3] = vol.affine[:3,3] + axes[:,order]@((n-1)*(sign<0))
+    axes = axes[:,order]
+    n = np.array(vol.shape)[order]
+    reversed_by = (n-1)*(sign<0)
+    res = np.eye(4)
+    res[:3,:3] = axes*sign
+    res[:3,3] = vol.affine[:3,3] + axes@reversed_by
     return res,n
 
 # %% ../nbs/22_grids.ipynb #464e83cf
@@ -78,12 +88,15 @@ def _trilinear(x, A, size):
     src = np.array(x.shape)
     dst = np.array(size)
     step = np.linalg.norm(A[:,:3], axis=1)
-    x = resize(x, [max(1, round(n/s)) if s>1.25 else n for n,s in zip(x.shape, step)])
+    coarse = [max(1, round(n/s)) if s>1.25 else n for n,s in zip(x.shape, step)]
+    x = resize(x, coarse)
     lin = A[:,:3]*dst/src[:,None]
     off = (A[:,:3]@(dst-1) + 2*A[:,3] + 1)/src - 1
-    theta = torch.tensor(np.c_[lin[::-1,::-1], off[::-1]], dtype=torch.float32)[None]
+    matrix = np.c_[lin[::-1,::-1], off[::-1]]
+    theta = torch.tensor(matrix, dtype=torch.float32)[None]
     grid = F.affine_grid(theta, (1,1,*size), align_corners=False)
-    return F.grid_sample(x[None,None], grid, align_corners=False)[0,0]
+    sampled = F.grid_sample(x[None,None], grid, align_corners=False)
+    return sampled[0,0]
 
 # %% ../nbs/22_grids.ipynb #557c4639
 def resample(
@@ -95,11 +108,15 @@ def resample(
     perm,_ = match_axes(vol.affine[:3,:3], affine[:3,:3])
     x = vol.as_subclass(torch.Tensor).permute(perm)
     A = (np.linalg.inv(vol.affine)@affine)[perm]
-    step,n = A.diagonal(),np.array(size)
+    step = A.diagonal()
+    n = np.array(size)
     edges = A[:,3] + .5 + np.array([-step/2, step*(n-.5)])
     whole = edges.round()
     turned = abs(A[:,:3]-np.diag(step))@n
-    if turned.max()<.02 and abs(edges-whole).max()<.02 and whole.min()>=0 and (whole.max(0)<=x.shape).all():
+    straight = turned.max()<.02
+    at_edges = abs(edges-whole).max()<.02
+    inside = whole.min()>=0 and (whole.max(0)<=x.shape).all()
+    if straight and at_edges and inside:
         box = tuple(slice(int(a),int(b)) for a,b in np.sort(whole.T))
         out = resize(x[box], size).flip([i for i in range(3) if step[i]<0])
     else:
@@ -114,10 +131,12 @@ def isotropic(
     "Bring a volume to cubic voxels, without turning it."
     affine,n = canonical_affine(vol)
     spacing = np.linalg.norm(affine[:3,:3], axis=0)
-    size = np.maximum(1, np.ceil(n*spacing/mm-1e-3)).astype(int)
-    corner = affine[:3,3]-affine[:3,:3]@np.full(3, .5)
+    voxels = n*spacing/mm
+    size = np.maximum(1, np.ceil(voxels-1e-3)).astype(int)
+    half = np.full(3, .5)
+    corner = affine[:3,3]-affine[:3,:3]@half
     affine[:3,:3] *= mm/spacing
-    affine[:3,3] = corner+affine[:3,:3]@np.full(3, .5)
+    affine[:3,3] = corner+affine[:3,:3]@half
     return resample(vol, affine, tuple(size.tolist()))
 
 # %% ../nbs/22_grids.ipynb #9b1d0002
@@ -126,5 +145,8 @@ def largest_part(
     corners:bool=False, # Do voxels that touch at a corner or an edge belong together too?
 ) -> np.ndarray: # (D,H,W) bool; empty where the mask is
     "The largest connected part of a mask; of two as large, the first."
-    parts,n = ndimage.label(mask, np.ones((3,3,3)) if corners else None)
-    return parts==1+np.bincount(parts.ravel())[1:].argmax() if n else mask
+    touching = np.ones((3,3,3)) if corners else None
+    parts,n = ndimage.label(mask, touching)
+    if not n: return mask
+    sizes = np.bincount(parts.ravel())[1:]
+    return parts==1+sizes.argmax()

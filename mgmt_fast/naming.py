@@ -35,6 +35,7 @@ _PHRASES = [
     (r'dark ?-?fluid|\bda-fl\b|\bdafl\b', ' flair '),
     (r'\bmp ?-?rage', ' mprage '), (r'\bt ?([12]) ?(?:\*|star|etoile)|\bt([12])s\b', ' xstar ')]
 
+# %% ../nbs/10_naming.ipynb #6d70d1c8
 def _plain_text(name):
     "Lower case, no accents, no ending, no ids of BIDS, one space between words"
     s = re.sub(r'(\.nii|\.img|\.hdr|\.nrrd|\.mha|\.mhd)?(\.gz)?$', '', str(name).strip(), flags=re.I)
@@ -48,11 +49,15 @@ def _plain_text(name):
 _PREFIX = r'(?:wip|ax|sg|sag|cor|tra|brain|head|tse|fse|[seo]|\d?d)*'
 _WEIGHT = re.compile(rf'(?<![a-z]){_PREFIX}t ?([12])(?=w|$|[^0-9a-z]|[a-z])(w?)([a-z+]*)')
 _T1_WORDS = ('mprage','memprage','mp2rage','3dmprage','spgr','fspgr','bravo')
+
+# %% ../nbs/10_naming.ipynb #9f364016
 _POST = set('post gd gad gado gadolinio gadolinium gadovist dotarem km ce civ cte contrast contraste contrasted'
     ' enhanced'
     ' enh iv inj'
     ' cm xpost c mdc kontrast kontrastmittel injecte'.split())
 _SUFFIX = re.compile(r'(?:ce|c|cw|gd|gad\w*|post\w*|km|contrast\w*|c\+|\+c|\+gd|gd\+)')
+
+# %% ../nbs/10_naming.ipynb #3de83520
 _OTHER = set('''adc dwi dti dw trace tracew fa colfa colorfa exp perf perfusion dsc dce dyn dynamic asl pasl pcasl cbf
     cbv mtt ttp tmax relcbf rcbv swi swan swip mip mips minip pha phase tof mra mrv angio angiography venogram carotids
     xstar star medic hemo haemo mt mtc nm stir sub subtraction subtr subtract subtracted resta seg segm mask label
@@ -65,6 +70,7 @@ _STEMS = ('diff','difus','resolve','ep2d','mddw','segment','locali','perfus','su
     'reformat','spectro','dti','dwi','glistr')
 _GRADIENT = set('gre ffe eg fl2d sfl2d hemo gradient flash fe medic'.split())
 
+# %% ../nbs/10_naming.ipynb #038fce8b
 def _other_word(words, weights):
     "The word that says the series is none of the four, or `None`"
     for o in words:
@@ -74,18 +80,21 @@ def _other_word(words, weights):
         for o in words:
             if o in _GRADIENT: return o
 
+# %% ../nbs/10_naming.ipynb #9b14f064
 def _mpr(name, words):
     "Is a word `mpr` a reformat? Siemens writes `t1_mpr_` for its MPRAGE"
     if 'mpr' not in words: return False
     magnetisation = re.search(r'(?<![A-Za-z0-9])(?:t1|T1w|T1W|t1w)_(?:MPR|mpr)(?![A-Za-z])|(?:T1_MPR_NS)', str(name))
     return words.count('mpr')>1 or not magnetisation
 
+# %% ../nbs/10_naming.ipynb #7b6e134a
 def _contrast_words(words, suffixes):
     "`'post'`, `'pre'`, `'both'` or `None` where nothing is said of contrast agent"
     post = any(_SUFFIX.fullmatch(o) for o in suffixes if o) or any(map(_says_post, words))
     pre = 'xpre' in words or any(o in ('n','pre') for o in suffixes)
     if 'xboth' in words or pre and post: return 'both'
-    return 'post' if post else 'pre' if pre else None
+    if post: return 'post'
+    return 'pre' if pre else None
 
 def _says_post(word):
     "Is a word one for contrast agent?"
@@ -93,6 +102,7 @@ def _says_post(word):
     stem = re.fullmatch(r'(?:post|gad|gd|injec|kontrast|contrast)\w*', word)
     return stem is not None and not word.startswith('posterior')
 
+# %% ../nbs/10_naming.ipynb #7a07c2a4
 def _words(text):
     res = re.findall(r'[a-z0-9*]+', text)
     numbered = [b for a,b in zip(['',*res], res) if b=='cm' and a.isdigit()] # 5 cm is a length
@@ -128,6 +138,7 @@ def name_testimony(
     if 1 not in weights: return Testimony()
     return _t1_name(str(name), words, suffixes)
 
+# %% ../nbs/10_naming.ipynb #3592ada1
 _NO_UNI = 'its name says a map of an MP2RAGE'
 
 def _t2_name(words):
@@ -139,6 +150,7 @@ def _t2_name(words):
         return Testimony(('T2w','FLAIR'), None, 'its name says T2 and inversion recovery')
     return Testimony(('T2w',), 'T2w', 'its name says T2')
 
+# %% ../nbs/10_naming.ipynb #ed951e1e
 def _t1_name(name, words, suffixes):
     "T1w or T1wCE, as far as something is said of contrast agent"
     if words[-1:]==['p'] and any(o.startswith('memprage') for o in words):
@@ -165,10 +177,12 @@ _NO_AGENT = ('no','none','n','0','')
 
 def _header_number(h, k):
     v = h.get(k)
-    v = v[0] if isinstance(v, (tuple,list)) and len(v) else v
+    if isinstance(v, (tuple,list)) and len(v): v = v[0]
     return None if v in (None,'',()) else float(v)
 
-def _agent(h): return str(h.get('ContrastBolusAgent') or '').strip().lower() not in _NO_AGENT
+def _agent(h):
+    said = str(h.get('ContrastBolusAgent') or '')
+    return said.strip().lower() not in _NO_AGENT
 
 # %% ../nbs/10_naming.ipynb #82e226a9
 def times_allow(
@@ -194,10 +208,12 @@ _DERIVED = {word: kind for kind,words in _KINDS.items() for word in words.split(
 _DERIVED |= {'PHASE MAP':'a phase image', 'VELOCITY MAP':'a phase image', 'PROJECTION IMAGE':'a projection',
     'T1 MAP':'a map of T1', 'T2 MAP':'a map of T2', 'SCREEN SAVE':'a screenshot'}
 
+# %% ../nbs/10_naming.ipynb #2431492d
 def _image_type(h):
     "Words of `ImageType`, in capitals"
     kind = h.get('ImageType') or ()
-    return [o.strip().upper() for o in (kind.split('\\') if isinstance(kind, str) else kind)]
+    if isinstance(kind, str): kind = kind.split('\\')
+    return [o.strip().upper() for o in kind]
 
 def _other_by_type(kind):
     "What `ImageType` says the series is, where that is none of the four"
@@ -207,6 +223,7 @@ def _other_by_type(kind):
     if kind[:1]==['DERIVED'] and {'MPR','REFORMATTED','CSA MPR','CSAPARALLEL'}&set(kind):
         return 'a reformat of another series, by its ImageType'
 
+# %% ../nbs/10_naming.ipynb #c4bfc970
 def _other_by_technique(h):
     "What technique and times say the series is, where that is none of the four"
     how = str(h.get('ScanningSequence') or '').upper().replace("'", ' ')
@@ -221,6 +238,7 @@ def _other_by_technique(h):
     if 'IR' in how and 80<=ti<=300 and te>=30:
         return 'a STIR, by its inversion time'
 
+# %% ../nbs/10_naming.ipynb #a6762eb6
 def _something_else(h):
     "What a header says the series is, where that is none of the four"
     modality = str(h.get('Modality') or '').strip().upper()
@@ -285,6 +303,7 @@ def name_series(
     evidence = 'header' if silent[0] else 'name' if silent[1] else 'both'
     return Verdict(sequence, evidence, '; '.join(filter(None, (name.why,head.why))))
 
+# %% ../nbs/10_naming.ipynb #2a2d8cb7
 def _usual(can, name, silent_header):
     "The one sequence that is possible, else the one that the name usually means"
     if len(can)==1 and not (silent_header and name.usual is None):

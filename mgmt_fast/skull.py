@@ -17,7 +17,8 @@ def air_value(
     x:np.ndarray, # Intensities
 ) -> tuple: # The value, and how many voxels hold it
     "The most common value that is no brighter than the mean."
-    dark = x[x<=max(x.mean(), x.min())]
+    limit = max(x.mean(), x.min())
+    dark = x[x<=limit]
     values,n = np.unique(dark, return_counts=True)
     return values[n.argmax()],n.max()
 
@@ -35,18 +36,25 @@ def _start(at):
     "Where rays start, from the places `at` (N,3) of what is bright: 65 mm below the top, in the middle"
     height = at[:,2]
     top = np.percentile(height, 99.5)
-    level = at[(height<top-40)&(height>top-90)]
-    lo,hi = np.percentile(level if len(level) else at, [2,98], axis=0)
-    return np.r_[(lo+hi)[:2]/2, top-65]
+    below_top = (height<top-40)&(height>top-90)
+    level = at[below_top]
+    if not len(level): level = at
+    lo,hi = np.percentile(level, [2,98], axis=0)
+    middle = (lo+hi)/2
+    return np.r_[middle[:2], top-65]
 
+# %% ../nbs/14_skull.ipynb #07e4eea6
 def _profiles(vol, x, start):
     "Intensities along the rays from `start`, every 1.5 mm up to 140 mm, (400,n); NaN outside the volume"
     steps = np.arange(0,140,1.5)[:,None]
-    points = start+steps*_rays()[:,None]
+    rays = _rays()[:,None]
+    points = start+steps*rays
     inv = np.linalg.inv(vol.affine)
-    at = points@inv[:3,:3].T+inv[:3,3]
+    turn,shift = inv[:3,:3],inv[:3,3]
+    at = points@turn.T+shift
     return ndimage.map_coordinates(x, at.transpose(2,0,1), order=1, cval=np.nan)
 
+# %% ../nbs/14_skull.ipynb #31d942b2
 def _below_surface(p, inward, lo, hi):
     "Profiles `p` where they are `lo` to `hi` steps below the surface, NaN elsewhere"
     inside = (inward>=lo)&(inward<=hi)
@@ -56,10 +64,12 @@ def _below_surface(p, inward, lo, hi):
 def _dark_band(vol, x, air, bright):
     "Share of the rays that meet a dark band 2 to 24 mm below the surface, between a bright rim and a bright core"
     few = (slice(None,None,2),)*3
-    at = vol[few].world(np.argwhere(x[few]>bright))
-    if not len(at): return 0.
-    p = _profiles(vol, x, _start(at))-air
-    lit,n = p>bright-air,p.shape[1]
+    voxels = np.argwhere(x[few]>bright)
+    if not len(voxels): return 0.
+    start = _start(vol[few].world(voxels))
+    p = _profiles(vol, x, start)-air
+    lit = p>bright-air
+    n = p.shape[1]
     end = n-1-lit[:,::-1].argmax(1)
     ok = (lit.sum(1)>=10)&(end+2<n)
     p,end = p[ok],end[ok]
@@ -68,9 +78,15 @@ def _dark_band(vol, x, air, bright):
     unseen = np.isnan(p)&(inward>=-2)&(inward<=40)
     ok = deep&~unseen.any(1)
     if ok.sum()<=50: return 0.
-    rim,band,core = (_below_surface(p[ok], inward[ok], *o) for o in ((-2,4),(2,16),(17,40)))
-    beside = np.minimum(np.nanmax(rim,1), np.nanmedian(core,1))
-    return np.mean(np.nanmin(band,1)<.4*beside)
+    p,inward = p[ok],inward[ok]
+    rim = _below_surface(p, inward, -2, 4)
+    band = _below_surface(p, inward, 2, 16)
+    core = _below_surface(p, inward, 17, 40)
+    beside = np.minimum(
+        np.nanmax(rim, 1),
+        np.nanmedian(core, 1))
+    dark = np.nanmin(band,1)<.4*beside
+    return np.mean(dark)
 
 # %% ../nbs/14_skull.ipynb #48abe961
 def has_skull(

@@ -78,13 +78,15 @@ def choose_anchor(
     if anchor in vols: return anchor
     order = [s for s in ('T1w','T1wCE','FLAIR','T2w') if s in vols]
     finest = [s for s in order if s.startswith('T1')] or order
-    return min(finest, key=lambda s: round(float(np.prod(vols[s].spacing)), 3))
+    def _voxel(s): return round(float(np.prod(vols[s].spacing)), 3)
+    return min(finest, key=_voxel)
 
 # %% ../nbs/32_standardize.ipynb #da6634f5
 GATES = dict(ncc=(.35,None), structure=(.5,None), nmi=(.03,None), overlap=(.85,None), ml=(900,1900), starts=(None,3.),
     turn=(None,50.), sequence_nmi=(.03,None), sequence_starts=(None,3.))
 DOUBTS = dict(ncc=(.42,None), structure=(.62,None), nmi=(.04,None), overlap=(.9,None), starts=(None,1.))
 
+# %% ../nbs/32_standardize.ipynb #87617c59
 def outside(
     scores:dict, # Score by name
     limits:dict, # Name to lowest and highest allowed value, None for no limit
@@ -100,25 +102,40 @@ def outside(
             found.append(f'the {_meanings[k]} is {_number(v)}, at most {hi:g} expected')
     return found
 
+# %% ../nbs/32_standardize.ipynb #c11daade
 _meanings = dict(ncc="correlation with the atlas", structure="correlation of structure with the atlas",
     nmi="mutual information with the atlas", overlap="overlap with the atlas' brain (Dice)",
     ml="brain's volume in ml", starts="distance between the results of two starts in mm",
     turn="turn against the header in degrees", sequence_nmi="mutual information with the anchor",
     sequence_starts="distance between the results of two starts in mm")
 
-def _number(v): return f'{v:.0f}' if abs(v)>=100 else f'{v:.3g}'
+def _number(v):
+    if abs(v)>=100: return f'{v:.0f}'
+    return f'{v:.3g}'
 
 # %% ../nbs/32_standardize.ipynb #d52ca599
 def _nmi_of(a, b):
     "Mutual information of two arrays of intensities, of 60 000 places at most"
     step = max(1, len(a)//60000)
-    return normalised_mutual_information(torch.from_numpy(a[::step].copy()), torch.from_numpy(b[::step].copy()))
+    some_a = torch.from_numpy(a[::step].copy())
+    some_b = torch.from_numpy(b[::step].copy())
+    return normalised_mutual_information(some_a, some_b)
 
+# %% ../nbs/32_standardize.ipynb #d15c5c6e
 def _on(vol, space, matrix):
     "A volume on the grid of another, which `matrix` takes to it"
-    return resample(moved(vol, matrix), space.affine, space.shape)
+    placed = moved(vol, matrix)
+    return resample(placed, space.affine, space.shape)
 
-def _inside(mask, space, matrix): return np.asarray(_on(mask.float(), space, matrix))>.5
+def _inside(mask, space, matrix):
+    "Where a mask covers more than half of another grid's voxel"
+    share = _on(mask.float(), space, matrix)
+    return np.asarray(share)>.5
+
+def _as_mask(inside, space):
+    "Places as a volume of 0 and 1, on the grid of `space`"
+    ones = torch.from_numpy(inside.astype(np.uint8))
+    return Volume(ones, affine=space.affine)
 
 # %% ../nbs/32_standardize.ipynb #4531c6eb
 def atlas_scores(
@@ -142,25 +159,30 @@ def atlas_scores(
 # %% ../nbs/32_standardize.ipynb #33210220
 def _coarse(fixed, moving, matrix=None):
     "A rigid start, (4,4) from mm of `fixed` to mm of `moving`, and how alike structures are there"
-    placed = moving if matrix is None else moved(moving, matrix)
-    start,ncc = rigid_transform(fixed, placed)
-    return (start if matrix is None else matrix@start),ncc
+    if matrix is None: return rigid_transform(fixed, moving)
+    start,ncc = rigid_transform(fixed, moved(moving, matrix))
+    return matrix@start,ncc
 
+# %% ../nbs/32_standardize.ipynb #116eb134
 def _points(mask, step=6):
     "Places in a mask, every some voxels, (N,3) mm"
     few = np.asarray(mask)[::step,::step,::step]
-    return mask.world(np.argwhere(few>0)*step)
+    at = np.argwhere(few>0)*step
+    return mask.world(at)
 
 def _degrees(matrix):
     "By how much a matrix turns"
     u,_,v = np.linalg.svd(matrix[:3,:3])
-    return float(np.degrees(Rotation.from_matrix(u@v).magnitude()))
+    radians = Rotation.from_matrix(u@v).magnitude()
+    return float(np.degrees(radians))
 
+# %% ../nbs/32_standardize.ipynb #71cd5907
 @lru_cache(maxsize=2)
 def _around(atlas):
     "The atlas' brain and 3 mm around it, where the two are compared"
-    near = ndimage.binary_dilation(np.asarray(atlas.brain)>0, iterations=max(1, round(3/atlas.volume.spacing.min())))
-    return Volume(torch.from_numpy(near.astype(np.uint8)), affine=atlas.volume.affine)
+    voxels = max(1, round(3/atlas.volume.spacing.min()))
+    near = ndimage.binary_dilation(np.asarray(atlas.brain)>0, iterations=voxels)
+    return _as_mask(near, atlas.volume)
 
 # %% ../nbs/32_standardize.ipynb #71862c26
 def register_to_atlas(
@@ -172,8 +194,9 @@ def register_to_atlas(
 ) -> tuple: # (4,4) from mm of the atlas to mm of `brain`; scores, with `structure`, `starts`, `turn` and `engine`
     "Align a brain with the atlas, from two starts, and score the result."
     r = get_recipe(recipe)
-    header = moved(brain, np.linalg.inv(back))
-    starts = [_coarse(atlas.volume, brain)[0], np.linalg.inv(back)@_coarse(atlas.volume, header)[0]]
+    leveling = np.linalg.inv(back)
+    header = moved(brain, leveling)
+    starts = [_coarse(atlas.volume, brain)[0], leveling@_coarse(atlas.volume, header)[0]]
     found = [greedy_align(atlas.volume, brain, o, _around(atlas)) for o in starts]
     apart = float(distances(*found, _points(atlas.brain)).mean())
     m,scores = _better(found, brain, mask, atlas)
@@ -189,6 +212,7 @@ def register_to_atlas(
     _,structure = _coarse(atlas.volume, brain, m)
     return m,dict(scores, structure=structure, starts=apart, turn=_degrees(back@m), engine=engine)
 
+# %% ../nbs/32_standardize.ipynb #631943a9
 def _better(found, brain, mask, atlas):
     "The matrix that fits best, and its scores; an earlier one unless a later one is clearly better"
     best = None
@@ -198,6 +222,7 @@ def _better(found, brain, mask, atlas):
             best = m,scores
     return best
 
+# %% ../nbs/32_standardize.ipynb #be5512f3
 def _second(brain, atlas, starts):
     "What SimpleITK makes of these starts; those that it cannot use are left out"
     if engine_table().set_index('engine').version.isna()['itk']:
@@ -211,12 +236,16 @@ def _second(brain, atlas, starts):
 # %% ../nbs/32_standardize.ipynb #780882df
 def _placed(fixed, moving):
     "A start that lays top and sides of two heads upon each other"
-    a,b = low_resolution(fixed),low_resolution(moving)
+    a = low_resolution(fixed)
+    b = low_resolution(moving)
     return b.affine@np.linalg.inv(a.affine)
 
+# %% ../nbs/32_standardize.ipynb #6810b74f
 def _for_engine(vol, mm=1.5):
     "A volume that is not finer than an engine needs, so that its time is bounded"
-    return isotropic(vol, mm) if np.prod(vol.spacing)<.9*mm**3 else vol.float()
+    finer = np.prod(vol.spacing)<.9*mm**3
+    if finer: return isotropic(vol, mm)
+    return vol.float()
 
 # %% ../nbs/32_standardize.ipynb #bb51661a
 def register_to_anchor(
@@ -230,8 +259,11 @@ def register_to_anchor(
     points = _points(mask)
     a = np.asarray(anchor)
     brain = np.asarray(resample(mask.float(), anchor.affine, anchor.shape))>.5
-    def _score(m): return _nmi_of(a[brain], np.asarray(_on(vol, anchor, m))[brain])
-    found = [greedy_align(fixed, moving, o) for o in (_placed(fixed, moving), _coarse(fixed, moving)[0])]
+    def _score(m):
+        placed = np.asarray(_on(vol, anchor, m))
+        return _nmi_of(a[brain], placed[brain])
+    starts = _placed(fixed, moving),_coarse(fixed, moving)[0]
+    found = [greedy_align(fixed, moving, o) for o in starts]
     scored = [(_score(m), m) for m in found]
     apart = float(distances(*found, points).mean())
     if apart>DOUBTS['starts'][1]:
@@ -254,23 +286,30 @@ def _as_reversed(brain, atlas):
     best = max(fits, key=fits.get)
     if not best or fits[best]<max(.6, fits[()]+.15):
         return ''
-    return f"; it would fit with {' and with '.join(_sides[i] for i in best)} exchanged: a wrong header?"
+    sides = ' and with '.join(_sides[i] for i in best)
+    return f"; it would fit with {sides} exchanged: a wrong header?"
 
 # %% ../nbs/32_standardize.ipynb #d21d2a4e
 def _cubic(vol, space, matrix):
     "Cubic B-splines, which go below zero beside bright edges"
     at = np.linalg.inv(vol.affine)@matrix@space.affine
-    x = ndimage.affine_transform(np.asarray(vol, dtype=np.float32), at[:3,:3], at[:3,3], tuple(space.shape), order=3)
+    turn,shift = at[:3,:3],at[:3,3]
+    values = np.asarray(vol, dtype=np.float32)
+    x = ndimage.affine_transform(values, turn, shift, tuple(space.shape), order=3)
     return Volume(torch.from_numpy(x), affine=space.affine)
 
+# %% ../nbs/32_standardize.ipynb #da9c30e0
 def _z_scores(x, brain):
-    inside = np.asarray(x)[brain]
-    z = (np.asarray(x)-inside.mean())/max(float(inside.std()), 1e-6)
+    values = np.asarray(x)
+    inside = values[brain]
+    spread = max(float(inside.std()), 1e-6)
+    z = (values-inside.mean())/spread
     return Volume(torch.from_numpy(z.astype(np.float32)), affine=x.affine)
 
 def _stripped(x, brain):
-    inside = np.where(brain, np.asarray(x), 0).astype(np.float32)
-    return Volume(torch.from_numpy(inside), affine=x.affine)
+    inside = np.where(brain, np.asarray(x), 0)
+    values = torch.from_numpy(inside.astype(np.float32))
+    return Volume(values, affine=x.affine)
 
 # %% ../nbs/32_standardize.ipynb #990ca1e0
 def into_space(
@@ -280,7 +319,9 @@ def into_space(
     interpolation:str='linear', # Or `'cubic'`
 ) -> Volume: # float32 on the grid of `space`
     "Interpolate a volume once, on another grid and through a matrix."
-    return _on(vol, space, matrix) if interpolation=='linear' else _cubic(vol, space, matrix)
+    if interpolation=='linear':
+        return _on(vol, space, matrix)
+    return _cubic(vol, space, matrix)
 
 # %% ../nbs/32_standardize.ipynb #681b68ff
 def _read_all(row, sequences, budget, say):
@@ -293,12 +334,14 @@ def _read_all(row, sequences, budget, say):
             say(s, f'{type(e).__name__}: {e}'.replace(str(row[s]), s))
     return vols
 
+# %% ../nbs/32_standardize.ipynb #fb96779e
 def _on_grid(vol, space):
     "Does a volume lie on a grid, up to the order and direction of its axes?"
     a,n = canonical_affine(vol)
     b,m = canonical_affine(space)
     return tuple(n)==tuple(m) and np.allclose(a, b, atol=.01)
 
+# %% ../nbs/32_standardize.ipynb #1679c483
 def _prepared(vols, anchor, atlas):
     "Scores of an anchor that lies on the atlas already; None where it does not, or another sequence does not"
     if not all(_on_grid(v, atlas.volume) for v in vols.values()):
@@ -339,6 +382,7 @@ def standardize_patient(
     if not res.volumes: res.heads = vols
     return res
 
+# %% ../nbs/32_standardize.ipynb #c5e57272
 def _given_mask(row, budget):
     "The mask of another tool, where the cohort names one"
     if not has_scan(row, 'mask'): return None
@@ -347,6 +391,7 @@ def _given_mask(row, budget):
         said = f'{type(e).__name__}: {e}'.replace(str(row['mask']), 'mask')
         raise StandardizeError(said) from None
 
+# %% ../nbs/32_standardize.ipynb #afb2bf96
 def _run(vols, given, stripper, atlas, r, res, say):
     res.anchor = choose_anchor(vols, r.anchor)
     if res.anchor!=r.anchor in SEQUENCES:
@@ -359,9 +404,8 @@ def _run(vols, given, stripper, atlas, r, res, say):
     res.state = 'stripped' if has_skull(vols[res.anchor]) is False else 'raw'
     if given is not None:
         mask = _on_head(given, head, back[res.anchor])
-    elif res.state=='stripped': mask = solid_mask(head)
     else:
-        mask = brain_mask_by(head, stripper) if stripper else brain_mask(head)
+        mask = _found_brain(head, res.state, stripper)
     res.scores['ml'] = millilitres(mask)
     if wrong := outside(dict(ml=res.scores['ml']), GATES):
         raise StandardizeError(_refused(wrong))
@@ -376,18 +420,25 @@ def _run(vols, given, stripper, atlas, r, res, say):
     for s in vols:
         if s!=res.anchor:
             _add_sequence(s, leveled, mask, m, matrices, res, say)
-    res.mask = Volume(torch.from_numpy(_inside(mask, atlas.volume, m).astype(np.uint8)), affine=atlas.volume.affine)
+    res.mask = _as_mask(_inside(mask, atlas.volume, m), atlas.volume)
     for s,o in matrices.items():
         res.matrices[s] = back[s]@o
         _write_into(res, s, vols[s], atlas, r)
 
+# %% ../nbs/32_standardize.ipynb #2cf3180b
 def _on_head(mask, head, back):
     "A mask in the space of the anchor's header, on the level head's grid"
-    there = np.asarray(_on((mask>0).float(), head, back))>.5
-    return Volume(torch.from_numpy(there.astype(np.uint8)), affine=head.affine)
+    return _as_mask(_inside(mask>0, head, back), head)
+
+def _found_brain(head, state, stripper):
+    "The mask of a head's brain, where no other tool made one"
+    if state=='stripped': return solid_mask(head)
+    if stripper: return brain_mask_by(head, stripper)
+    return brain_mask(head)
 
 def _refused(wrong): return f"refused, since {' and '.join(wrong)}"
 
+# %% ../nbs/32_standardize.ipynb #2e3feff3
 def _add_sequence(s, leveled, mask, m, matrices, res, say):
     "Align a sequence with the anchor, and take it along where that worked"
     try: onto,scores = register_to_anchor(leveled[res.anchor], mask, leveled[s])
@@ -397,15 +448,20 @@ def _add_sequence(s, leveled, mask, m, matrices, res, say):
         return say(s, _refused(wrong))
     matrices[s] = onto@m
 
+# %% ../nbs/32_standardize.ipynb #f49b04f5
 def _write_into(res, s, vol, atlas, r):
     "Interpolate one sequence, with what the recipe makes of its intensities"
     brain = np.asarray(res.mask)>0
+    m = res.matrices[s]
     if r.bias=='evened out':
-        vol = correct_bias(vol, _on(res.mask.float(), vol, np.linalg.inv(res.matrices[s]))>.5)
-    res.heads[s] = into_space(vol, atlas.volume, res.matrices[s], r.interpolation)
-    x = res.heads[s] if r.intensities=='as scanned' else _z_scores(res.heads[s], brain)
+        there = _on(res.mask.float(), vol, np.linalg.inv(m))>.5
+        vol = correct_bias(vol, there)
+    x = res.heads[s] = into_space(vol, atlas.volume, m, r.interpolation)
+    if r.intensities!='as scanned':
+        x = _z_scores(x, brain)
     res.volumes[s] = _stripped(x, brain)
 
+# %% ../nbs/32_standardize.ipynb #ff01553a
 def _pass_through(vols, scores, atlas, res):
     "What is prepared already, with its axes in the atlas' order"
     res.state = 'prepared'
@@ -418,6 +474,7 @@ def _pass_through(vols, scores, atlas, res):
 # %% ../nbs/32_standardize.ipynb #7f9e6d5a
 def _edge(mask): return mask&~ndimage.binary_erosion(mask)
 
+# %% ../nbs/32_standardize.ipynb #3f59e7d1
 @lru_cache(maxsize=2)
 def _atlas_parts(atlas):
     "The atlas' brain, and what is dark deep inside it, at 1 mm"
@@ -427,16 +484,21 @@ def _atlas_parts(atlas):
     dark = deep&(ndimage.gaussian_filter(x, 1.5)<.7*np.median(x[brain]))
     return brain,dark
 
-def _plane(x, at, axis, box): return np.take(x, at, axis)[tuple(np.delete(box, axis))]
+# %% ../nbs/32_standardize.ipynb #e5ddabe4
+def _plane(x, at, axis, box):
+    whole = np.take(x, at, axis)
+    return whole[tuple(np.delete(box, axis))]
 
 def _draw_plane(x, mask, parts):
     "One plane, lines over grey, and nothing far outside the brain"
     near = ndimage.binary_dilation(mask, iterations=8)
-    rgb = np.repeat(np.where(near, x, 0)[...,None], 3, -1).astype(np.uint8)
+    grey = np.where(near, x, 0)[...,None]
+    rgb = np.repeat(grey, 3, -1).astype(np.uint8)
     for o in parts: rgb[_edge(o)&near] = 70,150,255
     rgb[_edge(mask)] = 255,70,40
     return rgb
 
+# %% ../nbs/32_standardize.ipynb #ae809a9b
 def _draw_row(x, mask, parts):
     "Three planes through the middle of the brain: axial, coronal, sagittal; the patient's right is on the left"
     at,low,high = (f(np.argwhere(mask), 0) for f in (np.mean,np.min,np.max))
@@ -450,6 +512,7 @@ def _draw_row(x, mask, parts):
         views.append(view[::-1] if axis else view)
     return _side_by_side(views, 1)
 
+# %% ../nbs/32_standardize.ipynb #8d60ac32
 def _side_by_side(pictures, axis):
     "Pictures joined along an axis, black where one is smaller"
     most = max(o.shape[1-axis] for o in pictures)
@@ -459,12 +522,17 @@ def _side_by_side(pictures, axis):
         return np.pad(o, gap)
     return np.concatenate([_padded(o) for o in pictures], axis)
 
+# %% ../nbs/32_standardize.ipynb #c844dfb6
 def _draw_refused(res):
     "The brain that was found; where none was, axial slices from inside the head of every sequence that was read"
     if res.found:
-        return _draw_row(*(np.asarray(o) for o in (res.found[0],res.found[1]>0)), ())
-    pictures = [thumbnail(v, n=3, height=150) for v in res.heads.values()]
-    return _side_by_side([np.repeat(o[...,None], 3, -1) for o in pictures], 0) if pictures else None
+        head,mask = res.found
+        return _draw_row(np.asarray(head), np.asarray(mask>0), ())
+    pictures = []
+    for v in res.heads.values():
+        grey = thumbnail(v, n=3, height=150)
+        pictures.append(np.repeat(grey[...,None], 3, -1))
+    return _side_by_side(pictures, 0) if pictures else None
 
 # %% ../nbs/32_standardize.ipynb #454aed03
 def draw_check(
@@ -474,7 +542,11 @@ def draw_check(
     "Draw what there is to see: one row per sequence, three planes each."
     if not res.volumes: return _draw_refused(res)
     mask = np.asarray(isotropic(res.mask))>.5
-    rows = [_draw_row(np.asarray(isotropic(res.heads[s])), mask, _atlas_parts(atlas)) for s in res.volumes]
+    parts = _atlas_parts(atlas)
+    rows = []
+    for s in res.volumes:
+        head = np.asarray(isotropic(res.heads[s]))
+        rows.append(_draw_row(head, mask, parts))
     return _side_by_side(rows, 0)
 
 # %% ../nbs/32_standardize.ipynb #211871b6
@@ -484,6 +556,7 @@ _NOTE = record_of(dict(sequence=TEXT, what=TEXT))
 _ENTRY = record_of(dict(key=record_of({}, others=True), problems=list_of(_NOTE), state=NOTHING|TEXT,
     anchor=NOTHING|TEXT, sequences=list_of(Allowed.one_of(*SEQUENCES)), scores=record_of({}, others=True)), others=True)
 
+# %% ../nbs/32_standardize.ipynb #ea85c655
 def _key_of(row, sequences, recipe, atlas, engines, dicom, stripper):
     "All that a patient's result depends on"
     named = [s for s in (*sequences,'mask') if has_scan(row, s)]
@@ -492,10 +565,13 @@ def _key_of(row, sequences, recipe, atlas, engines, dicom, stripper):
     if stripper: key['stripper'] = stripper
     return json.loads(json.dumps(key))
 
+# %% ../nbs/32_standardize.ipynb #04a6e541
 def _kept(folder, key):
     "What an earlier run wrote of a patient, where it is the same that is asked for now; else None"
     entry = read_kept(folder/STANDARDIZED, _ENTRY, key)
-    return entry if entry and all(is_file(_file_of(folder, s)) for s in entry['sequences']) else None
+    if not entry: return None
+    whole = all(is_file(_file_of(folder, s)) for s in entry['sequences'])
+    return entry if whole else None
 
 def _file_of(folder, s): return folder/s/f'{s}.nii.gz'
 
@@ -507,6 +583,7 @@ def _for_file(x, r):
         return x
     return Volume(x.as_subclass(torch.Tensor).round().to(torch.int16), affine=x.affine)
 
+# %% ../nbs/32_standardize.ipynb #73aa8322
 def _save_patient(folder, entry, res, r, dicom):
     "Write all of a patient's files, and let them appear at once"
     if folder.exists() and not is_file(folder/STANDARDIZED):
@@ -528,11 +605,13 @@ def _occupied(folder):
     return (f"{folder.name} in {folder.parent} was not written by this command: give another destination, so that "
         "nothing is overwritten")
 
+# %% ../nbs/32_standardize.ipynb #955fa86b
 def _save_dicom(x, folder, s, patient):
     "A derived DICOM series; 16 bits without a sign"
     if float(x.max())<255: raise StandardizeError(_no_dicom)
-    whole = x.as_subclass(torch.Tensor).clamp(min=0).round().to(torch.int32)
-    write_series(Volume(whole, affine=x.affine), folder, s, patient, key='standardized', derived=True)
+    whole = x.as_subclass(torch.Tensor).clamp(min=0).round()
+    vol = Volume(whole.to(torch.int32), affine=x.affine)
+    write_series(vol, folder, s, patient, key='standardized', derived=True)
 
 _no_dicom = ("DICOM holds whole numbers here, and these intensities are z-scores or smaller than 255: choose "
     "intensities='as scanned', or write NIfTI only")
@@ -561,6 +640,7 @@ def _do_patient(row, dest, atlas, recipe, sequences, key, dicom, budget, strippe
 
 def _picture_file(dest, patient): return Path(dest)/'.qc'/f'{patient}.jpg'
 
+# %% ../nbs/32_standardize.ipynb #02823366
 _atlases = {} # by digest: read before the processes fork, so that none has to be sent one
 
 def _in_own_process(row, digest, path, dest, *rest):
@@ -579,8 +659,9 @@ def with_brain(
     if atlas.brain is not None: return atlas
     head = isotropic(atlas.volume)
     mask = _inside(brain_mask(head), atlas.volume, np.eye(4))
-    atlas.brain = Volume(torch.from_numpy(mask.astype(np.uint8)), affine=atlas.volume.affine)
-    atlas.volume = Volume(np.where(mask, np.asarray(atlas.volume), 0).astype(np.float32), affine=atlas.volume.affine)
+    atlas.brain = _as_mask(mask, atlas.volume)
+    inside = np.where(mask, np.asarray(atlas.volume), 0)
+    atlas.volume = Volume(inside.astype(np.float32), affine=atlas.volume.affine)
     return atlas
 
 # %% ../nbs/32_standardize.ipynb #490a0182
@@ -593,25 +674,36 @@ _ROWS = """{% for r in rows %}<div class="row"><div><b>{{ r.patient }}</b><div c
 {% for o in r.notes %}<div class="facts">{{ o }}</div>{% endfor %}</div>
 <figure>{{ r.picture }}<figcaption>{{ r.caption }}</figcaption></figure></div>{% endfor %}"""
 
+# %% ../nbs/32_standardize.ipynb #10cc3e2e
 _SHOWN = ('ncc','structure','nmi','overlap','ml','starts','turn','engine','anchor')
 
 def _score_lines(entry):
     "Scores as text: the anchor's, and one line for each other sequence"
     scores = entry['scores']
-    def _one(k, v): return f'{_meanings[k]} {_number(v)}' if k in _meanings else f'{k} {v}'
-    def _said(d): return ', '.join(_one(*o) for o in d.items())
-    yield _said({k: scores[k] for k in _SHOWN if k in scores})
+    yield _scores_said({k: scores[k] for k in _SHOWN if k in scores})
     for s in SEQUENCES:
         if isinstance(scores.get(s), dict):
-            yield f'{s} onto {entry["anchor"]}: {_said(scores[s])}'
+            yield f'{s} onto {entry["anchor"]}: {_scores_said(scores[s])}'
 
-def _problems(entry): return [f"{o['sequence']}: {o['what']}".removeprefix(': ') for o in entry['problems']]
+def _scores_said(scores):
+    "Scores by what they mean; what has no meaning of its own by its name"
+    said = []
+    for k,v in scores.items():
+        if k in _meanings: k,v = _meanings[k],_number(v)
+        said.append(f'{k} {v}')
+    return ', '.join(said)
+
+# %% ../nbs/32_standardize.ipynb #3724bff2
+def _problems(entry):
+    said = [f"{o['sequence']}: {o['what']}" for o in entry['problems']]
+    return [o.removeprefix(': ') for o in said]
 
 def _drawn(entry):
     if entry['sequences']:
         return f"three planes of each of {', '.join(entry['sequences'])}"
     return 'three planes of the brain that was found' if 'ncc' in entry['scores'] else 'axial slices of what was read'
 
+# %% ../nbs/32_standardize.ipynb #fd6f4c3f
 def _shown(dest, patient, entry):
     "A row of the page"
     path = _picture_file(dest, patient)
@@ -627,18 +719,23 @@ def _shown(dest, patient, entry):
     return dict(patient=patient, facts=facts, problems=_problems(entry), notes=notes, picture=picture,
         caption=caption)
 
+# %% ../nbs/32_standardize.ipynb #394163af
 def _worst_first(entries):
     "Patients: those with problems, then by how well they fit the atlas"
     def _rank(p):
-        fit = entries[p]['scores'].get('ncc', -1.)
-        return bool(entries[p]['sequences']),not entries[p]['problems'],fit
+        entry = entries[p]
+        fit = entry['scores'].get('ncc', -1.)
+        return bool(entry['sequences']),not entry['problems'],fit
     return sorted(entries, key=_rank)
 
+# %% ../nbs/32_standardize.ipynb #05d0f477
 def _counts(entries):
     well = sum(not e['problems'] for e in entries.values())
     none = sum(not e['sequences'] for e in entries.values())
-    return f"{len(entries)} patients: {well} without a problem, {len(entries)-well-none} in part, {none} refused"
+    part = len(entries)-well-none
+    return f"{len(entries)} patients: {well} without a problem, {part} in part, {none} refused"
 
+# %% ../nbs/32_standardize.ipynb #31322ca8
 def _write_page(dest, entries, atlas, recipe):
     rows = [_shown(dest, p, entries[p]) for p in _worst_first(entries)]
     choices = ', '.join(f'{k} {v}' for k,v in recipe.room('standardize').items())
@@ -654,17 +751,23 @@ def _scores_table(entries):
     for p,e in entries.items():
         whole = {k:v for k,v in e['scores'].items() if not isinstance(v, dict) and k!='anchor'}
         for s in e['sequences'] or ['']:
-            own = e['scores'].get(s) if isinstance(e['scores'].get(s), dict) else whole
+            own = e['scores'].get(s)
+            if not isinstance(own, dict): own = whole
             rows.append(dict(patient=p, sequence=s, state=e['state'], anchor=e['anchor'], **own))
     columns = ['patient','sequence','state','anchor',*GATES,'engine']
     return pd.DataFrame(rows).reindex(columns=columns)
 
+# %% ../nbs/32_standardize.ipynb #2381c126
 def _result(cohort, dest, entries, sequences):
     "The cohort of what was written"
-    res = cohort.drop(columns=[c for c in cohort if str(c).endswith('_index') or c=='mask']).reset_index(drop=True)
+    of_raw_scans = [c for c in cohort if str(c).endswith('_index') or c=='mask']
+    res = cohort.drop(columns=of_raw_scans).reset_index(drop=True)
     ids = res.patient.astype(str)
     for s in SEQUENCES:
-        files = [str(_file_of(Path(dest)/p, s)) if s in entries[p]['sequences'] else None for p in ids]
+        files = []
+        for p in ids:
+            there = s in entries[p]['sequences']
+            files.append(str(_file_of(Path(dest)/p, s)) if there else None)
         res[s] = pd.array(files, dtype='string')
     res['problem'] = pd.array(['; '.join(_problems(entries[p])) or pd.NA for p in ids], dtype='string')
     rows = [(p, o['sequence'], o['what'], 'see qc.html') for p in ids for o in entries[p]['problems']]
@@ -709,7 +812,10 @@ def standardize(
         _write_page(dest, entries, atlas, recipe)
     return _result(cohort, dest, entries, sequences)
 
-def _died(): return dict(problems=[dict(sequence='', what=DIED)], state=None, anchor=None, sequences=[], scores={})
+# %% ../nbs/32_standardize.ipynb #ef441fbc
+def _died():
+    problem = dict(sequence='', what=DIED)
+    return dict(problems=[problem], state=None, anchor=None, sequences=[], scores={})
 
 def _to_do(rows, dest, atlas, recipe, sequences, dicom, budget, stripper):
     "Entries of the patients that are done, and jobs for the others"
@@ -724,6 +830,7 @@ def _to_do(rows, dest, atlas, recipe, sequences, dicom, budget, stripper):
             jobs[p] = (row, atlas.digest, atlas.path, dest, recipe, sequences, key, dicom, budget, stripper)
     return entries,jobs
 
+# %% ../nbs/32_standardize.ipynb #1c523ee5
 _no_atlas = ("no atlas was given: pass atlas=PATH of its T1 image (mgmt_atlas PATH checks it). The public glioma "
     "collections are in the space of SRI24, https://www.nitrc.org/projects/sri24, CC BY-SA 3.0")
 

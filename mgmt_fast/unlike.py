@@ -30,18 +30,25 @@ def intensity_measures(
     some = x[::max(1, len(x)//24)]
     lit = some[some>0]
     if lit.size<10: return np.r_[1., np.zeros(10)]
-    q = np.quantile(lit[::max(1, lit.size//50000)], [.05,.25,.5,.75,.95])/255
+    few = lit[::max(1, lit.size//50000)]
+    q = np.quantile(few, [.05,.25,.5,.75,.95])/255
     spread = max(float(lit.std()), 1.)
-    steps = [(some[:,::k],1) for k in (1,3)]+[(some[:,:,::k],2) for k in (1,3)]
-    rough = [_step(o, axis)/spread for o,axis in steps]+[_step(x, 0)/spread]
-    return np.r_[(some==0).mean(), q, np.log(np.maximum(rough, 1e-3))]
+    along = [(some,1), (some[:,::3],1), (some,2), (some[:,:,::3],2), (x,0)]
+    rough = [_step(o, axis)/spread for o,axis in along]
+    air = (some==0).mean()
+    return np.r_[air, q, np.log(np.maximum(rough, 1e-3))]
 
+# %% ../nbs/56_unlike.ipynb #f5cd863d
 def _step(x, axis):
     "Mean difference between neighbours that both hold something"
-    a,b = (np.take(x, range(*o), axis).astype(np.int16) for o in ((0,x.shape[axis]-1),(1,x.shape[axis])))
+    n = x.shape[axis]
+    a = np.take(x, range(n-1), axis).astype(np.int16)
+    b = np.take(x, range(1, n), axis).astype(np.int16)
     both = (a>0)&(b>0)
-    return float(np.abs(a-b)[both].mean()) if both.any() else 0.
+    if not both.any(): return 0.
+    return float(np.abs(a-b)[both].mean())
 
+# %% ../nbs/56_unlike.ipynb #deaf0f4e
 _planes = ('axial','coronal','sagittal')
 
 def geometry_measures(
@@ -50,12 +57,16 @@ def geometry_measures(
     size:tuple, # (D,H,W) of the prepared grid
 ) -> np.ndarray: # (10,), logarithms of mm first; zeros for what nobody measured
     "Spacing as acquired, extent of the box, skull and plane."
-    spacing = np.zeros(3) if facts.get('spacing') is None else np.log(np.maximum(facts['spacing'], 1e-3))
+    spacing = np.zeros(3)
+    if facts.get('spacing') is not None:
+        spacing = np.log(np.maximum(facts['spacing'], 1e-3))
     extent = np.zeros(3)
     if affine is not None:
-        extent = np.log(np.linalg.norm(np.array(affine)[:3,:3], axis=0)*size)
+        steps = np.linalg.norm(np.array(affine)[:3,:3], axis=0)
+        extent = np.log(steps*size)
+    skull = float(bool(facts.get('skull')))
     plane = [float(facts.get('plane')==o) for o in _planes]
-    return np.r_[spacing, extent, float(bool(facts.get('skull'))), plane]
+    return np.r_[spacing, extent, skull, plane]
 
 _SKULL = 6 # its place among them
 
@@ -66,9 +77,11 @@ def contrast_measure(
     mm:float=16., # Side of the window in the plane, about
 ) -> np.ndarray: # (1,), a logarithm
     "How far the brightest thousandth of voxels is above what surrounds them, relative to the median"
-    x,n = np.asarray(x, np.float32),(5,5)
+    x = np.asarray(x, np.float32)
+    n = 5,5
     if affine is not None:
-        n = [2*int(mm/2/s)+1 for s in np.linalg.norm(np.array(affine)[:3,1:3], axis=0)]
+        in_plane = np.linalg.norm(np.array(affine)[:3,1:3], axis=0)
+        n = [2*int(mm/2/s)+1 for s in in_plane]
     lit = (x>0).astype(np.float32)
     share,around = (ndimage.uniform_filter(o, (1,*n)) for o in (lit,x))
     inside = (x>0)&(share>.9)
@@ -76,7 +89,8 @@ def contrast_measure(
     above = (x-around/np.maximum(share, 1e-6))[inside]
     few = max(1, len(above)//1000)
     top = np.partition(above, -few)[-few:].mean()
-    return np.log(np.maximum([top/np.median(x[x>0])], 1e-3))
+    relative = top/np.median(x[x>0])
+    return np.log(np.maximum([relative], 1e-3))
 
 # %% ../nbs/56_unlike.ipynb #73c3d4d2
 def scan_measures(
@@ -96,6 +110,7 @@ def scan_measures(
         res[TOGETHER] = _together(list(arrays.values()))
     return res
 
+# %% ../nbs/56_unlike.ipynb #d6c7de7b
 CONTRAST,TOGETHER,_GEOMETRY = 'contrast agent','sequences together',' geometry'
 _kept = {} # measures by the volume's hash, since every fold of a cross-validation asks for them
 
@@ -105,6 +120,7 @@ def _kept_of(key, measure, *args):
         _kept[key,measure] = measure(*args)
     return _kept[key,measure]
 
+# %% ../nbs/56_unlike.ipynb #0e94f9dd
 def _together(volumes):
     "Fisher's z of the correlation of each pair, where both hold something"
     few = [v[::2,::4,::4].ravel().astype(np.float32) for v in volumes]
@@ -144,8 +160,9 @@ class Near:
         _,s,v = np.linalg.svd(x-mean, full_matrices=False)
         j = max(1, min(most, len(x)//5, (s>1e-6*s.max()).sum()))
         var = s[:j]**2/max(1, len(x)-1)
-        rest = max((s[j:]**2).sum()/max(1, len(x)-1)/x.shape[1], 1e-9)
-        return cls(mean, v[:j]/np.sqrt(var+1e-9)[:,None], rest)
+        left = (s[j:]**2).sum()/max(1, len(x)-1)/x.shape[1]
+        basis = v[:j]/np.sqrt(var+1e-9)[:,None]
+        return cls(mean, basis, max(left, 1e-9))
 
     def distance(self,
         x:np.ndarray, # (n,k)
@@ -168,9 +185,11 @@ class Near:
         "Take the unit from scans that were not trained on"
         d = self.distance(x)
         middle,high = np.quantile(d, [.5,.95])
-        self.middle,self.spread = float(middle),float(max((high-middle)/1.645, .1))
+        self.middle = float(middle)
+        self.spread = float(max((high-middle)/1.645, .1))
         return self
 
+# %% ../nbs/56_unlike.ipynb #b9338ef1
 def _whitening(d, floor):
     "A matrix that gives measures unit covariance"
     sd = np.maximum(d.std(0), floor)
@@ -202,13 +221,17 @@ class TrainingLike:
         near = {k: _near_of(k, x).calibrate(fold[k]) for k,x in train.items()}
         worst = np.max([near[k].distance(x) for k,x in fold.items()], axis=0)
         at = min(m, math.ceil((m+1)*(1-rate)))
-        return cls(near, float(np.sort(worst)[at-1]), (m+1-at)/(m+1), m)
+        threshold = float(np.sort(worst)[at-1])
+        return cls(near, threshold, (m+1-at)/(m+1), m)
 
     def look(self,
         measures:dict, # Group to (k,) of one scan, as from `scan_measures`, and the network's features
     ) -> tuple: # By how much the largest distance is beyond the threshold, and its group
         "How unlike training a scan is"
-        d = {k: float(self.near[k].distance(x)[0]) for k,x in measures.items() if k in self.near}
+        d = {}
+        for k,x in measures.items():
+            if k in self.near:
+                d[k] = float(self.near[k].distance(x)[0])
         if not d: return -np.inf,''
         worst = max(d, key=d.get)
         return d[worst]-self.threshold,worst
@@ -216,7 +239,11 @@ class TrainingLike:
     @property
     def skulls(self) -> dict: # Sequence to the share of training's scans that had their skull
         "How training's scans came"
-        return {k.removesuffix(_GEOMETRY): float(o.mean[_SKULL]) for k,o in self.near.items() if k.endswith(_GEOMETRY)}
+        shares = {}
+        for k,o in self.near.items():
+            if k.endswith(_GEOMETRY):
+                shares[k.removesuffix(_GEOMETRY)] = float(o.mean[_SKULL])
+        return shares
 
     def write(self,
         path:str|Path, # A `.safetensors` file
@@ -227,7 +254,8 @@ class TrainingLike:
         for k,o in self.near.items():
             said['groups'][k] = [o.left, o.middle, o.spread]
             for name in ('mean','basis'):
-                tensors[f'{k}.{name}'] = torch.from_numpy(np.ascontiguousarray(getattr(o, name), np.float32))
+                values = np.ascontiguousarray(getattr(o, name), np.float32)
+                tensors[f'{k}.{name}'] = torch.from_numpy(values)
         with atomic_path(path) as tmp:
             st.save_file(tensors, tmp, dict(unlike=json.dumps(said, sort_keys=True)))
 
@@ -253,11 +281,16 @@ class TrainingLike:
             near[k] = Near(mean, basis, *rest, below=_below(k))
         return cls(near, said['threshold'], said['rate'], said['n'])
 
+# %% ../nbs/56_unlike.ipynb #4efd2ea9
 def _below(group): return group.endswith(CONTRAST)
 
-def _near_of(group, x): return Near.of(x, 16 if group==NETWORK else None, below=_below(group))
+def _near_of(group, x):
+    most = 16 if group==NETWORK else None
+    return Near.of(x, most, below=_below(group))
 
 NETWORK = 'network features'
+
+# %% ../nbs/56_unlike.ipynb #e96b8870
 _FORM = record_of(dict(threshold=Allowed.number(), rate=Allowed.number(0, 1), n=Allowed.whole(1),
     groups=table_of(list_of(Allowed.number(), 3))))
 
@@ -272,10 +305,15 @@ def pooled_features(
     "Watch the features before a network's head, averaged over the volume."
     return _watching(model)
 
+# %% ../nbs/56_unlike.ipynb #dad4d21a
 @contextmanager
 def _watching(model):
-    found,body = [],getattr(model, 'net', model).body
-    hook = body.register_forward_hook(lambda m,i,o: found.append(o.detach().float().mean((2,3,4)).cpu().numpy()))
+    found = []
+    def _keep(module, args, o):
+        pooled = o.detach().float().mean((2,3,4))
+        found.append(pooled.cpu().numpy())
+    body = getattr(model, 'net', model).body
+    hook = body.register_forward_hook(_keep)
     try: yield found
     finally: hook.remove()
 
@@ -287,9 +325,11 @@ def training_like(
     sequences:list|tuple, # The network's channels
 ) -> TrainingLike: # None where there are too few scans
     "What the scans of a training were like, judged by those of its validation part."
-    measured = {k: _measured(model, store, parts.get(k, []), sequences) for k in ('train','valid')}
-    return TrainingLike.of(*measured.values()) if all(measured.values()) else None
+    train = _measured(model, store, parts.get('train', []), sequences)
+    valid = _measured(model, store, parts.get('valid', []), sequences)
+    return TrainingLike.of(train, valid) if train and valid else None
 
+# %% ../nbs/56_unlike.ipynb #e3a17440
 def _measured(model, store, patients, sequences):
     "Group to (n,k)"
     rows,was = [],model.training
@@ -304,7 +344,8 @@ def _measured(model, store, patients, sequences):
                 measures = scan_measures(dict(zip(sequences, x)), m['volumes'], m['affine'])
                 rows.append({**measures, NETWORK:features})
     model.train(was)
-    return {k: np.stack([r[k] for r in rows]) for k in rows[0]} if rows else {}
+    if not rows: return {}
+    return {k: np.stack([r[k] for r in rows]) for k in rows[0]}
 
 # %% ../nbs/56_unlike.ipynb #ed3fffcb
 def unlike_training(
