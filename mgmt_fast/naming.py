@@ -39,7 +39,7 @@ _PHRASES = [
 def _plain_text(name):
     "Lower case, no accents, no ending, no ids of BIDS, one space between words"
     s = re.sub(r'(\.nii|\.img|\.hdr|\.nrrd|\.mha|\.mhd)?(\.gz)?$', '', str(name).strip(), flags=re.I)
-    s = re.sub(r'\b(sub|ses|run|acq|rec|dir|space)-[A-Za-z0-9]+', ' ', s)
+    s = re.sub(r'(?<![A-Za-z0-9])(sub|ses|run|rec|dir|space)-[A-Za-z0-9]+', ' ', s) # acq- says how it was made
     s = ''.join(o for o in unicodedata.normalize('NFD', s) if not unicodedata.combining(o))
     s = unicodedata.normalize('NFC', s)
     s = re.sub(r'(?<=[a-z])(?=(?:Post|Pre|Gd|Gad|KM|CE)(?![a-z]))', ' ', s)
