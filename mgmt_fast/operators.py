@@ -381,8 +381,8 @@ class _DenseConv(torch.autograd.Function):
         ctx.at,ctx.mode = at,mode
         ctx.args = (*args,1)
         ctx.save_for_backward(x, w)
-        parts = _windows(x, at, mode)
-        y = _inside(F.conv3d(parts, w, None, *args)).movedim(1, -1)
+        y = _inside(F.conv3d(_windows(x, at, mode), w, None, *args))
+        y = y.movedim(1, -1)
         y = y.unflatten(0, (len(x),-1)).flatten(1,2)
         return y.movedim(-1, 1)
 
@@ -505,9 +505,8 @@ class InflatedConv3d(nn.Module):
         if self.groups==1 and self.in_channels<=4 and max(self.dilation)==1:
             return self._biased(self._folded(x, w))
         if self.along.k>1: return self._conv3d(x)
-        images = as_images(_skip(x, self.along.s))
-        y = self._biased(self._plane(images, w[:,:,0]))
-        return as_volumes(y, len(x))
+        y = self._plane(as_images(_skip(x, self.along.s)), w[:,:,0])
+        return as_volumes(self._biased(y), len(x))
 
     def _pads(self, x):
         "Voxels to add before and behind each axis of `x`"
@@ -906,8 +905,8 @@ class BatchNormAct3d(nn.BatchNorm3d):
             own = False
         if _ends_in_silu(self) and _large(x) and torch.is_grad_enabled():
             return _BatchNormSiLU.apply(x, w, b, mean, var, own, *rest)
-        y = F.batch_norm(x, mean, var, w, b, own, *rest)
-        return self.act(self.drop(y))
+        y = self.drop(F.batch_norm(x, mean, var, w, b, own, *rest))
+        return self.act(y)
 
     def _on_card(self, x, act, add=None):
         "Norm, addition and activation in one pass."
