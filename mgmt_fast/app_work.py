@@ -43,6 +43,7 @@ def find_patients(
         except OSError as e:
             raise CohortError(_unreadable(e)) from None
 
+# %% ../nbs/77_app_work.ipynb #299ec574
 def without_place(
     text:str, # A message
     root:str|Path, # A folder that it may name
@@ -52,6 +53,7 @@ def without_place(
         text = text.replace(str(o), 'this folder')
     return text
 
+# %% ../nbs/77_app_work.ipynb #f88a64ff
 _for_programs = ' Any other layout: nifti_cohort'
 
 def _unreadable(e): return f"this folder cannot be read ({e.strerror}): may you open it, and is its disk there?"
@@ -62,7 +64,8 @@ def needs_atlas(
     audit:pd.DataFrame, # From `audit_cohort`, of one patient
 ) -> bool: # Has a series that the model reads its skull, where training's had none?
     "Whether scans must be brought into an atlas before this model gives a number."
-    return bool(skull_differs(model, dict.fromkeys(audit.sequence[audit.skull.eq(True)], True)))
+    heads = audit.sequence[audit.skull.eq(True)]
+    return bool(skull_differs(model, dict.fromkeys(heads, True)))
 
 # %% ../nbs/77_app_work.ipynb #024597fb
 STEPS = ('waiting','audit','standardize','predict','done','failed')
@@ -77,6 +80,7 @@ class PatientRow(NamedTuple):
     note:str='' # What was said of the prediction, or why there is no page
     place:str='' # Folder with `report.html`, `report.pdf` and `viewer.html`, below the destination
 
+# %% ../nbs/77_app_work.ipynb #e87b94b4
 _FINDINGS = list_of(list_of(TEXT, 3))
 _ROW = record_of(dict(patient=TEXT, step=TEXT, findings=_FINDINGS, prob=NOTHING|Allowed.number(0, 1),
     unlike=NOTHING|YES_OR_NO, note=TEXT, place=TEXT))
@@ -91,7 +95,9 @@ class PatientPages:
         atlas:str|Path=None, # The atlas' T1 image, for scans with their skull
         n_workers:int=None, # Processes; one per core if None
     ):
-        self.model,self.dest,self.n_workers = as_model(model),make_folder(dest),n_workers
+        self.model = as_model(model)
+        self.dest = make_folder(dest)
+        self.n_workers = n_workers
         self.atlas = None if atlas is None else with_brain(atlas)
         files = [file_hash(o) for o in _files_of(Path(model))]
         self.key = [files, self.atlas and self.atlas.digest, __version__]
@@ -100,9 +106,11 @@ class PatientPages:
         row:pd.Series, # From `patient_row`
     ) -> str: # Name of a folder
         "Where the page of a patient belongs: another model, atlas or scan has another place"
-        sources = source_states(row, [s for s in SEQUENCES if has_scan(row, s)])
+        scans = [s for s in SEQUENCES if has_scan(row, s)]
+        sources = source_states(row, scans)
         digest = json_digest([*self.key, sources, row.patient], 8)
-        return f"{re.sub(r'[^0-9A-Za-z]+', '-', row.patient)[:40].strip('-')}-{digest}"
+        name = re.sub(r'[^0-9A-Za-z]+', '-', row.patient)[:40]
+        return f"{name.strip('-')}-{digest}"
 
     def kept(self,
         place:str, # From `place`
@@ -151,13 +159,16 @@ class PatientPages:
 
     def _audited(self, row, audit):
         "What the audit found"
-        return PatientRow(str(row.patient), findings=patient_findings(row, audit).values.tolist())
+        findings = patient_findings(row, audit)
+        return PatientRow(str(row.patient), findings=findings.values.tolist())
 
     def _into_atlas(self, row, place):
         "The row of the same patient, in the atlas. Raises `MGMTError` where that was refused"
+        which = [o for o in row.index if o.endswith('_index')]
+        scans = pd.DataFrame([row.drop(which)])
+        dest = self.dest/'atlas'/place
         with contextlib.redirect_stdout(io.StringIO()):
-            scans = pd.DataFrame([row.drop([o for o in row.index if o.endswith('_index')])])
-            done = standardize(scans, self.dest/'atlas'/place, 'default', self.atlas, n_workers=1, progress=False)
+            done = standardize(scans, dest, 'default', self.atlas, n_workers=1, progress=False)
         res = done.iloc[0].copy()
         res.attrs = row.attrs # what the patient's own folder held
         if any(has_scan(res, s) for s in self.model.sequences):
@@ -178,21 +189,26 @@ class PatientPages:
             write_json(folder/_RECORD, row._asdict())
         return row
 
+# %% ../nbs/77_app_work.ipynb #eb7e9698
 _brought = ("the scans were brought into the atlas before they were judged: notes on their skull and on their grids "
     "tell how they came")
 
+# %% ../nbs/77_app_work.ipynb #10ff7045
 def _files_of(model):
     "The files that make a model what it is"
     if model.is_dir():
-        return sorted(o for k in ('*.json','*.safetensors') for o in model.glob(k))
+        return sorted([*model.glob('*.json'), *model.glob('*.safetensors')])
     stem = model.with_suffix('') if model.suffix in ('.json','.safetensors') else model
     return sorted(stem.parent.glob(f'{stem.name}.*'))
 
+# %% ../nbs/77_app_work.ipynb #1f5e39a2
 def _with_findings(res, more):
     "The result with what was found before it"
-    found = pd.DataFrame([*more, *res.findings.values.tolist()], columns=['level','sequence','what']).drop_duplicates()
+    rows = [*more, *res.findings.values.tolist()]
+    found = pd.DataFrame(rows, columns=['level','sequence','what']).drop_duplicates()
     rank = found.level.map(dict(error=0, warning=1)).fillna(2)
-    return res._replace(findings=found.loc[rank.sort_values(kind='stable').index])
+    order = rank.sort_values(kind='stable').index
+    return res._replace(findings=found.loc[order])
 
 # %% ../nbs/77_app_work.ipynb #ddbba5fb
 def do_runs(
@@ -219,6 +235,7 @@ def do_runs(
         except Exception as e:
             say('failed', what=log_fault(e, 'working on a folder'))
 
+# %% ../nbs/77_app_work.ipynb #4515d321
 def _do_run(pages, root, say):
     cohort = find_patients(root)
     say('found', patients=cohort.patient.astype(str).tolist(), said=_of_folder(cohort))
@@ -226,11 +243,16 @@ def _do_run(pages, root, say):
         say('row', at=i, row=row._asdict())
     say('done')
 
+# %% ../nbs/77_app_work.ipynb #c4e69ed1
 def _of_folder(cohort):
     "What was found of the folder and of no patient, without names"
     report = cohort_report(cohort)
     rows = report[~report.patient.isin(cohort.patient)]
-    return [' '.join(filter(None, (r.sequence, re.sub(r': .*', '', r.problem)))) for r in rows.itertuples()]
+    said = []
+    for r in rows.itertuples():
+        problem = re.sub(r': .*', '', r.problem)
+        said.append(' '.join(filter(None, (r.sequence, problem))))
+    return said
 
 # %% ../nbs/77_app_work.ipynb #73641bc3
 def work_for_app(
@@ -275,36 +297,47 @@ def pages_widget(
         except KeyboardInterrupt:
             said.value = 'stopped; what is done is kept, and the button goes on'
         which.options = _shown_of(rows.values())
-    def show(_): shown.value = _frame(pages.dest/which.value) if which.value else ''
+    def show(_):
+        place = which.value
+        shown.value = _frame(pages.dest/place) if place else ''
     button.on_click(run)
     which.observe(show, 'value')
     return w.VBox([w.HBox([field,button,bar]), said, table, which, shown])
 
+# %% ../nbs/77_app_work.ipynb #8b1559d4
 def _ipywidgets():
     try: import ipywidgets
     except ImportError:
         raise MGMTError("the form needs ipywidgets: pip install mgmt_fast[view]") from None
     return ipywidgets
 
+# %% ../nbs/77_app_work.ipynb #793bf97b
 def rows_table(
     rows:Iterable, # Of `PatientRow`
 ) -> pd.DataFrame: # patient, step, findings, probability, unlike training, note
     "What is known of some patients, as a table."
     def _line(o):
-        bad = '; '.join(' '.join(filter(None, f[1:])) for f in o.findings if f[0]!='note')
+        grave = [f[1:] for f in o.findings if f[0]!='note']
+        bad = '; '.join(' '.join(filter(None, f)) for f in grave)
         prob = '' if o.prob is None else f'{o.prob:.2f}'
-        unlike = {True:'yes', False:'no'}.get(o.unlike, 'not known' if o.prob is not None else '')
-        return {'patient':o.patient, 'step':o.step, 'findings':bad, 'probability':prob, 'unlike training':unlike,
-            'note':o.note}
+        unknown = '' if o.prob is None else 'not known'
+        unlike = {True:'yes', False:'no'}.get(o.unlike, unknown)
+        return {'patient':o.patient, 'step':o.step, 'findings':bad,
+            'probability':prob, 'unlike training':unlike, 'note':o.note}
     return pd.DataFrame(map(_line, rows))
 
+# %% ../nbs/77_app_work.ipynb #59ebc77b
 def _shown_of(rows):
     "What can be shown, for a list to choose from"
     done = [o for o in rows if o.place]
-    return [('', ''), *((f'{o.patient}, {k}', f'{o.place}/{f}') for o in done for k,f in _FILES.items())]
+    choices = [('', '')]
+    for o in done:
+        choices += [(f'{o.patient}, {k}', f'{o.place}/{f}') for k,f in _FILES.items()]
+    return choices
 
 _FILES = dict(page=_PAGE, viewer='viewer.html')
 
+# %% ../nbs/77_app_work.ipynb #f8bfe758
 def _frame(path):
     "A page inside a page, which cannot reach out of it"
     if not is_file(path):

@@ -101,15 +101,19 @@ def model_card(
         known.update(_card_of_bundle(bundle))
     if len(listify(results)):
         known.update(_card_of_results(results))
-    rows = [(o, known.get(o.split(' ')[0], 'open: for the authors to fill in')) for o in _tripod.split('\n')]
+    missing = 'open: for the authors to fill in'
+    items = _tripod.split('\n')
+    rows = [(o, known.get(o.split(' ')[0], missing)) for o in items]
     return pd.DataFrame(rows, columns=['item','what'])
 
+# %% ../nbs/67_card.ipynb #4ba7d624
 def _card_of_store(store):
     "Items that a store answers"
     size = 'x'.join(map(str, store.size))
     res = _card_of_inputs(store.sequences)
     scans = _all_scans_in_words(preparation(store))
-    res['5a'] = res['6a'] = f"{', '.join(sorted(set(store.table.source)))}; which hospitals these are is open"
+    sources = ', '.join(sorted(set(store.table.source)))
+    res['5a'] = res['6a'] = f"{sources}; which hospitals these are is open"
     res['7'] = (f"{_how_prepared(store.recipe)}, {size} voxels, recipe {store.recipe.name!r}, "
         f"mgmt_fast {store.version}; as acquired: {scans}")
     return res
@@ -125,18 +129,22 @@ def _card_of_inputs(sequences):
         'probability')
     return res
 
+# %% ../nbs/67_card.ipynb #94d5e9db
 def _card_of_frozen(b):
     "Items that a bundle answers without the store it was trained on"
-    v,res = b.validation,_card_of_inputs(b.sequences)
-    res['7'] = (f"{_how_prepared(b.recipe)}, recipe {b.recipe.name!r}, mgmt_fast {b.version}; as acquired: "
-        f"{_all_scans_in_words(b.preparation)}")
+    v = b.validation
+    res = _card_of_inputs(b.sequences)
+    scans = _all_scans_in_words(b.preparation)
+    res['7'] = (f"{_how_prepared(b.recipe)}, recipe {b.recipe.name!r}, "
+        f"mgmt_fast {b.version}; as acquired: {scans}")
     given = f" ({v['interval']})" if 'interval' in v else ''
     n = f"{v['n']} validation patients, " if 'n' in v else ''
     res['20a'] = f"{len(b.patients)} prepared for training and validation"
-    res['23a'] = (f"{n}AUC {v['auc']:.3f} [{v['lo']:.3f}, {v['hi']:.3f}]{given}; the threshold was chosen on the same "
-        "patients")
+    auc = f"AUC {v['auc']:.3f} [{v['lo']:.3f}, {v['hi']:.3f}]{given}"
+    res['23a'] = f"{n}{auc}; the threshold was chosen on the same patients"
     return res
 
+# %% ../nbs/67_card.ipynb #e74111cb
 def _how_prepared(r):
     "What shares a box and a range of intensities"
     if r.prepare_by=='patient':
@@ -145,17 +153,23 @@ def _how_prepared(r):
     each = 'each slice with its own' if r.range_by=='slice' else 'one'
     return f'prepared slice by slice, without millimetres: {box}, {each} intensity range'
 
-def _all_scans_in_words(prepared): return '; '.join(_scans_in_words(s, v) for s,v in prepared.items())
+# %% ../nbs/67_card.ipynb #7eb1eb9a
+def _all_scans_in_words(prepared):
+    each = [_scans_in_words(s, v) for s,v in prepared.items()]
+    return '; '.join(each)
 
 def _scans_in_words(s, v):
     if v['spacing'] is None:
         return f"{s}: {v['space']}, spacing, plane and skull not looked at"
-    return f"{s}: {v['plane']}, {' x '.join(f'{o:g}' for o in v['spacing'])} mm, {v['skull']:.0%} with skull"
+    mm = ' x '.join(f'{o:g}' for o in v['spacing'])
+    return f"{s}: {v['plane']}, {mm} mm, {v['skull']:.0%} with skull"
 
+# %% ../nbs/67_card.ipynb #9fc88965
 def _card_of_patients(store, oof):
     "Items that the patients' numbers answer"
     t = store.table
-    n,k = int(t.label.notna().sum()),int((t.label==1).sum())
+    n = int(t.label.notna().sum())
+    k = int((t.label==1).sum())
     lost = store.report[store.report.level=='error'].patient.nunique()
     need = {auc: patients_needed(auc, share=k/n) for auc in (.6,.65)}
     seen = '' if oof is None else f', {oof.patient.nunique()} predicted out of fold'
@@ -176,6 +190,7 @@ def _card_of_study(real):
         '12c': f"{', '.join(uniqueify(real.arch))} on {', '.join(uniqueify(real.sequences))}",
         '12e': measures, '23a': measures}
 
+# %% ../nbs/67_card.ipynb #489ac9dd
 def _card_of_bundle(b):
     "Items that a bundle answers"
     views = ', test-time augmentation' if b.tta else ''
@@ -184,21 +199,29 @@ def _card_of_bundle(b):
     none = 'none: frozen before the test'
     return {'12g':what, '22':what, '12f':none, '24':none}
 
+# %% ../nbs/67_card.ipynb #8e78e739
 def _card_of_results(results):
     "Items that external tests answer"
     rows = [_result_in_words(r) for _,r in external_table(results).iterrows()]
     compared = 'preparation compared by the external test; what was overridden stands in its result'
     plans = [r.get('plan', '') for r in map(_as_result, listify(results))]
     said = [f"plan {p['hash']}, {', '.join(p['deviates']) or 'fulfilled'}" for p in plans if isinstance(p, dict)]
-    return {'23a':'; '.join(rows), '16':compared, '20c':compared, **({'18d':'; '.join(said)} if said else {})}
+    res = {'23a':'; '.join(rows), '16':compared, '20c':compared}
+    if said: res['18d'] = '; '.join(said)
+    return res
 
-def _as_result(r): return r if isinstance(r, dict) else read_result(r)
+# %% ../nbs/67_card.ipynb #17976724
+def _as_result(r):
+    "A result, from its file if need be"
+    if isinstance(r, dict): return r
+    return read_result(r)
 
 def _result_in_words(r):
     "One row of `external_table`"
     auc = f'AUC {r.auc:.3f} [{r.auc_lo:.3f}, {r.auc_hi:.3f}] ({r.interval}) in {r.n} patients'
-    company = '' if not r.bundles>1 else f', {r.bundles:.0f} bundles have met the cohort, p by Holm {r.p_holm:.3g}'
-    return f"{r['set']}, pass {r['pass']}: {auc}{company}"
+    said = f"{r['set']}, pass {r['pass']}: {auc}"
+    if not r.bundles>1: return said
+    return f'{said}, {r.bundles:.0f} bundles have met the cohort, p by Holm {r.p_holm:.3g}'
 
 # %% ../nbs/67_card.ipynb #7b94596e
 def check_results(
@@ -208,77 +231,100 @@ def check_results(
     "What cannot be in a table that is about to be printed."
     told = 'set arch sequences recipe n minority runs thresholds threshold accuracy auc loss'.split()
     farthest = max(thresholds, key=lambda t: abs(t-.5))
-    return check_consistency(table[[c for c in told if c in table]], threshold=farthest)
+    columns = [c for c in told if c in table]
+    return check_consistency(table[columns], threshold=farthest)
 
 # %% ../nbs/67_card.ipynb #c216badf
 def _as_cohort(store):
     "The store's table as a cohort: a path's place holds whether there is a volume"
     t = store.table
-    return t.assign(**{s: t[s].where(t[s]) if s in t else None for s in SEQUENCES})
+    there = {s: t[s].where(t[s]) if s in t else None for s in SEQUENCES}
+    return t.assign(**there)
 
+# %% ../nbs/67_card.ipynb #7f5189a8
 def _main(oof):
     "The one model that is looked at closely, without having been chosen by its result"
     chosen = oof[oof.arch=='selected']
     if len(chosen):
         return 'models selected inside',ensemble(chosen, RUN_AXES)
-    one = oof.run.nunique()==oof.groupby(list(RUN_AXES)).fold.nunique().iloc[0]
-    return (oof.arch.iloc[0] if one else 'mean of all models'),ensemble(oof)
+    folds = oof.groupby(list(RUN_AXES)).fold.nunique()
+    one = oof.run.nunique()==folds.iloc[0]
+    name = oof.arch.iloc[0] if one else 'mean of all models'
+    return name,ensemble(oof)
 
+# %% ../nbs/67_card.ipynb #e0175aad
 def _before_temperature(oof, main):
     "The main model's probabilities as the networks gave them"
     chosen = oof[oof.arch=='selected']
     t = chosen if len(chosen) else oof
-    z = t.assign(z=log_odds(t.raw)).groupby('patient').z.mean()
+    t = t.assign(z=log_odds(t.raw))
+    z = t.groupby('patient').z.mean()
     return expit(z.loc[main.patient].to_numpy())
 
+# %% ../nbs/67_card.ipynb #a9d32f20
 def _histories(oof, table, dest):
     "The histories of each model's runs, by architecture and sequences"
-    real,res = table[table.arch!='selected'],{}
+    axes = list(MODEL_AXES)
+    real = table[table.arch!='selected']
+    res = {}
     for _,r in real.iterrows():
-        same = (oof[list(MODEL_AXES)]==r[list(MODEL_AXES)]).all(axis=1)
-        res[r.arch,r.sequences] = [dest/'runs'/o/'history.csv' for o in oof.run[same].unique()]
+        same = (oof[axes]==r[axes]).all(axis=1)
+        runs = oof.run[same].unique()
+        res[r.arch,r.sequences] = [dest/'runs'/o/'history.csv' for o in runs]
     return res
 
 # %% ../nbs/67_card.ipynb #8d95c97b
 def _tables(s):
     "The tables of a report"
     external = external_table(s.results) if s.results else None
-    res = dict(results=pd.concat([s.table, external], ignore_index=True) if s.results else s.table,
-        gains=gains(s.oof), baselines=baselines(s.store, s.main, s.clinical, seed=s.seed, progress=False),
-        card=model_card(s.store, s.oof, s.bundle, s.results))
+    both = pd.concat([s.table, external], ignore_index=True) if s.results else s.table
+    res = dict(results=both, gains=gains(s.oof))
+    res['baselines'] = baselines(s.store, s.main, s.clinical, seed=s.seed, progress=False)
+    res['card'] = model_card(s.store, s.oof, s.bundle, s.results)
     if s.clinical is not None:
         res['subgroups'] = subgroups(s.main, s.clinical)
     elif s.main.patient.map(id_key).str.startswith('TCGA-').all():
         res['subgroups'] = subgroups(s.main, s.main[['patient']])
     return res,external
 
+# %% ../nbs/67_card.ipynb #a441f7cd
 def _figures(s, tables):
     "The figures of a report, as axes"
     y,p,name = s.y,s.p,s.name
     scores = {'before the temperature':_before_temperature(s.oof, s.main), 'after':p}
-    res = dict(balance=plot_balance(_as_cohort(s.store)), forest=plot_forest(s.table, ['arch','sequences']),
-        roc=plot_roc(y, p, name, seed=s.seed), pr=plot_pr(y, p, name), reliability=plot_reliability(y, p, name),
-        calibration=plot_calibration(y, scores), decision=plot_decision(y, {name:p}),
-        losses=plot_losses(_histories(s.oof, s.table, s.dest)))
+    histories = _histories(s.oof, s.table, s.dest)
+    res = dict(
+        balance=plot_balance(_as_cohort(s.store)),
+        forest=plot_forest(s.table, ['arch','sequences']),
+        roc=plot_roc(y, p, name, seed=s.seed),
+        pr=plot_pr(y, p, name),
+        reliability=plot_reliability(y, p, name),
+        calibration=plot_calibration(y, scores),
+        decision=plot_decision(y, {name:p}),
+        losses=plot_losses(histories))
     who = tables.get('subgroups')
     if who is not None and who.auc.notna().any():
         res['subgroups'] = plot_forest(who, ['group','level'])
     return res
 
+# %% ../nbs/67_card.ipynb #6554ed39
 def _write_parts(dest, figures, tables):
     "Each figure as a picture, each table as a CSV"
     for k,o in figures.items():
-        write_picture(dest/'figures'/f'{k}.png', np.ravel(o)[0].figure)
+        axes = np.ravel(o)[0]
+        write_picture(dest/'figures'/f'{k}.png', axes.figure)
     for k,o in tables.items():
         write_csv(dest/f'{k}.csv', o)
 
 # %% ../nbs/67_card.ipynb #1c7590a8
 def _patients_part(s, figures):
     half = expected_ci(.6, len(s.y), s.y.mean())
-    text = (f"{len(s.store)} prepared, {len(s.y)} predicted, {s.y.sum()} methylated. With as many, an AUC of .600 "
-        f"comes with an interval of about {half.lo:.3f} to {half.hi:.3f}.")
+    text = (f"{len(s.store)} prepared, {len(s.y)} predicted, {s.y.sum()} methylated. "
+        "With as many, an AUC of .600 comes with an interval of about "
+        f"{half.lo:.3f} to {half.hi:.3f}.")
     return [text, figures['balance']]
 
+# %% ../nbs/67_card.ipynb #73ca38b4
 def _results_part(s, tables, external, figures):
     text = ("Every patient predicted by models that never saw them; accuracy at thresholds that the inner validation "
         "part chose. The AUC pools the folds of a run, and its interval covers that; the mean over folds stands beside "
@@ -290,14 +336,17 @@ def _results_part(s, tables, external, figures):
         found = ["What cannot be, or should not, in these tables:", faults]
     return [text, show_results(s.table), figures['forest'], *_external_part(s, external), *found]
 
+# %% ../nbs/67_card.ipynb #691604cd
 def _external_part(s, external):
     "The external tests: figures, how many bundles met the cohort, and what each result says first"
     if external is None or not len(external): return []
-    named = external.assign(sequences=external.sequences+', '+external['set']+', pass '+external['pass'].astype(str))
+    where = external['set']+', pass '+external['pass'].astype(str)
+    named = external.assign(sequences=external.sequences+', '+where)
     company = external[['set','pass','n','auc','p','bundles','p_holm']].round(4)
     notes = [_as_result(r)['note'] for r in s.results]
     return ["External test:", show_results(named, ('loss','accuracy','auc')), company, *notes]
 
+# %% ../nbs/67_card.ipynb #7811322c
 def _gains_part(tables):
     t = tables['gains']
     if not len(t):
@@ -310,6 +359,7 @@ def _groups_part(tables, figures):
         return ["No table of sites, scanners, sex or age was given."]
     return [who, *([figures['subgroups']] if 'subgroups' in figures else [])]
 
+# %% ../nbs/67_card.ipynb #ee709f25
 def _sections(s, tables, external, figures):
     "The report's sections in order"
     closer = [figures[k] for k in ('roc','pr','reliability','calibration','decision')]
@@ -337,11 +387,14 @@ def evaluate_report(
     """Tables, figures and one self-contained page of a cross-validation.
 
     The model looked at closely is the one selected inside, or the mean of all: never the best."""
-    dest,oof = Path(dest),read_oof(dest)
+    oof = read_oof(dest)
+    dest = Path(dest)
     name,main = _main(oof)
-    y,p = main.label.to_numpy(),main.prob.to_numpy()
-    s = NS(store=store, dest=dest, clinical=clinical, results=listify(results), bundle=bundle, seed=seed,
-        oof=oof, name=name, main=main, y=y, p=p, table=results_table(oof).assign(set='validation'))
+    y = main.label.to_numpy()
+    p = main.prob.to_numpy()
+    table = results_table(oof).assign(set='validation')
+    s = NS(store=store, dest=dest, clinical=clinical, results=listify(results), bundle=bundle,
+        seed=seed, oof=oof, name=name, main=main, y=y, p=p, table=table)
     tables,external = _tables(s)
     figures = _figures(s, tables)
     _write_parts(dest, figures, tables)
@@ -355,23 +408,30 @@ def _prediction_tables(t, threshold, name, clinical):
     y,p = t.label.to_numpy(),t.prob.to_numpy()
     named = t.assign(arch=name, threshold=threshold)
     at = classification_ci(y, p, threshold).reset_index(names='figure')
-    res = dict(results=results_table(named), at_threshold=at, calibration=calibration(y, p).reset_index(names='figure'),
+    calibrated = calibration(y, p).reset_index(names='figure')
+    res = dict(results=results_table(named), at_threshold=at, calibration=calibrated,
         reliability=reliability(y, p), decision=decision_curve(y, p))
     if clinical is not None:
         res['subgroups'] = subgroups(t, clinical)
     return res
 
+# %% ../nbs/67_card.ipynb #54b2b2cb
 def _prediction_figures(t, name, tables, seed):
     "Its figures, as axes"
     y = t.label.to_numpy()
     p = t.prob.to_numpy()
     who = tables.get('subgroups')
-    res = dict(roc=plot_roc(y, p, name, seed=seed), pr=plot_pr(y, p, name), reliability=plot_reliability(y, p, name),
-        calibration=plot_calibration(y, {name:p}), decision=plot_decision(y, {name:p}))
+    res = dict(
+        roc=plot_roc(y, p, name, seed=seed),
+        pr=plot_pr(y, p, name),
+        reliability=plot_reliability(y, p, name),
+        calibration=plot_calibration(y, {name:p}),
+        decision=plot_decision(y, {name:p}))
     if who is not None and who.auc.notna().any():
         res['subgroups'] = plot_forest(who, ['group','level'])
     return res
 
+# %% ../nbs/67_card.ipynb #b42e6d08
 def _prediction_sections(t, threshold, chosen, tables, figures, results):
     "The page's sections in order"
     y = t.label
@@ -387,7 +447,7 @@ def _prediction_sections(t, threshold, chosen, tables, figures, results):
         f'At the threshold {threshold:.3f}, {chosen}': tables['at_threshold'],
         'Closer': [*closer, tables['calibration']]}
     if 'subgroups' in tables:
-        res['For whom it fails'] = [tables['subgroups'], *([figures['subgroups']] if 'subgroups' in figures else [])]
+        res['For whom it fails'] = _groups_part(tables, figures)
     return res
 
 # %% ../nbs/67_card.ipynb #cb62224d
@@ -403,10 +463,13 @@ def predictions_report(
     "Tables, figures and one self-contained page of somebody's predictions, without any image."
     dest = Path(dest)
     t = check_predictions(preds[preds.label.notna()&preds.prob.notna()])
-    at,chosen = (.5,'not chosen') if threshold is None else (threshold,'chosen on other patients')
+    given = threshold is not None
+    at,chosen = (threshold,'chosen on other patients') if given else (.5,'not chosen')
     tables = _prediction_tables(t, at, name, clinical)
     figures = _prediction_figures(t, name, tables, seed)
     _write_parts(dest, figures, tables)
-    title = f"MGMT methylation: {'external test' if len(listify(results)) else 'predictions'} of {name}"
-    sections = _prediction_sections(t, at, chosen, tables, figures, listify(results))
+    results = listify(results)
+    kind = 'external test' if len(results) else 'predictions'
+    title = f"MGMT methylation: {kind} of {name}"
+    sections = _prediction_sections(t, at, chosen, tables, figures, results)
     return write_report(dest/'report.html', title, sections)

@@ -57,11 +57,15 @@ def _decoded(path, escape=False):
     try: return raw.decode('utf-8')
     except UnicodeDecodeError: return raw.decode('cp1252')
 
+# %% ../nbs/17_clinical.ipynb #1fea2a69
 def _separator(lines):
     "The separator that is in most rows, and in the first most often"
-    def rank(o): return min(l.count(o) for l in lines[:50])>0, lines[0].count(o)
+    def rank(o):
+        counts = [l.count(o) for l in lines[:50]]
+        return min(counts)>0,counts[0]
     return max(',;\t|', key=rank)
 
+# %% ../nbs/17_clinical.ipynb #70521e6f
 def _table_cells(text):
     "Rows of cells, blank rows left out"
     lines = [o for o in text.splitlines() if o.strip(' ,;\t')]
@@ -77,19 +81,27 @@ def _width(rows, header):
     "Number of columns; empty ones at the end, which spreadsheets add, do not count"
     if not header: return max(map(len, rows))
     n = len(rows[0])
-    while n>1 and not rows[0][n-1] and not any(o[n-1:] and o[n-1] for o in rows):
-        n -= 1
+    def is_empty(i):
+        if rows[0][i]: return False
+        return not any(o[i:] and o[i] for o in rows)
+    while n>1 and is_empty(n-1): n -= 1
     return n
 
+# %% ../nbs/17_clinical.ipynb #d0b47bd5
 def _check_widths(path, rows, width):
     for i,o in enumerate(rows, 1):
         if not any(o[width:]): continue
         raise CohortError(f"{path}: row {i} has {len(o)} cells and the header names {width}: is a cell with a"
             f" separator in it not quoted?")
 
+# %% ../nbs/17_clinical.ipynb #ad31bf5f
 def _unique(names):
     "Column names, repeated ones numbered as pandas does"
-    return [f'{c}.{names[:i].count(c)}' if c in names[:i] else c for i,c in enumerate(names)]
+    res = []
+    for i,c in enumerate(names):
+        before = names[:i].count(c)
+        res.append(f'{c}.{before}' if before else c)
+    return res
 
 def _not_a_table(path, e):
     return CohortError(f"{path} is not a table of comma-, semicolon- or tab-separated text ({e}): save it as CSV")
@@ -121,6 +133,7 @@ _label_names = 'mgmtvalue mgmtpromoterstatus mgmtstatus mgmtmethylation mgmt lab
 
 def _letters(name): return re.sub('[^a-z0-9]', '', str(name).lower())
 
+# %% ../nbs/17_clinical.ipynb #91b8f9a4
 def _find_column(columns, given, names, what, part=None):
     "The column called `given`, else the first of `names`, or the only one with `part` in its name"
     has = ', '.join(map(str,columns))[:300]
@@ -151,8 +164,10 @@ def read_ids(
     "Read the patients that a file lists. Raises `CohortError` if it has several columns and none is known to hold ids."
     df = read_table(table, header=False, missing=False)
     named = df.shape[1]>1 or _letters(df.iat[0,0]) in _id_names
-    col = list(df.iloc[0]).index(id_column(df.iloc[0])) if named else 0
-    return [s.strip() for s in df.iloc[int(named):,col] if s.strip()]
+    columns = list(df.iloc[0])
+    col = columns.index(id_column(columns)) if named else 0
+    cells = df.iloc[int(named):,col]
+    return [s.strip() for s in cells if s.strip()]
 
 # %% ../nbs/17_clinical.ipynb #e5ccf4dd
 _yes = """methylated positive m met meth true pos metilado metilada positivo methyliert positiv methyle methylee
@@ -166,6 +181,7 @@ _blank = """|na|n/a|<na>|nan|none|null|unknown|not available|indeterminate|not t
 _blank = set(_blank.replace('\n','').split('|'))
 _SUB = str.maketrans('áéíóúüäöñèê', 'aeiouuaonee')
 
+# %% ../nbs/17_clinical.ipynb #6e512b11
 class _Unknown(ValueError):
     "A word that is no known label"
 
@@ -196,6 +212,7 @@ def _same_column(name):
     return (f"id_col and patient_col are both {name!r}: id_col holds what the folders of scans are called, and"
         f" patient_col whose they are, which may repeat")
 
+# %% ../nbs/17_clinical.ipynb #4ad02277
 def _people(ids, patients):
     "The patient of each id by `id_key`, one spelling each; ids whose patient is blank are patients themselves"
     res,spelt = {},{}
@@ -231,14 +248,18 @@ def _bad_label(where, i, v):
     return (f"{where}: the label of {i} is {v!r}, but it must be 0, 1, Methylated, Unmethylated or blank: is it a"
         f" submission, another coding, or another column (label_col)?")
 
+# %% ../nbs/17_clinical.ipynb #1bbbda19
 def _check_ids(ids, where):
     blank = (ids.isna()|(ids=='')).to_numpy()
     if blank.any():
         raise CohortError(f"{where} has no id in data row {int(blank.argmax())+1}: fill it in or delete the row")
 
+# %% ../nbs/17_clinical.ipynb #48455398
 def _as_numeric(df):
     "Columns of numbers as numbers, as pandas reads them"
-    return pd.read_csv(io.StringIO(df.to_csv(index=False))) if len(df.columns) and len(df) else df
+    if not len(df.columns) or not len(df): return df
+    text = df.to_csv(index=False)
+    return pd.read_csv(io.StringIO(text))
 
 # %% ../nbs/17_clinical.ipynb #d3209aa1
 def read_labels(
@@ -251,7 +272,8 @@ def read_labels(
 
     Raises `CohortError` on a missing file or column, a blank id, or a number that is neither 0 nor 1."""
     given = isinstance(table, pd.DataFrame)
-    where,df = ('the table',table.copy()) if given else (str(table),read_table(table))
+    where = 'the table' if given else str(table)
+    df = table.copy() if given else read_table(table)
     id_col = _ids_of(df, id_col, patient_col)
     people = _people(df[id_col], df[patient_col]) if patient_col else {}
     label_col = _find_column(df.columns.drop(id_col), label_col, _label_names, 'labels', 'mgmt')
@@ -260,7 +282,8 @@ def read_labels(
     labels,odd = _labels_of(ids, df.pop(label_col), where)
     rest = df if given else _as_numeric(df)
     res = pd.DataFrame({'patient':ids, 'label':pd.array(labels, dtype='Int64')})
-    res = res.join(rest.drop(columns=[c for c in ('patient','label') if c in rest]))
+    twice = [c for c in ('patient','label') if c in rest]
+    res = res.join(rest.drop(columns=twice))
     res.attrs.update(columns=(str(id_col),str(label_col)), report=odd, people=people)
     return res
 
@@ -271,7 +294,8 @@ def read_clinical(
 ) -> pd.DataFrame: # `patient` (text), and the other columns, numbers where all values are numbers
     "Read what is known of patients beside the label. Raises `CohortError` on a missing file or column of ids."
     df = read_table(table)
-    ids = df.pop(id_column(df.columns, id_col)).astype('string').str.strip()
+    id_col = id_column(df.columns, id_col)
+    ids = df.pop(id_col).astype('string').str.strip()
     return pd.DataFrame({'patient':ids}).join(_as_numeric(df))
 
 # %% ../nbs/17_clinical.ipynb #19d34ce1
@@ -281,8 +305,10 @@ def entry_of(
     session:str=None, # The session, where one is known
 ): # The value; `None` where there is none
     "What is known of a session, or else of its patient."
-    tail = f'{patient}_{session}',f'{patient}-{session}',f'{patient}_ses-{session}'
-    keys = map(id_key, (*(tail if session else ()), patient))
+    ids = [patient]
+    if session:
+        ids = [f'{patient}_{session}', f'{patient}-{session}', f'{patient}_ses-{session}', patient]
+    keys = map(id_key, ids)
     return first(known[k] for k in keys if k in known)
 
 # %% ../nbs/17_clinical.ipynb #d9cd5c00
@@ -298,17 +324,20 @@ def _one_row(rows, report):
     report.append((rows[0]['patient'], '', *row))
     return {**rows[0], 'label': labels.pop() if n==1 else pd.NA}
 
+# %% ../nbs/17_clinical.ipynb #2c12cfa9
 def _by_key(table, key, report):
     "Rows of a label table by `key`, one each"
     rows = groupby(table.to_dict('records'), lambda r: key(r['patient']))
-    return {k: rs[0] if len(rs)==1 else _one_row(rs, report) for k,rs in rows.items()}
+    def one(rs): return rs[0] if len(rs)==1 else _one_row(rs, report)
+    return {k: one(rs) for k,rs in rows.items()}
 
 # %% ../nbs/17_clinical.ipynb #163d6245
 def people_of(
     table:pd.DataFrame=None, # From `read_labels`
 ) -> dict: # Patient by the `id_key` of an id, for ids that are not the patient's own
     "Whose each id of a label table is, where a column says so."
-    return {} if table is None else table.attrs.get('people', {})
+    if table is None: return {}
+    return table.attrs.get('people', {})
 
 # %% ../nbs/17_clinical.ipynb #328ed740
 class LabelRows:
@@ -316,14 +345,16 @@ class LabelRows:
     def __init__(self,
         table:pd.DataFrame=None, # From `read_labels`; no rows if None
     ):
-        self.known,self.visits,self.columns,self.problems = {},{},None,[]
+        self.known,self.visits = {},{}
+        self.columns,self.problems = None,[]
         if table is None: return
         self.columns = table.attrs.get('columns')
         self.problems += table.attrs.get('report', [])
         if people := people_of(table):
             table = table.assign(patient=[people.get(id_key(o), o) for o in table.patient])
             table = table.drop_duplicates(['patient','label'])
-        self.known,self.visits = _by_key(table, id_key, self.problems),_by_key(table, patient_key, [])
+        self.known = _by_key(table, id_key, self.problems)
+        self.visits = _by_key(table, patient_key, [])
 
     def of(self,
         patient:str, # Id of a patient
@@ -331,7 +362,8 @@ class LabelRows:
     ) -> dict|None: # Column to value; `None` where the table has no such patient
         "The row of the session, else of the patient, else of the patient's other sessions"
         row = entry_of(self.known, patient, session)
-        return self.visits.get(patient_key(patient)) if row is None else row
+        if row is not None: return row
+        return self.visits.get(patient_key(patient))
 
 # %% ../nbs/17_clinical.ipynb #f263c175
 def match_labels(
@@ -343,4 +375,5 @@ def match_labels(
     if 'label' not in table:
         table = table.assign(label=pd.NA)
     labels = LabelRows(table)
-    return [labels.of(p, s) for p,s in zip(patients, sessions or repeat(None))],labels.problems
+    whose = zip(patients, sessions or repeat(None))
+    return [labels.of(p, s) for p,s in whose],labels.problems

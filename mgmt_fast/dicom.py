@@ -43,6 +43,8 @@ _NAMES = """SOPClassUID SOPInstanceUID SeriesInstanceUID Modality ImageType Pati
     BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope RescaleIntercept ModalityLUTSequence
     RepetitionTime EchoTime InversionTime FlipAngle ContrastBolusAgent ContrastBolusVolume ContrastBolusTotalDose
     SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence""".split()
+
+# %% ../nbs/11_dicom.ipynb #e3a24cc3
 _GROUPS = dict(ImagePositionPatient='PlanePositionSequence', ImageOrientationPatient='PlaneOrientationSequence',
     PixelSpacing='PixelMeasuresSequence', SliceThickness='PixelMeasuresSequence',
     SpacingBetweenSlices='PixelMeasuresSequence', RescaleSlope='PixelValueTransformationSequence',
@@ -87,6 +89,7 @@ def _value(ds, k):
         return _parse(k, raw.value, raw.is_little_endian)
     raise SeriesError(f"{k} is not of the type that the standard asks for: {_DAMAGED}")
 
+# %% ../nbs/11_dicom.ipynb #9b33146b
 _ITEMS = (b'\xfe\xff\0\xe0',b'\xff\xfe\xe0\0') # with which an item begins, in either byte order
 
 def _check_items(k, value):
@@ -113,6 +116,7 @@ def _frames(h, budget):
     common = {**h, 'frames':len(each), **_in_groups([*(shared or [])[:1]])}
     return [{**common, 'frame':i, **_in_groups([o])} for i,o in enumerate(each)]
 
+# %% ../nbs/11_dicom.ipynb #1b55662c
 def _in_groups(groups):
     "What the functional groups of one frame say; later groups override earlier ones"
     res = {}
@@ -133,6 +137,7 @@ _LONG  = b'OB OD OF OL OV OW SQ SV UC UN UR UT UV'.split()
 _TYPES = {**dict.fromkeys(_SHORT, 8), **dict.fromkeys(_LONG, 12)}
 _TAGS  = {int(_KNOWN[k][0]): k for k in _NAMES}
 
+# %% ../nbs/11_dicom.ipynb #2079bef7
 def _walk_elements(file):
     """Raw elements of `_NAMES` in a plain file, its transfer syntax, its pixels' place and length in bytes.
 
@@ -193,14 +198,18 @@ def files_by_number(
 ) -> list: # Names of its files, Image-2 before Image-10; empty where it cannot be listed
     "The files of a folder in the order in which people count them."
     folder = path if os.path.isdir(path) else os.path.dirname(path)
-    try: return sorted((o.name for o in os.scandir(folder) if _may_be_meant(o)), key=_by_number)
+    try: names = [o.name for o in os.scandir(folder) if _may_be_meant(o)]
     except OSError: return []
+    return sorted(names, key=_by_number)
 
-def _may_be_meant(entry): return not entry.name.startswith('.') and not entry.is_dir(follow_symlinks=False)
+def _may_be_meant(entry):
+    if entry.name.startswith('.'): return False
+    return not entry.is_dir(follow_symlinks=False)
 
 def _by_number(name):
     "Image-2 comes before Image-10"
-    return [(len(o),o) if o.isdigit() else (0,o) for o in re.split(r'(\d+)', name)]
+    parts = re.split(r'(\d+)', name)
+    return [(len(o),o) if o.isdigit() else (0,o) for o in parts]
 
 # %% ../nbs/11_dicom.ipynb #05c17cba
 def slice_label(
@@ -208,7 +217,8 @@ def slice_label(
 ) -> str: # `'slice 12 of 24'`; `'the file'` where it is alone
     "Which of a folder's files is meant, in the order of their names, without the name: that may be a patient's."
     names = files_by_number(path)
-    return f'slice {names.index(path.name)+1} of {len(names)}' if path.name in names and len(names)>1 else 'the file'
+    if path.name not in names or len(names)<2: return 'the file'
+    return f'slice {names.index(path.name)+1} of {len(names)}'
 
 # %% ../nbs/11_dicom.ipynb #67a612b0
 _STEPS = 2**20 # of a parser; a header of 1,000 frames takes about 150,000
@@ -216,18 +226,23 @@ _STEPS = 2**20 # of a parser; a header of 1,000 frames takes about 150,000
 class _Steps:
     "An open file for pydicom, which may take so many steps; what is deflated is unpacked here, within the budget"
     def __init__(self, f, budget):
-        self.f,self.budget,self.left,self.tell = f,budget,_STEPS,f.tell
+        self.f,self.budget = f,budget
+        self.left,self.tell = _STEPS,f.tell
         f.seek(0)
+
     def seek(self, *args): return self.f.seek(*args)
+
     def read(self, n=-1):
         self.left -= 1
         if self.left<0: raise _too_many_steps()
-        return self.f.read(n) if n is not None and n>=0 else _unpacked(self.f.read(), self.budget)
+        if n is not None and n>=0: return self.f.read(n)
+        return _unpacked(self.f.read(), self.budget)
 
 def _too_many_steps():
     return SeriesError(f"its header takes more than {_STEPS:,} steps to read, far more than any scanner writes: "
         f"{_DAMAGED}")
 
+# %% ../nbs/11_dicom.ipynb #af0ba466
 def _unpacked(raw, budget):
     "A deflated data set, unpacked within the budget and packed again without compression, which costs nothing to undo"
     body = zlib.decompressobj(-zlib.MAX_WBITS).decompress(raw, budget.inflated+1)
@@ -241,9 +256,11 @@ def _unfolds(n, budget):
     return SeriesError(f"{n:,} bytes unfold to more than the {budget.inflated:,} that are allowed: damaged, or made to "
         "harm? If the series is sound, read it with budget=Budget(inflated=...)")
 
+# %% ../nbs/11_dicom.ipynb #56770e41
 def _full_header(f, look):
     "Header of the open file `f` by pydicom, and whether its coding is implicit"
-    tags = [*(_KNOWN[k][0] for k in _NAMES), *(look.tags if look else ())]
+    tags = [_KNOWN[k][0] for k in _NAMES]
+    if look: tags += look.tags
     ds = pydicom.dcmread(f, specific_tags=tags, stop_before_pixels=True, force=True)
     h = {k: _value(ds, k) for k in _NAMES}
     implicit,little = ds.original_encoding
@@ -253,14 +270,18 @@ def _full_header(f, look):
     h.update(little=little, syntax=syntax, at=None, size=0, looked=look and look(ds), native=native)
     return h,implicit
 
+# %% ../nbs/11_dicom.ipynb #e4b37bf0
 def _find_pixels(f, implicit, little):
     "Where the pixels begin and their bytes, if the open file `f` stands before pixels that need no decoder"
-    if f.read(4)!=(b'\xe0\x7f\x10\0' if little else b'\x7f\xe0\0\x10'):
-        return {}
+    tag = b'\xe0\x7f\x10\0' if little else b'\x7f\xe0\0\x10'
+    if f.read(4)!=tag: return {}
     length = int.from_bytes(f.read(4 if implicit else 8)[-4:], 'little' if little else 'big')
     if length==2**32-1: return {}
-    return dict(at=f.tell(), size=min(length, os.fstat(f.fileno()).st_size-f.tell()))
+    at = f.tell()
+    left = os.fstat(f.fileno()).st_size-at
+    return dict(at=at, size=min(length, left))
 
+# %% ../nbs/11_dicom.ipynb #e10d5a7f
 def _bad_header(path, e):
     what = f"{slice_label(path)} is DICOM but its header cannot be read ({type(e).__name__})"
     return SeriesError(f"{what}: damaged or cut short; export it again")
@@ -319,20 +340,23 @@ def _is_index(p):
 def _is_text_file(p):
     if not is_file(p): return True
     with open_input(p, SeriesError) as f: head = f.read(256)
-    return len(head)>0 and not any(o<9 or 13<o<32 for o in head)
+    if not head: return False
+    return not any(o<9 or 13<o<32 for o in head)
 
 # %% ../nbs/11_dicom.ipynb #ef2a43fc
 def _files(path):
     "Files of a folder that may be slices, or the file itself; sub-folders are not entered"
     if not path.is_dir():
         return [] if _is_index(path) else [path]
-    names = sorted(o.name for o in os.scandir(path) if not o.name.startswith('.') and not _leads_to_folder(o))
+    entries = [o for o in os.scandir(path) if not o.name.startswith('.')]
+    names = sorted(o.name for o in entries if not _leads_to_folder(o))
     return [p for o in names if not _is_index(p := path/o)]
 
 def _leads_to_folder(entry):
     if entry.is_dir(follow_symlinks=False): return True
     return entry.is_symlink() and os.path.isdir(entry.path)
 
+# %% ../nbs/11_dicom.ipynb #c410eef3
 def _file_images(p, look, budget):
     "Frames of file `p`: none if it holds no image, `None` if it is no DICOM file"
     try: found = file_frames(p, look, budget)
@@ -346,6 +370,7 @@ def _file_images(p, look, budget):
     if f['native'] and f['at'] is None: raise _no_pixels(p)
     return found
 
+# %% ../nbs/11_dicom.ipynb #291a8c25
 def _unlisted(e): return SeriesError(f"the folder cannot be listed ({e.strerror}): check its permissions")
 
 def _unopened(p, e):
@@ -358,8 +383,12 @@ def _no_pixels(p):
     return SeriesError(f"{slice_label(p)} has no pixel data: a header alone, or cut short; export it again")
 
 # %% ../nbs/11_dicom.ipynb #9a38d0da
-def _ending(p): return '' if p.suffix[1:].isdigit() else p.suffix.lower()
+def _ending(p):
+    "A file's suffix; the last number of a UID is none"
+    if p.suffix[1:].isdigit(): return ''
+    return p.suffix.lower()
 
+# %% ../nbs/11_dicom.ipynb #8e9adcf9
 def _check_others(others, frames):
     "Raise if a file that is no DICOM file is named like the slices beside it"
     suffixes = {_ending(f['path']) for f in frames} | _SUFFIXES
@@ -407,20 +436,29 @@ def shared_value(
             raise _value_differs(f, first_, k)
     return first_[k]
 
-def _close(v, w): return len(v)==len(w) and all(abs(a-b)<=1e-4*abs(b) for a,b in zip(v,w))
+# %% ../nbs/11_dicom.ipynb #045477ad
+def _close(v, w):
+    "Do as many numbers agree, to 0.01 %?"
+    if len(v)!=len(w): return False
+    return all(abs(a-b)<=1e-4*abs(b) for a,b in zip(v,w))
 
+# %% ../nbs/11_dicom.ipynb #e417c504
 def _missing(f, k, why):
-    return SeriesError(f"{k} is missing in {slice_label(f['path'])}: {why}; export the original series again")
+    what = f"{k} is missing in {slice_label(f['path'])}"
+    return SeriesError(f"{what}: {why}; export the original series again")
 
 def _value_differs(f, g, k):
-    both = f"{g[k]} in {slice_label(g['path'])} and {f[k]} in {slice_label(f['path'])}"
-    return SeriesError(f"{k} differs among the slices, {both}: mixed sizes; two series in one folder? Separate them")
+    one = f"{g[k]} in {slice_label(g['path'])}"
+    other = f"{f[k]} in {slice_label(f['path'])}"
+    return SeriesError(f"{k} differs among the slices, {one} and {other}: mixed sizes; two series in one folder? "
+        "Separate them")
 
 # %% ../nbs/11_dicom.ipynb #92440a85
 def _shared_int(stack, k, why):
     "The whole number that all slices share"
     v = shared_value(stack, k, why)[0]
-    if np.isfinite(v) and v==int(v) and v>=0: return int(v)
+    whole = np.isfinite(v) and v==int(v)
+    if whole and v>=0: return int(v)
     raise SeriesError(f"{k} must be a whole number; received {v}: {_DAMAGED}")
 
 # %% ../nbs/11_dicom.ipynb #369209a4
@@ -454,14 +492,21 @@ def _stored(x, f, alloc):
     if not 0<bits<=alloc or not 0<=low<=alloc-bits:
         raise _bad_bits(f, bits, low, alloc)
     signed = x.dtype.kind=='i'
-    if bits<alloc and (low or x.max()>2**(bits-signed)-1 or signed and x.min()<-2**(bits-1)):
+    if bits<alloc and (low or _has_more_bits(x, bits, signed)):
         x <<= alloc-bits-low
         x >>= alloc-bits
     if f['PhotometricInterpretation']=='MONOCHROME1':
         np.subtract(-1 if signed else 2**bits-1, x, out=x)
 
+def _has_more_bits(x, bits, signed):
+    "Is a number too large to be written in so many bits?"
+    if x.max()>2**(bits-signed)-1: return True
+    return signed and x.min()<-2**(bits-1)
+
+# %% ../nbs/11_dicom.ipynb #64c1ad99
 def _bad_bits(f, bits, low, alloc):
-    return SeriesError(f"{slice_label(f['path'])} claims {bits} bits from bit {low} on, of {alloc}: {_DAMAGED}")
+    what = f"{slice_label(f['path'])} claims {bits} bits from bit {low} on, of {alloc}"
+    return SeriesError(f"{what}: {_DAMAGED}")
 
 # %% ../nbs/11_dicom.ipynb #917a1e55
 def _read_native(f, out):
@@ -472,13 +517,16 @@ def _read_native(f, out):
             return
     raise SeriesError(f"{slice_label(f['path'])} ended while it was read: is it still being written?")
 
+# %% ../nbs/11_dicom.ipynb #efebd893
 def _stream_header(raw):
     """Bits, rows, columns and components in the header of a compressed stream.
 
     Source: JPEG, ITU-T T.81 B.2.2; JPEG-LS, T.87 C.2.2; JPEG 2000, T.800 A.5.1."""
     def n(at, size=2): return int.from_bytes(raw[at:at+size], 'big')
     if raw[:4]==b'\xff\x4f\xff\x51':
-        return (raw[42]&127)+1,n(12,4)-n(20,4),n(8,4)-n(16,4),n(40)
+        rows = n(12,4)-n(20,4)
+        columns = n(8,4)-n(16,4)
+        return (raw[42]&127)+1,rows,columns,n(40)
     at = 2
     while raw[at]==0xff: # segment after segment, up to the start of a frame
         if raw[at+1] in {*range(0xc0,0xd0),0xf7}-{0xc4,0xc8,0xcc}:
@@ -494,6 +542,7 @@ def _check_streams(ds, shape, dtype):
         if size!=[*shape[1:],1] or bits>8*dtype.itemsize:
             raise ValueError('the stream and the header differ')
 
+# %% ../nbs/11_dicom.ipynb #aa20b9d1
 def _decode(path, shape, dtype, budget):
     "All frames of a compressed file, (n,H,W)"
     budget.check('voxels', math.prod(shape), SeriesError)
@@ -512,6 +561,7 @@ def _decode(path, shape, dtype, budget):
         return x
     raise SeriesError(f"{slice_label(path)} announces {shape} {dtype} and holds {x.shape} {x.dtype}: {_DAMAGED}")
 
+# %% ../nbs/11_dicom.ipynb #174c19a2
 def _why_not(path, syntax, e):
     "Is a file that cannot be decoded in a coding that no decoder here knows, or damaged?"
     start = f"pixel data of {slice_label(path)} cannot be decoded ({type(e).__name__}): "
@@ -526,8 +576,10 @@ def _why_not(path, syntax, e):
 def _shared_array(shape, dtype):
     "An array that a forked process can fill for us"
     size = int(np.prod(shape))*np.dtype(dtype).itemsize
-    return np.ndarray(shape, dtype, buffer=mmap.mmap(-1, max(1, size)))
+    memory = mmap.mmap(-1, max(1, size))
+    return np.ndarray(shape, dtype, buffer=memory)
 
+# %% ../nbs/11_dicom.ipynb #34590ace
 def _in_fork(work, seconds):
     """Call `work` in a forked process, which ends with this one.
 
@@ -551,6 +603,7 @@ def _in_fork(work, seconds):
 
 _PATIENCE = 60 # times as long by the clock, on a machine that is busy, before a process is taken to hang
 
+# %% ../nbs/11_dicom.ipynb #1071c293
 def _work_and_exit(work, tell, seconds, parent):
     "In the forked process: work, write a `SeriesError` to the pipe `tell`, and end without cleaning up twice"
     code = 2
@@ -565,14 +618,15 @@ def _work_and_exit(work, tell, seconds, parent):
         code = 1
     finally: os._exit(code)
 
+# %% ../nbs/11_dicom.ipynb #b3b6ab96
 def _limit_processor_time(seconds):
     "The system ends this process once it has used so many seconds of processor time"
     limit = math.ceil(seconds+time.process_time())
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    _,hard = resource.getrlimit(resource.RLIMIT_CPU)
     if hard==resource.RLIM_INFINITY or limit<hard:
         resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
 
-
+# %% ../nbs/11_dicom.ipynb #f4e1769b
 def _no_answer(status, seconds):
     if status is not None and status!=-_SIGXCPU:
         return ("pixel data cannot be decoded: the decoder died, so a compressed stream is damaged; copy the series "
@@ -590,21 +644,27 @@ def _check_one_channel(f):
     raise SeriesError(f"{slice_label(f['path'])} holds colours: a screenshot (secondary capture), not a scan; move it "
         "out of the folder")
 
+# %% ../nbs/11_dicom.ipynb #2c741764
 def _check_no_table(stack):
     if not any(f['ModalityLUTSequence'] for f in stack):
         return
     raise SeriesError("the intensities go through a table (Modality LUT), which is not applied here; export the"
         " series without it, or as NIfTI")
 
+# %% ../nbs/11_dicom.ipynb #ca80aad0
 def _check_size(f, shape, dtype):
-    count = (f['frame']+1)*shape[0]*shape[1]*dtype.itemsize
+    H,W = shape
+    count = (f['frame']+1)*H*W*dtype.itemsize
     if not f['native'] or f['size']>=count: return
     raise SeriesError(f"pixel data of {slice_label(f['path'])} is truncated: {count} bytes expected, {f['size']} "
         "found; copy it again")
 
+# %% ../nbs/11_dicom.ipynb #e6c4de83
 def _rescale(stack):
     "Slope and intercept of each slice, (D,2)"
-    res = np.array([((f['RescaleSlope'] or (1.,))[0], (f['RescaleIntercept'] or (0.,))[0]) for f in stack])
+    slopes = [(f['RescaleSlope'] or (1.,))[0] for f in stack]
+    offsets = [(f['RescaleIntercept'] or (0.,))[0] for f in stack]
+    res = np.column_stack([slopes,offsets])
     if np.isfinite(res).all() and (res[:,0]!=0).all():
         return res
     raise SeriesError(f"RescaleSlope and RescaleIntercept must be finite numbers and the slope not 0: {_DAMAGED}")
@@ -617,12 +677,15 @@ def _pixel_type(stack):
     signed = _shared_int(stack, 'PixelRepresentation', 'the pixels have no sign')
     if alloc not in (8,16,32,64) or not 0<min(shape)<=max(shape)<=8192:
         raise _no_mr_image(shape, alloc)
-    return shape,np.dtype(f"{'<' if stack[0]['little'] else '>'}{'ui'[signed==1]}{alloc//8}")
+    order = '<' if stack[0]['little'] else '>'
+    kind = 'i' if signed==1 else 'u'
+    return shape,np.dtype(f'{order}{kind}{alloc//8}')
 
 def _no_mr_image(shape, alloc):
     what = f"{shape[0]} rows and {shape[1]} columns of {alloc} bits are no MR image"
     return SeriesError(f"{what}: a damaged header, or another kind of object; export the series again")
 
+# %% ../nbs/11_dicom.ipynb #e1e487a1
 def _fill_slices(out, stack, at, dtype, scale, budget):
     "Read the slices `at` of a stack, all from one file, into `out` (D,H,W); without `scale` as they are stored"
     f = stack[at[0]]

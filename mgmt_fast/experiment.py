@@ -59,28 +59,38 @@ def trained_parameters(
     archs:list|tuple=tuple(THESIS_ARCHS), # Names of backbones
 ) -> pd.DataFrame: # arch, parameters that train in adapter, backbone and head, norms whose statistics move
     "What a recipe lets learn in each architecture, one sequence in; counted on torch's meta device, without weights."
-    r,rows = get_recipe(recipe, pretrained=False),[]
+    r = get_recipe(recipe, pretrained=False)
+    rows = []
+    def learning(part): return sum(p.numel() for p in part.parameters() if p.requires_grad)
     for arch in archs:
         with torch.device('meta'):
             m = create_network(arch=arch, in_chans=1, **r.room('backbones'))
         parts = dict(adapter=m.body.adapter, backbone=m.body.net, head=m.head)
-        n = {k: sum(p.numel() for p in o.parameters() if p.requires_grad) for k,o in parts.items()}
-        rows.append(dict(arch=arch, **n, norms=int((m.frozen.statistics=='trained').sum())))
+        n = {k: learning(o) for k,o in parts.items()}
+        norms = (m.frozen.statistics=='trained').sum()
+        rows.append(dict(arch=arch, **n, norms=int(norms)))
     return pd.DataFrame(rows)
 
 # %% ../nbs/83_experiment.ipynb #8319000d
-def _name(cell): return f"{cell.arch.replace('/','_')}-{cell.sequences}"
+def _name(cell):
+    "The folder of a model"
+    arch = cell.arch.replace('/', '_')
+    return f'{arch}-{cell.sequences}'
 
+# %% ../nbs/83_experiment.ipynb #bc497d70
 def _fold_rows(oof):
     "One row per run of a cross-validation"
     runs = oof.groupby('run', sort=False).agg(arch=('arch','first'), sequences=('sequences','first'),
         fold=('fold','first'), valid_loss=('valid_loss','first'), n_valid=('patient','size'))
     return runs.reset_index(names='folder').assign(error='')
 
+# %% ../nbs/83_experiment.ipynb #72e7f38e
 def _failed(cell, e):
-    row = dict(arch=cell.arch, sequences=cell.sequences, error=f'{type(e).__name__}: {e}')
+    error = f'{type(e).__name__}: {e}'
+    row = dict(arch=cell.arch, sequences=cell.sequences, error=error)
     return pd.DataFrame([row])
 
+# %% ../nbs/83_experiment.ipynb #1e49796c
 def _cross_validated(store, dest, cell, recipe, settings):
     "The rows of one model's runs; what fails is a row"
     try:
@@ -119,7 +129,8 @@ def thesis_folds(
     each = list(cells.itertuples(index=False))
     def _job(c): return _cross_validated(store, Path(dest), c, recipe, settings)
     done = dict(as_they_finish(_job, each, n_jobs, backend, progress))
-    return pd.concat([done[i] for i in range(len(each))], ignore_index=True)
+    in_order = [done[i] for i in range(len(each))]
+    return pd.concat(in_order, ignore_index=True)
 
 # %% ../nbs/83_experiment.ipynb #83190010
 def split_predictions(
@@ -132,14 +143,17 @@ def split_predictions(
     for r in done.itertuples():
         valid = pd.read_csv(Path(dest)/'split'/r.folder/'valid.csv', dtype={'patient':'string'})
         parts.append(valid.assign(arch=r.arch, sequences=r.sequences))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    if not parts: return pd.DataFrame()
+    return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/83_experiment.ipynb #83190011
 def _fold_predictions(dest, cells):
     "Out-of-fold predictions of all models that were finished"
     paths = [dest/'folds'/_name(c) for c in cells.itertuples(index=False)]
-    parts = [read_oof(p) for p in paths if (p/'oof.csv').exists()]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    done = [p for p in paths if (p/'oof.csv').exists()]
+    if not done: return pd.DataFrame()
+    parts = [read_oof(p) for p in done]
+    return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/83_experiment.ipynb #83190013
 SPLITS = {'split':'its split', 'folds':'folds'}
@@ -150,13 +164,15 @@ def _frozen(store, dest, cell, split, runs):
     if (path/'bundle.json').exists(): return Bundle(path)
     if split=='folds':
         return freeze_bundle(**cv_models(dest/'folds'/_name(cell)), store=store, dest=path)
-    mine = runs[(runs.arch==cell.arch)&(runs.sequences==cell.sequences)].iloc[0]
+    same = (runs.arch==cell.arch)&(runs.sequences==cell.sequences)
+    mine = runs[same].iloc[0]
     if mine.get('error'):
         raise MGMTError(f'it was not trained: {mine.error}')
     folder = dest/'split'/mine.folder
     valid = pd.read_csv(folder/'valid.csv', dtype={'patient':'string'})
     return freeze_bundle(folder/'model', valid, store, path)
 
+# %% ../nbs/83_experiment.ipynb #11a1199d
 def _tested(bundle, tcga, folder, leaks, override):
     "The result of this bundle on this cohort, made once"
     name = f'external-{json_hash(volume_hashes(tcga))[:8]}'
@@ -199,13 +215,18 @@ def external_predictions(
 ) -> pd.DataFrame: # patient, label, prob, arch, sequences, threshold
     "What the frozen models of one way of splitting say of each test patient who counts."
     parts = []
-    for r in tests[(tests.split==split)&tests.result.notna()].itertuples():
-        file = Path(dest)/'external'/split/_name(r)/r.result['predictions']['file']
-        preds = pd.read_csv(file, dtype={'patient':'string'}).merge(tcga.table[['patient','label']], on='patient')
-        out = [o['patient'] for o in r.result['cohort']['left_out']]
+    labels = tcga.table[['patient','label']]
+    made = tests[(tests.split==split)&tests.result.notna()]
+    for r in made.itertuples():
+        res = r.result
+        file = Path(dest)/'external'/split/_name(r)/res['predictions']['file']
+        preds = pd.read_csv(file, dtype={'patient':'string'})
+        preds = preds.merge(labels, on='patient')
+        out = [o['patient'] for o in res['cohort']['left_out']]
         counted = preds[~preds.patient.isin(out)].astype({'label':int})
-        parts.append(counted.assign(arch=r.arch, sequences=r.sequences, threshold=r.result['threshold']))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+        parts.append(counted.assign(arch=r.arch, sequences=r.sequences, threshold=res['threshold']))
+    if not parts: return pd.DataFrame()
+    return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/83_experiment.ipynb #83190017
 def average_over_sequences(
@@ -218,8 +239,10 @@ def average_over_sequences(
         met = one.groupby('patient').sequences.nunique()
         common = met.index[met==one.sequences.nunique()]
         member = pd.factorize(one.sequences)[0]
-        rows.append(one.assign(member=member, sequences='average', recipe='')[one.patient.isin(common)])
-    return results_table(pd.concat(rows)) if rows else pd.DataFrame()
+        same = one.assign(member=member, sequences='average', recipe='')
+        rows.append(same[one.patient.isin(common)])
+    if not rows: return pd.DataFrame()
+    return results_table(pd.concat(rows))
 
 # %% ../nbs/83_experiment.ipynb #8319001a
 def plot_patient(
@@ -228,7 +251,8 @@ def plot_patient(
 ): # The axes
     "The middle slice of each sequence of the first patient of a class who has them all."
     t = store.table
-    row = t[(t.label==label)&t[list(store.sequences)].all(axis=1)].iloc[0]
+    complete = t[list(store.sequences)].all(axis=1)
+    row = t[(t.label==label)&complete].iloc[0]
     x = store.read(row.patient)
     fig,axs = plt.subplots(1, len(x), figsize=(2.4*len(x),2.7), layout='constrained', squeeze=False)
     for ax,s,o in zip(axs[0], store.sequences, x):
@@ -244,8 +268,10 @@ def plot_augmentation(
     n:int=5, # Draws
 ): # The axes
     "The middle slice of a patient as it is, and under several draws of the augmentation."
-    patient = store.table.patient[store.table[store.sequences[0]]].iloc[0]
-    x = torch.from_numpy(store.read(patient, store.sequences[0])[None]).float()/255
+    t,sequence = store.table,store.sequences[0]
+    patient = t.patient[t[sequence]].iloc[0]
+    voxels = store.read(patient, sequence)[None]
+    x = torch.from_numpy(voxels).float()/255
     shown = [('as it is',x)]
     for t in mgmt_augs(recipe, spacing=store.spacing):
         for i in range(n):
@@ -265,11 +291,16 @@ def _stages(r):
     order = 'in a new order each epoch' if r.shuffle else 'in the order of the table'
     prepared = 'slice by slice' if r.prepare_by=='slice' else 'one box and range per patient'
     rate = f"{r.schedule.replace('_',' ')} rate, {r.lr:g}"
-    return [('scans', 'FLAIR, T1w, T1wCE, T2w'), ('loader', f'{D} slices of {H}x{W},\n{prepared}'),
-        ('split', 'stratified by label'), ('generator', f'batches of {r.bs},\n{order},\naugmented in training'),
+    return [
+        ('scans', 'FLAIR, T1w, T1wCE, T2w'),
+        ('loader', f'{D} slices of {H}x{W},\n{prepared}'),
+        ('split', 'stratified by label'),
+        ('generator', f'batches of {r.bs},\n{order},\naugmented in training'),
         ('model', f'stem: {r.stem}; head: {r.head};\nfrozen: {r.freeze}'),
-        ('training', f'Adam, {rate},\n{r.epochs} epochs at most'), ('validation', 'the least loss\nkeeps its weights'),
-        ('bundle', 'frozen, with its threshold'), ('external test', 'once, signed')]
+        ('training', f'Adam, {rate},\n{r.epochs} epochs at most'),
+        ('validation', 'the least loss\nkeeps its weights'),
+        ('bundle', 'frozen, with its threshold'),
+        ('external test', 'once, signed')]
 
 # %% ../nbs/83_experiment.ipynb #8319001d
 def plot_flow(
@@ -291,19 +322,30 @@ def plot_flow(
     return ax
 
 # %% ../nbs/83_experiment.ipynb #83190020
-def _as_there(t): return t.assign(arch=t.arch.map(lambda a: THESIS_ARCHS.get(a, a)))
+def _as_there(t):
+    "A table with the thesis' names of architectures"
+    names = t.arch.map(lambda a: THESIS_ARCHS.get(a, a))
+    return t.assign(arch=names)
 
+# %% ../nbs/83_experiment.ipynb #5075ae22
 def _beside(split, folds, part):
     "Both ways of splitting and the thesis, cell by cell"
-    named = {SPLITS[k]: beside_thesis(_as_there(t), part) for k,t in dict(split=split, folds=folds).items() if len(t)}
-    ours = [t.loc[['here']].rename(index={'here':k}, level=0) for k,t in named.items()]
-    return pd.concat([*ours, beside_thesis(pd.DataFrame(), part)]).fillna('')
+    ours = []
+    for k,t in dict(split=split, folds=folds).items():
+        if not len(t): continue
+        both = beside_thesis(_as_there(t), part)
+        here = both.loc[['here']]
+        ours.append(here.rename(index={'here':SPLITS[k]}, level=0))
+    theirs = beside_thesis(pd.DataFrame(), part)
+    return pd.concat([*ours, theirs]).fillna('')
 
 # %% ../nbs/83_experiment.ipynb #83190021
 def thesis_findings() -> pd.DataFrame: # As `check_consistency`'s
     "What cannot be, or should not, in the thesis' own tables."
-    both = [thesis_results('validation').assign(set='validation'), thesis_results('test').assign(set='test', n=262)]
-    return check_consistency(pd.concat(both, ignore_index=True))
+    valid = thesis_results('validation').assign(set='validation')
+    test = thesis_results('test').assign(set='test', n=262)
+    both = pd.concat([valid,test], ignore_index=True)
+    return check_consistency(both)
 
 # %% ../nbs/83_experiment.ipynb #83190024
 def _key(store, tcga, recipe, settings):
@@ -312,7 +354,8 @@ def _key(store, tcga, recipe, settings):
     pixels = [volume_hashes(o) for o in (store,tcga)]
     choices = recipe.to_json()['choices']
     about = dict(version=__version__, recipe=recipe.name, choices=choices, **settings)
-    return json.loads(json.dumps(dict(about, patients=json_hash([labels,pixels]))))
+    about['patients'] = json_hash([labels,pixels])
+    return json.loads(json.dumps(about)) # as it is read from a file
 
 def _claim(dest, key):
     "Keep to one experiment per folder"
@@ -342,9 +385,11 @@ def _leaks(store, tcga, dest, audit, progress):
         table = pd.read_csv(folder/'leakage.csv', dtype={'train':str, 'test':str})
     except MGMTError as e:
         return NS(path=None, table=None, recall=None, said=f'No audit could be made: {e}')
-    recall = tuple(sum(r[k] for r in told['recall']) for k in ('found','planted'))
-    return NS(path=folder/'leakage.csv', table=table, recall=recall, said=told['summary'])
+    found = sum(r['found'] for r in told['recall'])
+    planted = sum(r['planted'] for r in told['recall'])
+    return NS(path=folder/'leakage.csv', table=table, recall=(found,planted), said=told['summary'])
 
+# %% ../nbs/83_experiment.ipynb #cc407446
 def _write_runs(dest, split, folds, tests=None):
     "All runs so far, one row each"
     parts = [split.assign(split='split'), folds.assign(split='folds')]
@@ -356,9 +401,13 @@ def _write_runs(dest, split, folds, tests=None):
 
 _run_columns = 'part arch sequences fold epoch valid_loss auc n_train n_valid seconds folder error'.split()
 
+# %% ../nbs/83_experiment.ipynb #fb256721
 def _test_rows(tests):
     "The external tests as rows of the table of runs"
-    auc = [r['all'].get('auc', [None])[0] if r else None for r in tests.result]
+    auc = []
+    for r in tests.result:
+        interval = r['all'].get('auc', [None]) if r else [None]
+        auc.append(interval[0])
     part = 'external, '+tests.split.map(SPLITS)
     return tests[['arch','sequences','error']].assign(split=part, auc=auc)
 
@@ -374,53 +423,69 @@ def _results(s):
     for k in SPLITS:
         preds = external_predictions(s.dest, s.tests, s.tcga, k)
         tables[f'average_{k}'] = average_over_sequences(preds) if len(preds) else preds
-        done = [r for r in s.tests.result[(s.tests.split==k)&s.tests.result.notna()]]
+        made = (s.tests.split==k)&s.tests.result.notna()
+        done = list(s.tests.result[made])
         tables[f'external_{k}'] = external_table(done) if done else pd.DataFrame()
     for k,t in tables.items():
         write_csv(s.dest/f'{k}.csv', t)
     return tables,silent
 
+# %% ../nbs/83_experiment.ipynb #b52d3b95
 def _told_apart(preds):
     "Figures of the models whose scores tell patients apart, and why there are none of the others"
     rows,why = [],[]
-    for (arch,sequences),t in preds.groupby(['arch','sequences'], sort=False) if len(preds) else ():
+    each = preds.groupby(['arch','sequences'], sort=False) if len(preds) else ()
+    for (arch,sequences),t in each:
         try: rows.append(results_table(t))
         except MGMTError as e:
             why.append(f'{arch} on {sequences}: {e}')
-    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(),why
+    table = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+    return table,why
 
+# %% ../nbs/83_experiment.ipynb #4b4e83a5
 def _ours_checked(tables, thresholds):
     "What cannot be, or should not, in our own tables"
     sets = dict(split='validation, its split', folds='validation, folds', external_split='test, its split',
         external_folds='test, folds', average_split='test, mean of its split', average_folds='test, mean of folds')
-    parts = [_counted(tables[k]).assign(set=v) for k,v in sets.items() if len(tables[k])]
-    return check_results(pd.concat(parts, ignore_index=True), thresholds) if parts else pd.DataFrame()
+    parts = []
+    for k,v in sets.items():
+        if len(tables[k]): parts.append(_counted(tables[k]).assign(set=v))
+    if not parts: return pd.DataFrame()
+    return check_results(pd.concat(parts, ignore_index=True), thresholds)
 
 def _counted(t):
     "Of an external test's table the rows of all patients who count, not those without some"
-    return t[t['set']=='external'] if 'set' in t else t
+    if 'set' not in t: return t
+    return t[t['set']=='external']
 
+# %% ../nbs/83_experiment.ipynb #c497820a
 def _paragraph(s, tables, findings):
     "What the external test of the five folds says"
-    t = tables['external_folds']
-    t = _counted(t)
+    t = _counted(tables['external_folds'])
     if not len(t):
-        return f"No external test gave figures: {'; '.join(uniqueify(s.tests.error)) or 'none was made'}."
-    named = t.assign(sequences=t.arch.map(lambda a: THESIS_ARCHS.get(a, a))+' on '+t.sequences)
+        why = '; '.join(uniqueify(s.tests.error)) or 'none was made'
+        return f"No external test gave figures: {why}."
+    named = t.assign(sequences=_as_there(t).arch+' on '+t.sequences)
     aside = None if s.leaks.table is None else set_aside(s.leaks.table)
     return say_results(named, t.p, findings, aside, s.leaks.recall, s.override, s.real)
 
 # %% ../nbs/83_experiment.ipynb #83190027
 def _intro(s):
     "What was done, with whom"
-    n = [(len(o), int((o.table.label==1).sum())) for o in (s.store,s.tcga)]
     done = (s.table.error.fillna('')=='').sum()
     archs = uniqueify(s.cells.arch)
     what = (f"Recipe {s.recipe.name!r}, {len(s.cells)} models: architectures {', '.join(archs)}, each on "
         f"{len(s.store.sequences)} sequences alone (experiment b) and on all at once (a).")
-    who = f"Training: {n[0][0]} patients, {n[0][1]} methylated. Test: {n[1][0]} patients, {n[1][1]} methylated."
-    return [f'{what} {who} {done} of {len(s.table)} runs and tests were finished.', *map(' '.join, _ways(s.n_folds))]
+    who = f"Training: {_patients_in(s.store.table)}. Test: {_patients_in(s.tcga.table)}."
+    finished = f'{done} of {len(s.table)} runs and tests were finished.'
+    ways = [' '.join(o) for o in _ways(s.n_folds)]
+    return [f'{what} {who} {finished}', *ways]
 
+def _patients_in(table):
+    methylated = int((table.label==1).sum())
+    return f'{len(table)} patients, {methylated} methylated'
+
+# %% ../nbs/83_experiment.ipynb #c8e25bb1
 def _ways(n):
     "The two ways to split, in words"
     yield ('Its split:', f'one part in {n} validates, and its patients choose the epoch whose figures are reported,',
@@ -428,6 +493,7 @@ def _ways(n):
     yield (f'The folds, {n} of them:', 'every patient is predicted by models that did not see them, and a part of the',
         'training patients chooses the epoch.')
 
+# %% ../nbs/83_experiment.ipynb #770f0bb4
 def _pictures(s):
     "Figures 7 to 11"
     both = pd.concat([_as_cohort(s.store, 'training'), _as_cohort(s.tcga, 'test')], ignore_index=True)
@@ -438,15 +504,21 @@ def _pictures(s):
         "Its Figure 11: the flow of training.", plot_flow(s.recipe)]
 
 def _as_cohort(store, name):
+    "The store's table as a cohort: a path's place holds whether there is a volume"
     t = store.table
-    return t.assign(source=name, **{k: t[k].where(t[k]) if k in t else None for k in SEQUENCES})
+    there = {k: t[k].where(t[k]) if k in t else None for k in SEQUENCES}
+    return t.assign(source=name, **there)
 
+# %% ../nbs/83_experiment.ipynb #5fbdd328
 def _losses(s):
     "Figures 12 and 13, from the split's runs"
     parts = []
     for number,sequence in ((12,'FLAIR'),(13,'T2w')):
-        runs = s.runs[(s.runs.sequences==sequence)&(s.runs.error.fillna('')=='')]
-        histories = {(sequence,r.arch): [s.dest/'split'/r.folder/'history.csv'] for r in runs.itertuples()}
+        done = s.runs.error.fillna('')==''
+        runs = s.runs[(s.runs.sequences==sequence)&done]
+        histories = {}
+        for r in runs.itertuples():
+            histories[sequence,r.arch] = [s.dest/'split'/r.folder/'history.csv']
         parts.append(f"The thesis' Figure {number}: losses of all architectures on {sequence}, its split.")
         parts.append(plot_losses(histories) if histories else 'No run was finished.')
     return parts
@@ -464,6 +536,7 @@ def _similarity(s):
     top = t.sort_values('score', ascending=False, ignore_index=True).head(8)
     return [text, *s.leaks.said.split('\n'), "The pairs that look most alike:", top[[c for c in columns if c in t]]]
 
+# %% ../nbs/83_experiment.ipynb #2a6872ab
 def _tables_part(s, tables, silent):
     "Tables 3 and 4"
     parts = ["Table 3: validation, accuracy / AUC, with 95 % intervals; the thesis gave none.",
@@ -490,18 +563,24 @@ def _one_or_each(tables):
     said = "The thesis found one model per sequence better, without intervals. By folds, AUC:"
     return [said, _as_there(b.add_prefix('one each: ').join(a).reset_index())]
 
+# %% ../nbs/83_experiment.ipynb #46645677
 def _runs_part(table):
     "All runs and tests; whole numbers are shown as such"
     whole = {k: 'Int64' for k in ('fold','epoch','n_train','n_valid') if k in table}
     shown = table.drop(columns='folder', errors='ignore').astype(whole)
     return ["Their folders are named in runs.csv, beside this page.", shown]
 
+# %% ../nbs/83_experiment.ipynb #763b9dfd
 def _recipe_part(s):
     "What the recipe chooses, and what learns"
-    t = thesis_choices(s.recipe) if s.recipe.name=='published' else compare_recipes('default', s.recipe, differ=True)
+    if s.recipe.name=='published': t = thesis_choices(s.recipe)
+    else:
+        t = compare_recipes('default', s.recipe, differ=True)
     said = "What learns: parameters of adapter, backbone and head, and norms whose statistics follow their batches."
-    done = uniqueify(s.table.arch[s.table.error.fillna('')==''])
-    return [t.astype(str), *([said, trained_parameters(s.recipe, done)] if done else [])]
+    finished = s.table.error.fillna('')==''
+    done = uniqueify(s.table.arch[finished])
+    if not done: return [t.astype(str)]
+    return [t.astype(str), said, trained_parameters(s.recipe, done)]
 
 # %% ../nbs/83_experiment.ipynb #83190029
 def _page(s):

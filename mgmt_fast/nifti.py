@@ -22,7 +22,8 @@ def is_nifti(
     path:Path, # File or folder
 ) -> bool: # Judged by its name
     "Is this a NIfTI file, or one of another format that is read as if it were?"
-    return path.name.lower().endswith(('.nii','.nii.gz','.hdr',*ITK_SUFFIXES))
+    suffixes = ('.nii','.nii.gz','.hdr',*ITK_SUFFIXES)
+    return path.name.lower().endswith(suffixes)
 
 # %% ../nbs/12_nifti.ipynb #66c4737e
 def nifti_axes(
@@ -47,12 +48,14 @@ def _via_itk(path):
     affine = np.eye(4)
     affine[:3,:3] = np.array(img.GetDirection()).reshape(3,3)*img.GetSpacing()
     affine[:3,3] = img.GetOrigin()
-    return nib.Nifti1Image(sitk.GetArrayFromImage(img).T, np.diag([-1.,-1,1,1])@affine)
+    from_lps = np.diag([-1.,-1,1,1])
+    return nib.Nifti1Image(sitk.GetArrayFromImage(img).T, from_lps@affine)
 
 def _no_itk(path):
     return SeriesError(f"a {path.suffix} file needs SimpleITK (the extra `itk`); install it, or convert the file"
         f" to NIfTI")
 
+# %% ../nbs/12_nifti.ipynb #f8f9808b
 def _loaded(path):
     "The image at `path`, its affine and type, read once to see that they can be"
     _check_start(path)
@@ -66,6 +69,7 @@ def _loaded(path):
 
 def _no_file(): return SeriesError('a pipe, a device or a folder under the name of an image: move it away')
 
+# %% ../nbs/12_nifti.ipynb #19d2f5a3
 _HEADER = 2**24 # bytes that may come before the voxels: extensions are a few kilobytes
 
 def _check_start(path):
@@ -81,9 +85,12 @@ def _check_start(path):
     if start>_HEADER:
         raise SeriesError(f"its voxels begin only after {start:,} bytes: a damaged header; copy it again")
 
+# %% ../nbs/12_nifti.ipynb #101bc42b
 def _first_bytes(path):
+    packed = path.name.lower().endswith('.gz')
     with open_input(path, SeriesError) as f:
-        return (gzip.GzipFile(fileobj=f) if path.name.lower().endswith('.gz') else f).read(540)
+        file = gzip.GzipFile(fileobj=f) if packed else f
+        return file.read(540)
 
 def _voxel_start(head):
     "Offset of the voxels in bytes, by the header of NIfTI-1 or NIfTI-2 in either byte order; 0 where it is neither"
@@ -95,6 +102,7 @@ def _voxel_start(head):
             return struct.unpack_from(order+'q', head, 168)[0]
     return 0
 
+# %% ../nbs/12_nifti.ipynb #ab8f5e26
 def _no_side():
     return SeriesError('an ANALYZE file does not say which side is left: convert the original series to NIfTI')
 
@@ -110,12 +118,14 @@ def _check_shape(shape, given):
     if min(shape[:3])<2:
         raise SeriesError(f"a volume needs 3 slices or more; received shape {shape}: a single slice?")
 
+# %% ../nbs/12_nifti.ipynb #318b3ab4
 def _check_affine(affine):
     if np.isfinite(affine).all() and 1e-9<abs(np.linalg.det(affine[:3,:3]))<1e15:
         return
     raise SeriesError(f"the affine is singular or not finite ({affine[:3].tolist()}), so nobody knows where the voxels "
         "lie: a damaged header; convert the series again")
 
+# %% ../nbs/12_nifti.ipynb #7fc41d91
 def _check_real(dtype):
     if dtype.kind in 'iuf': return
     raise SeriesError(f"voxels of type {dtype} are no grey levels: colours or complex numbers; convert to one real "
@@ -143,16 +153,21 @@ def read_nifti(
     "Read one volume of an image. Raises `SeriesError` as `open_nifti` does, and on voxels that are lost or not finite."
     img,shape = open_nifti(path)
     _check_budget(path, img, shape, index, budget)
-    x = _voxels(img, shape[:3], index if len(shape)==4 else None)
+    at = index if len(shape)==4 else None
+    x = torch_type(_voxels(img, shape[:3], at))
     axes = nifti_axes(img)
-    x = check_finite(np.array(torch_type(x).transpose(axes), order='C'))
+    x = check_finite(np.array(x.transpose(axes), order='C'))
     return Volume(torch.from_numpy(x), affine=img.affine[:,[*axes,3]])
 
+# %% ../nbs/12_nifti.ipynb #5d40831d
 def _voxels(img, shape, index=None):
     "All voxels of an image, or those of one time point, as `shape`"
-    try: return np.asanyarray(img.dataobj if index is None else img.dataobj[...,index]).reshape(shape)
+    try:
+        x = img.dataobj if index is None else img.dataobj[...,index]
+        return np.asanyarray(x).reshape(shape)
     except Exception as e: raise _no_voxels(e) from None
 
+# %% ../nbs/12_nifti.ipynb #96c67b9e
 def _check_budget(path, img, shape, index, budget):
     "Raise where a header claims more than is allowed, or more than its file can hold"
     volume = math.prod(shape[:3])
@@ -170,6 +185,7 @@ def _cut_short(end, holds):
     return SeriesError(f"the voxels cannot be read: the header claims {end:,} bytes, and the file holds {holds:,} at "
         "most: it is cut short, or its header is damaged; copy it again")
 
+# %% ../nbs/12_nifti.ipynb #34d18a98
 _DENSEST = 1032 # bytes that one byte of deflate can unfold to
 
 def _no_voxels(e):
@@ -187,11 +203,15 @@ def read_nifti_times(
         raise SeriesError(f"a series over time has 4 axes; received shape {shape}: one volume?")
     budget.check('voxels', math.prod(shape), SeriesError)
     _check_budget(path, img, shape, shape[3]-1, budget)
-    axes,x = nifti_axes(img),_voxels(img, shape)
-    x = check_finite(np.array(torch_type(x).transpose(3, *axes), order='C'))
+    axes = nifti_axes(img)
+    x = torch_type(_voxels(img, shape))
+    x = check_finite(np.array(x.transpose(3, *axes), order='C'))
     return x,img.affine[:,[*axes,3]],_step_in_seconds(img)
 
+# %% ../nbs/12_nifti.ipynb #cbc93138
 def _step_in_seconds(img):
     "Seconds between time points, in the unit that the header names; a step without a unit is of seconds"
     step = float(img.header.get_zooms()[3])
-    return step*dict(msec=1e-3, usec=1e-6).get(img.header.get_xyzt_units()[1], 1) if step>0 else 0.
+    if not step>0: return 0.
+    _,unit = img.header.get_xyzt_units()
+    return step*dict(msec=1e-3, usec=1e-6).get(unit, 1)

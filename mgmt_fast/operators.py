@@ -31,6 +31,7 @@ def plain_operators():
     try: yield
     finally: _asked_plain.pop()
 
+# %% ../nbs/41_operators.ipynb #1d6d7628
 def route(
     x:torch.Tensor, # Of any shape
 ) -> str: # `'cpu'`: what is fast on a CPU; `'card'`: kernels of our own; `'plain'`: torch's own operators alone
@@ -52,7 +53,8 @@ def as_images(
 ) -> torch.Tensor: # (B*D,C,H,W), a view if `x` is `channels_last_3d`
     "Lay the slices of a batch of volumes out as a batch of images."
     x = x.permute(0,2,3,4,1)
-    if x.shape[-1]==1: x = x.squeeze(-1).unsqueeze(-1) # a single channel's stride is arbitrary; torch expects 1
+    if x.shape[-1]==1:
+        x = x.squeeze(-1).unsqueeze(-1) # a single channel's stride is arbitrary; torch expects 1
     return x.flatten(0,1).permute(0,3,1,2)
 
 # %% ../nbs/41_operators.ipynb #a935c56f
@@ -61,18 +63,33 @@ def as_volumes(
     B:int, # Volumes in the batch
 ) -> torch.Tensor: # (B,C,D,H,W)
     "The way back from `as_images`."
-    return x.permute(0,2,3,1).unflatten(0, (B,-1)).permute(0,4,1,2,3)
+    x = x.permute(0,2,3,1)
+    x = x.unflatten(0, (B,-1))
+    return x.permute(0,4,1,2,3)
 
 # %% ../nbs/41_operators.ipynb #e77de8a1
-def _lines(x): "(B,C,D,H,W) to (B,C,D,H*W)"; return x.permute(0,2,3,4,1).flatten(2,3).permute(0,3,1,2)
-def _planes(x, hw): "The way back"; return x.permute(0,2,3,1).unflatten(2, hw).permute(0,4,1,2,3)
-def _across(x, f): "Apply `f` to (B,D,H,W,C)"; return f(x.permute(0,2,3,4,1)).permute(0,4,1,2,3)
+def _lines(x):
+    "(B,C,D,H,W) to (B,C,D,H*W)"
+    x = x.permute(0,2,3,4,1)
+    return x.flatten(2,3).permute(0,3,1,2)
+
+def _planes(x, hw):
+    "The way back"
+    x = x.permute(0,2,3,1)
+    return x.unflatten(2, hw).permute(0,4,1,2,3)
+
+def _across(x, f):
+    "Apply `f` to (B,D,H,W,C)"
+    y = f(x.permute(0,2,3,4,1))
+    return y.permute(0,4,1,2,3)
 
 # %% ../nbs/41_operators.ipynb #25973c1e
 def _inside(x):
     "`x` with channels innermost in memory"
-    return x.contiguous(memory_format=torch.channels_last if x.ndim==4 else torch.channels_last_3d)
+    layout = torch.channels_last if x.ndim==4 else torch.channels_last_3d
+    return x.contiguous(memory_format=layout)
 
+# %% ../nbs/41_operators.ipynb #2060ab0f
 class ChannelsInside(torch.autograd.Function):
     "Bring a tensor's memory, and its gradient's, to channels innermost: `ChannelsInside.apply(x)`"
     @staticmethod
@@ -102,26 +119,33 @@ def channels_inside(
 # %% ../nbs/41_operators.ipynb #0e1c08a8
 def _windows(x, at, mode='replicate'):
     "Slices `a` to `b` of (B,C,D,...) for each (a,b) in `at`, padded beyond the ends, one after the other in the batch"
-    D,x = x.shape[2],x.movedim(1, -1) # channels innermost, which `cat` cannot guess from a single slice
+    D = x.shape[2]
+    x = x.movedim(1, -1) # channels innermost, which `cat` cannot guess from a single slice
     before,after = x[:,:1],x[:,-1:]
     if mode!='replicate':
         before = after = torch.zeros_like(before)
     parts = []
     for a,b in at:
-        parts += [before]*-a + [x[:,max(a,0):min(b,D)]] + [after]*(b-D)
-    return torch.cat(parts, 1).unflatten(1, (len(at),-1)).flatten(0,1).movedim(-1, 1)
+        inner = x[:,max(a,0):min(b,D)]
+        parts += [before]*-a + [inner] + [after]*(b-D)
+    y = torch.cat(parts, 1).unflatten(1, (len(at),-1))
+    return y.flatten(0,1).movedim(-1, 1)
 
+# %% ../nbs/41_operators.ipynb #bed753cc
 def _unwindow_(g, at, D, mode='replicate'):
     "Gradient of `_windows`; a single window is summed up in the memory of `g`"
     if len(at)==1: return _unpad_(g, *at[0], D, mode)
-    gx = g.new_zeros(len(g)//len(at), D, *g.shape[3:], g.shape[1]).movedim(-1, 1)
-    for (a,b),w in zip(at, g.unflatten(0, (-1,len(at))).unbind(1)):
+    size = (len(g)//len(at), D, *g.shape[3:], g.shape[1])
+    gx = g.new_zeros(size).movedim(-1, 1)
+    windows = g.unflatten(0, (-1,len(at))).unbind(1)
+    for (a,b),w in zip(at, windows):
         gx[:,:,max(a,0):min(b,D)] += _unpad_(w, a, b, D, mode)
     return gx
 
 def _unpad_(g, a, b, D, mode):
     "Gradient of one window `a` to `b`: what the padding received is added to the end slices, in place"
-    lo,hi = max(-a,0),max(b-D,0)
+    lo = max(-a,0)
+    hi = max(b-D,0)
     inner = g[:,:,lo:g.shape[2]-hi]
     if mode!='replicate': return inner
     for i in range(lo): inner[:,:,0] += g[:,:,i]
@@ -142,9 +166,13 @@ def pad_depth(
     way = route(x)
     if way=='card' and x.ndim==5: return card_pad(x, lo, hi)
     if way!='plain': return _PadDepth.apply(x, lo, hi)
-    def ends(i, n): return x.narrow(2, i, 1).expand(-1, -1, n, *x.shape[3:])
-    return torch.cat([ends(0, lo), x, ends(x.shape[2]-1, hi)], 2)
+    def ends(i, n):
+        end = x.narrow(2, i, 1)
+        return end.expand(-1, -1, n, *x.shape[3:])
+    before,after = ends(0, lo),ends(x.shape[2]-1, hi)
+    return torch.cat([before, x, after], 2)
 
+# %% ../nbs/41_operators.ipynb #58165745
 class _PadDepth(torch.autograd.Function):
     "Replication with one copy for the gradient; slicing and joining would make a volume of zeros for each piece"
     @staticmethod
@@ -155,7 +183,9 @@ class _PadDepth(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g): return _unwindow_(g.clone(), ctx.at, ctx.D),None,None
+    def backward(ctx, g):
+        gx = _unwindow_(g.clone(), ctx.at, ctx.D)
+        return gx,None,None
 
 # %% ../nbs/41_operators.ipynb #72b51bc6
 class _Skip(torch.autograd.Function):
@@ -175,13 +205,15 @@ class _Skip(torch.autograd.Function):
 
 def _skip(x, s):
     if s==1: return x
-    return x[:,:,::s] if route(x)=='plain' else _Skip.apply(x, s)
+    if route(x)=='plain': return x[:,:,::s]
+    return _Skip.apply(x, s)
 
 # %% ../nbs/41_operators.ipynb #f1f2165e
 class _Depth:
     "How a convolution or pool treats the depth: kernel `k`, stride `s`, dilation `d`, padding `p`"
     def __init__(self, kernel, stride, dilation, padding, same=False, mode='replicate', ceil=False):
-        self.k,self.s,self.d,self.p = kernel,stride,dilation,padding
+        self.k,self.s = kernel,stride
+        self.d,self.p = dilation,padding
         self.same,self.mode,self.ceil = same,mode,ceil
         self.span = dilation*(kernel-1)+1
 
@@ -194,10 +226,14 @@ class _Depth:
 
     def _total(self, D):
         if self.same:
-            return max((-(-D//self.s)-1)*self.s+self.span-D, 0)
-        return 2*self.p if self.mode=='zeros' else max(2*self.p, self.span-self.s)
+            kept = -(-D//self.s)
+            return max((kept-1)*self.s+self.span-D, 0)
+        if self.mode=='zeros': return 2*self.p
+        return max(2*self.p, self.span-self.s)
 
-    def pad(self, x): return pad_depth(x, *self.pads(x.shape[2]), self.mode)
+    def pad(self, x):
+        lo,hi = self.pads(x.shape[2])
+        return pad_depth(x, lo, hi, self.mode)
     def __repr__(self): return f"k={self.k}, s={self.s}, {self.mode}"
 
 # %% ../nbs/41_operators.ipynb #6d6df031
@@ -207,13 +243,18 @@ def _conv_grads(g, x, w, stride, padding, dilation, groups, wanted):
     "Gradients of a convolution without bias with respect to `x` and `w`, each only if wanted"
     none = [0]*len(padding)
     args = (None, stride, padding, dilation, False, none, groups, [*wanted,False])
-    return torch.ops.aten.convolution_backward(g, x, w, *args)[:2]
+    grads = torch.ops.aten.convolution_backward(g, x, w, *args)
+    return grads[:2]
 
+# %% ../nbs/41_operators.ipynb #e4e5c59c
 def _wide_grad(g, x, w, stride, padding, dilation, groups):
     "Gradient of a depthwise kernel wider than 3: the middle three columns, then each outer pair, as a dilated kernel"
     def columns(width, pad, dil):
         narrow = w.new_empty(*w.shape[:3], width)
-        return _conv_grads(g, x, narrow, stride, [padding[0],pad], [dilation[0],dil], groups, (False,True))[1]
+        pads = [padding[0],pad]
+        dils = [dilation[0],dil]
+        _,gw = _conv_grads(g, x, narrow, stride, pads, dils, groups, (False,True))
+        return gw
     c = w.shape[3]//2
     out = torch.empty_like(w)
     out[...,c-1:c+2] = columns(3, padding[1]-c+1, 1)
@@ -221,6 +262,7 @@ def _wide_grad(g, x, w, stride, padding, dilation, groups):
         out[...,c-j],out[...,c+j] = columns(2, padding[1]-c+j, 2*j).unbind(3)
     return out
 
+# %% ../nbs/41_operators.ipynb #0715dec9
 class _Depthwise(torch.autograd.Function):
     "A depthwise `conv2d` whose backward pass uses `_wide_grad`"
     @staticmethod
@@ -248,14 +290,17 @@ def _cast(*xs):
         return xs
     return tuple(x.to(torch.get_autocast_dtype(dev)) for x in xs)
 
+# %% ../nbs/41_operators.ipynb #beac1fd6
 def _is_wide(x, w, padding, dilation, groups):
     "Would torch compute this kernel's gradient slowly?"
-    k = w.shape[3]
-    depthwise = groups==w.shape[0]>1 and w.shape[1]==1
-    fits = k in (5,7) and dilation[1]==1 and padding[1]>=k//2-1
     trains = torch.is_grad_enabled() and w.requires_grad
-    return _wide_pays and depthwise and fits and trains
+    if not (_wide_pays and trains): return False
+    O,I,_,k = w.shape
+    depthwise = groups==O>1 and I==1
+    fits = k in (5,7) and dilation[1]==1
+    return depthwise and fits and padding[1]>=k//2-1
 
+# %% ../nbs/41_operators.ipynb #28ae891c
 def _conv2d(x, w, stride, padding, dilation, groups):
     "`F.conv2d` without bias"
     args = (stride, padding, dilation, groups)
@@ -269,21 +314,24 @@ def _conv2d(x, w, stride, padding, dilation, groups):
 # %% ../nbs/41_operators.ipynb #4c813625
 def _ends(D, k, s, d, p):
     "Where zeros stand for an end slice: (slice of the result, end slice, taps of the kernel that meet it)"
-    for o in range((D+2*p-d*(k-1)-1)//s+1):
+    out = (D+2*p-d*(k-1)-1)//s+1
+    for o in range(out):
         at = [o*s+i*d-p for i in range(k)]
         before = sum(j<0 for j in at)
         after = sum(j>=D for j in at)
         if before: yield o,0,slice(0,before)
         if after: yield o,D-1,slice(k-after,k)
 
+# %% ../nbs/41_operators.ipynb #55a9908a
 class _DepthConv(torch.autograd.Function):
     "A depthwise convolution along the depth of (B,C,D,N), ends replicated; padded only if the two sides differ"
     @staticmethod
     def forward(ctx, x, w, lo, hi, s, d):
         D = ctx.D = x.shape[2]
-        ctx.at = [(0,D)] if lo==hi else [(-lo,D+hi)]
-        if lo!=hi: x = _windows(x, ctx.at)
-        p = lo if lo==hi else 0
+        even = lo==hi
+        ctx.at = [(0,D)] if even else [(-lo,D+hi)]
+        if not even: x = _windows(x, ctx.at)
+        p = lo if even else 0
         ctx.args = ([s,1], [p,0], [d,1], len(w))
         ctx.ends = [*_ends(x.shape[2], w.shape[1], s, d, p)]
         ctx.save_for_backward(x, w)
@@ -302,7 +350,8 @@ class _DepthConv(torch.autograd.Function):
             if gx is not None:
                 gx[:,:,i].addcmul_(g[:,:,o], _tap_sum(w, taps))
             if gw is not None:
-                gw[:,taps] += (g[:,:,o]*x[:,:,i]).sum((0,2))[:,None]
+                more = (g[:,:,o]*x[:,:,i]).sum((0,2))
+                gw[:,taps] += more[:,None]
         if gx is not None:
             gx = _unwindow_(gx, ctx.at, ctx.D)
         return gx,gw,None,None,None,None
@@ -312,28 +361,38 @@ def _tap_sum(w, taps): return w[:,taps].sum(1, keepdim=True)
 # %% ../nbs/41_operators.ipynb #118ef1e0
 def _cut(x, along, lo, hi):
     "The slices (from,to) that a `conv3d` reads: all, or, where torch is slow, the fewest windows of equal size"
-    s,span,D = along.s,along.span,x.shape[2]
-    out = (D+lo+hi-span)//s+1
+    s,span = along.s,along.span
+    D = x.shape[2]
+    whole = [(-lo,D+hi)]
     small = len(x)==1 and x[...,0].numel()<=20480
-    n = next((n for n in range(2, out+1) if out%n==0), 1) if small else 1
-    if n==1: return [(-lo,D+hi)]
+    if not small: return whole
+    out = (D+lo+hi-span)//s+1
+    n = next((n for n in range(2, out+1) if out%n==0), None)
+    if n is None: return whole
     m = out//n
-    return [(i*m*s-lo, (i*m+m-1)*s+span-lo) for i in range(n)]
+    starts = [i*m*s-lo for i in range(n)]
+    return [(a, a+(m-1)*s+span) for a in starts]
 
+# %% ../nbs/41_operators.ipynb #7cc4b67e
 class _DenseConv(torch.autograd.Function):
     "A `conv3d` of the windows `at`, padded by `mode`; keeps only its input"
     @staticmethod
     def forward(ctx, x, w, at, mode, *args):
-        ctx.at,ctx.mode,ctx.args = at,mode,(*args,1)
+        ctx.at,ctx.mode = at,mode
+        ctx.args = (*args,1)
         ctx.save_for_backward(x, w)
         y = _inside(F.conv3d(_windows(x, at, mode), w, None, *args))
-        return y.movedim(1, -1).unflatten(0, (len(x),-1)).flatten(1,2).movedim(-1, 1)
+        y = y.movedim(1, -1)
+        y = y.unflatten(0, (len(x),-1)).flatten(1,2)
+        return y.movedim(-1, 1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x,w = ctx.saved_tensors
-        g = g.movedim(1, -1).unflatten(1, (len(ctx.at),-1)).flatten(0,1).movedim(-1, 1)
+        g = g.movedim(1, -1)
+        g = g.unflatten(1, (len(ctx.at),-1)).flatten(0,1)
+        g = g.movedim(-1, 1)
         parts = _windows(x, ctx.at, ctx.mode)
         gx,gw = _conv_grads(g, parts, w, *ctx.args, ctx.needs_input_grad[:2])
         if gx is not None:
@@ -347,18 +406,33 @@ def fold_stride(
     stride:tuple, # (s,t,u), along D, H and W
 ) -> tuple: # (B,J,...) and (O,J,...), sides divided by the stride; J is I*s*t*u or up to a multiple of 8
     "Put the voxels that a stride steps over into channels, for kernels that want many channels and no stride."
-    out = [(n-k)//s+1 for n,k,s in zip(x.shape[2:], w.shape[2:], stride)]
-    taps = [-(-k//s)*s for k,s in zip(w.shape[2:], stride)]
+    size,kernel = x.shape[2:],w.shape[2:]
+    out = [(n-k)//s+1 for n,k,s in zip(size, kernel, stride)]
+    taps = [-(-k//s)*s for k,s in zip(kernel, stride)]
     wanted = [(o-1)*s+k for o,s,k in zip(out, stride, taps)]
-    w = F.pad(w, [o for k,n in zip(reversed(taps), reversed(w.shape[2:])) for o in (0,k-n)])
-    x = F.pad(x, [o for k,n in zip(reversed(wanted), reversed(x.shape[2:])) for o in (0,k-n)])
+    behind_w = [(0,k-n) for k,n in zip(taps, kernel)]
+    behind_x = [(0,k-n) for k,n in zip(wanted, size)]
+    w = F.pad(w, _last_axis_first(behind_w))
+    x = F.pad(x, _last_axis_first(behind_x))
     return _blocks(x, stride),_blocks(w, stride)
 
+# %% ../nbs/41_operators.ipynb #867df402
+def _last_axis_first(pads):
+    "What to add (before,behind) along each axis, as `F.pad` takes it"
+    flat = []
+    for p in reversed(pads): flat += p
+    return flat
+
+# %% ../nbs/41_operators.ipynb #f3455751
 def _blocks(x, stride):
     "Blocks of `stride` voxels as channels, filled up with zeros to a multiple of 8"
     s,t,u = stride
-    x = x.unflatten(4, (-1,u)).unflatten(3, (-1,t)).unflatten(2, (-1,s)).permute(0,2,4,6,1,3,5,7).flatten(4)
-    return F.pad(x, (0,-x.shape[-1]%8)).movedim(-1, 1)
+    x = x.unflatten(4, (-1,u))
+    x = x.unflatten(3, (-1,t))
+    x = x.unflatten(2, (-1,s))
+    x = x.permute(0,2,4,6,1,3,5,7).flatten(4)
+    missing = -x.shape[-1]%8
+    return F.pad(x, (0,missing)).movedim(-1, 1)
 
 # %% ../nbs/41_operators.ipynb #0a0a0a05
 def slices_as_channels(
@@ -366,8 +440,11 @@ def slices_as_channels(
     w:torch.Tensor, # (O,I,k,H,W)
 ) -> tuple: # (B*(D-k+1),k*I,H,W) and (O,k*I,H,W): the same convolution, without stride, of images
     "Put the slices that a kernel meets beside each other in channels."
-    k,x = w.shape[2],x.movedim(1, -1)
-    images = torch.cat([x[:,i:x.shape[1]-k+1+i] for i in range(k)], -1).flatten(0,1).movedim(-1, 1)
+    k = w.shape[2]
+    x = x.movedim(1, -1)
+    out = x.shape[1]-k+1
+    met = torch.cat([x[:,i:i+out] for i in range(k)], -1)
+    images = met.flatten(0,1).movedim(-1, 1)
     return images,w.transpose(1, 2).flatten(1, 2)
 
 # %% ../nbs/41_operators.ipynb #ae7b4813
@@ -392,8 +469,10 @@ class InflatedConv3d(nn.Module):
         self._new_weight(bias)
 
     def _new_weight(self, bias):
-        self.weight = nn.Parameter(torch.zeros(self.out_channels, self.in_channels//self.groups, *self.kernel_size))
-        self.bias = nn.Parameter(torch.zeros(self.out_channels)) if bias else None
+        O = self.out_channels
+        I = self.in_channels//self.groups
+        self.weight = nn.Parameter(torch.zeros(O, I, *self.kernel_size))
+        self.bias = nn.Parameter(torch.zeros(O)) if bias else None
 
     def _kernel(self): "(O,I,k,H,W)"; return self.weight
 
@@ -426,16 +505,19 @@ class InflatedConv3d(nn.Module):
         if self.groups==1 and self.in_channels<=4 and max(self.dilation)==1:
             return self._biased(self._folded(x, w))
         if self.along.k>1: return self._conv3d(x)
-        return as_volumes(self._biased(self._plane(as_images(_skip(x, self.along.s)), w[:,:,0])), len(x))
+        y = self._plane(as_images(_skip(x, self.along.s)), w[:,:,0])
+        return as_volumes(self._biased(y), len(x))
 
     def _pads(self, x):
         "Voxels to add before and behind each axis of `x`"
-        return self.along.pads(x.shape[2]),*self._plane_pads(x)
+        depth = self.along.pads(x.shape[2])
+        return depth,*self._plane_pads(x)
 
     def _plane_pads(self, x):
         if not self.same:
             return tuple((p,p) for p in self.padding[1:])
-        totals = map(tl.get_same_padding, x.shape[3:], self.kernel_size[1:], self.stride[1:], self.dilation[1:])
+        sides = zip(x.shape[3:], self.kernel_size[1:], self.stride[1:], self.dilation[1:])
+        totals = [tl.get_same_padding(*o) for o in sides]
         return tuple((n//2,n-n//2) for n in totals)
 
     def _geometry(self, x):
@@ -451,76 +533,102 @@ class InflatedConv3d(nn.Module):
     def _folded(self, x, w):
         "A few channels as many: each block of stride voxels, then the slices that a kernel meets, so that images do"
         (lo,hi),*plane = self._pads(x)
-        x = F.pad(pad_depth(x, lo, hi, self.along.mode), [o for p in reversed(plane) for o in p])
-        images,w = slices_as_channels(*_cast(*fold_stride(x, w, self.stride)))
+        x = pad_depth(x, lo, hi, self.along.mode)
+        x = F.pad(x, _last_axis_first(plane))
+        x,w = _cast(*fold_stride(x, w, self.stride))
+        images,w = slices_as_channels(x, w)
         return as_volumes(F.conv2d(images, w), len(x))
 
-    def _biased(self, y): return y if self.bias is None else y+self.bias.view(-1, *[1]*(y.ndim-2))
+    def _biased(self, y):
+        if self.bias is None: return y
+        return y+self.bias.view(-1, *[1]*(y.ndim-2))
 
     def _plane(self, images, w):
         "The 2D convolution of slices"
-        images,pad = (self._same_pad(images),(0,0)) if self.same else (images,self.padding[1:])
-        return _conv2d(images, w, self.stride[1:], pad, self.dilation[1:], self.groups)
+        pad = self.padding[1:]
+        if self.same:
+            images,pad = self._same_pad(images),(0,0)
+        stride,dilation = self.stride[1:],self.dilation[1:]
+        return _conv2d(images, w, stride, pad, dilation, self.groups)
 
     def _dense(self, x, w):
         "All of the kernel at once, as images"
         x,pad = self._pad_plane(x)
-        at = _cut(x, self.along, *self.along.pads(x.shape[2]))
+        lo,hi = self.along.pads(x.shape[2])
+        at = _cut(x, self.along, lo, hi)
         args = (self.stride, (0,*pad), self.dilation)
-        return as_images(_DenseConv.apply(*_cast(x, w), at, self.along.mode, *args))
+        y = _DenseConv.apply(*_cast(x, w), at, self.along.mode, *args)
+        return as_images(y)
 
     def _slice_by_slice(self, x, w):
         "One 2D convolution per slice of the kernel, added up, as images"
-        parts = _taps(self.along.pad(x), self.along)
-        return sum(self._plane(as_images(t), w[:,:,i]) for i,t in enumerate(parts))
+        padded = self.along.pad(x)
+        parts = enumerate(_taps(padded, self.along))
+        each = (self._plane(as_images(t), w[:,:,i]) for i,t in parts)
+        return sum(each)
 
     def _conv3d(self, x):
         "As torch computes it"
         x,pad = self._pad_plane(self.along.pad(x))
-        return F.conv3d(x, self._kernel(), self.bias, self.stride, (0,*pad), self.dilation, self.groups)
+        args = (self.stride, (0,*pad), self.dilation, self.groups)
+        return F.conv3d(x, self._kernel(), self.bias, *args)
 
     def _pad_plane(self, x):
         "The volume, padded in the plane if that depends on its size, and what is left to the operator"
         if not self.same: return x,self.padding[1:]
-        return as_volumes(self._same_pad(as_images(x)), x.shape[0]),(0,0)
+        images = self._same_pad(as_images(x))
+        return as_volumes(images, x.shape[0]),(0,0)
 
-    def _same_pad(self, images): return tl.pad_same(images, self.kernel_size[1:], self.stride[1:], self.dilation[1:])
+    def _same_pad(self, images):
+        kernel,stride = self.kernel_size[1:],self.stride[1:]
+        return tl.pad_same(images, kernel, stride, self.dilation[1:])
 
     def extra_repr(self) -> str: # For `repr`
         sizes = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         return f"{sizes}, groups={self.groups}, depth_padding={self.along.mode!r}"
 
+# %% ../nbs/41_operators.ipynb #a1ab6168
 def _is_pointwise(conv):
     "Is this a convolution of single voxels?"
-    plain = type(conv) is InflatedConv3d and conv.kernel_size==conv.stride==(1,1,1)
-    return plain and conv.groups==1 and not any(conv.padding)
+    if type(conv) is not InflatedConv3d or conv.groups!=1: return False
+    single = conv.kernel_size==conv.stride==(1,1,1)
+    return single and not any(conv.padding)
 
 def _is_depthwise(conv):
     "Has each channel a kernel of its own?"
     return conv.groups==conv.in_channels==conv.out_channels>1
 
+# %% ../nbs/41_operators.ipynb #39230eba
 def _one_slice(w, along):
     "The 2D kernel (O,I,H,W) that a single slice meets: the sum over the depth, or, with zeros around, the middle"
     if along.mode!='replicate': return w[:,:,along.p]
     flat = w.permute(0,2,3,4,1).flatten(2).sum(1)
-    return flat.unflatten(1, (*w.shape[3:],w.shape[1])).permute(0,3,1,2)
+    H,W,I = *w.shape[3:],w.shape[1]
+    return flat.unflatten(1, (H,W,I)).permute(0,3,1,2)
 
+# %% ../nbs/41_operators.ipynb #8aa2ef56
 def _taps(x, along):
     "For each slice of the kernel, the slices of padded `x` that it meets"
-    n = (x.shape[2]-along.span)//along.s+1
+    s = along.s
+    n = (x.shape[2]-along.span)//s+1
+    reach = (n-1)*s+1
     starts = [i*along.d for i in range(along.k)]
-    return [x[:,:,i:i+(n-1)*along.s+1:along.s] for i in starts]
+    return [x[:,:,i:i+reach:s] for i in starts]
 
 # %% ../nbs/41_operators.ipynb #2899db50
 class SeparableConv3d(InflatedConv3d):
     "An in-plane convolution `weight` (O,I,H,W), then one along the depth for each channel, `depth` (O,k)"
     def _new_weight(self, bias):
-        O,I,(k,*hw) = self.out_channels,self.in_channels//self.groups,self.kernel_size
+        O = self.out_channels
+        I = self.in_channels//self.groups
+        k,*hw = self.kernel_size
         self.weight = nn.Parameter(torch.zeros(O, I, *hw))
         self.depth = nn.Parameter(torch.full((O,k), 1/k))
         self.bias = nn.Parameter(torch.zeros(O)) if bias else None
 
-    def _kernel(self): return self.weight.unsqueeze(2)*self.depth[:,None,:,None,None]
+    def _kernel(self):
+        depth = self.depth[:,None,:,None,None]
+        return self.weight.unsqueeze(2)*depth
 
     def forward(self,
         x:torch.Tensor, # (B,I,D,H,W)
@@ -552,14 +660,17 @@ class SeparableConv3d(InflatedConv3d):
         if by_hand:
             return _DepthConv.apply(*_cast(lines, self.depth), *pads, o.s, o.d)
         w = self.depth[:,None,:,None]
-        return F.conv2d(pad_depth(lines, *pads, o.mode), w, None, (o.s,1), 0, (o.d,1), self.out_channels)
+        padded = pad_depth(lines, *pads, o.mode)
+        args = ((o.s,1), 0, (o.d,1), self.out_channels)
+        return F.conv2d(padded, w, None, *args)
 
 # %% ../nbs/41_operators.ipynb #a76ea963
 def depth_profiles(
     model3d:nn.Module, # 3D network
 ) -> set: # Names of weights in its state dict
     "The weights that a 2D network has no counterpart for: the depth profiles of separable convolutions."
-    separable = [n for n,m in model3d.named_modules() if isinstance(m, SeparableConv3d)]
+    modules = model3d.named_modules()
+    separable = [n for n,m in modules if isinstance(m, SeparableConv3d)]
     return {f'{n}.depth'.lstrip('.') for n in separable}
 
 # %% ../nbs/41_operators.ipynb #c1f960ca
@@ -573,21 +684,29 @@ def separate_depth(
         raise unknown_name('kind of convolution', which, ('depthwise','all'))
     def split(m):
         if not _separable(m, which): return m
-        w,p = _rank_one(m.weight.detach())
-        return _remake(SeparableConv3d, m, weight=w, depth=p) if _near(w, p, m.weight.detach(), tol) else m
+        kernel = m.weight.detach()
+        w,p = _rank_one(kernel)
+        if not _near(w, p, kernel, tol): return m
+        return _remake(SeparableConv3d, m, weight=w, depth=p)
     return _replace(model3d, split)
 
+# %% ../nbs/41_operators.ipynb #3b026119
 def _separable(m, which):
     "Is this a convolution, of the kind asked for, whose kernel extends along all axes?"
-    if type(m) not in (InflatedConv3d,nn.Conv3d) or m.kernel_size[0]==1 or max(m.kernel_size[1:])==1:
+    if type(m) not in (InflatedConv3d,nn.Conv3d): return False
+    if m.kernel_size[0]==1 or max(m.kernel_size[1:])==1:
         return False
     if which=='depthwise' and not m.groups==m.in_channels>1:
         return False
-    return not isinstance(m, nn.Conv3d) or m.padding_mode=='zeros' and not isinstance(m.padding, str)
+    if not isinstance(m, nn.Conv3d): return True
+    return m.padding_mode=='zeros' and not isinstance(m.padding, str)
 
+# %% ../nbs/41_operators.ipynb #4f38d39b
 def _near(w, p, kernel, tol):
     "Is the kernel the product of its parts? A kernel without numbers (meta) counts as one"
-    return w.is_meta or not (w.unsqueeze(2)*p[:,None,:,None,None]-kernel).norm()>tol*kernel.norm()
+    if w.is_meta: return True
+    product = w.unsqueeze(2)*p[:,None,:,None,None]
+    return not (product-kernel).norm()>tol*kernel.norm()
 
 def _rank_one(w):
     "The nearest in-plane kernel (O,I,H,W), by the largest slice, and its depth profile (O,k), magnitudes summing to 1"
@@ -599,16 +718,21 @@ def _rank_one(w):
     total = p.abs().sum(1, keepdim=True)
     return u*total[:,:,None,None],p/total
 
+# %% ../nbs/41_operators.ipynb #1fc4b043
 def _remake(cls, m, **weights):
     "A convolution of another class with the same geometry"
-    same,mode = (False,'zeros') if isinstance(m, nn.Conv3d) else (m.same,m.along.mode)
-    args = (m.kernel_size, m.stride, m.dilation, m.groups, m.bias is not None, m.padding, same, mode)
+    torchs = isinstance(m, nn.Conv3d)
+    same,mode = (False,'zeros') if torchs else (m.same,m.along.mode)
+    biased = m.bias is not None
+    args = (m.kernel_size, m.stride, m.dilation, m.groups, biased, m.padding, same, mode)
     new = cls(m.in_channels, m.out_channels, *args)
-    if m.bias is not None: new.bias = m.bias
+    if biased: new.bias = m.bias
+    trained = m.weight.requires_grad
     for k,v in weights.items():
-        setattr(new, k, nn.Parameter(v.contiguous(), requires_grad=m.weight.requires_grad))
+        setattr(new, k, nn.Parameter(v.contiguous(), requires_grad=trained))
     return new.train(m.training)
 
+# %% ../nbs/41_operators.ipynb #784aac6c
 def _replace(model, f):
     "Put `f(module)` in the place of every module"
     for n,c in model.named_children():
@@ -628,15 +752,18 @@ def merge_depth(
 # %% ../nbs/41_operators.ipynb #b0c16203
 def _large(x):
     "Do passes over memory cost more here than calls from Python?"
-    return route(x)=='cpu' and x.numel()>=2**15
+    if route(x)!='cpu': return False
+    return x.numel()>=2**15
 
+# %% ../nbs/41_operators.ipynb #f83980e1
 class _BatchNormSiLU(torch.autograd.Function):
     "Batch norm and SiLU that keep only their input"
     @staticmethod
     def forward(ctx, x, w, b, mean, var, training, momentum, eps):
         y,m,s = torch.native_batch_norm(x, w, b, mean, var, training, momentum, eps)
         ctx.training,ctx.eps = training,eps
-        ctx.save_for_backward(x, w, b, m, s, *((None,None) if training else (mean,var)))
+        fixed = (None,None) if training else (mean,var)
+        ctx.save_for_backward(x, w, b, m, s, *fixed)
         return F.silu(y, inplace=True)
 
     @staticmethod
@@ -646,20 +773,30 @@ class _BatchNormSiLU(torch.autograd.Function):
         used = (m,s**-2-ctx.eps) if ctx.training else (mean,var)
         z = torch.native_batch_norm(x, w, b, *used, False, 0., ctx.eps)[0]
         g = torch.ops.aten.silu_backward.grad_input(g, z, grad_input=z)
-        args = (mean, var, m, s, ctx.training, ctx.eps, list(ctx.needs_input_grad[:3]))
-        return *torch.ops.aten.native_batch_norm_backward(g, x, w, *args),None,None,None,None,None
+        wanted = list(ctx.needs_input_grad[:3])
+        args = (mean, var, m, s, ctx.training, ctx.eps, wanted)
+        grads = torch.ops.aten.native_batch_norm_backward(g, x, w, *args)
+        return *grads,None,None,None,None,None
 
 # %% ../nbs/41_operators.ipynb #e4a90c12
-def _rows(x): "Voxels as rows, (N,C)"; return x.permute(0,2,3,4,1).flatten(0,3)
+def _rows(x):
+    "Voxels as rows, (N,C)"
+    return x.permute(0,2,3,4,1).flatten(0,3)
 
 def _volume(rows, x):
     "Rows as voxels of a volume like `x`"
-    return rows.unflatten(0, (len(x),*x.shape[2:])).permute(0,4,1,2,3)
+    size = (len(x),*x.shape[2:])
+    y = rows.unflatten(0, size)
+    return y.permute(0,4,1,2,3)
 
+# %% ../nbs/41_operators.ipynb #ebd04caf
 def _affine(x, A, b):
     "`A` times the channels of each voxel, plus `b`"
-    return _inside(as_volumes(F.conv2d(as_images(x), A.to(x)[...,None,None], b.to(x)), len(x)))
+    kernel = A.to(x)[...,None,None]
+    y = F.conv2d(as_images(x), kernel, b.to(x))
+    return _inside(as_volumes(y, len(x)))
 
+# %% ../nbs/41_operators.ipynb #b42e7c3a
 def _moments(u, W):
     "Mean and variance of the channels of `u@W.T` from those of the rows `u` (N,I); with the mean of `u` and W Cov(u)"
     mu = u.mean(0, dtype=torch.double)
@@ -667,18 +804,23 @@ def _moments(u, W):
     P = W@(c.t()@c/len(u))
     return W@mu,(P*W).sum(1),mu,P
 
+# %% ../nbs/41_operators.ipynb #c69febad
 def _follow_(running, now, momentum): running.lerp_(now.to(running), momentum)
 
+# %% ../nbs/41_operators.ipynb #e8fea1cd
 class _ExpandNorm(torch.autograd.Function):
     "A pointwise convolution, the batch norm of its result and, on request, SiLU; keeps only its input"
     @staticmethod
     def forward(ctx, x, w, gamma, beta, mean, var, training, momentum, eps, silu):
-        u,W,mu,P = _rows(x),w.flatten(1).double(),None,None
+        u = _rows(x)
+        W = w.flatten(1).double()
+        mu = P = None
         if training: m,v,mu,P = _moments(u, W)
         else: m,v = mean.double(),var.double()
         if training and mean is not None:
+            n = len(u)
             _follow_(mean, m, momentum)
-            _follow_(var, v*len(u)/max(len(u)-1, 1), momentum)
+            _follow_(var, v*n/max(n-1, 1), momentum)
         s = (v+eps).rsqrt()
         a = gamma*s
         b = beta-a*m
@@ -691,13 +833,15 @@ class _ExpandNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x,w,gamma,mu,P,m,s,b = ctx.saved_tensors
-        W,a = w.flatten(1).double(),gamma*s
+        W = w.flatten(1).double()
+        a = gamma*s
         A = a[:,None]*W
         if ctx.silu:
             y = _affine(x, A, b)
             g = torch.ops.aten.silu_backward.grad_input(g, y, grad_input=y)
         u,g = _rows(x),_rows(g)
-        G,gb = (g.t()@u).double(),g.sum(0).double()
+        G = (g.t()@u).double()
+        gb = g.sum(0).double()
         gg = s*((W*G).sum(1)-m*gb)
         gu = g@A.to(g) if ctx.needs_input_grad[0] else None
         if mu is not None:
@@ -706,12 +850,17 @@ class _ExpandNorm(torch.autograd.Function):
             if gu is not None:
                 _through_moments_(gu, u, W, A, t, t*m-gb)
         if gu is not None: gu = _volume(gu, x)
-        return gu,(a[:,None]*G).to(w).view_as(w),gg.to(gamma),gb.to(gamma),*(None,)*6
+        gw = (a[:,None]*G).to(w).view_as(w)
+        return gu,gw,gg.to(gamma),gb.to(gamma),*(None,)*6
 
+# %% ../nbs/41_operators.ipynb #62c169c7
 def _through_moments_(gu, u, W, A, t, k):
     "Add to the gradient of the rows `u` what passes through the batch's variance and mean"
-    gu.addmm_(u, (W.t()*-t@A/len(u)).to(u))
-    gu.add_((k@A/len(u)).to(u))
+    n = len(u)
+    by_variance = W.t()*-t@A/n
+    by_mean = k@A/n
+    gu.addmm_(u, by_variance.to(u))
+    gu.add_(by_mean.to(u))
 
 # %% ../nbs/41_operators.ipynb #ea10a4c2
 class BatchNormAct3d(nn.BatchNorm3d):
@@ -729,7 +878,8 @@ class BatchNormAct3d(nn.BatchNorm3d):
         drop:nn.Module=None, # Dropout before the activation; none if None
     ):
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
-        self.act,self.drop = act or nn.Identity(),drop or nn.Identity()
+        self.act = act or nn.Identity()
+        self.drop = drop or nn.Identity()
 
     def _now(self):
         "Weight, bias, running mean and variance, whether the batch's own statistics count, momentum, eps"
@@ -755,18 +905,32 @@ class BatchNormAct3d(nn.BatchNorm3d):
             own = False
         if _ends_in_silu(self) and _large(x) and torch.is_grad_enabled():
             return _BatchNormSiLU.apply(x, w, b, mean, var, own, *rest)
-        return self.act(self.drop(F.batch_norm(x, mean, var, w, b, own, *rest)))
+        y = self.drop(F.batch_norm(x, mean, var, w, b, own, *rest))
+        return self.act(y)
 
     def _on_card(self, x, act, add=None):
         "Norm, addition and activation in one pass."
         w,b,mean,var,own,*rest = self._now()
         if own and mean is not None and _is_single(x):
             own = False
-        return card_norm(x, w, b, mean, var, own, *rest, ACTIVATIONS[type(act)], add)
+        name = ACTIVATIONS[type(act)]
+        return card_norm(x, w, b, mean, var, own, *rest, name, add)
 
-def _on_one_pass(norm, act): return type(act) in ACTIVATIONS and type(norm.drop) is nn.Identity
-def _is_single(x): "Is there one value per channel?"; return x.shape[2:].numel()==1 and x.shape[0]==1
-def _ends_in_silu(norm): return type(norm.act) is nn.SiLU and type(norm.drop) is nn.Identity
+# %% ../nbs/41_operators.ipynb #f02afb24
+def _on_one_pass(norm, act):
+    "Does a card's kernel know the activation, and is there no dropout before it?"
+    if type(act) not in ACTIVATIONS: return False
+    return type(norm.drop) is nn.Identity
+
+def _is_single(x):
+    "Is there one value per channel?"
+    if x.shape[2:].numel()!=1: return False
+    return x.shape[0]==1
+
+def _ends_in_silu(norm):
+    "Is SiLU all that follows the norm?"
+    if type(norm.act) is not nn.SiLU: return False
+    return type(norm.drop) is nn.Identity
 
 # %% ../nbs/41_operators.ipynb #0a0a0a03
 def norm_act(
@@ -799,10 +963,13 @@ def conv_norm(
     inplace = getattr(norm.act, 'inplace', False) and torch.is_grad_enabled()
     return norm.act(y.clone() if inplace else y) # what a custom function returns must not be changed in place
 
+# %% ../nbs/41_operators.ipynb #fdfe667d
 def _expands(conv, x):
     "Is this a pointwise convolution to twice as many channels or more, of so many voxels that it pays?"
     pointwise = _large(x) and _is_pointwise(conv) and conv.bias is None
-    return pointwise and conv.out_channels>=2*conv.in_channels and x.numel()>=8*conv.in_channels**2
+    if not pointwise: return False
+    few = conv.in_channels
+    return conv.out_channels>=2*few and x.numel()>=8*few**2
 
 # %% ../nbs/41_operators.ipynb #e59bff8c
 class InflatedPool3d(nn.Module):
@@ -831,33 +998,49 @@ class InflatedPool3d(nn.Module):
             return card_max_pool(x, self._geometry(x))
         y = as_volumes(self.plane(as_images(x)), x.shape[0])
         if self.along.k==1: return _skip(y, self.along.s)
-        return _planes(self._through(_lines(self.along.pad(y))), y.shape[3:])
+        lines = _lines(self.along.pad(y))
+        return _planes(self._through(lines), y.shape[3:])
 
     def _is_max_pool3d(self, x):
         "Does torch's own pool do? An end slice that counts twice does not change a maximum"
-        m,(lo,hi) = self.plane,self.along.pads(x.shape[2])
-        return route(x)!='card' and type(m) is nn.MaxPool2d and lo==hi<=self.along.k//2 and not m.ceil_mode
+        if route(x)=='card' or not self._is_maximum(): return False
+        lo,hi = self.along.pads(x.shape[2])
+        reach = self.along.k//2
+        return lo==hi<=reach
+
+    def _is_maximum(self):
+        "Is it torch's maximum in the plane, over whole windows?"
+        m = self.plane
+        return type(m) is nn.MaxPool2d and not m.ceil_mode
 
     def _is_on_card(self, x):
         "Does a card's kernel do? It numbers at most 255 voxels of a window"
-        m = self.plane
-        plain = self.kind=='max' and type(m) is nn.MaxPool2d and not m.ceil_mode
-        return plain and route(x)=='card' and self.along.k*math.prod(_pair(m.kernel_size))<=255
+        plain = self.kind=='max' and self._is_maximum()
+        if not plain or route(x)!='card': return False
+        area = math.prod(_pair(self.plane.kernel_size))
+        return self.along.k*area<=255
 
     def _geometry(self, x):
-        kernel,stride,before,dilation = self.windows(x.shape[2])
-        after = self.along.pads(x.shape[2])[1],*before[1:]
-        return geometry(tuple(x.shape[2:]), kernel, stride, dilation, before, after, False)
+        D = x.shape[2]
+        kernel,stride,before,dilation = self.windows(D)
+        _,hi = self.along.pads(D)
+        after = hi,*before[1:]
+        size = tuple(x.shape[2:])
+        return geometry(size, kernel, stride, dilation, before, after, False)
 
-    def _max_pool3d(self, x): return F.max_pool3d(x, *self.windows(x.shape[2]))
+    def _max_pool3d(self, x):
+        windows = self.windows(x.shape[2])
+        return F.max_pool3d(x, *windows)
 
     def windows(self,
         D:int, # Slices of the input
     ) -> tuple: # Kernel, stride, padding before the first voxel and dilation, (3,) each, along D, H and W
         "What is pooled, of a pool whose plane is one of torch's"
         o,m = self.along,self.plane
-        both = ((o.k,m.kernel_size), (o.s,m.stride), (o.pads(D)[0],m.padding), (o.d,m.dilation))
-        return tuple((d,*_pair(p)) for d,p in both)
+        lo,_ = o.pads(D)
+        depth = o.k,o.s,lo,o.d
+        plane = m.kernel_size,m.stride,m.padding,m.dilation
+        return tuple((d,*_pair(p)) for d,p in zip(depth, plane))
 
     def _through(self, lines):
         "The pool along the depth, (B,C,D,N)"
@@ -867,17 +1050,28 @@ class InflatedPool3d(nn.Module):
         if self.kind=='avg':
             return F.avg_pool2d(lines, (o.k,1), (o.s,1))
         C = lines.shape[1]
-        w = _binomial_on(o.k, lines.device, lines.dtype).view(1,1,-1,1).expand(C,1,-1,1)
+        w = _binomial_on(o.k, lines.device, lines.dtype)
+        w = w.view(1,1,-1,1).expand(C,1,-1,1)
         return F.conv2d(lines, w, None, (o.s,1), groups=C)
 
     def extra_repr(self) -> str: # For `repr`
         return f"{self.kind} along the depth, {self.along}"
 
-def _pair(x): return (x,x) if isinstance(x, int) else tuple(x)
-def _binomial(k): "Weights of a blur over k slices"; return [math.comb(k-1, i)/2**(k-1) for i in range(k)]
+# %% ../nbs/41_operators.ipynb #a75df1d3
+def _pair(x):
+    "Both sides, of a number for both or of two"
+    if isinstance(x, int): return x,x
+    return tuple(x)
+
+def _binomial(k):
+    "Weights of a blur over k slices"
+    total = 2**(k-1)
+    return [math.comb(k-1, i)/total for i in range(k)]
 
 @lru_cache
-def _binomial_on(k, device, dtype): return torch.tensor(_binomial(k)).to(device, dtype)
+def _binomial_on(k, device, dtype):
+    weights = torch.tensor(_binomial(k))
+    return weights.to(device, dtype)
 
 # %% ../nbs/41_operators.ipynb #c3d6f345
 class _Mean(torch.autograd.Function):
@@ -889,14 +1083,18 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g): return (g/math.prod(ctx.shape[2:]))[...,None,None,None].expand(ctx.shape)
+    def backward(ctx, g):
+        each = g/math.prod(ctx.shape[2:])
+        return each[...,None,None,None].expand(ctx.shape)
 
+# %% ../nbs/41_operators.ipynb #90a187a0
 def volume_mean(
     x:torch.Tensor, # (B,C,D,H,W)
 ) -> torch.Tensor: # (B,C)
     "The mean over the volume, whose gradient takes no memory where the volume is large."
     if route(x)=='card': return card_mean(x)
-    return _Mean.apply(x) if _large(x) else x.mean((2,3,4))
+    if _large(x): return _Mean.apply(x)
+    return x.mean((2,3,4))
 
 # %% ../nbs/41_operators.ipynb #0a0a0a04
 def scale_channels(
@@ -904,7 +1102,8 @@ def scale_channels(
     scale:torch.Tensor, # (B,C)
 ) -> torch.Tensor: # `x*scale`
     "Multiply the channels of each volume by numbers of its own."
-    return card_scale(x, scale) if route(x)=='card' else x*scale[...,None,None,None]
+    if route(x)=='card': return card_scale(x, scale)
+    return x*scale[...,None,None,None]
 
 # %% ../nbs/41_operators.ipynb #f780ba10
 def scaled_conv(
@@ -913,15 +1112,20 @@ def scaled_conv(
     scale:torch.Tensor, # (B,C)
 ) -> torch.Tensor: # `conv(x*scale)`
     "A convolution of scaled channels; the scales go into the weights where there are more voxels than channels."
-    pays = route(x)=='cpu' and _is_pointwise(conv) and conv.bias is None and x[0,0].numel()>conv.out_channels
+    plain = route(x)=='cpu' and _is_pointwise(conv) and conv.bias is None
+    pays = plain and x[0,0].numel()>conv.out_channels
     if not pays: return conv(x*scale[...,None,None,None])
     w = conv.weight.flatten(1)*scale[:,None]
-    def each(voxels): return (voxels.flatten(1,3)@w.transpose(1,2)).unflatten(1, x.shape[2:])
+    def each(voxels):
+        rows = voxels.flatten(1,3)@w.transpose(1,2)
+        return rows.unflatten(1, x.shape[2:])
     return _across(x, each)
 
 # %% ../nbs/41_operators.ipynb #cbef3718
 def keep_freed_memory() -> bool: # Did it work? Only with the GNU C library (most of Linux)
     "Let this process keep the memory that it frees, 2 GiB of it at most."
     libc = ctypes.CDLL(None) if sys.platform=='linux' else None
+    if not hasattr(libc, 'mallopt'): return False
     trim_threshold,mmap_max = -1,-4 # of <malloc.h>
-    return hasattr(libc, 'mallopt') and bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31-1))
+    kept = libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31-1)
+    return bool(kept)

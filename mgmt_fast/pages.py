@@ -31,9 +31,11 @@ def _is_number(v):
     return True
 
 def _guarded(v):
-    risky = isinstance(v, str) and _executed.match(v) and not _is_number(v)
+    if not isinstance(v, str): return v
+    risky = _executed.match(v) and not _is_number(v)
     return "'"+v if risky else v
 
+# %% ../nbs/03_pages.ipynb #ea2da4e4
 def write_csv(
     path:str|Path, # File to write
     table:pd.DataFrame, # Without its index
@@ -48,6 +50,7 @@ def write_csv(
         safe.to_csv(tmp, index=False, **kwargs)
     return Path(path)
 
+# %% ../nbs/03_pages.ipynb #4b7f2191
 def plain_cells(
     table:pd.DataFrame, # As read from a file of `write_csv`
 ) -> pd.DataFrame: # As it was given to `write_csv`
@@ -58,7 +61,10 @@ def plain_cells(
             res.isetitem(i, table.iloc[:,i].map(_unguarded, na_action='ignore'))
     return res
 
-def _unguarded(v): return v[1:] if isinstance(v, str) and v[:1]=="'" and _guarded(v[1:])==v else v
+def _unguarded(v):
+    if not isinstance(v, str) or v[:1]!="'": return v
+    bare = v[1:]
+    return bare if _guarded(bare)==v else v
 
 # %% ../nbs/03_pages.ipynb #eac3af7c
 _environment = Environment(autoescape=True)
@@ -68,7 +74,8 @@ def fill_page(
     **values, # What it names; text is escaped, `Markup` is not
 ) -> Markup: # HTML
     "Fill a template; whatever a name holds, it is shown and not executed."
-    return Markup(_environment.from_string(template).render(**values))
+    page = _environment.from_string(template)
+    return Markup(page.render(**values))
 
 # %% ../nbs/03_pages.ipynb #bf68ee3d
 def picture_tag(
@@ -78,11 +85,13 @@ def picture_tag(
     dpi:int=110, # Of a figure
 ) -> Markup: # An `img` that carries its picture
     "A picture inside a page."
-    data = base64.b64encode(_picture_bytes(picture, kind, dpi)).decode()
+    raw = _picture_bytes(picture, kind, dpi)
+    data = base64.b64encode(raw).decode()
     if isinstance(picture, plt.Figure): plt.close(picture)
     tag = '<img alt="{{ alt }}" src="data:image/{{ kind }};base64,{{ data }}">'
     return fill_page(tag, alt=alt, kind=kind.lower(), data=data)
 
+# %% ../nbs/03_pages.ipynb #ea64f9ce
 def write_picture(
     path:str|Path, # Where to write
     picture:np.ndarray|plt.Figure, # As for `picture_tag`; a figure stays open
@@ -93,6 +102,7 @@ def write_picture(
     data = _picture_bytes(picture, kind, dpi)
     with atomic_path(path) as tmp: tmp.write_bytes(data)
 
+# %% ../nbs/03_pages.ipynb #66b2769c
 def _picture_bytes(picture, kind, dpi):
     f = io.BytesIO()
     if isinstance(picture, plt.Figure):
@@ -106,17 +116,24 @@ def describe_figure(
     figure:plt.Figure, # With axes that are labelled
 ) -> str: # Its title; of each panel: title, what is drawn against what, and the entries of its legend
     "What a figure shows, in words, as its own axes and legends say it."
-    panels = [o for o in (figure.get_suptitle(), *map(_describe_axes, figure.axes)) if o]
+    parts = [figure.get_suptitle(), *map(_describe_axes, figure.axes)]
+    panels = [o for o in parts if o]
     more = f'; and {len(panels)-4} more panels' if len(panels)>4 else ''
-    return '; '.join(uniqueify(panels[:4]))+more or 'pictures without text'
+    said = '; '.join(uniqueify(panels[:4]))
+    return said+more or 'pictures without text'
 
+# %% ../nbs/03_pages.ipynb #68dd4551
 def _describe_axes(ax):
     legend = ax.get_legend()
     entries = [o.get_text() for o in legend.get_texts()] if legend else []
-    said = ': '.join(filter(None, (ax.get_title(), _drawn(ax), ', '.join(entries))))
+    parts = ax.get_title(),_drawn(ax),', '.join(entries)
+    said = ': '.join(filter(None, parts))
     return ' '.join(said.split())
 
-def _drawn(ax): return ' against '.join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
+def _drawn(ax):
+    "What is drawn against what"
+    labels = ax.get_ylabel(),ax.get_xlabel()
+    return ' against '.join(filter(None, labels))
 
 # %% ../nbs/03_pages.ipynb #32d0cdc3
 def legend_below(
@@ -146,10 +163,12 @@ def figure_tag(
     tag = '<figure>{{ picture }}<figcaption>{{ caption }}</figcaption></figure>'
     return fill_page(tag, picture=picture_tag(figure, alt, dpi=dpi), caption=caption)
 
+# %% ../nbs/03_pages.ipynb #59c2af75
 def _caption_of(figure):
     "What the first panel shows: its title, or what is drawn against what, or both"
     if not isinstance(figure, plt.Figure): return ''
-    titled = [o for o in (figure.get_suptitle(), *(' '.join(a.get_title().split()) for a in figure.axes)) if o]
+    titles = [' '.join(a.get_title().split()) for a in figure.axes]
+    titled = [o for o in (figure.get_suptitle(), *titles) if o]
     drawn = [o for o in map(_drawn, figure.axes) if o]
     return ': '.join(titled[:1]+drawn[:1])
 
@@ -162,11 +181,13 @@ def table_tag(
     html = table.to_html(index=index, na_rep='', float_format='{:.3f}'.format, border=0, justify='left')
     return scrolling(Markup(html.replace('<th></th>', '<td></td>'))) # a heading without a word is read out as one
 
+# %% ../nbs/03_pages.ipynb #7a4a1b63
 def scrolling(
     html:Markup, # Of a table
 ) -> Markup: # In a box that scrolls, by keys too
     "Let something wide scroll on a narrow page."
-    return fill_page('<div class="wide" role="group" aria-label="table" tabindex="0">{{ html }}</div>', html=html)
+    box = '<div class="wide" role="group" aria-label="table" tabindex="0">{{ html }}</div>'
+    return fill_page(box, html=html)
 
 # %% ../nbs/03_pages.ipynb #bf68ee44
 _STYLE,_PAGE = ((files('mgmt_fast')/o).read_text('utf-8') for o in ('page.css','page.html'))
@@ -178,8 +199,14 @@ def write_page(
     lead:tuple=(), # Paragraphs that stand before everything
 ) -> Path: # The path
     "Write a page that carries all it shows, for screens of any width, light or dark, and for paper."
-    paragraph = '<p>{{ o }}</p>'
-    shown = {k: [o if isinstance(o, Markup) else fill_page(paragraph, o=o) for o in v] for k,v in sections.items()}
+    shown = {k: [_as_tag(o) for o in v] for k,v in sections.items()}
     about = dict(version=__version__, date=date.today().isoformat(), style=Markup(_STYLE))
-    write_text(path, fill_page(_PAGE, title=title, sections=shown, lead=lead, **about))
+    page = fill_page(_PAGE, title=title, sections=shown, lead=lead, **about)
+    write_text(path, page)
     return Path(path)
+
+# %% ../nbs/03_pages.ipynb #9355d448
+def _as_tag(o):
+    "A part of a page: what is HTML already, or a paragraph of text"
+    if isinstance(o, Markup): return o
+    return fill_page('<p>{{ o }}</p>', o=o)

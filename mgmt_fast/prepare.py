@@ -75,12 +75,18 @@ def foreground(
 
 def _all_equal(v): return f"all looked-at voxels equal {v:g}: an empty or blank series? Leave it out of the cohort"
 
-def _rim(a): return np.concatenate([a[:,[0,-1]].ravel(), a[:,:,[0,-1]].ravel()])
+# %% ../nbs/24_prepare.ipynb #0cc4f043
+def _rim(a):
+    "The outermost rows and columns of each slice"
+    rows,columns = a[:,[0,-1]],a[:,:,[0,-1]]
+    return np.concatenate([rows.ravel(), columns.ravel()])
 
 def _constant_air(a):
     "The value that more than half of the rim has; None if there is no such value"
     values,counts = np.unique(_rim(a), return_counts=True)
-    return float(values[counts.argmax()]) if counts.max()>.5*counts.sum() else None
+    most = counts.argmax()
+    if not counts[most]>.5*counts.sum(): return None
+    return float(values[most])
 
 # %% ../nbs/24_prepare.ipynb #3e6b3d90
 def _steady(vol):
@@ -103,8 +109,10 @@ def _without_padding(x, lo, next_, top):
     if lo>=0 or not next_-lo>2*max(top-next_, 1e-6):
         return x,''
     padding = x==lo
-    return np.where(padding, x.dtype.type(next_), x),f'{int(padding.sum())} voxels of padding ({lo:g}) taken as air'
+    note = f'{int(padding.sum())} voxels of padding ({lo:g}) taken as air'
+    return np.where(padding, x.dtype.type(next_), x),note
 
+# %% ../nbs/24_prepare.ipynb #623dd55b
 def _without_spots(x, hi, some, top):
     "Spots are fewer than 2 % of the voxels, and 15 times as bright as tissue"
     air = float(np.median(_rim(x)))
@@ -120,10 +128,15 @@ def _without_spots(x, hi, some, top):
 # %% ../nbs/24_prepare.ipynb #9c6a1c45
 def _edges(mask, shape):
     "(2,3) voxel edges of the source box that holds every masked voxel and those between looked-at ones"
-    at = np.array([np.flatnonzero(np.asarray(mask).any(tuple({0,1,2}-{i})))[[0,-1]] for i in range(3)]).T
-    lo,hi = (at[0]-1)*mask.stride+1, (at[1]+1)*mask.stride
+    first,last = np.array([_first_and_last(np.asarray(mask), i) for i in range(3)]).T
+    lo = (first-1)*mask.stride+1
+    hi = (last+1)*mask.stride
     return np.array([np.maximum(lo,0), np.minimum(hi,shape)])-.5
 
+def _first_and_last(mask, axis):
+    "Indices of the first and the last slice across an axis that hold a masked voxel"
+    others = tuple({0,1,2}-{axis})
+    return np.flatnonzero(mask.any(others))[[0,-1]]
 
 # %% ../nbs/24_prepare.ipynb #0e358d2b
 def common_box(
@@ -150,16 +163,24 @@ def common_box(
 
 def _brain_box(vol, mask, can):
     "(2,3) edges of the masked part along the axes of a canonical affine, in its voxels"
-    corners = np.stack(np.meshgrid(*_edges(mask, vol.shape).T, indexing='ij'), -1).reshape(-1,3)
-    corners = (vol.world(corners)-can[:3,3])@np.linalg.inv(can[:3,:3]).T
+    ends = _edges(mask, vol.shape).T
+    corners = np.stack(np.meshgrid(*ends, indexing='ij'), -1).reshape(-1,3)
+    off = vol.world(corners)-can[:3,3]
+    corners = off@np.linalg.inv(can[:3,:3]).T
     return np.array([corners.min(0), corners.max(0)])
 
-def _content(box): return np.prod(np.maximum(0, box[1]-box[0]))
+# %% ../nbs/24_prepare.ipynb #dfefbb68
+def _content(box):
+    "Voxels in a box; 0 where an edge lies before its opposite"
+    sides = box[1]-box[0]
+    return np.prod(np.maximum(0, sides))
 
 def _overlap(a, b):
     "What two boxes share, as a part of the smaller one"
-    shared = np.array([np.maximum(a[0],b[0]), np.minimum(a[1],b[1])])
-    return float(_content(shared)/min(_content(a),_content(b)))
+    lo = np.maximum(a[0], b[0])
+    hi = np.minimum(a[1], b[1])
+    smaller = min(_content(a), _content(b))
+    return float(_content(np.array([lo,hi]))/smaller)
 
 # %% ../nbs/24_prepare.ipynb #2064f562
 MAP_WINDOWS = dict(rCBV=(0,8), rCBF=(0,8), MTT=(0,16), Tmax=(0,12), PSR=(0,150)) # Values that become 1 and 255
@@ -177,7 +198,8 @@ def to_bytes(
     if not hi>lo:
         raise PrepareError(_almost_constant(clip, lo))
     out = torch.empty(vol.shape, dtype=torch.uint8)
-    for row,x,inside in zip(out, vol.as_subclass(torch.Tensor), torch.from_numpy(brain)):
+    slices = zip(out, vol.as_subclass(torch.Tensor), torch.from_numpy(brain))
+    for row,x,inside in slices:
         scaled = x.clamp(lo, hi).sub_(lo).mul_(254/(hi-lo)).add_(1.5) # the type cuts off what is behind the point
         row.copy_(scaled).mul_(inside)
     return out.numpy(), (float(lo),float(hi))
@@ -198,7 +220,8 @@ def prepare_patient(
     report = []
     def _say(seq, level, what):
         what = what.encode('utf-8', 'replace').decode()
-        report.append(dict(patient=str(row['patient']), sequence=seq, level=level, what=what))
+        patient = str(row['patient'])
+        report.append(dict(patient=patient, sequence=seq, level=level, what=what))
     try:
         if r.prepare_by!='patient':
             return slicewise_patient(row, sequences, r)
@@ -208,6 +231,7 @@ def prepare_patient(
         _say('', 'error', log_fault(e, 'preparing'))
     return NS(arrays={}, meta={}, affine=None, report=report)
 
+# %% ../nbs/24_prepare.ipynb #1a9e820c
 def _prepare_all(row, sequences, r, _say, report, budget):
     choices,size = r.room('prepare'),tuple(r.size)
     vols,masks = _read_all(row, sequences, _say, budget)
@@ -234,8 +258,12 @@ def _prepare_all(row, sequences, r, _say, report, budget):
         _say('', 'error', 'patient skipped: no sequence could be prepared')
     return NS(arrays=arrays, meta=meta, affine=affine, report=report)
 
-def _same_grid(a, b): return a.shape==b.shape and np.allclose(a.affine, b.affine, atol=1e-2)
+def _same_grid(a, b):
+    "Do two volumes have the same voxels, to 0.01 mm?"
+    if a.shape!=b.shape: return False
+    return np.allclose(a.affine, b.affine, atol=1e-2)
 
+# %% ../nbs/24_prepare.ipynb #6ddea1e2
 def _read_all(row, sequences, _say, budget):
     "Volumes and foregrounds of the sequences that can be read"
     vols,masks = {},{}
@@ -267,6 +295,7 @@ def _no_head(size):
     return (f"what is brighter than air measures {mm} mm, and a head 80 to 400: a lost affine, another unit, or no"
         " head? Convert the original series again")
 
+# %% ../nbs/24_prepare.ipynb #58e5ee78
 def _strangers(vols, masks, size, least):
     "Sequences whose boxes lie apart from the others', each with one of these and the overlap; the odd one first"
     both = {}
@@ -274,11 +303,13 @@ def _strangers(vols, masks, size, least):
         _,share = common_box({a:vols[a], b:vols[b]}, {a:masks[a], b:masks[b]}, size)
         both[a,b] = both[b,a] = share[b]
     left,res = list(vols),[]
+    def far_from(k): return [o for o in left if o!=k and both[k,o]<least]
     while True:
-        apart = {k: [o for o in left if o!=k and both[k,o]<least] for k in left}
+        apart = {k: far_from(k) for k in left}
         worst = max(left, key=lambda k: (len(apart[k]), left.index(k)), default=None)
         if worst is None or not apart[worst]: return res
-        res.append((worst, apart[worst][0], both[worst,apart[worst][0]]))
+        other = apart[worst][0]
+        res.append((worst, other, both[worst,other]))
         left.remove(worst)
 
 def _elsewhere(k, other, share, least):
@@ -291,10 +322,12 @@ def _prepare_one(v, mask, affine, size, choices, seq=None):
     if mask.air is None:
         brain = resample(mask, affine, size)>.5
     else:
-        brain = (out-mask.air).abs_()>.01*abs(np.percentile(np.asarray(out)[::2,::4,::4],99.5)-mask.air)
+        bright = np.percentile(np.asarray(out)[::2,::4,::4], 99.5)
+        brain = (out-mask.air).abs_()>.01*abs(bright-mask.air)
     array,window = to_bytes(out, brain.numpy(), choices['clip'], MAP_WINDOWS.get(seq))
     spacing = v.spacing.round(4).tolist()
-    return array, dict(window=window, shape=list(v.shape), spacing=spacing, plane=v.plane, skull=bool(has_skull(v)))
+    facts = dict(window=window, shape=list(v.shape), spacing=spacing)
+    return array, dict(facts, plane=v.plane, skull=bool(has_skull(v)))
 
 # %% ../nbs/24_prepare.ipynb #0cce6ccf
 PREPARATION = 1 # part of every volume's key: raised only when the same scans and recipe come to give other voxels
@@ -340,7 +373,11 @@ def source_states(
     names:list|tuple, # Columns with paths
 ) -> dict: # Column to `source_state`
     "What the files of a patient's series are: part of the key of whatever is made of them."
-    return {k: source_state(row.get(k), row.get(f'{k}_index')) for k in names}
+    return {k: _column_state(row, k) for k in names}
+
+def _column_state(row, column):
+    index = row.get(f'{column}_index')
+    return source_state(row.get(column), index)
 
 # %% ../nbs/24_prepare.ipynb #007fdf08
 def _checksum(f):
@@ -349,6 +386,7 @@ def _checksum(f):
     while part := f.read(2**24): res = zlib.crc32(part, res)
     return res
 
+# %% ../nbs/24_prepare.ipynb #465f6e39
 def source_content(
     path:str|Path, # File, or folder of slices
 ) -> str: # Digest of the checksum (CRC-32) of each file
@@ -368,7 +406,9 @@ def same_source(
     "Are a series' files those that were prepared? Where only their times differ, their bytes are read."
     if then is None or now['names']!=then['names']:
         return False
-    return now['times']==then['times'] or (now.get('content') or source_content(path))==then['content']
+    if now['times']==then['times']: return True
+    content = now.get('content') or source_content(path)
+    return content==then['content']
 
 # %% ../nbs/24_prepare.ipynb #d15b4045
 def _read_pixels(path):
@@ -381,13 +421,16 @@ def _read_pixels(path):
 def _whole_store(d):
     "The same; raises where two patients have one row, or a volume is of a sequence that the store has not"
     d = check_form(d, _STORE, 'store.json', PrepareError)
-    rows = [e['row'] for e in d['patients'].values()]
-    strange = {s for e in d['patients'].values() for s in e['volumes']}-{*d['sequences']}
-    if len(set(rows))==len(rows) and not strange and len(set(d['sequences']))==len(d['sequences']):
-        return d
+    entries = d['patients'].values()
+    rows = [e['row'] for e in entries]
+    known = set(d['sequences'])
+    strange = {s for e in entries for s in e['volumes']}-known
+    no_twins = len(set(rows))==len(rows) and len(known)==len(d['sequences'])
+    if no_twins and not strange: return d
     raise PrepareError("store.json gives one row to two patients, or has a volume of an unknown sequence: was it "
         "changed? Restore it, or prepare the store again in another folder")
 
+# %% ../nbs/24_prepare.ipynb #57bdb7e5
 def _of_version_01(d):
     "What a store of version 0.1 says, in today's form"
     d = check_form(d, _STORE_01, 'store.json', PrepareError)
@@ -400,6 +443,7 @@ def _of_version_01(d):
         entries[p] = dict(row=i, affine=v['affine'], volumes=v['volumes'], sources=None, report=report)
     return dict(preparation=1, version=d['version'], recipe=d['recipe'], sequences=d['sequences'], patients=entries)
 
+# %% ../nbs/24_prepare.ipynb #b7f60baa
 _ROW = record_of(dict(patient=TEXT, sequence=TEXT, level=TEXT, what=TEXT))
 _ACQUIRED = dict(skull=NOTHING|YES_OR_NO, spacing=NOTHING|list_of(Allowed.number(0, 1e5), 3), plane=NOTHING|TEXT,
     window=NOTHING|list_of(Allowed.number(), 2))
@@ -417,14 +461,16 @@ _KNOWN = dict.fromkeys(('session','age','sex','site','scanner'), NOTHING|TEXT|Al
 _FACT = record_of(dict(label=Allowed.one_of(None, 0, 1), source=TEXT), dict(without=list_of(A_SEQUENCE), **_KNOWN))
 _FACTS = record_of(dict(patients=table_of(_FACT), notes=list_of(_ROW)))
 
+# %% ../nbs/24_prepare.ipynb #8cbfbe1d
 def _read_facts(path):
     "What is known of the patients, and what was said when it was joined; version 0.1 kept labels in `store.json`"
     if (path/'patients.json').exists():
         return read_json(path/'patients.json', _FACTS, PrepareError)
     if not (path/'store.json').exists():
         return dict(patients={}, notes=[])
-    patients = read_json(path/'store.json', record_of(dict(patients=table_of(record_of({}, others=True))), others=True),
-        PrepareError)['patients']
+    anything = record_of({}, others=True)
+    form = record_of(dict(patients=table_of(anything)), others=True)
+    patients = read_json(path/'store.json', form, PrepareError)['patients']
     facts = {p: dict(label=v.get('label'), source=v.get('source', '')) for p,v in patients.items()}
     return check_form(dict(patients=facts, notes=[]), _FACTS, 'store.json', PrepareError)
 
@@ -442,7 +488,8 @@ class VolumeStore:
         facts = _read_facts(self.path)
         if lack := [p for p in facts['patients'] if p not in d['patients']]:
             raise PrepareError(_no_pixels(lack[0]))
-        self.sequences,self.version,self.preparation_number = tuple(d['sequences']),d['version'],d['preparation']
+        self.sequences = tuple(d['sequences'])
+        self.version,self.preparation_number = d['version'],d['preparation']
         self.recipe = Recipe.from_json(d['recipe'])
         self.recipe = self.recipe.settle('the store', **self.recipe.room('prepare'))
         self.size = tuple(self.recipe.size)
@@ -453,13 +500,20 @@ class VolumeStore:
     def _take(self, patients, notes):
         "Show these patients, with what is known of them"
         self.meta = {p: _shown(self._pixels[p], f.get('without', ())) for p,f in patients.items()}
-        self.table,self._notes = _joined(self.meta, patients, self.sequences),notes
+        self.table = _joined(self.meta, patients, self.sequences)
+        self._notes = notes
         return self
+
     def _map(self, s):
         "A sequence's array, if it has a row of the right size for every patient"
         rows = 1+max(e['row'] for e in self._pixels.values())
-        return map_array(_array_file(self.path, s), (rows,*self.size), np.uint8, PrepareError)
-    def _without(self, p): return sorted(set(self._pixels[p]['volumes'])-set(self.meta[p]['volumes']))
+        file = _array_file(self.path, s)
+        return map_array(file, (rows,*self.size), np.uint8, PrepareError)
+
+    def _without(self, p):
+        "Sequences of a patient that the cohort leaves out, although their pixels are there"
+        there = set(self._pixels[p]['volumes'])
+        return sorted(there-set(self.meta[p]['volumes']))
 
     @property
     def report(self):
@@ -474,26 +528,35 @@ class VolumeStore:
         return (f"VolumeStore of {len(self)} patients, {', '.join(self.sequences)}, {size} uint8,"
             f" recipe {self.recipe.name!r}, mgmt_fast {self.version}")
 
+# %% ../nbs/24_prepare.ipynb #48726d54
 def _no_pixels(patient):
     return (f"patients.json knows patient {patient}, of whom store.json has no pixels: were files of two stores mixed? "
         "Restore them, or prepare the store again")
 
 def _shown(entry, without):
     "A patient's entry without the sequences that the cohort leaves out"
-    return {**entry, 'volumes': {s:v for s,v in entry['volumes'].items() if s not in without}}
+    volumes = {s:v for s,v in entry['volumes'].items() if s not in without}
+    return {**entry, 'volumes': volumes}
 
+# %% ../nbs/24_prepare.ipynb #f2786f2d
 def _no_store(path):
     if (path/'journal.jsonl').exists():
         return f"{path} holds no finished store: its preparation was interrupted; run it again to finish"
     return f"{path} holds no finished store: prepare one there first"
 
+# %% ../nbs/24_prepare.ipynb #f10ae812
 _known = ('label','source','session','age','sex','site','scanner')
 
 def _joined(meta, facts, sequences):
     "One row for each patient: what is known, and which sequences there are"
-    rows = [dict(patient=p, **facts[p], **{s: s in m['volumes'] for s in sequences}) for p,m in meta.items()]
-    known = [k for k in _known if k in ('label','source') or any(k in f for f in facts.values())]
-    return pd.DataFrame(rows, columns=['patient',*known,*sequences]).astype({'patient':'string','label':'Int64'})
+    rows = []
+    for p,m in meta.items():
+        there = {s: s in m['volumes'] for s in sequences}
+        rows.append(dict(patient=p, **facts[p], **there))
+    given = {'label','source'}.union(*facts.values())
+    known = [k for k in _known if k in given]
+    table = pd.DataFrame(rows, columns=['patient',*known,*sequences])
+    return table.astype({'patient':'string', 'label':'Int64'})
 
 # %% ../nbs/24_prepare.ipynb #6cfb32ac
 @patch
@@ -522,7 +585,9 @@ def volume(
     sequence:str, # One of the store's
 ) -> Volume: # uint8 (D,H,W), with the affine of the prepared grid (the identity if slices were prepared one by one)
     "One prepared volume with its place in the patient."
-    return Volume(torch.from_numpy(self.read(patient, sequence)[0]), affine=self.meta[patient]['affine'])
+    voxels = self.read(patient, sequence)[0]
+    affine = self.meta[patient]['affine']
+    return Volume(torch.from_numpy(voxels), affine=affine)
 
 # %% ../nbs/24_prepare.ipynb #739f2826
 @patch(as_prop=True)
@@ -530,9 +595,11 @@ def spacing(
     self:VolumeStore,
 ) -> tuple: # mm along D, H and W; None if slices were prepared one by one
     "Median voxel size of the patients; each one's own is in the affine of `volume`."
-    affines = [np.array(m['affine']) for m in self.meta.values() if m['affine'] is not None]
-    all_mm = [np.linalg.norm(o[:3,:3], axis=0) for o in affines]
-    return None if not all_mm else tuple(np.median(all_mm, axis=0).tolist())
+    affines = [m['affine'] for m in self.meta.values()]
+    placed = [np.array(o) for o in affines if o is not None]
+    if not placed: return None
+    all_mm = [np.linalg.norm(o[:3,:3], axis=0) for o in placed]
+    return tuple(np.median(all_mm, axis=0).tolist())
 
 # %% ../nbs/24_prepare.ipynb #48e6cd1b
 @patch
@@ -542,7 +609,8 @@ def verify(
     "Compare every volume with its hash."
     bad = []
     for p,m in track(self.meta.items()):
-        bad += [(p,s) for s,v in m['volumes'].items() if _hash(self.read(p,s))!=v['hash']]
+        for s,v in m['volumes'].items():
+            if _hash(self.read(p,s))!=v['hash']: bad.append((p,s))
     return pd.DataFrame(bad, columns=['patient','sequence'])
 
 # %% ../nbs/24_prepare.ipynb #398a182d
@@ -552,7 +620,8 @@ def only(
     patients:list|pd.Series, # Some of `store.table.patient`
 ) -> VolumeStore: # A view; the folder holds what it held
     "The store as if it held these patients only."
-    part,keep = copy.copy(self),set(patients)
+    part = copy.copy(self)
+    keep = set(patients)
     part.table = self.table[self.table.patient.isin(keep)].reset_index(drop=True)
     part.meta = {p:m for p,m in self.meta.items() if p in keep}
     part._maps = {}
@@ -566,16 +635,23 @@ def _fact(row):
         known['label'] = int(known['label'])
     return {'label':None, 'source':'', **known}
 
-def _facts(table): return {str(r['patient']): _fact(r) for r in table.to_dict('records')}
+def _facts(table):
+    rows = table.to_dict('records')
+    return {str(r['patient']): _fact(r) for r in rows}
 
+# %% ../nbs/24_prepare.ipynb #cb824053
 def _what_changed(old, new):
     "Which labels of the same patients changed, in words; '' if none"
-    moved = [(p, old[p]['label'], f['label']) for p,f in new.items() if p in old and old[p]['label']!=f['label']]
+    both = [p for p in new if p in old]
+    moved = [p for p in both if old[p]['label']!=new[p]['label']]
     if not moved: return ''
-    def _said(v): return 'none' if v is None else v
-    some = ', '.join(f'{p} from {_said(a)} to {_said(b)}' for p,a,b in moved[:10])
-    return f"{len(moved)} label{'s' if len(moved)>1 else ''} changed: {some}{', ...' if len(moved)>10 else ''}"
+    def label(facts): return 'none' if facts['label'] is None else facts['label']
+    some = ', '.join(f'{p} from {label(old[p])} to {label(new[p])}' for p in moved[:10])
+    ending = 's' if len(moved)>1 else ''
+    more = ', ...' if len(moved)>10 else ''
+    return f"{len(moved)} label{ending} changed: {some}{more}"
 
+# %% ../nbs/24_prepare.ipynb #78dce4f7
 def _say_problems(table, problems, most=10):
     "Print which columns of a label table were taken, and what is wrong with its rows"
     if columns := table.attrs.get('columns'):
@@ -604,7 +680,8 @@ def join(
     for (p,was),row in zip(old.items(), rows):
         now = _fact(row) if row else {'label':None}
         if 'label' not in table: now['label'] = was['label']
-        new[p] = {**was, **now, 'source': now.get('source') or was['source'], 'without': self._without(p)}
+        source = now.get('source') or was['source']
+        new[p] = {**was, **now, 'source':source, 'without':self._without(p)}
     _say_problems(table, problems)
     if said := _what_changed(old, new): print(said)
     self._take(new, self._notes)
@@ -617,19 +694,26 @@ def as_store(
     store:VolumeStore|str|Path, # A store, or the folder of one
 ) -> VolumeStore: # The same, with the labels that were joined to it
     "A store, whichever way it is named."
-    return store if isinstance(store, VolumeStore) else VolumeStore(store)
+    if isinstance(store, VolumeStore): return store
+    return VolumeStore(store)
 
 # %% ../nbs/24_prepare.ipynb #a762f3ab
 def _source_of(row, s):
     "What a sequence's files are and hold; None if there are none"
-    state = source_state(row.get(s), row.get(f'{s}_index'))
-    return state and {**state, 'content':source_content(row[s])}
+    state = _column_state(row, s)
+    if state is None: return None
+    return {**state, 'content':source_content(row[s])}
 
+# %% ../nbs/24_prepare.ipynb #d237f588
 def _write_row(path, i, a):
     "Write one patient's volume into its row"
     with write_errors(path, PrepareError), open(path, 'r+b') as f:
-        f.seek(array_start(f)+i*a.nbytes); f.write(a.tobytes()); f.flush(); os.fsync(f.fileno())
+        f.seek(array_start(f)+i*a.nbytes)
+        f.write(a.tobytes())
+        f.flush()
+        os.fsync(f.fileno())
 
+# %% ../nbs/24_prepare.ipynb #62153150
 def _write_patient(row, i, dest, sequences, recipe, budget):
     "Prepare one patient in a worker, write its rows, return what goes into the journal"
     sources = {s: _source_of(row, s) for s in sequences}
@@ -638,10 +722,15 @@ def _write_patient(row, i, dest, sequences, recipe, budget):
         _write_row(_array_file(dest, seq), i, a)
         p.meta[seq]['hash'] = _hash(a)
     affine = None if p.affine is None else p.affine.tolist()
-    return dict(patient=str(row['patient']), row=i, affine=affine, volumes=p.meta, sources=sources, report=p.report)
+    place = dict(patient=str(row['patient']), row=i, affine=affine)
+    return dict(place, volumes=p.meta, sources=sources, report=p.report)
 
-def _has_errors(entry): return any(o['level']=='error' for o in entry['report'])
+# %% ../nbs/24_prepare.ipynb #cf3cf1b0
+def _has_errors(entry):
+    levels = [o['level'] for o in entry['report']]
+    return 'error' in levels
 
+# %% ../nbs/24_prepare.ipynb #662aac05
 def _journal(dest, key):
     "Entries that an earlier run of the same work left, by patient; its last line may be cut off"
     lines = read_json_lines(dest/'journal.jsonl')
@@ -652,15 +741,27 @@ def _journal(dest, key):
     first_ = check_form(lines[0], _KEY, 'journal.jsonl', PrepareError)
     _check_key(dest, first_, key)
     entries = {o['patient']: o for o in map(_journal_entry, lines[1:]) if o}
-    if not all(_array_file(dest,s).exists() for s in key['sequences']):
+    files = {s: _array_file(dest, s) for s in key['sequences']}
+    if not all(f.exists() for f in files.values()):
         return {}
     shape = (1,*Recipe.from_json(first_['recipe']).size)
-    maps = {s: map_array(_array_file(dest,s), shape, np.uint8, PrepareError) for s in key['sequences']}
-    def _whole(s, row, volume): return s in maps and row<len(maps[s]) and _hash(maps[s][row])==volume['hash']
-    whole = {p:o for p,o in entries.items() if all(_whole(s, o['row'], v) for s,v in o['volumes'].items())}
-    once = Counter(o['row'] for o in whole.values())
-    return {p:o for p,o in whole.items() if once[o['row']]==1}
+    maps = {s: map_array(f, shape, np.uint8, PrepareError) for s,f in files.items()}
+    return _undamaged(entries, maps)
 
+# %% ../nbs/24_prepare.ipynb #94c453c0
+def _undamaged(entries, maps):
+    "Entries whose pixels are those that were written, and whose row nobody else has"
+    def as_written(s, row, volume):
+        if s not in maps or not row<len(maps[s]): return False
+        return _hash(maps[s][row])==volume['hash']
+    whole = {}
+    for p,o in entries.items():
+        volumes = o['volumes'].items()
+        if all(as_written(s, o['row'], v) for s,v in volumes): whole[p] = o
+    times = Counter(o['row'] for o in whole.values())
+    return {p:o for p,o in whole.items() if times[o['row']]==1}
+
+# %% ../nbs/24_prepare.ipynb #a9e8daee
 _KEY = record_of(dict(preparation=Allowed.whole(1, 2**20), recipe=A_RECIPE, sequences=list_of(A_SEQUENCE)))
 _JOURNALLED = record_of(dict(_ENTRY, patient=TEXT), _COSTS)
 
@@ -669,13 +770,17 @@ def _journal_entry(line):
     try: return check_form(line, _JOURNALLED, 'journal.jsonl')
     except MGMTError: return None
 
+# %% ../nbs/24_prepare.ipynb #cc673208
 def _unfinished(dest, version):
     return (f"{dest} holds an unfinished store of version {version}: finish it with that version, give another folder,"
         " or delete it")
 
 def _check_key(dest, there, now):
     "An error that says what a folder's store was made with, if it is not what is asked for"
-    a,b = ({**Recipe.from_json(o['recipe']).room('prepare'), 'sequences':tuple(o['sequences'])} for o in (there,now))
+    def made_with(o):
+        choices = Recipe.from_json(o['recipe']).room('prepare')
+        return {**choices, 'sequences':tuple(o['sequences'])}
+    a,b = made_with(there),made_with(now)
     differ = [f'{k} {a[k]!r} there, {v!r} asked for' for k,v in b.items() if a[k]!=v]
     if differ:
         raise PrepareError(_other_recipe(dest, differ))
@@ -714,16 +819,20 @@ def prepare(
             entries = _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress, budget)
         return _finish(dest, key, cohort, entries, plan)
 
+# %% ../nbs/24_prepare.ipynb #85ec59da
 def _held(dest):
     "Hold a store's folder, unless it is there and read-only, where nothing can be written anyway"
-    return working_in(dest) if not dest.exists() or os.access(dest, os.W_OK) else contextlib.nullcontext()
+    writable = not dest.exists() or os.access(dest, os.W_OK)
+    if writable: return working_in(dest)
+    return contextlib.nullcontext()
 
 # %% ../nbs/24_prepare.ipynb #5218918a
 def check_size(
     size:tuple|list|str, # (D,H,W), or text such as `'64x256x256'` or `'64,256,256'`
 ) -> tuple: # Three ints
     "Bring a size to a tuple of three positive whole numbers, or raise `MGMTError`."
-    try: res = tuple(int(o) for o in (size.replace('x',',').split(',') if isinstance(size,str) else size))
+    parts = size.replace('x',',').split(',') if isinstance(size,str) else size
+    try: res = tuple(int(o) for o in parts)
     except (TypeError,ValueError): res = ()
     if len(res)!=3 or min(res)<1:
         raise MGMTError(f"a size is three whole numbers D,H,W of at least 1, e.g. 64x256x256; received {size!r}")
@@ -767,26 +876,37 @@ def _found(dest, key):
         return _journal(dest, key),False
     d = _read_pixels(dest)
     _check_key(dest, d, key)
-    return (d['patients'] if d['preparation']==key['preparation'] else {}),True
+    same = d['preparation']==key['preparation']
+    return d['patients'] if same else {},True
 
 def _refused(cohort):
     "(patient, sequence) that the cohort leaves out for another reason than that it is not there, and the reason"
-    has = {(str(r['patient']),s) for r in cohort.to_dict('records') for s in SEQUENCES if s in r and not pd.isna(r[s])}
-    rows = [o[:3] for o in cohort.attrs.get('report', []) if o[1] in SEQUENCES and o[2]!='missing']
-    return {(str(p),s): why for p,s,why in rows if (str(p),s) not in has}
+    has = set()
+    for r in cohort.to_dict('records'):
+        given = [s for s in SEQUENCES if s in r and not pd.isna(r[s])]
+        has |= {(str(r['patient']),s) for s in given}
+    res = {}
+    for p,s,why,*_ in cohort.attrs.get('report', []):
+        refused = s in SEQUENCES and why!='missing'
+        if refused and (str(p),s) not in has: res[str(p),s] = why
+    return res
 
+# %% ../nbs/24_prepare.ipynb #3e4fcc1b
 def _state(path, index, then):
     "A source's state now, with its content, and whether it is that which was prepared"
     now = {**source_state(path, index), 'content':source_content(path)}
-    return now,then is None or same_source(path, now, then)
+    same = then is None or same_source(path, now, then)
+    return now,same
 
 # %% ../nbs/24_prepare.ipynb #de22886d
 class _Plan:
     "What is to be done for each patient of a cohort, whose pixels may be there already"
     def __init__(self, cohort, entries, sequences, budget):
-        self.todo,self.new,self.replaced,self.kept,self.gone,self.unknown,self.doubt = [],[],[],[],[],[],[]
-        self.again,self.budget = [],budget
-        self.refused,self.sources = _refused(cohort),{}
+        self.todo,self.new,self.replaced,self.again = [],[],[],[]
+        self.kept,self.gone,self.unknown,self.doubt = [],[],[],[]
+        self.budget = budget
+        self.refused = _refused(cohort)
+        self.sources = {}
         for _,row in cohort.iterrows():
             self.look_at(row, entries.get(str(row['patient'])), sequences)
 
@@ -797,14 +917,18 @@ class _Plan:
             self.new.append(p)
             return
         if _has_errors(entry) and Budget(*entry.get('budget', ()))!=self.budget:
-            self.todo.append(row); self.again.append(p); return
+            self.todo.append(row)
+            self.again.append(p)
+            return
         if entry['sources'] is None: self.unknown.append(p)
         then = entry['sources'] or {}
         replaced = False
         doubt = []
         for s in sequences:
-            now = source_state(row.get(s), row.get(f'{s}_index'))
-            if now is None: self.miss(p, s, entry); continue
+            now = _column_state(row, s)
+            if now is None:
+                self.miss(p, s, entry)
+                continue
             if entry['sources'] is None and s in entry['volumes']:
                 doubt.append((s,None))
                 continue
@@ -821,8 +945,8 @@ class _Plan:
             self.doubt += [(row, s, old) for s,old in doubt]
 
     def miss(self, p, s, entry):
-        if s in entry['volumes'] and (p,s) not in self.refused:
-            self.gone.append((p,s))
+        if s not in entry['volumes'] or (p,s) in self.refused: return
+        self.gone.append((p,s))
 
     def resolve(self, n_workers, progress):
         "Read the files whose times alone differ, or of which version 0.1 wrote nothing down"
@@ -862,10 +986,12 @@ class _Plan:
         "Rows for the store's report"
         gone = 'its scans are gone: the pixels prepared from them are kept'
         old = 'prepared by version 0.1, which did not write down from which files: taken to be these'
+        columns = 'patient','sequence','level','what'
         rows = [(p, s, 'note', gone) for p,s in self.gone]
-        rows += [(p, s, 'error', f'left out: {why}') for (p,s),why in self.refused.items() if p in self.kept]
+        for (p,s),why in self.refused.items():
+            if p in self.kept: rows.append((p, s, 'error', f'left out: {why}'))
         rows += [(p, '', 'note', old) for p in self.unknown if p in self.kept]
-        return [dict(zip(('patient','sequence','level','what'), o)) for o in rows]
+        return [dict(zip(columns, o)) for o in rows]
 
 # %% ../nbs/24_prepare.ipynb #04e9f692
 def _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress, budget):
@@ -873,18 +999,19 @@ def _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress, budget)
     dest = make_folder(dest)
     todo = {str(r['patient']): r for r in plan.todo}
     done = {p:o for p,o in entries.items() if p not in todo}
-    taken = {o['row'] for o in entries.values()}
-    free = (i for i in itertools.count() if i not in taken)
-    places = {p: entries[p]['row'] if p in entries else next(free) for p in todo}
+    places = _rows_for(todo, entries)
     jobs = [(row, places[p], dest, key['sequences'], recipe, budget) for p,row in todo.items()]
-    rows = 1+max([*(o['row'] for o in done.values()), *(o[1] for o in jobs)])
+    taken = [o['row'] for o in done.values()]
+    rows = 1+max([*taken, *places.values()])
     if done:
-        rows = max(rows, len(map_array(_array_file(dest, key['sequences'][0]), error=PrepareError)))
+        file = _array_file(dest, key['sequences'][0])
+        rows = max(rows, len(map_array(file, error=PrepareError)))
     for s in key['sequences']:
         reserve_array(_array_file(dest,s), (rows,*recipe.size), error=PrepareError)
     if (dest/'store.json').exists() and not (dest/'patients.json').exists():
         write_json(dest/'patients.json', _read_facts(dest))
-    lines = [json.dumps(o)+'\n' for o in (key, *(dict(o, patient=p) for p,o in done.items()))]
+    written = [dict(o, patient=p) for p,o in done.items()]
+    lines = [json.dumps(o)+'\n' for o in (key, *written)]
     write_text(dest/'journal.jsonl', ''.join(lines))
     (dest/'store.json').unlink(missing_ok=True)
     with Journal(dest/'journal.jsonl', PrepareError) as journal:
@@ -896,6 +1023,12 @@ def _prepare_todo(plan, entries, dest, key, recipe, n_workers, progress, budget)
             done[o['patient']] = o
     return done
 
+def _rows_for(patients, entries):
+    "A row for each patient: the one it has, or the first that nobody has"
+    taken = {o['row'] for o in entries.values()}
+    free = (i for i in itertools.count() if i not in taken)
+    return {p: entries[p]['row'] if p in entries else next(free) for p in patients}
+
 # %% ../nbs/24_prepare.ipynb #30dbae68
 def _facts_of(cohort, plan, former):
     "What is known of a cohort's patients, with the labels of before where the cohort has none at all"
@@ -903,13 +1036,17 @@ def _facts_of(cohort, plan, former):
     res = {p: {**f, 'without': []} for p,f in known.items()}
     for p,s in plan.refused:
         if p in res: res[p]['without'].append(s)
-    if all(f['label'] is None for f in res.values()) and any(f['label'] is not None for f in former.values()):
+    none_now = all(f['label'] is None for f in res.values())
+    some_before = any(f['label'] is not None for f in former.values())
+    if none_now and some_before:
         for p,f in res.items():
             f['label'] = former.get(p, {}).get('label')
-        print(f"no labels were given: the {sum(f['label'] is not None for f in res.values())} of before are kept")
+        kept = sum(f['label'] is not None for f in res.values())
+        print(f"no labels were given: the {kept} of before are kept")
     elif said := _what_changed(former, res): print(said)
     return res
 
+# %% ../nbs/24_prepare.ipynb #ff4e119b
 def _finish(dest, key, cohort, entries, plan):
     """Write down what is known and which pixels there are.
 
@@ -920,7 +1057,8 @@ def _finish(dest, key, cohort, entries, plan):
         return VolumeStore(dest)._take(**facts)
     if facts!=before:
         write_json(dest/'patients.json', facts)
-    if plan.todo or plan.sources or not (dest/'store.json').exists():
+    changed = plan.todo or plan.sources
+    if changed or not (dest/'store.json').exists():
         for p,s in plan.sources.items():
             entries[p]['sources'] = {**(entries[p]['sources'] or {}), **s}
         patients = {p: {k:v for k,v in entries[p].items() if k!='patient'} for p in sorted(entries)}

@@ -46,8 +46,10 @@ def volume_hashes(
     store:VolumeStore, # Prepared cohort
 ) -> list: # One hash per volume, sorted, each once
     "What a store holds, by content: the same for a copy of the store, and under other patients' names."
-    volumes = [v for m in store.meta.values() for v in m['volumes'].values()]
-    return sorted({v['hash'] for v in volumes})
+    hashes = set()
+    for m in store.meta.values():
+        hashes |= {v['hash'] for v in m['volumes'].values()}
+    return sorted(hashes)
 
 # %% ../nbs/27_records.ipynb #3a245820
 def signed(
@@ -114,7 +116,8 @@ def source_hash(
 ) -> str: # 32 hexadecimal digits; `''` where it was not written down (version 0.1)
     "What a volume was prepared from, by content: the same for another preparation of the same files."
     source = (entry.get('sources') or {}).get(sequence)
-    return json_hash([source['names'], source['content']]) if source else ''
+    if not source: return ''
+    return json_hash([source['names'], source['content']])
 
 # %% ../nbs/27_records.ipynb #387857d1
 def held_out_file(
@@ -130,7 +133,8 @@ class CohortRecord:
         store:VolumeStore, # Prepared cohort
         passing:bool=False, # Was the store made for one test only, from scans that stay elsewhere?
     ):
-        self.store,self.passing,self.volumes = store,passing,volume_hashes(store)
+        self.store,self.passing = store,passing
+        self.volumes = volume_hashes(store)
         sources = [source_hash(m, s) for m in store.meta.values() for s in m['volumes']]
         self.sources = sorted(set(sources)-{''})
         self.key = json_hash(self.volumes)[:16]
@@ -139,7 +143,8 @@ class CohortRecord:
         "The files whose entries count: that beside the store, and all others where that cannot be relied on"
         here = held_out_file(self.store)
         res = {here: _read_record(here)['entries']} if here.exists() else {}
-        return {**res, **self.elsewhere()} if self.passing or not self.can_write() else res
+        if not self.passing and self.can_write(): return res
+        return {**res, **self.elsewhere()}
 
     def elsewhere(self) -> dict: # Path of a file to its entries
         "What the user's data folder knows of these volumes, or of the files they were prepared from"
@@ -169,8 +174,10 @@ class CohortRecord:
         "Write an entry down, once, in both places"
         beside = held_out_file(self.store)
         own = _user_records()/f'{self.key}.json'
-        entry = dict(kind=kind, date=what.pop('date', None) or utc_now(), **what)
-        where = {beside: f'{beside.name} beside the store', own: f"cohorts/{own.name} in the user's data folder"}
+        date = what.pop('date', None) or utc_now()
+        entry = dict(kind=kind, date=date, **what)
+        where = {beside: f'{beside.name} beside the store'}
+        where[own] = f"cohorts/{own.name} in the user's data folder"
         return [said for path,said in where.items() if self._enter(path, entry)]
 
     def _enter(self, path, entry):
@@ -184,17 +191,27 @@ class CohortRecord:
             write_json(path, signed(kept))
         return True
 
+# %% ../nbs/27_records.ipynb #a562ec08
 def _user_records(): return user_folder()/'cohorts'
 
 def _user_entries(mine):
     "Entries of those files in the user's data folder that know one of these volumes or sources"
-    read = {path: _read_record(path) for path in sorted(_user_records().glob('*.json'))}
-    return {path: d['entries'] for path,d in read.items() if mine & {*d['volumes'],*d['sources']}}
+    res = {}
+    for path,d in _read_user_records().items():
+        if mine & {*d['volumes'],*d['sources']}: res[path] = d['entries']
+    return res
 
+def _read_user_records():
+    files = sorted(_user_records().glob('*.json'))
+    return {path: _read_record(path) for path in files}
+
+# %% ../nbs/27_records.ipynb #aecdcee2
 def _each_once(found, kind):
-    known = {json_hash(e): e for entries in found.values() for e in entries if e['kind']==kind}
+    entries = [e for some in found.values() for e in some if e['kind']==kind]
+    known = {json_hash(e): e for e in entries}
     return sorted(known.values(), key=lambda e: e['date'])
 
+# %% ../nbs/27_records.ipynb #ee00a1db
 def _read_record(path):
     "A record; that of version 0.1 counts the passes of each bundle"
     d = read_json(path, record_of({}, others=True), ProtocolError)
@@ -211,9 +228,13 @@ def _record_changed(path):
     return ProtocolError(f"{path} was changed by hand: what the cohort has met can no longer be trusted. "
         "Restore the file")
 
+# %% ../nbs/27_records.ipynb #85089461
 def _entries_of_01(counts):
     "A test for each pass that version 0.1 counted"
-    return [{'kind':'test', 'date':'', 'bundle':b, 'pass':i+1} for b,n in counts.items() for i in range(n)]
+    res = []
+    for b,n in counts.items():
+        res += [{'kind':'test', 'date':'', 'bundle':b, 'pass':i+1} for i in range(n)]
+    return res
 
 # %% ../nbs/27_records.ipynb #cb164a20
 def cohort_entries(
@@ -231,8 +252,9 @@ def bundle_tests(
     bundle:str, # Its signature
 ) -> list: # Of dictionaries, by date, each once; empty where this computer knows of none
     "The tests of a bundle that the user's data folder knows of, whatever cohort they met."
-    found = {path: _read_record(path)['entries'] for path in sorted(_user_records().glob('*.json'))}
-    return [e for e in _each_once(found, 'test') if e.get('bundle')==bundle]
+    found = {path: d['entries'] for path,d in _read_user_records().items()}
+    tests = _each_once(found, 'test')
+    return [e for e in tests if e.get('bundle')==bundle]
 
 # %% ../nbs/27_records.ipynb #f7a6f5dc
 def refuse_held_out(
@@ -241,7 +263,9 @@ def refuse_held_out(
     "Raise `ProtocolError` if volumes of the store are those of an external test, in this folder or a copy of it."
     record = CohortRecord(store)
     found = {**record.found(), **record.elsewhere()}
-    said = [str(path) for path,entries in found.items() if any(e['kind']=='test' for e in entries)]
+    said = []
+    for path,entries in found.items():
+        if any(e['kind']=='test' for e in entries): said.append(str(path))
     if said: raise _held_out(store, said)
 
 def _held_out(store, said):
