@@ -144,8 +144,8 @@ def _least(recipe):
 # %% ../nbs/57_memory.ipynb #5d5088ba
 _no_card = ("bs='auto' asks a card how much memory it has, and training is on a CPU here, whose memory is shared with "
     "all else: give bs as a number")
-_on_several_cards = ("bs='auto' measures one card, and this training has several processes, whose cards may differ: give bs "
-    "as a number")
+_on_several_cards = ("bs='auto' measures one card, and this training has several processes, whose cards may differ: "
+    "give bs as a number")
 _summed = "summed_batches counts batches as they are, so their size is part of the training: give bs as a number"
 
 # %% ../nbs/57_memory.ipynb #f16219f4
