@@ -41,13 +41,13 @@ def folder_inside(
     "The folder that a text names. Raises `AppError` where there is none inside `root`."
     try: path = (root/Path(text.strip()).expanduser()).resolve(strict=True)
     except (OSError,RuntimeError,ValueError):
-        raise AppError(_no_folder, 404) from None
+        raise AppError(_not_below, 404) from None
     if not path.is_relative_to(root):
-        raise AppError(_no_folder, 404)
+        raise AppError(_not_below, 404)
     if path.is_dir(): return path
     raise AppError("this is a file: choose the folder that holds it, or the patient's folder above")
 
-_no_folder = ("there is no such folder below the one that this app may read: check the spelling, or close the app and "
+_not_below = ("there is no such folder below the one that this app may read: check the spelling, or close the app and "
     "start it with --root")
 
 # %% ../nbs/78_app.ipynb #825aa2e6
@@ -112,7 +112,7 @@ class Uploads:
             below = below/'dropped'
         self.known[upload] = [(below.joinpath(*parts),size) for parts,size in wanted]
         self.known[upload,'root'] = below if below.name=='dropped' else below/min(tops)
-        return dict(upload=upload, missing=[i for i,o in enumerate(self.known[upload]) if not _is_there(*o)])
+        return dict(upload=upload, missing=[i for i,o in enumerate(self.known[upload]) if not _has_arrived(*o)])
 
     def _check(self, wanted):
         total = sum(size for _,size in wanted)
@@ -121,7 +121,7 @@ class Uploads:
         if min(size for _,size in wanted)<0:
             raise AppError('this is no list of files')
         if len(wanted)>self.most_files:
-            raise AppError(_too_many(len(wanted), self.most_files), 413)
+            raise AppError(_too_many_files(len(wanted), self.most_files), 413)
         if total>self.most:
             raise AppError(_too_much(total, self.most), 413)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -155,12 +155,12 @@ class Uploads:
         "The folder of an upload that is complete"
         if upload not in self.known:
             raise AppError('this was not announced', 404)
-        if all(_is_there(*o) for o in self.known[upload]):
+        if all(_has_arrived(*o) for o in self.known[upload]):
             return self.known[upload,'root']
         raise AppError("not all files have come: drop the folder again, and only the others are sent")
 
 # %% ../nbs/78_app.ipynb #975c6531
-def _is_there(path, size): return path.is_file() and path.stat().st_size==size
+def _has_arrived(path, size): return path.is_file() and path.stat().st_size==size
 
 def _copy(body, f, size):
     while size>0:
@@ -176,7 +176,7 @@ def _too_much(total, most):
         "patient seldom have more than 0.3 GB: is this CT, or are there many patients? Give the folder's path above, "
         "which copies nothing, or start the app with a higher --limit")
 
-def _too_many(n, most):
+def _too_many_files(n, most):
     return f"these are {n} files, and at most {most} can be dropped: give the folder's path above, which copies nothing"
 
 _no_room = "the disk has no room for these files: make room, or give the folder's path above, which copies nothing"
@@ -391,9 +391,9 @@ class Runs:
 _died = ("the process that works died, most likely because memory ran out; what is done is kept, and the run can go on")
 
 # %% ../nbs/78_app.ipynb #1dc50d77
-_environment = Environment(autoescape=True)
+_app_environment = Environment(autoescape=True)
 def _sentence(text): return text[:1].upper()+text[1:]
-_environment.filters['sentence'] = _sentence
+_app_environment.filters['sentence'] = _sentence
 
 # %% ../nbs/78_app.ipynb #61fbdb0e
 _CSS,_HTML = ((files('mgmt_fast')/o).read_text('utf-8') for o in ('page.css','page.html'))
@@ -410,7 +410,7 @@ def fill(
     **values, # What it names, escaped
 ) -> Markup: # HTML
     "Fill a template; whatever a name holds, it is shown and not executed."
-    return Markup(_environment.from_string(template).render(**values))
+    return Markup(_app_environment.from_string(template).render(**values))
 
 # %% ../nbs/78_app.ipynb #855dda1f
 def app_page(
@@ -443,18 +443,18 @@ type their path{% endif %}.</p><ul>{% for o in f.folders %}
 <li><button type="button" data-at="{{ o.at }}">{{ o.name }}</button></li>{% endfor %}</ul>"""
 
 # %% ../nbs/78_app.ipynb #6aaefe85
-_MODEL = """<p role="status"{% if d.state=='refused' %} class="error"{% endif %}>
+_MODEL_FORM = """<p role="status"{% if d.state=='refused' %} class="error"{% endif %}>
 {% if d.state=='ready' %}The model is ready. It reads {{ d.sequences|join(', ') }}.
 {% elif d.state=='loading' %}The model is being read; a folder can be chosen already.
 {% else %}The model cannot be used: {{ d.what }}.{% endif %}</p>"""
 
-_RUNS = _MODEL+"""{% if d.runs %}<div class="wide" role="group" aria-label="runs" tabindex="0"><table>
+_RUNS = _MODEL_FORM+"""{% if d.runs %}<div class="wide" role="group" aria-label="runs" tabindex="0"><table>
 <tr><th>Patients</th><th>State</th></tr>{% for o in d.runs %}<tr><td><a href="/run/{{ o.number }}">{{ o.name }}</a></td>
 <td class="told">{{ o.status() }} {{ o.what|sentence }}</td></tr>
 {% endfor %}</table></div>{% else %}<p>There is no run yet.</p>{% endif %}"""
 
 # %% ../nbs/78_app.ipynb #9724cd88
-_RUN = """{% if d.state!='ready' %}"""+_MODEL+"""{% endif %}<p role="status">{{ run.status() }}</p>
+_RUN_PAGE = """{% if d.state!='ready' %}"""+_MODEL_FORM+"""{% endif %}<p role="status">{{ run.status() }}</p>
 {% if run.what %}<p class="error" role="alert">{{ run.what|sentence }}</p>{% endif %}
 {% for o in run.said %}<p class="warning">The folder: {{ o }}.</p>{% endfor %}
 {% if run.rows %}<progress aria-label="patients done" max="{{ run.rows|length }}" value="{{ run.ended }}"></progress>
@@ -491,7 +491,7 @@ def run_part(
             rows.append(dict(r, at=i, bad=bad, notes=len(r['findings'])-len(bad)))
         shown = dict(number=run.number, state=run.state, what=run.what, said=run.said, rows=rows, ended=run.ended)
         failed = run.state=='done' and any(r['step']=='failed' for r in rows)
-        return fill(_RUN, d=desk, run=dict(shown, status=run.status), shown=_SHOWN.items(), failed=failed)
+        return fill(_RUN_PAGE, d=desk, run=dict(shown, status=run.status), shown=_SHOWN.items(), failed=failed)
 
 # %% ../nbs/78_app.ipynb #d29e748b
 _JS_ASK = """'use strict'
@@ -631,7 +631,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args): pass # addresses may name patients
     def version_string(self): return 'mgmt_app'
     def do_GET(self): self._answer(_GET, False)
-    def do_POST(self): self._answer(_POST, True)
+    def do_POST(self): self._answer(_POST_ROUTES, True)
 
     def _answer(self, routes, changes):
         try:
@@ -661,8 +661,8 @@ class _Handler(BaseHTTPRequestHandler):
         own = self.headers.get('Origin','').removeprefix('http://') in s.hosts
         if changes and not own:
             raise AppError('only the pages of this app may do this', 403)
-        self.by_address = _same(parse_qs(urlsplit(self.path).query).get('token', [''])[0], s.token)
-        if not self.by_address and not _same(self._cookie(), s.token):
+        self.by_address = _same_text(parse_qs(urlsplit(self.path).query).get('token', [''])[0], s.token)
+        if not self.by_address and not _same_text(self._cookie(), s.token):
             raise AppError(_no_token, 403)
 
     def _cookie(self):
@@ -700,7 +700,7 @@ class _Handler(BaseHTTPRequestHandler):
         raise AppError('this request is not of this app')
 
 # %% ../nbs/78_app.ipynb #189f4267
-def _same(a, b): return hmac.compare_digest(a.encode('utf-8', 'replace'), b.encode())
+def _same_text(a, b): return hmac.compare_digest(a.encode('utf-8', 'replace'), b.encode())
 
 _no_token = "open the whole address that mgmt_app printed on the terminal: it holds the token of this app"
 
@@ -710,7 +710,7 @@ def _home(h):
     choose = fill(_CHOOSE, gb=f'{h.server.uploads.most/1e9:g}')
     h.reply(app_page('MGMT methylation from MRI', {'Choose a folder': choose, 'Runs': live}))
 
-def _runs(h):
+def _runs_page(h):
     with h.server.desk.lock:
         html = fill(_RUNS, d=h.server.desk)
     h.reply(html)
@@ -724,7 +724,7 @@ def _run_page(h, number):
 
 def _run_part(h, number): h.reply(run_part(h.server.desk, h.server.desk.of(int(number))))
 
-def _shown(h, number, at, name):
+def _show_page(h, number, at, name):
     "A page of a patient that is done"
     rows = h.server.desk.of(int(number)).rows
     place = rows[int(at)]['place'] if int(at)<len(rows) else ''
@@ -739,9 +739,9 @@ def _folders(h):
     found = list_folder(h.server.root, folder_inside(h.server.root, h.told('at')))
     h.say(html=fill(_FOLDERS, f=found), at=found['at'])
 
-def _begin(h, root): h.say(to=f'/run/{h.server.desk.start(root).number}')
-def _start(h): _begin(h, folder_inside(h.server.root, h.told('path')))
-def _again(h, number): _begin(h, h.server.desk.of(int(number)).root)
+def _begin_run(h, root): h.say(to=f'/run/{h.server.desk.start(root).number}')
+def _start_run(h): _begin_run(h, folder_inside(h.server.root, h.told('path')))
+def _run_again(h, number): _begin_run(h, h.server.desk.of(int(number)).root)
 
 # %% ../nbs/78_app.ipynb #301ae7cc
 def _cancel(h, number):
@@ -755,16 +755,17 @@ def _put(h, upload, i):
     h.server.uploads.put(upload, int(i), h.rfile, h.length(2**40))
     h.say()
 
-def _uploaded(h, upload): _begin(h, h.server.uploads.root(upload))
+def _uploaded(h, upload): _begin_run(h, h.server.uploads.root(upload))
 
 # %% ../nbs/78_app.ipynb #0e1a261c
 def _script(h): h.reply(_SCRIPT, 'text/javascript; charset=utf-8')
 
 _N = r'(\d{1,9})'
-_GET = [('/', _home), ('/app.js', _script), ('/runs', _runs), (f'/run/{_N}', _run_page), (f'/run/{_N}/part', _run_part),
-    (f'/run/{_N}/{_N}/({"|".join(_PAGES)})', _shown)]
-_POST = [('/folders', _folders), ('/start', _start), (f'/cancel/{_N}', _cancel), (f'/again/{_N}', _again),
-    ('/upload', _upload), (f'/upload/([0-9a-f]{{32}})/{_N}', _put), ('/upload/([0-9a-f]{32})/start', _uploaded)]
+_GET = [('/', _home), ('/app.js', _script), ('/runs', _runs_page), (f'/run/{_N}', _run_page),
+    (f'/run/{_N}/part', _run_part), (f'/run/{_N}/{_N}/({"|".join(_PAGES)})', _show_page)]
+_POST_ROUTES = [('/folders', _folders), ('/start', _start_run), (f'/cancel/{_N}', _cancel),
+    (f'/again/{_N}', _run_again), ('/upload', _upload), (f'/upload/([0-9a-f]{{32}})/{_N}', _put),
+    ('/upload/([0-9a-f]{32})/start', _uploaded)]
 
 # %% ../nbs/78_app.ipynb #ae8cb6b5
 class App:
@@ -824,13 +825,13 @@ class App:
 # %% ../nbs/78_app.ipynb #18ee7993
 def _check_paths(model, root, atlas):
     if not (Path(model).exists() or Path(f'{model}.json').exists()):
-        raise AppError(_no_model)
+        raise AppError(_model_gone)
     if not Path(root).is_dir():
         raise AppError("--root is no folder: give the one below which scans lie")
     if atlas is not None and not Path(atlas).is_file():
         raise AppError("--atlas is no file: give the atlas' T1 image")
 
-_no_model = ("there is no model at this place: give the folder of a bundle or of a training, or a model in it, e.g. "
+_model_gone = ("there is no model at this place: give the folder of a bundle or of a training, or a model in it, e.g. "
     "run/model")
 
 # %% ../nbs/78_app.ipynb #07d5f4ce
@@ -863,14 +864,14 @@ def _as_typed(f):
     "A function that reads the command line where it is given nothing, and whose errors are one line and an exit code"
     @functools.wraps(f)
     def _f(*args, **kwargs):
-        try: return f(*args, **(kwargs if args or kwargs else _from_command_line(f)))
+        try: return f(*args, **(kwargs if args or kwargs else _app_command(f)))
         except AppError as e:
             print(f'error: {e}', file=sys.stderr)
         return 2
     return _f
 
 # %% ../nbs/78_app.ipynb #c2df99b0
-def _from_command_line(f):
+def _app_command(f):
     parser = argparse.ArgumentParser(f.__name__, description=f.__doc__)
     about = docments(f)
     for k,p in inspect.signature(f).parameters.items():
@@ -885,7 +886,7 @@ def _from_command_line(f):
 def _spelt(k): return dict.fromkeys((f"--{k.replace('_','-')}",f'--{k}'))
 
 # %% ../nbs/78_app.ipynb #8b0dfe11
-def _terminate(*_): raise KeyboardInterrupt
+def _interrupt(*_): raise KeyboardInterrupt
 
 @_as_typed
 def mgmt_app(
@@ -901,7 +902,7 @@ def mgmt_app(
     "Open a local page to choose or drop scans, see the audit, predict, and read each patient's page; Ctrl-C closes it"
     app = App(model, root or Path.home(), atlas, keep, port, limit, n_workers)
     before = {o: signal.getsignal(o) for o in (signal.SIGINT,signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         print(f'{app.server.address}\nopen this in a browser on this machine; Ctrl-C closes it. Research use only',
             flush=True)

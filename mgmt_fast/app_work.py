@@ -82,9 +82,9 @@ class PatientRow(NamedTuple):
 
 # %% ../nbs/77_app_work.ipynb #e87b94b4
 _FINDINGS = list_of(list_of(TEXT, 3))
-_ROW = record_of(dict(patient=TEXT, step=TEXT, findings=_FINDINGS, prob=NOTHING|Allowed.number(0, 1),
+_PATIENT_ROW = record_of(dict(patient=TEXT, step=TEXT, findings=_FINDINGS, prob=NOTHING|Allowed.number(0, 1),
     unlike=NOTHING|YES_OR_NO, note=TEXT, place=TEXT))
-_RECORD,_PAGE = 'patient.json','report.html'
+_RECORD_NAME,_PAGE_NAME = 'patient.json','report.html'
 
 # %% ../nbs/77_app_work.ipynb #44ac184c
 class PatientPages:
@@ -99,7 +99,7 @@ class PatientPages:
         self.dest = make_folder(dest)
         self.n_workers = n_workers
         self.atlas = None if atlas is None else with_brain(atlas)
-        files = [file_hash(o) for o in _files_of(Path(model))]
+        files = [file_hash(o) for o in _model_files(Path(model))]
         self.key = [files, self.atlas and self.atlas.digest, __version__]
 
     def place(self,
@@ -117,9 +117,9 @@ class PatientPages:
     ) -> PatientRow: # None where there is none
         "What an earlier run wrote"
         folder = self.dest/place
-        if not (is_file(folder/_RECORD) and is_file(folder/_PAGE)):
+        if not (is_file(folder/_RECORD_NAME) and is_file(folder/_PAGE_NAME)):
             return None
-        try: return PatientRow(**read_json(folder/_RECORD, _ROW))
+        try: return PatientRow(**read_json(folder/_RECORD_NAME, _PATIENT_ROW))
         except MGMTError: return None
 
     def run(self,
@@ -186,7 +186,7 @@ class PatientPages:
             patient_report(None, res, folder)
             if res.scans:
                 View(res.scans, res.map).html(folder/'viewer.html', title=f'Patient {res.patient}')
-            write_json(folder/_RECORD, row._asdict())
+            write_json(folder/_RECORD_NAME, row._asdict())
         return row
 
 # %% ../nbs/77_app_work.ipynb #eb7e9698
@@ -194,7 +194,7 @@ _brought = ("the scans were brought into the atlas before they were judged: note
     "tell how they came")
 
 # %% ../nbs/77_app_work.ipynb #10ff7045
-def _files_of(model):
+def _model_files(model):
     "The files that make a model what it is"
     if model.is_dir():
         return sorted([*model.glob('*.json'), *model.glob('*.safetensors')])
@@ -332,10 +332,10 @@ def _shown_of(rows):
     done = [o for o in rows if o.place]
     choices = [('', '')]
     for o in done:
-        choices += [(f'{o.patient}, {k}', f'{o.place}/{f}') for k,f in _FILES.items()]
+        choices += [(f'{o.patient}, {k}', f'{o.place}/{f}') for k,f in _PAGE_FILES.items()]
     return choices
 
-_FILES = dict(page=_PAGE, viewer='viewer.html')
+_PAGE_FILES = dict(page=_PAGE_NAME, viewer='viewer.html')
 
 # %% ../nbs/77_app_work.ipynb #f8bfe758
 def _frame(path):

@@ -154,7 +154,7 @@ _COLLECTIONS = [
     ('bids',  r'(?P<p>sub-[A-Za-z0-9]+)(?:_ses-(?P<s>[A-Za-z0-9]+))?')]
 _COLLECTIONS = [(k, re.compile(v, re.I)) for k,v in _COLLECTIONS]
 
-def _known(name):
+def _known_collection(name):
     "Collection, patient, session and the rest of a name that a published collection gives"
     for k,pattern in _COLLECTIONS:
         if m := pattern.match(name):
@@ -175,7 +175,7 @@ def split_id(
 ) -> tuple: # Patient, and session or None
     "Take the visit off an id, where a published collection writes ids so; any other id is a patient's."
     name = str(id).strip()
-    found = _known(name)
+    found = _known_collection(name)
     if found and not found[3]: return found[1],found[2]
     return name,None
 
@@ -265,7 +265,7 @@ class Placed(NamedTuple):
     image:_Image
 
 # %% ../nbs/16_archive.ipynb #d3d5024f
-def _without(prefix, name):
+def _without_prefix(prefix, name):
     "A name without the patient's in front of it"
     if not name.lower().startswith(prefix.lower()): return name
     return name[len(prefix):].lstrip('_-. ')
@@ -273,30 +273,30 @@ def _without(prefix, name):
 # %% ../nbs/16_archive.ipynb #9d484d7b
 def _owner(parts, root_name, levels):
     "Level, layout, patient, session and further names of an image at `parts`; `None` if it is nobody's"
-    found = [(i,k) for i,o in enumerate(parts) if (k := _known(o))]
+    found = [(i,k) for i,o in enumerate(parts) if (k := _known_collection(o))]
     if found:
         at,(layout,patient,session,rest) = found[0]
         in_file = at==len(parts)-1
         return at,layout,patient,session,[rest] if rest and in_file else []
-    if k := _known(root_name): return -1,*k[:3],[]
+    if k := _known_collection(root_name): return -1,*k[:3],[]
     at = levels.get(parts)
     if at is None: return None
     patient = root_name if at<0 else parts[at]
     return at,'folder',patient,None,[]
 
 # %% ../nbs/16_archive.ipynb #cb1defe9
-def _placed(image, root_name, levels):
+def _image_owner(image, root_name, levels):
     "Whose an image is: by the name of a collection, or by the level of its folder; `None` if nobody's"
     parts = image.parts
     if (owner := _owner(parts, root_name, levels)) is None:
         return None
     at,layout,patient,session,names = owner
     for i,o in enumerate(parts[at+1:], at+2):
-        k = _known(o)
+        k = _known_collection(o)
         if k and k[1].lower()==patient.lower():
             session,o = session or k[2],k[3]
         else:
-            o = _without(patient, o)
+            o = _without_prefix(patient, o)
         if m := re.fullmatch(r'ses-([A-Za-z0-9]+)', o):
             session = session or m[1]
         elif i<len(parts) and _is_session(o) and name_testimony(o).can==SEQUENCES:
@@ -344,7 +344,7 @@ def _derived(image):
     folders = [o.lower() for o in image.parts[:-1]]
     return any(o in ('derivatives','sourcedata') for o in folders)
 
-def _several(image):
+def _holds_several(image):
     "Does a folder of slices hold several series, as that of a patient may and that of a series does not?"
     if image.kind!='slices': return False
     series = series_header(image.path).get('series', ())
@@ -377,7 +377,7 @@ def _patient_levels(images, root_name, known):
         return {i.parts: -1 for i in inside}
     seen = Counter(o for images in tops.values() for o in _inner(images, 0))
     shared = {o for o,n in seen.items() if n>1}
-    groups = [o for k,o in tops.items() if len(o[0].parts)>1 or _known(k) or _several(o[0])]
+    groups = [o for k,o in tops.items() if len(o[0].parts)>1 or _known_collection(k) or _holds_several(o[0])]
     return merge(*(_patient_level(o, 0, known, shared) for o in groups))
 
 # %% ../nbs/16_archive.ipynb #03436434
@@ -389,7 +389,7 @@ def place_images(
 ) -> tuple: # `Placed` of each image that has a patient; the images that have none
     "Say of each image whose it is. Raises `ArchiveError` where two layouts explain the same folders."
     name = Path(root).resolve().name
-    def _is_strange(i): return not (_derived(i) or any(map(_known, i.parts)) or _known(name))
+    def _is_strange(i): return not (_derived(i) or any(map(_known_collection, i.parts)) or _known_collection(name))
     strange = [i for i in images if _is_strange(i)]
     if patients is not None:
         levels = {i.parts: 0 for i in images if i.parts and i.parts[0] in patients}
@@ -397,7 +397,7 @@ def place_images(
         levels = _patient_levels(strange, name, known)
     placed,rest = [],[]
     for i in images:
-        p = None if _derived(i) else _placed(i, name, levels)
+        p = None if _derived(i) else _image_owner(i, name, levels)
         if p: placed.append(p)
         else: rest.append(i)
     return _sub_sessions(placed),rest

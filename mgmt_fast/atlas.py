@@ -49,7 +49,7 @@ KNOWN_ATLASES = dict(
         paper='Fonov et al. 2011, NeuroImage 54:313'))
 
 # %% ../nbs/30_atlas.ipynb #d5a93527
-def _known(vol, digest):
+def _known_atlas(vol, digest):
     "Facts of the atlas with these voxels, or else with this grid; and whether the voxels are its own"
     for facts in KNOWN_ATLASES.values():
         if digest in facts['digests']: return facts,True
@@ -93,8 +93,8 @@ class Atlas:
         self.digest = voxel_digest(volume)
         self.skull = has_skull(volume)
         _check_grid(volume, self.skull)
-        self.facts,self.same = _known(volume, self.digest)
-        self.name = _name(self)
+        self.facts,self.same = _known_atlas(volume, self.digest)
+        self.name = _atlas_name(self)
         self.licence = _licence(self)
         self.about = dict(name=self.name, licence=self.licence, digest=self.digest, shape=list(volume.shape),
             affine=volume.affine.tolist())
@@ -103,11 +103,11 @@ class Atlas:
             _check_brain(millilitres(self.brain))
 
     def __repr__(self):
-        rows = [f'{k:<9} {v}' for k,v in _lines(self)]
+        rows = [f'{k:<9} {v}' for k,v in _atlas_lines(self)]
         return '\n'.join(rows)
 
 # %% ../nbs/30_atlas.ipynb #a5ec3d63
-def _name(o):
+def _atlas_name(o):
     if o.facts is None:
         return 'an atlas that is not known here'
     if o.same: return o.facts['name']
@@ -120,7 +120,7 @@ def _licence(o):
     return f"not certain; that of this grid's atlas is {o.facts['licence']}"
 
 # %% ../nbs/30_atlas.ipynb #d0ce8f9a
-def _lines(o):
+def _atlas_lines(o):
     size = 'x'.join(map(str, o.volume.shape))
     mm = ' x '.join(f'{s:g}' for s in o.volume.spacing.round(3))
     yield 'atlas', o.name
@@ -138,7 +138,7 @@ def _head_or_brain(o):
 
 # %% ../nbs/30_atlas.ipynb #f3b3c378
 def _check_grid(vol, skull):
-    if skull is None: raise AtlasError(_no_image)
+    if skull is None: raise AtlasError(_few_values)
     size = np.array(vol.shape)*vol.spacing
     usual_voxels = (.5<=vol.spacing).all() and (vol.spacing<=3).all()
     if not usual_voxels or size.min()<100 or size.max()>400:
@@ -148,7 +148,7 @@ def _check_brain(ml):
     if not 900<=ml<=2200:
         raise AtlasError(_no_brain(ml))
 
-_no_image = ("this holds fewer than 16 different values: a map of labels or a mask? Give the atlas' T1 image itself")
+_few_values = ("this holds fewer than 16 different values: a map of labels or a mask? Give the atlas' T1 image itself")
 
 def _no_atlas_grid(spacing, size):
     mm = ' x '.join(f'{o:.1f}' for o in spacing)
@@ -167,14 +167,14 @@ def read_atlas(
     "Read an atlas and check it. Raises `AtlasError` on what cannot serve, `SeriesError` on what cannot be read."
     if isinstance(path, Atlas): return path
     path = Path(path)
-    if not is_file(path): raise AtlasError(_no_file(path))
+    if not is_file(path): raise AtlasError(_no_atlas_file(path))
     vol = read_volume(path)
     with open_input(path, AtlasError) as f:
         sha256 = hashlib.file_digest(f, 'sha256').hexdigest()
     return Atlas(vol, sha256, path)
 
 # %% ../nbs/30_atlas.ipynb #7d8ef132
-def _no_file(path):
+def _no_atlas_file(path):
     known = KNOWN_ATLASES['sri24']
     return (f"there is no atlas at {path}: fetch one and give the path of its T1 image. The public glioma collections "
         f"are in the space of {known['name']} ({known['url']}, {known['licence']}); on Kaggle attach it as a data set")

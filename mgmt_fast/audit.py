@@ -47,7 +47,7 @@ def _axial(vol):
     return turned,axes[:,order]*signs
 
 # %% ../nbs/25_audit.ipynb #75177699
-def _inner(x, step, n):
+def _inner_slices(x, step, n):
     "Indices of `n` axial slices from 25 to 75 mm below the top of the head, above the face; `step` in mm"
     some = x[:,::2,::2]
     lo = float(some.min())
@@ -77,7 +77,7 @@ def thumbnail(
     if head is None: head = has_skull(vol) is not False
     if head:
         x,step = _axial(vol)
-        at = _inner(x, np.linalg.norm(step[:,0]), n)
+        at = _inner_slices(x, np.linalg.norm(step[:,0]), n)
     else:
         x,step = vol.numpy(),vol.affine[:3,:3]
         at = _evenly(x, n)
@@ -143,7 +143,7 @@ def _head_box(vol):
     return [corners.min(0).round(1).tolist(), corners.max(0).round(1).tolist()]
 
 # %% ../nbs/25_audit.ipynb #0ae4b763
-def _results(jobs, n_workers, progress):
+def _audit_results(jobs, n_workers, progress):
     "(place, what is kept) of each job, as they come"
     given = [(job,) for job in jobs]
     for i,o in in_processes(_one, given, n_workers, progress):
@@ -194,14 +194,14 @@ def _left_by_run(journal):
 def _resumed(jobs, n_workers, progress, journal=None):
     "Results of `_one` in the jobs' order; those that a stopped run left in `journal` are taken from there"
     if journal is None:
-        found = dict(_results(jobs, n_workers, progress))
+        found = dict(_audit_results(jobs, n_workers, progress))
         return [found[i] for i in range(len(jobs))]
     keys = [*map(_job_key, jobs)]
     done = _left_by_run(journal)
     todo = [i for i,k in enumerate(keys) if k not in done]
     new = [jobs[i] for i in todo]
     with Journal(journal) as j:
-        for at,seen in _results(new, n_workers, progress):
+        for at,seen in _audit_results(new, n_workers, progress):
             key = keys[todo[at]]
             done[key] = seen
             j.add(_entry_of(key, seen), default=lambda o: o.item())
@@ -384,7 +384,7 @@ def _counts_line(table):
 # %% ../nbs/25_audit.ipynb #da70a2f9
 _INTRODUCTION = ("Identifiers found in headers are named by kind; their values are not kept. Series with their skull "
     "are shown by axial slices from inside it, on which no face can be seen.")
-_KINDS = """<table>{% for kind,n in kinds %}<tr><td>{{ n }}</td><td>{{ kind }}</td></tr>
+_KINDS_TABLE = """<table>{% for kind,n in kinds %}<tr><td>{{ n }}</td><td>{{ kind }}</td></tr>
 {% else %}<tr><td>nothing found</td></tr>{% endfor %}</table>"""
 _SERIES = """<table>{% for r in rows %}<tr><td class="told">{{ r.name }}<div class="facts">{{ r.facts }}</div></td>
 <td>{{ r.picture }}</td><td>{% for o in r.findings %}<div class="{{ r.severity }}">{{ o }}</div>{% endfor %}
@@ -405,7 +405,7 @@ def write_sheet(
 ):
     "Write a self-contained page: what was found how often, and every series with its picture, findings first."
     rows = [_shown_row(table.iloc[i], pictures[i]) for i in _by_severity(table)]
-    found = scrolling(fill_page(_KINDS, kinds=_kinds(table.findings)))
+    found = scrolling(fill_page(_KINDS_TABLE, kinds=_kinds(table.findings)))
     series = scrolling(fill_page(_SERIES, rows=rows))
     summary = f'{_counts_line(table)}. {_INTRODUCTION}'
     write_page(path, title, {'What was found': [summary, found], 'Series': [series]})
@@ -428,7 +428,7 @@ def _splits(root):
     return splits if len(splits)==2 else [None]
 
 # %% ../nbs/25_audit.ipynb #efc2234e
-def _problems(cohort):
+def _first_problems(cohort):
     "The first twenty rows of a cohort's report, as text"
     rows = cohort_report(cohort)
     lines = [f'  {called(r)}: {r.problem}; {r.what_to_do}\n' for r in rows[:20].itertuples()]
@@ -451,7 +451,7 @@ def _find_cohort(root, **how):
     cohort = pd.concat(parts, ignore_index=True)
     for k in ('report','images'):
         cohort.attrs[k] = sum((o.attrs[k] for o in parts), [])
-    return cohort,said.getvalue()+_problems(cohort)
+    return cohort,said.getvalue()+_first_problems(cohort)
 
 # %% ../nbs/25_audit.ipynb #8d21c7fb
 def _add_doubts(table, start, doubts):

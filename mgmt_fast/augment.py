@@ -455,7 +455,7 @@ def _slabs(n, voxels, device, temps=1):
     starts = range(0, n, k)
     return [range(i, min(i+k,n)) for i in starts]
 
-def _groups(n, device, gpu=8):
+def _equal_parts(n, device, gpu=8):
     "Parts of equal size to compute side by side"
     wanted = torch.get_num_threads() if device.type=='cpu' else gpu
     return math.gcd(n, wanted)
@@ -470,7 +470,7 @@ def _resample2d(src, out, m, b, outside):
     src = src.reshape(-1,H,W)
     out = out.view(-1,H,W)
     for s in _slabs(len(src), H*W, src.device):
-        k = _groups(len(s), src.device)
+        k = _equal_parts(len(s), src.device)
         part = slice(s.start, s.stop)
         x = src[part].view(k,-1,H,W)
         y = _sample(x, grid.expand(k,-1,-1,-1), outside)
@@ -501,7 +501,7 @@ def _resample_batch(src, out, ms, bs, outside):
 def _resample3d(src, out, m, b, outside):
     "Move a volume (C,D,H,W) by `m` (3,3) and `b` (3,)"
     C,D,H,W = src.shape
-    k = _groups(D, src.device, gpu=1)
+    k = _equal_parts(D, src.device, gpu=1)
     each = D//k
     n = max(1, each//12)
     whole = src[None].expand(k,-1,-1,-1,-1)

@@ -196,7 +196,7 @@ def _too_shallow(body, x):
     return MGMTError(f"{rule}; received D={x.shape[2]}: {way_out}")
 
 # %% ../nbs/44_backbones.ipynb #59e68b2b
-def _plain(nf, n): return dict(fc=nn.Linear(nf, n))
+def _plain_head(nf, n): return dict(fc=nn.Linear(nf, n))
 
 def _published(nf, n):
     "Batch norm, dropout .4, dense 32, ReLU, batch norm, dropout .4, linear"
@@ -204,7 +204,7 @@ def _published(nf, n):
     logits = dict(bn2=nn.BatchNorm1d(32), drop2=nn.Dropout(.4), fc=nn.Linear(32, n))
     return {**hidden, **logits}
 
-_heads = dict(plain=_plain, published=_published)
+_heads = dict(plain=_plain_head, published=_published)
 
 # %% ../nbs/44_backbones.ipynb #3e0b10dd
 class Head(nn.Sequential):
@@ -356,7 +356,7 @@ def _no_such_weights(folder, arch):
     return MGMTError(f"no weights of {arch!r} in {folder}: it holds {holds}; {way_out}")
 
 # %% ../nbs/44_backbones.ipynb #c51c0124
-_unreadable = (safetensors.SafetensorError, RuntimeError, EOFError, OSError, KeyError)
+_read_errors = (safetensors.SafetensorError, RuntimeError, EOFError, OSError, KeyError)
 
 def _load_tensors(path):
     "What a file holds, tensors only"
@@ -366,7 +366,7 @@ def _load_tensors(path):
         return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         raise _not_only_tensors(path) from e
-    except _unreadable as e: raise _damaged(path, e) from e
+    except _read_errors as e: raise _damaged(path, e) from e
 
 # %% ../nbs/44_backbones.ipynb #51c08b50
 def _not_only_tensors(path):
@@ -559,9 +559,9 @@ _freeze = ("layers of the body that do not train, see `freeze_body` (the thesis:
     "Keras' last 15 layers follow their batches; its intent: 'all_but_keras=15')")
 choice('backbones', 'freeze', _freeze, Allowed.text(),
     default='none', published='all_but_keras=15,weights', winner='none')
-_stem = ("how other channels than RGB enter: 'sum' of the RGB weights, "
+_stem_doc = ("how other channels than RGB enter: 'sum' of the RGB weights, "
     "or through a random 'adapter' convolution (the thesis)")
-choice('backbones', 'stem', _stem, Allowed.one_of('sum','adapter','adapter1x1'),
+choice('backbones', 'stem', _stem_doc, Allowed.one_of('sum','adapter','adapter1x1'),
     default='sum', published='adapter', winner='sum')
 _pretrained = ('True: 2D ImageNet weights from the hub; '
     'a path: from a file or a folder of `mgmt_weights`; False: none')
@@ -598,7 +598,7 @@ def _make(arch, in_chans, pretrained, mode, anisotropic, depth_padding):
     name = timm_name(arch)
     net = imagenet_network(name, arch) if pretrained is True else timm.create_model(name, num_classes=0)
     net3 = inflate_model(net, **kw)
-    return net3,_fill(net3, pretrained, arch, mode),*_grey(net.pretrained_cfg)
+    return net3,_fill_weights(net3, pretrained, arch, mode),*_grey(net.pretrained_cfg)
 
 # %% ../nbs/44_backbones.ipynb #3465cd55
 def _grey(cfg):
@@ -606,7 +606,7 @@ def _grey(cfg):
     return [sum(cfg[k])/3 for k in ('mean','std')]
 
 # %% ../nbs/44_backbones.ipynb #6c38417c
-def _fill(net3, pretrained, arch, mode):
+def _fill_weights(net3, pretrained, arch, mode):
     "The report of an inflated network's weights, read from a file if a path is given"
     if pretrained is False: return None
     if pretrained is True: return net3.report
@@ -619,7 +619,7 @@ def _make_own(make, pretrained, kw):
     net = make()
     if any(isinstance(m, nn.Conv2d) for m in net.modules()):
         net3 = inflate_model(net, **kw)
-        return net3,net3.report if pretrained is False else _fill(net3, pretrained, '', kw['mode']),0.,1.
+        return net3,net3.report if pretrained is False else _fill_weights(net3, pretrained, '', kw['mode']),0.,1.
     if pretrained is False and not kw['anisotropic']:
         return net,None,0.,1.
     what = "a network that is 3D already takes neither pretrained= nor anisotropic="

@@ -118,7 +118,7 @@ def baselines(
     t = store.table[store.table.label.notna()]
     y = t.label.astype(int).to_numpy()
     if min(y.sum(),(1-y).sum())<n_folds:
-        raise _too_few(y, n_folds)
+        raise _too_few_to_fold(y, n_folds)
     rows = [_prevalence(y)]
     if preds is not None:
         rows.append(_permuted(preds, seed))
@@ -129,7 +129,7 @@ def baselines(
     return _judged(pd.DataFrame(rows, columns=['baseline','n','auc','lo','hi','interval','p','note']))
 
 # %% ../nbs/61_baselines.ipynb #858df0cf
-def _too_few(y, n_folds):
+def _too_few_to_fold(y, n_folds):
     ones,zeros = y.sum(),(1-y).sum()
     has = f"received {ones} methylated and {zeros} unmethylated"
     return MGMTError(f"baselines in {n_folds} folds need as many patients of each class; {has}")

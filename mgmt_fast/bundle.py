@@ -114,7 +114,7 @@ class Ledger:
         for i,line in enumerate(lines):
             e = _parsed(line)
             if e.get('previous')!=last or not is_signed(e):
-                raise _by_hand(i+1, self.path)
+                raise _line_by_hand(i+1, self.path)
             res.append(e)
             last = e['signature']
         return res
@@ -157,7 +157,7 @@ def _parsed(line):
     except ValueError: return {}
     return res if isinstance(res, dict) else {}
 
-def _by_hand(i, path):
+def _line_by_hand(i, path):
     return ProtocolError(f"line {i} of {path} was changed, added or taken out by hand: the count of passes can no "
         "longer be trusted. Restore the file")
 
@@ -271,14 +271,14 @@ model_kinds['bundle'] = Bundle
 _OPTIONAL = ('.seen.safetensors','.unlike.safetensors') # models of version 0.1 have none
 _SUFFIXES = ('.safetensors','.json',*_OPTIONAL)
 _FILES = record_of({'.safetensors':TEXT, '.json':TEXT}, dict.fromkeys(_OPTIONAL, TEXT))
-_MODEL = record_of(dict(name=A_FILE_NAME, arch=TEXT, files=_FILES, sequences=list_of(A_SEQUENCE),
+_BUNDLED_MODEL = record_of(dict(name=A_FILE_NAME, arch=TEXT, files=_FILES, sequences=list_of(A_SEQUENCE),
     temperature=Allowed.number(1e-3, 1e3)), others=True)
 _SHARE,_SPACING = Allowed.number(0, 1),list_of(Allowed.number(1e-4, 1e5), 3)
 _VALIDATION = record_of(dict(auc=_SHARE, lo=_SHARE, hi=_SHARE), others=True)
 _ALIKE = table_of(record_of(dict(skull=NOTHING|_SHARE, spacing=NOTHING|_SPACING, space=TEXT, plane=NOTHING|TEXT)))
 _SAID = dict(version=TEXT, created=TEXT, signature=TEXT, patients=list_of(TEXT), volumes=list_of(TEXT))
 _CHOSEN = dict(threshold=_SHARE, validation=_VALIDATION, preparation=_ALIKE)
-_BUNDLE = record_of(dict(models=list_of(_MODEL), recipe=A_RECIPE, tta=NOTHING|A_RECIPE, **_CHOSEN, **_SAID),
+_BUNDLE = record_of(dict(models=list_of(_BUNDLED_MODEL), recipe=A_RECIPE, tta=NOTHING|A_RECIPE, **_CHOSEN, **_SAID),
     dict(spacing=NOTHING|_SPACING))
 
 # %% ../nbs/65_bundle.ipynb #64c124dd

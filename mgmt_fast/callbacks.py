@@ -721,7 +721,7 @@ class Checkpoint(Callback):
                 said = f.metadata()
             if 'digest' not in said:
                 return dict(parse_json(said['state']), key=None) # of version 0.1
-            if said['digest']!=_digest(said['state'], st.load_file(str(file))):
+            if said['digest']!=_checkpoint_digest(said['state'], st.load_file(str(file))):
                 raise ValueError('changed')
             return parse_json(said['state'])
         except (SafetensorError,OSError,LookupError,TypeError,ValueError) as e:
@@ -760,7 +760,7 @@ class Checkpoint(Callback):
         d['cbs'] = {cb.name: state.add(f'cbs.{cb.name}', _cb_state(cb)) for cb in self.learn.cbs}
         tensors = {k:_on_cpu(v) for k,v in state.tensors.items()}
         said = json.dumps(d, default=lambda o: o.item())
-        about = dict(state=said, digest=_digest(said, tensors))
+        about = dict(state=said, digest=_checkpoint_digest(said, tensors))
         with atomic_path(self.path/self.fname) as tmp:
             st.save_file(tensors, str(tmp), metadata=about)
 
@@ -820,7 +820,7 @@ class Checkpoint(Callback):
         if bar: bar.update(0) # its clock starts at the first epoch, which is not run again
 
 # %% ../nbs/52_callbacks.ipynb #209d1df9
-def _digest(said, tensors):
+def _checkpoint_digest(said, tensors):
     "What shows that nothing in a checkpoint was changed"
     h = hashlib.blake2b(said.encode(), digest_size=16)
     for k in sorted(tensors):

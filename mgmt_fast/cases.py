@@ -107,7 +107,7 @@ def _choose_exam(images):
     return best,exams[best],[problem]
 
 # %% ../nbs/18_cases.ipynb #d6b9fd53
-_DERIVED = set('bias n4 n4itk brain bet unstripped stripped norm normalized normalised reg registered coreg'
+_PROCESSED = set('bias n4 n4itk brain bet unstripped stripped norm normalized normalised reg registered coreg'
     ' resampled ss skull'.split())
 
 def _words_of(o):
@@ -128,7 +128,7 @@ def _plainest(same):
     plain = min(same, key=words)
     for o in same:
         extra = _words_of(o)-_words_of(plain)
-        if o is not plain and not (extra and extra<=_DERIVED): return same
+        if o is not plain and not (extra and extra<=_PROCESSED): return same
     return [plain]
 
 # %% ../nbs/18_cases.ipynb #3c784f58

@@ -119,16 +119,16 @@ def _command(f):
             kwargs = _from_command_line(f)
             _listen()
         try: return f(*args, **kwargs)
-        except MGMTError as e: return _end(f'error: {e}', 2)
-        except _Terminated: return _end(_STOPPED, 143)
-        except KeyboardInterrupt: return _end(_STOPPED, 130)
+        except MGMTError as e: return _exit_with(f'error: {e}', 2)
+        except _Terminated: return _exit_with(_STOPPED, 143)
+        except KeyboardInterrupt: return _exit_with(_STOPPED, 130)
         except Exception as e: # whose message may quote the data
             if not typed: raise
-            return _end(f"error: {log_fault(e, f'running {f.__name__}')}", 2)
+            return _exit_with(f"error: {log_fault(e, f'running {f.__name__}')}", 2)
     return _f
 
 # %% ../nbs/90_cli.ipynb #cb92809f
-def _end(said, code):
+def _exit_with(said, code):
     print(said, file=sys.stderr)
     return code
 
@@ -342,17 +342,17 @@ def mgmt_train(
 
     Run it again to finish after a stop; with `accelerate launch` before it, it trains on several processes."""
     store = _store(store, labels, id_col, label_col)
-    recipe = _recipe(store, recipe, arch=arch, epochs=epochs, lr=lr, bs=_number(bs))
+    recipe = _recipe(store, recipe, arch=arch, epochs=epochs, lr=lr, bs=_batch_size(bs))
     again = False
     if bs=='auto':
         recipe,again = _auto(store, dest, recipe, sequences)
     learn = _train(store, dest, recipe, sequences, fold=fold, seed=seed, checkpoint=again)
     if rank_distrib(): return 0
-    print(f'{dest}/model: {_best_epoch(learn)}')
+    print(f'{dest}/model: {_say_best_epoch(learn)}')
     return _done(len(learn.dls.left_out), strict)
 
 # %% ../nbs/90_cli.ipynb #5229a3b1
-def _number(bs):
+def _batch_size(bs):
     "A size of a batch as it was typed; `None` for `auto`, and what is no number as it is, for the recipe to refuse"
     if bs=='auto': return None
     return int(bs) if str(bs).isdecimal() else bs
@@ -371,7 +371,7 @@ def _auto(store, dest, recipe, sequences):
     return get_recipe(recipe, bs=bs, accumulate=accumulate),again
 
 # %% ../nbs/90_cli.ipynb #18177f5f
-def _best_epoch(learn):
+def _say_best_epoch(learn):
     best = learn.save_best.best_epoch
     _,loss,auc,*_ = learn.recorder.values[best]
     return (f"weights of epoch {best}, validation loss {loss:.4f}, AUC {auc:.3f} on {len(learn.dls.valid.dataset)}"
@@ -809,11 +809,11 @@ def mgmt_export(
         table = export_model(model, dest, opset)
     for r in table.itertuples():
         print(f"{Path(dest)/r.file}: {r.bytes:,} bytes, logits within {r.difference:.1e} of torch's")
-    if getattr(model, 'tta', None): print(_no_views)
+    if getattr(model, 'tta', None): print(_of_views)
     print(f"python {Path(dest)/'predict.py'} PREPARED.npz prints the probability; research use only")
     return 0
 
-_no_views = "this bundle averages over views of each volume, and a network sees one: probabilities may differ slightly"
+_of_views = "this bundle averages over views of each volume, and a network sees one: probabilities may differ slightly"
 
 # %% ../nbs/90_cli.ipynb #1eaca9e1
 from .leakage import leakage_audit

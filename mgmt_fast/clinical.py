@@ -175,7 +175,7 @@ _yes = """methylated positive m met meth true pos metilado metilada positivo met
 _no = """unmethylated negative u unmet unmeth false neg wildtype non-methylated nonmethylated not-methylated
     no-metilado nometilado no-metilada negativo unmethyliert nichtmethyliert nicht-methyliert negativ
     non-methyle nonmethyle non-methylee negatif"""
-_words = {**dict.fromkeys(_yes.split(), 1), **dict.fromkeys(_no.split(), 0)}
+_label_words = {**dict.fromkeys(_yes.split(), 1), **dict.fromkeys(_no.split(), 0)}
 _blank = """|na|n/a|<na>|nan|none|null|unknown|not available|indeterminate|not tested|not done|nd|n.d.|untested|pending
 |missing|desconocido|no disponible|unbekannt|inconnu|not evaluated|not applicable|equivocal|inconclusive|-|--|?|."""
 _blank = set(_blank.replace('\n','').split('|'))
@@ -190,8 +190,8 @@ def _label_value(v):
     s = re.sub(r'\s+', ' ', str(v).strip().lower().translate(_SUB)).strip('[]() ')
     if s in _blank or re.sub(r'[^a-z]', ' ', s).strip() in _blank-{''}:
         return pd.NA
-    if (word := s.replace(' ','-')) in _words:
-        return _words[word]
+    if (word := s.replace(' ','-')) in _label_words:
+        return _label_words[word]
     if re.fullmatch(r'-?\d+,\d*', s): s = s.replace(',','.')
     try: f = float(s)
     except ValueError: raise _Unknown(v) from None

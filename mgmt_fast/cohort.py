@@ -79,7 +79,7 @@ def _missing_together(report, df):
     return rows+[('all', s, 'missing', 'nothing, if it was not acquired') for s in never]
 
 # %% ../nbs/19_cohort.ipynb #1eadf046
-def _counts(df):
+def _label_counts(df):
     n = df.label.value_counts()
     has = df[[*SEQUENCES]].notna().sum()
     labels = scans = None
@@ -99,7 +99,7 @@ def _kinds_of_problems(report):
 
 # %% ../nbs/19_cohort.ipynb #a4d378cf
 def _say_cohort(df, labels):
-    lines = [_counts(df)]
+    lines = [_label_counts(df)]
     if report := df.attrs.get('report'):
         lines.append(_kinds_of_problems(report))
     said = "; labels of column {1!r}, ids of {0!r}".format(*labels.columns) if labels.columns else ''
@@ -294,7 +294,7 @@ def _owners(here):
     return res
 
 # %% ../nbs/19_cohort.ipynb #102c2994
-def _lost(here, whose, scans, name):
+def _stray_problems(here, whose, scans, name):
     "Problems of the folder that are no patient's"
     rows = []
     for parts,what,todo in here.odd:
@@ -326,7 +326,7 @@ def _scan(root, patients=None, table=None, choices=None, base=None):
         given = patients is not None
         scan.source = None if given or not mine else mine[0].placed.layout
     if not patients:
-        report = report+_lost(here, whose, scans, name)
+        report = report+_stray_problems(here, whose, scans, name)
     return NS(scans=scans, images=here.images, odd=here.odd, report=report)
 
 # %% ../nbs/19_cohort.ipynb #d5c969a4

@@ -43,7 +43,7 @@ def confirm_pairs(
     parts = []
     for group in groups.values():
         parts += [group[k:k+most] for k in range(0, len(group), most)]
-    done = in_parallel(_confirm, map(_pictures, parts), len(parts), n_workers, progress)
+    done = in_parallel(_confirm, map(_small_copies, parts), len(parts), n_workers, progress)
     res = {}
     for part,results in zip(parts, done):
         keys = [key for key,*_ in part]
@@ -51,7 +51,7 @@ def confirm_pairs(
     return res
 
 # %% ../nbs/62_confirm.ipynb #dd6085df
-def _pictures(part):
+def _small_copies(part):
     "The fixed small copy of some jobs, and those to move"
     _,A,i,*_ = part[0]
     fixed = np.array(A.rows[i])

@@ -135,7 +135,7 @@ def _no_numbers(x, what):
     return MGMTError(f"{what} must be numbers; received {np.asarray(x).dtype}: is it the right column?")
 
 # %% ../nbs/50_consistency.ipynb #bc4365ba
-_figures = ('accuracy','auc','loss','sensitivity','specificity')
+_printed_figures = ('accuracy','auc','loss','sensitivity','specificity')
 _about = ('minority','n','runs','thresholds','threshold')
 
 def _half_unit(x):
@@ -149,7 +149,7 @@ def _one_per_row(t):
     "The table with one row per result; a level of columns that names figures stays, other levels become rows"
     if t.columns.nlevels>1:
         levels = [{str(o).lower() for o in level} for level in t.columns.levels]
-        named = [i for i,names in enumerate(levels) if names&set(_figures)]
+        named = [i for i,names in enumerate(levels) if names&set(_printed_figures)]
         others = [i for i in range(len(levels)) if i not in named[:1]]
         if named: t = t.stack(others)
     if not isinstance(t.index, pd.RangeIndex):
@@ -163,9 +163,9 @@ def _one_per_row(t):
 # %% ../nbs/50_consistency.ipynb #287e294f
 def _as_shares(t):
     "Figures as numbers, per cent as shares"
-    seen = [o for o in _figures if o in t]
+    seen = [o for o in _printed_figures if o in t]
     if not seen:
-        raise MGMTError(f"a table to check has columns of {', '.join(_figures)}; received {list(t.columns)}")
+        raise MGMTError(f"a table to check has columns of {', '.join(_printed_figures)}; received {list(t.columns)}")
     for o in seen: t[o] = as_numbers(t[o], o)
     for o in seen:
         if o!='loss' and t[o].median()>2:
@@ -181,7 +181,7 @@ def _tidy(table, minority, threshold):
     if isinstance(minority, dict):
         t['minority'] = t['set'].map(minority)
     elif minority is not None: t['minority'] = minority
-    t = t.reindex(columns=uniqueify([*names,'where',*_figures,*_about]))
+    t = t.reindex(columns=uniqueify([*names,'where',*_printed_figures,*_about]))
     t = t.fillna(dict(runs=1, thresholds=1, threshold=threshold))
     impossible = (t.minority<=0)|(t.minority>.5)
     bad = t.minority[impossible]
@@ -194,7 +194,7 @@ def _no_minority(share):
 
 def _naming_columns(t):
     "Columns of text, which say what a row is of"
-    rest = [o for o in t if o not in (*_figures,*_about,'interval')]
+    rest = [o for o in t if o not in (*_printed_figures,*_about,'interval')]
     return [o for o in rest if not pd.api.types.is_numeric_dtype(t[o])]
 
 def _result_names(t, names):
@@ -204,7 +204,7 @@ def _result_names(t, names):
 # %% ../nbs/50_consistency.ipynb #f86e89a8
 def _ranges(r):
     "Figures that do not exist"
-    for o in _figures:
+    for o in _printed_figures:
         above = o!='loss' and r[o]>1
         if r[o]<0 or above:
             yield 'range','impossible',f"{o} {r[o]:g}: no such figure exists"
@@ -261,7 +261,7 @@ def _accuracy_and_sensitivity(r):
     below = a<min(s,c)-tol
     above = a>max(s,c)+tol
     if below or above:
-        yield what,'impossible',_outside(a, s, c)
+        yield what,'impossible',_accuracy_outside(a, s, c)
     elif gap>tol+_half_unit(share)*apart:
         yield what,'impossible',_no_mean(a, s, c, share)
     elif np.isnan(share) and apart>10*tol:
@@ -275,7 +275,7 @@ def _mean_rates(s, c, share):
     return methylated,unmethylated
 
 # %% ../nbs/50_consistency.ipynb #8898425a
-def _outside(a, s, c):
+def _accuracy_outside(a, s, c):
     return f"an accuracy lies between sensitivity and specificity, {s:g} and {c:g}; it says {a:g}"
 
 def _no_mean(a, s, c, share):
@@ -336,14 +336,14 @@ def _row_findings(r):
 # %% ../nbs/50_consistency.ipynb #31f8cba2
 def _equal_rows(t):
     "Rows that agree in all of at least two figures"
-    figures = list(_figures)
+    figures = list(_printed_figures)
     stated = t[figures].notna().sum(axis=1)
     for k,g in t[stated>=2].groupby(figures, dropna=False, sort=False):
         if len(g)>1:
             yield ' = '.join(g['where']),'equal rows','suspect',_equal_figures(k)
 
 def _equal_figures(values):
-    pairs = zip(_figures, values)
+    pairs = zip(_printed_figures, values)
     stated = [f'{o} {v:g}' for o,v in pairs if not np.isnan(v)]
     figures = ', '.join(stated)
     return f"{figures} are equal to the last digit: one result entered twice?"

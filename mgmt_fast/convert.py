@@ -173,7 +173,7 @@ def _residual(block, norm, act, y, x):
     return act(y+shortcut)
 
 # %% ../nbs/42_convert.ipynb #eb2d3f84
-class _ResNet3d(resnet.ResNet):
+class _PlainResNet3d(resnet.ResNet):
     def forward_features(self, x):
         x = norm_act(self.bn1, self.act1, self.conv1(x))
         x = self.layer2(self.layer1(self.maxpool(x)))
@@ -293,7 +293,7 @@ class _VGGHead(_OnMean, vgg.ConvMlp):
     def forward(self, x): return super().forward(x).unsqueeze(2)
 
 # %% ../nbs/42_convert.ipynb #59076b41
-class _Plan:
+class _Conversion:
     "How to convert: mode, padding of the depth, and by how much the input is reduced before each module"
     def __init__(self, mode, depth_padding, anisotropic, reduction):
         self.mode,self.depth_padding = mode,depth_padding
@@ -314,12 +314,12 @@ class _Plan:
         return max(1, r//self.spared)//after
 
 # %% ../nbs/42_convert.ipynb #383904e6
-def _one(x): return x if isinstance(x, int) else x[0]
+def _as_int(x): return x if isinstance(x, int) else x[0]
 def _two(x):
     if isinstance(x, int): return x,x
     return tuple(x)
 
-def _padding(m):
+def _zeros_around(m):
     "Zeros before and behind a convolution's input, or an error"
     if m.padding=='valid': return 0,0
     same_ends = m.padding!='same' or all(k%2 for k in m.kernel_size)
@@ -332,7 +332,7 @@ def _padding(m):
 # %% ../nbs/42_convert.ipynb #8ebfb6a4
 def _conv(m, plan):
     k,s,d = map(_two, (m.kernel_size,m.stride,m.dilation))
-    p = _padding(m)
+    p = _zeros_around(m)
     kd = k[0] if k[0]==k[1] and plan.mode!='slice' else 1
     pd = p[0] if kd>1 else 0
     same = isinstance(m, tl.Conv2dSame)
@@ -357,11 +357,11 @@ def _pool(kind):
     "How to convert a pool that works as `kind` along the depth"
     def convert(m, plan):
         size = m.filt_size if kind=='blur' else m.kernel_size
-        k,s,p = map(_one, (size,m.stride,m.padding))
+        k,s,p = map(_as_int, (size,m.stride,m.padding))
         if plan.mode=='slice': k,p = 1,0
         same = type(m) in (pool2d_same.MaxPool2dSame,pool2d_same.AvgPool2dSame)
         padding = 'replicate' if kind=='max' else plan.depth_padding
-        dilation = _one(getattr(m, 'dilation', 1))
+        dilation = _as_int(getattr(m, 'dilation', 1))
         ceil = getattr(m, 'ceil_mode', False)
         return InflatedPool3d(m, kind, k, plan.stride(m, s), dilation, p, same, padding, ceil)
     return convert
@@ -445,7 +445,7 @@ _counterparts = {
     eb.DepthwiseSeparableConv:_recast(_DepthwiseSeparable3d),
     eb.InvertedResidual:_recast(_InvertedResidual3d),
     resnet.BasicBlock:_recast(_BasicBlock3d), resnet.Bottleneck:_recast(_Bottleneck3d),
-    resnet.ResNet:_recast(_ResNet3d),
+    resnet.ResNet:_recast(_PlainResNet3d),
     convnext.ConvNeXtBlock:_recast(_ConvNeXtBlock3d), inception_next.MetaNeXtBlock:_recast(_MetaNeXtBlock3d),
     rdnet.DenseBlock:_recast(_RDNetBlock3d), repvit.RepVit:_recast(_RepVit3d),
     tv.DenseNet:_recast(_DenseNet), tv.MobileNetV2:_recast(_MobileNetV2),
@@ -460,7 +460,7 @@ _counterparts = {
 _staying_2d = {vgg.ConvMlp:_VGGHead, tv.inception.InceptionAux:_InceptionAux, GoogLeNetAux:_GoogLeNetAux}
 _same_in_3d = (nn.Identity, nn.Dropout, nn.Linear, nn.Flatten, nn.GroupNorm, nn.LayerNorm, tl.DropPath, StochasticDepth,
     nn.BatchNorm1d, RadixSoftmax)
-_files = set('''torch.nn.modules.container torch.nn.modules.activation
+_known_files = set('''torch.nn.modules.container torch.nn.modules.activation
     timm.layers.activations timm.layers.classifier timm.layers.conv_bn_act timm.layers.mlp
     timm.models.efficientnet timm.models._efficientnet_blocks timm.models.resnet timm.models.densenet
     timm.models.xception timm.models.xception_aligned timm.models.convnext timm.models.hrnet timm.models.selecsls
@@ -474,7 +474,7 @@ def is_known(
     kind = type(module)
     if kind in _counterparts or kind in _staying_2d or isinstance(module, _same_in_3d):
         return True
-    return kind.__module__ in _files
+    return kind.__module__ in _known_files
 
 # %% ../nbs/42_convert.ipynb #030a3816
 def converted_whole(
@@ -516,13 +516,13 @@ def plane_reductions(
     return res
 
 # %% ../nbs/42_convert.ipynb #0f7a3141
-_positions = ('pos_embed','pos_embedding','position_embedding','position_embeddings','absolute_pos_embed',
+_position_embeddings = ('pos_embed','pos_embedding','position_embedding','position_embeddings','absolute_pos_embed',
     'relative_position_bias_table','relative_position_index','rel_pos_bias_table')
 
 def _refuse_transformer(model):
     "Weights that belong to places of the plane have no depth"
     for n,p in [*model.named_parameters(), *model.named_buffers()]:
-        if n.split('.')[-1] in _positions:
+        if n.split('.')[-1] in _position_embeddings:
             raise _is_transformer(model, n, tuple(p.shape))
 
 def _is_transformer(model, name, shape):
@@ -563,7 +563,7 @@ def convert_modules(
     m3 = copy.deepcopy(model2d)
     twin = dict(zip(model2d.modules(), m3.modules()))
     twin[stem].in_channels = in_chans
-    plan = _Plan(mode, depth_padding, anisotropic, {twin[m]:r for m,r in reduction.items() if m})
+    plan = _Conversion(mode, depth_padding, anisotropic, {twin[m]:r for m,r in reduction.items() if m})
     m3 = _convert(m3, plan, {})
     m3.depth_stride = 1 if mode=='slice' else max(1, reduction[None]//2**anisotropic)
     if hasattr(m3, 'in_chans'): m3.in_chans = in_chans

@@ -445,10 +445,10 @@ def _is_left(folder):
     pid = rest.partition('-')[0]
     if host!=_host() or not pid.isdigit():
         return age>7*86400
-    return not _runs(int(pid))
+    return not _process_runs(int(pid))
 
 # %% ../nbs/00_core.ipynb #259ffa73
-def _runs(pid):
+def _process_runs(pid):
     "Is there a process of this number?"
     try: os.kill(pid, 0)
     except PermissionError: return True

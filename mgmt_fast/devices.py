@@ -114,11 +114,11 @@ def as_they_finish(
         yield from side_by_side(f, jobs, progress=progress)
         return
     with parallel_config(backend=backend) if backend else parallel_config():
-        work = (delayed(_one)(f, i, job, os.getpid()) for i,job in enumerate(jobs))
+        work = (delayed(_run_one)(f, i, job, os.getpid()) for i,job in enumerate(jobs))
         done = Parallel(n_jobs=n_jobs, return_as='generator_unordered')(work)
         yield from track(done, len(jobs), progress)
 
 # %% ../nbs/49_devices.ipynb #fe258347
-def _one(f, i, job, parent):
+def _run_one(f, i, job, parent):
     if os.getppid()==parent: end_with_parent(parent)
     return i,f(job)

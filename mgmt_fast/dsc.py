@@ -115,7 +115,7 @@ def _seconds(k, v):
     return ((day*24+int(h))*60+int(m))*60+int(s)+float(part or 0)
 
 # %% ../nbs/33_dsc.ipynb #a6cd0dbc
-def _told_apart(frames, place):
+def _times_by_header(frames, place):
     "Number of each frame's time, (N,), by a header value; `None` if none tells the times apart"
     n_places = place.max()+1
     for k in _TOLD_BY:
@@ -155,7 +155,7 @@ def _by_clock(frames, place):
     return None
 
 # %% ../nbs/33_dsc.ipynb #37d6c546
-def _counted(frames, place):
+def _times_by_count(frames, place):
     "Number of each frame's time, (N,), by counting instances at each place"
     n = np.bincount(place)
     if n.min()<n.max(): raise DSCError(_uncounted(n))
@@ -178,9 +178,9 @@ def _table_of(frames):
     place = place_numbers(kept, slice_normal(kept))
     if place.max()<2:
         raise DSCError(_few_slices(place.max()+1))
-    time = _told_apart(kept, place)
+    time = _times_by_header(kept, place)
     if time is None: time = _by_clock(kept, place)
-    if time is None: time = _counted(kept, place)
+    if time is None: time = _times_by_count(kept, place)
     time = np.unique(time, return_inverse=True)[1] # a frame that lacks altogether is a gap in the times
     table = np.full((time.max()+1, place.max()+1), None, object)
     twice = len(frames)-len(kept)
@@ -272,7 +272,7 @@ def _read_mosaics(path, budget):
     same = all(p[1]==shape and np.allclose(p[0], affine, atol=1e-3) for p in places)
     kinds = {(f['SeriesInstanceUID'],f['EchoTime']) for f in frames}
     if not same or len(kinds)>1:
-        raise _several(len(frames))
+        raise _several_series(len(frames))
     def acquired(f): return f['AcquisitionNumber'] or (0,),f['InstanceNumber'] or (0,)
     def pixels(stack): return _untiled(read_pixels(stack, budget), shape)
     table = np.array(sorted(frames, key=acquired), object)
@@ -283,7 +283,7 @@ def _no_private():
     return ("several_series: mosaics without the private header that says where their slices lie: convert the original"
         " series with dcm2niix and read the NIfTI")
 
-def _several(n):
+def _several_series(n):
     return DSCError(f"several_series: {n} images here do not form one series over time: separate echoes, series and "
         "orientations first")
 
@@ -293,7 +293,7 @@ def _is_mosaic(f): return 'MOSAIC' in (f['ImageType'] or '')
 def _read_slices(frames, budget):
     "Table of frames (T,D), affine, findings, and how to read the pixels of a list of frames"
     kinds = {(f['SeriesInstanceUID'],f['EchoTime'],f['Rows'],f['Columns'],f['ImageOrientationPatient']) for f in frames}
-    if len(kinds)>1: raise _several(len(frames))
+    if len(kinds)>1: raise _several_series(len(frames))
     if slice_normal(frames) is None:
         raise DSCError("several_series: no header says where the slices lie")
     table,said = _table_of(frames)
@@ -301,13 +301,13 @@ def _read_slices(frames, budget):
     order,affine = place_slices([*table[0]])
     def pixels(stack):
         x = read_pixels(stack, budget)
-        return x.reshape(-1, len(order), *_matrix(stack[0]))
+        return x.reshape(-1, len(order), *_rows_columns(stack[0]))
     return table[:,order],affine,said+more,pixels
 
 # %% ../nbs/33_dsc.ipynb #c8a23bbb
-def _matrix(f): return int(f['Rows'][0]),int(f['Columns'][0])
+def _rows_columns(f): return int(f['Rows'][0]),int(f['Columns'][0])
 
-def _one_of(f, k): return float(f[k][0]) if f[k] else None
+def _first_value(f, k): return float(f[k][0]) if f[k] else None
 
 # %% ../nbs/33_dsc.ipynb #32cdd284
 def _from_dicom(path, frames, dt, budget):
@@ -315,11 +315,11 @@ def _from_dicom(path, frames, dt, budget):
     mosaic = _is_mosaic(frames[0])
     table,affine,said,pixels = _read_mosaics(path, budget) if mosaic else _read_slices(frames, budget)
     f = table[0,0]
-    tr = _one_of(f, 'RepetitionTime')
+    tr = _first_value(f, 'RepetitionTime')
     times,more = _header_times(table, tr, dt)
     data = pixels([o for row in table for o in row])
-    dose = _one_of(f, 'ContrastBolusTotalDose') or _one_of(f, 'ContrastBolusVolume')
-    how = dict(te=_one_of(f, 'EchoTime'), tr=tr, flip=_one_of(f, 'FlipAngle'), dose=dose)
+    dose = _first_value(f, 'ContrastBolusTotalDose') or _first_value(f, 'ContrastBolusVolume')
+    how = dict(te=_first_value(f, 'EchoTime'), tr=tr, flip=_first_value(f, 'FlipAngle'), dose=dose)
     return Series4D(data, affine, times, **how, findings=(*said,*more))
 
 # %% ../nbs/33_dsc.ipynb #24026021

@@ -324,7 +324,7 @@ def render_dsc(
     signals = _tissue_signals(table, ca, h, te, 1000*dt, flip)
     x = _mixture(_at_frames(signals), shares)
     x *= _kept_at_base(affine, shape)*brain
-    if moves is not None: x = _moved(x, affine, moves)
+    if moves is not None: x = _moved_frames(x, affine, moves)
     data = _with_noise(x, 400/snr, rng_for(seed, 'dsc', p.patient, 'noise'))
     series = Series4D(data, affine, np.arange(frames)*dt, te, 1000*dt, flip, 15.)
     rate = RELAXIVITY['blood']*ca[::20]
@@ -365,7 +365,7 @@ def _truth(shares, t):
     return dict(CBV=cbv, CBF=cbf, MTT=mtt, delay=delay, leak=leak, **shares)
 
 # %% ../nbs/37_dsc_phantom.ipynb #9e3f0375
-def _moved(x, affine, moves):
+def _moved_frames(x, affine, moves):
     "Frames shifted by `moves` mm, linear between voxels"
     inverse = np.linalg.inv(affine[:3,:3])
     shifts = [inverse@o for o in np.asarray(moves)]
@@ -398,7 +398,7 @@ def _scan_header(s, patient, kind, uid):
     return ds
 
 # %% ../nbs/37_dsc_phantom.ipynb #fb934f7d
-def _place(s, d):
+def _slice_place(s, d):
     "Position of slice `d`, orientation, and height and width of a pixel, as DICOM writes them"
     num = '{:.8g}'.format
     size = np.linalg.norm(s.affine[:3,:3], axis=0)
@@ -442,7 +442,7 @@ def _write_slices(s, dest, patient, uid, told_by):
     ds.FlipAngle = s.flip
     slices = s.data.shape[1]
     for i,(t,d) in enumerate(np.ndindex(len(s.data), slices)):
-        ds.ImagePositionPatient,ds.ImageOrientationPatient,ds.PixelSpacing = _place(s, d)
+        ds.ImagePositionPatient,ds.ImageOrientationPatient,ds.PixelSpacing = _slice_place(s, d)
         ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = uid('DSC', t, d)
         ds.InstanceNumber = i+1
         ds.PixelData = s.data[t,d].astype('<u2').tobytes()
@@ -478,7 +478,7 @@ def _write_enhanced(s, dest, patient, uid, told_by):
 
 # %% ../nbs/37_dsc_phantom.ipynb #6df03fe2
 def _frame_groups(s, t, d, told_by):
-    at,iop,size = _place(s, d)
+    at,iop,size = _slice_place(s, d)
     content = dict(TemporalPositionIndex=t+1)
     if told_by:
         content['FrameAcquisitionDateTime'] = '20260101'+_clock(s.times[t])

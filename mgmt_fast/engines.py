@@ -38,10 +38,10 @@ def engine_table() -> pd.DataFrame: # `engine`, `does`, `licence`, `version`: mi
     "The libraries that do the work, and which of them are here."
     rows = []
     for k,e in ENGINES.items():
-        rows.append(dict(engine=k, does=e['does'], licence=e['licence'], version=_version(e)))
+        rows.append(dict(engine=k, does=e['does'], licence=e['licence'], version=_engine_version(e)))
     return pd.DataFrame(rows)
 
-def _version(engine):
+def _engine_version(engine):
     try: return importlib.metadata.version(engine['package'])
     except importlib.metadata.PackageNotFoundError:
         return None
@@ -86,7 +86,7 @@ def _scaled(x, low, high):
     x = ((x-low)/span).clamp(0, 1)
     return .226*(x-x.mean())/x.std()+.449
 
-def _resized(x, shape):
+def _resized_copy(x, shape):
     as_batch = x[None,None]
     return F.interpolate(as_batch, tuple(shape), mode='nearest-exact')[0,0]
 
@@ -121,14 +121,14 @@ def brain_mask(
     order,sign = match_axes(vol.affine[:3,:3], np.eye(3))
     backwards = [i for i in range(3) if sign[i]<0]
     x = vol.as_subclass(torch.Tensor).float().permute(order).flip(backwards).nan_to_num()
-    small = _resized(x, (128,)*3)
+    small = _resized_copy(x, (128,)*3)
     low,high = small.quantile(.005),small.quantile(.995)
     def _marked(network, x):
         return _network(network)(_scaled(x, low, high)[None,None])[0,1]
     rough = (_marked('bbox_model.pt', small)>.5).numpy()
     box = _box(largest_part(rough, corners=True), x.shape)
-    inside = _marked('model.pt', _resized(x[box], (256,)*3))
-    found = (_resized(inside, x[box].shape)>.5).numpy()
+    inside = _marked('model.pt', _resized_copy(x[box], (256,)*3))
+    found = (_resized_copy(inside, x[box].shape)>.5).numpy()
     mask = np.zeros(x.shape, bool)
     mask[box] = ndimage.binary_fill_holes(largest_part(found, corners=True))
     mask = torch.from_numpy(mask.astype(np.uint8)).flip(backwards).permute(*np.argsort(order))
@@ -150,9 +150,9 @@ def brain_mask_by(
         _run_stripper([*shlex.split(command), '-i', str(head), '-o', str(brain)], brain, minutes)
         try: made = read_volume(brain)
         except MGMTError:
-            raise EngineError(_said(command, 'wrote no readable NIfTI file')) from None
+            raise EngineError(_program_said(command, 'wrote no readable NIfTI file')) from None
     if has_skull(made) is not False:
-        raise EngineError(_said(command, 'cut nothing off, or everything'))
+        raise EngineError(_program_said(command, 'cut nothing off, or everything'))
     there = np.asarray(resample(solid_mask(made).float(), vol.affine, vol.shape))>.5
     return Volume(torch.from_numpy(there.astype(np.uint8)), affine=vol.affine)
 
@@ -161,16 +161,16 @@ def _run_stripper(words, brain, minutes):
     program = shlex.join(words[:-4])
     try: done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=60*minutes)
     except subprocess.TimeoutExpired:
-        raise EngineError(_said(program, f'took more than {minutes:g} minutes')) from None
+        raise EngineError(_program_said(program, f'took more than {minutes:g} minutes')) from None
     except OSError as e:
-        raise EngineError(_said(program, f'cannot be started ({type(e).__name__})')) from None
+        raise EngineError(_program_said(program, f'cannot be started ({type(e).__name__})')) from None
     if done.returncode:
-        raise EngineError(_said(program, f'ended with exit status {done.returncode}'))
+        raise EngineError(_program_said(program, f'ended with exit status {done.returncode}'))
     if not is_file(brain):
-        raise EngineError(_said(program, 'wrote no file'))
+        raise EngineError(_program_said(program, 'wrote no file'))
 
 # %% ../nbs/31_engines.ipynb #87898427
-def _said(program, what):
+def _program_said(program, what):
     return (f"{program!r} {what}: it is called as `{program} -i IN.nii.gz -o OUT.nii.gz` and shall write the head "
         "without its skull. Try it by hand; its weights must be there already")
 

@@ -198,7 +198,7 @@ def _cells(store, archs, sequences, recipes, augment):
     return cells
 
 # %% ../nbs/64_evaluate.ipynb #20086aac
-def _fit(job, path):
+def _fit_job(job, path):
     """Train one model on the patients of `job.train`, from where a stopped training left off; it is read back with
     the patients whom the inner split held back."""
     augs = mgmt_augs(job.recipe, seed=job.seed, spacing=job.store.spacing)
@@ -232,9 +232,9 @@ def _chosen_inside(m, held, name):
     return dict(temperature=temperature.t, threshold=threshold, valid_loss=loss, valid_patients=len(v))
 
 # %% ../nbs/64_evaluate.ipynb #4b385167
-def _train(job, path):
+def _train_job(job, path):
     "Train one model and predict the patients of the fold"
-    m,held = _fit(job, path)
+    m,held = _fit_job(job, path)
     inside = _chosen_inside(m, held, path.name)
     out = job.store.only(job.test)
     res = predict(m, out, progress=False)[['patient','prob']]
@@ -256,9 +256,9 @@ def _kept(job, path):
     whole = all((path/f).exists() and file_hash(path/f)==h for f,h in res['files'].items())
     return res if whole else None
 
-_SHARE = Allowed.number(0, 1)
+_PROBABILITY = Allowed.number(0, 1)
 _PREDICTED = record_of(dict(patient=list_of(TEXT), raw=list_of(A_NUMBER), tta=list_of(A_NUMBER)))
-_RUN = record_of(dict(key=record_of({}, others=True), temperature=Allowed.number(1e-9), threshold=_SHARE,
+_RUN = record_of(dict(key=record_of({}, others=True), temperature=Allowed.number(1e-9), threshold=_PROBABILITY,
     valid_loss=Allowed.number(), valid_patients=Allowed.whole(0), files=table_of(TEXT), predictions=_PREDICTED))
 
 # %% ../nbs/64_evaluate.ipynb #848e4253
@@ -277,7 +277,7 @@ def _run(job, dest):
             raise OutOfTime(f"stopped before the training {job.name}")
         if not _begun(path):
             shutil.rmtree(path, ignore_errors=True)
-        res = _train(job, make_folder(path))
+        res = _train_job(job, make_folder(path))
         write_json(path/'run.json', res)
         for f in ('best','checkpoint'):
             (path/f'{f}.safetensors').unlink(missing_ok=True)
@@ -288,7 +288,7 @@ def _run(job, dest):
     return t.assign(**job.row, run=job.name, **chosen)
 
 # %% ../nbs/64_evaluate.ipynb #ba55a6cc
-def _parts(store, sequences, folds, fold):
+def _train_and_fold(store, sequences, folds, fold):
     "The patients who are trained on, and those of the fold"
     of = dict(zip(folds.patient, folds.fold))
     usable = [p for p in usable_patients(store, sequences)[0].patient if p in of]
@@ -300,7 +300,7 @@ def _parts(store, sequences, folds, fold):
 def _job(store, cell, folds, repeat, fold, member, inner, tta, seed, clock):
     "One training run: its patients, its settings, and a key that changes with any of them"
     sequences,label,recipe = cell
-    train,test = _parts(store, sequences, folds, fold)
+    train,test = _train_and_fold(store, sequences, folds, fold)
     seed = int(rng_for(seed, 'cross_validate', repeat, fold, member).integers(2**31))
     weights = weights_key(recipe.pretrained, recipe.arch)
     parts = dict(train=train, test=test)
@@ -623,7 +623,7 @@ def _over_archs(real):
         yield f'{n} architectures',f'over {arch}',ensemble(t, [*RUN_AXES,'sequences','recipe']),ensemble(real)
 
 # %% ../nbs/64_evaluate.ipynb #a3381f1f
-def _pairs(oof):
+def _model_pairs(oof):
     "(step, of what, without, with): frames of patient, label, prob, one row per patient"
     real = oof[oof.arch!='selected']
     chosen = oof[oof.arch=='selected']
@@ -642,7 +642,7 @@ def gains(
     """What each ensemble and test-time augmentation adds to the AUC, on the same patients.
 
     Intervals are DeLong's for paired AUCs, and `p_holm` is p by Holm over the rows."""
-    rows = [_gain(*o) for o in _pairs(oof)]
+    rows = [_gain(*o) for o in _model_pairs(oof)]
     t = pd.DataFrame(rows, columns='step of n without with gain lo hi p'.split())
     return t.assign(p_holm=holm(t.p) if len(t) else [])
 

@@ -34,7 +34,7 @@ from .leakage import leakage_audit, set_aside
 from .evaluate import cross_validate, read_oof, results_table, show_results
 from .bundle import Bundle, cv_models, freeze_bundle
 from .external import external_table, external_test, read_result
-from .card import check_results
+from .card import check_results, store_cohort
 from .sweep import sweep
 from .kaggle import make_tcga_phantom
 from .thesis import beside_thesis, say_results, thesis_results
@@ -158,7 +158,7 @@ def _fold_predictions(dest, cells):
 # %% ../nbs/83_experiment.ipynb #83190013
 SPLITS = {'split':'its split', 'folds':'folds'}
 
-def _frozen(store, dest, cell, split, runs):
+def _frozen_bundle(store, dest, cell, split, runs):
     "The bundle of one model, made once"
     path = dest/'bundles'/split/_name(cell)
     if (path/'bundle.json').exists(): return Bundle(path)
@@ -199,7 +199,7 @@ def thesis_external(
         row = dict(split=split, experiment=cell.experiment, arch=cell.arch, sequences=cell.sequences)
         try:
             with redirect_stdout(io.StringIO()):
-                bundle = _frozen(store, dest, cell, split, runs)
+                bundle = _frozen_bundle(store, dest, cell, split, runs)
                 result = _tested(bundle, tcga, dest/'external'/split/_name(cell), leaks, override)
             rows.append(dict(row, result=result, error=''))
         except Exception as e:
@@ -328,7 +328,7 @@ def _as_there(t):
     return t.assign(arch=names)
 
 # %% ../nbs/83_experiment.ipynb #5075ae22
-def _beside(split, folds, part):
+def _both_splits(split, folds, part):
     "Both ways of splitting and the thesis, cell by cell"
     ours = []
     for k,t in dict(split=split, folds=folds).items():
@@ -418,7 +418,7 @@ def _results(s):
     folds = _fold_predictions(s.dest, s.cells)
     tables,silent = {},[]
     for k,t in dict(split=split, folds=folds).items():
-        tables[k],why = _told_apart(t)
+        tables[k],why = _models_that_separate(t)
         silent += [f'{SPLITS[k]}, {o}' for o in why]
     for k in SPLITS:
         preds = external_predictions(s.dest, s.tests, s.tcga, k)
@@ -431,7 +431,7 @@ def _results(s):
     return tables,silent
 
 # %% ../nbs/83_experiment.ipynb #b52d3b95
-def _told_apart(preds):
+def _models_that_separate(preds):
     "Figures of the models whose scores tell patients apart, and why there are none of the others"
     rows,why = [],[]
     each = preds.groupby(['arch','sequences'], sort=False) if len(preds) else ()
@@ -478,7 +478,7 @@ def _intro(s):
         f"{len(s.store.sequences)} sequences alone (experiment b) and on all at once (a).")
     who = f"Training: {_patients_in(s.store.table)}. Test: {_patients_in(s.tcga.table)}."
     finished = f'{done} of {len(s.table)} runs and tests were finished.'
-    ways = [' '.join(o) for o in _ways(s.n_folds)]
+    ways = [' '.join(o) for o in _ways_in_words(s.n_folds)]
     return [f'{what} {who} {finished}', *ways]
 
 def _patients_in(table):
@@ -486,7 +486,7 @@ def _patients_in(table):
     return f'{len(table)} patients, {methylated} methylated'
 
 # %% ../nbs/83_experiment.ipynb #c8e25bb1
-def _ways(n):
+def _ways_in_words(n):
     "The two ways to split, in words"
     yield ('Its split:', f'one part in {n} validates, and its patients choose the epoch whose figures are reported,',
         'as in the thesis.')
@@ -496,18 +496,13 @@ def _ways(n):
 # %% ../nbs/83_experiment.ipynb #770f0bb4
 def _pictures(s):
     "Figures 7 to 11"
-    both = pd.concat([_as_cohort(s.store, 'training'), _as_cohort(s.tcga, 'test')], ignore_index=True)
+    sets = [store_cohort(store).assign(source=k) for store,k in ((s.store,'training'), (s.tcga,'test'))]
+    both = pd.concat(sets, ignore_index=True)
     return ["The thesis' Figure 7: class balance of both sets.", plot_balance(both),
         "Its Figure 8: the sequences of a methylated patient, as the network sees them.", plot_patient(s.store, 1),
         "Its Figure 9: those of an unmethylated one.", plot_patient(s.store, 0),
         "Its Figure 10: one slice under draws of the augmentation.", plot_augmentation(s.store, s.recipe),
         "Its Figure 11: the flow of training.", plot_flow(s.recipe)]
-
-def _as_cohort(store, name):
-    "The store's table as a cohort: a path's place holds whether there is a volume"
-    t = store.table
-    there = {k: t[k].where(t[k]) if k in t else None for k in SEQUENCES}
-    return t.assign(source=name, **there)
 
 # %% ../nbs/83_experiment.ipynb #5fbdd328
 def _losses(s):
@@ -540,11 +535,11 @@ def _similarity(s):
 def _tables_part(s, tables, silent):
     "Tables 3 and 4"
     parts = ["Table 3: validation, accuracy / AUC, with 95 % intervals; the thesis gave none.",
-        _beside(tables['split'], tables['folds'], 'validation'), *(f'No figures: {o}' for o in silent)]
+        _both_splits(tables['split'], tables['folds'], 'validation'), *(f'No figures: {o}' for o in silent)]
     if len(tables['folds']):
         parts.append(plot_forest(_as_there(tables['folds']), ['arch','sequences']))
     parts += ["Table 4: test, loss / accuracy / AUC, the mean over sequences.",
-        _beside(tables['average_split'], tables['average_folds'], 'test')]
+        _both_splits(tables['average_split'], tables['average_folds'], 'test')]
     for k,name in SPLITS.items():
         t = tables[f'external_{k}']
         if not len(t): continue

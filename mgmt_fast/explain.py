@@ -38,38 +38,38 @@ def networks_of(
         n = len(model.models)
         parts = [(1/(n*o['temperature']), m) for o,m in zip(model.models, model.networks())]
     elif isinstance(model, FusionModel):
-        parts = _fused(model)
+        parts = _fusion_parts(model)
     else:
         return [(1., _with_a_map(model))]
     return [(w*v, net) for w,m in parts for v,net in networks_of(m)]
 
 # %% ../nbs/72_explain.ipynb #11698637
-def _fused(model):
+def _fusion_parts(model):
     "Weights and parts of a fusion"
-    if model.features: raise MGMTError(_no_features)
+    if model.features: raise MGMTError(_by_features)
     names = list(model.parts)
     ws = [1/len(model.parts)]*len(model.parts)
     if model.weights is not None:
         ws = model.weights[','.join(names)][1:]
     return list(zip(ws, model.parts.values()))
 
-_no_features = ("this fusion's answer depends on features beside the scans (age, sex), which no map shows: explain one "
+_by_features = ("this fusion's answer depends on features beside the scans (age, sex), which no map shows: explain one "
     "of its `.parts`")
 
 # %% ../nbs/72_explain.ipynb #add9ddec
 def _with_a_map(m):
     kind = getattr(m.model, 'config', {}).get('network', '3d')
     if kind=='2d': raise MGMTError(_no_depth)
-    if kind=='siamese': raise MGMTError(_pairs)
+    if kind=='siamese': raise MGMTError(_in_pairs)
     if m.recipe.prepare_by!='patient':
-        raise MGMTError(_slices)
+        raise MGMTError(_sliced)
     return m
 
 _no_depth = ("a network in 2D takes the slices as channels, and sums over them before its first feature: it has no "
     "place along the depth, so there is no map of it; explain a network='3d'")
-_pairs = ("a Siamese network compares a patient with the two classes' means, which it learned from pairs: a map of "
+_in_pairs = ("a Siamese network compares a patient with the two classes' means, which it learned from pairs: a map of "
     "that distance was not tested; explain a network='3d'")
-_slices = ("this model was trained on scans that were prepared slice by slice, without millimetres: a map could not be "
+_sliced = ("this model was trained on scans that were prepared slice by slice, without millimetres: a map could not be "
     "laid over the scan; explain a model whose recipe has prepare_by='patient'")
 
 # %% ../nbs/72_explain.ipynb #b80ded8c
@@ -118,7 +118,7 @@ def _place_along(axis, x, found, n):
 def _make_even(m):
     "Equal weights in convolutions, means in place of maxima, no effect of norms"
     for name,o in m.named_children():
-        if means := _means(o): setattr(m, name, means)
+        if means := _window_means(o): setattr(m, name, means)
     for name,p in m.named_parameters(recurse=False):
         if p.ndim>2: p.fill_(1/p[0].numel())
         elif hasattr(m, 'running_mean'):
@@ -128,7 +128,7 @@ def _make_even(m):
         m.running_var.fill_(1)
 
 # %% ../nbs/72_explain.ipynb #de746eb1
-def _means(pool):
+def _window_means(pool):
     "Means over the windows of a pool of maxima; None of any other module"
     if isinstance(pool, nn.MaxPool3d):
         return nn.AvgPool3d(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
@@ -161,7 +161,7 @@ def place_features(
     return placed[0,0]
 
 # %% ../nbs/72_explain.ipynb #9a93863e
-def _frozen(net):
+def _no_weight_gradients(net):
     "No gradients of the weights: half of a backward pass"
     was = [(p, p.requires_grad) for p in net.parameters()]
     for p,_ in was: p.requires_grad_(False)
@@ -182,7 +182,7 @@ def stage_gradients(
         found.append(o.detach().requires_grad_())
         return found[0]
     hook = net.body.net.get_submodule(name).register_forward_hook(keep)
-    was = _frozen(net)
+    was = _no_weight_gradients(net)
     try:
         with torch.enable_grad(): z = net(x).sum()
         if not z.requires_grad:
@@ -208,7 +208,7 @@ def _hires_cam(net, x, place, **kwargs):
 # %% ../nbs/72_explain.ipynb #088ce81c
 def _input_gradient(net, x):
     "Logits, and the gradient of their sum"
-    x,was = x.detach().requires_grad_(),_frozen(net)
+    x,was = x.detach().requires_grad_(),_no_weight_gradients(net)
     try:
         with torch.enable_grad():
             z = net(x)
@@ -359,15 +359,15 @@ def judge(
     Raises `MGMTError` on fewer than 60 patients or 3 seeds."""
     few = aims.groupby('method', sort=False).agg(patients=('patient','nunique'), seeds=('seed','nunique'))
     if (few.patients<60).any() or (few.seeds<3).any():
-        raise _too_few(few)
+        raise _few_measured(few)
     return pd.DataFrame([_verdict(k, t, n_boot, seed) for k,t in aims.groupby('method', sort=False)])
 
-def _too_few(few):
+def _few_measured(few):
     n,s = few.min()
     return MGMTError(f"a method is judged on 60 patients and 3 seeds at least; received {n} and {s}")
 
 # %% ../nbs/72_explain.ipynb #4ea1a19a
-def _rates(t, phantom, labels, column):
+def _hit_rates(t, phantom, labels, column):
     "Of each patient, the share of seeds with a hit"
     asked = (t.phantom==phantom)&(t.labels==labels)
     hits = t[asked].groupby('patient')[column]
@@ -383,8 +383,8 @@ def _difference(a, b, rng, n_boot):
 # %% ../nbs/72_explain.ipynb #19149028
 def _verdict(method, t, n_boot, seed):
     rng = rng_for(seed, 'judge', method)
-    plain = {k: _rates(t, 'plain', k, 'tumour') for k in ('true','none','shuffled')}
-    signal,decoy = (_rates(t, 'decoy', 'true', k) for k in ('tumour','decoy'))
+    plain = {k: _hit_rates(t, 'plain', k, 'tumour') for k in ('true','none','shuffled')}
+    signal,decoy = (_hit_rates(t, 'decoy', 'true', k) for k in ('tumour','decoy'))
     pairs = dict(
         over_untrained=(plain['true'],plain['none']),
         over_shuffled=(plain['true'],plain['shuffled']),
@@ -460,17 +460,17 @@ def _auc_of(model, auc):
 
 # %% ../nbs/72_explain.ipynb #1866d70c
 def _no_better(auc):
-    if auc is None: return _auc_unknown
+    if auc is None: return _auc_not_given
     lo,hi = auc
     if lo>.5: return ''
     return (f"the interval of the model's AUC, {lo:.2f} to {hi:.2f}, holds .5: nobody knows that it is better than "
         "chance, so what it looked at explains nothing")
 
-_auc_unknown = ("nobody said how good this model is: give auc=auc_ci(labels, probs) of patients whom it was not "
+_auc_not_given = ("nobody said how good this model is: give auc=auc_ci(labels, probs) of patients whom it was not "
     "trained on, or explain a bundle, which knows")
 
 # %% ../nbs/72_explain.ipynb #4d1dfbc7
-def _inputs(model, what, store, scans, prepared):
+def _volumes_by_key(model, what, store, scans, prepared):
     "Volumes by key as `logit` takes them, with the affine of each key's grid"
     if store is not None:
         check_preparation(model, store)
@@ -483,25 +483,25 @@ def _inputs(model, what, store, scans, prepared):
     return {k: (p.volumes[k], p.facts[k][1]) for k in p.volumes}
 
 # %% ../nbs/72_explain.ipynb #d6f6a0aa
-def _channels(m, arrays):
+def _channels_of(m, arrays):
     lack = [s for s in m.sequences if s not in arrays]
-    if lack: raise MGMTError(_lacking(lack))
+    if lack: raise MGMTError(_lacks_sequences(lack))
     stacked = np.stack([arrays[s] for s in m.sequences])
     x = torch.from_numpy(stacked)[None].float()/255
     device = next(m.model.parameters()).device
     return x.to(device)
 
-def _lacking(lack):
+def _lacks_sequences(lack):
     return (f"the patient lacks {', '.join(lack)}, which the model was trained on, so there is no answer to explain: "
         "complete the scans, or take a model without it")
 
 # %% ../nbs/72_explain.ipynb #931c2141
-def _summed(nets, inputs, method, stage, **kwargs):
+def _summed_maps(nets, inputs, method, stage, **kwargs):
     "The ensemble's logit, and its signed map on the first network's grid"
     total,heat,grid = 0.,None,None
     for w,m in nets:
         arrays,affine = inputs[m.key]
-        x,affine = _channels(m, arrays),np.array(affine)
+        x,affine = _channels_of(m, arrays),np.array(affine)
         spacing = np.linalg.norm(affine[:3,:3], axis=0)
         net = getattr(m.model, 'net', m.model).eval() # without the views of test-time augmentation
         place = _place(net, x.shape[2:], spacing, stage)
@@ -551,8 +551,8 @@ def explain(
     nets = networks_of(m)
     if store is not None: m.note_prediction(store)
     scans = scans_of(patient, store, _there(m, patient, store))
-    inputs = _inputs(m, patient, store, scans, prepared)
-    z,heat = _summed(nets, inputs, method, stage, progress=progress)
+    inputs = _volumes_by_key(m, patient, store, scans, prepared)
+    z,heat = _summed_maps(nets, inputs, method, stage, progress=progress)
     prob = 1/(1+math.exp(-z))
     threshold = getattr(m, 'threshold', .5)
     said = partial(Explanation, scans, prob, method, tested=tested, threshold=threshold)
@@ -573,7 +573,7 @@ def _there(m, patient, store):
     else:
         have = [s for s in m.sequences if s in store.meta[patient]['volumes']]
     lack = [s for s in m.sequences if s not in have]
-    if lack: raise MGMTError(_lacking(lack))
+    if lack: raise MGMTError(_lacks_sequences(lack))
     return m.sequences
 
 # %% ../nbs/72_explain.ipynb #2ae14415
@@ -591,12 +591,12 @@ def _not_passed(method):
 def _finished(heat, method, sign):
     "From 0 to 1: what speaks for the answer, or the size of what moves it; None where all speaks against it"
     if float(heat.abs().max())<=1e-9:
-        raise MGMTError(_constant)
+        raise MGMTError(_unmoved)
     heat = (heat*sign).clamp(min=0) if method in _one_sided else heat.abs()
     top = float(heat.max())
     return heat/top if top>1e-9 else None
 
-_constant = ("the model's answer does not depend on this scan, so nothing explains it: is the model constant, or did "
+_unmoved = ("the model's answer does not depend on this scan, so nothing explains it: is the model constant, or did "
     "its training fail?")
 _only_against = ("by this method no place speaks for the answer; what there is speaks against it, and the answer comes "
     "from what the model says of every scan")

@@ -117,7 +117,7 @@ def parts_of(
 
     Raises `MGMTError` on a fusion that is not a mean of networks."""
     if isinstance(model, Bundle):
-        parts = [_frozen(model, o) for o in model.models]
+        parts = [_frozen_network(model, o) for o in model.models]
     elif isinstance(model, MGMTModel):
         parts = [('model', model, 1.)]
     else:
@@ -128,7 +128,7 @@ def parts_of(
     return [ExportedPart(*o) for o in parts]
 
 # %% ../nbs/73_export.ipynb #7a2a9735
-def _frozen(bundle, o):
+def _frozen_network(bundle, o):
     model = load_model(bundle.path/o['name'])
     return o['name'],model,o['temperature']
 
@@ -236,28 +236,28 @@ def _write_network(part, told, opset, folder):
     shape = (len(m.sequences),*m.size)
     data = onnx_bytes(m.model, shape, opset)
     d = onnx_difference(data, m.model, shape)
-    if not d<=_SAME: raise MGMTError(_differs(m, d))
+    if not d<=_SAME: raise MGMTError(_logits_differ(m, d))
     with atomic_path(folder/f'{part.name}.onnx', record=True) as tmp:
         tmp.write_bytes(data)
     file = dict(name=f'{part.name}.onnx', bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), difference=d)
     write_json(folder/f'{part.name}.json', dict(told, file=file, written_with=_versions()))
-    return _row(file)
+    return _file_row(file)
 
 # %% ../nbs/73_export.ipynb #8e7cb4d6
-def _row(file): return dict(file=file['name'], bytes=file['bytes'], difference=file['difference'])
+def _file_row(file): return dict(file=file['name'], bytes=file['bytes'], difference=file['difference'])
 
 def _versions():
     onnx,runtime = _onnx_tools()
     return dict(mgmt_fast=__version__, torch=torch.__version__, onnx=onnx.__version__, onnxruntime=runtime.__version__)
 
 # %% ../nbs/73_export.ipynb #d70af1b1
-def _differs(m, d):
+def _logits_differ(m, d):
     return (f"{m.arch} as ONNX gives logits that differ by {d:.2g} from torch's, and {_SAME:g} is allowed: its "
         "activations may be very large. Nothing was written")
 
 # %% ../nbs/73_export.ipynb #49b6b927
-_FILE = record_of(dict(name=A_FILE_NAME, bytes=Allowed.whole(0), sha256=TEXT, difference=Allowed.number(0)))
-_WRITTEN = record_of(dict(kind=Allowed.one_of('onnx'), file=_FILE), others=True)
+_ONNX_FILE = record_of(dict(name=A_FILE_NAME, bytes=Allowed.whole(0), sha256=TEXT, difference=Allowed.number(0)))
+_WRITTEN = record_of(dict(kind=Allowed.one_of('onnx'), file=_ONNX_FILE), others=True)
 
 # %% ../nbs/73_export.ipynb #2714008e
 def _same_export(dest, told):
@@ -269,7 +269,7 @@ def _same_export(dest, told):
     if not same:
         raise MGMTError(f"{dest} is there already and holds something else: give another place, or move it "
         "away")
-    return pd.DataFrame([_row(there[k]['file']) for k in told])
+    return pd.DataFrame([_file_row(there[k]['file']) for k in told])
 
 # %% ../nbs/73_export.ipynb #f2d29843
 def _is_of(there, told, dest):

@@ -94,7 +94,7 @@ def _fulfilled(plan, b, part, nth, record):
     return dict(hash=plan['signature'], **said, value=part.get(plan['metric']), deviates=deviates)
 
 # %% ../nbs/66_external.ipynb #e098611a
-def _check_ids(bundle, patients):
+def _check_apart(bundle, patients):
     "No patient id of training may be tested"
     known = set(map(patient_key, bundle.patients))
     both = [p for p in patients if patient_key(p) in known]
@@ -291,7 +291,7 @@ def _note(bundle, this, aside, source, differ, overlap, company, plan, unlike):
     return '; '.join(filter(None, said))
 
 # %% ../nbs/66_external.ipynb #314f9b87
-def _unlike(preds):
+def _unlike_scans(preds):
     "Test patients whose scans are unlike training's, as far as the models know what that was like"
     if 'unlike' not in preds:
         return dict(flagged=[], looked_at=0)
@@ -323,10 +323,10 @@ def _on_the_list(aside, source, differ):
     if not aside or source['kind']!='list made by hand':
         return ''
     a,b = differ['those_set_aside'],differ['the_others']
-    return (f"a list made by hand sets {_patients(len(aside))} aside, of whom {a['errors']} of {a['n']} were "
+    return (f"a list made by hand sets {_n_patients(len(aside))} aside, of whom {a['errors']} of {a['n']} were "
         f"misclassified; of the others, {b['errors']} of {b['n']}")
 
-def _patients(n): return '1 patient' if n==1 else f'{n} patients'
+def _n_patients(n): return '1 patient' if n==1 else f'{n} patients'
 
 # %% ../nbs/66_external.ipynb #4088d74c
 def _on_the_pass(nth):
@@ -352,9 +352,9 @@ def _on_the_overlap(overlap):
     same = len(overlap['same'])
     doubt = len(overlap['uncertain'])
     if same:
-        res.append(f'{_patients(same)} left out as brains that the models were trained on')
+        res.append(f'{_n_patients(same)} left out as brains that the models were trained on')
     if doubt:
-        res.append(f'{_patients(doubt)} may be known from training: see the figures without them')
+        res.append(f'{_n_patients(doubt)} may be known from training: see the figures without them')
     return '; '.join(filter(None, [*res, overlap['note']]))
 
 # %% ../nbs/66_external.ipynb #52a04254
@@ -370,18 +370,18 @@ def _check_alike(bundle, store, override):
     here = preparation(store, [s for s in bundle.sequences if s in store.sequences])
     differ = preparation_differs(bundle.preparation, here)
     for o in override:
-        if o not in _kinds:
-            raise unknown_name('difference that can be overridden', o, _kinds)
+        if o not in _compared:
+            raise unknown_name('difference that can be overridden', o, _compared)
     lack = differ[differ.what=='sequences']
-    if len(lack): raise _lacking(lack.sequence)
+    if len(lack): raise _bundle_lacks(lack.sequence)
     rest = differ[~differ.what.isin(override)]
     if len(rest): raise _prepared_otherwise(rest)
     return differ
 
 # %% ../nbs/66_external.ipynb #fd2927c7
-_kinds = ('space','spacing','skull')
+_compared = ('space','spacing','skull')
 
-def _lacking(sequences):
+def _bundle_lacks(sequences):
     return ProtocolError(f"the bundle needs {', '.join(sequences)}, which the test cohort does not have")
 
 def _prepared_otherwise(rest):
@@ -436,7 +436,7 @@ def _no_record(path):
         "Set MGMT_FAST_HOME to a folder that can be written to")
 
 # %% ../nbs/66_external.ipynb #cb18730f
-def _groups(scored, threshold, aside, uncertain):
+def _result_groups(scored, threshold, aside, uncertain):
     "Figures of all, without those set aside, and without those of whom it is uncertain"
     def _without(who): return _performance(scored[~scored.patient.isin(who)], threshold)
     suspected = None if aside is None else _without(aside)
@@ -477,7 +477,7 @@ def external_test(
 def _test(b, store, dest, record, leakage, differ, plan, progress):
     "Predict, write down that the test has begun, and write and sign its result"
     seen = b.seen()
-    _check_ids(b, _with_scans(store))
+    _check_apart(b, _with_scans(store))
     _check_content(b, store, seen)
     listed = _listed(leakage, store)
     _this_pass(b, store, record) # refuses before anything is predicted
@@ -498,16 +498,16 @@ def _write_test(b, store, dest, record, listed, differ, plan, overlap, preds):
     this,entry,where = _begin(b, store, record)
     file = dest/f'{this.name}.csv'
     write_csv(file, preds)
-    groups = _groups(scored, b.threshold, aside, overlap['uncertain'])
+    groups = _result_groups(scored, b.threshold, aside, overlap['uncertain'])
     company = dict(_company(record, b, groups['all'].get('p_permutation')), where=where, key=record.key)
     fulfilled = _fulfilled(plan, b, groups['all'], this.nth, record)
     apart = None if aside is None else _how_they_differ(scored, aside, b.threshold)
-    unlike = _unlike(preds)
+    unlike = _unlike_scans(preds)
     note = _note(b, this, aside, source, apart, overlap, company, fulfilled, unlike)
     about = dict(date=entry['date'], version=__version__, bundle=b.signature, model=b.named)
     frozen = dict(models=[m['files'] for m in b.models], threshold=b.threshold, ledger=entry['signature'])
     given = 'no report was given' if aside is None else dict(set_aside=aside, source=source, **apart)
-    found = dict(cohort=_cohort(store, record, left_out), overridden=differ,
+    found = dict(cohort=_cohort_facts(store, record, left_out), overridden=differ,
         leakage=given, overlap=overlap, unlike=unlike, record=company, plan=fulfilled)
     written = dict(predictions=dict(file=file.name, hash=file_hash(file)))
     res = {**about, **frozen, 'pass':this.nth, 'note':note, **found, **groups, **written}
@@ -538,7 +538,7 @@ def _store_of(b, cohort, dest, progress):
     return b.prepare(cohort, dest/name, progress=progress)
 
 # %% ../nbs/66_external.ipynb #382d2085
-def _cohort(store, record, left_out):
+def _cohort_facts(store, record, left_out):
     "What was tested, by hash and by number"
     t = store.table[['patient','label']]
     plain = t.astype(object).where(t.notna(), None).values.tolist()
@@ -582,17 +582,17 @@ def external_table(
     rows = []
     results = [r if isinstance(r, dict) else read_result(r) for r in listify(results)]
     for r in results:
-        for part,name in _parts.items():
+        for part,name in _part_names.items():
             if r.get(part) and 'why' not in r[part]:
-                rows.append(_row(r, r[part], name, results))
+                rows.append(_group_row(r, r[part], name, results))
     return pd.DataFrame(rows)
 
 # %% ../nbs/66_external.ipynb #ad2b51ba
-_parts = dict(all='external', without_suspected='external, without suspected',
+_part_names = dict(all='external', without_suspected='external, without suspected',
     without_uncertain='external, without uncertain')
 
 # %% ../nbs/66_external.ipynb #c05a0584
-def _row(r, x, name, results):
+def _group_row(r, x, name, results):
     "One group of patients of a result"
     figures = {}
     for k in ('accuracy','auc','loss'):
@@ -667,7 +667,7 @@ def external_predictions(
     preds = preds[['patient','prob']].assign(note='no probability')
     overlap = dict(same=[], uncertain=[], compared=0, note='; '.join(filter(None, (_no_images,doubt))))
     with locked(b.path/f'external-{record.key}', timeout=0.):
-        _check_ids(b, cohort.table.patient)
+        _check_apart(b, cohort.table.patient)
         listed = _listed(leakage, cohort)
         _this_pass(b, cohort, record) # refuses before anything is written
         return _write_test(b, cohort, dest, record, listed, [], plan, overlap, preds)

@@ -305,7 +305,7 @@ def keep_rows(
     folder = make_folder(folder)
     arrays = folder/f'{name}.npy'
     journal = folder/f'{name}.jsonl'
-    key = dict(key=key, version=_version, n=len(contents), shape=list(shape))
+    key = dict(key=key, version=_prints_version, n=len(contents), shape=list(shape))
     facts = _kept_facts(journal, key, contents)
     if not reserve_array(arrays, (len(contents),*shape), dtype, LeakageError):
         facts = {}
@@ -316,7 +316,7 @@ def keep_rows(
     return np.load(arrays, mmap_mode='r'),each
 
 # %% ../nbs/29_fingerprints.ipynb #292018af
-_version = 3 # of the small copies and fingerprints
+_prints_version = 3 # of the small copies and fingerprints
 
 def _as_lines(entries):
     lines = [json.dumps(o)+'\n' for o in entries]

@@ -68,13 +68,13 @@ def _logits(m, store, fold):
     return pd.DataFrame(rows, columns=['patient','label','logit'])
 
 # %% ../nbs/68_fusion.ipynb #7d7d40b5
-_words = dict(m=1., male=1., f=0., female=0.)
+_sex_words = dict(m=1., male=1., f=0., female=0.)
 
-def _number(v):
+def _feature_number(v):
     "A feature as a number: sexes by their words, what is missing or no number as NaN"
     if v is None or v is pd.NA: return np.nan
     word = str(v).strip().lower()
-    try: return float(_words.get(word, v))
+    try: return float(_sex_words.get(word, v))
     except (TypeError, ValueError): return np.nan
 
 # %% ../nbs/68_fusion.ipynb #57e74bd8
@@ -177,7 +177,7 @@ class FusionModel:
     ) -> tuple: # Logit, NaN where no part has its sequences; and a note
         "Predict one patient from what there is"
         x = {k: p.logit(volumes, row)[0] for k,p in self.parts.items()}
-        x.update({k: _number(row.get(k)) for k in self.features})
+        x.update({k: _feature_number(row.get(k)) for k in self.features})
         return _combine(x, self.parts, self.weights)
 
     def write(self,
@@ -259,7 +259,7 @@ def _check_oof(oof, parts, features):
 # %% ../nbs/68_fusion.ipynb #419c6073
 def _as_numbers(column, name):
     "An input's column as numbers; what is missing is NaN, and what is neither is refused"
-    numbers = np.array([_number(v) for v in column], float)
+    numbers = np.array([_feature_number(v) for v in column], float)
     odd = column.notna().to_numpy() & np.isnan(numbers)
     if odd.any():
         raise _no_number(name, column[odd].iloc[0])
@@ -306,16 +306,16 @@ def _check_against(oof, store):
     refuse_held_out(store)
     known = dict(zip(store.table.patient, store.table.label))
     away = [p for p in oof.patient if p not in known]
-    if away: raise _not_in_store(away, store)
+    if away: raise _fit_not_in_store(away, store)
     wrong = []
     for p,y in zip(oof.patient, oof.label):
         if pd.isna(known[p]) or known[p]!=y: wrong.append(p)
-    if wrong: raise _other_labels(wrong, store)
+    if wrong: raise _fit_labels_differ(wrong, store)
 
-def _not_in_store(away, store):
+def _fit_not_in_store(away, store):
     return ProtocolError(f"{len(away)} patients to fit on are not in {store.path}, e.g. {away[0]}")
 
-def _other_labels(wrong, store):
+def _fit_labels_differ(wrong, store):
     return ProtocolError(f"{len(wrong)} labels to fit on are not those of {store.path}, e.g. {wrong[0]}")
 
 # %% ../nbs/68_fusion.ipynb #a0ed6206

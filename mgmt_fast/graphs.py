@@ -208,7 +208,7 @@ class StepGraph:
         with torch.autocast('cuda', enabled=False):
             given = self.g.as_subclass(type(out))
             grads = torch.autograd.grad(out, self.leaves, given, allow_unused=True)
-        return [g if g is None else _laid_out(g, p) for g,p in zip(grads, self.leaves)]
+        return [g if g is None else _like_parameter(g, p) for g,p in zip(grads, self.leaves)]
 
     def __call__(self,
         x:torch.Tensor, # (B,...) of the shape that was captured
@@ -267,7 +267,7 @@ def _autocast_without_cache():
     return torch.autocast('cuda', dtype=torch.get_autocast_dtype('cuda'), cache_enabled=False)
 
 # %% ../nbs/48_graphs.ipynb #ac57f444
-def _laid_out(g, p):
+def _like_parameter(g, p):
     "A gradient, in memory as its parameter is"
     if g.stride()==p.stride(): return g
     return torch.empty_like(p).copy_(g)
@@ -294,7 +294,7 @@ def why_eager(
 ) -> str: # '' where nothing speaks against a capture
     "Why a training step cannot be captured."
     if num_distrib()>1 or isinstance(model, (nn.parallel.DistributedDataParallel,nn.DataParallel)):
-        return _several
+        return _several_processes
     if hasattr(model, '_orig_mod'):
         return "torch.compile has the model"
     if len(xb)!=1 or not isinstance(xb[0], torch.Tensor):
@@ -313,16 +313,16 @@ def _has_hooks(m):
     forward = m._forward_hooks or m._forward_pre_hooks
     return forward or m._backward_hooks or m._backward_pre_hooks
 
-_several = "several processes share a batch, and what they tell each other is not captured"
+_several_processes = "several processes share a batch, and what they tell each other is not captured"
 
 # %% ../nbs/48_graphs.ipynb #6b602f83
 def check_card(
     device:torch.device, # Where a training is to run
 ):
     "Raise `MGMTError` unless CUDA graphs can be captured there."
-    if device.type!='cuda': raise MGMTError(_no_card)
+    if device.type!='cuda': raise MGMTError(_on_a_cpu)
 
-_no_card = ("CUDA graphs need a CUDA card, and this training is on a CPU: leave graphs='auto', which captures where "
+_on_a_cpu = ("CUDA graphs need a CUDA card, and this training is on a CPU: leave graphs='auto', which captures where "
     "there is one, or graphs=False")
 
 # %% ../nbs/48_graphs.ipynb #f4e3f3c4
@@ -457,7 +457,7 @@ class CapturedSteps(Callback):
         free = torch.cuda.mem_get_info(device)[0]
         if free>=need: return
         self._release()
-        raise MGMTError(_no_room(held, free))
+        raise MGMTError(_no_room_for_graph(held, free))
 
     def _refuse(self, key, e):
         self.refused[key] = why = _cause(e)
@@ -509,7 +509,7 @@ _eagerly = "training steps run eagerly, not as CUDA graphs: "
 _rare = "no shape of batch came twice in an epoch"
 _evaluation = .3 # of a training step's memory, which an evaluation may take
 
-def _no_room(held, free):
+def _no_room_for_graph(held, free):
     return (f"the graph holds {held/2**30:.1f} GiB, and the {free/2**30:.1f} GiB that are left do not do for the other "
         "batches: a smaller bs, or checkpoint=True, makes room")
 

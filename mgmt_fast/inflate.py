@@ -81,7 +81,7 @@ def inflate_weights(
         rows.append((k, action, reason, shape2d, tuple(t.shape)))
     for k,v in state.items():
         if k not in target:
-            rows.append((k, 'left out', _why_left_out(k), tuple(v.shape), None))
+            rows.append((k, 'left out', _why_key_left_out(k), tuple(v.shape), None))
     report = pd.DataFrame(rows, columns=['key','action','reason','shape2d','shape3d'])
     check_report(report, strict)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def inflate_weights(
     return report
 
 # %% ../nbs/43_inflate.ipynb #e070af2e
-def _why_left_out(key):
+def _why_key_left_out(key):
     classifier = key.split('.')[0] in ('classifier','fc','head','last_linear')
     return 'classifier of the 2D network' if classifier else 'unknown to the 3D network'
 
@@ -157,7 +157,7 @@ def check_report(
     one_sided = (report.action=='missing') | (report.reason=='unknown to the 3D network')
     lost = report.key[one_sided].tolist()
     if len(wrong): raise _misfits(wrong)
-    if strict and lost: raise _losses(lost)
+    if strict and lost: raise _say_lost(lost)
 
 # %% ../nbs/43_inflate.ipynb #3977c3a3
 def _misfits(wrong):
@@ -165,7 +165,7 @@ def _misfits(wrong):
     what = f"{len(wrong)} weights do not fit, the first: {one.key} {one.reason}"
     return MGMTError(f"{what}. Weights of another architecture?")
 
-def _losses(lost):
+def _say_lost(lost):
     names = ', '.join(lost[:4])
     if len(lost)>4: names += ', ...'
     way_out = "Weights of another architecture? strict=False loads the rest and reports these"

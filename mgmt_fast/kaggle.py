@@ -494,7 +494,7 @@ def predict_submission(
     z = np.where(n>0, mean, np.nan)
     table = stores[0].table
     why = table.patient.map(_reasons(stores)).fillna('')
-    note = [_lacking(k, len(bs), o) for k,o in zip(n, why)]
+    note = [_lacking_models(k, len(bs), o) for k,o in zip(n, why)]
     return pd.DataFrame(dict(patient=table.patient, prob=expit(z), note=note))
 
 # %% ../nbs/80_kaggle.ipynb #9ed033ae
@@ -506,7 +506,7 @@ def _reasons(stores):
     return said.groupby(report.patient).agg('; '.join)
 
 # %% ../nbs/80_kaggle.ipynb #ccd346bb
-def _lacking(n, wanted, why):
+def _lacking_models(n, wanted, why):
     "What a prediction lacks that only some of the models could make"
     if n==wanted: return ''
     some = f'{n} of {wanted} models could predict' if n else ''

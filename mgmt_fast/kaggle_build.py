@@ -41,12 +41,12 @@ def _check_metadata(path):
         return [('', f'{path.name} cannot be read ({type(e).__name__})', 'restore it')]
     if not isinstance(d, dict):
         return [('', f'{path.name} holds no fields', 'restore it')]
-    return [*_check_names(d), *_check_kind(d, path.parent), *_check_sources(d), *_check_known(d)]
+    return [*_check_title(d), *_check_kind(d, path.parent), *_check_sources(d), *_check_known(d)]
 
 # %% ../nbs/81_kaggle_build.ipynb #bd55f7f7
 _slug = r'[A-Za-z0-9][A-Za-z0-9-]{2,49}'
 
-def _check_names(d):
+def _check_title(d):
     "The id, the title, and that they agree"
     user,_,slug = str(d.get('id','')).partition('/')
     title = str(d.get('title',''))
@@ -224,7 +224,7 @@ def build_kaggle(
 
     Raises `KaggleError` where there are no kernels or a folder is empty, `MGMTError` on other names of data sets."""
     dest = Path(dest)
-    paths = _in_order(Path(kernels).glob('*/kernel-metadata.json'))
+    paths = _kernels_in_order(Path(kernels).glob('*/kernel-metadata.json'))
     if not paths:
         raise KaggleError("no kernels found: run this in a clone, or give the folder that holds them")
     for k in folders:
@@ -250,7 +250,7 @@ _terms = dict(wheels='Wheels of mgmt_fast and of what Kaggle lacks for it; each 
     atlas='SRI24, the atlas of the public glioma collections; CC BY-SA 3.0, https://www.nitrc.org/projects/sri24.')
 
 # %% ../nbs/81_kaggle_build.ipynb #cc91a28c
-def _in_order(paths):
+def _kernels_in_order(paths):
     "Folders of kernels, in the order in which one needs the other's output"
     order = ('eda','train','tcga-eval','submit')
     folders = sorted(p.parent for p in paths)

@@ -32,7 +32,7 @@ def tile(
     return max(elements//wide, 1),wide
 
 # %% ../nbs/40_kernels.ipynb #fb5265db
-def _inside(x): "`x` with channels innermost"; return x.contiguous(memory_format=torch.channels_last_3d)
+def _innermost(x): "`x` with channels innermost"; return x.contiguous(memory_format=torch.channels_last_3d)
 
 def _new(x, *size, dtype=None):
     "An empty volume (B,C,D,H,W), channels innermost; no view of another tensor, since it may be changed in place"
@@ -150,7 +150,7 @@ def channel_moments(
     x:torch.Tensor, # (B,C,D,H,W)
 ) -> tuple: # Mean and variance, (C,) float32 each
     "Mean and variance (of all values, not of a sample) of each channel, in one pass."
-    return tuple(_norm_table(_inside(x))[:2])
+    return tuple(_norm_table(_innermost(x))[:2])
 
 # %% ../nbs/40_kernels.ipynb #afa7aae2
 ACTIVATIONS = {nn.Identity:0, nn.ReLU:1, nn.SiLU:2}
@@ -263,8 +263,8 @@ class _CardNorm(torch.autograd.Function):
     "`act(norm(x)+r)` that keeps its inputs and a few numbers per channel"
     @staticmethod
     def forward(ctx, x, r, w, b, mean, var, own, momentum, eps, act):
-        x = _inside(x)
-        r = None if r is None else _inside(r)
+        x = _innermost(x)
+        r = None if r is None else _innermost(r)
         y = torch.empty_like(x)
         table = _norm_table(x, w, b, mean, var, own, momentum, eps)
         C = x.shape[1]
@@ -281,7 +281,7 @@ class _CardNorm(torch.autograd.Function):
     def backward(ctx, g):
         own,act = ctx.how
         x,r,w,b,table = ctx.saved_tensors
-        g = _inside(g)
+        g = _innermost(g)
         add = r is not None
         C = x.shape[1]
         N = x.numel()//C
@@ -469,7 +469,7 @@ def _table(w):
 class _CardDepthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, geo):
-        x = _inside(x)
+        x = _innermost(x)
         B,C = x.shape[:2]
         d,h,v = geo.out
         y = _new(x, B, C, d, h, v)
@@ -484,7 +484,7 @@ class _CardDepthwise(torch.autograd.Function):
     def backward(ctx, g):
         x,table = ctx.saved_tensors
         geo,shape,dtype = ctx.how
-        g = _inside(g)
+        g = _innermost(g)
         gx = gw = None
         if ctx.needs_input_grad[0]:
             D,H,W = geo.size
@@ -570,7 +570,7 @@ def _pool_backward(g, best, y, C, D, H, W, d, h, v, KD:tl.constexpr, KH:tl.const
 class _CardMaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, geo):
-        x = _inside(x)
+        x = _innermost(x)
         B,C = x.shape[:2]
         d,h,v = geo.out
         y = _new(x, B, C, d, h, v)
@@ -585,7 +585,7 @@ class _CardMaxPool(torch.autograd.Function):
     def backward(ctx, g):
         best, = ctx.saved_tensors
         geo = ctx.geo
-        g = _inside(g)
+        g = _innermost(g)
         B,C = g.shape[:2]
         D,H,W = geo.size
         gx = _new(g, B, C, D, H, W)
@@ -626,7 +626,7 @@ def _pad_backward(g, y, C, D, d, lo, BC:tl.constexpr):
 class _CardPad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, lo, hi):
-        x = _inside(x)
+        x = _innermost(x)
         B,C,D,H,W = x.shape
         d = lo+D+hi
         n = H*W*C
@@ -639,7 +639,7 @@ class _CardPad(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         D,lo,n = ctx.how
-        g = _inside(g)
+        g = _innermost(g)
         B,C,d,H,W = g.shape
         gx = _new(g, B, C, D, H, W)
         _pad_backward[B*D,ceil_div(n, 2048)](g, gx, n, D, d, lo, 2048)
@@ -674,7 +674,7 @@ class _CardMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.shape = x.shape
-        x = _inside(x)
+        x = _innermost(x)
         B,C = x.shape[:2]
         V = x[0,0].numel()
         BN,BC = tile(C)
@@ -731,7 +731,7 @@ def _scale_backward(x, s, g, gx, part, V, C, share, BN:tl.constexpr, BC:tl.const
 class _CardScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, s):
-        x = _inside(x)
+        x = _innermost(x)
         B,C = x.shape[:2]
         ctx.save_for_backward(x, s)
         V = x[0,0].numel()
@@ -745,7 +745,7 @@ class _CardScale(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x,s = ctx.saved_tensors
-        g = _inside(g)
+        g = _innermost(g)
         B,C = x.shape[:2]
         V = x[0,0].numel()
         BN,BC = tile(C)

@@ -393,9 +393,9 @@ def _verdicts(f, a, b):
     f.hits = [f.done['planted',i]['score'] for i in f.passed]
     f.found = sum(o>=f.same for o in f.hits)
     f.confirmed = len(f.chosen)
-    return [_judged(f, a, b, *o) for o in f.chosen]
+    return [_judged_pair(f, a, b, *o) for o in f.chosen]
 
-def _judged(f, a, b, i, j):
+def _judged_pair(f, a, b, i, j):
     r = f.done['pair',i,j]
     why = f.known.get((i,j), '')
     verdict = 'uncertain' if r['score']>=f.doubt or why else 'different'

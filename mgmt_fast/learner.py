@@ -130,7 +130,7 @@ def body_and_head(
 # %% ../nbs/55_learner.ipynb #f002e2bd
 class MGMTLearner(Learner):
     "fastai's `Learner`, which begins each training from a clean state and keeps account of how it was trained"
-    first_epoch,failure,_plan = 0,None,None
+    first_epoch,failure,_not_in_play = 0,None,None
     def __init__(self,
         *args, # Of fastai's `Learner`
         **kwargs, # Of fastai's `Learner`
@@ -266,7 +266,7 @@ class MGMTLearner(Learner):
         if r.schedule=='own': raise MGMTError(_by_hand)
         self._plan = dict(epochs=r.epochs, lr=r.lr, schedule=r.schedule)
         try:
-            with _held(self.path), self.added_cbs(_run_cbs(self, resume)):
+            with _held_for_all(self.path), self.added_cbs(_run_cbs(self, resume)):
                 if not rank_distrib():
                     save_recipe(recipe_that_ran(self), self.path/'recipe.yaml')
                 if r.schedule=='one_cycle':
@@ -275,7 +275,7 @@ class MGMTLearner(Learner):
         finally: self._plan = None
 
 # %% ../nbs/55_learner.ipynb #aec91ba1
-def _held(path):
+def _held_for_all(path):
     "The first of several processes holds the folder for all"
     return contextlib.nullcontext() if rank_distrib() else working_in(path)
 
@@ -323,11 +323,11 @@ def weights_key(
     for k in sorted(tensors):
         t = tensors[k]
         h.update(f'{k} {tuple(t.shape)} {t.dtype}'.encode())
-        h.update(_bytes(t))
+        h.update(_raw_bytes(t))
     return h.hexdigest()
 
 # %% ../nbs/55_learner.ipynb #cd362fb7
-def _bytes(t):
+def _raw_bytes(t):
     t = t.detach().cpu().contiguous()
     return t.flatten().view(torch.uint8).numpy().tobytes()
 
@@ -377,11 +377,11 @@ def _check_labels(dls):
     "Refuse to train on nobody, or on one class"
     y = getattr(dls.train.dataset, 'labels', None)
     if y is None: return
-    if not len(y): raise TrainingError(_nobody)
+    if not len(y): raise TrainingError(_empty_fold)
     if len(np.unique(y))<2:
         raise TrainingError(_one_class(y))
 
-_nobody = ("the training fold is empty: are all patients in the validation fold, or without a label or a sequence? "
+_empty_fold = ("the training fold is empty: are all patients in the validation fold, or without a label or a sequence? "
     "See `dls.left_out`")
 
 def _one_class(y):
@@ -468,7 +468,7 @@ def _on_card(graphs, dls):
     return [LateRecords(), *([CapturedSteps(auto=graphs=='auto')] if graphs else [])]
 
 # %% ../nbs/55_learner.ipynb #bbe133d3
-_plan = object() # the choice did not come into play
+_not_in_play = object() # the choice did not come into play
 
 def _cb(learn, kind):
     found = (c for c in learn.cbs if isinstance(c, kind))
@@ -482,9 +482,9 @@ def _of(kind, name, without):
     return _read
 
 # %% ../nbs/55_learner.ipynb #1d42eb37
-def _of_model(name): return lambda learn: getattr(learn.model, name, _plan)
+def _model_attribute(name): return lambda learn: getattr(learn.model, name, _not_in_play)
 
-def _of_config(name, default=_plan):
+def _of_config(name, default=_not_in_play):
     return lambda learn: getattr(learn.model, 'config', {}).get(name, default)
 
 # %% ../nbs/55_learner.ipynb #6ed48528
@@ -512,9 +512,9 @@ def _mixed(learn):
 
 def _frozen(learn):
     "The recipe's words where they hold, else how much of the body trains"
-    said = getattr(learn.model, 'config', {}).get('freeze', _plan)
+    said = getattr(learn.model, 'config', {}).get('freeze', _not_in_play)
     train = [p.requires_grad for p in learn.model.parameters()]
-    if said is _plan or sum(train)==getattr(learn, 'n_train', None):
+    if said is _not_in_play or sum(train)==getattr(learn, 'n_train', None):
         return said
     return f'by hand: {sum(train)} of {len(train)} tensors train'
 
@@ -523,14 +523,14 @@ def _loss_name(learn):
     loss = learn.loss_func
     if isinstance(loss, BinaryFocalLoss):
         return 'focal' if loss.gamma else 'bce'
-    names = {BCEWithLogitsLossFlat:'bce', PairLoss:_plan}
+    names = {BCEWithLogitsLossFlat:'bce', PairLoss:_not_in_play}
     return names.get(type(loss), getattr(loss, '__name__', type(loss).__name__))
 
 # %% ../nbs/55_learner.ipynb #c975896d
-def _focused(learn): return getattr(learn.loss_func, 'gamma', 0) or _plan
+def _focused(learn): return getattr(learn.loss_func, 'gamma', 0) or _not_in_play
 
 def _weighted(learn):
-    if isinstance(learn.loss_func, PairLoss): return _plan
+    if isinstance(learn.loss_func, PairLoss): return _not_in_play
     return None if getattr(learn.loss_func, 'pos_weight', None) is None else 'balanced'
 
 # %% ../nbs/55_learner.ipynb #979fb2ab
@@ -544,7 +544,7 @@ def _fitted(k):
     "Of trainings that were started by hand: epochs together, the last one's rate, and the schedule if all had one"
     def _read(learn):
         fits = _fits_by_hand(learn)
-        if not fits: return _plan
+        if not fits: return _not_in_play
         if k=='epochs': return sum(f[k] for f in learn.fits)
         last = fits[-1][k]
         if k=='lr': return _largest(learn.recorder.lrs) if last is None else last
@@ -552,25 +552,25 @@ def _fitted(k):
         return fits[0][k] if alike else 'own'
     return _read
 
-def _largest(lrs): return float(max(lrs)) if len(lrs) else _plan
+def _largest(lrs): return float(max(lrs)) if len(lrs) else _not_in_play
 
 # %% ../nbs/55_learner.ipynb #a3cb896e
 READ_BACK = { # choice: where it is read, and how
-    'arch': ('model.arch', _of_model('arch')),
+    'arch': ('model.arch', _model_attribute('arch')),
     'network': ('model.config', _of_config('network', '3d')),
     'anisotropic': ('model.config', _of_config('anisotropic')),
     'head': ('model.config', _of_config('head')),
     'stem': ('model.config', _of_config('stem')),
     'freeze': ('model.config, requires_grad', _frozen),
-    'pretrained': ('model.pretrained', _of_model('pretrained')),
+    'pretrained': ('model.pretrained', _model_attribute('pretrained')),
     'depth': ('model.config', _of_config('depth')),
     'depth_padding': ('model.config', _of_config('depth_padding')),
     'standardize': ('model.config', _of_config('standardize')),
     'init': ('model.config', _of_config('init')),
     'batch_norm': ('model.config', _of_config('batch_norm')),
     'adam': ('opt_func', _adam_of),
-    'double_rescale': ('model.rescaled', _of_model('rescaled')),
-    'norms': ('model.norms', _of_model('norms')),
+    'double_rescale': ('model.rescaled', _model_attribute('rescaled')),
+    'norms': ('model.norms', _model_attribute('norms')),
     'summed_batches': ('SummedGradients', _of(SummedGradients, 'n', 1)),
     'accumulate': ('GradientAccumulation', _accumulated),
     'precision': ('Precision', _computed_in),
@@ -581,9 +581,9 @@ READ_BACK = { # choice: where it is read, and how
     'l2': ('L2Penalty', _of(L2Penalty, 'l2', 0.)),
     'patience': ('EarlyStoppingCallback', _of(EarlyStoppingCallback, 'patience', None)),
     'plateau_patience': ('ReduceLROnPlateau', _of(ReduceLROnPlateau, 'patience', None)),
-    'plateau_factor': ('ReduceLROnPlateau', _of(ReduceLROnPlateau, 'factor', _plan)),
-    'step_epoch': ('StepRate', _of(StepRate, 'at', _plan)),
-    'step_factor': ('StepRate', _of(StepRate, 'factor', _plan)),
+    'plateau_factor': ('ReduceLROnPlateau', _of(ReduceLROnPlateau, 'factor', _not_in_play)),
+    'step_epoch': ('StepRate', _of(StepRate, 'at', _not_in_play)),
+    'step_factor': ('StepRate', _of(StepRate, 'factor', _not_in_play)),
     'loss': ('loss_func', _loss_name),
     'focal_gamma': ('loss_func', _focused),
     'class_weights': ('loss_func', _weighted),
@@ -603,7 +603,7 @@ def recipe_that_ran(
     for k,(where,read) in READ_BACK.items():
         if plan and where=='learn.fits': continue
         value = read(learn)
-        if value is not _plan: found[k] = value
+        if value is not _not_in_play: found[k] = value
     of_loaders = {k: r[k] for k in r.settled}
     settled = {**r.settled, **dict.fromkeys(found, 'the training')}
     return Recipe(learn.recipe.name, {**learn.recipe.changed, **of_loaders, **found}, settled)
@@ -906,7 +906,7 @@ def _like_of(learn):
     dls = learn.dls
     h = hashlib.blake2b(json.dumps([dls.store.sequences, dls.sequences, _who(dls)]).encode(), digest_size=16)
     for t in learn.model.state_dict().values():
-        h.update(_bytes(t))
+        h.update(_raw_bytes(t))
     if learn.__dict__.get('like_for')!=h.hexdigest():
         learn.like = _unlike().training_like(learn.model, dls.store, _who(dls), dls.sequences)
         learn.like_for = h.hexdigest()

@@ -126,7 +126,7 @@ def sample_of(
     if isinstance(item, (Volume,list,tuple)):
         item = _by_sequence(item, store)
     if isinstance(item, (dict,pd.Series)):
-        return _prepared(dict(item), store, sequences)
+        return _row_channels(dict(item), store, sequences)
     x = torch.as_tensor(item)
     if x.ndim==3: x = x[None]
     shape = (len(sequences), *store.size)
@@ -144,7 +144,7 @@ def _by_sequence(item, store):
     raise MGMTError(f"{prepared}; received {len(scans)} scans: {way_out}")
 
 # %% ../nbs/35_loader.ipynb #1a56f78d
-def _prepared(row, store, sequences):
+def _row_channels(row, store, sequences):
     "The channels of a row of a cohort"
     row = {'patient':'this patient', **row}
     by = store.recipe.prepare_by
@@ -309,7 +309,7 @@ class KeptVolumes:
             rows = all_rows[part]
             self.fill(rows)
             rows = torch.from_numpy(rows).to(self.device, non_blocking=True)
-            yield _picked(self.held, rows),part
+            yield _rows_picked(self.held, rows),part
 
     def _ahead(self, dataset, parts, device, n=2):
         "`n` batches are read while another is used"
@@ -326,7 +326,7 @@ class KeptVolumes:
                 yield _arrived(*jobs.popleft(), device)
 
 # %% ../nbs/35_loader.ipynb #f6b5d61f
-def _picked(held, rows):
+def _rows_picked(held, rows):
     "Rows of bytes, eight at a time where they are so many"
     flat = held.view(len(held), -1)
     wide = flat.view(torch.int64) if flat.shape[1]%8==0 else flat

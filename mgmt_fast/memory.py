@@ -121,7 +121,7 @@ def auto_batch(
             return math.inf # it has no blocks to recompute
         tried = get_recipe(recipe, bs=bs, accumulate=1, drop_last=False)
         return training_bytes(store, tried, sequences, checkpoint, device)
-    found = fit_batch(measure, step, room, _least(recipe))
+    found = fit_batch(measure, step, room, _least_batch(recipe))
     print(_say_batch(found, step, room))
     return found
 
@@ -135,7 +135,7 @@ def _left(store, recipe, sequences, device):
     return free-size if size<=free/2 else free
 
 # %% ../nbs/57_memory.ipynb #26e574cd
-def _least(recipe):
+def _least_batch(recipe):
     "Pairs need two patients, and so does a batch norm over patients alone"
     pairs = recipe.network=='siamese'
     norm_over_patients = recipe.values().get('head')=='published'

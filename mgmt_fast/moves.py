@@ -37,12 +37,12 @@ def moved_from(
             raise AttributeError(f"module 'mgmt_fast.{module}' has no attribute {name!r}")
         to,_,new = MOVES[module][name].partition('.')
         new = new or name
-        warnings.warn(_where(module, name, to, new), DeprecationWarning, stacklevel=2)
+        warnings.warn(_new_place(module, name, to, new), DeprecationWarning, stacklevel=2)
         return getattr(import_module(f'mgmt_fast.{to}'), new)
     return find
 
 # %% ../nbs/01_moves.ipynb #4dfb4a5a
-def _where(module, old, to, new):
+def _new_place(module, old, to, new):
     now = f"mgmt_fast.{module}.{old} is mgmt_fast.{to}.{new} now"
     use = f"use `from mgmt_fast.{to} import {new}`"
     return f"{now}: {use}; the old import works until the next version"

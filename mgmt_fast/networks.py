@@ -56,13 +56,13 @@ def _load_2d(net, state, arch):
     "Fill a 2D network whose first convolution has other channels than RGB, in place"
     own,new = net.state_dict(),{}
     for k,v in own.items():
-        if k in state: new[k] = _spread(state[k], v)
+        if k in state: new[k] = _rgb_spread(state[k], v)
     try: net.load_state_dict(new)
     except RuntimeError as e:
         raise _misfit_2d(arch, e) from e
 
 # %% ../nbs/45_networks.ipynb #7d8fc9ee
-def _spread(w, like):
+def _rgb_spread(w, like):
     "The RGB weights' mean for each channel, where `like` has another number of them"
     kernel_of_rgb = like.ndim==4 and w.shape[1:]==(3,*like.shape[2:])
     if not kernel_of_rgb or like.shape[1]==3: return w
@@ -201,11 +201,11 @@ class Prototypes(Callback):
                 x = self.model.standardize(x.as_subclass(torch.Tensor))
                 z = self.model.head.embed(self.model.body(x))
                 for c in (0,1): total[c] += z[y==c].sum(0)
-        if not total.any(1).all(): raise _one_class()
+        if not total.any(1).all(): raise _siamese_one_class()
         self.model.head.prototypes.copy_(F.normalize(total, dim=1))
 
 # %% ../nbs/45_networks.ipynb #3c32893d
-def _one_class():
+def _siamese_one_class():
     rule = "a Siamese network needs both classes among the training patients"
     return MGMTError(f"{rule}: all labels of this fold's training part are the same")
 
@@ -219,8 +219,8 @@ def create_network(
     "Any network that the learner trains. Raises `MGMTError` on unknown names, and on what `create_backbone` refuses."
     if network not in _networks:
         raise unknown_name('choice of network', network, _networks)
-    if stem not in _stems:
-        raise unknown_name('choice of stem', stem, _stems)
+    if stem not in _network_stems:
+        raise unknown_name('choice of stem', stem, _network_stems)
     if network=='2d':
         flat = {k:v for k,v in kwargs.items() if k not in _deep}
         model = _slices2d(slices=slices, stem=stem, **flat)
@@ -238,5 +238,5 @@ def create_network(
     return model
 
 _networks = ('3d','2d','siamese')
-_stems = ('sum','adapter','adapter1x1')
+_network_stems = ('sum','adapter','adapter1x1')
 _deep = ('depth','depth_padding')

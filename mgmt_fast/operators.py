@@ -84,7 +84,7 @@ def _across(x, f):
     return y.permute(0,4,1,2,3)
 
 # %% ../nbs/41_operators.ipynb #25973c1e
-def _inside(x):
+def _channels_inside(x):
     "`x` with channels innermost in memory"
     layout = torch.channels_last if x.ndim==4 else torch.channels_last_3d
     return x.contiguous(memory_format=layout)
@@ -97,7 +97,7 @@ class ChannelsInside(torch.autograd.Function):
         ctx:Any, # autograd's; nothing is kept in it
         x:torch.Tensor, # (B,C,H,W) or (B,C,D,H,W)
     ) -> torch.Tensor: # The same values
-        return _inside(x)
+        return _channels_inside(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -105,7 +105,7 @@ class ChannelsInside(torch.autograd.Function):
         ctx:Any, # autograd's
         g:torch.Tensor, # Gradient, shape as `x`
     ) -> torch.Tensor: # The same values
-        return _inside(g)
+        return _channels_inside(g)
 
 # %% ../nbs/41_operators.ipynb #a16c0bfb
 def channels_inside(
@@ -113,7 +113,7 @@ def channels_inside(
 ) -> nn.Module: # The same network
     "Store kernels with channels innermost, as activations are; `Module.to` cannot mix 2D and 3D kernels."
     for p in model.parameters():
-        if p.ndim in (4,5): p.data = _inside(p.data)
+        if p.ndim in (4,5): p.data = _channels_inside(p.data)
     return model
 
 # %% ../nbs/41_operators.ipynb #0e1c08a8
@@ -381,7 +381,7 @@ class _DenseConv(torch.autograd.Function):
         ctx.at,ctx.mode = at,mode
         ctx.args = (*args,1)
         ctx.save_for_backward(x, w)
-        y = _inside(F.conv3d(_windows(x, at, mode), w, None, *args))
+        y = _channels_inside(F.conv3d(_windows(x, at, mode), w, None, *args))
         y = y.movedim(1, -1)
         y = y.unflatten(0, (len(x),-1)).flatten(1,2)
         return y.movedim(-1, 1)
@@ -396,7 +396,7 @@ class _DenseConv(torch.autograd.Function):
         parts = _windows(x, ctx.at, ctx.mode)
         gx,gw = _conv_grads(g, parts, w, *ctx.args, ctx.needs_input_grad[:2])
         if gx is not None:
-            gx = _unwindow_(_inside(gx), ctx.at, x.shape[2], ctx.mode)
+            gx = _unwindow_(_channels_inside(gx), ctx.at, x.shape[2], ctx.mode)
         return gx,gw,None,None,None,None,None
 
 # %% ../nbs/41_operators.ipynb #0a0a0a01
@@ -794,7 +794,7 @@ def _affine(x, A, b):
     "`A` times the channels of each voxel, plus `b`"
     kernel = A.to(x)[...,None,None]
     y = F.conv2d(as_images(x), kernel, b.to(x))
-    return _inside(as_volumes(y, len(x)))
+    return _channels_inside(as_volumes(y, len(x)))
 
 # %% ../nbs/41_operators.ipynb #b42e7c3a
 def _moments(u, W):

@@ -20,7 +20,7 @@ from .bundle import *
 from .card import model_card
 
 # %% ../nbs/76_pack.ipynb #c80669a6
-_TAGS = ['mgmt', 'glioblastoma', 'mri', 'tripod-ai', 'research-use-only']
+_HUB_TAGS = ['mgmt', 'glioblastoma', 'mri', 'tripod-ai', 'research-use-only']
 
 # %% ../nbs/76_pack.ipynb #74bb7c6c
 def bundle_card(
@@ -31,8 +31,8 @@ def bundle_card(
     b = _read_again(bundle)
     t = model_card(bundle=b) if known is None else known
     is_open = t.what.str.startswith('open')
-    head = huggingface_hub.ModelCardData(library_name='mgmt_fast', language='en', tags=_TAGS)
-    parts = [f'---\n{head.to_yaml()}\n---', *_in_words(b), '## TRIPOD+AI', _open_items(t.item[is_open], len(t)),
+    head = huggingface_hub.ModelCardData(library_name='mgmt_fast', language='en', tags=_HUB_TAGS)
+    parts = [f'---\n{head.to_yaml()}\n---', *_bundle_in_words(b), '## TRIPOD+AI', _open_items(t.item[is_open], len(t)),
         _item_table(t[~is_open])]
     return str(huggingface_hub.ModelCard('\n\n'.join(parts)+'\n'))
 
@@ -40,19 +40,19 @@ def bundle_card(
 def _read_again(bundle): return Bundle(getattr(bundle, 'path', bundle))
 
 # %% ../nbs/76_pack.ipynb #4d575da4
-def _in_words(b):
+def _bundle_in_words(b):
     "What a bundle is, in a few paragraphs"
     v,n = b.validation,len(b.models)
-    frozen = _plain(f'frozen {b.created[:10]} with mgmt_fast {b.version}')
-    what = f"{n} network{'s'*(n>1)} ({_plain(b.arch)}), {frozen}."
+    frozen = _escaped(f'frozen {b.created[:10]} with mgmt_fast {b.version}')
+    what = f"{n} network{'s'*(n>1)} ({_escaped(b.arch)}), {frozen}."
     sees = f"It reads {', '.join(b.sequences)} and gives the probability of a methylated MGMT promoter."
-    by = f" ({_plain(v['interval'])})" if 'interval' in v else ''
+    by = f" ({_escaped(v['interval'])})" if 'interval' in v else ''
     auc = f"AUC {v['auc']:.3f} [{v['lo']:.3f}, {v['hi']:.3f}]{by} in the patients on whom its threshold was chosen"
     use = '```sh\nmgmt_unpack bundle.zip bundle\nmgmt_predict bundle SCANS\n```'
     return [f'# MGMT promoter methylation from MRI: bundle {b.signature[:8]}', f'{what} {sees}',
         f'Research use only: no decision about a patient may rest on it. {auc}.', use]
 
-def _plain(text): return html.escape(str(text), quote=False).replace('|', '&#124;').replace('\n', ' ')
+def _escaped(text): return html.escape(str(text), quote=False).replace('|', '&#124;').replace('\n', ' ')
 
 # %% ../nbs/76_pack.ipynb #55e94c7d
 def _open_items(items, n):
@@ -60,7 +60,7 @@ def _open_items(items, n):
     return f"{len(items)} of {n} items are open, for the authors to fill in: {'; '.join(items)}."
 
 def _item_table(t):
-    rows = [f'| {_plain(r.item)} | {_plain(r.what)} |' for r in t.itertuples()]
+    rows = [f'| {_escaped(r.item)} | {_escaped(r.what)} |' for r in t.itertuples()]
     return '\n'.join(['| item | what |', '|---|---|', *rows])
 
 # %% ../nbs/76_pack.ipynb #92514d96
@@ -129,11 +129,11 @@ def _card_text(b, card):
     except OSError as e:
         raise MGMTError(f"the card {path} cannot be read ({e.strerror})") from e
     except (ValueError,yaml.YAMLError) as e:
-        raise _no_card(path) from e
-    if len(text)>=_MOST: raise _no_card(path)
+        raise _no_model_card(path) from e
+    if len(text)>=_MOST: raise _no_model_card(path)
     return text
 
-def _no_card(path):
+def _no_model_card(path):
     return MGMTError(f"{path} is no model card: it must be Markdown of less than 1 MB in UTF-8, and its head, between "
         "two lines of ---, YAML")
 
@@ -169,20 +169,20 @@ def _add(archive, name, source):
     source.seek(0)
     h = hashlib.sha256()
     with archive.open(entry, 'w') as to:
-        for part in _parts(source):
+        for part in _chunks(source):
             h.update(part)
             to.write(part)
     return dict(bytes=entry.file_size, sha256=h.hexdigest())
 
 # %% ../nbs/76_pack.ipynb #d8726fcf
-def _parts(source):
+def _chunks(source):
     "What can be read, 1 MB at a time"
     while part := source.read(2**20): yield part
 
 def _sha256(path):
     h = hashlib.sha256()
     with open_input(path) as f:
-        for part in _parts(f): h.update(part)
+        for part in _chunks(f): h.update(part)
     return h.hexdigest()
 
 # %% ../nbs/76_pack.ipynb #69445d26
@@ -282,7 +282,7 @@ def unpack_bundle(
     the one that was sent, and where something else is in the way."""
     dest = Path(dest)
     _check_free(dest)
-    if sha256 is not None and _sent(file)!=sha256.strip().lower():
+    if sha256 is not None and _sent_hash(file)!=sha256.strip().lower():
         raise _not_as_sent(file)
     with _opened(file) as (archive,manifest):
         if (dest/'bundle.json').exists():
@@ -316,7 +316,7 @@ def _same_bundle(dest, archive, manifest):
     return b
 
 # %% ../nbs/76_pack.ipynb #4acb9ac9
-def _sent(file):
+def _sent_hash(file):
     "The hash of what arrived"
     try: return _sha256(file)
     except OSError as e:
@@ -339,7 +339,7 @@ def _unpack_one(archive, name, said, folder):
     "Write one file; raise where it is not the one whose hash the manifest names"
     h = hashlib.sha256()
     with archive.open(name) as source, open(folder/name, 'xb') as to:
-        for part in _parts(source):
+        for part in _chunks(source):
             h.update(part)
             to.write(part)
         to.flush()

@@ -126,11 +126,11 @@ def describe_figure(
 def _describe_axes(ax):
     legend = ax.get_legend()
     entries = [o.get_text() for o in legend.get_texts()] if legend else []
-    parts = ax.get_title(),_drawn(ax),', '.join(entries)
+    parts = ax.get_title(),_plot_in_words(ax),', '.join(entries)
     said = ': '.join(filter(None, parts))
     return ' '.join(said.split())
 
-def _drawn(ax):
+def _plot_in_words(ax):
     "What is drawn against what"
     labels = ax.get_ylabel(),ax.get_xlabel()
     return ' against '.join(filter(None, labels))
@@ -169,7 +169,7 @@ def _caption_of(figure):
     if not isinstance(figure, plt.Figure): return ''
     titles = [' '.join(a.get_title().split()) for a in figure.axes]
     titled = [o for o in (figure.get_suptitle(), *titles) if o]
-    drawn = [o for o in map(_drawn, figure.axes) if o]
+    drawn = [o for o in map(_plot_in_words, figure.axes) if o]
     return ': '.join(titled[:1]+drawn[:1])
 
 # %% ../nbs/03_pages.ipynb #bf68ee43

@@ -44,7 +44,7 @@ def _not_plain(x):
 
 # %% ../nbs/09_passes.ipynb #cf231abd
 @in_kernel
-def _inside(y, lo, hi, n, MODE:tl.constexpr):
+def _back_inside(y, lo, hi, n, MODE:tl.constexpr):
     "Bring coordinates back to where there are voxels"
     if MODE==2:
         far = tl.abs(y+.5)
@@ -68,8 +68,8 @@ def _warp_slices(src, out, rows, C, D, H, W, per, MODE:tl.constexpr, BH:tl.const
     fw = w.to(tl.float32)
     y = tl.load(r+3)*fh+tl.load(r+4)*fw+tl.load(r+5)
     x = tl.load(r+6)*fh+tl.load(r+7)*fw+tl.load(r+8)
-    y = _inside(y, tl.load(r+9), tl.load(r+10), H, MODE)
-    x = _inside(x, tl.load(r+11), tl.load(r+12), W, MODE)
+    y = _back_inside(y, tl.load(r+9), tl.load(r+10), H, MODE)
+    x = _back_inside(x, tl.load(r+11), tl.load(r+12), W, MODE)
     fy,fx = tl.floor(y),tl.floor(x)
     ty,tx = y-fy,x-fx
     y0 = fy.to(tl.int32)
@@ -97,7 +97,7 @@ def _warp_slices(src, out, rows, C, D, H, W, per, MODE:tl.constexpr, BH:tl.const
         tl.store(out+(p*C*D+s)*H*W+to, above*(1-ty)+below*ty, mask=here)
 
 # %% ../nbs/09_passes.ipynb #10bf6bd1
-_modes = dict(zeros=0, border=1, reflection=2)
+_outside_modes = dict(zeros=0, border=1, reflection=2)
 
 def warp_slices(
     src:torch.Tensor, # (B,C,D,H,W)
@@ -122,7 +122,7 @@ def warp_slices(
     slices = ceil_div(C*D, per)
     grid = tiles,slices,len(at)
     with _at(src):
-        _warp_slices[grid](src, out, rows, C, D, H, W, per, _modes[outside], BH, BW)
+        _warp_slices[grid](src, out, rows, C, D, H, W, per, _outside_modes[outside], BH, BW)
 
 # %% ../nbs/09_passes.ipynb #d2b67feb
 @in_kernel
@@ -161,9 +161,9 @@ def _warp_volumes(src, out, rows, C, D, H, W, MODE:tl.constexpr, BH:tl.constexpr
     fd = d.to(tl.float32)
     fh = h.to(tl.float32)
     fw = w.to(tl.float32)
-    z = _inside(_along(r+1, fd, fh, fw), 0., D-1., D, MODE)
-    y = _inside(_along(r+5, fd, fh, fw), 0., H-1., H, MODE)
-    x = _inside(_along(r+9, fd, fh, fw), 0., W-1., W, MODE)
+    z = _back_inside(_along(r+1, fd, fh, fw), 0., D-1., D, MODE)
+    y = _back_inside(_along(r+5, fd, fh, fw), 0., H-1., H, MODE)
+    x = _back_inside(_along(r+9, fd, fh, fw), 0., W-1., W, MODE)
     fz,fy,fx = tl.floor(z),tl.floor(y),tl.floor(x)
     tz,ty,tx = z-fz,y-fy,x-fx
     z0 = fz.to(tl.int32)
@@ -197,7 +197,7 @@ def warp_volumes(
     tiles = ceil_div(H, BH)*ceil_div(W, BW)
     grid = tiles,D,len(at)
     with _at(src):
-        _warp_volumes[grid](src, out, rows, C, D, H, W, _modes[outside], BH, BW)
+        _warp_volumes[grid](src, out, rows, C, D, H, W, _outside_modes[outside], BH, BW)
 
 # %% ../nbs/09_passes.ipynb #beb0b59d
 @on_card

@@ -187,14 +187,14 @@ def scan_pictures(
     view = View(res.scans, res.map)
     view.move(opacity=0)
     place = f"through {'; '.join(view.lines())}"
-    plain = [_shown(view, s, f'{s}, {place}') for s in res.scans]
+    plain = [_shown_view(view, s, f'{s}, {place}') for s in res.scans]
     if res.map is None: return plain,[]
     view.move(opacity=.5)
     seen = [s for s in res.scans if s in res.model.sequences]
-    return plain,[_shown(view, s, f'{s} with the map, {place}') for s in seen]
+    return plain,[_shown_view(view, s, f'{s} with the map, {place}') for s in seen]
 
 # %% ../nbs/75_patient_page.ipynb #4280fc79
-def _shown(view, sequence, caption):
+def _shown_view(view, sequence, caption):
     where = 'inner slices of the head' if view.cropped else 'the scan'
     alt = f"{caption.split(',')[0]}: {where} in an axial, a coronal and a sagittal plane"
     return Shown(three_planes(view, sequence), caption, alt)
@@ -245,14 +245,14 @@ def _of_threshold(prob, b):
 def _of_unlike(unlike):
     if unlike is None:
         return "Whether the scan is unlike those of training is not known: this model does not say."
-    if unlike: return Said(_is_unlike, 'warning')
+    if unlike: return Said(_not_alike, 'warning')
     return "The scan is not flagged as unlike those of training. That does not make the number right."
 
-_is_unlike = ("The scan is unlike those of training (see what was said above): the model's AUC and calibration may not "
+_not_alike = ("The scan is unlike those of training (see what was said above): the model's AUC and calibration may not "
     "hold for it.")
 
 # %% ../nbs/75_patient_page.ipynb #a1a0d50e
-def _of_model(m):
+def _model_sentences(m):
     "Sentences on how good the model is"
     if not isinstance(m, Bundle):
         return [Said(_auc_unknown, 'warning'), _calibration_unknown]
@@ -316,9 +316,9 @@ def patient_sections(
     plain,mapped = scan_pictures(res)
     return {'What was found': _found_part(res), 'What was read': _read_part(res),
         'The scans': plain or [Said("No series could be read.", 'error')],
-        'The probability': [*_of_probability(res), *_of_model(res.model), *_groups_part(res)],
+        'The probability': [*_of_probability(res), *_model_sentences(res.model), *_groups_section(res)],
         'Where the answer comes from': _map_part(res, mapped),
-        'What the number cannot say': list(_cannot_say), 'The model': [_facts(res.model)]}
+        'What the number cannot say': list(_cannot_say), 'The model': [_model_facts(res.model)]}
 
 # %% ../nbs/75_patient_page.ipynb #94d93786
 def _found_part(res):
@@ -344,13 +344,13 @@ def _read_part(res):
         if r['readable']:
             about = _series_facts(r)
         else:
-            about = dict(extent=_not_read.get(r['error'], 'not read, see above'))
+            about = dict(extent=_problem_words.get(r['error'], 'not read, see above'))
         rows.append(dict(sequence=r['sequence'], **about))
     table = pd.DataFrame(rows).fillna('')
     needs = f"The model was given {', '.join(res.model.sequences)}."
     return [needs, table, *_choice_part(res.images)]
 
-_not_read = dict(missing='not there')
+_problem_words = dict(missing='not there')
 _skulls = {True:'with skull', False:'brain only'}
 
 # %% ../nbs/75_patient_page.ipynb #152ef84e
@@ -370,7 +370,7 @@ def _choice_part(images):
     return [f"{len(images)} images were found, and chosen from:", pd.DataFrame(rows)]
 
 # %% ../nbs/75_patient_page.ipynb #cf513f3e
-def _groups_part(res):
+def _groups_section(res):
     "The figure of the groups, where the bundle knows them"
     if not isinstance(res.model, Bundle): return []
     groups = res.model.validation.get('groups')
@@ -408,7 +408,7 @@ _cannot_say = (
     "Where the tumour is, or what it is: the map, where there is one, shows what moved the model.", HEAD[1])
 
 # %% ../nbs/75_patient_page.ipynb #54fda1b7
-def _facts(m):
+def _model_facts(m):
     "What the model is, as a table"
     name = m.arch if hasattr(m, 'arch') else type(m).__name__
     rows = [('model', name), ('sequences', ', '.join(m.sequences))]
@@ -417,20 +417,20 @@ def _facts(m):
         rows += _bundle_facts(m)
     elif trained and 'train_patients' in trained:
         rows.append(('trained on', f"{trained['train_patients']} patients"))
-    rows.append(('made with', _version(m)))
+    rows.append(('made with', _model_version(m)))
     rows.append(('shown with', f'mgmt_fast {__version__}'))
     return pd.DataFrame(rows, columns=['what','is'])
 
 def _bundle_facts(b):
-    frozen = f"{b.signature[:8]}, {_networks(len(b.models))}, frozen {b.created[:10]}"
+    frozen = f"{b.signature[:8]}, {_n_networks(len(b.models))}, frozen {b.created[:10]}"
     return [('bundle', frozen),
         ('trained on', f'a store of {len(b.patients)} patients, validation patients included'),
         ('external tests so far', len(b.ledger.passes()))]
 
-def _networks(n): return f"{n} network{'s'*(n!=1)}"
+def _n_networks(n): return f"{n} network{'s'*(n!=1)}"
 
 # %% ../nbs/75_patient_page.ipynb #9013ac23
-def _version(m):
+def _model_version(m):
     version = f'mgmt_fast {m.version}'
     if getattr(m, 'preparation_number', PREPARATION)==PREPARATION:
         return version

@@ -169,7 +169,7 @@ class Leakage(NamedTuple):
 _MODELS = ('transit','bidirectional','boxerman')
 _WAYS_BACK = (0, .005, .02) # kep, 1/s
 
-def _spread(curve, t, kep, delay=0.):
+def _convolved(curve, t, kep, delay=0.):
     "A curve convolved with exp(-kep t) by the trapezoid rule and delayed, (T,)"
     decay = np.exp(-kep*t)
     c = np.convolve(curve, decay)[:len(t)]
@@ -183,7 +183,7 @@ def _parts(ref, t, model):
     if model=='transit':
         return _slowed_parts(ref, t)
     ways = _WAYS_BACK[:1] if model=='boxerman' else _WAYS_BACK
-    leaked = [_spread(ref, t, o) for o in ways]
+    leaked = [_convolved(ref, t, o) for o in ways]
     return np.stack([ref]*len(ways)),np.stack(leaked),np.array(ways)
 
 # %% ../nbs/34_perfusion.ipynb #33df652d
@@ -193,8 +193,8 @@ def _slowed_parts(ref, t):
     for tau in np.geomspace(1.5, 20, 14):
         for delay in np.arange(-1, 4.1):
             for way in _WAYS_BACK:
-                blood.append(_spread(ref, t, 1/tau, delay)/tau)
-                leaked.append(_spread(ref, t, way, delay))
+                blood.append(_convolved(ref, t, 1/tau, delay)/tau)
+                leaked.append(_convolved(ref, t, way, delay))
                 ways.append(way)
     return np.stack(blood),np.stack(leaked),np.array(ways)
 
@@ -255,7 +255,7 @@ class Artery(NamedTuple):
     clusters:pd.DataFrame # Both rounds: `n`, `peak` (1/s), `arrival`, `width` (s), `score`, `taken`
 
 # %% ../nbs/34_perfusion.ipynb #5094319d
-def _moments(curves, dt):
+def _curve_moments(curves, dt):
     "Peak (1/s), time to half of it, and width at half of it (s), each (N,)"
     peak,at = curves.max(1),curves.argmax(1)[:,None]
     low = ~(curves>=peak[:,None]/2)
@@ -275,7 +275,7 @@ def _best_cluster(curves, dt, k):
     for i in range(k):
         inside = of==i
         mean = curves[inside].mean(0, keepdims=True)
-        peak,arrival,width = (o[0] for o in _moments(mean, dt))
+        peak,arrival,width = (o[0] for o in _curve_moments(mean, dt))
         n = int(inside.sum())
         rows.append(dict(n=n, peak=peak, arrival=arrival, width=width))
     t = pd.DataFrame(rows)
@@ -286,7 +286,7 @@ def _best_cluster(curves, dt, k):
     return np.flatnonzero(of==best),t
 
 # %% ../nbs/34_perfusion.ipynb #4092a6ae
-def _candidates(curves, dt, late):
+def _artery_candidates(curves, dt, late):
     "Indices of curves that are large, smooth and over before the frame `late`"
     area = np.clip(curves[:,:late], 0, None).sum(1)
     least = np.quantile(area, .9)
@@ -312,7 +312,7 @@ def find_aif(
     curves = np.ascontiguousarray(rates[:,mask].T)
     at = np.argwhere(mask)
     late = min(len(rates), int(curves.mean(0).argmax()+15/dt)+1)
-    found = _candidates(curves, dt, late)
+    found = _artery_candidates(curves, dt, late)
     if len(found)<50:
         raise DSCError(f"no_artery: {len(found)} curves are large and smooth, 50 are needed: give aif=")
     tables = []
@@ -359,13 +359,13 @@ def lesion_side(
     affine:np.ndarray, # (4,4) to RAS+ mm
 ) -> str: # `'left'` or `'right'`, of the patient
     "A guess of the side of a lesion: that with more of the strongest leakage."
-    x = _across(mask, affine)
+    x = _to_the_right(mask, affine)
     least = np.quantile(abs(k2[mask]), .98)
     strong = mask&(abs(k2)>=least)
     return 'right' if x[strong].sum()>0 else 'left'
 
 # %% ../nbs/34_perfusion.ipynb #8ddee373
-def _across(mask, affine):
+def _to_the_right(mask, affine):
     "mm to the right of the middle of the brain, (D,H,W)"
     axes = map(np.arange, mask.shape)
     at = np.stack(np.meshgrid(*axes, indexing='ij'), -1)
@@ -387,7 +387,7 @@ def white_matter(
     Both are smoothed before, so that noise does not choose; the border of the brain and the middle are left out."""
     if side not in ('left','right'):
         raise unknown_name('side', side, ['left','right'])
-    x = _across(mask, affine)
+    x = _to_the_right(mask, affine)
     outwards = x if side=='right' else -x
     inner = ndimage.binary_erosion(mask, np.ones((1,5,5)))&(outwards>8)
     weight = np.maximum(_smooth(mask), 1e-3)
@@ -496,7 +496,7 @@ def _artery_given(aif, rates, dt):
         f"received {aif.shape}")
 
 # %% ../nbs/34_perfusion.ipynb #a0aad8d1
-def _filled(values, mask, affine):
+def _as_map(values, mask, affine):
     x = np.zeros(mask.shape, np.float32)
     values = np.nan_to_num(values, nan=0, posinf=0, neginf=0)
     x[mask] = values
@@ -540,11 +540,11 @@ def perfusion_maps(
     fixed = _without_leakage(rates, artery.curve, reference, dt, leakage)
     flow = tissue_perfusion(fixed.corrected, artery.curve, dt)
     values = _all_maps(signal, fixed, flow, bolus, dt)
-    maps = {k: _filled(v, brain, series.affine) for k,v in values.items()}
+    maps = {k: _as_map(v, brain, series.affine) for k,v in values.items()}
     if side is None:
         side,findings = _guess_side(maps, brain, series.affine, findings)
     cbv,base = maps['CBV'].numpy(),maps['baseline'].numpy()
-    white = white_matter(cbv, base, brain, series.affine, _OTHER[side])
+    white = white_matter(cbv, base, brain, series.affine, _OPPOSITE[side])
     _add_relative(maps, white)
     means = dict(white_matter=rates[white[brain]].mean(0), brain=rates.mean(0))
     curves = pd.DataFrame(dict(time=series.times, artery=artery.curve, reference=reference, **means))
@@ -560,7 +560,7 @@ def _without_leakage(rates, artery, reference, dt, model):
     return fixed if model else fixed._replace(corrected=rates)
 
 # %% ../nbs/34_perfusion.ipynb #7d83dcf8
-_OTHER = dict(left='right', right='left')
+_OPPOSITE = dict(left='right', right='left')
 
 def _find_or_take(aif, rates, brain, dt):
     whole = np.zeros((rates.shape[1],*brain.shape), np.float32)

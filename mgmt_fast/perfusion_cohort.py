@@ -129,10 +129,10 @@ def add_perfusion(
 
 # %% ../nbs/39_perfusion_cohort.ipynb #fa1526e2
 _MAPS = 1 # part of the key of kept maps: raised only when the same series comes to give other maps
-_RECORD = 'maps.json'
-_ENTRY = record_of(dict(key=record_of({}, others=True), maps=list_of(TEXT), notes=list_of(TEXT)))
+_MAPS_RECORD = 'maps.json'
+_MAPS_ENTRY = record_of(dict(key=record_of({}, others=True), maps=list_of(TEXT), notes=list_of(TEXT)))
 
-def _key_of(row, seq, motion):
+def _maps_key(row, seq, motion):
     "All that a patient's maps depend on"
     sources = source_states(row, ('DSC',seq))
     return dict(computed_by=_MAPS, sources=sources, motion=bool(motion))
@@ -140,7 +140,7 @@ def _key_of(row, seq, motion):
 # %% ../nbs/39_perfusion_cohort.ipynb #58499c95
 def _kept_notes(folder, key, maps):
     "What is to be known of maps that are there, where they are those that are asked for; else None"
-    entry = read_kept(folder/_RECORD, _ENTRY, key)
+    entry = read_kept(folder/_MAPS_RECORD, _MAPS_ENTRY, key)
     if not entry or not set(maps)<=set(entry['maps']): return None
     files = [folder/f'{k}.nii.gz' for k in maps]
     return entry['notes'] if all(map(is_file, files)) else None
@@ -152,7 +152,7 @@ def _add_one(row, dest, maps, motion, report):
     seq = first(s for s in ('T2w','FLAIR','T1wCE','T1w') if has_scan(row, s))
     try:
         folder = patient_folder(dest, row['patient'])
-        key = _key_of(row, seq, motion)
+        key = _maps_key(row, seq, motion)
         notes = _kept_notes(folder, key, maps)
         if notes is None:
             notes = _write_maps(row, seq, folder, maps, motion, key)
@@ -166,15 +166,15 @@ def _add_one(row, dest, maps, motion, report):
 # %% ../nbs/39_perfusion_cohort.ipynb #7dd49763
 def _write_maps(row, seq, folder, maps, motion, key):
     "Compute the maps of a patient and write them; what is to be known"
-    found,notes = _placed(row, seq, motion)
+    found,notes = _maps_placed(row, seq, motion)
     with write_errors(folder):
-        (folder/_RECORD).unlink(missing_ok=True) # of other maps, until these are complete
+        (folder/_MAPS_RECORD).unlink(missing_ok=True) # of other maps, until these are complete
     for k in maps: found[k].save(folder/f'{k}.nii.gz')
-    write_json(folder/_RECORD, dict(key=key, maps=list(maps), notes=notes))
+    write_json(folder/_MAPS_RECORD, dict(key=key, maps=list(maps), notes=notes))
     return notes
 
 # %% ../nbs/39_perfusion_cohort.ipynb #4ce78750
-def _placed(row, seq, motion):
+def _maps_placed(row, seq, motion):
     "Maps of a patient on the anatomy, and what is to be known"
     found = perfusion_maps(read_dsc(row['DSC']), motion=motion)
     to_know = [o for o in found.findings if o.level!='note' or o.name=='guessed_side']

@@ -18,7 +18,7 @@ from .pages import figure_tag, legend_below, table_tag, write_csv, write_page
 from .perfusion import PERFUSION_MAPS, Perfusion, perfusion_maps
 
 # %% ../nbs/38_perfusion_page.ipynb #43d3b1e6
-_COLOURS = dict(rCBV=('magma',0,6), rCBF=('magma',0,6), CBV=('magma',0,None), CBF=('magma',0,None),
+_MAP_COLOURS = dict(rCBV=('magma',0,6), rCBF=('magma',0,6), CBV=('magma',0,None), CBF=('magma',0,None),
     MTT=('viridis',0,12), Tmax=('viridis',0,8), TTP=('viridis',0,20), PSR=('cividis',0,120),
     K2=('coolwarm',-.06,.06), baseline=('gray',0,None))
 
@@ -35,7 +35,7 @@ def show_maps(
         axs = plt.subplots(1, len(names), figsize=(2.4*len(names),2.6), layout='constrained', squeeze=False)[1][0]
     for ax,k in zip(axs, names):
         x = maps[k].numpy()[at]
-        cmap,lo,hi = _COLOURS[k]
+        cmap,lo,hi = _MAP_COLOURS[k]
         if hi is None:
             hi = max(np.quantile(x[x>0], .98), 1e-6) if (x>0).any() else 1
         _,high,wide = maps[k].spacing
@@ -119,7 +119,7 @@ def _map_pictures(found):
         yield figure_tag(figure, f'slice {at}', dpi=80)
 
 # %% ../nbs/38_perfusion_page.ipynb #8026d137
-def _sections(found):
+def _map_sections(found):
     "What the page shows, by heading"
     table = pd.DataFrame(found.findings, columns=['name','level','what'])
     said = [table_tag(table)] if found.findings else ['Nothing was found.']
@@ -147,5 +147,5 @@ def write_perfusion(
     write_csv(dest/'findings.csv', pd.DataFrame(found.findings, columns=['name','level','what']))
     if found.motion is not None:
         write_csv(dest/'motion.csv', found.motion)
-    write_page(dest/'perfusion.html', 'Perfusion', _sections(found), lead=(f'{series}. Research use only.',))
+    write_page(dest/'perfusion.html', 'Perfusion', _map_sections(found), lead=(f'{series}. Research use only.',))
     return dest

@@ -44,9 +44,9 @@ def _bad_auc(auc):
     return MGMTError(f"auc must lie in [.5, 1), {why}; received {auc}")
 
 # %% ../nbs/21_phantom.ipynb #46b672c4
-_rates = (.5,.33) # of the two traits, per standard deviation of the latent
-def _gadolinium(latent): return .22*np.exp(_rates[0]*latent)   # mM in the enhancing rim
-def _unevenness(latent): return .20*np.exp(_rates[1]*latent)   # sd of log FLAIR signal in oedema
+_trait_rates = (.5,.33) # of the two traits, per standard deviation of the latent
+def _gadolinium(latent): return .22*np.exp(_trait_rates[0]*latent)   # mM in the enhancing rim
+def _unevenness(latent): return .20*np.exp(_trait_rates[1]*latent)   # sd of log FLAIR signal in oedema
 
 # %% ../nbs/21_phantom.ipynb #ae6ae32a
 def _draw_patient(patient, split, label, distance, seed):
@@ -108,7 +108,7 @@ def phantom_bound(
         table = read_side_table(table)
     if split: table = table[table.split==split]
     if table.label.nunique()<2:
-        raise _one_class(table, split)
+        raise _split_of_one_class(table, split)
     def auc(c):
         seen = table.dropna(subset=c) if c in table else table[:0]
         if seen.label.nunique()<2: return np.nan
@@ -116,7 +116,7 @@ def phantom_bound(
     return pd.Series(dict(n=len(table), bound=auc('latent'), oracle=auc('oracle')))
 
 # %% ../nbs/21_phantom.ipynb #695e6b8c
-def _one_class(table, split):
+def _split_of_one_class(table, split):
     labels = sorted(table.label.unique())
     has = f"the {len(table)} patients of split {split!r} have labels {labels}"
     return MGMTError(f"the bound needs both classes; {has}: make a larger phantom")
@@ -132,7 +132,7 @@ def read_side_table(
     return plain_cells(pd.read_csv(p, dtype=dict(patient=str)))
 
 # %% ../nbs/21_phantom.ipynb #de27d60b
-_extent = (120,118,100) # half the size of the box that noise fills, along z, y, x; mm
+_noise_box = (120,118,100) # half the size of the box that noise fills, along z, y, x; mm
 
 def _bspline(t):
     t = np.abs(t)
@@ -143,7 +143,7 @@ def _bspline(t):
 # %% ../nbs/21_phantom.ipynb #91b664a9
 def _noise(rng, axes, pitch):
     mats = []
-    for a,e in zip(axes, _extent):
+    for a,e in zip(axes, _noise_box):
         knots = np.arange(-1, int(2*e/pitch)+3)
         at = (a[:,None]+e)/pitch
         w = _bspline(at-knots)
@@ -155,7 +155,7 @@ def _noise(rng, axes, pitch):
     return np.tensordot(z, y @ (lattice @ x.T), 1)
 
 # %% ../nbs/21_phantom.ipynb #de30f679
-def _edge(depth, soft=1.): return np.clip(depth/(2*soft)+.5, 0, 1)
+def _soft_edge(depth, soft=1.): return np.clip(depth/(2*soft)+.5, 0, 1)
 
 def _ellipsoid(g, centre, semi):
     squares = (((o-c)/s)**2 for o,c,s in zip(g, centre, semi))
@@ -196,7 +196,7 @@ def _brain(g):
     half = (np.abs(x),y,z)
     height = np.where(z>4, np.float32(58), np.float32(46))
     cerebrum = _ellipsoid(half, (0,0,4), (67,84,height))
-    floor = .8*(z+26)+18*np.square(_edge(half[0]-20, 14))
+    floor = .8*(z+26)+18*np.square(_soft_edge(half[0]-20, 14))
     cerebrum = np.minimum(cerebrum, floor)
     cerebellum = _ellipsoid(half, (17,-48,-40), (33,30,23))
     stem = [(0,-12,-10,16),(0,-20,-42,12),(0,-24,-80,9)]
@@ -223,7 +223,7 @@ def _distance_to_csf(g, depth, cerebrum, axes, rng):
 # %% ../nbs/21_phantom.ipynb #2d92b63e
 _horns = ((8,32,3,4.5),(10,12,13,6.5),(13,-16,16,6),(23,-36,6,7),(26,-58,3,2.5)) # x, y, z, radius; mm
 
-def _deep(g, width):
+def _deep_grey(g, width):
     "Depths inside the ventricles and the deep grey nuclei"
     half = (np.abs(g[0]),*g[1:])
     horns = [(x,y,z,r*width) for x,y,z,r in _horns]
@@ -253,7 +253,7 @@ def _tumour(p, away, depth, near, axes, rng):
     thickness = np.float32(p.rim)*(1+.22*_noise(rng, axes, 7))
     core = whole-thickness
     width = np.float32(p.oedema)*(1+.35*_noise(rng, axes, 13))
-    spared = .35+.65*_edge(near-3.5, 3) # it follows the white matter
+    spared = .35+.65*_soft_edge(near-3.5, 3) # it follows the white matter
     return whole,core,whole+width*spared
 
 # %% ../nbs/21_phantom.ipynb #717bb810
@@ -277,7 +277,7 @@ def _anatomy(p, seed, skull=False, mm=1.5, decoy=False):
     g,away = _coordinates(p, axes, rng)
     depth,cerebrum = _brain(g)
     near = _distance_to_csf(g, depth, cerebrum, axes, rng)
-    ventricles,nuclei = _deep(g, p.ventricles)
+    ventricles,nuclei = _deep_grey(g, p.ventricles)
     whole,core,wet = _tumour(p, away, depth, near, axes, rng)
     vessels = 5.5*np.abs(_noise(rng, axes, 9))+5.5*np.abs(_noise(rng, axes, 9))
     vessels = vessels+.3*np.maximum(0, near-1)
@@ -286,26 +286,26 @@ def _anatomy(p, seed, skull=False, mm=1.5, decoy=False):
     def paint(name, share):
         for o in shares.values(): o *= 1-share
         shares[name] = share.astype(np.float32)
-    cortex = _edge(np.where(cerebrum,4.2,2.6)-near, .8)
-    paint('grey', np.maximum(cortex, .85*_edge(nuclei, 1.5)))
-    outer = _edge(np.where(cerebrum,1.,.5)-near, .7)
-    paint('csf', np.maximum(outer, _edge(ventricles)))
-    paint('vessel', _edge(np.maximum(1.1-vessels, 2.3-sinus))*(depth>0))
+    cortex = _soft_edge(np.where(cerebrum,4.2,2.6)-near, .8)
+    paint('grey', np.maximum(cortex, .85*_soft_edge(nuclei, 1.5)))
+    outer = _soft_edge(np.where(cerebrum,1.,.5)-near, .7)
+    paint('csf', np.maximum(outer, _soft_edge(ventricles)))
+    paint('vessel', _soft_edge(np.maximum(1.1-vessels, 2.3-sinus))*(depth>0))
     solid = 1-shares['csf']-shares['vessel']
-    paint('oedema', _edge(wet, 3)*solid*_edge(depth-2))
-    paint('rim', _edge(whole))
-    paint('necrosis', _edge(core, 1.3))
+    paint('oedema', _soft_edge(wet, 3)*solid*_soft_edge(depth-2))
+    paint('rim', _soft_edge(whole))
+    paint('necrosis', _soft_edge(core, 1.3))
     if decoy:
-        paint('decoy', _edge(_decoy_depth(p, g, depth, seed)))
+        paint('decoy', _soft_edge(_decoy_depth(p, g, depth, seed)))
     label = _tumour_label(shares)
     if skull:
         head,bone,eyes = _shell(g, depth)
-        outside = _edge(-1.5-depth)
+        outside = _soft_edge(-1.5-depth)
         paint('muscle', outside)
-        paint('fat', np.minimum(_edge(5.5-head), outside))
-        paint('eye', _edge(eyes))
-        paint('bone', _edge(bone))
-        paint('air', _edge(-head))
+        paint('fat', np.minimum(_soft_edge(5.5-head), outside))
+        paint('eye', _soft_edge(eyes))
+        paint('bone', _soft_edge(bone))
+        paint('air', _soft_edge(-head))
     return shares,label,(depth>.3).astype(np.uint8),axes
 
 # %% ../nbs/21_phantom.ipynb #d1ac4ef8
@@ -366,7 +366,7 @@ def _ideal(p, seq, shares, axes, rng, timing, decoy=0.):
     return x*np.exp(log+noise(.06, 80))
 
 # %% ../nbs/21_phantom.ipynb #e51f7bf2
-_planes = dict( # directions of D, H, W in RAS, and mm that the slices cover
+_plane_axes = dict( # directions of D, H, W in RAS, and mm that the slices cover
     axial=(((0,0,1),(0,-1,0),(-1,0,0)), 142),
     coronal=(((0,-1,0),(0,0,-1),(-1,0,0)), 186),
     sagittal=(((1,0,0),(0,0,-1),(0,-1,0)), 152))
@@ -380,9 +380,9 @@ def series_affine(
     turn:np.ndarray=None, # (3,3) rotation, for an oblique series
 ) -> np.ndarray: # (4,4) from voxel `(d,h,w,1)` to RAS+ mm, centred on the head
     "Where a series' voxels lie: slices cover the brain, whatever their number. Raises `MGMTError` on an unknown plane."
-    if plane not in _planes:
-        raise unknown_name('plane', plane, _planes)
-    dirs,cover = _planes[plane]
+    if plane not in _plane_axes:
+        raise unknown_name('plane', plane, _plane_axes)
+    dirs,cover = _plane_axes[plane]
     affine = np.eye(4)
     if turn is None: turn = np.eye(3)
     spacing = [cover/slices, fov/size, fov/size]
@@ -392,7 +392,7 @@ def series_affine(
     return affine
 
 # %% ../nbs/21_phantom.ipynb #dfbba013
-def _sample(x, axes, affine, shape, moved, order=1):
+def _sample_field(x, axes, affine, shape, moved, order=1):
     "Values of a (Z,Y,X) field at a series' voxels; `moved` is where the head went meanwhile, mm"
     mm = np.float64(axes[0][1]-axes[0][0])
     to_index = np.fliplr(np.eye(3))/mm
@@ -425,13 +425,13 @@ def draw_series(
     n = int(pick(size))
     mm = float(pick(fov))
     if d<2 or n<8 or mm<=0:
-        raise _too_small(slices, size, fov)
+        raise _series_too_small(slices, size, fov)
     turn = Rotation.from_euler('xyz', rng.uniform(-tilt,tilt,3), degrees=True).as_matrix()
     affine = series_affine(plane, d, n, mm, turn)
     return NS(affine=affine, shape=(d,n,n), moved=rng.uniform(-shift,shift,3))
 
 # %% ../nbs/21_phantom.ipynb #9e8350a2
-def _too_small(slices, size, fov):
+def _series_too_small(slices, size, fov):
     rule = "a series needs at least 2 slices of 8x8 and a positive field of view"
     return MGMTError(f"{rule}; received slices={slices}, size={size}, fov={fov}")
 
@@ -466,10 +466,10 @@ def render_patient(
     for seq,scan in scans.items():
         rng = rng_for(seed, 'phantom', p.patient, seq)
         ideal = _ideal(p, seq, shares, axes, rng, timing[seq], decoy)
-        x = _sample(ideal, axes, **vars(scan))
+        x = _sample_field(ideal, axes, **vars(scan))
         key = (scan.affine.tobytes(), scan.moved.tobytes())
         if key not in masks:
-            masks[key] = [_sample(o, axes, **vars(scan), order=0) for o in (label,brain)]
+            masks[key] = [_sample_field(o, axes, **vars(scan), order=0) for o in (label,brain)]
         mask,inside = masks[key]
         x = _received(x, _signal('white', *timing[seq]), noise, rng)
         if not skull: x *= inside
@@ -490,7 +490,7 @@ def tissue_shares(
     mm = float(np.clip(.9*finest, 1, 2.4))
     shares,label,brain,axes = _anatomy(p, seed, skull, mm)
     still = np.zeros(3)
-    def on_grid(x, order=1): return _sample(x, axes, affine, shape, still, order)
+    def on_grid(x, order=1): return _sample_field(x, axes, affine, shape, still, order)
     shares = {k: on_grid(v) for k,v in shares.items()}
     return shares,on_grid(label, 0),on_grid(brain, 0)
 
@@ -556,7 +556,7 @@ def measure_traits(
         if (m==3).any(): gd = _rim_gadolinium(x, m)
     if 'FLAIR' in images:
         sd = _oedema_unevenness(*map(np.asarray, images['FLAIR']), images['FLAIR'][0].spacing)
-    latents = np.log([gd/_gadolinium(0), sd/_unevenness(0)])/_rates
+    latents = np.log([gd/_gadolinium(0), sd/_unevenness(0)])/_trait_rates
     oracle = np.nan if np.isnan(latents).all() else np.nanmean(latents)
     return dict(measured_gadolinium=gd, measured_unevenness=sd, oracle=oracle)
 
@@ -680,10 +680,10 @@ def _make_patient(p, dest, seed, key, sequences, shuffle, missing, blank, **kwar
             if to.exists(): to.rename(Path(td)/'old')
             (Path(td)/'new').rename(to)
     except OSError as e:
-        raise _not_written(p.patient, dest, e) from e
+        raise _scan_not_written(p.patient, dest, e) from e
     return measure_traits({k:v for k,v in images.items() if k not in empty})
 
-def _not_written(patient, dest, e):
+def _scan_not_written(patient, dest, e):
     return MGMTError(f"writing patient {patient} to {dest} failed ({e.strerror}): is the disk full or read-only?")
 
 # %% ../nbs/21_phantom.ipynb #75326054
@@ -721,7 +721,7 @@ def _bad_share(which, what):
     return MGMTError(f"{what} {rule}; received {which}")
 
 # %% ../nbs/21_phantom.ipynb #69548e72
-def _claim(dest, settings):
+def _claim_phantom(dest, settings):
     "Take the folder for a phantom of these settings; True if it holds a finished one"
     at = dest/'phantom.json'
     if at.exists():
@@ -782,7 +782,7 @@ def make_phantom(
     how = dict(seed=seed, sequences=sequences, shuffle=shuffle, missing=missing, blank=blank, **kwargs)
     settings = dict(n=n, auc=auc, test=test, prevalence=prevalence, version=__version__, **how)
     settings = json.loads(json.dumps(settings))
-    if _claim(dest, settings): return read_side_table(dest)
+    if _claim_phantom(dest, settings): return read_side_table(dest)
     with working_in(dest):
         return _make_all(dest, table, settings, how, n_workers, progress)
 

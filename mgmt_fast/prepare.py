@@ -149,7 +149,7 @@ def common_box(
     first = next(iter(vols))
     can,n = canonical_affine(vols[first])
     boxes = {k: _brain_box(v, masks[k], can) for k,v in vols.items()}
-    overlap = {k: _overlap(b, boxes[first]) for k,b in boxes.items()}
+    overlap = {k: _shared_box(b, boxes[first]) for k,b in boxes.items()}
     lo = np.min([b[0] for b in boxes.values()], axis=0)+.5
     hi = np.max([b[1] for b in boxes.values()], axis=0)+.5
     gap = margin/np.linalg.norm(can[:3,:3], axis=0)
@@ -175,7 +175,7 @@ def _content(box):
     sides = box[1]-box[0]
     return np.prod(np.maximum(0, sides))
 
-def _overlap(a, b):
+def _shared_box(a, b):
     "What two boxes share, as a part of the smaller one"
     lo = np.maximum(a[0], b[0])
     hi = np.minimum(a[1], b[1])
@@ -352,7 +352,7 @@ def _source_files(path, below=''):
             res.append((below+e.name, st.st_size, st.st_mtime_ns, e.path))
     return sorted(res)
 
-def _digest(o): return json_digest(o, 12)
+def _short_digest(o): return json_digest(o, 12)
 
 # %% ../nbs/24_prepare.ipynb #5db9d7fc
 def source_state(
@@ -365,7 +365,7 @@ def source_state(
     except OSError: return None
     if not files: return None
     which = [] if index is None or pd.isna(index) else [int(index)]
-    return dict(names=_digest([f[:2] for f in files]+which), times=_digest([f[2] for f in files]))
+    return dict(names=_short_digest([f[:2] for f in files]+which), times=_short_digest([f[2] for f in files]))
 
 # %% ../nbs/24_prepare.ipynb #9b915553
 def source_states(
@@ -395,7 +395,7 @@ def source_content(
     for name,*_,file in _source_files(path):
         with open_input(file, PrepareError) as f:
             sums.append(_checksum(f))
-    return _digest(sums)
+    return _short_digest(sums)
 
 # %% ../nbs/24_prepare.ipynb #68252a85
 def same_source(
@@ -457,8 +457,8 @@ _STORE = record_of(dict(_MADE, preparation=Allowed.whole(1, 2**20), patients=tab
 _PATIENT_01 = record_of(dict(affine=NOTHING|AN_AFFINE, volumes=table_of(_VOLUME)), others=True)
 _WHO_01 = record_of(dict(patients=list_of(TEXT)), others=True)
 _STORE_01 = record_of(dict(_MADE, report=list_of(_ROW), key=_WHO_01, patients=table_of(_PATIENT_01)), others=True)
-_KNOWN = dict.fromkeys(('session','age','sex','site','scanner'), NOTHING|TEXT|Allowed.number())
-_FACT = record_of(dict(label=Allowed.one_of(None, 0, 1), source=TEXT), dict(without=list_of(A_SEQUENCE), **_KNOWN))
+_FIELDS = dict.fromkeys(('session','age','sex','site','scanner'), NOTHING|TEXT|Allowed.number())
+_FACT = record_of(dict(label=Allowed.one_of(None, 0, 1), source=TEXT), dict(without=list_of(A_SEQUENCE), **_FIELDS))
 _FACTS = record_of(dict(patients=table_of(_FACT), notes=list_of(_ROW)))
 
 # %% ../nbs/24_prepare.ipynb #8cbfbe1d
@@ -487,7 +487,7 @@ class VolumeStore:
         d = _read_pixels(self.path)
         facts = _read_facts(self.path)
         if lack := [p for p in facts['patients'] if p not in d['patients']]:
-            raise PrepareError(_no_pixels(lack[0]))
+            raise PrepareError(_no_pixels_of(lack[0]))
         self.sequences = tuple(d['sequences'])
         self.version,self.preparation_number = d['version'],d['preparation']
         self.recipe = Recipe.from_json(d['recipe'])
@@ -529,7 +529,7 @@ class VolumeStore:
             f" recipe {self.recipe.name!r}, mgmt_fast {self.version}")
 
 # %% ../nbs/24_prepare.ipynb #48726d54
-def _no_pixels(patient):
+def _no_pixels_of(patient):
     return (f"patients.json knows patient {patient}, of whom store.json has no pixels: were files of two stores mixed? "
         "Restore them, or prepare the store again")
 
@@ -737,7 +737,7 @@ def _journal(dest, key):
     if not lines: return {}
     old = isinstance(lines[0], dict) and 'patients' in lines[0]
     if old:
-        raise PrepareError(_unfinished(dest, lines[0].get('version')))
+        raise PrepareError(_unfinished_store(dest, lines[0].get('version')))
     first_ = check_form(lines[0], _KEY, 'journal.jsonl', PrepareError)
     _check_key(dest, first_, key)
     entries = {o['patient']: o for o in map(_journal_entry, lines[1:]) if o}
@@ -771,7 +771,7 @@ def _journal_entry(line):
     except MGMTError: return None
 
 # %% ../nbs/24_prepare.ipynb #cc673208
-def _unfinished(dest, version):
+def _unfinished_store(dest, version):
     return (f"{dest} holds an unfinished store of version {version}: finish it with that version, give another folder,"
         " or delete it")
 

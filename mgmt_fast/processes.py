@@ -84,7 +84,7 @@ def _pooled(f, jobs, n):
     pool = process_pool(n)
     try:
         while True:
-            whole = _fill(pool, f, todo, ahead, under, 2*n)
+            whole = _hand_over(pool, f, todo, ahead, under, 2*n)
             if not under and whole: return
             done = wait(under, return_when=FIRST_COMPLETED).done
             whole = whole and not any(map(_lost, done))
@@ -103,7 +103,7 @@ def _pooled(f, jobs, n):
 # %% ../nbs/02_processes.ipynb #49999820
 def _lost(job): return isinstance(job.exception(), BrokenProcessPool)
 
-def _fill(pool, f, todo, ahead, under, most):
+def _hand_over(pool, f, todo, ahead, under, most):
     "Hand over jobs until `most` are under way; `False` where the pool takes none any more, and one waits in `ahead`"
     while len(under)<most:
         ahead.extend(islice(todo, 1-len(ahead)))
@@ -122,20 +122,20 @@ def working_in(
     "Hold a folder, and clear it of what killed runs left. Raises `MGMTError` that says who holds it."
     folder = make_folder(folder)
     key = os.getpid(),os.path.realpath(folder)
-    if key in _held: # by a caller
+    if key in _held_folders: # by a caller
         yield folder
         return
     release = _hold(folder)
-    _held.add(key)
+    _held_folders.add(key)
     try:
         clear_temporaries(folder, deep)
         yield folder
     finally:
-        _held.remove(key)
+        _held_folders.remove(key)
         release()
 
 # %% ../nbs/02_processes.ipynb #539429e9
-_held,_LOCK = set(),'.mgmt-lock'
+_held_folders,_LOCK = set(),'.mgmt-lock'
 
 def _hold(folder):
     "Take a folder's lock; what gives it back"

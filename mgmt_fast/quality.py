@@ -152,7 +152,7 @@ def _extent(x, air, usual, spacing):
     return res
 
 # %% ../nbs/15_quality.ipynb #f9702404
-def _structure(x):
+def _row_correlation(x):
     "Correlation of neighbours along W over a few slices: near 1 in an image, near 0 in noise"
     n = min(len(x),6)
     few = np.linspace(0, len(x)-1, n)
@@ -204,7 +204,7 @@ def _audit_content(vol, x, air, usual):
         return [f'almost empty: {lit:.2%} of it is brighter than the background; burned-in text alone?']
     if len(np.unique(some[::3,::2,::2]))<8:
         return ['holds a few values only: a mask, labels, or burned-in text, not a scan']
-    r = _structure(x)
+    r = _row_correlation(x)
     if r<.2: return [f'only noise: neighbours correlate by {r:.2f}']
     return _head_size(sorted(_extent(some, air, usual, spacing)))
 

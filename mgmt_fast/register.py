@@ -83,13 +83,13 @@ def low_resolution(
     some = tuple(slice(None,None,int(s)) for s in stride)
     a = np.nan_to_num(np.asarray(vol[some], dtype=np.float32))
     if a.min()==a.max():
-        raise _blank(f"all looked-at voxels equal {a.min():g}")
+        raise _blank_volume(f"all looked-at voxels equal {a.min():g}")
     air,constant = _air(a)
     high = np.percentile(a, 99.5)
     voxels = np.argwhere(_tissue(a, air, constant, high))*stride
     at = voxels@vol.affine[:3,:3].T + vol.affine[:3,3]
     if len(at)<64:
-        raise _blank(f"only {len(at)} of {a.size} looked-at voxels hold tissue")
+        raise _blank_volume(f"only {len(at)} of {a.size} looked-at voxels hold tissue")
     affine = _small_affine(at)
     x = np.nan_to_num(np.asarray(resample(vol, affine, SMALL_SHAPE)))
     mask = _solid(_tissue(x, air, constant, high), constant)
@@ -113,7 +113,7 @@ def _small_affine(at):
     return affine
 
 # %% ../nbs/28_register.ipynb #5d750ce5
-def _blank(what): return MGMTError(f"{what}: an empty or blank series? Leave it out of the audit")
+def _blank_volume(what): return MGMTError(f"{what}: an empty or blank series? Leave it out of the audit")
 
 def _scattered():
     return MGMTError("no tissue left at 4 mm: not a head, or a few scattered voxels? Leave it out of the audit")

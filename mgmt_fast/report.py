@@ -214,7 +214,7 @@ def plot_forest(
     ax.errorbar(t.auc, at, xerr=[t.auc-t.lo, t.hi-t.auc], fmt='s', ms=5, capsize=3)
     side = dict(xycoords=('axes fraction','data'), va='center', fontsize=8, annotation_clip=False)
     for i,r in zip(at, t.itertuples()):
-        ax.annotate(_interval(r), (1.01,i), **side)
+        ax.annotate(_interval_text(r), (1.01,i), **side)
     ax.axvline(.5, ls=':', color='gray', lw=1)
     ax.set_yticks(at, t[names].astype(str).agg(', '.join, axis=1))
     left = min(.2, np.nanmin(t.lo)-.02) if t.lo.notna().any() else 0
@@ -232,7 +232,7 @@ def _texts(t):
 def _is_text(c): return c.dtype==object or isinstance(c.dtype, pd.StringDtype)
 
 # %% ../nbs/60_report.ipynb #77ce846a
-def _interval(r):
+def _interval_text(r):
     if pd.isna(r.auc): return 'too few'
     return f'{r.auc:.3f} [{r.lo:.3f}, {r.hi:.3f}]'
 
@@ -290,7 +290,7 @@ _expect = ("What honest external tests of MGMT prediction from MRI find: AUCs of
 HEAD = (_use, _expect)
 
 # %% ../nbs/60_report.ipynb #e9576e6d
-def _html(o):
+def _as_html(o):
     "Text, table or figure as HTML"
     if isinstance(o, str): return o
     if isinstance(o, pd.DataFrame): return table_tag(o)
@@ -307,5 +307,5 @@ def write_report(
     parts = {}
     for k,v in sections.items():
         several = v if isinstance(v, (list,tuple)) else [v]
-        parts[k] = [_html(o) for o in several]
+        parts[k] = [_as_html(o) for o in several]
     return write_page(path, title, parts, HEAD)

@@ -16,7 +16,7 @@ from .core import *
 class _Misfit(ValueError):
     "Where a value is not what it must be"
 
-def _inside(where, form, v):
+def _fits_form(where, form, v):
     "The value, if it is what the form says; else where it is not"
     try: return form(v)
     except _Misfit as e:
@@ -38,7 +38,7 @@ def record_of(
             raise _Misfit(f'{lack[0]} is missing')
         if strange := [k for k in v if k not in known and not others]:
             raise _Misfit(f'{strange[0]!r:.60} is unknown')
-        return {k: _inside(k, known[k], o) if k in known else o for k,o in v.items()}
+        return {k: _fits_form(k, known[k], o) if k in known else o for k,o in v.items()}
     return Allowed('a record', take)
 
 # %% ../nbs/04_schemas.ipynb #5b65ba7e
@@ -48,7 +48,7 @@ def table_of(
     "A dictionary with any names."
     def take(v):
         if not isinstance(v, dict): raise ValueError(v)
-        return {k: _inside(f'{k:.60}', kind, o) for k,o in v.items()}
+        return {k: _fits_form(f'{k:.60}', kind, o) for k,o in v.items()}
     return Allowed('a table', take)
 
 # %% ../nbs/04_schemas.ipynb #f770d919
@@ -60,7 +60,7 @@ def list_of(
     def take(v):
         if not isinstance(v, (list,tuple)): raise ValueError(v)
         if n is not None and len(v)!=n: raise ValueError(v)
-        return [_inside(f'value {i}', kind, o) for i,o in enumerate(v)]
+        return [_fits_form(f'value {i}', kind, o) for i,o in enumerate(v)]
     return Allowed(f"a list of {n or 'values, each'} {kind.text}", take)
 
 # %% ../nbs/04_schemas.ipynb #432ec883
@@ -93,11 +93,11 @@ def check_form(
     "The value, if it has the form. Raises `error` that says where it has not."
     try: return form(value)
     except _Misfit as e:
-        raise error(_not_written(name, e)) from None
+        raise error(_not_our_form(name, e)) from None
     except (ValueError,TypeError,OverflowError):
-        raise error(_not_written(name, f'it must be {form.text}')) from None
+        raise error(_not_our_form(name, f'it must be {form.text}')) from None
 
-def _not_written(name, why):
+def _not_our_form(name, why):
     return f"{name} is not as this library writes it ({why}): was it changed or cut off? Restore it, or make it anew"
 
 # %% ../nbs/04_schemas.ipynb #d4c82fee

@@ -183,8 +183,8 @@ class SeenVolumes:
         rows = []
         for part,patients in parts.items():
             for p in patients:
-                rows += [_row(p, store.meta[p], s, part) for s in sequences]
-        return cls(pd.DataFrame(rows, columns=_columns), store=store)
+                rows += [_seen_row(p, store.meta[p], s, part) for s in sequences]
+        return cls(pd.DataFrame(rows, columns=_seen_columns), store=store)
 
     def write(self,
         path:str|Path, # A `.safetensors` file
@@ -210,11 +210,11 @@ class SeenVolumes:
             raise _not_read(path, e) from e
 
 # %% ../nbs/54_seen.ipynb #6fa08975
-_columns = ['patient','sequence','hash','source','part']
+_seen_columns = ['patient','sequence','hash','source','part']
 
 _SEEN = record_of(dict(table=table_of(list_of(TEXT)), hashes=table_of(list_of(TEXT))))
 
-def _row(patient, entry, sequence, part):
+def _seen_row(patient, entry, sequence, part):
     voxels = entry['volumes'][sequence]['hash']
     files = source_hash(entry, sequence)
     return patient,sequence,voxels,files,part
@@ -229,7 +229,7 @@ def _from_file(f):
         prints[s] = Prints.of_tensors(hashes, tensors)
         if len(prints[s].prints)!=len(hashes):
             raise ValueError('not a fingerprint for each volume')
-    return pd.DataFrame(said['table'], columns=_columns),prints
+    return pd.DataFrame(said['table'], columns=_seen_columns),prints
 
 # %% ../nbs/54_seen.ipynb #9a3555c6
 def _not_read(path, e):
@@ -337,11 +337,11 @@ def _meet(sequence, prints, names, store, alarms):
         score,near = found
         expected = float(null.chance(score))*pairs
         who = names[prints.hashes[near]]
-        rows.append((p, sequence, who, score, expected, _verdict(score, *limits)))
+        rows.append((p, sequence, who, score, expected, _match_verdict(score, *limits)))
     return rows
 
 # %% ../nbs/54_seen.ipynb #1736ac7f
-def _verdict(score, same, doubt):
+def _match_verdict(score, same, doubt):
     if score>=same: return 'same'
     return 'uncertain' if score>=doubt else 'different'
 

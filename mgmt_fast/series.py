@@ -19,13 +19,12 @@ from pydicom.tag import Tag
 from .moves import moved_from
 from .core import *
 from .naming import *
-from mgmt_fast.dicom import (SeriesError, file_frames, folder_frames, is_image, read_pixels, shared_value, slice_label,
-    uid_name)
+from .dicom import (DAMAGED, SeriesError, file_frames, folder_frames, is_image, read_pixels, shared_value,
+    slice_label, uid_name)
 from .nifti import is_nifti, nifti_axes, open_nifti, read_nifti
 
 # %% ../nbs/13_series.ipynb #28a29216
 _PLACED = dict(ImagePositionPatient=3, ImageOrientationPatient=6, PixelSpacing=2)
-_DAMAGED = 'a damaged header; export the series again'
 
 def _check_placed(f):
     "Raise if frame `f` does not say where its pixels lie"
@@ -39,7 +38,7 @@ def _check_placed(f):
 # %% ../nbs/13_series.ipynb #9aeb58d3
 def _wrong_numbers(f, k, n):
     where = slice_label(f['path'])
-    return SeriesError(f"{k} in {where} must be {n} finite numbers; received {f[k]}: {_DAMAGED}")
+    return SeriesError(f"{k} in {where} must be {n} finite numbers; received {f[k]}: {DAMAGED}")
 
 def _no_places(f):
     return SeriesError(f"{slice_label(f['path'])} holds {f['frames']} frames and does not say where each lies: not an "
@@ -68,14 +67,14 @@ def _orientation(stack):
 def _not_perpendicular(row, col):
     rule = "ImageOrientationPatient must be two perpendicular unit vectors"
     received = [*row.tolist(),*col.tolist()]
-    return SeriesError(f"{rule}; received {received}: {_DAMAGED}")
+    return SeriesError(f"{rule}; received {received}: {DAMAGED}")
 
 # %% ../nbs/13_series.ipynb #625c6b3b
 def _pixel_size(stack):
     "Height and width of a pixel, mm"
     size = shared_value(stack, 'PixelSpacing', 'the size of a pixel is not known')
     if min(size)>1e-4: return size
-    raise SeriesError(f"PixelSpacing must be two positive lengths in mm; received {tuple(size)}: {_DAMAGED}")
+    raise SeriesError(f"PixelSpacing must be two positive lengths in mm; received {tuple(size)}: {DAMAGED}")
 
 # %% ../nbs/13_series.ipynb #bf90a5d6
 def _check_steps(ipp, normal, paths):
@@ -410,8 +409,8 @@ def _summarised(found):
     "The table of volumes on one line; neighbours that are alike share an entry"
     table = _describe(found)
     if isinstance(found, Path):
-        return f'0 to {len(table)-1}: {_entry_of(table.iloc[0])}'
-    rows = [_entry_of(r) for _,r in table.iterrows()]
+        return f'0 to {len(table)-1}: {_image_in_words(table.iloc[0])}'
+    rows = [_image_in_words(r) for _,r in table.iterrows()]
     starts = [i for i in range(len(rows)) if i==0 or rows[i]!=rows[i-1]]
     ends = [*starts[1:],len(rows)]
     parts = []
@@ -422,7 +421,7 @@ def _summarised(found):
         parts = [*parts[:20], f'and {len(parts)-20} more']
     return '; '.join(parts)
 
-def _entry_of(r):
+def _image_in_words(r):
     what = f"{r.slices} {r.plane or 'unstackable'} slices of {r['rows']} x {r['columns']}"
     return f'{what}, {r.spacing} mm' if r.spacing else what
 

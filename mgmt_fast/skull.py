@@ -32,7 +32,7 @@ def _rays(n=400):
     return np.c_[r*np.cos(golden), r*np.sin(golden), z]
 
 # %% ../nbs/14_skull.ipynb #791b31a4
-def _start(at):
+def _ray_starts(at):
     "Where rays start, from the places `at` (N,3) of what is bright: 65 mm below the top, in the middle"
     height = at[:,2]
     top = np.percentile(height, 99.5)
@@ -66,7 +66,7 @@ def _dark_band(vol, x, air, bright):
     few = (slice(None,None,2),)*3
     voxels = np.argwhere(x[few]>bright)
     if not len(voxels): return 0.
-    start = _start(vol[few].world(voxels))
+    start = _ray_starts(vol[few].world(voxels))
     p = _profiles(vol, x, start)-air
     lit = p>bright-air
     n = p.shape[1]

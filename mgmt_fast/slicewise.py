@@ -39,12 +39,12 @@ _choice('black_slices', "'keep' them, or 'replace' each by another of the series
     Allowed.one_of('keep','replace'), 'keep', 'replace', 'keep')
 
 # %% ../nbs/23_slicewise.ipynb #ed41fb14
-_box = ("the box around what is not black: of the 'patient', of each 'slice', or 'none' "
+_box_doc = ("the box around what is not black: of the 'patient', of each 'slice', or 'none' "
     "(so do copies of the winner's code; its description crops)")
 choice('prepare', 'box_of', "what is not black: voxels above the slice's least 'raw' value, or above 0 once they are "
     "'bytes' of the slice's range (the thesis: its darkest 255th is black)", Allowed.one_of('raw','bytes'),
     without='raw', default='raw', published='bytes', winner='raw')
-_choice('crop_by', _box, Allowed.one_of('patient','slice','none'), 'patient', 'slice', 'slice')
+_choice('crop_by', _box_doc, Allowed.one_of('patient','slice','none'), 'patient', 'slice', 'slice')
 _range = "intensities that become 0 and 255: percentiles of the 'patient', or least and largest of each 'slice'"
 _choice('range_by', _range, Allowed.one_of('patient','slice'), 'patient', 'slice', 'slice')
 
@@ -65,7 +65,7 @@ def _name_order(f):
     return parts,f['frame']
 
 # %% ../nbs/23_slicewise.ipynb #a408bf68
-_bad_header = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError)
+_header_errors = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError)
 
 def _window(x, path):
     "A slice through the VOI LUT of its header"
@@ -75,7 +75,7 @@ def _window(x, path):
             with open_input(path, SeriesError) as f:
                 ds = pydicom.dcmread(f, stop_before_pixels=True)
             return apply_voi_lut(x, ds)
-        except _bad_header as e:
+        except _header_errors as e:
             raise _bad_lut(path, e) from None
 
 def _bad_lut(path, e):

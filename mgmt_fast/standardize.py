@@ -97,9 +97,9 @@ def outside(
         v = scores.get(k)
         if v is None: continue
         if lo is not None and not v>=lo:
-            found.append(f'the {_meanings[k]} is {_number(v)}, at least {lo:g} expected')
+            found.append(f'the {_meanings[k]} is {_short_number(v)}, at least {lo:g} expected')
         if hi is not None and not v<=hi:
-            found.append(f'the {_meanings[k]} is {_number(v)}, at most {hi:g} expected')
+            found.append(f'the {_meanings[k]} is {_short_number(v)}, at most {hi:g} expected')
     return found
 
 # %% ../nbs/32_standardize.ipynb #c11daade
@@ -109,7 +109,7 @@ _meanings = dict(ncc="correlation with the atlas", structure="correlation of str
     turn="turn against the header in degrees", sequence_nmi="mutual information with the anchor",
     sequence_starts="distance between the results of two starts in mm")
 
-def _number(v):
+def _short_number(v):
     if abs(v)>=100: return f'{v:.0f}'
     return f'{v:.3g}'
 
@@ -324,7 +324,7 @@ def into_space(
     return _cubic(vol, space, matrix)
 
 # %% ../nbs/32_standardize.ipynb #681b68ff
-def _read_all(row, sequences, budget, say):
+def _read_volumes(row, sequences, budget, say):
     "The volumes that can be read"
     vols = {}
     for s in sequences:
@@ -342,7 +342,7 @@ def _on_grid(vol, space):
     return tuple(n)==tuple(m) and np.allclose(a, b, atol=.01)
 
 # %% ../nbs/32_standardize.ipynb #1679c483
-def _prepared(vols, anchor, atlas):
+def _already_on_atlas(vols, anchor, atlas):
     "Scores of an anchor that lies on the atlas already; None where it does not, or another sequence does not"
     if not all(_on_grid(v, atlas.volume) for v in vols.values()):
         return None
@@ -371,11 +371,11 @@ def standardize_patient(
     r = get_recipe(recipe)
     vols = {}
     try:
-        vols = _read_all(row, check_sequences(sequences), budget, _say)
+        vols = _read_volumes(row, check_sequences(sequences), budget, _say)
         if not vols:
             raise StandardizeError('no sequence can be read')
         given = _given_mask(row, budget)
-        _run(vols, given, stripper, atlas, r, res, _say)
+        _run_patient(vols, given, stripper, atlas, r, res, _say)
     except MGMTError as e: _say('', str(e))
     except Exception as e:
         _say('', log_fault(e, 'standardizing'))
@@ -392,11 +392,11 @@ def _given_mask(row, budget):
         raise StandardizeError(said) from None
 
 # %% ../nbs/32_standardize.ipynb #afb2bf96
-def _run(vols, given, stripper, atlas, r, res, say):
+def _run_patient(vols, given, stripper, atlas, r, res, say):
     res.anchor = choose_anchor(vols, r.anchor)
     if res.anchor!=r.anchor in SEQUENCES:
         res.scores['anchor'] = f'{res.anchor}, since {r.anchor} is missing'
-    if scores := _prepared(vols, res.anchor, atlas):
+    if scores := _already_on_atlas(vols, res.anchor, atlas):
         return _pass_through(vols, scores, atlas, res)
     leveled,back = {},{}
     for s,v in vols.items(): leveled[s],back[s] = level(v)
@@ -408,14 +408,14 @@ def _run(vols, given, stripper, atlas, r, res, say):
         mask = _found_brain(head, res.state, stripper)
     res.scores['ml'] = millilitres(mask)
     if wrong := outside(dict(ml=res.scores['ml']), GATES):
-        raise StandardizeError(_refused(wrong))
+        raise StandardizeError(_refused_since(wrong))
     res.found = head,mask
     to_register = head if r.bias=='kept' else correct_bias(head, mask)
     brain = Volume(np.asarray(to_register)*np.asarray(mask), affine=head.affine)
     m,scores = register_to_atlas(brain, mask, atlas, back[res.anchor], r)
     res.scores.update(scores)
     if wrong := outside(scores, GATES):
-        raise StandardizeError(_refused(wrong)+_as_reversed(brain, atlas))
+        raise StandardizeError(_refused_since(wrong)+_as_reversed(brain, atlas))
     matrices = {res.anchor: m}
     for s in vols:
         if s!=res.anchor:
@@ -436,7 +436,7 @@ def _found_brain(head, state, stripper):
     if stripper: return brain_mask_by(head, stripper)
     return brain_mask(head)
 
-def _refused(wrong): return f"refused, since {' and '.join(wrong)}"
+def _refused_since(wrong): return f"refused, since {' and '.join(wrong)}"
 
 # %% ../nbs/32_standardize.ipynb #2e3feff3
 def _add_sequence(s, leveled, mask, m, matrices, res, say):
@@ -445,7 +445,7 @@ def _add_sequence(s, leveled, mask, m, matrices, res, say):
     except MGMTError as e: return say(s, str(e))
     res.scores[s] = scores
     if wrong := outside(scores, GATES):
-        return say(s, _refused(wrong))
+        return say(s, _refused_since(wrong))
     matrices[s] = onto@m
 
 # %% ../nbs/32_standardize.ipynb #f49b04f5
@@ -553,7 +553,7 @@ def draw_check(
 STANDARDIZATION = 1 # part of every patient's key: raised only when the same scans and recipe come to give other voxels
 
 _NOTE = record_of(dict(sequence=TEXT, what=TEXT))
-_ENTRY = record_of(dict(key=record_of({}, others=True), problems=list_of(_NOTE), state=NOTHING|TEXT,
+_DONE_ENTRY = record_of(dict(key=record_of({}, others=True), problems=list_of(_NOTE), state=NOTHING|TEXT,
     anchor=NOTHING|TEXT, sequences=list_of(Allowed.one_of(*SEQUENCES)), scores=record_of({}, others=True)), others=True)
 
 # %% ../nbs/32_standardize.ipynb #ea85c655
@@ -566,9 +566,9 @@ def _key_of(row, sequences, recipe, atlas, engines, dicom, stripper):
     return json.loads(json.dumps(key))
 
 # %% ../nbs/32_standardize.ipynb #04a6e541
-def _kept(folder, key):
+def _kept_result(folder, key):
     "What an earlier run wrote of a patient, where it is the same that is asked for now; else None"
-    entry = read_kept(folder/STANDARDIZED, _ENTRY, key)
+    entry = read_kept(folder/STANDARDIZED, _DONE_ENTRY, key)
     if not entry: return None
     whole = all(is_file(_file_of(folder, s)) for s in entry['sequences'])
     return entry if whole else None
@@ -587,7 +587,7 @@ def _for_file(x, r):
 def _save_patient(folder, entry, res, r, dicom):
     "Write all of a patient's files, and let them appear at once"
     if folder.exists() and not is_file(folder/STANDARDIZED):
-        raise StandardizeError(_occupied(folder))
+        raise StandardizeError(_foreign(folder))
     with write_errors(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix='.patient-') as td:
         new,old = Path(td)/'new',Path(td)/'old'
         new.mkdir()
@@ -601,7 +601,7 @@ def _save_patient(folder, entry, res, r, dicom):
         if folder.exists(): folder.rename(old)
         new.rename(folder)
 
-def _occupied(folder):
+def _foreign(folder):
     return (f"{folder.name} in {folder.parent} was not written by this command: give another destination, so that "
         "nothing is overwritten")
 
@@ -669,18 +669,18 @@ _TO_LOOK_FOR = ("Blue: outlines of the atlas. Red: the edge of the brain's mask.
     "Nothing farther than 8 mm from the brain is drawn; where no brain was found, axial slices from inside the head. "
     "What to look for: blue lines that miss the ventricles or the brain's outline, red lines that cut brain or tumour "
     "off, or leave skull.")
-_ROWS = """{% for r in rows %}<div class="row"><div><b>{{ r.patient }}</b><div class="facts">{{ r.facts }}</div>
+_PATIENT_ROWS = """{% for r in rows %}<div class="row"><div><b>{{ r.patient }}</b><div class="facts">{{ r.facts }}</div>
 {% for o in r.problems %}<div class="error">{{ o }}</div>{% endfor %}
 {% for o in r.notes %}<div class="facts">{{ o }}</div>{% endfor %}</div>
 <figure>{{ r.picture }}<figcaption>{{ r.caption }}</figcaption></figure></div>{% endfor %}"""
 
 # %% ../nbs/32_standardize.ipynb #10cc3e2e
-_SHOWN = ('ncc','structure','nmi','overlap','ml','starts','turn','engine','anchor')
+_SHOWN_SCORES = ('ncc','structure','nmi','overlap','ml','starts','turn','engine','anchor')
 
 def _score_lines(entry):
     "Scores as text: the anchor's, and one line for each other sequence"
     scores = entry['scores']
-    yield _scores_said({k: scores[k] for k in _SHOWN if k in scores})
+    yield _scores_said({k: scores[k] for k in _SHOWN_SCORES if k in scores})
     for s in SEQUENCES:
         if isinstance(scores.get(s), dict):
             yield f'{s} onto {entry["anchor"]}: {_scores_said(scores[s])}'
@@ -689,7 +689,7 @@ def _scores_said(scores):
     "Scores by what they mean; what has no meaning of its own by its name"
     said = []
     for k,v in scores.items():
-        if k in _meanings: k,v = _meanings[k],_number(v)
+        if k in _meanings: k,v = _meanings[k],_short_number(v)
         said.append(f'{k} {v}')
     return ', '.join(said)
 
@@ -704,7 +704,7 @@ def _drawn(entry):
     return 'three planes of the brain that was found' if 'ncc' in entry['scores'] else 'axial slices of what was read'
 
 # %% ../nbs/32_standardize.ipynb #fd6f4c3f
-def _shown(dest, patient, entry):
+def _page_row(dest, patient, entry):
     "A row of the page"
     path = _picture_file(dest, patient)
     picture = ''
@@ -737,11 +737,11 @@ def _counts(entries):
 
 # %% ../nbs/32_standardize.ipynb #31322ca8
 def _write_page(dest, entries, atlas, recipe):
-    rows = [_shown(dest, p, entries[p]) for p in _worst_first(entries)]
+    rows = [_page_row(dest, p, entries[p]) for p in _worst_first(entries)]
     choices = ', '.join(f'{k} {v}' for k,v in recipe.room('standardize').items())
     counts = f'{_counts(entries)}. Atlas: {atlas.name} ({atlas.licence}).'
     said = [counts, _TO_LOOK_FOR, f'Recipe {recipe.name}: {choices}']
-    patients = [fill_page(_ROWS, rows=rows)]
+    patients = [fill_page(_PATIENT_ROWS, rows=rows)]
     write_page(Path(dest)/'qc.html', 'Standardized', {'What to look for': said, 'Patients': patients})
 
 # %% ../nbs/32_standardize.ipynb #60a8ce39
@@ -794,7 +794,7 @@ def standardize(
     recipe = get_recipe(recipe)
     sequences = check_sequences(sequences)
     dest = Path(dest)
-    _check_cohort(cohort)
+    _check_scans(cohort)
     atlas = with_brain(atlas)
     _atlases[atlas.digest] = atlas
     with working_in(dest):
@@ -806,14 +806,14 @@ def standardize(
             print(f'{len(entries)} patients as they were standardized before')
         patients = list(jobs)
         for i,entry in in_processes(_in_own_process, list(jobs.values()), n_workers, progress):
-            entries[patients[i]] = entry if entry!=DIED else _died()
+            entries[patients[i]] = entry if entry!=DIED else _worker_died()
         entries = {p: entries[p] for p in rows}
         write_csv(dest/'scores.csv', _scores_table(entries))
         _write_page(dest, entries, atlas, recipe)
     return _result(cohort, dest, entries, sequences)
 
 # %% ../nbs/32_standardize.ipynb #ef441fbc
-def _died():
+def _worker_died():
     problem = dict(sequence='', what=DIED)
     return dict(problems=[problem], state=None, anchor=None, sequences=[], scores={})
 
@@ -824,7 +824,7 @@ def _to_do(rows, dest, atlas, recipe, sequences, dicom, budget, stripper):
     engines = engine_table().set_index('engine').version.dropna().to_dict()
     for p,row in rows.items():
         key = _key_of(row, sequences, recipe, atlas, engines, dicom, stripper)
-        kept = _kept(dest/p, key)
+        kept = _kept_result(dest/p, key)
         if kept is not None: entries[p] = kept
         else:
             jobs[p] = (row, atlas.digest, atlas.path, dest, recipe, sequences, key, dicom, budget, stripper)
@@ -834,7 +834,7 @@ def _to_do(rows, dest, atlas, recipe, sequences, dicom, budget, stripper):
 _no_atlas = ("no atlas was given: pass atlas=PATH of its T1 image (mgmt_atlas PATH checks it). The public glioma "
     "collections are in the space of SRI24, https://www.nitrc.org/projects/sri24, CC BY-SA 3.0")
 
-def _check_cohort(cohort):
+def _check_scans(cohort):
     if 'patient' not in cohort or not len(cohort):
         raise StandardizeError('a cohort has rows and a column `patient`')
     twice = cohort.patient[cohort.patient.duplicated()].unique()

@@ -74,12 +74,12 @@ def _run_row(row, store, dest, recipe, n_folds, seed):
         return {**row, 'error':error},[]
 
 # %% ../nbs/69_sweep.ipynb #02147da5
-_RUN = record_of(dict(row=table_of(NOTHING|TEXT|YES_OR_NO|A_NUMBER|list_of(ANYTHING)), key=ANYTHING))
+_SWEEP_RUN = record_of(dict(row=table_of(NOTHING|TEXT|YES_OR_NO|A_NUMBER|list_of(ANYTHING)), key=ANYTHING))
 
 def _kept_row(path):
     "The row of a run that is done; None where it is not, or its file is not as it was written"
     if not is_file(path): return None
-    try: return read_json(path, _RUN)['row']
+    try: return read_json(path, _SWEEP_RUN)['row']
     except MGMTError: return None
 
 # %% ../nbs/69_sweep.ipynb #4403232f
@@ -154,7 +154,7 @@ def _run_rows(table, rows, store, dest, recipe, n_folds, seed, n_jobs, backend, 
     return _write_sweep(table, rows, done, dest)
 
 # %% ../nbs/69_sweep.ipynb #5b96b653
-_results = 'epoch valid_loss auc lo hi interval n_train n_valid seconds folder error'.split()
+_result_columns = 'epoch valid_loss auc lo hi interval n_train n_valid seconds folder error'.split()
 _needed = ['arch','sequences','fold']
 
 def _check_table(table):
@@ -187,7 +187,7 @@ def _write_sweep(table, rows, done, dest):
     for finished,row in zip(done, rows):
         so_far.append(finished or {**row, 'error':'not run yet'})
     res = pd.DataFrame(so_far)
-    columns = [c for c in (*table,*_results) if c in res]
+    columns = [c for c in (*table,*_result_columns) if c in res]
     write_csv(dest/'sweep.csv', res[columns])
     return res[columns]
 

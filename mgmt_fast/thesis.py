@@ -31,7 +31,7 @@ DenseNet121 FLAIR .548648 .5992
 DenseNet121 T1wCE .405684 .4347
 DenseNet121 T1w .571658 .5636
 DenseNet121 T2w .537307 .5914"""
-_test = """DenseNet121 average .5848 .9192 .5208
+_thesis_test = """DenseNet121 average .5848 .9192 .5208
 Xception average .5797 .9991 .6757
 EfficientNet-B3 average .6579 .5627 .6588
 EfficientNet-B1 average .5686 .7242 .7857"""
@@ -44,7 +44,7 @@ def thesis_results(
     "The figures of the work that this library implements, without intervals, since none were given."
     if part not in _measures:
         raise unknown_name('part of the results', part, _measures)
-    text = _reported if part=='validation' else _test
+    text = _reported if part=='validation' else _thesis_test
     rows = [o.split() for o in text.splitlines()]
     table = pd.DataFrame(rows, columns=['arch','sequences',*_measures[part]])
     return table.astype({k:float for k in _measures[part]})
@@ -75,7 +75,7 @@ def beside_thesis(
     "Our figures above the thesis', cell by cell."
     theirs,values = thesis_results(part),_measures[part]
     ours = {'here':show_results(table, values)} if len(table) else {}
-    def cell(row): return ' / '.join(_said(k, row[k]) for k in values)
+    def cell(row): return ' / '.join(_figure_said(k, row[k]) for k in values)
     theirs['cell'] = [cell(o) for o in theirs.to_dict('records')]
     wide = theirs.pivot(index='arch', columns='sequences', values='cell')
     wide = wide.loc[uniqueify(theirs.arch)]
@@ -84,7 +84,7 @@ def beside_thesis(
     return both.fillna('').rename_axis(columns=' / '.join(values))
 
 # %% ../nbs/82_thesis.ipynb #e6b74704
-def _said(measure, value): return f'{value:.1%}' if measure=='accuracy' else f'{value:.3f}'
+def _figure_said(measure, value): return f'{value:.1%}' if measure=='accuracy' else f'{value:.3f}'
 
 # %% ../nbs/82_thesis.ipynb #0645c26a
 def say_results(
@@ -97,7 +97,7 @@ def say_results(
     real:bool=True, # Are they patients?
 ) -> str: # A paragraph
     "What an external test says, in sentences that follow from its figures."
-    t = table.reset_index(drop=True).assign(p=_corrected(p, table))
+    t = table.reset_index(drop=True).assign(p=_holm_corrected(p, table))
     out = [] if real else ['These are phantoms: the figures show that the kernel works, and nothing about patients.']
     out += [_say_models(t), *_say_chance(t), *_say_company(t), _say_power(t)]
     out += [*_say_best(t), _say_thesis(t), _say_aside(aside)]
@@ -108,7 +108,7 @@ def say_results(
     return ' '.join([*out, _say_findings(findings)])
 
 # %% ../nbs/82_thesis.ipynb #5925a508
-def _corrected(p, table):
+def _holm_corrected(p, table):
     "p by Holm over the rows, or over all bundles that met the cohort where that is more"
     rows = holm(p) if len(table)>1 else np.array(p, float)
     if 'p_holm' not in table: return rows

@@ -60,12 +60,12 @@ def to_tensorboard(
     "Write a run for TensorBoard. Raises `MGMTError` where tensorboard is not installed."
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
-        raise MGMTError(_not_installed('tensorboard')) from e
+        raise MGMTError(_tracker_missing('tensorboard')) from e
     parts = run_parts(folder)
     log_dir = Path(log_dir or Path(folder)/'tensorboard')
     with SummaryWriter(str(log_dir)) as w:
         for run,t in parts.curves.items():
-            for epoch,name,value in _points(t):
+            for epoch,name,value in _logged_values(t):
                 w.add_scalar('/'.join(filter(None, (run,name))), value, epoch)
         if parts.recipe:
             w.add_text('recipe', _as_markdown(parts.recipe))
@@ -76,7 +76,7 @@ def to_tensorboard(
     return log_dir
 
 # %% ../nbs/70_trackers.ipynb #e716b6d8
-def _points(t):
+def _logged_values(t):
     "(epoch, name, value) of each number of a history"
     points = []
     for k in t:
@@ -93,7 +93,7 @@ def _as_markdown(recipe):
 def _without_pictures(page): return re.sub(r'<style>.*?</style>|<img [^>]*>', '', page, flags=re.S)
 
 # %% ../nbs/70_trackers.ipynb #169af440
-def _not_installed(name):
+def _tracker_missing(name):
     return f"{name} is not installed: `pip install {name}`, or the extra `trackers` of this package"
 
 # %% ../nbs/70_trackers.ipynb #51c8f990
@@ -106,7 +106,7 @@ def to_mlflow(
     "Enter a run into MLflow's store. Raises `MGMTError` where mlflow is not installed."
     try: from mlflow.tracking import MlflowClient
     except ImportError as e:
-        raise MGMTError(_not_installed('mlflow')) from e
+        raise MGMTError(_tracker_missing('mlflow')) from e
     parts = run_parts(folder)
     client = MlflowClient(tracking_uri=_store_uri(store))
     known = client.get_experiment_by_name(experiment)
@@ -115,7 +115,7 @@ def to_mlflow(
     for k,v in parts.recipe.items():
         client.log_param(run, k, v)
     for part,t in parts.curves.items():
-        for epoch,k,v in _points(t):
+        for epoch,k,v in _logged_values(t):
             client.log_metric(run, '/'.join(filter(None, (part,k))), v, step=epoch)
     for o in parts.figures:
         client.log_artifact(run, str(o), 'figures')

@@ -34,12 +34,12 @@ def intensity_measures(
     q = np.quantile(few, [.05,.25,.5,.75,.95])/255
     spread = max(float(lit.std()), 1.)
     along = [(some,1), (some[:,::3],1), (some,2), (some[:,:,::3],2), (x,0)]
-    rough = [_step(o, axis)/spread for o,axis in along]
+    rough = [_mean_step(o, axis)/spread for o,axis in along]
     air = (some==0).mean()
     return np.r_[air, q, np.log(np.maximum(rough, 1e-3))]
 
 # %% ../nbs/56_unlike.ipynb #f5cd863d
-def _step(x, axis):
+def _mean_step(x, axis):
     "Mean difference between neighbours that both hold something"
     n = x.shape[axis]
     a = np.take(x, range(n-1), axis).astype(np.int16)
@@ -49,7 +49,7 @@ def _step(x, axis):
     return float(np.abs(a-b)[both].mean())
 
 # %% ../nbs/56_unlike.ipynb #deaf0f4e
-_planes = ('axial','coronal','sagittal')
+_plane_names = ('axial','coronal','sagittal')
 
 def geometry_measures(
     facts:dict, # What the store says of a volume: `spacing`, `plane`, `skull`
@@ -65,7 +65,7 @@ def geometry_measures(
         steps = np.linalg.norm(np.array(affine)[:3,:3], axis=0)
         extent = np.log(steps*size)
     skull = float(bool(facts.get('skull')))
-    plane = [float(facts.get('plane')==o) for o in _planes]
+    plane = [float(facts.get('plane')==o) for o in _plane_names]
     return np.r_[spacing, extent, skull, plane]
 
 _SKULL = 6 # its place among them
@@ -112,13 +112,13 @@ def scan_measures(
 
 # %% ../nbs/56_unlike.ipynb #d6c7de7b
 CONTRAST,TOGETHER,_GEOMETRY = 'contrast agent','sequences together',' geometry'
-_kept = {} # measures by the volume's hash, since every fold of a cross-validation asks for them
+_kept_measures = {} # measures by the volume's hash, since every fold of a cross-validation asks for them
 
 def _kept_of(key, measure, *args):
     if key is None: return measure(*args)
-    if (key,measure) not in _kept:
-        _kept[key,measure] = measure(*args)
-    return _kept[key,measure]
+    if (key,measure) not in _kept_measures:
+        _kept_measures[key,measure] = measure(*args)
+    return _kept_measures[key,measure]
 
 # %% ../nbs/56_unlike.ipynb #0e94f9dd
 def _together(volumes):
@@ -268,11 +268,11 @@ class TrainingLike:
             with safe_open(path, 'pt') as f:
                 return cls._of_file(f)
         except (OSError,LookupError,RecursionError,TypeError,ValueError,SafetensorError) as e:
-            raise _not_read(path, e) from e
+            raise _likeness_not_read(path, e) from e
 
     @classmethod
     def _of_file(cls, f):
-        said = check_form(parse_json(f.metadata()['unlike']), _FORM, 'what training was like')
+        said = check_form(parse_json(f.metadata()['unlike']), _LIKE_FORM, 'what training was like')
         near = {}
         for k,rest in said['groups'].items():
             mean,basis = (f.get_tensor(f'{k}.{o}').numpy().astype(float) for o in ('mean','basis'))
@@ -291,10 +291,10 @@ def _near_of(group, x):
 NETWORK = 'network features'
 
 # %% ../nbs/56_unlike.ipynb #e96b8870
-_FORM = record_of(dict(threshold=Allowed.number(), rate=Allowed.number(0, 1), n=Allowed.whole(1),
+_LIKE_FORM = record_of(dict(threshold=Allowed.number(), rate=Allowed.number(0, 1), n=Allowed.whole(1),
     groups=table_of(list_of(Allowed.number(), 3))))
 
-def _not_read(path, e):
+def _likeness_not_read(path, e):
     return MGMTError(f"{Path(path).name} does not say what training's scans were like ({type(e).__name__}): was it cut "
         "off or changed? Restore it; without the file nothing is flagged")
 

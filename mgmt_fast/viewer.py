@@ -110,7 +110,7 @@ def _of_store(store, patient, sequences):
     if not there:
         raise _no_scans(sequences or store.sequences)
     if store.meta[patient]['affine'] is None:
-        raise _no_place()
+        raise _no_millimetres()
     return {s: store.volume(patient, s) for s in there}
 
 # %% ../nbs/71_viewer.ipynb #d1b3ab27
@@ -124,7 +124,7 @@ def _no_patient(patient):
 def _no_scans(wanted):
     return MGMTError(f"this patient has none of {', '.join(wanted)}: nothing to show")
 
-def _no_place():
+def _no_millimetres():
     return MGMTError("this store was prepared slice by slice, without millimetres, so planes cannot be cut through it: "
         "show the scans themselves, by a row of the cohort")
 
@@ -159,7 +159,7 @@ def _robust(x):
     return float(lo),float(hi) if hi>lo else float(lo)+1
 
 # %% ../nbs/71_viewer.ipynb #4881dc11
-def _filled(volumes):
+def _filled_field(volumes):
     "The field in which volumes hold more than air, with 8 mm around it"
     box,lows,highs = field_of(volumes),[],[]
     for v in volumes:
@@ -199,7 +199,7 @@ class View:
         self.volumes = {k: v.float() for k,v in volumes.items()}
         self.overlay = overlay if overlay is None else overlay.float()
         self.labels = _is_labels(overlay)
-        self.field = _filled(volumes.values())
+        self.field = _filled_field(volumes.values())
         heads = [] if head else [v for v in volumes.values() if has_skull(v) is True]
         self.cropped = bool(heads)
         if heads:
@@ -294,7 +294,7 @@ class View:
         ax.set_axis_off()
         share = 1/len(self.volumes)
         for i,name in enumerate(self.volumes):
-            ax.text((i+.5)*share, 1, name, **_title, transform=ax.transAxes)
+            ax.text((i+.5)*share, 1, name, **_title_style, transform=ax.transAxes)
         fig.text(.01, .01, '\n'.join(lines), fontsize=8, va='bottom')
         return fig
 
@@ -313,7 +313,7 @@ class View:
 
     def _repr_png_(self): return self.png()
 
-_title = dict(ha='center', va='bottom', fontsize=9)
+_title_style = dict(ha='center', va='bottom', fontsize=9)
 
 # %% ../nbs/71_viewer.ipynb #52320444
 @patch
@@ -327,7 +327,7 @@ def widget(
     image = w.Image(value=self.png(), format='png')
     def slider(name, lo, hi, value):
         return w.FloatSlider(value, min=lo, max=hi, step=.5, description=name)
-    axes = [slider(*o) for o in zip(_axes, *self.field, self.at)]
+    axes = [slider(*o) for o in zip(_axis_labels, *self.field, self.at)]
     window = w.FloatRangeSlider(value=self.window, min=0, max=1.5, step=.01, description='window')
     opacity = w.FloatSlider(self.opacity, min=0, max=1, step=.05, description='overlay')
     def changed(_):
@@ -338,7 +338,7 @@ def widget(
     for o in shown: o.observe(changed, 'value')
     return w.VBox([w.HBox(axes), w.HBox(shown[3:]), image])
 
-_axes = ('right, mm','front, mm','up, mm')
+_axis_labels = ('right, mm','front, mm','up, mm')
 _no_widgets = ("the viewer's sliders need ipywidgets: pip install mgmt_fast[view], or use .figure() or .html()")
 
 # %% ../nbs/71_viewer.ipynb #4709292d
@@ -402,7 +402,7 @@ def _png(sheet):
     return base64.b64encode(f.getvalue()).decode(),cols
 
 # %% ../nbs/71_viewer.ipynb #87deb9a2
-def _bytes(x, lo, hi):
+def _grey_levels(x, lo, hi):
     share = (np.nan_to_num(x, nan=lo)-lo)/(hi-lo)
     return (np.clip(share, 0, 1)*255).astype(np.uint8)
 
@@ -417,18 +417,18 @@ def html(
     "A viewer for pages, with all it needs inside."
     pages,labels = {},self.labels
     for k,v in self.volumes.items():
-        pages[k] = _bytes(slice_sheet(v, self.field, mm), *self.ranges[k])
+        pages[k] = _grey_levels(slice_sheet(v, self.field, mm), *self.ranges[k])
     shape = first(pages.values()).shape
     if self.overlay is not None:
         over = slice_sheet(self.overlay, self.field, mm, 0 if labels else 1)
-        pages['overlay'] = np.nan_to_num(over).astype(np.uint8) if labels else _bytes(over, 0., self.top)
+        pages['overlay'] = np.nan_to_num(over).astype(np.uint8) if labels else _grey_levels(over, 0., self.top)
     sheets = {k: _png(o) for k,o in pages.items()}
     start = [self.field[1,0]-mm/2, self.field[1,1]-mm/2, self.field[0,2]+mm/2]
     said = dict(size=shape[::-1], start=start, mm=mm, at=list(self.at), opacity=self.opacity, labels=labels,
         window=list(self.window), names=list(self.volumes), cols=first(sheets.values())[1])
     pictures = {k: Markup(o[0]) for k,o in sheets.items()}
     said = json.dumps(said)
-    res = fill_page(_VIEWER, said=said, pictures=pictures, lines=self.lines()[1:], script=Markup(_SCRIPT))
+    res = fill_page(_VIEWER, said=said, pictures=pictures, lines=self.lines()[1:], script=Markup(_VIEWER_SCRIPT))
     if path is not None:
         write_page(path, title, {'Scan': [res]})
     return res
@@ -442,7 +442,7 @@ _VIEWER = """<div class="mgmt-view" data-said="{{ said }}"><div class="controls"
 {% endfor %}<script>{{ script }}</script></div>"""
 
 # %% ../nbs/71_viewer.ipynb #c22fb532
-_SCRIPT = """(() => { for (const box of document.querySelectorAll('.mgmt-view:not([data-ready])')) {
+_VIEWER_SCRIPT = """(() => { for (const box of document.querySelectorAll('.mgmt-view:not([data-ready])')) {
   box.dataset.ready = 1
   const o = JSON.parse(box.dataset.said), [nx,ny,nz] = o.size, n = [nx,ny,nz], sign = [-1,-1,1]
   const images = [...box.querySelectorAll('img')], axes = ['right','front','up']

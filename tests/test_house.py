@@ -35,6 +35,15 @@ def named(tree):
             yield from ((n.id,o) for t in o.targets for n in ast.walk(t) if isinstance(n, ast.Name))
 
 
+def test_a_private_name_stands_for_one_thing():
+    "Of the whole package, so that a reader who looks for a name finds one thing"
+    rooms = {}
+    for path in ROOMS:
+        for n in {n for n,_ in named(ast.parse(path.read_text(encoding='utf-8'))) if n.startswith('_') and n!='_'}:
+            rooms.setdefault(n, []).append(path.stem)
+    assert not {n: r for n,r in rooms.items() if len(r)>1 and not n.startswith('__')}
+
+
 def bound(tree):
     "All names that a module gives to something"
     for o in ast.walk(tree):
