@@ -5,7 +5,7 @@
 OSIPI's reference curves are read from `$MGMT_FAST_DATA/dsc/dsc_data.csv`, which its DSC test data holds. No threshold
 is chosen on them, but of three rules for sampling an exponential one was taken with their errors in view. The seeds
 that thresholds are chosen on (100 and on) are not those that errors are measured on; the simulator's settings were
-found while its figures were looked at, so they show what can be had, and are no independent test."""
+found while its figures were looked at, so they show what is possible, and are no independent test."""
 import os
 import re
 import resource

@@ -23,7 +23,7 @@ def shortcut_features(
     store:VolumeStore, # Prepared cohort
     progress:bool=True, # Show a progress bar
 ) -> dict: # Shortcut -> DataFrame: one row per patient of `store.table`, one column per feature; NaN without a sequence
-    """What tells acquisitions apart, patient by patient.
+    """How acquisitions differ, patient by patient.
 
     The number of slices, the geometry of the header, the size of the brain, the scale of the intensities. Where slices
     were prepared one by one there are no millimetres and no scale: the size of the brain is then its share of the

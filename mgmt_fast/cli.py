@@ -134,7 +134,7 @@ def _exit_with(said, code):
 
 # %% ../nbs/90_cli.ipynb #c6fc0c99
 def _done(lost, strict):
-    "The exit code of work that is done: 0, or 3 if patients were left out and that was to be told apart"
+    "The exit code of work that is done: 0, or 3 if patients were left out and `--strict` was given"
     return 3 if lost and strict else 0
 
 # %% ../nbs/90_cli.ipynb #495e95ae

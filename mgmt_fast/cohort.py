@@ -356,8 +356,8 @@ def _why_none(s):
 def _no_scans_in(root, s, looked_for):
     why = '; '.join(_why_none(s)[:3])
     if why: why = f' ({why})'
-    return (f"{root} holds no scans that can be told apart{why}. Looked for {looked_for}."
-        " Any other layout: nifti_cohort(root, pattern='{patient}/{sequence}.nii.gz')")
+    return (f"{root} holds no scans that can be assigned to a patient and a sequence{why}. "
+        f"Looked for {looked_for}. Any other layout: nifti_cohort(root, pattern='{{patient}}/{{sequence}}.nii.gz')")
 
 # %% ../nbs/19_cohort.ipynb #f398b1d5
 _CHOICE = ['patient','session','sequence','use','evidence','why','path','index']
@@ -543,7 +543,7 @@ def _none_of(study, report):
 def tcga_cohort(
     root:str|Path=None, # Folder with `PATIENT/SEQUENCE/*.nii.gz` or `*.dcm`, or one patient's; None: labels alone
     labels:str|Path|pd.DataFrame=None, # `TCGAID,MGMT_value`, or the published `MGMT.promoter.status` and `Study`
-    study:str='GBM', # `'GBM'` or `'LGG'` to keep one where the table tells them apart; None to keep both
+    study:str='GBM', # `'GBM'` or `'LGG'` to keep one where the table says which; None to keep both
     id_col:str=None, # Column of the label table with the ids
     label_col:str=None, # Column of the label table with the labels
     patient_col:str=None, # Column of the label table that says whose each id is; it gives `patient`
@@ -722,7 +722,7 @@ def find_cohort(
 ) -> pd.DataFrame: # Cohort: `patient`, `session`, `label`, a path per sequence, `source`
     """The cohort of a folder, whatever lies in it. Every image is accounted for: as a sequence, or in `cohort_report`.
 
-    Raises `CohortError` if nothing can be told apart, or if two layouts explain the same folders."""
+    Raises `CohortError` if scans cannot be assigned to patients and sequences, or if two layouts explain the same folders."""
     root = Path(root)
     how = dict(id_col=id_col, label_col=label_col, patient_col=patient_col, choices=choices)
     if root.is_file() and root.suffix.lower() in ('.csv','.tsv'):

@@ -116,7 +116,7 @@ def _seconds(k, v):
 
 # %% ../nbs/33_dsc.ipynb #a6cd0dbc
 def _times_by_header(frames, place):
-    "Number of each frame's time, (N,), by a header value; `None` if none tells the times apart"
+    "Number of each frame's time, (N,), by a header value; `None` if none distinguishes the times"
     n_places = place.max()+1
     for k in _TOLD_BY:
         values = [f.get(k) for f in frames]
@@ -382,7 +382,7 @@ def read_dsc(
 ) -> Series4D: # With what was found while reading
     """Read a series of volumes over time, with its times.
 
-    Raises `DSCError`, which begins with a name of `DSC_FINDINGS`, where no series over time can be had, and
+    Raises `DSCError`, which begins with a name of `DSC_FINDINGS`, where the images do not form a series over time, and
     `SeriesError` as `read_volume` does.
     Source: DICOM PS3.3 C.7.6.16.2.2 (frame content), C.8.3 (MR image); BIDS for the JSON beside a NIfTI."""
     try: s = _read_any(Path(path), dt, budget)

@@ -298,7 +298,7 @@ _slope_means = ("A slope below 1 says that the model is too sure, an intercept a
 
 # %% ../nbs/75_patient_page.ipynb #81464ae2
 def _interval(o):
-    if None in o: return 'not to be had from so few'
+    if None in o: return 'too few patients to say'
     return f'{o[0]:.2f}, 95 % interval {o[1]:.2f} to {o[2]:.2f}'
 
 # %% ../nbs/75_patient_page.ipynb #f2cfc671

@@ -555,7 +555,7 @@ def series_header(
 # %% ../nbs/13_series.ipynb #99a99671
 def volume_headers(
     path:str|Path, # A folder of DICOM slices that holds several series
-) -> list: # A `series_header` for each volume, in the order of `list_series`; empty where they cannot be told apart
+) -> list: # A `series_header` for each volume, in the order of `list_series`; empty where they cannot be separated
     "What the headers of each volume in a folder testify, where several series lie in one."
     try: found = find_stacks(path)
     except (SeriesError,OSError): return []
