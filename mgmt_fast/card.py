@@ -369,8 +369,8 @@ def _sections(s, tables, external, figures):
     return {
         'Patients': _patients_part(s, figures),
         'Results': _results_part(s, tables, external, figures),
-        'Baselines': ["What a prediction reaches without looking at the tumour. One of the acquisition's that beats chance "
-            "means that the images leak the label.", tables['baselines']],
+        'Baselines': ["What a prediction reaches without looking at the tumour. One of the acquisition's that "
+            "beats chance means that the images leak the label.", tables['baselines']],
         f'Closer: {s.name}': [*closer, calibration(s.y, s.p).reset_index(names='figure')],
         'What was gained': _gains_part(tables),
         'For whom it fails': _groups_part(tables, figures),

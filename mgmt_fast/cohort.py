@@ -722,7 +722,7 @@ def find_cohort(
 ) -> pd.DataFrame: # Cohort: `patient`, `session`, `label`, a path per sequence, `source`
     """The cohort of a folder, whatever lies in it. Every image is accounted for: as a sequence, or in `cohort_report`.
 
-    Raises `CohortError` if scans cannot be assigned to patients and sequences, or if two layouts explain the same folders."""
+    Raises `CohortError` if scans cannot be assigned to patients and sequences, or if two layouts explain one folder."""
     root = Path(root)
     how = dict(id_col=id_col, label_col=label_col, patient_col=patient_col, choices=choices)
     if root.is_file() and root.suffix.lower() in ('.csv','.tsv'):
