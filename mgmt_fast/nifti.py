@@ -83,7 +83,7 @@ def _check_start(path):
     except (OSError,EOFError,zlib.error,struct.error) as e:
         raise _no_nifti(e) from None
     if start>_HEADER:
-        raise SeriesError(f"its voxels begin only after {start:,} bytes: a damaged header; copy it again")
+        raise SeriesError(f"its voxels begin only after {start:,.0f} bytes: a damaged header; copy it again")
 
 # %% ../nbs/12_nifti.ipynb #101bc42b
 def _first_bytes(path):
