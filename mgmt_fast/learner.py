@@ -130,7 +130,7 @@ def body_and_head(
 # %% ../nbs/55_learner.ipynb #f002e2bd
 class MGMTLearner(Learner):
     "fastai's `Learner`, which begins each training from a clean state and keeps account of how it was trained"
-    first_epoch,failure,_not_in_play = 0,None,None
+    first_epoch,failure,_plan = 0,None,None
     def __init__(self,
         *args, # Of fastai's `Learner`
         **kwargs, # Of fastai's `Learner`
