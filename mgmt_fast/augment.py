@@ -222,22 +222,6 @@ class RandAug(ItemTransform):
         if is_factor and least<=0:
             raise MGMTError(f"{name} is a factor and must be above 0; received {least:g}")
 
-    def _apply(self, x, rows, spacing=None):
-        if x.device.type=='cpu' or not self.looked:
-            _check_values(x, self.bounded)
-        self.looked = True
-        rows = [{**self.neutral, **r} for r in rows]
-        if not any(map(self.acts, rows)): return x
-        mm = self._spacing(x, spacing)
-        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-            src = x.detach()
-            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            self.run_batch(src, out, rows, mm)
-        if type(x) is torch.Tensor: return out
-        out = out.as_subclass(type(x))
-        out.__dict__.update(x.__dict__)
-        return out
-
     def encodes(self,
         b:Any, # A batch (B,C,D,H,W), alone or followed by labels; any type, because fastai dispatches on it
     ): # Augmented; a `TensorMask` (B,D,H,W) or (B,1,D,H,W) is moved as the volumes are, other labels stay as they are
@@ -250,134 +234,6 @@ class RandAug(ItemTransform):
         labels = [self._with_mask(o, x, rows) for o in b[1:]]
         return [moved, *labels]
 
-    def _with_mask(self, m, x, rows):
-        "A mask, moved as the volumes of its batch"
-        if not isinstance(m, TensorMask): return m
-        same_place = len(m)==len(x) and m.shape[-3:]==x.shape[-3:]
-        if not same_place or m.numel()*x.shape[1]!=x.numel():
-            raise _no_mask_of(m, x)
-        each = m.as_subclass(torch.Tensor)
-        each = each.reshape(len(x), *x.shape[-3:])
-        rows = [{**self.neutral, **r} for r in rows]
-        mm = self._spacing(x, None)
-        moved = [self.move_mask(*o) for o in zip(each, rows, mm)]
-        moved = torch.stack(moved).view(m.shape)
-        return moved.as_subclass(type(m))
-
-    def move_mask(self,
-        m:torch.Tensor, # (D,H,W), a number per class
-        r:dict, # One patient's parameters
-        mm:np.ndarray, # (3,) spacing
-    ) -> torch.Tensor: # (D,H,W), the same numbers
-        "What the transform does to a mask: nothing, unless it moves voxels"
-        return m
-
-    def ever(self): "Can a draw do anything at all?"; return self.p>0
-
-    def row(self,
-        k:int, # Which draw
-    ) -> dict: # Parameter -> value, of one patient
-        rng = rng_for(self.seed, 'augment', type(self).__name__, k)
-        return self.sample(rng)
-
-    def sample(self,
-        rng:np.random.Generator, # Of this draw alone
-    ) -> dict: # Parameter -> value; those left out are neutral
-        "One patient's parameters: each subclass has its own"
-        raise NotImplementedError
-
-    def acts(self,
-        r:dict, # One patient's parameters
-    ) -> bool: # Do they change anything?
-        for name,neutral in self.neutral.items():
-            if neutral is not None and r[name]!=neutral: return True
-        return False
-
-    def fits(self,
-        r:dict, # One patient's parameters
-    ) -> bool: # Can a GPU compute them together with other patients'?
-        return False
-
-    def run_batch(self,
-        src:torch.Tensor, # (B,C,D,H,W), not changed unless it is `out`
-        out:torch.Tensor, # (B,C,D,H,W), to be filled
-        rows:list, # Parameters of each patient
-        mm:np.ndarray, # (B,3) spacing
-    ):
-        "On a GPU rows that fit go together, or by the same arithmetic alone, with the same bits"
-        if self.in_few_passes and passes_fit(src):
-            return self.in_passes(src, out, rows, mm)
-        on_card = src.device.type!='cpu'
-        fits = [on_card and self.fits(r) for r in rows]
-        if all(fits):
-            return self.together(src, out, rows, mm)
-        for i,r in enumerate(rows):
-            k = slice(i,i+1) if fits[i] else i
-            o = out[k]
-            s = o if src is out else src[k]
-            if fits[i]: self.together(s, o, [r], mm[k])
-            else: self.run(s, o, r, mm[i])
-
-    def in_passes(self,
-        src:torch.Tensor, # (B,C,D,H,W), not changed unless it is `out`
-        out:torch.Tensor, # (B,C,D,H,W), to be filled
-        rows:list, # Parameters of each patient
-        mm:np.ndarray, # (B,3) spacing
-    ):
-        "All patients in one or two passes over memory, on a card with Triton"
-        if src is not out: out.copy_(src)
-        at = [i for i,r in enumerate(rows) if self.acts(r)]
-        if not at: return
-        acting = [rows[i] for i in at]
-        self.pass_(out, at, acting, mm[at])
-
-    def pass_(self,
-        x:torch.Tensor, # (B,C,D,H,W), changed in place
-        at:list, # Which patients
-        rows:list, # Their parameters
-        mm:np.ndarray, # (len(at),3) spacing
-    ):
-        "What the kernels of `passes` do for a subclass"
-        raise NotImplementedError
-
-    def together(self,
-        src:torch.Tensor, # (B,C,D,H,W), not changed unless it is `out`
-        out:torch.Tensor, # (B,C,D,H,W), to be filled
-        rows:list, # Parameters of each patient, all of which fit
-        mm:np.ndarray, # (B,3) spacing
-    ):
-        "Several patients at once: a subclass has it if any rows fit"
-        raise NotImplementedError
-
-    def run(self,
-        src:torch.Tensor, # (C,D,H,W), not changed unless it is `out`
-        out:torch.Tensor, # (C,D,H,W), to be filled
-        r:dict, # This patient's parameters
-        mm:np.ndarray, # (3,) spacing
-    ):
-        "One patient: a copy, and the change in place that `change_` of a subclass makes"
-        if src is not out: out.copy_(src)
-        if self.acts(r):
-            self.change_(out, r, mm)
-
-    def change_(self,
-        x:torch.Tensor, # (C,D,H,W), changed in place
-        r:dict, # This patient's parameters
-        mm:np.ndarray, # (3,) spacing
-    ):
-        "One patient's change: a subclass has it unless it has a `run` of its own"
-        raise NotImplementedError
-
-    def _spacing(self, x, spacing):
-        known = spacing,getattr(x,'spacing',None),self.spacing
-        given = [o for o in known if o is not None]
-        if given:
-            s = _check_spacing(given[0])
-        else:
-            s = BRAIN_EXTENT/np.array(x.shape[2:])
-        if s.ndim==2 and len(s)!=len(x):
-            raise _not_one_per_patient('spacing (B,3)', s, x)
-        return np.broadcast_to(s, (len(x),3))
     def __repr__(self):
         cls = type(self)
         names = inspect.signature(cls.__init__).parameters
@@ -386,6 +242,174 @@ class RandAug(ItemTransform):
         return f"{cls.__name__}({', '.join(said)})"
     @property
     def name(self): return repr(self)
+
+# %% ../nbs/36_augment.ipynb #af937988
+@patch
+def _apply(self:RandAug, x, rows, spacing=None):
+    if x.device.type=='cpu' or not self.looked:
+        _check_values(x, self.bounded)
+    self.looked = True
+    rows = [{**self.neutral, **r} for r in rows]
+    if not any(map(self.acts, rows)): return x
+    mm = self._spacing(x, spacing)
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        src = x.detach()
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        self.run_batch(src, out, rows, mm)
+    if type(x) is torch.Tensor: return out
+    out = out.as_subclass(type(x))
+    out.__dict__.update(x.__dict__)
+    return out
+
+# %% ../nbs/36_augment.ipynb #0b9186c1
+@patch
+def _with_mask(self:RandAug, m, x, rows):
+    "A mask, moved as the volumes of its batch"
+    if not isinstance(m, TensorMask): return m
+    same_place = len(m)==len(x) and m.shape[-3:]==x.shape[-3:]
+    if not same_place or m.numel()*x.shape[1]!=x.numel():
+        raise _no_mask_of(m, x)
+    each = m.as_subclass(torch.Tensor)
+    each = each.reshape(len(x), *x.shape[-3:])
+    rows = [{**self.neutral, **r} for r in rows]
+    mm = self._spacing(x, None)
+    moved = [self.move_mask(*o) for o in zip(each, rows, mm)]
+    moved = torch.stack(moved).view(m.shape)
+    return moved.as_subclass(type(m))
+
+@patch
+def _spacing(self:RandAug, x, spacing):
+    known = spacing,getattr(x,'spacing',None),self.spacing
+    given = [o for o in known if o is not None]
+    if given:
+        s = _check_spacing(given[0])
+    else:
+        s = BRAIN_EXTENT/np.array(x.shape[2:])
+    if s.ndim==2 and len(s)!=len(x):
+        raise _not_one_per_patient('spacing (B,3)', s, x)
+    return np.broadcast_to(s, (len(x),3))
+
+# %% ../nbs/36_augment.ipynb #08ae00af
+@patch
+def move_mask(self:RandAug,
+    m:torch.Tensor, # (D,H,W), a number per class
+    r:dict, # One patient's parameters
+    mm:np.ndarray, # (3,) spacing
+) -> torch.Tensor: # (D,H,W), the same numbers
+    "What the transform does to a mask: nothing, unless it moves voxels"
+    return m
+
+# %% ../nbs/36_augment.ipynb #ff05eab1
+@patch
+def ever(self:RandAug): "Can a draw do anything at all?"; return self.p>0
+
+@patch
+def row(self:RandAug,
+    k:int, # Which draw
+) -> dict: # Parameter -> value, of one patient
+    rng = rng_for(self.seed, 'augment', type(self).__name__, k)
+    return self.sample(rng)
+
+@patch
+def sample(self:RandAug,
+    rng:np.random.Generator, # Of this draw alone
+) -> dict: # Parameter -> value; those left out are neutral
+    "One patient's parameters: each subclass has its own"
+    raise NotImplementedError
+
+# %% ../nbs/36_augment.ipynb #2262e54c
+@patch
+def acts(self:RandAug,
+    r:dict, # One patient's parameters
+) -> bool: # Do they change anything?
+    for name,neutral in self.neutral.items():
+        if neutral is not None and r[name]!=neutral: return True
+    return False
+
+@patch
+def fits(self:RandAug,
+    r:dict, # One patient's parameters
+) -> bool: # Can a GPU compute them together with other patients'?
+    return False
+
+# %% ../nbs/36_augment.ipynb #de817e7f
+@patch
+def run_batch(self:RandAug,
+    src:torch.Tensor, # (B,C,D,H,W), not changed unless it is `out`
+    out:torch.Tensor, # (B,C,D,H,W), to be filled
+    rows:list, # Parameters of each patient
+    mm:np.ndarray, # (B,3) spacing
+):
+    "On a GPU rows that fit go together, or by the same arithmetic alone, with the same bits"
+    if self.in_few_passes and passes_fit(src):
+        return self.in_passes(src, out, rows, mm)
+    on_card = src.device.type!='cpu'
+    fits = [on_card and self.fits(r) for r in rows]
+    if all(fits):
+        return self.together(src, out, rows, mm)
+    for i,r in enumerate(rows):
+        k = slice(i,i+1) if fits[i] else i
+        o = out[k]
+        s = o if src is out else src[k]
+        if fits[i]: self.together(s, o, [r], mm[k])
+        else: self.run(s, o, r, mm[i])
+
+# %% ../nbs/36_augment.ipynb #17909dd6
+@patch
+def in_passes(self:RandAug,
+    src:torch.Tensor, # (B,C,D,H,W), not changed unless it is `out`
+    out:torch.Tensor, # (B,C,D,H,W), to be filled
+    rows:list, # Parameters of each patient
+    mm:np.ndarray, # (B,3) spacing
+):
+    "All patients in one or two passes over memory, on a card with Triton"
+    if src is not out: out.copy_(src)
+    at = [i for i,r in enumerate(rows) if self.acts(r)]
+    if not at: return
+    acting = [rows[i] for i in at]
+    self.pass_(out, at, acting, mm[at])
+
+@patch
+def pass_(self:RandAug,
+    x:torch.Tensor, # (B,C,D,H,W), changed in place
+    at:list, # Which patients
+    rows:list, # Their parameters
+    mm:np.ndarray, # (len(at),3) spacing
+):
+    "What the kernels of `passes` do for a subclass"
+    raise NotImplementedError
+
+# %% ../nbs/36_augment.ipynb #5010ed54
+@patch
+def together(self:RandAug,
+    src:torch.Tensor, # (B,C,D,H,W), not changed unless it is `out`
+    out:torch.Tensor, # (B,C,D,H,W), to be filled
+    rows:list, # Parameters of each patient, all of which fit
+    mm:np.ndarray, # (B,3) spacing
+):
+    "Several patients at once: a subclass has it if any rows fit"
+    raise NotImplementedError
+
+@patch
+def run(self:RandAug,
+    src:torch.Tensor, # (C,D,H,W), not changed unless it is `out`
+    out:torch.Tensor, # (C,D,H,W), to be filled
+    r:dict, # This patient's parameters
+    mm:np.ndarray, # (3,) spacing
+):
+    "One patient: a copy, and the change in place that `change_` of a subclass makes"
+    if src is not out: out.copy_(src)
+    if self.acts(r):
+        self.change_(out, r, mm)
+
+@patch
+def change_(self:RandAug,
+    x:torch.Tensor, # (C,D,H,W), changed in place
+    r:dict, # This patient's parameters
+    mm:np.ndarray, # (3,) spacing
+):
+    "One patient's change: a subclass has it unless it has a `run` of its own"
+    raise NotImplementedError
 
 # %% ../nbs/36_augment.ipynb #085af5a8
 def _no_mask_of(m, x):
@@ -580,43 +604,6 @@ class RandAffine(RandAug):
         _resample_batch(src, out, ms, bs, self.outside)
 
     in_few_passes = True
-    def in_passes(self, src, out, rows, mm):
-        if src is out and not any(map(self.acts, rows)):
-            return
-        src = src.clone() if src is out else src.contiguous()
-        maps = [np.c_[self.matrix(r, src.shape[2:], o)] for r,o in zip(rows, mm)]
-        solid = [i for i,r in enumerate(rows) if self.across(r)]
-        flat = [i for i in range(len(rows)) if i not in solid]
-        if solid:
-            if src.shape[2]<2: raise _single_slice(src[0])
-            volumes = [maps[i] for i in solid]
-            warp_volumes(src, out, solid, np.stack(volumes), self.outside)
-        if flat:
-            mirror = [rows[i]['flip_d'] for i in flat]
-            planes = [maps[i][1:,1:] for i in flat]
-            warp_slices(src, out, flat, np.stack(planes), mirror, self.outside)
-
-    def matrix(self,
-        r:dict, # One patient's parameters
-        shape:tuple, # (D,H,W) voxels
-        mm:np.ndarray, # (3,) spacing
-    ) -> tuple: # (3,3) and (3,): output voxel to input voxel
-        if not self.use_spacing: mm = np.ones(3)
-        return _matrix(r, shape, mm, self.in_plane)
-
-    def across(self,
-        r:dict, # One patient's parameters
-    ) -> bool: # Does it move anything from slice to slice?
-        resized = not r['zoom']==r['crop']==1
-        moved = any(r[o] for o in ('turn_h','turn_w','shift_d','frac_d'))
-        return moved or not self.in_plane and resized
-
-    def only_flips(self,
-        r:dict, # One patient's parameters
-    ) -> bool: # Is mirroring all it does?
-        for name,neutral in self.neutral.items():
-            if 'flip' not in name and r[name]!=neutral: return False
-        return True
 
     def fits(self, r):
         across = r['flip_d'] or self.across(r)
@@ -637,13 +624,58 @@ class RandAffine(RandAug):
             src = src.clone()
         _resample3d(src, out, m, b, self.outside)
 
-    def move_mask(self, m, r, mm):
-        if not self.acts(r): return m
-        classes = m.unique()
-        layers = (m[None]==classes.view(-1,1,1,1)).float()
-        out = torch.empty_like(layers)
-        self.run(layers, out, r, mm)
-        return torch.where(out.amax(0)>0, classes[out.argmax(0)], 0)
+# %% ../nbs/36_augment.ipynb #5e07263f
+@patch
+def matrix(self:RandAffine,
+    r:dict, # One patient's parameters
+    shape:tuple, # (D,H,W) voxels
+    mm:np.ndarray, # (3,) spacing
+) -> tuple: # (3,3) and (3,): output voxel to input voxel
+    if not self.use_spacing: mm = np.ones(3)
+    return _matrix(r, shape, mm, self.in_plane)
+
+@patch
+def across(self:RandAffine,
+    r:dict, # One patient's parameters
+) -> bool: # Does it move anything from slice to slice?
+    resized = not r['zoom']==r['crop']==1
+    moved = any(r[o] for o in ('turn_h','turn_w','shift_d','frac_d'))
+    return moved or not self.in_plane and resized
+
+@patch
+def only_flips(self:RandAffine,
+    r:dict, # One patient's parameters
+) -> bool: # Is mirroring all it does?
+    for name,neutral in self.neutral.items():
+        if 'flip' not in name and r[name]!=neutral: return False
+    return True
+
+# %% ../nbs/36_augment.ipynb #6c533afa
+@patch
+def in_passes(self:RandAffine, src, out, rows, mm):
+    if src is out and not any(map(self.acts, rows)):
+        return
+    src = src.clone() if src is out else src.contiguous()
+    maps = [np.c_[self.matrix(r, src.shape[2:], o)] for r,o in zip(rows, mm)]
+    solid = [i for i,r in enumerate(rows) if self.across(r)]
+    flat = [i for i in range(len(rows)) if i not in solid]
+    if solid:
+        if src.shape[2]<2: raise _single_slice(src[0])
+        volumes = [maps[i] for i in solid]
+        warp_volumes(src, out, solid, np.stack(volumes), self.outside)
+    if flat:
+        mirror = [rows[i]['flip_d'] for i in flat]
+        planes = [maps[i][1:,1:] for i in flat]
+        warp_slices(src, out, flat, np.stack(planes), mirror, self.outside)
+
+@patch
+def move_mask(self:RandAffine, m, r, mm):
+    if not self.acts(r): return m
+    classes = m.unique()
+    layers = (m[None]==classes.view(-1,1,1,1)).float()
+    out = torch.empty_like(layers)
+    self.run(layers, out, r, mm)
+    return torch.where(out.amax(0)>0, classes[out.argmax(0)], 0)
 
 # %% ../nbs/36_augment.ipynb #cbf98a43
 def _single_slice(x):

@@ -710,41 +710,6 @@ class Checkpoint(Callback):
     ):
         self.fname,self.key = fname,json.loads(json.dumps(key or {}))
 
-    def read(self,
-        path:str|Path, # Folder
-    ) -> dict: # None if there is none
-        "What the checkpoint in a folder says. Raises `TrainingError` if it is damaged."
-        file = Path(path)/self.fname
-        if not file.exists(): return None
-        try:
-            with safe_open(str(file), framework='pt') as f:
-                said = f.metadata()
-            if 'digest' not in said:
-                return dict(parse_json(said['state']), key=None) # of version 0.1
-            if said['digest']!=_checkpoint_digest(said['state'], st.load_file(str(file))):
-                raise ValueError('changed')
-            return parse_json(said['state'])
-        except (SafetensorError,OSError,LookupError,TypeError,ValueError) as e:
-            raise TrainingError(_no_checkpoint(file, e)) from e
-
-    def check(self,
-        path:str|Path, # Folder
-    ) -> int: # Epochs
-        """The epochs that the checkpoint in a folder has behind it.
-
-        Raises `TrainingError` if it is damaged, or of another training; only the limit of epochs may have been
-        raised."""
-        d = self.read(path)
-        if d is None: return 0
-        differ = key_changes(d['key'], self.key, but=('epochs',)) if self.key or d['key'] is None else []
-        done = d['epoch']+1
-        limit = self.key.get('recipe', {}).get('epochs', done)
-        if limit<done:
-            differ.append(f"'epochs': {done} are done there, {limit} asked for now")
-        if differ:
-            raise TrainingError(_other_training(path, self.fname, differ))
-        return done
-
     def before_fit(self):
         self.run = not (hasattr(self.learn,'lr_finder') or hasattr(self.learn,'gather_preds'))
         if self.run and self.check(self.path):
@@ -764,60 +729,107 @@ class Checkpoint(Callback):
         with atomic_path(self.path/self.fname) as tmp:
             st.save_file(tensors, str(tmp), metadata=about)
 
-    def _loaders(self):
-        "Where the loaders' order and the augmentation are"
-        drawn = [t.drawn for t in getattr(self.dls.train, 'augs', ())]
-        loaders = [_plain_random(o.rng.getstate()) for o in self.dls]
-        return dict(loaders=loaders, drawn=drawn)
+# %% ../nbs/52_callbacks.ipynb #75cc23e6
+@patch
+def read(self:Checkpoint,
+    path:str|Path, # Folder
+) -> dict: # None if there is none
+    "What the checkpoint in a folder says. Raises `TrainingError` if it is damaged."
+    file = Path(path)/self.fname
+    if not file.exists(): return None
+    try:
+        with safe_open(str(file), framework='pt') as f:
+            said = f.metadata()
+        if 'digest' not in said:
+            return dict(parse_json(said['state']), key=None) # of version 0.1
+        if said['digest']!=_checkpoint_digest(said['state'], st.load_file(str(file))):
+            raise ValueError('changed')
+        return parse_json(said['state'])
+    except (SafetensorError,OSError,LookupError,TypeError,ValueError) as e:
+        raise TrainingError(_no_checkpoint(file, e)) from e
 
-    def _optimiser(self, state):
-        "Rates and the like; moments go to the tensors"
-        opt = self.opt.state_dict()
-        scaler = getattr(self.learn, 'scaler', None)
-        moments = [state.add(f'opt.{i}', s) for i,s in enumerate(opt['state'])]
-        hypers = [dict(h) for h in opt['hypers']]
-        return dict(hypers=hypers, opt=moments, scaler=scaler and scaler.state_dict())
+@patch
+def check(self:Checkpoint,
+    path:str|Path, # Folder
+) -> int: # Epochs
+    """The epochs that the checkpoint in a folder has behind it.
 
-    def _recorded(self, state):
-        "What the recorder has seen"
-        rec = self.recorder
-        losses = [torch.as_tensor(o).cpu() for o in rec.losses]
-        state.tensors['losses'] = torch.stack(losses) if losses else torch.zeros(0)
-        seen = dict(lrs=rec.lrs, iters=rec.iters, values=[list(v) for v in rec.values])
-        return dict(recorder=seen, smooth=state.add('smooth', vars(rec.smooth_loss)))
+    Raises `TrainingError` if it is damaged, or of another training; only the limit of epochs may have been
+    raised."""
+    d = self.read(path)
+    if d is None: return 0
+    differ = key_changes(d['key'], self.key, but=('epochs',)) if self.key or d['key'] is None else []
+    done = d['epoch']+1
+    limit = self.key.get('recipe', {}).get('epochs', done)
+    if limit<done:
+        differ.append(f"'epochs': {done} are done there, {limit} asked for now")
+    if differ:
+        raise TrainingError(_other_training(path, self.fname, differ))
+    return done
 
-    def restore(self):
-        "Put everything back where the checkpoint says it was"
-        d = self.read(self.path)
-        state = _State(st.load_file(str(self.path/self.fname)))
-        get_model(self.model).load_state_dict(state.get('model'))
-        self._restore_optimiser(d, state)
-        for cb in self.learn.cbs:
-            _set_cb_state(cb, state.get(f'cbs.{cb.name}', d['cbs'].get(cb.name)))
-        self._restore_recorder(d, state)
-        self.learn.first_epoch = d['epoch']+1
-        self.learn.train_iter = d['train_iter']
-        for dl,s in zip(self.dls, d['loaders']):
-            _set_random(dl.rng, s)
-        for t,k in zip(getattr(self.dls.train,'augs',()), d['drawn']):
-            t.drawn = k
-        _set_rng_state(state.tensors, d['rng'], self.dls.device)
+# %% ../nbs/52_callbacks.ipynb #aaeb1865
+@patch
+def _loaders(self:Checkpoint):
+    "Where the loaders' order and the augmentation are"
+    drawn = [t.drawn for t in getattr(self.dls.train, 'augs', ())]
+    loaders = [_plain_random(o.rng.getstate()) for o in self.dls]
+    return dict(loaders=loaders, drawn=drawn)
 
-    def _restore_optimiser(self, d, state):
-        params = [p for p,*_ in self.opt.all_params()]
-        moments = [_laid_out(state.get(f'opt.{i}', s), p) for i,(p,s) in enumerate(zip(params, d['opt']))]
-        self.opt.load_state_dict(dict(hypers=L(d['hypers']), state=moments))
-        if d['scaler']:
-            self.learn.scaler.load_state_dict(d['scaler'])
+@patch
+def _optimiser(self:Checkpoint, state):
+    "Rates and the like; moments go to the tensors"
+    opt = self.opt.state_dict()
+    scaler = getattr(self.learn, 'scaler', None)
+    moments = [state.add(f'opt.{i}', s) for i,s in enumerate(opt['state'])]
+    hypers = [dict(h) for h in opt['hypers']]
+    return dict(hypers=hypers, opt=moments, scaler=scaler and scaler.state_dict())
 
-    def _restore_recorder(self, d, state):
-        rec,seen = self.recorder,d['recorder']
-        rec.lrs,rec.iters = seen['lrs'],seen['iters']
-        rec.values = [L(v) for v in seen['values']]
-        rec.losses = list(state.tensors['losses'])
-        vars(rec.smooth_loss).update(state.get('smooth', d['smooth']))
-        bar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
-        if bar: bar.update(0) # its clock starts at the first epoch, which is not run again
+@patch
+def _recorded(self:Checkpoint, state):
+    "What the recorder has seen"
+    rec = self.recorder
+    losses = [torch.as_tensor(o).cpu() for o in rec.losses]
+    state.tensors['losses'] = torch.stack(losses) if losses else torch.zeros(0)
+    seen = dict(lrs=rec.lrs, iters=rec.iters, values=[list(v) for v in rec.values])
+    return dict(recorder=seen, smooth=state.add('smooth', vars(rec.smooth_loss)))
+
+# %% ../nbs/52_callbacks.ipynb #5f85961b
+@patch
+def restore(self:Checkpoint):
+    "Put everything back where the checkpoint says it was"
+    d = self.read(self.path)
+    state = _State(st.load_file(str(self.path/self.fname)))
+    get_model(self.model).load_state_dict(state.get('model'))
+    self._restore_optimiser(d, state)
+    for cb in self.learn.cbs:
+        _set_cb_state(cb, state.get(f'cbs.{cb.name}', d['cbs'].get(cb.name)))
+    self._restore_recorder(d, state)
+    self.learn.first_epoch = d['epoch']+1
+    self.learn.train_iter = d['train_iter']
+    for dl,s in zip(self.dls, d['loaders']):
+        _set_random(dl.rng, s)
+    for t,k in zip(getattr(self.dls.train,'augs',()), d['drawn']):
+        t.drawn = k
+    _set_rng_state(state.tensors, d['rng'], self.dls.device)
+
+# %% ../nbs/52_callbacks.ipynb #47257126
+@patch
+def _restore_optimiser(self:Checkpoint, d, state):
+    params = [p for p,*_ in self.opt.all_params()]
+    moments = [_laid_out(state.get(f'opt.{i}', s), p) for i,(p,s) in enumerate(zip(params, d['opt']))]
+    self.opt.load_state_dict(dict(hypers=L(d['hypers']), state=moments))
+    if d['scaler']:
+        self.learn.scaler.load_state_dict(d['scaler'])
+
+@patch
+def _restore_recorder(self:Checkpoint, d, state):
+    rec,seen = self.recorder,d['recorder']
+    rec.lrs,rec.iters = seen['lrs'],seen['iters']
+    rec.values = [L(v) for v in seen['values']]
+    rec.losses = list(state.tensors['losses'])
+    vars(rec.smooth_loss).update(state.get('smooth', d['smooth']))
+    bar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
+    if bar: bar.update(0) # its clock starts at the first epoch, which is not run again
 
 # %% ../nbs/52_callbacks.ipynb #209d1df9
 def _checkpoint_digest(said, tensors):

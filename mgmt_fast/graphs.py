@@ -367,31 +367,12 @@ class CapturedSteps(Callback):
         self._look_again()
         if self.clock: self.clock.begin_loop()
 
-    def _look_again(self):
-        "What the model consists of, once an epoch"
-        model = self.learn.model
-        self.parts = list(model.modules())
-        self.tensors = [*model.parameters(), *model.buffers()]
-        found = [getattr(m, k, None) for m in self.parts for k in _constants]
-        self.fixed = [o for o in found if not isinstance(o, torch.Tensor)]
-
     def before_batch(self):
         model = self.learn.model
         if self.clock: self.clock.begin_step()
         if hasattr(model, '_orig_mod'):
             return self._say(_eagerly+why_eager(model, self.xb))
         model.forward = partial(self._take_step, model, vars(model).get('forward')) # for one call
-
-    def _take_step(self, model, given, *xb):
-        self._hand_back(model, given)
-        trains = self.training and torch.is_grad_enabled()
-        step = self._step(model, xb) if trains else None
-        return model.forward(*xb) if step is None else step(*xb)
-
-    def _hand_back(self, model, given=None):
-        "The model's own forward pass"
-        vars(model).pop('forward', None)
-        if given is not None: model.forward = given
 
     def after_cancel_batch(self):
         f = vars(self.learn.model).get('forward')
@@ -407,71 +388,6 @@ class CapturedSteps(Callback):
     def after_batch(self):
         if self.clock: self.clock.end_step()
 
-    def _step(self, model, xb):
-        "The captured step for a batch; None where it runs eagerly"
-        why = why_eager(model, xb)
-        if why: return self._say(_eagerly+why)
-        x,now = xb[0],self._state()
-        if now!=self.known:
-            self._release()
-            self.refused = {}
-        self.known,key = now,(tuple(x.shape),x.dtype,type(x),*_cast_to())
-        self.seen[key] += 1
-        self.met[key] += 1
-        often = self.seen[key]>1 or self.met[key]>2
-        if often and key not in self.steps and key not in self.refused:
-            self._add(model, x, key)
-        if key not in self.steps:
-            self.eager[_size(key)] += 1
-        return self.steps.get(key)
-
-    def _state(self):
-        "What a graph is made of and would not notice a change of"
-        flags = [m.training for m in self.parts]
-        places = [(t.data_ptr(),t.requires_grad) for t in self.tensors]
-        return [*flags, *places, *self.fixed]
-
-    def _add(self, model, x, key):
-        "Capture one more step"
-        for k in [k for k in self.steps if not self.seen[k]]:
-            if len(self.steps)>=self.most: del self.steps[k]
-        if len(self.steps)>=self.most:
-            return self._say(f"{_size(key)} runs eagerly: {_enough.format(self.most)}")
-        began = time.perf_counter()
-        try:
-            step = (self.capture or StepGraph)(model, x, self.memory)
-            self._check_room()
-        except (MGMTError,RuntimeError) as e:
-            return self._refuse(key, e)
-        self.steps[key],self.took[_size(key)] = step,time.perf_counter()-began
-
-    def _check_room(self):
-        "Refuse graphs that leave no memory for the epoch's last batch, which needs its own"
-        held,device = self.memory.size,self._device()
-        if not held: return
-        dl = self.learn.dl
-        n = len(getattr(dl, 'dataset', ()))
-        bs = getattr(dl, 'bs', None) or 1
-        last = 0. if getattr(dl, 'drop_last', False) else n%bs/bs
-        need = held*max(last, _evaluation)
-        free = torch.cuda.mem_get_info(device)[0]
-        if free>=need: return
-        self._release()
-        raise MGMTError(_no_room_for_graph(held, free))
-
-    def _refuse(self, key, e):
-        self.refused[key] = why = _cause(e)
-        if not isinstance(e, MGMTError):
-            self.memory = GraphMemory()
-            _end_capture(self._device())
-        self._say(f"training steps of {_size(key)} run eagerly, not as a CUDA graph: {why}")
-
-    def _say(self, text):
-        "Once per training; the first of several processes speaks"
-        if not (self.quiet or text in self.said or rank_distrib() or hasattr(self.learn, 'lr_finder')):
-            print(text)
-        self.said.add(text)
-
     def after_epoch(self):
         if not hasattr(self, 'seen'): return
         if self.clock: self.clock.end_loop()
@@ -485,23 +401,125 @@ class CapturedSteps(Callback):
             self._say(f"the card worked {share:.0%} of the training loop")
         self.end()
 
-    def _captured(self):
-        "In words"
-        names = ' and '.join(self.took)
-        times = ' and '.join(f'{t:.1f}' for t in self.took.values())
-        what = f"the training steps of {names} run as CUDA graphs"
-        if len(self.took)==1:
-            what = f"the training step of {names} runs as a CUDA graph"
-        rest = len([k for k in self.eager if k not in self.took])
-        more = f"; {rest} other shape{' runs' if rest==1 else 's run'} eagerly" if rest else ''
-        return f"{what} ({times} s to capture){more}"
+# %% ../nbs/48_graphs.ipynb #97fe6780
+@patch
+def _take_step(self:CapturedSteps, model, given, *xb):
+    self._hand_back(model, given)
+    trains = self.training and torch.is_grad_enabled()
+    step = self._step(model, xb) if trains else None
+    return model.forward(*xb) if step is None else step(*xb)
 
-    def report(self) -> dict: # See below
-        """What the last training did: `captured`, seconds by shape; `eager`, batches by shape; `busy`, a share.
+@patch
+def _hand_back(self:CapturedSteps, model, given=None):
+    "The model's own forward pass"
+    vars(model).pop('forward', None)
+    if given is not None: model.forward = given
 
-        That is the share of the training loop in which the card worked on steps; None where there is no card."""
-        busy = self.clock and self.clock.share
-        return dict(captured=dict(self.took), eager=dict(self.eager), busy=busy)
+# %% ../nbs/48_graphs.ipynb #881cc1ca
+@patch
+def _look_again(self:CapturedSteps):
+    "What the model consists of, once an epoch"
+    model = self.learn.model
+    self.parts = list(model.modules())
+    self.tensors = [*model.parameters(), *model.buffers()]
+    found = [getattr(m, k, None) for m in self.parts for k in _constants]
+    self.fixed = [o for o in found if not isinstance(o, torch.Tensor)]
+
+@patch
+def _state(self:CapturedSteps):
+    "What a graph is made of and would not notice a change of"
+    flags = [m.training for m in self.parts]
+    places = [(t.data_ptr(),t.requires_grad) for t in self.tensors]
+    return [*flags, *places, *self.fixed]
+
+# %% ../nbs/48_graphs.ipynb #53a8ced4
+@patch
+def _step(self:CapturedSteps, model, xb):
+    "The captured step for a batch; None where it runs eagerly"
+    why = why_eager(model, xb)
+    if why: return self._say(_eagerly+why)
+    x,now = xb[0],self._state()
+    if now!=self.known:
+        self._release()
+        self.refused = {}
+    self.known,key = now,(tuple(x.shape),x.dtype,type(x),*_cast_to())
+    self.seen[key] += 1
+    self.met[key] += 1
+    often = self.seen[key]>1 or self.met[key]>2
+    if often and key not in self.steps and key not in self.refused:
+        self._add(model, x, key)
+    if key not in self.steps:
+        self.eager[_size(key)] += 1
+    return self.steps.get(key)
+
+# %% ../nbs/48_graphs.ipynb #039c00f0
+@patch
+def _add(self:CapturedSteps, model, x, key):
+    "Capture one more step"
+    for k in [k for k in self.steps if not self.seen[k]]:
+        if len(self.steps)>=self.most: del self.steps[k]
+    if len(self.steps)>=self.most:
+        return self._say(f"{_size(key)} runs eagerly: {_enough.format(self.most)}")
+    began = time.perf_counter()
+    try:
+        step = (self.capture or StepGraph)(model, x, self.memory)
+        self._check_room()
+    except (MGMTError,RuntimeError) as e:
+        return self._refuse(key, e)
+    self.steps[key],self.took[_size(key)] = step,time.perf_counter()-began
+
+# %% ../nbs/48_graphs.ipynb #d6df2eb8
+@patch
+def _check_room(self:CapturedSteps):
+    "Refuse graphs that leave no memory for the epoch's last batch, which needs its own"
+    held,device = self.memory.size,self._device()
+    if not held: return
+    dl = self.learn.dl
+    n = len(getattr(dl, 'dataset', ()))
+    bs = getattr(dl, 'bs', None) or 1
+    last = 0. if getattr(dl, 'drop_last', False) else n%bs/bs
+    need = held*max(last, _evaluation)
+    free = torch.cuda.mem_get_info(device)[0]
+    if free>=need: return
+    self._release()
+    raise MGMTError(_no_room_for_graph(held, free))
+
+@patch
+def _refuse(self:CapturedSteps, key, e):
+    self.refused[key] = why = _cause(e)
+    if not isinstance(e, MGMTError):
+        self.memory = GraphMemory()
+        _end_capture(self._device())
+    self._say(f"training steps of {_size(key)} run eagerly, not as a CUDA graph: {why}")
+
+# %% ../nbs/48_graphs.ipynb #978fddfe
+@patch
+def _say(self:CapturedSteps, text):
+    "Once per training; the first of several processes speaks"
+    if not (self.quiet or text in self.said or rank_distrib() or hasattr(self.learn, 'lr_finder')):
+        print(text)
+    self.said.add(text)
+
+@patch
+def _captured(self:CapturedSteps):
+    "In words"
+    names = ' and '.join(self.took)
+    times = ' and '.join(f'{t:.1f}' for t in self.took.values())
+    what = f"the training steps of {names} run as CUDA graphs"
+    if len(self.took)==1:
+        what = f"the training step of {names} runs as a CUDA graph"
+    rest = len([k for k in self.eager if k not in self.took])
+    more = f"; {rest} other shape{' runs' if rest==1 else 's run'} eagerly" if rest else ''
+    return f"{what} ({times} s to capture){more}"
+
+# %% ../nbs/48_graphs.ipynb #4165b87f
+@patch
+def report(self:CapturedSteps) -> dict: # See below
+    """What the last training did: `captured`, seconds by shape; `eager`, batches by shape; `busy`, a share.
+
+    That is the share of the training loop in which the card worked on steps; None where there is no card."""
+    busy = self.clock and self.clock.share
+    return dict(captured=dict(self.took), eager=dict(self.eager), busy=busy)
 
 # %% ../nbs/48_graphs.ipynb #fe7fb792
 _constants = 'p','drop_prob','momentum','eps' # numbers of modules that a graph takes for constants

@@ -209,20 +209,6 @@ class MGMTLearner(Learner):
         alone = isinstance(b, torch.Tensor) and b.ndim==0 and num_distrib()<2
         return super().to_detach(b, cpu=cpu and not alone, gather=gather)
 
-    def show_results(self,
-        ds_idx:int=1, # Loader of `dls`: 0 that of training, 1 that of validation
-        dl:StoreDL=None, # Another loader
-        max_n:int=4, # Patients, at most
-        shuffle:bool=True, # Any patients, or the first ones?
-        **kwargs, # For `show_montages`
-    ):
-        "Montages of some patients, with label and probability"
-        if dl is None:
-            dl = self.dls[ds_idx].new(shuffle=shuffle)
-        b = dl.one_batch()
-        probs,_ = self.get_preds(dl=[b])
-        dl.show_results(b, probs, max_n=max_n, **kwargs)
-
     def tta(self,
         ds_idx:int=1, # Loader of `dls`: 0 that of training, 1 that of validation
         dl:StoreDL=None, # Another loader
@@ -236,19 +222,6 @@ class MGMTLearner(Learner):
         with self.unwatched():
             return super().tta(dl=dl, n=n, **kwargs)
 
-    def export(self,
-        *args, # Of fastai's
-        **kwargs, # Of fastai's
-    ): raise MGMTError(_not_exported)
-    def to_channelslast(self,
-        *args, # Of fastai's
-        **kwargs, # Of fastai's
-    ): raise MGMTError(_channels_are_last)
-    def to_non_native_fp16(self,
-        *args, # Of fastai's
-        **kwargs, # Of fastai's
-    ): raise MGMTError(_not_in_halves)
-
     def unfreeze(self):
         super().unfreeze()
         if getattr(self.model, 'norms', 'batch')!='frozen':
@@ -258,21 +231,58 @@ class MGMTLearner(Learner):
         for self.epoch in range(self.first_epoch, self.n_epoch):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
-    def fit_recipe(self,
-        resume:bool=False, # Go on from where an interrupted training in `path` stopped?
-    ):
-        "Train as the recipe says: its schedule, for its number of epochs. Raises `MGMTError` on schedule 'own'."
-        r = self.recipe
-        if r.schedule=='own': raise MGMTError(_by_hand)
-        self._plan = dict(epochs=r.epochs, lr=r.lr, schedule=r.schedule)
-        try:
-            with _held_for_all(self.path), self.added_cbs(_run_cbs(self, resume)):
-                if not rank_distrib():
-                    save_recipe(recipe_that_ran(self), self.path/'recipe.yaml')
-                if r.schedule=='one_cycle':
-                    return self.fit_one_cycle(r.epochs, r.lr)
-                self.fit(r.epochs, r.lr)
-        finally: self._plan = None
+# %% ../nbs/55_learner.ipynb #95709f5f
+@patch
+def show_results(self:MGMTLearner,
+    ds_idx:int=1, # Loader of `dls`: 0 that of training, 1 that of validation
+    dl:StoreDL=None, # Another loader
+    max_n:int=4, # Patients, at most
+    shuffle:bool=True, # Any patients, or the first ones?
+    **kwargs, # For `show_montages`
+):
+    "Montages of some patients, with label and probability"
+    if dl is None:
+        dl = self.dls[ds_idx].new(shuffle=shuffle)
+    b = dl.one_batch()
+    probs,_ = self.get_preds(dl=[b])
+    dl.show_results(b, probs, max_n=max_n, **kwargs)
+
+# %% ../nbs/55_learner.ipynb #4a0cdf3f
+@patch
+def fit_recipe(self:MGMTLearner,
+    resume:bool=False, # Go on from where an interrupted training in `path` stopped?
+):
+    "Train as the recipe says: its schedule, for its number of epochs. Raises `MGMTError` on schedule 'own'."
+    r = self.recipe
+    if r.schedule=='own': raise MGMTError(_by_hand)
+    self._plan = dict(epochs=r.epochs, lr=r.lr, schedule=r.schedule)
+    try:
+        with _held_for_all(self.path), self.added_cbs(_run_cbs(self, resume)):
+            if not rank_distrib():
+                save_recipe(recipe_that_ran(self), self.path/'recipe.yaml')
+            if r.schedule=='one_cycle':
+                return self.fit_one_cycle(r.epochs, r.lr)
+            self.fit(r.epochs, r.lr)
+    finally: self._plan = None
+
+# %% ../nbs/55_learner.ipynb #10208c22
+@patch
+def export(self:MGMTLearner,
+    *args, # Of fastai's
+    **kwargs, # Of fastai's
+): raise MGMTError(_not_exported)
+
+@patch
+def to_channelslast(self:MGMTLearner,
+    *args, # Of fastai's
+    **kwargs, # Of fastai's
+): raise MGMTError(_channels_are_last)
+
+@patch
+def to_non_native_fp16(self:MGMTLearner,
+    *args, # Of fastai's
+    **kwargs, # Of fastai's
+): raise MGMTError(_not_in_halves)
 
 # %% ../nbs/55_learner.ipynb #aec91ba1
 def _held_for_all(path):

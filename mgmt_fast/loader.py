@@ -240,90 +240,100 @@ class KeptVolumes:
         if not plain or tuple(dataset.sequences)!=tuple(self.sequences): return False
         return all(p in self.at for p in dataset.patients)
 
-    def on(self,
-        device:torch.device, # That of the batches
-    ) -> bool: # Are the volumes kept there?
-        "Settle it, once per device. Raises `MGMTError` if they must be kept and do not fit."
-        if device!=self.device:
-            self.held,self.device = self._hold(device),device
-        return self.held is not None
+# %% ../nbs/35_loader.ipynb #c3457fe6
+@patch
+def on(self:KeptVolumes,
+    device:torch.device, # That of the batches
+) -> bool: # Are the volumes kept there?
+    "Settle it, once per device. Raises `MGMTError` if they must be kept and do not fit."
+    if device!=self.device:
+        self.held,self.device = self._hold(device),device
+    return self.held is not None
 
-    def _hold(self, device):
-        "Room for all volumes, still empty; None where they are not kept"
-        if not self.kept or self.kept=='auto' and device.type=='cpu':
-            return None
-        size = math.prod(self.shape)
-        free = free_bytes(device)
-        if self.kept is True and size>free:
-            raise MGMTError(_too_many(self, device, free))
-        fits = self.kept is True or size<=free/2
-        if device.type!='cpu' and not rank_distrib():
-            say_once(_say_kept(self, device, fits, free))
-        self.there = np.zeros(len(self.at), dtype=bool)
-        if not fits: return None
-        return torch.empty(self.shape, dtype=torch.uint8, device=device)
+@patch
+def _hold(self:KeptVolumes, device):
+    "Room for all volumes, still empty; None where they are not kept"
+    if not self.kept or self.kept=='auto' and device.type=='cpu':
+        return None
+    size = math.prod(self.shape)
+    free = free_bytes(device)
+    if self.kept is True and size>free:
+        raise MGMTError(_too_many(self, device, free))
+    fits = self.kept is True or size<=free/2
+    if device.type!='cpu' and not rank_distrib():
+        say_once(_say_kept(self, device, fits, free))
+    self.there = np.zeros(len(self.at), dtype=bool)
+    if not fits: return None
+    return torch.empty(self.shape, dtype=torch.uint8, device=device)
 
-    def read(self,
-        patients:list, # Names
-        pinned:bool=False, # Into memory that a card can fetch from while it computes?
-    ) -> torch.Tensor: # uint8 (B,C,D,H,W) in the computer's memory
-        "Volumes of some patients, several at once."
-        shape = (len(patients), *self.shape[1:])
-        x = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
-        def one(i):
-            voxels = x[i].numpy()
-            voxels[:] = self.store.read(patients[i], self.sequences)
-        with ThreadPoolExecutor(min(8, len(patients))) as pool:
-            list(pool.map(one, range(len(patients))))
-        return x
+# %% ../nbs/35_loader.ipynb #0e7fd438
+@patch
+def read(self:KeptVolumes,
+    patients:list, # Names
+    pinned:bool=False, # Into memory that a card can fetch from while it computes?
+) -> torch.Tensor: # uint8 (B,C,D,H,W) in the computer's memory
+    "Volumes of some patients, several at once."
+    shape = (len(patients), *self.shape[1:])
+    x = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+    def one(i):
+        voxels = x[i].numpy()
+        voxels[:] = self.store.read(patients[i], self.sequences)
+    with ThreadPoolExecutor(min(8, len(patients))) as pool:
+        list(pool.map(one, range(len(patients))))
+    return x
 
-    def fill(self,
-        rows:np.ndarray, # Numbers in `at`
-    ):
-        "Read what is not kept yet."
-        lack = np.unique(rows[~self.there[rows]])
-        if not len(lack): return
-        names = list(self.at)
-        x = self.read([names[i] for i in lack], self.device.type=='cuda')
-        at = torch.from_numpy(lack).to(self.device, non_blocking=True)
-        self.held.index_copy_(0, at, x.to(self.device, non_blocking=True))
-        self.there[lack] = True
+@patch
+def fill(self:KeptVolumes,
+    rows:np.ndarray, # Numbers in `at`
+):
+    "Read what is not kept yet."
+    lack = np.unique(rows[~self.there[rows]])
+    if not len(lack): return
+    names = list(self.at)
+    x = self.read([names[i] for i in lack], self.device.type=='cuda')
+    at = torch.from_numpy(lack).to(self.device, non_blocking=True)
+    self.held.index_copy_(0, at, x.to(self.device, non_blocking=True))
+    self.there[lack] = True
 
-    def batches(self,
-        dataset:StoreDataset, # Which `has` knows
-        parts:list, # Which of its samples each batch has
-        device:torch.device, # Where the batches shall be
-    ): # Yields `(TensorMR (B,C,D,H,W) uint8, labels)`
-        "Batches of kept volumes, or of volumes that are read ahead."
-        if self.held is not None:
-            volumes = self._kept_ones(dataset, parts)
-        else:
-            volumes = self._ahead(dataset, parts, device)
-        for x,part in volumes:
-            y = torch.from_numpy(dataset.labels[part])
-            yield TensorMR(x),y.to(device, non_blocking=True)
+# %% ../nbs/35_loader.ipynb #161c2cba
+@patch
+def batches(self:KeptVolumes,
+    dataset:StoreDataset, # Which `has` knows
+    parts:list, # Which of its samples each batch has
+    device:torch.device, # Where the batches shall be
+): # Yields `(TensorMR (B,C,D,H,W) uint8, labels)`
+    "Batches of kept volumes, or of volumes that are read ahead."
+    if self.held is not None:
+        volumes = self._kept_ones(dataset, parts)
+    else:
+        volumes = self._ahead(dataset, parts, device)
+    for x,part in volumes:
+        y = torch.from_numpy(dataset.labels[part])
+        yield TensorMR(x),y.to(device, non_blocking=True)
 
-    def _kept_ones(self, dataset, parts):
-        all_rows = np.array([self.at[p] for p in dataset.patients])
+@patch
+def _kept_ones(self:KeptVolumes, dataset, parts):
+    all_rows = np.array([self.at[p] for p in dataset.patients])
+    for part in parts:
+        rows = all_rows[part]
+        self.fill(rows)
+        rows = torch.from_numpy(rows).to(self.device, non_blocking=True)
+        yield _rows_picked(self.held, rows),part
+
+@patch
+def _ahead(self:KeptVolumes, dataset, parts, device, n=2):
+    "`n` batches are read while another is used"
+    def _read(part):
+        names = [dataset.patients[i] for i in part]
+        return self.read(names, device.type=='cuda')
+    with ThreadPoolExecutor(1) as pool:
+        jobs = deque()
         for part in parts:
-            rows = all_rows[part]
-            self.fill(rows)
-            rows = torch.from_numpy(rows).to(self.device, non_blocking=True)
-            yield _rows_picked(self.held, rows),part
-
-    def _ahead(self, dataset, parts, device, n=2):
-        "`n` batches are read while another is used"
-        def _read(part):
-            names = [dataset.patients[i] for i in part]
-            return self.read(names, device.type=='cuda')
-        with ThreadPoolExecutor(1) as pool:
-            jobs = deque()
-            for part in parts:
-                jobs.append((pool.submit(_read, part), part))
-                if len(jobs)>n:
-                    yield _arrived(*jobs.popleft(), device)
-            while jobs:
+            jobs.append((pool.submit(_read, part), part))
+            if len(jobs)>n:
                 yield _arrived(*jobs.popleft(), device)
+        while jobs:
+            yield _arrived(*jobs.popleft(), device)
 
 # %% ../nbs/35_loader.ipynb #f6b5d61f
 def _rows_picked(held, rows):

@@ -495,97 +495,113 @@ class InflatedConv3d(nn.Module):
             return self._conv3d(x)
         return as_volumes(self._biased(y), x.shape[0])
 
-    def _on_card(self, x, w):
-        "What cuDNN is slow at goes to kernels of our own, or is put as what it is fast at"
-        if _is_pointwise(self):
-            return _across(x, lambda rows: F.linear(rows, w.flatten(1), self.bias))
-        x, = _cast(x)
-        if _is_depthwise(self):
-            return self._biased(card_depthwise(x, w, self._geometry(x)[0]))
-        if self.groups==1 and self.in_channels<=4 and max(self.dilation)==1:
-            return self._biased(self._folded(x, w))
-        if self.along.k>1: return self._conv3d(x)
-        y = self._plane(as_images(_skip(x, self.along.s)), w[:,:,0])
-        return as_volumes(self._biased(y), len(x))
-
-    def _pads(self, x):
-        "Voxels to add before and behind each axis of `x`"
-        depth = self.along.pads(x.shape[2])
-        return depth,*self._plane_pads(x)
-
-    def _plane_pads(self, x):
-        if not self.same:
-            return tuple((p,p) for p in self.padding[1:])
-        sides = zip(x.shape[3:], self.kernel_size[1:], self.stride[1:], self.dilation[1:])
-        totals = [tl.get_same_padding(*o) for o in sides]
-        return tuple((n//2,n-n//2) for n in totals)
-
-    def _geometry(self, x):
-        "Of the whole convolution, its part in the plane and that along the depth"
-        size = tuple(x.shape[2:])
-        if size not in self.geometries:
-            before,after = zip(*self._pads(x))
-            how = self.kernel_size,self.stride,self.dilation,before,after,self.along.mode=='replicate'
-            whole = geometry(size, *how)
-            self.geometries[size] = whole,whole.in_plane(),whole.along_depth()
-        return self.geometries[size]
-
-    def _folded(self, x, w):
-        "A few channels as many: each block of stride voxels, then the slices that a kernel meets, so that images do"
-        (lo,hi),*plane = self._pads(x)
-        x = pad_depth(x, lo, hi, self.along.mode)
-        x = F.pad(x, _last_axis_first(plane))
-        x,w = _cast(*fold_stride(x, w, self.stride))
-        images,w = slices_as_channels(x, w)
-        return as_volumes(F.conv2d(images, w), len(x))
-
-    def _biased(self, y):
-        if self.bias is None: return y
-        return y+self.bias.view(-1, *[1]*(y.ndim-2))
-
-    def _plane(self, images, w):
-        "The 2D convolution of slices"
-        pad = self.padding[1:]
-        if self.same:
-            images,pad = self._same_pad(images),(0,0)
-        stride,dilation = self.stride[1:],self.dilation[1:]
-        return _conv2d(images, w, stride, pad, dilation, self.groups)
-
-    def _dense(self, x, w):
-        "All of the kernel at once, as images"
-        x,pad = self._pad_plane(x)
-        lo,hi = self.along.pads(x.shape[2])
-        at = _cut(x, self.along, lo, hi)
-        args = (self.stride, (0,*pad), self.dilation)
-        y = _DenseConv.apply(*_cast(x, w), at, self.along.mode, *args)
-        return as_images(y)
-
-    def _slice_by_slice(self, x, w):
-        "One 2D convolution per slice of the kernel, added up, as images"
-        padded = self.along.pad(x)
-        parts = enumerate(_taps(padded, self.along))
-        each = (self._plane(as_images(t), w[:,:,i]) for i,t in parts)
-        return sum(each)
-
-    def _conv3d(self, x):
-        "As torch computes it"
-        x,pad = self._pad_plane(self.along.pad(x))
-        args = (self.stride, (0,*pad), self.dilation, self.groups)
-        return F.conv3d(x, self._kernel(), self.bias, *args)
-
-    def _pad_plane(self, x):
-        "The volume, padded in the plane if that depends on its size, and what is left to the operator"
-        if not self.same: return x,self.padding[1:]
-        images = self._same_pad(as_images(x))
-        return as_volumes(images, x.shape[0]),(0,0)
-
-    def _same_pad(self, images):
-        kernel,stride = self.kernel_size[1:],self.stride[1:]
-        return tl.pad_same(images, kernel, stride, self.dilation[1:])
-
     def extra_repr(self) -> str: # For `repr`
         sizes = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         return f"{sizes}, groups={self.groups}, depth_padding={self.along.mode!r}"
+
+# %% ../nbs/41_operators.ipynb #a37de8cf
+@patch
+def _pads(self:InflatedConv3d, x):
+    "Voxels to add before and behind each axis of `x`"
+    depth = self.along.pads(x.shape[2])
+    return depth,*self._plane_pads(x)
+
+@patch
+def _plane_pads(self:InflatedConv3d, x):
+    if not self.same:
+        return tuple((p,p) for p in self.padding[1:])
+    sides = zip(x.shape[3:], self.kernel_size[1:], self.stride[1:], self.dilation[1:])
+    totals = [tl.get_same_padding(*o) for o in sides]
+    return tuple((n//2,n-n//2) for n in totals)
+
+@patch
+def _pad_plane(self:InflatedConv3d, x):
+    "The volume, padded in the plane if that depends on its size, and what is left to the operator"
+    if not self.same: return x,self.padding[1:]
+    images = self._same_pad(as_images(x))
+    return as_volumes(images, x.shape[0]),(0,0)
+
+@patch
+def _same_pad(self:InflatedConv3d, images):
+    kernel,stride = self.kernel_size[1:],self.stride[1:]
+    return tl.pad_same(images, kernel, stride, self.dilation[1:])
+
+# %% ../nbs/41_operators.ipynb #89af4b02
+@patch
+def _plane(self:InflatedConv3d, images, w):
+    "The 2D convolution of slices"
+    pad = self.padding[1:]
+    if self.same:
+        images,pad = self._same_pad(images),(0,0)
+    stride,dilation = self.stride[1:],self.dilation[1:]
+    return _conv2d(images, w, stride, pad, dilation, self.groups)
+
+@patch
+def _dense(self:InflatedConv3d, x, w):
+    "All of the kernel at once, as images"
+    x,pad = self._pad_plane(x)
+    lo,hi = self.along.pads(x.shape[2])
+    at = _cut(x, self.along, lo, hi)
+    args = (self.stride, (0,*pad), self.dilation)
+    y = _DenseConv.apply(*_cast(x, w), at, self.along.mode, *args)
+    return as_images(y)
+
+@patch
+def _slice_by_slice(self:InflatedConv3d, x, w):
+    "One 2D convolution per slice of the kernel, added up, as images"
+    padded = self.along.pad(x)
+    parts = enumerate(_taps(padded, self.along))
+    each = (self._plane(as_images(t), w[:,:,i]) for i,t in parts)
+    return sum(each)
+
+@patch
+def _conv3d(self:InflatedConv3d, x):
+    "As torch computes it"
+    x,pad = self._pad_plane(self.along.pad(x))
+    args = (self.stride, (0,*pad), self.dilation, self.groups)
+    return F.conv3d(x, self._kernel(), self.bias, *args)
+
+@patch
+def _biased(self:InflatedConv3d, y):
+    if self.bias is None: return y
+    return y+self.bias.view(-1, *[1]*(y.ndim-2))
+
+# %% ../nbs/41_operators.ipynb #d33ede73
+@patch
+def _on_card(self:InflatedConv3d, x, w):
+    "What cuDNN is slow at goes to kernels of our own, or is put as what it is fast at"
+    if _is_pointwise(self):
+        return _across(x, lambda rows: F.linear(rows, w.flatten(1), self.bias))
+    x, = _cast(x)
+    if _is_depthwise(self):
+        return self._biased(card_depthwise(x, w, self._geometry(x)[0]))
+    if self.groups==1 and self.in_channels<=4 and max(self.dilation)==1:
+        return self._biased(self._folded(x, w))
+    if self.along.k>1: return self._conv3d(x)
+    y = self._plane(as_images(_skip(x, self.along.s)), w[:,:,0])
+    return as_volumes(self._biased(y), len(x))
+
+# %% ../nbs/41_operators.ipynb #ba2244c7
+@patch
+def _geometry(self:InflatedConv3d, x):
+    "Of the whole convolution, its part in the plane and that along the depth"
+    size = tuple(x.shape[2:])
+    if size not in self.geometries:
+        before,after = zip(*self._pads(x))
+        how = self.kernel_size,self.stride,self.dilation,before,after,self.along.mode=='replicate'
+        whole = geometry(size, *how)
+        self.geometries[size] = whole,whole.in_plane(),whole.along_depth()
+    return self.geometries[size]
+
+@patch
+def _folded(self:InflatedConv3d, x, w):
+    "A few channels as many: each block of stride voxels, then the slices that a kernel meets, so that images do"
+    (lo,hi),*plane = self._pads(x)
+    x = pad_depth(x, lo, hi, self.along.mode)
+    x = F.pad(x, _last_axis_first(plane))
+    x,w = _cast(*fold_stride(x, w, self.stride))
+    images,w = slices_as_channels(x, w)
+    return as_volumes(F.conv2d(images, w), len(x))
 
 # %% ../nbs/41_operators.ipynb #a1ab6168
 def _is_pointwise(conv):

@@ -232,88 +232,100 @@ class View:
         if window is not None: self.window = tuple(window)
         return self
 
-    def panel(self,
-        name:str, # One of `volumes`
-        plane:str, # One of `PLANES`
-    ) -> np.ndarray: # (h,w,3) float32, 0 to 1
-        "One sequence in one plane, with the overlay"
-        points = plane_points(plane, self.at, self.field, self.mm)
-        lo,hi = self.ranges[name]
-        x = np.nan_to_num(sample(self.volumes[name], points), nan=lo)
-        grey = (x-lo)/(hi-lo)
-        black,white = self.window
-        grey = np.clip((grey-black)/max(white-black, 1e-3), 0, 1)
-        rgb = np.repeat(grey[...,None], 3, -1).astype(np.float32)
-        return rgb if self.overlay is None else self._blended(rgb, points)
-
-    def _blended(self, rgb, points):
-        x = np.nan_to_num(sample(self.overlay, points, order=0 if self.labels else 1))
-        share = np.clip(x/self.top, 0, 1)
-        colour = _tab(x.astype(int)%10) if self.labels else _heat(share)
-        alpha = self.opacity*(x>0 if self.labels else share)
-        return rgb+(colour[...,:3]-rgb)*alpha[...,None]
-
-    def picture(self) -> np.ndarray: # (H,W,3) uint8
-        "All panels as one picture, the crosshair drawn in; rows are planes, columns sequences"
-        rows = []
-        for plane in PLANES:
-            panels = [self._framed(name, plane) for name in self.volumes]
-            rows.append(np.concatenate(panels, 1))
-        return (np.concatenate(rows)*255).astype(np.uint8)
-
-    def _framed(self, name, plane):
-        "A panel with its crosshair, filled up to the width of the widest"
-        x = self.panel(name, plane)
-        right,down = _axes_of(plane)
-        col,row = (int((self.field[1,a]-self.at[a])/self.mm) for a in (right,down))
-        row,col = min(row, len(x)-1),min(col, x.shape[1]-1)
-        x[row,::3] = x[::3,col] = (.2,.8,1)
-        widest = np.ptp(self.field, axis=0)[:2].max()
-        width = int(np.ceil(widest/self.mm))+2
-        lack = max(0, width-x.shape[1])
-        return np.pad(x, ((0,2),(0,lack),(0,0)))
-
-    def lines(self) -> list: # Of text
-        "What is written under the picture"
-        x,y,z = self.at.round(1)+0. # -0. becomes 0.
-        where = f"{x:.1f} right, {y:.1f} front, {z:.1f} up (RAS mm)"
-        cut = 'skull: only 25 to 75 mm below the top of the head is shown' if self.cropped else ''
-        return [o for o in (where,cut,self.note) if o]
-
-    def figure(self) -> Figure: # Not among pyplot's
-        "The picture in a matplotlib figure, with names, place and note"
-        x = self.picture()
-        height,width = (o/90 for o in x.shape[:2])
-        lines = self._wrapped(max(width, 4))
-        below,above = .17*len(lines)+.05,.25
-        whole = height+below+above
-        fig = Figure(figsize=(max(width, 4), whole))
-        share = width/fig.get_figwidth()
-        ax = fig.add_axes([0, below/whole, share, height/whole])
-        ax.imshow(x, aspect='auto', interpolation='nearest')
-        ax.set_axis_off()
-        share = 1/len(self.volumes)
-        for i,name in enumerate(self.volumes):
-            ax.text((i+.5)*share, 1, name, **_title_style, transform=ax.transAxes)
-        fig.text(.01, .01, '\n'.join(lines), fontsize=8, va='bottom')
-        return fig
-
-    def _wrapped(self, inches):
-        "The lines under the picture, as wide as it is"
-        res,width = [],int(13*inches)
-        for o in '\n'.join(self.lines()).splitlines():
-            res += textwrap.wrap(o, width)
-        return res
-
-    def png(self) -> bytes: # Of a PNG
-        "The figure as a picture file"
-        f = io.BytesIO()
-        self.figure().savefig(f, format='png', dpi=90, pil_kwargs=dict(compress_level=1))
-        return f.getvalue()
-
     def _repr_png_(self): return self.png()
 
 _title_style = dict(ha='center', va='bottom', fontsize=9)
+
+# %% ../nbs/71_viewer.ipynb #9ca5c92c
+@patch
+def panel(self:View,
+    name:str, # One of `volumes`
+    plane:str, # One of `PLANES`
+) -> np.ndarray: # (h,w,3) float32, 0 to 1
+    "One sequence in one plane, with the overlay"
+    points = plane_points(plane, self.at, self.field, self.mm)
+    lo,hi = self.ranges[name]
+    x = np.nan_to_num(sample(self.volumes[name], points), nan=lo)
+    grey = (x-lo)/(hi-lo)
+    black,white = self.window
+    grey = np.clip((grey-black)/max(white-black, 1e-3), 0, 1)
+    rgb = np.repeat(grey[...,None], 3, -1).astype(np.float32)
+    return rgb if self.overlay is None else self._blended(rgb, points)
+
+@patch
+def _blended(self:View, rgb, points):
+    x = np.nan_to_num(sample(self.overlay, points, order=0 if self.labels else 1))
+    share = np.clip(x/self.top, 0, 1)
+    colour = _tab(x.astype(int)%10) if self.labels else _heat(share)
+    alpha = self.opacity*(x>0 if self.labels else share)
+    return rgb+(colour[...,:3]-rgb)*alpha[...,None]
+
+# %% ../nbs/71_viewer.ipynb #28ffcff2
+@patch
+def picture(self:View) -> np.ndarray: # (H,W,3) uint8
+    "All panels as one picture, the crosshair drawn in; rows are planes, columns sequences"
+    rows = []
+    for plane in PLANES:
+        panels = [self._framed(name, plane) for name in self.volumes]
+        rows.append(np.concatenate(panels, 1))
+    return (np.concatenate(rows)*255).astype(np.uint8)
+
+@patch
+def _framed(self:View, name, plane):
+    "A panel with its crosshair, filled up to the width of the widest"
+    x = self.panel(name, plane)
+    right,down = _axes_of(plane)
+    col,row = (int((self.field[1,a]-self.at[a])/self.mm) for a in (right,down))
+    row,col = min(row, len(x)-1),min(col, x.shape[1]-1)
+    x[row,::3] = x[::3,col] = (.2,.8,1)
+    widest = np.ptp(self.field, axis=0)[:2].max()
+    width = int(np.ceil(widest/self.mm))+2
+    lack = max(0, width-x.shape[1])
+    return np.pad(x, ((0,2),(0,lack),(0,0)))
+
+# %% ../nbs/71_viewer.ipynb #38b0488a
+@patch
+def lines(self:View) -> list: # Of text
+    "What is written under the picture"
+    x,y,z = self.at.round(1)+0. # -0. becomes 0.
+    where = f"{x:.1f} right, {y:.1f} front, {z:.1f} up (RAS mm)"
+    cut = 'skull: only 25 to 75 mm below the top of the head is shown' if self.cropped else ''
+    return [o for o in (where,cut,self.note) if o]
+
+@patch
+def _wrapped(self:View, inches):
+    "The lines under the picture, as wide as it is"
+    res,width = [],int(13*inches)
+    for o in '\n'.join(self.lines()).splitlines():
+        res += textwrap.wrap(o, width)
+    return res
+
+# %% ../nbs/71_viewer.ipynb #89d8f065
+@patch
+def figure(self:View) -> Figure: # Not among pyplot's
+    "The picture in a matplotlib figure, with names, place and note"
+    x = self.picture()
+    height,width = (o/90 for o in x.shape[:2])
+    lines = self._wrapped(max(width, 4))
+    below,above = .17*len(lines)+.05,.25
+    whole = height+below+above
+    fig = Figure(figsize=(max(width, 4), whole))
+    share = width/fig.get_figwidth()
+    ax = fig.add_axes([0, below/whole, share, height/whole])
+    ax.imshow(x, aspect='auto', interpolation='nearest')
+    ax.set_axis_off()
+    share = 1/len(self.volumes)
+    for i,name in enumerate(self.volumes):
+        ax.text((i+.5)*share, 1, name, **_title_style, transform=ax.transAxes)
+    fig.text(.01, .01, '\n'.join(lines), fontsize=8, va='bottom')
+    return fig
+
+@patch
+def png(self:View) -> bytes: # Of a PNG
+    "The figure as a picture file"
+    f = io.BytesIO()
+    self.figure().savefig(f, format='png', dpi=90, pil_kwargs=dict(compress_level=1))
+    return f.getvalue()
 
 # %% ../nbs/71_viewer.ipynb #52320444
 @patch

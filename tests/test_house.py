@@ -98,10 +98,16 @@ def test_lines_of_code_cells_fit(path):
     assert not too_wide(lines)
 
 
+def class_of(f):
+    "The class that a function is patched into, with a dot; nothing if it is a function"
+    patched = any('patch' in ast.unparse(d) for d in f.decorator_list)
+    return f'{f.args.args[0].annotation.id}.' if patched else ''
+
+
 def public_functions(tree):
     "Public functions, and public methods and `__init__` of public classes"
     for o in tree.body:
-        if isinstance(o, ast.FunctionDef) and not o.name.startswith('_'): yield o.name,o
+        if isinstance(o, ast.FunctionDef) and not o.name.startswith('_'): yield class_of(o)+o.name,o
         if not isinstance(o, ast.ClassDef) or o.name.startswith('_'): continue
         for m in o.body:
             named = isinstance(m, ast.FunctionDef) and (m.name=='__init__' or not m.name.startswith('_'))
@@ -155,6 +161,12 @@ def test_what_lacks_a_comment_or_a_type_is_seen():
     text = 'class A:\n    def __init__(self,\n        x:int, # Good\n        y, # Bad\n    ): pass\ndef _f(z): pass\n'
     assert lacking(text)==['A.__init__(y): no type']
     assert lacking('def f(x:int): pass')==['f(x): no comment']
+
+
+def test_a_patched_method_is_one_of_its_class():
+    patched = "@patch\ndef f(self:B, {}): pass"
+    assert not lacking(BASE+'class B(A): pass\n'+patched.format('x'))
+    assert lacking(BASE+'class B(A): pass\n'+patched.format('y'))==['B.f(y): no comment', 'B.f(y): no type']
 
 
 BASE = 'class A:\n    def f(self,\n        x:int, # Good\n    ): pass\n'
