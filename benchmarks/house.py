@@ -34,10 +34,11 @@ def density(func):
 
 
 def defined(tree):
-    "Names that a module defines at its top level: functions, classes and variables"
+    "Names that a module defines at its top level: functions, classes and variables; a patched method is its class'"
     names = []
     for o in tree.body:
-        if isinstance(o, (ast.FunctionDef,ast.ClassDef)): names.append(o.name)
+        made = isinstance(o, (ast.FunctionDef,ast.ClassDef))
+        if made and not any('patch' in ast.unparse(d) for d in o.decorator_list): names.append(o.name)
         if not isinstance(o, (ast.Assign,ast.AnnAssign)): continue
         targets = o.targets if isinstance(o, ast.Assign) else [o.target]
         for t in targets: names += stored(t)
