@@ -485,7 +485,7 @@ def _print_findings(table, thresholds=(.5,)):
     for r in found.itertuples():
         print(f'{r.verdict}: {r.where}: {r.finding}')
     if not len(found):
-        print(f"consistency: {len(table)} row{'s'*(len(table)!=1)}, no figure that cannot be")
+        print(f"consistency: {len(table)} row{'s'*(len(table)!=1)}, no impossible figure")
 
 # %% ../nbs/90_cli.ipynb #90c00001
 from .sweep import sweep, sweep_table

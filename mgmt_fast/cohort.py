@@ -648,7 +648,7 @@ def _no_match(root, pattern, names):
     return CohortError(f"nothing in {root} matches {pattern!r} with a sequence that is known{hint}")
 
 def _unknown_names(names):
-    what = 'images are called so, which is no known sequence: left out'
+    what = 'images have this name, which is not a known sequence: left out'
     todo = 'nothing, or name it in `sequences`'
     return [('', k, f'{n} {what}', todo) for k,n in names.items() if n]
 

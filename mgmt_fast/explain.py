@@ -463,7 +463,7 @@ def _no_better(auc):
     if auc is None: return _auc_not_given
     lo,hi = auc
     if lo>.5: return ''
-    return (f"the interval of the model's AUC, {lo:.2f} to {hi:.2f}, holds .5: nobody knows that it is better than "
+    return (f"the interval of the model's AUC, {lo:.2f} to {hi:.2f}, includes .5: it is not known to be better than "
         "chance, so what it looked at explains nothing")
 
 _auc_not_given = ("nobody said how good this model is: give auc=auc_ci(labels, probs) of patients whom it was not "
@@ -538,7 +538,7 @@ def explain(
 ) -> Explanation: # With a `.map` in the patient's millimetres, or `.why` there is none
     """What a model looked at when it answered for one patient; the answer of a bundle is by its own threshold.
 
-    There is no map, but a reason, where the interval of the model's AUC holds .5 or is not known. Of a row of a
+    There is no map, but a reason, where the interval of the model's AUC includes .5 or is not known. Of a row of a
     cohort, the map is on the grid of the first sequence; of a store's patient, on the prepared one; both lie in the
     patient's millimetres. Raises `MGMTError` on a method that did not pass (unless `untested=True`), on models that
     have no map, on a patient who lacks a sequence, and on a model whose answer does not depend on the scan."""

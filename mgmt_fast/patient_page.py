@@ -266,7 +266,7 @@ def _model_sentences(m):
 _auc_unknown = ("The model's AUC is not known: a model alone does not say how good it is. Freeze it with its "
     "validation patients (mgmt_evaluate --bundle), and give the bundle.")
 _calibration_unknown = "Its calibration is not known either: 0.7 need not mean that seven in ten are methylated."
-_chance = ("The interval holds 0.5: nobody knows that this model is better than chance, so its number says nothing "
+_chance = ("The interval includes 0.5: this model is not known to be better than chance, so its number says nothing "
     "of this patient.")
 
 # %% ../nbs/75_patient_page.ipynb #5889662a
