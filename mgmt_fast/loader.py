@@ -505,7 +505,7 @@ def usable_patients(
     absent = [s for s in sequences if s not in store.sequences]
     if absent: raise MGMTError(_not_prepared(absent, store))
     ok = t[sequences].all(axis=1) & t.label.notna()
-    why = np.where(t.label.isna(), 'no label', 'lacks a sequence')
+    why = np.where(t.label.isna(), 'without a label', 'without a sequence')
     others = pd.DataFrame(dict(patient=t.patient, why=why))[~ok]
     return t.loc[ok,['patient','label']].reset_index(drop=True), others.reset_index(drop=True)
 
