@@ -1,6 +1,6 @@
 "The audit of cohorts and folders: what the whole shows, what reaches the disk, and what must never."
-import re
 import os
+import re
 
 import numpy as np
 import pandas as pd
