@@ -189,11 +189,12 @@ def register_to_atlas(
     brain:Volume, # (D,H,W) anchor as `level` places it, 0 outside the brain
     mask:Volume, # On the same grid, 1 in the brain
     atlas:Atlas, # Without skull
-    back:np.ndarray=np.eye(4), # (4,4) from mm of `brain` to those of its header
+    back:np.ndarray=None, # (4,4) from mm of `brain` to those of its header; None: they are the same
     recipe:str|Path|Recipe='default', # Name, file or `Recipe`
 ) -> tuple: # (4,4) from mm of the atlas to mm of `brain`; scores, with `structure`, `starts`, `turn` and `engine`
     "Align a brain with the atlas, from two starts, and score the result."
     r = get_recipe(recipe)
+    if back is None: back = np.eye(4)
     leveling = np.linalg.inv(back)
     header = moved(brain, leveling)
     starts = [_coarse(atlas.volume, brain)[0], leveling@_coarse(atlas.volume, header)[0]]

@@ -153,6 +153,14 @@ def lacking(text):
 
 
 @pytest.mark.parametrize('path', ROOMS, ids=names(ROOMS))
+def test_no_default_is_an_array(path):
+    "It could be changed by a call, and nbdev cannot show it"
+    functions = [o for o in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if isinstance(o, ast.FunctionDef)]
+    defaults = [ast.unparse(d) for o in functions for d in (*o.args.defaults, *o.args.kw_defaults) if d]
+    assert not [d for d in defaults if d.startswith(('np.','torch.')) and '(' in d]
+
+
+@pytest.mark.parametrize('path', ROOMS, ids=names(ROOMS))
 def test_public_parameters_have_a_comment_and_a_type(path):
     assert not lacking(path.read_text(encoding='utf-8'))
 
