@@ -33,12 +33,17 @@ def density(func):
     return sum(1 for o in rest for _ in ast.walk(o))/lines
 
 
+def is_patched(o):
+    "Is it a method that is put into its class from outside?"
+    return any('patch' in ast.unparse(d) for d in o.decorator_list)
+
+
 def defined(tree):
     "Names that a module defines at its top level: functions, classes and variables; a patched method is its class'"
     names = []
     for o in tree.body:
         made = isinstance(o, (ast.FunctionDef,ast.ClassDef))
-        if made and not any('patch' in ast.unparse(d) for d in o.decorator_list): names.append(o.name)
+        if made and not is_patched(o): names.append(o.name)
         if not isinstance(o, (ast.Assign,ast.AnnAssign)): continue
         targets = o.targets if isinstance(o, ast.Assign) else [o.target]
         for t in targets: names += stored(t)

@@ -295,15 +295,20 @@ def _report_figures(s, tables):
     y,p,name = s.y,s.p,s.name
     scores = {'before the temperature':_before_temperature(s.oof, s.main), 'after':p}
     histories = _histories(s.oof, s.table, s.dest)
-    res = dict(
+    return dict(
         balance=plot_balance(store_cohort(s.store)),
         forest=plot_forest(s.table, ['arch','sequences']),
-        roc=plot_roc(y, p, name, seed=s.seed),
+        **_score_figures(y, p, name, scores, tables, s.seed),
+        losses=plot_losses(histories))
+
+def _score_figures(y, p, name, scores, tables, seed):
+    "The figures of labels and probabilities, and that of the subgroups if there are any"
+    res = dict(
+        roc=plot_roc(y, p, name, seed=seed),
         pr=plot_pr(y, p, name),
         reliability=plot_reliability(y, p, name),
         calibration=plot_calibration(y, scores),
-        decision=plot_decision(y, {name:p}),
-        losses=plot_losses(histories))
+        decision=plot_decision(y, {name:p}))
     who = tables.get('subgroups')
     if who is not None and who.auc.notna().any():
         res['subgroups'] = plot_forest(who, ['group','level'])
@@ -422,16 +427,7 @@ def _prediction_figures(t, name, tables, seed):
     "Its figures, as axes"
     y = t.label.to_numpy()
     p = t.prob.to_numpy()
-    who = tables.get('subgroups')
-    res = dict(
-        roc=plot_roc(y, p, name, seed=seed),
-        pr=plot_pr(y, p, name),
-        reliability=plot_reliability(y, p, name),
-        calibration=plot_calibration(y, {name:p}),
-        decision=plot_decision(y, {name:p}))
-    if who is not None and who.auc.notna().any():
-        res['subgroups'] = plot_forest(who, ['group','level'])
-    return res
+    return _score_figures(y, p, name, {name:p}, tables, seed)
 
 # %% ../nbs/67_card.ipynb #b42e6d08
 def _prediction_sections(t, threshold, chosen, tables, figures, results):

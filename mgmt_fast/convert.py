@@ -315,9 +315,6 @@ class _Conversion:
 
 # %% ../nbs/42_convert.ipynb #383904e6
 def _as_int(x): return x if isinstance(x, int) else x[0]
-def _two(x):
-    if isinstance(x, int): return x,x
-    return tuple(x)
 
 def _zeros_around(m):
     "Zeros before and behind a convolution's input, or an error"
@@ -327,11 +324,11 @@ def _zeros_around(m):
         raise _odd_padding(m)
     if m.padding=='same':
         return tuple(d*(k//2) for d,k in zip(m.dilation, m.kernel_size))
-    return _two(m.padding)
+    return tl.to_2tuple(m.padding)
 
 # %% ../nbs/42_convert.ipynb #8ebfb6a4
 def _conv(m, plan):
-    k,s,d = map(_two, (m.kernel_size,m.stride,m.dilation))
+    k,s,d = map(tl.to_2tuple, (m.kernel_size,m.stride,m.dilation))
     p = _zeros_around(m)
     kd = k[0] if k[0]==k[1] and plan.mode!='slice' else 1
     pd = p[0] if kd>1 else 0
@@ -370,7 +367,7 @@ def _pool(kind):
 def _global(kind):
     "How to convert a pool over the whole plane"
     def convert(m, plan):
-        size = _two(getattr(m, 'output_size', 1))
+        size = tl.to_2tuple(getattr(m, 'output_size', 1))
         if size==(1,1):
             return GlobalPool3d(kind, bool(getattr(m, 'flatten', False)))
         if kind=='avg':

@@ -1033,7 +1033,7 @@ class InflatedPool3d(nn.Module):
         "Does a card's kernel do? It numbers at most 255 voxels of a window"
         plain = self.kind=='max' and self._is_maximum()
         if not plain or route(x)!='card': return False
-        area = math.prod(_pair(self.plane.kernel_size))
+        area = math.prod(tl.to_2tuple(self.plane.kernel_size))
         return self.along.k*area<=255
 
     def _geometry(self, x):
@@ -1056,7 +1056,7 @@ class InflatedPool3d(nn.Module):
         lo,_ = o.pads(D)
         depth = o.k,o.s,lo,o.d
         plane = m.kernel_size,m.stride,m.padding,m.dilation
-        return tuple((d,*_pair(p)) for d,p in zip(depth, plane))
+        return tuple((d,*tl.to_2tuple(p)) for d,p in zip(depth, plane))
 
     def _through(self, lines):
         "The pool along the depth, (B,C,D,N)"
@@ -1074,11 +1074,6 @@ class InflatedPool3d(nn.Module):
         return f"{self.kind} along the depth, {self.along}"
 
 # %% ../nbs/41_operators.ipynb #a75df1d3
-def _pair(x):
-    "Both sides, of a number for both or of two"
-    if isinstance(x, int): return x,x
-    return tuple(x)
-
 def _binomial(k):
     "Weights of a blur over k slices"
     total = 2**(k-1)

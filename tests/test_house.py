@@ -10,7 +10,7 @@ import pytest
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root/'benchmarks'))
-from house import borrowed, house
+from house import borrowed, functions, house, is_patched
 
 WIDTH = 120
 ROOMS = sorted(p for p in (root/'mgmt_fast').glob('[a-z]*.py') if p.stem!='all')
@@ -30,7 +30,7 @@ def named(tree):
     "What stands at the top of a module: name and node; methods that are patched in belong to their class"
     for o in tree.body:
         made = isinstance(o, (ast.FunctionDef,ast.ClassDef))
-        if made and not any('patch' in ast.unparse(d) for d in o.decorator_list): yield o.name,o
+        if made and not is_patched(o): yield o.name,o
         if isinstance(o, ast.Assign):
             yield from ((n.id,o) for t in o.targets for n in ast.walk(t) if isinstance(n, ast.Name))
 
@@ -100,8 +100,7 @@ def test_lines_of_code_cells_fit(path):
 
 def class_of(f):
     "The class that a function is patched into, with a dot; nothing if it is a function"
-    patched = any('patch' in ast.unparse(d) for d in f.decorator_list)
-    return f'{f.args.args[0].annotation.id}.' if patched else ''
+    return f'{f.args.args[0].annotation.id}.' if is_patched(f) else ''
 
 
 def public_functions(tree):
@@ -155,8 +154,8 @@ def lacking(text):
 @pytest.mark.parametrize('path', ROOMS, ids=names(ROOMS))
 def test_no_default_is_an_array(path):
     "It could be changed by a call, and nbdev cannot show it"
-    functions = [o for o in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if isinstance(o, ast.FunctionDef)]
-    defaults = [ast.unparse(d) for o in functions for d in (*o.args.defaults, *o.args.kw_defaults) if d]
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    defaults = [ast.unparse(d) for o in functions(tree) for d in (*o.args.defaults, *o.args.kw_defaults) if d]
     assert not [d for d in defaults if d.startswith(('np.','torch.')) and '(' in d]
 
 
