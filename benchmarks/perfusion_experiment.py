@@ -1,8 +1,8 @@
 """Experiment (c) on phantoms whose label is in the blood volume of the rim alone: does perfusion find it, and does
 anatomy not?
 
-usage: perfusion_experiment.py FOLDER [--patients 360] [--epochs 12] [--folds 3] [--arch timm/test_resnet] [--auc .9]
-       [--seeds 0 1 2] [--missing .1]
+usage: perfusion_experiment.py FOLDER [--patients 900] [--epochs 12] [--folds 3] [--arch timm/test_resnet] [--auc .9]
+       [--seeds 0 1 2] [--missing .1] [--workers 2]
 Prints, for each seed, the out-of-fold AUC of anatomy, perfusion and both with its interval, the best that the sample
 allows, the AUC of the rim's measured blood volume, and the paired differences. A tenth of the patients have no DSC. A
 stopped run goes on where it stopped. Grid, epochs and rate were chosen on seed 7, which is not among these."""
@@ -22,21 +22,27 @@ from mgmt_fast.perfusion_cohort import add_perfusion, find_dsc
 from mgmt_fast.perfusion_experiment import perfusion_experiments
 from mgmt_fast.phantom import render_patient, write_series
 from mgmt_fast.prepare import prepare
+from mgmt_fast.processes import in_processes
 from mgmt_fast.series import read_volume
 
 ANATOMY,SIZE,SCAN = ('FLAIR','T1wCE'),(16,64,64),dict(slices=16, size=48)
 
 
-def scans(root, patients, missing, seed):
+def scans(root, patients, missing, seed, workers):
     "Anatomical series and DSC of each patient, in the competition's layout; masks of the rims beside them"
-    for i,p in patients.iterrows():
-        folder = root/'train'/p.patient
-        if (folder/'done').exists(): continue
-        for k,(v,_) in render_patient(p, seed, ANATOMY, **SCAN).items(): write_series(v, folder/k, k, p.patient)
-        if i%round(1/missing): write(render_dsc(p, seed, frames=50, **SCAN), folder/'DSC.dcm', p.patient, root)
-        (folder/'done').touch()
+    each = round(1/missing)
+    jobs = [(root,p,seed,i%each>0) for i,p in patients.iterrows() if not (root/'train'/p.patient/'done').exists()]
+    for _ in in_processes(scan, jobs, workers, False): pass
     ids = patients.rename(columns=dict(patient='BraTS21ID', label='MGMT_value'))
     write_csv(root/'train_labels.csv', ids[['BraTS21ID','MGMT_value']])
+
+
+def scan(root, p, seed, perfused):
+    "One patient"
+    folder = root/'train'/p.patient
+    for k,(v,_) in render_patient(p, seed, ANATOMY, **SCAN).items(): write_series(v, folder/k, k, p.patient)
+    if perfused: write(render_dsc(p, seed, frames=50, **SCAN), folder/'DSC.dcm', p.patient, root)
+    (folder/'done').touch()
 
 
 def write(sim, dest, patient, root):
@@ -59,22 +65,23 @@ def measured(cohort, root):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('folder', type=Path)
-    p.add_argument('--patients', type=int, default=360)
+    p.add_argument('--patients', type=int, default=900)
     p.add_argument('--epochs', type=int, default=12)
     p.add_argument('--folds', type=int, default=3)
     p.add_argument('--arch', default='timm/test_resnet')
     p.add_argument('--auc', type=float, default=.9)
     p.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
     p.add_argument('--missing', type=float, default=.1)
+    p.add_argument('--workers', type=int, default=2)
     o = p.parse_args()
     augment = get_recipe('none', flip='w').room('augment')
     recipe = get_recipe('default', arch=o.arch, lr=2e-3, epochs=o.epochs, **augment)
     for seed in o.seeds:
         start,d = time.process_time(),o.folder/f'seed{seed}'
         patients = dsc_patients(o.patients, o.auc, seed)
-        scans(d, patients, o.missing, seed)
-        cohort = add_perfusion(find_dsc(kaggle_cohort(d)), d/'maps', progress=False)
-        store = prepare(cohort, d/'store', (*ANATOMY,'rCBV'), size=SIZE, n_workers=1, progress=False)
+        scans(d, patients, o.missing, seed, o.workers)
+        cohort = add_perfusion(find_dsc(kaggle_cohort(d)), d/'maps', n_workers=o.workers, progress=False)
+        store = prepare(cohort, d/'store', (*ANATOMY,'rCBV'), size=SIZE, n_workers=o.workers, progress=False)
         res = perfusion_experiments(store, recipe, d/'runs', n_folds=o.folds, seed=seed, progress=False)
         bound = roc_auc_score(patients.label, patients.latent)
         print(f'\n## seed {seed}: bound {bound:.3f}, measured in the rim {measured(cohort, d):.3f}, '

@@ -421,33 +421,36 @@ def _not_one_per_patient(what, rows, x):
     return MGMTError(f"{what} needs one row per patient; received {seen}")
 
 # %% ../nbs/36_augment.ipynb #47a87318
-def _turn(axis, degrees):
-    "Rotation about one of the axes D, H and W, (3,3)"
-    i,j = [(1,2),(2,0),(0,1)][axis]
-    a = math.radians(degrees)
-    m = np.eye(3)
-    m[i,i] = m[j,j] = math.cos(a)
-    m[i,j] = -math.sin(a)
-    m[j,i] = math.sin(a)
-    return m
+def _turn(d, h, w):
+    "Rotation about D after one about H after one about W, degrees, (3,3)"
+    pairs = [(math.cos(a),math.sin(a)) for a in map(math.radians, (d,h,w))]
+    (cd,sd),(ch,sh),(cw,sw) = pairs
+    return np.array([
+        [ch*cw, -ch*sw, sh],
+        [cd*sw+sd*sh*cw, cd*cw-sd*sh*sw, -sd*ch],
+        [sd*sw-cd*sh*cw, sd*cw+cd*sh*sw, cd*ch]])
 
 # %% ../nbs/36_augment.ipynb #ec1f3ffe
-def _matrix(r, shape, mm, in_plane):
-    "Output voxel to input voxel, (3,3) and (3,), for a row of `RandAffine`"
-    def along(name): return np.array([r[f'{name}_{a}'] for a in 'dhw'])
+_moves = [f'{k}_{a}' for k in ('flip','turn','shift','frac','crop') for a in 'dhw']
+
+def _matrices(rows, shape, mm, in_plane):
+    "Output voxel to input voxel, (B,3,3) and (B,3), for rows of `RandAffine` and spacings (B,3)"
+    each = np.array([[r[k] for k in (*_moves,'zoom','crop')] for r in rows])
+    flip,turn,shift,frac,crop = each[:,:15].reshape(-1,5,3).swapaxes(0, 1)
     n = np.array(shape)
-    both = np.array([0 if in_plane else 1,1,1])
-    mirror = np.where(along('flip'), -1, 1)
-    size = np.where(both, r['zoom'], 1)*mirror
-    keep = np.where(both, r['crop'], 1)
-    shift = along('shift')+along('frac')*n*mm
-    place = along('crop')*(1-keep)/2*n*mm
-    turn = _turn(0,r['turn_d'])@_turn(1,r['turn_h'])@_turn(2,r['turn_w'])
-    back = np.diag(1/size)@turn.T
-    m = back*keep*mm/mm[:,None]
+    resized = np.array([not in_plane,True,True])
+    size = (1-2*flip)*(1+resized*(each[:,15:16]-1))
+    keep = 1+resized*(each[:,16:]-1)
+    turned = np.stack([_turn(*o) for o in turn.tolist()])
+    back = turned.swapaxes(1, 2)/size[:,:,None]
+    m = back*(keep*mm)[:,None]/mm[:,:,None]
+    box = n*mm
+    cut = crop*(1-keep)/2*box
+    moved = _each(back, cut)-(shift+frac*box)/size
     centre = (n-1)/2
-    moved = (back@place-shift/size)/mm
-    return m, centre-m@centre+moved
+    return m, centre-m@centre+moved/mm
+
+def _each(m, v): return (m@v[:,:,None])[:,:,0]
 
 # %% ../nbs/36_augment.ipynb #c4c666e7
 def _grid(m, b, sizes, axes, like):
@@ -505,8 +508,8 @@ def _resample_batch(src, out, ms, bs, outside):
     "`_resample2d` of all patients at once, matrices (B,2,2) and (B,2): on a GPU, launches cost more than arithmetic"
     B,C,D,H,W = src.shape
     n = np.array([H,W])
-    m = 2*np.stack(ms)/n[:,None]
-    b = (2*np.stack(bs)+1)/n-1
+    m = 2*ms/n[:,None]
+    b = (2*bs+1)/n-1
     c = np.concatenate([m, b[...,None]], 2)
     c = torch.from_numpy(c)
     c = c.to(src.device, src.dtype, non_blocking=True)
@@ -596,12 +599,8 @@ class RandAffine(RandAug):
         return r
 
     def together(self, src, out, rows, mm):
-        ms,bs = [],[]
-        for r,spacing in zip(rows, mm):
-            m,b = self.matrix(r, src.shape[2:], spacing)
-            ms.append(m[1:,1:])
-            bs.append(b[1:])
-        _resample_batch(src, out, ms, bs, self.outside)
+        m,b = self.matrices(rows, src.shape[2:], mm)
+        _resample_batch(src, out, m[:,1:,1:], b[:,1:], self.outside)
 
     in_few_passes = True
 
@@ -631,8 +630,18 @@ def matrix(self:RandAffine,
     shape:tuple, # (D,H,W) voxels
     mm:np.ndarray, # (3,) spacing
 ) -> tuple: # (3,3) and (3,): output voxel to input voxel
-    if not self.use_spacing: mm = np.ones(3)
-    return _matrix(r, shape, mm, self.in_plane)
+    (m,),(b,) = self.matrices([r], shape, mm[None])
+    return m,b
+
+@patch
+def matrices(self:RandAffine,
+    rows:list, # Parameters of each patient
+    shape:tuple, # (D,H,W) voxels
+    mm:np.ndarray, # (B,3) spacing
+) -> tuple: # (B,3,3) and (B,3)
+    "`matrix` of several patients"
+    if not self.use_spacing: mm = np.ones_like(mm)
+    return _matrices(rows, shape, mm, self.in_plane)
 
 @patch
 def across(self:RandAffine,
@@ -656,17 +665,16 @@ def in_passes(self:RandAffine, src, out, rows, mm):
     if src is out and not any(map(self.acts, rows)):
         return
     src = src.clone() if src is out else src.contiguous()
-    maps = [np.c_[self.matrix(r, src.shape[2:], o)] for r,o in zip(rows, mm)]
+    m,b = self.matrices(rows, src.shape[2:], mm)
+    maps = np.concatenate([m, b[:,:,None]], 2)
     solid = [i for i,r in enumerate(rows) if self.across(r)]
     flat = [i for i in range(len(rows)) if i not in solid]
     if solid:
         if src.shape[2]<2: raise _single_slice(src[0])
-        volumes = [maps[i] for i in solid]
-        warp_volumes(src, out, solid, np.stack(volumes), self.outside)
+        warp_volumes(src, out, solid, maps[solid], self.outside)
     if flat:
         mirror = [rows[i]['flip_d'] for i in flat]
-        planes = [maps[i][1:,1:] for i in flat]
-        warp_slices(src, out, flat, np.stack(planes), mirror, self.outside)
+        warp_slices(src, out, flat, maps[flat][:,1:,1:], mirror, self.outside)
 
 @patch
 def move_mask(self:RandAffine, m, r, mm):

@@ -13,6 +13,7 @@ import numpy as np, pandas as pd
 from fastcore.all import *
 
 from .core import *
+from .processes import DIED, in_processes
 from .schemas import TEXT, list_of, read_kept, record_of
 from .cohort import add_to_report
 from .dsc import Series4D, dsc_findings, read_dsc
@@ -109,6 +110,7 @@ def add_perfusion(
     dest:str|Path, # Folder for the maps, `PATIENT/NAME.nii.gz`; those of the same series and choices are kept
     maps:tuple=PERFUSION, # Which to write and add
     motion:bool=False, # Correct the motion of the head first?
+    n_workers:int=1, # Processes; one per core if None
     progress:bool=True, # Show a progress bar?
 ) -> pd.DataFrame: # A copy with a column for each map; missing where there is none
     """Compute perfusion for the patients who have DSC, place the maps on the anatomy, and add them to the cohort.
@@ -119,12 +121,14 @@ def add_perfusion(
         if k not in PERFUSION:
             raise unknown_name('map of perfusion', k, PERFUSION)
     dest = make_folder(dest)
-    report,added = [],[]
-    for r in track(cohort.to_dict('records'), len(cohort), progress):
-        added.append(_add_one(r, dest, maps, motion, report))
-    cohort = add_to_report(cohort, report)
+    jobs = [(r,dest,maps,motion) for r in cohort.to_dict('records')]
+    added = {}
+    for i,o in in_processes(_add_one, jobs, n_workers, progress):
+        added[i] = o if o!=DIED else ({},[_problem(jobs[i][0], DIED)])
+    each = [added[i] for i in range(len(jobs))]
+    cohort = add_to_report(cohort, [row for _,problems in each for row in problems])
     for k in maps:
-        cohort[k] = pd.array([o.get(k, pd.NA) for o in added], dtype='string')
+        cohort[k] = pd.array([o.get(k, pd.NA) for o,_ in each], dtype='string')
     return cohort
 
 # %% ../nbs/39_perfusion_cohort.ipynb #fa1526e2
@@ -146,9 +150,9 @@ def _kept_notes(folder, key, maps):
     return entry['notes'] if all(map(is_file, files)) else None
 
 # %% ../nbs/39_perfusion_cohort.ipynb #bb7fe31a
-def _add_one(row, dest, maps, motion, report):
-    "Paths of one patient's maps; none where there is no DSC, or it failed"
-    if pd.isna(row.get('DSC')): return {}
+def _add_one(row, dest, maps, motion):
+    "Paths of one patient's maps, none where there is no DSC or it failed; and rows of the report"
+    if pd.isna(row.get('DSC')): return {},[]
     seq = first(s for s in ('T2w','FLAIR','T1wCE','T1w') if has_scan(row, s))
     try:
         folder = patient_folder(dest, row['patient'])
@@ -158,10 +162,11 @@ def _add_one(row, dest, maps, motion, report):
             notes = _write_maps(row, seq, folder, maps, motion, key)
     except MGMTError as e:
         name,what = _name_and_text(e, row['DSC'])
-        report.append((row['patient'], 'DSC', f'{name}: {what}', 'go on without perfusion, or correct the series'))
-        return {}
-    report += [(row['patient'], 'DSC', o, 'look at the maps') for o in notes]
-    return {k: str(folder/f'{k}.nii.gz') for k in maps}
+        return {},[_problem(row, f'{name}: {what}')]
+    files = {k: str(folder/f'{k}.nii.gz') for k in maps}
+    return files,[(row['patient'], 'DSC', o, 'look at the maps') for o in notes]
+
+def _problem(row, what): return row['patient'], 'DSC', what, 'go on without perfusion, or correct the series'
 
 # %% ../nbs/39_perfusion_cohort.ipynb #7dd49763
 def _write_maps(row, seq, folder, maps, motion, key):
