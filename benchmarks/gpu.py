@@ -1,11 +1,13 @@
 """What training costs on one card, ours beside its peers in one process, and what it leaves of the card idle.
 
-usage: gpu.py steps|compiled|train|thesis|race [FOLDER] [--out gpu.csv] [--size 8x64x256x256 ...] [--archs a,b]
+usage: gpu.py steps|compiled|augment|train|thesis|race [FOLDER] [--out gpu.csv] [--size 8x64x256x256 ...] [--archs a,b]
 
 steps     one step (forward, loss, backward), eagerly and as a CUDA graph: ours, timm_3d and MONAI. B1 and B3 stand
           there twice: by default their kernels are split into one in the plane and one along the depth; `ours, full`
           is the very network of the peers.
 compiled  the same of what `torch.compile` makes of B1; only on a card.
+augment   a batch's augmentation, until it is done, and until the host is free again: 'published', 'default', and
+          'default' in 3D; the median of forty draws.
 train     an epoch of B1 from a store of 585 patients (468 train, 117 validate): eight phantoms, again and again.
 thesis    seconds an epoch of the thesis' four networks, and what its experiment would take: ten epochs, four sequences.
 race      seconds to the same validation AUC, see train.py; ours against MONAI, both on the card.
@@ -145,6 +147,31 @@ def compare(rows):
                 f"{peers.reserved_GiB.min():.1f}")
 
 
+def augment(rows, o):
+    from mgmt_fast.augment import mgmt_augs
+    from mgmt_fast.core import get_recipe
+    torch.manual_seed(0)
+    size = o.sizes[-1][0],1,*o.sizes[-1][1:]
+    x = torch.rand(size, device=DEVICE)*(torch.rand(size, device=DEVICE)>.5)
+    for name,choices in (('published',{}),('default',{}),('default, 3D',dict(in_plane=False))):
+        row = dict(arch='augment', who='ours', mode=name, size='x'.join(map(str, o.sizes[-1])))
+        if rows.has(**row): continue
+        augs, = mgmt_augs(get_recipe(name.split(',')[0], **choices), seed=0)
+        each = [timed(lambda: augs.encodes(x)) for _ in range(52)][12:]
+        card,host = map(statistics.median, zip(*each))
+        rows.add(row, ms=card, host_ms=host)
+
+
+def timed(f):
+    "Milliseconds until all of it is done, and until the host is free again"
+    wait()
+    start = time.perf_counter()
+    f()
+    host = time.perf_counter()-start
+    wait()
+    return 1000*(time.perf_counter()-start),1000*host
+
+
 def repeated_store(folder, size, sequences, n, kinds=8):
     "A store of n patients, a few phantoms again and again: their pictures do not matter here, their bytes do"
     from mgmt_fast.cohort import kaggle_cohort
@@ -268,7 +295,7 @@ def race(rows, o):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('part', choices=['steps','compiled','train','thesis','race'])
+    p.add_argument('part', choices=['steps','compiled','augment','train','thesis','race'])
     p.add_argument('folder', nargs='?', type=Path)
     p.add_argument('--out', default='gpu.csv')
     p.add_argument('--size', nargs='*')

@@ -25,7 +25,7 @@ from mgmt_fast.prepare import prepare
 from mgmt_fast.processes import in_processes
 from mgmt_fast.series import read_volume
 
-ANATOMY,SIZE,SCAN = ('FLAIR','T1wCE'),(16,64,64),dict(slices=16, size=48)
+ANATOMY,SIZE,SCAN = ('FLAIR','T1wCE'),(16,48,48),dict(slices=16, size=48)
 
 
 def scans(root, patients, missing, seed, workers):

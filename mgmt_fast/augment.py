@@ -431,11 +431,11 @@ def _turn(d, h, w):
         [sd*sw-cd*sh*cw, sd*cw+cd*sh*sw, cd*ch]])
 
 # %% ../nbs/36_augment.ipynb #ec1f3ffe
-_moves = [f'{k}_{a}' for k in ('flip','turn','shift','frac','crop') for a in 'dhw']
+_moves = [f'{k}_{a}' for k in ('flip','turn','shift','frac','crop') for a in 'dhw']+['zoom','crop']
 
 def _matrices(rows, shape, mm, in_plane):
     "Output voxel to input voxel, (B,3,3) and (B,3), for rows of `RandAffine` and spacings (B,3)"
-    each = np.array([[r[k] for k in (*_moves,'zoom','crop')] for r in rows])
+    each = np.array([[r[k] for k in _moves] for r in rows])
     flip,turn,shift,frac,crop = each[:,:15].reshape(-1,5,3).swapaxes(0, 1)
     n = np.array(shape)
     resized = np.array([not in_plane,True,True])
@@ -446,11 +446,9 @@ def _matrices(rows, shape, mm, in_plane):
     m = back*(keep*mm)[:,None]/mm[:,:,None]
     box = n*mm
     cut = crop*(1-keep)/2*box
-    moved = _each(back, cut)-(shift+frac*box)/size
+    moved = (back@cut[:,:,None])[:,:,0]-(shift+frac*box)/size
     centre = (n-1)/2
     return m, centre-m@centre+moved/mm
-
-def _each(m, v): return (m@v[:,:,None])[:,:,0]
 
 # %% ../nbs/36_augment.ipynb #c4c666e7
 def _grid(m, b, sizes, axes, like):
