@@ -77,7 +77,7 @@ def main():
     augment = get_recipe('none', flip='w').room('augment')
     recipe = get_recipe('default', arch=o.arch, lr=2e-3, epochs=o.epochs, **augment)
     for seed in o.seeds:
-        start,d = time.process_time(),o.folder/f'seed{seed}'
+        start,d = time.perf_counter(),o.folder/f'seed{seed}'
         patients = dsc_patients(o.patients, o.auc, seed)
         scans(d, patients, o.missing, seed, o.workers)
         cohort = add_perfusion(find_dsc(kaggle_cohort(d)), d/'maps', n_workers=o.workers, progress=False)
@@ -86,7 +86,7 @@ def main():
         perfused = patients[patients.patient.isin(store.table.patient[store.table.rCBV])]
         bound = roc_auc_score(perfused.label, perfused.latent)
         print(f'\n## seed {seed}: bound {bound:.3f}, measured in the rim {measured(cohort, d):.3f}, '
-            f'{time.process_time()-start:.0f} s')
+            f'{time.perf_counter()-start:.0f} s')
         print(res.table.round(3).to_string())
         print(res.paired.round(3).to_string(), flush=True)
 
