@@ -96,18 +96,26 @@ class Step:
         self.run = graph.replay
 
 
+def timed(f):
+    "Milliseconds until all of it is done, and until the host is free again"
+    wait()
+    start = time.perf_counter()
+    f()
+    host = time.perf_counter()-start
+    wait()
+    return 1000*(time.perf_counter()-start),1000*host
+
+
 def measure(who, arch, size, mode, reps=10):
     "Milliseconds and the rest of one row"
     gc.collect()
     if CUDA: torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
     torch._dynamo.reset()
-    start,times = time.perf_counter(),[]
+    start = time.perf_counter()
     step = Step(who, arch, size, mode)
-    for _ in range(reps+3):
-        wait(); t = time.perf_counter(); step.run(); wait()
-        times.append(time.perf_counter()-t)
-    ms = 1000*statistics.median(times[3:])
-    first = time.perf_counter()-start-sum(times[3:])
+    times = [timed(step.run)[0] for _ in range(reps+3)][3:]
+    ms = statistics.median(times)
+    first = time.perf_counter()-start-sum(times)/1000
     return dict(ms=ms, volumes_per_s=1000*size[0]/ms, reserved_GiB=reserved(), first_s=first)
 
 
@@ -158,18 +166,8 @@ def augment(rows, o):
         if rows.has(**row): continue
         augs, = mgmt_augs(get_recipe(name.split(',')[0], **choices), seed=0)
         each = [timed(lambda: augs.encodes(x)) for _ in range(52)][12:]
-        card,host = map(statistics.median, zip(*each))
-        rows.add(row, ms=card, host_ms=host)
-
-
-def timed(f):
-    "Milliseconds until all of it is done, and until the host is free again"
-    wait()
-    start = time.perf_counter()
-    f()
-    host = time.perf_counter()-start
-    wait()
-    return 1000*(time.perf_counter()-start),1000*host
+        ms,host_ms = map(statistics.median, zip(*each))
+        rows.add(row, ms=ms, host_ms=host_ms)
 
 
 def repeated_store(folder, size, sequences, n, kinds=8):

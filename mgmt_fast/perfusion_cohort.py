@@ -110,7 +110,7 @@ def add_perfusion(
     dest:str|Path, # Folder for the maps, `PATIENT/NAME.nii.gz`; those of the same series and choices are kept
     maps:tuple=PERFUSION, # Which to write and add
     motion:bool=False, # Correct the motion of the head first?
-    n_workers:int=1, # Processes; one per core if None
+    n_workers:int=None, # Processes; one per core if None. Each needs up to 2 GB
     progress:bool=True, # Show a progress bar?
 ) -> pd.DataFrame: # A copy with a column for each map; missing where there is none
     """Compute perfusion for the patients who have DSC, place the maps on the anatomy, and add them to the cohort.
