@@ -16,6 +16,7 @@ from typing import Any
 
 import torch, torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from fastcore.all import *
 from timm import layers as tl
 from .core import *
@@ -595,13 +596,26 @@ def _geometry(self:InflatedConv3d, x):
 
 @patch
 def _folded(self:InflatedConv3d, x, w):
-    "A few channels as many: each block of stride voxels, then the slices that a kernel meets, so that images do"
+    "A few channels as many, so that images do; for the gradient `x` is kept, of which the many are made again"
+    images,many = self._as_images(x, w)
+    with _made_again(images, lambda: self._as_images(x, w)[0]):
+        y = F.conv2d(images, many)
+    return as_volumes(y, len(x))
+
+@patch
+def _as_images(self:InflatedConv3d, x, w):
+    "Each block of stride voxels, then the slices that a kernel meets, as channels"
     (lo,hi),*plane = self._pads(x)
     x = pad_depth(x, lo, hi, self.along.mode)
     x = F.pad(x, _last_axis_first(plane))
-    x,w = _cast(*fold_stride(x, w, self.stride))
-    images,w = slices_as_channels(x, w)
-    return as_volumes(F.conv2d(images, w), len(x))
+    return slices_as_channels(*_cast(*fold_stride(x, w, self.stride)))
+
+def _made_again(t, make):
+    "While on, what is computed from `t` does not keep it for its gradient: `make()` makes it again"
+    place = t.data_ptr()
+    keep = lambda o: None if o.data_ptr()==place else o
+    again = lambda o: make() if o is None else o
+    return saved_tensors_hooks(keep, again)
 
 # %% ../nbs/41_operators.ipynb #a1ab6168
 def _is_pointwise(conv):
