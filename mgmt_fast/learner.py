@@ -39,6 +39,7 @@ from .runs import key_digest, run_key
 from .loader import LABELS, StoreDL, StoreDataLoaders, ToUnit, check_prepared, mgmt_dls
 from .augment import mgmt_augs
 from .devices import tf32_on
+from .operators import give_freed_memory_back
 from .backbones import Standardize, create_backbone, read_weights, rescales_inside
 from .seen import SeenVolumes
 from .networks import PairLoss, Prototypes, create_network
@@ -230,6 +231,7 @@ class MGMTLearner(Learner):
     def _do_fit(self):
         for self.epoch in range(self.first_epoch, self.n_epoch):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+            give_freed_memory_back()
 
 # %% ../nbs/55_learner.ipynb #95709f5f
 @patch

@@ -6,7 +6,7 @@
 __all__ = ['plain_operators', 'route', 'as_images', 'as_volumes', 'ChannelsInside', 'channels_inside', 'pad_depth', 'fold_stride',
            'slices_as_channels', 'InflatedConv3d', 'SeparableConv3d', 'depth_profiles', 'separate_depth', 'merge_depth',
            'BatchNormAct3d', 'norm_act', 'conv_norm', 'InflatedPool3d', 'volume_mean', 'scale_channels', 'scaled_conv',
-           'keep_freed_memory']
+           'keep_freed_memory', 'give_freed_memory_back']
 
 # %% ../nbs/41_operators.ipynb #d19e72ed
 import ctypes, math, sys
@@ -1149,8 +1149,18 @@ def scaled_conv(
 # %% ../nbs/41_operators.ipynb #cbef3718
 def keep_freed_memory() -> bool: # Did it work? Only with the GNU C library (most of Linux)
     "Let this process keep the memory that it frees, 2 GiB of it at most."
-    libc = ctypes.CDLL(None) if sys.platform=='linux' else None
-    if not hasattr(libc, 'mallopt'): return False
+    libc = _c_library('mallopt')
+    if libc is None: return False
     trim_threshold,mmap_max = -1,-4 # of <malloc.h>
     kept = libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31-1)
     return bool(kept)
+
+def give_freed_memory_back() -> bool: # Was there any? Only with the GNU C library (most of Linux)
+    "Give what this process has freed back to the system, which otherwise, piece by piece, comes to hold ever more."
+    libc = _c_library('malloc_trim')
+    return libc is not None and bool(libc.malloc_trim(0))
+
+def _c_library(function):
+    "That of this process, if it has the function"
+    libc = ctypes.CDLL(None) if sys.platform=='linux' else None
+    return libc if hasattr(libc, function) else None
