@@ -19,7 +19,7 @@ from .processes import working_in
 from fastcore.all import *
 from scipy.special import expit, logit
 from scipy.stats import binomtest, norm
-from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.metrics import log_loss
 from .moves import *
 from .clinical import id_key, patient_key, read_labels
 from .folds import assign_folds
@@ -514,11 +514,8 @@ def _figures(t):
 def _auc_of_folds(t):
     "Mean of the AUCs within each fold and run; NaN where there are no folds, or one lacks a class"
     if 'fold' not in t: return np.nan
-    folds = [o for _,o in t.groupby([*RUN_AXES,'fold'])]
-    if any(o.label.nunique()<2 for o in folds):
-        return np.nan
-    aucs = [roc_auc_score(o.label.astype(int), o.prob) for o in folds]
-    return float(np.mean(aucs))
+    fold = t.groupby([*RUN_AXES,'fold']).ngroup()
+    return auc_of_folds(t.label, t.prob, fold.where(fold>=0))
 
 # %% ../nbs/64_evaluate.ipynb #1e882cda
 def _accuracy(t, n):

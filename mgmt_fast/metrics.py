@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUC_METHODS', 'check_scores', 'check_probs', 'delong_parts', 'delong_cov', 'hoeffding_ci', 'auc_interval', 'auc_ci',
-           'delong_test', 'permutation_test', 'holm', 'compare_models', 'AUC', 'Brier', 'classification_ci',
-           'reliability', 'calibration', 'Temperature', 'fit_temperature', 'decision_curve']
+           'auc_of_folds', 'delong_test', 'permutation_test', 'holm', 'compare_models', 'AUC', 'Brier',
+           'classification_ci', 'reliability', 'calibration', 'Temperature', 'fit_temperature', 'decision_curve']
 
 # %% ../nbs/51_metrics.ipynb #23a2fcf4
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from scipy import stats
 from scipy.optimize import brentq, minimize, minimize_scalar
 from scipy.special import expit, logit, rel_entr
 from scipy.stats import norm, rankdata
+from sklearn.metrics import roc_auc_score
 
 # %% ../nbs/51_metrics.ipynb #f1a3fddb
 def _names(o):
@@ -357,6 +358,19 @@ def auc_ci(
     else:
         lo,hi = expected_ci(auc, len(y), y.mean(), level)[['lo','hi']]
     return pd.Series(dict(auc=auc, lo=lo, hi=hi), name=method)
+
+# %% ../nbs/51_metrics.ipynb #c0f01d51
+def auc_of_folds(
+    y:ArrayLike, # Labels, (n,), 0 or 1
+    p:ArrayLike, # Scores, (n,)
+    fold:ArrayLike, # Whose network scored each patient, (n,); NaN leaves one out
+) -> float: # Mean over folds; NaN without folds, or where one lacks a class
+    "Mean of the AUCs within each fold. It stands beside that of all patients: two networks share no scale of scores."
+    t = pd.DataFrame(dict(y=np.asarray(y, int), p=np.asarray(p, float), fold=np.asarray(fold)))
+    folds = [o for _,o in t.groupby('fold')]
+    if not folds or any(o.y.nunique()<2 for o in folds):
+        return np.nan
+    return float(np.mean([roc_auc_score(o.y, o.p) for o in folds]))
 
 # %% ../nbs/51_metrics.ipynb #7d15b3f6
 def delong_test(

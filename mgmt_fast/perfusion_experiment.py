@@ -14,8 +14,8 @@ from fastcore.all import *
 
 from .core import *
 from .prepare import VolumeStore
-from .metrics import AUC_METHODS, auc_ci, delong_test
-from .fusion import fused_oof, out_of_fold
+from .metrics import delong_test
+from .fusion import auc_table, fused_oof, out_of_fold
 
 # %% ../nbs/74_perfusion_experiment.ipynb #ec33b553
 def _channels(store):
@@ -26,14 +26,6 @@ def _channels(store):
     has = ', '.join(store.sequences)
     way_out = "add maps to the cohort with `add_perfusion`, and prepare it again"
     raise MGMTError(f"experiment (c) needs sequences and maps of perfusion; the store has {has}: {way_out}")
-
-# %% ../nbs/74_perfusion_experiment.ipynb #681cef3b
-def _auc_row(t, k):
-    t = t.dropna(subset=[k])
-    ci = auc_ci(t.label, t[k])
-    method = AUC_METHODS[ci.name]
-    return dict(n=len(t), auc=ci.auc, lo=ci.lo, hi=ci.hi,
-        interval=method)
 
 # %% ../nbs/74_perfusion_experiment.ipynb #bbdd1e1c
 def _pairs(t, ways):
@@ -52,7 +44,7 @@ def perfusion_experiments(
     recipe:str|Path|Recipe=None, # Name, file or `Recipe`; that of the store if None
     path:str|Path='.', # Folder for logs
     **kwargs, # For `out_of_fold`: `n_folds`, `seed`, ...
-) -> NS: # `.table`: n, auc, lo, hi, interval for each way; `.paired`: differences with intervals; `.oof`; `.models`
+) -> NS: # `.table`, see `auc_table`; `.paired`: differences with intervals; `.oof`; `.models`
     """Experiment (c): anatomy, perfusion and both on the patients who have all of them; and all patients, fused.
 
     Raises `MGMTError` on a store without sequences or without maps."""
@@ -66,15 +58,15 @@ def perfusion_experiments(
         both=(both,[*anatomy,*maps]),
         everybody=(store,anatomy))
     oof = t[['patient','label']].dropna()
-    models = {}
+    models,folds = {},{}
     for k,(s,channels) in ways.items():
         found,models[k] = out_of_fold(s, recipe, channels, Path(path)/k, **kwargs)
+        folds[k] = found.set_index('patient').fold
         logits = found[['patient','logit']].rename(columns=dict(logit=k))
         oof = oof.merge(logits, on='patient', how='left')
     fused = fused_oof(oof, ['everybody','perfusion'], how='mean')
     oof['fused'] = fused.logit.to_numpy()
-    rows = {k: _auc_row(oof, k) for k in (*ways,'fused')}
-    table = pd.DataFrame.from_dict(rows, orient='index')
+    table = auc_table(oof, [*ways,'fused'], folds)
     of_all = oof.dropna(subset=['anatomy','perfusion','both'])
     paired = _pairs(of_all, ('both','anatomy','perfusion'))
     return NS(table=table, paired=paired, oof=oof, models=models)
