@@ -15,7 +15,7 @@ from fastcore.all import *
 from .core import *
 from .prepare import VolumeStore
 from .metrics import delong_test
-from .fusion import auc_table, fused_oof, out_of_fold
+from .fusion import auc_table, fused_oof, ways_out_of_fold
 
 # %% ../nbs/74_perfusion_experiment.ipynb #ec33b553
 def _channels(store):
@@ -53,17 +53,11 @@ def perfusion_experiments(
     have_all = t[[*anatomy,*maps]].all(axis=1)
     both = store.only(t.patient[have_all])
     ways = dict(
-        anatomy=(both,anatomy),
-        perfusion=(both,maps),
-        both=(both,[*anatomy,*maps]),
-        everybody=(store,anatomy))
-    oof = t[['patient','label']].dropna()
-    models,folds = {},{}
-    for k,(s,channels) in ways.items():
-        found,models[k] = out_of_fold(s, recipe, channels, Path(path)/k, **kwargs)
-        folds[k] = found.set_index('patient').fold
-        logits = found[['patient','logit']].rename(columns=dict(logit=k))
-        oof = oof.merge(logits, on='patient', how='left')
+        anatomy=(both,recipe,anatomy),
+        perfusion=(both,recipe,maps),
+        both=(both,recipe,[*anatomy,*maps]),
+        everybody=(store,recipe,anatomy))
+    oof,models,folds = ways_out_of_fold(store, ways, path, **kwargs)
     fused = fused_oof(oof, ['everybody','perfusion'], how='mean')
     oof['fused'] = fused.logit.to_numpy()
     table = auc_table(oof, [*ways,'fused'], folds)
