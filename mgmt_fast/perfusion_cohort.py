@@ -6,11 +6,13 @@
 __all__ = ['says_dsc', 'find_dsc', 'audit_dsc', 'place_maps', 'add_perfusion']
 
 # %% ../nbs/39_perfusion_cohort.ipynb #77fa6f57
-import os, re
+import itertools, os, re
+from functools import partial
 from pathlib import Path
 
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, torch
 from fastcore.all import *
+from scipy import ndimage
 
 from .core import *
 from .processes import DIED, in_processes
@@ -19,9 +21,9 @@ from .cohort import add_to_report
 from .dsc import Series4D, dsc_findings, read_dsc
 from .nifti import is_nifti
 from .prepare import source_states
-from .engines import moved
+from .engines import EngineError, distances, engine_table, greedy_align, moved
 from .perfusion import Perfusion, perfusion_maps
-from .register import rigid_transform
+from .register import lay_upon, normalised_mutual_information
 from .series import has_scan, read_sequence
 
 # %% ../nbs/39_perfusion_cohort.ipynb #1afc8544
@@ -94,15 +96,57 @@ def _name_and_text(e, path):
 
 # %% ../nbs/39_perfusion_cohort.ipynb #46b18d6d
 def place_maps(
-    maps:dict, # Name to `Volume`, with `baseline`
-    anatomy:Volume, # Of the same patient
-    least:float=.25, # Agreement from which on the registration is believed
-) -> tuple: # The maps with another affine, and the agreement, -1 to 1
-    "Put maps where the anatomy is: only their affines change. Below `least` they stay."
-    to,agreement = rigid_transform(anatomy, maps['baseline'], starts=1)
-    if agreement<least: return maps,agreement
-    placed = {k: moved(v, to) for k,v in maps.items()}
-    return placed,agreement
+    maps:dict, # Name to `Volume`, 0 outside the brain, with `baseline`
+    anatomy:Volume, # Of the same patient, with or without its skull
+    least:float=.05, # Agreement from which on the registration is believed
+) -> tuple: # The maps with another affine, and the agreement: mutual information, 0 to 1
+    """Put maps where the anatomy is, by greedy: only their affines change. They stay where that agrees no better.
+
+    Raises `EngineError` where greedy is not installed or breaks down from both starts."""
+    base = maps['baseline']
+    brain = (base>0).to(torch.uint8)
+    at = _places_in(brain)
+    agreement = partial(_agreement, base, at, anatomy)
+    header = np.eye(4)
+    starts = [max(_shifted(o), key=agreement) for o in (header, lay_upon(base, anatomy))]
+    if distances(*starts, base.world(at)).max()<5: starts.pop()
+    to = max(_aligned(base, anatomy, starts, brain), key=agreement)
+    before,after = agreement(header),agreement(to)
+    if after<max(before, least): return maps,before
+    back = np.linalg.inv(to)
+    return {k: moved(v, back) for k,v in maps.items()},after
+
+# %% ../nbs/39_perfusion_cohort.ipynb #bb43c854
+def _places_in(brain, most=20000):
+    "Voxels (N,3) of a brain, not more than are needed"
+    at = np.argwhere(np.asarray(brain)>0)
+    return at[::len(at)//most+1]
+
+def _agreement(base, at, anatomy, to):
+    "Mutual information of the baseline with the anatomy, to whose mm the matrix `to` takes its own"
+    to_voxels = np.linalg.inv(anatomy.affine)@to
+    there = base.world(at)@to_voxels[:3,:3].T+to_voxels[:3,3]
+    values = ndimage.map_coordinates(np.asarray(anatomy, dtype=np.float32), there.T, order=1)
+    signal = np.asarray(base)[tuple(at.T)]
+    return normalised_mutual_information(torch.from_numpy(signal).float(), torch.from_numpy(values))
+
+def _shifted(matrix, mm=15):
+    "A matrix, and those that go so far along the axes in addition"
+    res = []
+    for shift in itertools.product((0,-mm,mm), repeat=3):
+        further = matrix.copy()
+        further[:3,3] += shift
+        res.append(further)
+    return res
+
+def _aligned(fixed, moving, starts, mask):
+    "What greedy makes of these starts, of which one may fail; thick slices cannot be halved, so at full resolution only"
+    found,errors = [],[]
+    for o in starts:
+        try: found.append(greedy_align(fixed, moving, o, mask, steps='100'))
+        except EngineError as e: errors.append(e)
+    if not found: raise errors[0]
+    return found
 
 # %% ../nbs/39_perfusion_cohort.ipynb #bdfdb643
 def add_perfusion(
@@ -132,14 +176,16 @@ def add_perfusion(
     return cohort
 
 # %% ../nbs/39_perfusion_cohort.ipynb #fa1526e2
-_MAPS = 1 # part of the key of kept maps: raised only when the same series comes to give other maps
+_MAPS = 2 # part of the key of kept maps: raised only when the same series comes to give other maps
 _MAPS_RECORD = 'maps.json'
 _MAPS_ENTRY = record_of(dict(key=record_of({}, others=True), maps=list_of(TEXT), notes=list_of(TEXT)))
 
 def _maps_key(row, seq, motion):
     "All that a patient's maps depend on"
     sources = source_states(row, ('DSC',seq))
-    return dict(computed_by=_MAPS, sources=sources, motion=bool(motion))
+    engines = engine_table().set_index('engine').version
+    placed_by = {k: None if pd.isna(engines[k]) else engines[k] for k in ('greedy','itk')}
+    return dict(computed_by=_MAPS, placed_by=placed_by, sources=sources, motion=bool(motion))
 
 # %% ../nbs/39_perfusion_cohort.ipynb #58499c95
 def _kept_notes(folder, key, maps):
@@ -184,10 +230,12 @@ def _maps_placed(row, seq, motion):
     found = perfusion_maps(read_dsc(row['DSC']), motion=motion)
     to_know = [o for o in found.findings if o.level!='note' or o.name=='guessed_side']
     notes = [f'{o.name}: {o.what}' for o in to_know]
-    maps,agreement = place_maps(found.maps, read_sequence(row, seq))
+    maps = found.maps
+    try:
+        maps,agreement = place_maps(found.maps, read_sequence(row, seq))
+        why = f'with which it agrees by {agreement:.2f}'
+    except EngineError as e:
+        why = str(e)
     if maps is found.maps:
-        notes.append(_not_registered(seq, agreement))
+        notes.append(f'not registered to {seq}, {why}: the maps lie where the header puts them')
     return maps,notes
-
-def _not_registered(seq, agreement):
-    return f'not registered to {seq}, with which it agrees by {agreement:.2f}: the maps lie where the header puts them'

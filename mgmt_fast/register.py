@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL_MM', 'SMALL_SHAPE', 'SMALL_CENTRE', 'smooth', 'low_resolution', 'Structure', 'sample_field', 'find_starts',
-           'refine_pose', 'pose_agreement', 'normalised_mutual_information', 'register_rigid', 'rigid_transform']
+           'refine_pose', 'pose_agreement', 'normalised_mutual_information', 'register_rigid', 'rigid_transform',
+           'lay_upon']
 
 # %% ../nbs/28_register.ipynb #76687ecd
 import itertools
@@ -410,3 +411,13 @@ def rigid_transform(
     found = register_rigid(fixed, moving, flips=False, starts=starts)
     to_voxels = np.linalg.inv(fixed.affine)
     return moving.affine@found.matrix@to_voxels,found.ncc
+
+# %% ../nbs/28_register.ipynb #3aaf52c0
+def lay_upon(
+    fixed:Volume, # Of any grid
+    moving:Volume, # A head too, of any sequence
+) -> np.ndarray: # (4,4), from RAS+ mm of `fixed` to those of `moving`
+    "The shift that lays top and sides of two heads upon each other: a start where headers may be wrong."
+    a = low_resolution(fixed)
+    b = low_resolution(moving)
+    return b.affine@np.linalg.inv(a.affine)

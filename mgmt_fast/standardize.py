@@ -30,7 +30,7 @@ from .phantom import write_series
 from .grids import CANONICAL, canonical_affine, isotropic, resample
 from .prepare import source_states
 from .audit import thumbnail
-from .register import low_resolution, normalised_mutual_information, rigid_transform
+from .register import lay_upon, normalised_mutual_information, rigid_transform
 from .atlas import Atlas, millilitres, read_atlas, solid_mask
 from .engines import (ENGINES, EngineError, brain_mask, brain_mask_by, correct_bias, distances, engine_table,
     greedy_align, itk_align, moved, need_engines)
@@ -234,13 +234,6 @@ def _second(brain, atlas, starts):
         except EngineError: continue
     return res
 
-# %% ../nbs/32_standardize.ipynb #780882df
-def _placed(fixed, moving):
-    "A start that lays top and sides of two heads upon each other"
-    a = low_resolution(fixed)
-    b = low_resolution(moving)
-    return b.affine@np.linalg.inv(a.affine)
-
 # %% ../nbs/32_standardize.ipynb #6810b74f
 def _for_engine(vol, mm=1.5):
     "A volume that is not finer than an engine needs, so that its time is bounded"
@@ -263,7 +256,7 @@ def register_to_anchor(
     def _score(m):
         placed = np.asarray(_on(vol, anchor, m))
         return _nmi_of(a[brain], placed[brain])
-    starts = _placed(fixed, moving),_coarse(fixed, moving)[0]
+    starts = lay_upon(fixed, moving),_coarse(fixed, moving)[0]
     found = [greedy_align(fixed, moving, o) for o in starts]
     scored = [(_score(m), m) for m in found]
     apart = float(distances(*found, points).mean())
