@@ -123,12 +123,14 @@ def _places_in(brain, most=20000):
     return at[::len(at)//most+1]
 
 def _agreement(base, at, anatomy, to):
-    "Mutual information of the baseline with the anatomy, to whose mm the matrix `to` takes its own"
+    "Mutual information of the baseline with the anatomy, to whose mm `to` takes its own; 0 if half lies outside"
     to_voxels = np.linalg.inv(anatomy.affine)@to
     there = base.world(at)@to_voxels[:3,:3].T+to_voxels[:3,3]
-    values = ndimage.map_coordinates(np.asarray(anatomy, dtype=np.float32), there.T, order=1)
-    signal = np.asarray(base)[tuple(at.T)]
-    return normalised_mutual_information(torch.from_numpy(signal).float(), torch.from_numpy(values))
+    values = ndimage.map_coordinates(np.asarray(anatomy, dtype=np.float32), there.T, order=1, cval=np.nan)
+    within = ~np.isnan(values)
+    if within.mean()<.5: return 0.
+    signal = np.asarray(base)[tuple(at[within].T)]
+    return normalised_mutual_information(torch.from_numpy(signal).float(), torch.from_numpy(values[within]))
 
 def _shifted(matrix, mm=15):
     "A matrix, and those that go so far along the axes in addition"
@@ -140,7 +142,7 @@ def _shifted(matrix, mm=15):
     return res
 
 def _aligned(fixed, moving, starts, mask):
-    "What greedy makes of these starts, of which one may fail; thick slices cannot be halved, so at full resolution only"
+    "What greedy makes of these starts, of which one may fail. Thick slices cannot be halved: at full resolution only"
     found,errors = [],[]
     for o in starts:
         try: found.append(greedy_align(fixed, moving, o, mask, steps='100'))
