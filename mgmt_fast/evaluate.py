@@ -241,7 +241,7 @@ def _train_job(job, path):
     res = res.rename(columns=dict(prob='raw'))
     views = with_views(m, job.store.spacing, job.recipe)
     res['tta'] = predict(views, out, progress=False).prob if job.tta else np.nan
-    files = {p.name: file_hash(p) for p in sorted(path.glob('model.*'))}
+    files = file_hashes(path, 'model.*')
     return dict(key=job.key, **inside, files=files, predictions=res.to_dict('list'))
 
 # %% ../nbs/64_evaluate.ipynb #c8453840
@@ -253,8 +253,7 @@ def _kept(job, path):
     lengths = {len(o) for o in res['predictions'].values()}
     if len(lengths)>1: return None
     if key_changes(res['key'], job.key): return None
-    whole = all((path/f).exists() and file_hash(path/f)==h for f,h in res['files'].items())
-    return res if whole else None
+    return res if same_files(path, res['files']) else None
 
 _PROBABILITY = Allowed.number(0, 1)
 _PREDICTED = record_of(dict(patient=list_of(TEXT), raw=list_of(A_NUMBER), tta=list_of(A_NUMBER)))

@@ -20,15 +20,15 @@ from . import __version__
 from .folds import assign_folds
 from .prepare import VolumeStore
 from .metrics import AUC_METHODS, auc_ci, auc_of_folds
-from .records import ProtocolError, refuse_held_out
-from .learner import as_model, load_model, mgmt_learner, model_kinds, predict, recipe_dls, save_model
+from .records import ProtocolError, file_hashes, refuse_held_out, same_files
+from .learner import as_model, load_model, mgmt_learner, model_kinds, predict, recipe_dls, save_model, training_key
 
 # %% ../nbs/68_fusion.ipynb #ada84199
 def out_of_fold(
     store:VolumeStore, # Prepared cohort with labels
     recipe:str|Path|Recipe=None, # Name, file or `Recipe`; that of the store if None
     sequences:str|list|tuple=None, # Channels of the network; the recipe's, or all of the store's, if None
-    path:str|Path='.', # Folder for the logs, with a folder for each fold
+    path:str|Path='.', # Folder with a folder for each fold: its network, if trained by the same things before, is kept
     n_folds:int=5, # Folds, stratified by label
     seed:int=0, # Of folds, order and weights
     model_kwargs:dict=None, # For `create_network`, beyond the recipe
@@ -43,13 +43,24 @@ def out_of_fold(
         with redirect_stdout(io.StringIO()) if k else nullcontext(): # what there is to say is the same for every fold
             dls = recipe_dls(store, r, sequences, fold=k, seed=seed, n_folds=n_folds)
             learn = mgmt_learner(dls, recipe=r, path=Path(path)/f'fold{k}', seed=seed, model_kwargs=model_kwargs)
-        parts[f'fold{k}'] = _all_epochs(learn)
+        parts[f'fold{k}'] = _trained_once(learn)
         tables.append(_logits(parts[f'fold{k}'], store, dls.valid.dataset).assign(fold=k))
     t = pd.concat(tables, ignore_index=True)[['patient','label','fold','logit']]
     t = t.astype({'patient':'string'}).sort_values('patient', ignore_index=True)
     return t,FusionModel(parts)
 
 # %% ../nbs/68_fusion.ipynb #97f3d356
+_FOLD = record_of(dict(key=record_of({}, others=True), files=table_of(TEXT)))
+
+def _trained_once(learn):
+    "The network of a fold, from its folder if the same was trained there before and is unchanged"
+    path,key = learn.path,training_key(learn)
+    kept = read_kept(path/'fold.json', _FOLD, key)
+    if kept is None or not same_files(path, kept['files']):
+        save_model(_all_epochs(learn), path/'model')
+        write_json(path/'fold.json', dict(key=key, files=file_hashes(path, 'model.*')))
+    return load_model(path/'model')
+
 def _all_epochs(learn):
     "Train by the recipe to the end, with nothing that would choose an epoch"
     learn.remove_cbs([c for c in learn.cbs if isinstance(c, TrackerCallback)])

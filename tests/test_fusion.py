@@ -121,6 +121,20 @@ def test_every_patient_is_out_of_fold_once(store, tmp_path, capsys):
             store.table.patient.isin(g.patient)], atol=1e-4)
 
 
+def test_folds_are_trained_once(store, tmp_path):
+    "A run that was stopped goes on behind the last fold that was trained; other epochs or a damaged file train again"
+    def run(epochs=1):
+        t,_ = out_of_fold(store, get_recipe(RECIPE, epochs=epochs), 'FLAIR', tmp_path, n_folds=2, progress=False)
+        return t,[(tmp_path/f'fold{k}'/'fold.json').stat().st_mtime_ns for k in (0,1)]
+    first,written = run()
+    (tmp_path/'fold1'/'model.safetensors').write_bytes(b'cut off')
+    again,after = run()
+    pd.testing.assert_frame_equal(first, again)
+    assert after[0]==written[0] and after[1]!=written[1]
+    other,trained = run(epochs=2)
+    assert trained[0]!=after[0] and not np.allclose(other.logit, first.logit)
+
+
 @pytest.mark.parametrize('change,what', [(lambda d: d.drop(columns='FLAIR'),'lacks FLAIR'),
     (lambda d: d[d.label==0],'five patients of each class'), (lambda d: d.assign(FLAIR=np.nan),'five patients'),
     (lambda d: d.assign(age='old'),"received 'old'"), (lambda d: d.drop(columns='label'),'lacks label')])
