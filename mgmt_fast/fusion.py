@@ -21,14 +21,15 @@ from .folds import assign_folds
 from .prepare import VolumeStore
 from .metrics import AUC_METHODS, auc_ci, auc_of_folds
 from .records import ProtocolError, file_hashes, refuse_held_out, same_files
-from .learner import as_model, load_model, mgmt_learner, model_kinds, predict, recipe_dls, save_model, training_key
+from mgmt_fast.learner import (as_model, load_model, mgmt_learner, model_kinds, predict, recipe_dls, save_model,
+    training_key)
 
 # %% ../nbs/68_fusion.ipynb #ada84199
 def out_of_fold(
     store:VolumeStore, # Prepared cohort with labels
     recipe:str|Path|Recipe=None, # Name, file or `Recipe`; that of the store if None
     sequences:str|list|tuple=None, # Channels of the network; the recipe's, or all of the store's, if None
-    path:str|Path='.', # Folder with a folder for each fold: its network, if trained by the same things before, is kept
+    path:str|Path='.', # With a folder for each fold, whose network is kept if the same trained it before
     n_folds:int=5, # Folds, stratified by label
     seed:int=0, # Of folds, order and weights
     model_kwargs:dict=None, # For `create_network`, beyond the recipe

@@ -43,14 +43,14 @@ def file_hash(
 
 # %% ../nbs/27_records.ipynb #8b9b7007
 def file_hashes(
-    folder:str|Path,
+    folder:str|Path, # Its own files, not those of folders inside
     pattern:str, # Of file names, e.g. `'model.*'`
 ) -> dict: # Name to hash
     "The files of a folder by their hashes, to be compared later by `same_files`."
     return {p.name: file_hash(p) for p in sorted(Path(folder).glob(pattern))}
 
 def same_files(
-    folder:str|Path,
+    folder:str|Path, # Where they lie
     hashes:dict, # Name to hash
 ) -> bool:
     "Are all of these files there and unchanged?"
