@@ -21,8 +21,8 @@ from .folds import assign_folds
 from .prepare import VolumeStore
 from .metrics import AUC_METHODS, auc_ci, auc_of_folds
 from .records import ProtocolError, file_hashes, refuse_held_out, same_files
-from mgmt_fast.learner import (as_model, load_model, mgmt_learner, model_kinds, predict, recipe_dls, save_model,
-    training_key)
+from .learner import as_model, load_model, mgmt_learner, model_kinds, predict, recipe_dls, save_model
+from .learner import training_key
 
 # %% ../nbs/68_fusion.ipynb #ada84199
 def out_of_fold(
