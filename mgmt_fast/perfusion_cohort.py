@@ -103,7 +103,7 @@ def place_maps(
     """Put maps where the anatomy is, by greedy: only their affines change. They stay where that agrees no better.
 
     Raises `EngineError` where greedy is not installed or breaks down from both starts."""
-    base = maps['baseline']
+    base,anatomy = maps['baseline'],anatomy.float()
     brain = (base>0).to(torch.uint8)
     at = _places_in(brain)
     agreement = partial(_agreement, base, at, anatomy)
@@ -126,7 +126,7 @@ def _agreement(base, at, anatomy, to):
     "Mutual information of the baseline with the anatomy, to whose mm `to` takes its own; 0 if half lies outside"
     to_voxels = np.linalg.inv(anatomy.affine)@to
     there = base.world(at)@to_voxels[:3,:3].T+to_voxels[:3,3]
-    values = ndimage.map_coordinates(np.asarray(anatomy, dtype=np.float32), there.T, order=1, cval=np.nan)
+    values = ndimage.map_coordinates(np.asarray(anatomy), there.T, order=1, cval=np.nan)
     within = ~np.isnan(values)
     if within.mean()<.5: return 0.
     signal = np.asarray(base)[tuple(at[within].T)]
