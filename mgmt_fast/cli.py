@@ -898,7 +898,7 @@ def mgmt_perfusion(
     return 0
 
 # %% ../nbs/90_cli.ipynb #92c3cd5a
-def _mask(path): return None if path is None else read_volume(path).numpy()
+def _mask(path): return None if path is None else read_volume(path)
 
 def _arterial(path):
     "The arterial input that a file gives: a mask, or the column `artery` of a table"

@@ -51,7 +51,8 @@ _GROUPS = dict(ImagePositionPatient='PlanePositionSequence', ImageOrientationPat
     RescaleIntercept='PixelValueTransformationSequence', TemporalPositionIndex='FrameContentSequence',
     EffectiveEchoTime='MREchoSequence', RepetitionTime='MRTimingAndRelatedParametersSequence',
     FlipAngle='MRTimingAndRelatedParametersSequence', FrameAcquisitionDateTime='FrameContentSequence',
-    FrameType='MRImageFrameTypeSequence', InversionTimes='MRModifierSequence')
+    TemporalPositionTimeOffset='TemporalPositionSequence', FrameType='MRImageFrameTypeSequence',
+    InversionTimes='MRModifierSequence')
 
 def _tag_and_type(keyword):
     tag = Tag(tag_for_keyword(keyword))

@@ -8,6 +8,7 @@ __all__ = ['DSC_FINDINGS', 'Finding', 'DSCError', 'Series4D', 'read_dsc', 'Bolus
 
 # %% ../nbs/33_dsc.ipynb #6b998361
 import json, re, warnings
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +23,9 @@ with warnings.catch_warnings():
 
 from .core import *
 from .dicom import SeriesError, folder_frames, read_pixels
-from .nifti import is_nifti, read_nifti_times
-from .series import check_modality, find_stacks, place_numbers, place_slices, slice_normal
+from .nifti import SingleSliceError, is_nifti, open_nifti, read_nifti_times
+from .series import check_modality, check_one_patient, find_stacks
+from .series import place_numbers, place_slices, slice_normal
 from .prepare import foreground
 
 # %% ../nbs/33_dsc.ipynb #ce14ddf1
@@ -38,18 +40,21 @@ DSC_FINDINGS = dict(
     several_series='several series, echoes or orientations in one folder',
     one_slice='fewer than three slices: no volume',
     too_few_times='fewer than ten time points',
-    frames_missing='slices lack at some time points, which are left out',
+    frames_missing='time points at which slices lack, or that are blank; they are left out',
     doubles='images that come twice; the first is taken',
     uneven_times='the time from frame to frame varies, or frames are skipped',
-    times_from_tr='no header says when a frame was taken: the repetition time is taken for the step',
+    times_from_tr='no usable times of frames: the repetition time is taken for the step',
+    unit_guessed='a NIfTI that does not name the unit of its time step',
     times_unknown='neither times nor a repetition time',
     no_echo_time='the echo time is not known, so relaxation rates have no unit',
     dce='the signal rises: a T1-weighted (DCE) series, not DSC',
     no_bolus='no contrast arrives',
+    dark_frames='single frames that are much darker than those beside them',
     no_baseline='the bolus is there before three steady frames were taken',
     bolus_cut_off='the series ends before the bolus has passed',
     saturated_artery='the arterial signal reaches the noise, so that its peak is cut off',
     no_artery='no curve that is early, narrow and high',
+    no_reference='no tissue whose signal comes back to the baseline',
     guessed_side='the side of the lesion was guessed')
 
 # %% ../nbs/33_dsc.ipynb #bf43b7da
@@ -77,7 +82,7 @@ class Series4D(NamedTuple):
         at:int|slice, # Which frame, or frames
     ) -> Volume: # (D,H,W) float32
         "One frame, or the mean of several"
-        x = self.data[at] if isinstance(at, int) else self.data[at].mean(0)
+        x = self.data[at].mean(0) if isinstance(at, slice) else self.data[at]
         x = np.ascontiguousarray(x, dtype=np.float32)
         return Volume(torch.from_numpy(x), affine=self.affine)
 
@@ -90,59 +95,104 @@ class Series4D(NamedTuple):
         return f"Series4D {t} frames of {shape}, {mm} mm, every {self.dt:.3g} s, TE {te}"
 
 # %% ../nbs/33_dsc.ipynb #35a5b11e
-_TOLD_BY = ('TemporalPositionIdentifier','AcquisitionNumber','TriggerTime','FrameReferenceTime',
-    'FrameAcquisitionDateTime','AcquisitionTime')
+_CLOCKS = ('TemporalPositionTimeOffset','TriggerTime','FrameReferenceTime','FrameAcquisitionDateTime','AcquisitionTime')
+_TOLD_BY = ('TemporalPositionIdentifier','AcquisitionNumber',*_CLOCKS)
+
+def _names_of(f):
+    "Names that a frame shares with its copies only"
+    uid = f['SOPInstanceUID']
+    yield (uid,f['frame']) if uid else id(f)
+    if f.get('frames')==1 and f['InstanceNumber']:
+        place = f['ImagePositionPatient'] or id(f)
+        yield (f['InstanceNumber'],place,*map(f.get, _TOLD_BY))
 
 def _without_copies(frames):
-    "Frames without those whose instance came before"
+    "Frames without those that came before"
     res,seen = [],set()
     for f in frames:
-        uid = f['SOPInstanceUID']
-        key = (uid,f['frame']) if uid else id(f)
-        if key not in seen: res.append(f)
-        seen.add(key)
+        names = {*_names_of(f)}
+        if seen.isdisjoint(names): res.append(f)
+        seen |= names
     return res
 
 # %% ../nbs/33_dsc.ipynb #f543dd56
-def _seconds(k, v):
-    "A time of a header in seconds; `None` if it is none"
-    if k in ('TriggerTime','FrameReferenceTime'):
-        return v[0]/1000
+def _day_and_second(k, v):
+    "Day, `None` if no possible date is told, and second of a header's time; `None` if it is none"
+    if k=='TemporalPositionTimeOffset': return 0,v[0]
+    if k in _CLOCKS[1:3]: return 0,v[0]/1000
     digits = re.fullmatch(r'(\d{8})?(\d\d)(\d\d)(\d\d)(\.\d+)?.*', v)
     if not digits: return None
     date,h,m,s,part = digits.groups()
-    day = datetime.strptime(date, '%Y%m%d').toordinal() if date else 0
-    return ((day*24+int(h))*60+int(m))*60+int(s)+float(part or 0)
+    if int(h)>23 or int(m)>59: return None
+    try: day = datetime.strptime(date or '', '%Y%m%d').toordinal()
+    except ValueError: day = None
+    return day,(int(h)*60+int(m))*60+int(s)+float(part or 0)
+
+# %% ../nbs/33_dsc.ipynb #bc3f1f47
+def _clock_times(frames, k):
+    "When each frame was taken by one header, (N,) s, on through midnight; `None` where a frame does not say"
+    each = [None if f.get(k) is None else _day_and_second(k, f[k]) for f in frames]
+    if None in each: return None
+    days,t = zip(*each)
+    t = np.array(t, dtype=float)
+    if not np.isfinite(t).all(): return None
+    if None not in days:
+        return t+86400.*(np.array(days)-min(days))
+    is_next_day = t<t.max()-43200 # no series lasts half a day
+    return t+86400*is_next_day
+
+# %% ../nbs/33_dsc.ipynb #47662251
+def _numbers_of(values):
+    "Whole numbers from 0 on for values, (N,); where a multiple of the usual step lies between two, numbers lack"
+    each,rank = np.unique(values, return_inverse=True)
+    if len(each)<2: return rank
+    steps = np.diff(each)
+    steps = steps/np.percentile(steps, 50, method='lower')
+    whole = steps.round()
+    if abs(steps-whole).max()>.3 or whole.min()<1: return rank
+    return np.r_[0, np.cumsum(whole)].astype(int)[rank]
 
 # %% ../nbs/33_dsc.ipynb #a6cd0dbc
-def _times_by_header(frames, place):
-    "Number of each frame's time, (N,), by a header value; `None` if none distinguishes the times"
-    n_places = place.max()+1
+def _values_of(frames, k):
+    "What a header says of each frame, (N,) numbers; `None` where it does not say"
+    if k in _CLOCKS: return _clock_times(frames, k)
+    values = [f.get(k) for f in frames]
+    return None if None in values else np.array([v[0] for v in values])
+
+def _are_coarse(k, values):
+    "Are times whole seconds, of which two frames may share one?"
+    return k in _CLOCKS and (values==values.round()).all()
+
+def _times_by_header(frames, place, doubled=False):
+    "Number of each frame's time, (N,), by a header value; `None` if none distinguishes the times, apart from doubles"
     for k in _TOLD_BY:
-        values = [f.get(k) for f in frames]
-        if None in values: continue
-        number = {v:i for i,v in enumerate(sorted(set(values)))}
-        one_each = len(set(zip(place, values)))>=.95*len(frames)
-        full = len(frames)>.5*len(number)*n_places
-        if len(number)>1 and one_each and full:
-            return np.array([number[v] for v in values])
+        values = _values_of(frames, k)
+        if values is None: continue
+        n_times,coarse = len(np.unique(values)),_are_coarse(k, values)
+        images = Counter(zip(place.tolist(), values.tolist()))
+        one_each = len(images)>=.95*len(frames)
+        sure = doubled and not coarse and k!='AcquisitionNumber'
+        few_each = sure and max(images.values())<=3
+        full = len(images)>.5*n_times*(place.max()+1)
+        if n_times>1 and full and (one_each or few_each):
+            return np.unique(values, return_inverse=True)[1] if coarse else _numbers_of(values)
     return None
 
 # %% ../nbs/33_dsc.ipynb #04588bcf
 def _cycle(t, place):
     "Usual time between two frames of the same place; 0 if none has two"
-    steps = [np.diff(np.sort(t[place==i])) for i in range(place.max()+1)]
+    steps = [np.diff(np.unique(t[place==i])) for i in range(place.max()+1)]
     steps = np.concatenate(steps)
     return float(np.median(steps)) if len(steps) else 0.
 
-def _by_clock(frames, place):
+def _by_clock(frames, place, doubled=False):
     """Number of each frame's time, (N,), where every slice has a time of its own; `None` if times do not tell.
 
     A place is taken once in a cycle, always at the same part of it."""
-    for k in _TOLD_BY[2:]:
-        t = [None if f.get(k) is None else _seconds(k, f[k]) for f in frames]
-        if None in t: continue
-        t = np.array(t)-min(t)
+    for k in _CLOCKS:
+        t = _clock_times(frames, k)
+        if t is None: continue
+        t = t-t.min()
         cycle = _cycle(t, place)
         if cycle<=0: continue
         turn = np.exp(2j*np.pi*t/cycle)
@@ -150,21 +200,26 @@ def _by_clock(frames, place):
         part = np.array([np.angle(o)/(2*np.pi) for o in mean])
         part = (part-part[place[t.argmin()]]+.001)%1-.001 # a cycle begins with the slice that was taken first
         number = (t/cycle-part[place]).round().astype(int)
-        if len(set(zip(place, number)))>=.95*len(frames):
+        apart = doubled and not _are_coarse(k, t)
+        images = set(zip(place, t)) if apart else frames
+        if len(set(zip(place, number)))>=.95*len(images):
             return number-number.min()
     return None
 
 # %% ../nbs/33_dsc.ipynb #37d6c546
 def _times_by_count(frames, place):
-    "Number of each frame's time, (N,), by counting instances at each place"
+    "Number of each frame's time, (N,), by counting instances at each place; with the gaps that all places have"
     n = np.bincount(place)
     if n.min()<n.max(): raise DSCError(_uncounted(n))
     def acquired(i):
         f = frames[i]
         return place[i],f['InstanceNumber'] or (0,),f['frame']
     order = sorted(range(len(frames)), key=acquired)
+    instances = np.array([(frames[i]['InstanceNumber'] or (0,))[0] for i in order])
+    each = [_numbers_of(o) for o in instances.reshape(len(n), -1)]
+    agree = all((o==each[0]).all() for o in each) and len(set(each[0]))==n[0]
     res = np.empty(len(frames), int)
-    res[order] = np.tile(np.arange(n[0]), len(n))
+    res[order] = np.tile(each[0] if agree else np.arange(n[0]), len(n))
     return res
 
 def _uncounted(n):
@@ -172,75 +227,80 @@ def _uncounted(n):
         " times: an incomplete copy? Copy the series again")
 
 # %% ../nbs/33_dsc.ipynb #375912ba
-def _table_of(frames):
-    "Frames by time and place, (T,D) objects, `None` where one is missing; and findings"
+def _time_numbers(frames, place):
+    "Number of each frame's time, (N,), by the first way that tells"
+    for doubled in (False,True):
+        for way in (_times_by_header,_by_clock):
+            time = way(frames, place, doubled)
+            if time is not None: return time
+    return _times_by_count(frames, place)
+
+def _table_of(frames, places):
+    """Frames by time and place, (T,D) objects, `None` where one is missing; numbers of the times, (T,); and findings.
+
+    `places` says of frames where they lie, (N,) whole numbers."""
     kept = _without_copies(frames)
-    place = place_numbers(kept, slice_normal(kept))
-    if place.max()<2:
-        raise DSCError(_few_slices(place.max()+1))
-    time = _times_by_header(kept, place)
-    if time is None: time = _by_clock(kept, place)
-    if time is None: time = _times_by_count(kept, place)
-    time = np.unique(time, return_inverse=True)[1] # a frame that lacks altogether is a gap in the times
-    table = np.full((time.max()+1, place.max()+1), None, object)
+    place = places(kept)
+    numbers,row = np.unique(_time_numbers(kept, place), return_inverse=True)
+    table = np.full((len(numbers), place.max()+1), None, object)
     twice = len(frames)-len(kept)
-    for f,i,j in zip(kept, time, place):
+    for f,i,j in zip(kept, row, place):
         if table[i,j] is None: table[i,j] = f
         else: twice += 1
-    return table,[Finding('doubles', 'warning', _twice(twice))] if twice else []
+    return table,numbers,[Finding('doubles', 'warning', _twice(twice))] if twice else []
+
+def _slice_places(frames):
+    "Where slices lie, as `_table_of` asks"
+    place = place_numbers(frames, slice_normal(frames), apart=.2)
+    if place.max()<2:
+        raise DSCError(f'one_slice: {_few_slices(place.max()+1)}')
+    return place
 
 # %% ../nbs/33_dsc.ipynb #d7c1d644
 def _few_slices(n):
-    return (f"one_slice: {n} place{'s' if n>1 else ''}, and a volume needs three slices or more: give the folder of the"
+    return (f"{n} place{'s' if n>1 else ''}, and a volume needs three slices or more: give the folder of the"
         " whole series")
 
 def _twice(n):
     return f"{n} image{'s come' if n>1 else ' comes'} twice, and the first was taken: a folder copied into itself?"
 
 # %% ../nbs/33_dsc.ipynb #bf9eb46d
-def _complete(table):
-    "The rows without a gap, and a finding on the others"
+def _complete(table, numbers):
+    "The rows without a gap, their numbers, and a finding on the others"
     whole = np.array([all(f is not None for f in row) for row in table])
-    if whole.all(): return table,[]
+    if whole.all(): return table,numbers,[]
     n,lost = len(table),int((~whole).sum())
     if lost>.2*n:
         raise DSCError(f"frames_missing: {_lost_frames(lost, n)}; copy the series again")
     said = f'{_lost_frames(lost, n)}; they are left out'
-    return table[whole],[Finding('frames_missing', 'warning', said)]
+    return table[whole],numbers[whole],[Finding('frames_missing', 'warning', said)]
 
 def _lost_frames(lost, n): return f"slices lack at {lost} of {n} time points"
 
 # %% ../nbs/33_dsc.ipynb #16b06ee4
 def _times_by(k, table):
     "The time of each row by one header value, (T,) s; `None` if it does not tell"
-    values = [[f.get(k) for f in row] for row in table]
-    if any(v is None for row in values for v in row):
-        return None
-    each = [[_seconds(k, v) for v in row] for row in values]
-    if any(v is None for row in each for v in row):
-        return None
-    t = np.array([min(row) for row in each])
-    if k=='AcquisitionTime':
-        t = t+86400*np.cumsum(np.r_[0, np.diff(t)<-43200]) # past midnight
+    t = _clock_times(table.ravel(), k)
+    if t is None: return None
+    t = t.reshape(table.shape).min(1)
     return t-t[0] if (np.diff(t)>0).all() else None
 
 # %% ../nbs/33_dsc.ipynb #a066274a
-def _header_times(table, tr, dt=None):
+def _header_times(table, numbers, tr, dt=None):
     "Times of the rows, (T,) s, and findings"
-    if dt is not None:
-        return np.arange(len(table))*float(dt),[]
-    for k in _TOLD_BY[2:]:
+    numbers = numbers-numbers[0]
+    if dt is not None: return numbers*dt,[]
+    by_tr = numbers*(tr or 0)/1000
+    for k in _CLOCKS:
         t = _times_by(k, table)
         if t is None: continue
-        by_tr = np.arange(len(t))*(tr or 0)/1000
         whole = (t==t.round()).all() and abs(t-by_tr).max()<=1
         return (by_tr if whole else t),[]
-    if tr:
-        return np.arange(len(table))*tr/1000,[Finding('times_from_tr', 'note', _by_tr(tr))]
+    if tr: return by_tr,[Finding('times_from_tr', 'note', _by_tr(tr))]
     raise DSCError("times_unknown: no header says when a frame was taken, and there is no repetition time: give dt=")
 
 def _by_tr(tr):
-    return f"no header says when a frame was taken: one every {tr:g} ms is assumed, which is the repetition time"
+    return f"no usable times of frames: one every {tr:g} ms is assumed, which is the repetition time"
 
 # %% ../nbs/33_dsc.ipynb #3c7a8a3b
 class _MosaicLook:
@@ -258,25 +318,32 @@ class _MosaicLook:
 def _untiled(x, shape):
     "Slices (T,D,H,W) of mosaics (T,rows,columns)"
     d,h,w = shape
-    t,down,across = len(x),x.shape[1]//h,x.shape[2]//w
+    t,rows,columns = x.shape
+    down,across = rows//h,columns//w
+    if rows%h or columns%w or d>down*across: raise _other_tiles(rows, columns, shape)
     tiles = x.reshape(t, down, h, across, w).swapaxes(2,3)
     return tiles.reshape(t, down*across, h, w)[:,:d]
 
+def _other_tiles(rows, columns, shape):
+    d,h,w = shape
+    return SeriesError(f"a mosaic of {rows}x{columns} pixels cannot hold the {d} slices of {h}x{w} that its private "
+        "header names: convert the original series with dcm2niix and read the NIfTI")
+
 # %% ../nbs/33_dsc.ipynb #656c25a1
 def _read_mosaics(path, budget):
-    frames = _without_copies(folder_frames(path, _MosaicLook(), budget))
+    "As `_read_slices`, of the mosaics at a path"
+    frames = folder_frames(path, _MosaicLook(), budget)
     places = [f['looked'] for f in frames]
     if any(p is None for p in places):
         raise DSCError(_no_private())
     affine,shape = places[0]
     same = all(p[1]==shape and np.allclose(p[0], affine, atol=1e-3) for p in places)
-    kinds = {(f['SeriesInstanceUID'],f['EchoTime']) for f in frames}
-    if not same or len(kinds)>1:
-        raise _several_series(len(frames))
-    def acquired(f): return f['AcquisitionNumber'] or (0,),f['InstanceNumber'] or (0,)
+    if not same: raise _several_series(len(frames))
+    table,numbers,said = _table_of(frames, _all_at_one)
     def pixels(stack): return _untiled(read_pixels(stack, budget), shape)
-    table = np.array(sorted(frames, key=acquired), object)
-    return table[:,None],affine,[],pixels
+    return table,numbers,affine,said,pixels
+
+def _all_at_one(frames): return np.zeros(len(frames), int)
 
 # %% ../nbs/33_dsc.ipynb #8c242905
 def _no_private():
@@ -284,39 +351,69 @@ def _no_private():
         " series with dcm2niix and read the NIfTI")
 
 def _several_series(n):
-    return DSCError(f"several_series: {n} images here do not form one series over time: separate echoes, series and "
-        "orientations first")
+    return DSCError(f"several_series: {n} images here do not form one series over time: separate echoes, phase from "
+        "magnitude, series and orientations first")
 
 # %% ../nbs/33_dsc.ipynb #665c971e
 def _is_mosaic(f): return 'MOSAIC' in (f['ImageType'] or '')
 
 def _read_slices(frames, budget):
-    "Table of frames (T,D), affine, findings, and how to read the pixels of a list of frames"
-    kinds = {(f['SeriesInstanceUID'],f['EchoTime'],f['Rows'],f['Columns'],f['ImageOrientationPatient']) for f in frames}
-    if len(kinds)>1: raise _several_series(len(frames))
+    "Table of frames (T,D), numbers of the times (T,), affine, findings, and how to read the pixels of a list of frames"
     if slice_normal(frames) is None:
         raise DSCError("several_series: no header says where the slices lie")
-    table,said = _table_of(frames)
-    table,more = _complete(table)
+    table,numbers,said = _table_of(frames, _slice_places)
+    table,numbers,more = _complete(table, numbers)
     order,affine = place_slices([*table[0]])
+    _check_same_places(table)
     def pixels(stack):
         x = read_pixels(stack, budget)
         return x.reshape(-1, len(order), *_rows_columns(stack[0]))
-    return table[:,order],affine,said+more,pixels
+    return table[:,order],numbers,affine,said+more,pixels
+
+# %% ../nbs/33_dsc.ipynb #142149cb
+_PARTS = {'M','P','R','I','MAGNITUDE','PHASE','REAL','IMAGINARY'}
+
+def _image_kind(f):
+    "What all images of a series over time share"
+    of_complex = _PARTS.intersection((f['ImageType'] or '').split('\\'))
+    return f['SeriesInstanceUID'],f['EchoTime'],f['Rows'],f['Columns'],*sorted(of_complex)
+
+def _check_one_series(frames):
+    check_modality(frames)
+    check_one_patient(frames)
+    kinds = set(map(_image_kind, frames))
+    ways = [[*(f['ImageOrientationPatient'] or ()),*(f['PixelSpacing'] or ())] for f in frames]
+    same_way = all(len(o)==len(ways[0]) and np.allclose(o, ways[0], rtol=1e-4, atol=5e-3) for o in ways)
+    if len(kinds)>1 or not same_way: raise _several_series(len(frames))
+
+# %% ../nbs/33_dsc.ipynb #0a81c871
+def _check_same_places(table):
+    "Raise where a slice lies elsewhere at another time"
+    at = np.array([[f['ImagePositionPatient'] for f in row] for row in table])
+    off = np.linalg.norm(at-at[0], axis=-1).max(1)
+    if off.max()>.5: raise DSCError(_lie_elsewhere(off))
+
+def _lie_elsewhere(off):
+    return (f"several_series: at {(off>.5).sum()} of {len(off)} time points slices lie elsewhere than at the "
+        f"first, by up to {off.max():.1f} mm: two series in one folder, or frames that follow the head? Separate or "
+        "align them first")
 
 # %% ../nbs/33_dsc.ipynb #c8a23bbb
 def _rows_columns(f): return int(f['Rows'][0]),int(f['Columns'][0])
 
-def _first_value(f, k): return float(f[k][0]) if f[k] else None
+def _first_value(f, k):
+    "The first value of a header; `None` if it lacks, or is no positive number"
+    v = float(f[k][0]) if f[k] else 0.
+    return v if 0<v<np.inf else None
 
 # %% ../nbs/33_dsc.ipynb #32cdd284
 def _from_dicom(path, frames, dt, budget):
-    check_modality(frames)
+    _check_one_series(frames)
     mosaic = _is_mosaic(frames[0])
-    table,affine,said,pixels = _read_mosaics(path, budget) if mosaic else _read_slices(frames, budget)
+    table,numbers,affine,said,pixels = _read_mosaics(path, budget) if mosaic else _read_slices(frames, budget)
     f = table[0,0]
     tr = _first_value(f, 'RepetitionTime')
-    times,more = _header_times(table, tr, dt)
+    times,more = _header_times(table, numbers, tr, dt)
     data = pixels([o for row in table for o in row])
     dose = _first_value(f, 'ContrastBolusTotalDose') or _first_value(f, 'ContrastBolusVolume')
     how = dict(te=_first_value(f, 'EchoTime'), tr=tr, flip=_first_value(f, 'FlipAngle'), dose=dose)
@@ -334,20 +431,45 @@ def _sidecar(path):
     return d if isinstance(d, dict) else {}
 
 # %% ../nbs/33_dsc.ipynb #9c939e6a
-def _number_in(d, k, factor=1):
+def _number_in(d, k, factor=1, most=np.inf):
+    "A positive number of a JSON, times a factor; `None` if it is none, or too large to be meant"
     v = d.get(k)
     is_number = isinstance(v, (int,float)) and not isinstance(v, bool)
-    return float(v)*factor if is_number else None
+    return float(v)*factor if is_number and 0<v<most else None
 
 # %% ../nbs/33_dsc.ipynb #d9cae50c
-def _from_nifti(path, dt, budget):
-    data,affine,step = read_nifti_times(path, budget)
-    d = _sidecar(path)
-    how = dict(te=_number_in(d,'EchoTime',1000), tr=_number_in(d,'RepetitionTime',1000), flip=_number_in(d,'FlipAngle'))
-    step = dt or step or (how['tr'] or 0)/1000
+def _nifti_times(n, step, unit, d):
+    "Times (n,) s of a NIfTI's volumes by its step and unit, or by the JSON beside it; and findings"
+    starts = d.get('VolumeTiming')
+    if isinstance(starts, list) and len(starts)==n and all(isinstance(o, (int,float)) for o in starts):
+        return np.array(starts, dtype=float)-starts[0],[]
+    tr,frames = _number_in(d, 'RepetitionTime'),np.arange(n)
+    if step and unit and tr and abs(step/tr-1)>.05:
+        raise DSCError(f"times_unknown: a step is {step:g} s by the NIfTI, and {tr:g} s by the JSON: give dt=")
+    if step and unit: return frames*step,[]
+    if tr: return frames*tr,[Finding('times_from_tr', 'note', _by_tr(1000*tr))]
     if not step:
         raise DSCError("times_unknown: the NIfTI names no step between its time points: give dt=")
-    return Series4D(data, affine, np.arange(len(data))*step, **how)
+    seconds = step if step<100 else step/1000
+    return frames*seconds,[Finding('unit_guessed', 'warning', _unit_guessed(step, seconds))]
+
+def _unit_guessed(step, seconds):
+    return (f"the NIfTI names a step of {step:g} and no unit: taken for {seconds:g} s. Give dt= if that is wrong")
+
+# %% ../nbs/33_dsc.ipynb #c4a70fce
+def _from_nifti(path, dt, budget):
+    try: _,shape = open_nifti(path)
+    except SingleSliceError: raise DSCError(f'one_slice: {_few_slices(1)}') from None
+    if len(shape)==3: raise DSCError(f'too_few_times: {_few_times(1)}')
+    data,affine,step,unit = read_nifti_times(path, budget)
+    d = _sidecar(path)
+    te,tr = (_number_in(d, k, 1000, most) for k,most in (('EchoTime',1),('RepetitionTime',np.inf)))
+    n = len(data)
+    times,said = _nifti_times(n, step, unit, d) if dt is None else (np.arange(n)*dt,[])
+    return Series4D(data, affine, times, te=te, tr=tr, flip=_number_in(d, 'FlipAngle'), findings=tuple(said))
+
+def _few_times(n):
+    return f"{n} time point{'' if n==1 else 's'}, and a bolus needs ten or more"
 
 # %% ../nbs/33_dsc.ipynb #409af57b
 def _timing_findings(times):
@@ -362,12 +484,43 @@ def _uneven_steps(steps, usual):
     return (f"from frame to frame {steps.min():.2f} to {steps.max():.2f} s pass, and {usual:.2f} s are usual: frames "
         "are missing, or taken in several parts; up to two missing in a row are interpolated")
 
+# %% ../nbs/33_dsc.ipynb #590cc1df
+def _blank_frames(data):
+    "Which frames of (T,D,H,W) hold hardly any signal, (T,) bool"
+    level = np.array([abs(x).mean(dtype=float) for x in data])
+    return level<.05*np.median(level)
+
+def _without_blank_frames(s):
+    "A series without them, which says so"
+    blank = _blank_frames(s.data)
+    if not blank.any(): return s
+    n,lost = len(blank),int(blank.sum())
+    if lost>.2*n: raise DSCError(f"frames_missing: {lost} of {n} time points are blank; copy the series again")
+    said = Finding('frames_missing', 'warning', f"{lost} of {n} time points are blank; they are left out")
+    times = s.times[~blank]
+    return s._replace(data=s.data[~blank], times=times-times[0], findings=(*s.findings,said))
+
+# %% ../nbs/33_dsc.ipynb #6df3c1f1
+def _rules_it_out(s):
+    "Why a series cannot be looked at any further, as a list of one finding or none"
+    def error(name, what): return [Finding(name, 'error', what)]
+    if len(s.data)<10: return error('too_few_times', _few_times(len(s.data)))
+    if s.data.shape[1]<3: return error('one_slice', _few_slices(s.data.shape[1]))
+    times = np.asarray(s.times, dtype=float)
+    if times.shape!=(len(s.data),) or not np.isfinite(times).all() or not (np.diff(times)>0).all():
+        return error('times_unknown', f"{len(s.data)} frames need as many times, s, that increase")
+    blank = int(_blank_frames(s.data).sum())
+    if blank: return error('frames_missing', f"{blank} of {len(s.data)} time points are blank: leave them out")
+    return []
+
 # %% ../nbs/33_dsc.ipynb #ac631597
 def _reading_findings(s):
+    "What times and echo time give to say, if reading has not said it"
     res = _timing_findings(s.times)
-    if s.te is None:
+    if not s.te:
         res.append(Finding('no_echo_time', 'warning', _no_te()))
-    return res
+    said = {o.name for o in s.findings}
+    return [o for o in res if o.name not in said]
 
 def _no_te():
     return ("no echo time is known: give te= in ms. Without it rates are given for an echo time of 1 ms, which changes "
@@ -385,11 +538,21 @@ def read_dsc(
     Raises `DSCError`, which begins with a name of `DSC_FINDINGS`, where the images do not form a series over time, and
     `SeriesError` as `read_volume` does.
     Source: DICOM PS3.3 C.7.6.16.2.2 (frame content), C.8.3 (MR image); BIDS for the JSON beside a NIfTI."""
+    te,dt = _check_given('te', te, 'ms'),_check_given('dt', dt, 's')
     try: s = _read_any(Path(path), dt, budget)
     except SeriesError as e:
         raise type(e)(f"{path}: {e}") from None
-    if te is not None: s = s._replace(te=float(te))
+    if te is not None: s = s._replace(te=te)
     return s._replace(findings=(*s.findings,*_reading_findings(s)))
+
+# %% ../nbs/33_dsc.ipynb #237f5515
+def _check_given(name, v, unit):
+    "A positive number that a caller may give"
+    if v is None: return None
+    try: number = float(v)
+    except (TypeError,ValueError): number = 0.
+    if 0<number<np.inf: return number
+    raise MGMTError(f"{name}= must be a positive number of {unit}; received {v!r}")
 
 # %% ../nbs/33_dsc.ipynb #43b84475
 def _read_any(path, dt, budget):
@@ -398,10 +561,8 @@ def _read_any(path, dt, budget):
     if frames: s = _from_dicom(path, frames, dt, budget)
     else:
         s = _from_nifti(path if nifti else find_stacks(path), dt, budget)
-    if len(s.data)<10:
-        raise DSCError(f"too_few_times: {len(s.data)} time points, and a bolus needs ten or more")
-    if s.data.shape[1]<3:
-        raise DSCError(_few_slices(s.data.shape[1]))
+    s = _without_blank_frames(s)
+    for o in _rules_it_out(s): raise DSCError(f'{o.name}: {o.what}')
     return s
 
 # %% ../nbs/33_dsc.ipynb #0434d89d
@@ -425,19 +586,30 @@ def bolus_timing(
 ) -> Bolus: # Indices of frames
     """When contrast arrives and is densest: the fall to the lowest signal is followed back to a tenth of its depth.
 
-    Raises `DSCError` on a signal that is not finite or never positive."""
+    Raises `DSCError` on fewer than three samples, and on a signal that is not finite or never positive."""
     x = np.asarray(signal, dtype=float)
+    if x.ndim!=1 or len(x)<3:
+        raise DSCError(f"too_few_times: a signal over time is needed, (T,) with T at least 3; received {x.shape}")
     if not np.isfinite(x).all() or x.max()<=0:
         raise DSCError("no_bolus: the signal is empty or not finite")
-    peak = int(x[1:].argmin())+1
+    alone = _dark_alone(x)
+    peak = int(np.where(alone, np.inf, x)[1:].argmin())+1
     s0 = float(np.percentile(x[:peak+1], 70))
     first = _steady_from(x[:peak], s0)
     for _ in range(2):
         above = np.flatnonzero(x[:peak]>s0-.1*(s0-x[peak]))
         arrival = int(above[-1])+1 if len(above) else first
         if arrival>first:
-            s0 = float(x[first:arrival].mean())
+            s0 = float(x[first:arrival][~alone[first:arrival]].mean())
     return Bolus(first, arrival, peak, s0, float(1-x[peak]/s0))
+
+# %% ../nbs/33_dsc.ipynb #481ff980
+def _dark_alone(x):
+    "Which frames are dark while those beside them keep most of their signal, (T,) bool; the last has no one beside it"
+    usual = np.median(x)
+    dark = x<.97*usual
+    beside = np.minimum(np.r_[x[1],x[:-1]], np.r_[x[1:],-np.inf])
+    return dark&(usual-beside<.25*(usual-x))
 
 # %% ../nbs/33_dsc.ipynb #ad2532dd
 def _steady_from(x, s0):
@@ -475,15 +647,16 @@ def _share_brighter(series, mask, bolus):
 
 # %% ../nbs/33_dsc.ipynb #c46de8a1
 def dsc_findings(
-    series:Series4D, # As `read_dsc` gives it
+    series:Series4D, # As `read_dsc` gives it, or made by hand
 ) -> list: # `Finding`s: those of reading, and those that the signal tells
     "What the user of a series must know, by the names of `DSC_FINDINGS`."
+    if found:=_rules_it_out(series): return [*series.findings,*found]
     mask = head_mask(series)
     x = head_curve(series, mask)
     noise = np.median(abs(np.diff(x)))/.954/x.mean() # of differences between normal values
     start,end = x[:3].mean(),x[-max(3,len(x)//10):].mean()
     bolus = bolus_timing(x)
-    res = list(series.findings)
+    res = [*series.findings,*_reading_findings(series),*_dark_findings(x, noise)]
     if end/start>1+max(.05, 6*noise) and bolus.drop<.03:
         res.append(_rises(end/start-1, series.te))
     elif not _has_bolus(bolus, noise, series.dt):
@@ -493,6 +666,16 @@ def dsc_findings(
     else:
         res += _bolus_findings(x, bolus, series.dt)
     return res
+
+# %% ../nbs/33_dsc.ipynb #1307da22
+def _dark_findings(x, noise):
+    "A finding on single frames that are darker than noise makes them"
+    by = 1-x/np.median(x)
+    at = np.flatnonzero(_dark_alone(x)&(by>6*noise))
+    if not len(at): return []
+    frames = ', '.join(map(str, at[:5]))+(', ...' if len(at)>5 else '')
+    return [Finding('dark_frames', 'warning', f"frames {frames} are darker by up to {by[at].max():.0%} than those "
+        "beside them: look at them, and leave them out if they are damaged")]
 
 # %% ../nbs/33_dsc.ipynb #453fc6d3
 def _has_bolus(b, noise, dt):

@@ -29,16 +29,19 @@ def signal_to_r2star(
     """How much faster the signal decays than before contrast, which is taken as proportional to its concentration.
 
     A signal of zero or less counts as a thousandth of the baseline; where the baseline itself is not positive, the
-    rate is 0. Usual range in brain: -2 to 30, in arteries up to 100.
+    rate is 0; where it is NaN, so is the rate. Usual range in brain: -2 to 30, in arteries up to 100.
     Source: Rosen et al. 1990; CAPLEX: electromagnetic property model, gradient echo."""
     if not te>0:
         raise MGMTError(f"the echo time must be positive, in ms; received {te}")
     x = np.asarray(signal)
     x = x if x.dtype==np.float64 else x.astype(np.float32)
-    s0 = x[...,baseline].mean(-1, keepdims=True)
-    there = s0>0
-    ratio = np.maximum(x/np.where(there, s0, 1), 1e-3)
-    return np.where(there, -np.log(ratio)*(1000/te), 0).astype(x.dtype, copy=False)
+    before = x[...,baseline]
+    if not before.shape[-1]:
+        raise MGMTError(f"the baseline must hold a frame of the {x.shape[-1]} there are; received {baseline}")
+    s0 = before.mean(-1, keepdims=True)
+    nothing = s0<=0
+    ratio = np.maximum(x/np.where(nothing, 1, s0), 1e-3)
+    return np.where(nothing, 0, -np.log(ratio)*(1000/te)).astype(x.dtype, copy=False)
 
 # %% ../nbs/34_perfusion.ipynb #b6aeb702
 _LEVELS = np.geomspace(.01, .95, 60) # singular values left out, as a share of the largest
@@ -107,23 +110,37 @@ def _deconvolve(tissue, aif, dt, limit, exponential):
     return area,peak,np.where(at>n/2, at-n, at)*dt
 
 # %% ../nbs/34_perfusion.ipynb #ac2ceadd
-def _check_curves(tissue, aif, dt):
-    "The two as arrays (N,T) and (T,), or why they cannot be used"
-    c,a = np.atleast_2d(tissue),np.asarray(aif)
-    if c.dtype!=np.float32: c = c.astype(np.float64)
-    a = a.astype(np.float64)
-    if c.ndim!=2 or a.ndim!=1 or c.shape[1]!=len(a) or len(a)<4:
-        raise _other_lengths(c.shape, a.shape)
-    if not (np.isfinite(c).all() and np.isfinite(a).all()):
-        raise MGMTError("concentrations must be finite numbers")
-    if not (np.isfinite(dt) and dt>0):
-        raise MGMTError(f"dt, the s between samples, must be positive; received {dt}")
-    if a.sum()<=0:
-        raise MGMTError("the arterial input has no area: no contrast in the artery?")
-    return c,a
+def _positive(name, v):
+    "A number that must be positive"
+    try: number = float(v)
+    except (TypeError,ValueError): number = 0.
+    if 0<number<np.inf: return number
+    raise MGMTError(f"{name} must be a positive number; received {v!r}")
 
-def _other_lengths(c, a):
-    return MGMTError(f"tissue must be (N,T) and the arterial input (T,), with T at least 4; received {c} and {a}")
+def _number_array(name, x):
+    "An array of single or double precision"
+    try: x = np.asarray(x)
+    except ValueError: x = np.array('')
+    if x.dtype.kind not in 'biuf':
+        raise MGMTError(f"{name} must be an array of numbers, all rows of one length")
+    return x if x.dtype==np.float32 else x.astype(np.float64)
+
+def _check_curves(curves, first, dt, names=('tissue','the arterial input')):
+    "The two as arrays (N,T) and (T,), and dt; or why they cannot be used"
+    c,a = (_number_array(name, x) for name,x in zip(names, (curves,first)))
+    c,a = np.atleast_2d(c),a.astype(np.float64)
+    if c.ndim!=2 or a.ndim!=1 or c.shape[1]!=len(a) or len(a)<4:
+        raise MGMTError(f"{names[0]} must be (N,T) and {names[1]} (T,), with T at least 4; "
+            f"received {c.shape} and {a.shape}")
+    if not np.isfinite(a).all():
+        raise MGMTError(f"{names[1]} must be finite numbers; {(~np.isfinite(a)).sum()} of {len(a)} are not")
+    bad = ~np.isfinite(c).all(1)
+    if bad.any():
+        raise MGMTError(f"{names[0]} must be finite numbers; {bad.sum()} of {len(c)} curves are not, the first is "
+            f"number {bad.argmax()}: leave them out")
+    if a.sum()<=0 or np.ptp(a)==0:
+        raise MGMTError(f"{names[1]} has no area, or does not change: no contrast?")
+    return c,a,_positive('dt, the s between samples,', dt)
 
 # %% ../nbs/34_perfusion.ipynb #b61fb4a6
 def tissue_perfusion(
@@ -139,16 +156,17 @@ def tissue_perfusion(
 
     Usual: `cbf` 20 to 80, `cbv` 1 to 6, `mtt` 3 to 8, `tmax` 0 to 6, negative where tissue precedes the artery. Where
     there is no flow, `cbf` is 0 and the times are NaN. Samples are evenly spaced. Raises `MGMTError` on curves of other
-    lengths, that are not finite, or an arterial input without area.
+    lengths, that are not finite, or an arterial input without area, and on a factor that is not positive.
     Source: Wu et al. 2003 (oSVD); the index around the circle and the correction of the peak are ours."""
     if residue not in ('exponential', None):
         raise unknown_name('residue function', residue, ['exponential'])
-    c,a = _check_curves(tissue, aif, dt)
+    c,a,dt = _check_curves(tissue, aif, dt)
+    limit = _positive('oscillation', oscillation)
     n,correct = 2**13,residue is not None
-    parts = [_deconvolve(c[i:i+n], a, dt, oscillation, correct) for i in range(0, len(c), n)]
+    parts = [_deconvolve(c[i:i+n], a, dt, limit, correct) for i in range(0, len(c), n)]
     area,peak,tmax = np.concatenate(parts, 1) if parts else np.zeros((3,0))
     flows = (peak>0)&(area>0)
-    factor = haematocrit/density
+    factor = _positive('haematocrit', haematocrit)/_positive('density', density)
     cbf = np.where(flows, peak, 0)*6000*factor
     cbv = area*100*factor
     mtt = np.full(len(cbf), np.nan)
@@ -224,16 +242,18 @@ def correct_leakage(
 ) -> Leakage: # Corrected curves and coefficients
     """Take leakage out of curves: `curve = k1*first - k2*(reference convolved with exp(-kep t))`.
 
-    Usual: `k2` -.1 to .1 for a reference of tissue. Raises `MGMTError` on another model.
+    Usual: `k2` -.1 to .1 for a reference of tissue. Raises `MGMTError` on another model,
+    and on curves as `tissue_perfusion` does.
     Source: Boxerman, Schmainda and Weisskoff 2006; Leu et al. 2016 (bidirectional); that transit times must not be
     taken for leakage: Bjornerud et al. 2011, whose residue functions are parametric here."""
     if model not in _MODELS:
         raise unknown_name('leakage model', model, _MODELS)
-    y,t = np.asarray(curves),np.arange(len(reference))*dt
-    a,b,ways = _parts(np.asarray(reference, dtype=float), t, model)
+    y,ref,dt = _check_curves(curves, reference, dt, ('curves','the reference'))
+    a,b,ways = _parts(ref, np.arange(len(ref))*dt, model)
     if model!='transit': clearly = None
     n = 2**12
-    parts = [_corrected(y[i:i+n], a, b, ways, clearly) for i in range(0, len(y), n)]
+    starts = range(0, max(1, len(y)), n)
+    parts = [_corrected(y[i:i+n], a, b, ways, clearly) for i in starts]
     return Leakage(*map(np.concatenate, zip(*parts)))
 
 # %% ../nbs/34_perfusion.ipynb #a0049a25
@@ -309,12 +329,16 @@ def find_aif(
 
     Usual: 10 to 100 1/s high, 4 to 10 s wide at half of it. Raises `DSCError` with fewer than 50 voxels.
     Source: Mouridsen et al. 2006; the score, peak over width and delay, is ours."""
+    mask = np.asarray(mask)>0
+    if np.ndim(rates)!=4 or mask.shape!=rates.shape[1:]:
+        raise MGMTError(f"rates must be (T,D,H,W) and mask (D,H,W); received {np.shape(rates)} and {mask.shape}")
     curves = np.ascontiguousarray(rates[:,mask].T)
     at = np.argwhere(mask)
+    if not len(curves): raise _too_few_arteries(0)
     late = min(len(rates), int(curves.mean(0).argmax()+15/dt)+1)
     found = _artery_candidates(curves, dt, late)
     if len(found)<50:
-        raise DSCError(f"no_artery: {len(found)} curves are large and smooth, 50 are needed: give aif=")
+        raise _too_few_arteries(len(found))
     tables = []
     for n in k:
         few = min(n, max(1, len(found)//5))
@@ -326,6 +350,9 @@ def find_aif(
     clusters = pd.concat(tables, keys=range(1, len(k)+1), names=['round','cluster'])
     return Artery(curves[found].mean(0, dtype=float), voxels, clusters)
 
+def _too_few_arteries(n):
+    return DSCError(f"no_artery: {n} curves are large and smooth, 50 are needed: give aif=")
+
 # %% ../nbs/34_perfusion.ipynb #790d7ae2
 def is_saturated(
     signal:np.ndarray, # (N,T) signal of the arterial voxels
@@ -336,7 +363,7 @@ def is_saturated(
     base = x[:,bolus.baseline]
     noise = abs(np.diff(base)).mean()/1.128 # of the difference of two normal values
     lowest = np.median(x.min(1))
-    return bool(lowest<3*noise)
+    return bool(lowest<=3*noise)
 
 # %% ../nbs/34_perfusion.ipynb #3adb17fe
 def brain_mask(
@@ -384,12 +411,14 @@ def white_matter(
 ) -> np.ndarray: # (D,H,W) bool
     """Normal white matter of one side: what is darker than grey matter and fluid, and holds little blood.
 
-    Both are smoothed before, so that noise does not choose; the border of the brain and the middle are left out."""
+    Both are smoothed before, so that noise does not choose; the border of the brain and the middle are left out. Raises
+    `DSCError` where a mask has no inside."""
     if side not in ('left','right'):
         raise unknown_name('side', side, ['left','right'])
     x = _to_the_right(mask, affine)
     outwards = x if side=='right' else -x
     inner = ndimage.binary_erosion(mask, np.ones((1,5,5)))&(outwards>8)
+    if not inner.any(): raise DSCError(_no_normal())
     weight = np.maximum(_smooth(mask), 1e-3)
     blood = _smooth(cbv*mask)/weight
     light = _smooth(baseline*mask)/weight
@@ -473,27 +502,53 @@ def _recovery(signal, bolus, dt):
 
 # %% ../nbs/34_perfusion.ipynb #1534ef58
 def _not_leaking(signal, bolus, dt):
-    "Curves (T,N) whose signal comes back to the baseline within the noise: tissue without leakage"
+    """Curves (T,N) whose signal comes back to the baseline within the noise: tissue without leakage; and findings.
+
+    If none does, the quarter that comes nearest."""
     base = signal[bolus.baseline]
     end = signal[-max(5, int(15/dt)):]
     s0 = base.mean(0)
     least = 1e-6*abs(base).max()
     spread = np.maximum(base.std(0), least)
     off = (end.mean(0)-s0)/spread
-    return (off<1)&(off>np.quantile(off, .25))
+    back = (off<1)&(off>np.quantile(off, .25))
+    if back.any(): return back,[]
+    size = abs(off)
+    return size<=np.quantile(size, .25),[Finding('no_reference', 'warning', _no_reference())]
+
+def _no_reference():
+    return ("the signal comes back to the baseline nowhere: the quarter of the brain that comes nearest is taken for "
+        "tissue without leakage, so do not rely on K2")
 
 # %% ../nbs/34_perfusion.ipynb #6fcce569
-def _artery_given(aif, rates, dt):
-    "An arterial input from a curve (T,) or a mask (D,H,W)"
-    aif,shape = np.asarray(aif),rates.shape[1:]
-    if aif.shape==shape and aif.any():
-        curve = rates[:,aif>0].mean(1, dtype=float)
-        return Artery(curve, aif>0, pd.DataFrame())
-    if aif.shape==(len(rates),):
-        nowhere = np.zeros(shape, bool)
-        return Artery(aif.astype(float), nowhere, pd.DataFrame())
-    raise MGMTError(f"aif must be a curve of {len(rates)} samples or a mask of {shape} that is not empty; "
-        f"received {aif.shape}")
+def _mask_of(name, x, series):
+    "A mask, (D,H,W) bool; a `Volume` with another grid gives the voxels that lie where it is more than half"
+    size = series.data.shape[1:]
+    if isinstance(x, Volume) and not (x.shape==size and np.allclose(x.affine, series.affine, atol=.01)):
+        x = resample((x>0).float(), series.affine, size)>.5
+    x = np.asarray(x)
+    if x.shape!=size or x.dtype.kind not in 'biuf':
+        raise MGMTError(f"{name} must be a mask of {size}; received {x.shape}")
+    if not (x>0).any():
+        raise MGMTError(f"{name} must be a mask with voxels in it, and lie where the series lies; no voxel is marked")
+    return x>0
+
+def _given_artery(aif, series, times, baseline):
+    "An arterial input from a curve (T,) at these times, or a mask (D,H,W), which may reach out of the brain"
+    if np.ndim(aif)==3:
+        at = _mask_of('aif', aif, series)
+        in_air = 1-head_mask(series)[at].mean()
+        if in_air>.5:
+            raise MGMTError(f"aif must lie in the head; {in_air:.0%} of its voxels lie in air: of another series?")
+        rates = signal_to_r2star(series.data[:,at].T, series.te or 1., baseline)
+        return Artery(rates.mean(0, dtype=float), at, pd.DataFrame())
+    curve = _number_array('aif', aif).astype(float)
+    if curve.shape!=(len(times),):
+        raise MGMTError(f"aif must be a curve of {len(times)} samples or a mask of {series.data.shape[1:]}; received "
+            f"{curve.shape}")
+    curve = np.interp(series.times, times, curve) # where frames that lacked were filled in
+    nowhere = np.zeros(series.data.shape[1:], bool)
+    return Artery(curve, nowhere, pd.DataFrame())
 
 # %% ../nbs/34_perfusion.ipynb #a0aad8d1
 def _as_map(values, mask, affine):
@@ -517,7 +572,7 @@ def _all_maps(signal, fixed, flow, bolus, dt):
 def perfusion_maps(
     series:Series4D, # As `read_dsc` gives it
     aif:np.ndarray=None, # Arterial input: a curve (T,), 1/s, or a mask (D,H,W) of arteries; found if None
-    brain:np.ndarray=None, # (D,H,W) bool; found if None
+    brain:np.ndarray=None, # (D,H,W) bool, or a `Volume` with a place of its own, as `aif` may be; found if None
     side:str=None, # Side of the lesion, `'left'` or `'right'`; guessed if None
     leakage:str='transit', # As in `correct_leakage`; None to leave leakage in
     motion:bool=False, # Bring all frames onto the baseline first?
@@ -525,18 +580,21 @@ def perfusion_maps(
     """All maps of a DSC series. Raises `DSCError` where the series or its curves rule them out.
 
     White matter for the relative maps is taken from the side where the lesion is not."""
-    findings,series = check_dsc(series),even_times(series)
+    if side not in (*_OPPOSITE,None): raise unknown_name('side', side, [*_OPPOSITE])
+    findings,times = check_dsc(series),series.times
+    series = even_times(series)
     series,moved = correct_motion(series) if motion else (series,None)
-    brain = brain_mask(series) if brain is None else np.asarray(brain)>0
+    brain = brain_mask(series) if brain is None else _mask_of('brain', brain, series)
     signal = series.data[:,brain].astype(np.float32)
     dt = series.dt
     bolus = bolus_timing(signal.mean(1, dtype=float))
     rates = signal_to_r2star(signal.T, series.te or 1., bolus.baseline)
-    artery = _find_or_take(aif, rates, brain, dt)
-    in_artery = artery.voxels[brain]
-    if in_artery.any() and is_saturated(signal[:,in_artery].T, bolus):
+    artery = _found_artery(rates, brain, dt) if aif is None else _given_artery(aif, series, times, bolus.baseline)
+    if artery.voxels.any() and is_saturated(series.data[:,artery.voxels].T, bolus):
         findings.append(_saturated())
-    reference = rates[_not_leaking(signal, bolus, dt)].mean(0, dtype=float)
+    dry,said = _not_leaking(signal, bolus, dt)
+    findings += said
+    reference = rates[dry].mean(0, dtype=float)
     fixed = _without_leakage(rates, artery.curve, reference, dt, leakage)
     flow = tissue_perfusion(fixed.corrected, artery.curve, dt)
     values = _all_maps(signal, fixed, flow, bolus, dt)
@@ -562,11 +620,10 @@ def _without_leakage(rates, artery, reference, dt, model):
 # %% ../nbs/34_perfusion.ipynb #7d83dcf8
 _OPPOSITE = dict(left='right', right='left')
 
-def _find_or_take(aif, rates, brain, dt):
+def _found_artery(rates, brain, dt):
     whole = np.zeros((rates.shape[1],*brain.shape), np.float32)
     whole[:,brain] = rates.T
-    if aif is None: return find_aif(whole, brain, dt)
-    return _artery_given(aif, whole, dt)
+    return find_aif(whole, brain, dt)
 
 # %% ../nbs/34_perfusion.ipynb #0f4bd112
 def _saturated():

@@ -34,7 +34,8 @@ def says_dsc(
     name:str, # Of a folder or file
 ) -> bool:
     "Does a name say that this is a DSC series, and not a map of one, DCE or ASL?"
-    name = name.lower()
+    words = re.sub(r'(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '_', name) # DSCPerfusion: two words
+    name = words.lower()
     return bool(_SAYS.search(name)) and not _OTHER_KIND.search(name)
 
 # %% ../nbs/39_perfusion_cohort.ipynb #caf1e076
@@ -55,7 +56,7 @@ def find_dsc(
 # %% ../nbs/39_perfusion_cohort.ipynb #c0485efa
 def _beside(row):
     "DSC series in the folder that holds a patient's images"
-    images = [str(row[s]) for s in SEQUENCES if s in row and not pd.isna(row[s])]
+    images = [os.path.abspath(row[s]) for s in SEQUENCES if isinstance(row.get(s), (str,Path))]
     if not images: return []
     folders = [os.path.dirname(o) for o in images]
     folder = Path(os.path.commonpath(folders))
@@ -70,18 +71,19 @@ def _may_be_series(path):
 def audit_dsc(
     cohort:pd.DataFrame, # With the column `DSC`, as `find_dsc` gives it
     progress:bool=True, # Show a progress bar?
+    budget:Budget=Budget(), # What reading a series may cost
 ) -> pd.DataFrame: # `patient`, `level`, `finding` (a name of `DSC_FINDINGS`, or `unreadable`), `what`; a row for each
     "Read each DSC series and say what its user must know; a patient without findings has no row."
     rows = []
     has = cohort[cohort.DSC.notna()]
     for r in track(has.to_dict('records'), len(has), progress):
-        rows += [(r['patient'],*o) for o in _findings_of(r)]
+        rows += [(r['patient'],*o) for o in _findings_of(r, budget)]
     return pd.DataFrame(rows, columns=['patient','level','finding','what'], dtype='string')
 
 # %% ../nbs/39_perfusion_cohort.ipynb #9cd99374
-def _findings_of(row):
+def _findings_of(row, budget):
     "Level, name and text of each finding"
-    try: found = dsc_findings(read_dsc(row['DSC']))
+    try: found = dsc_findings(read_dsc(row['DSC'], budget=budget))
     except MGMTError as e:
         return [('error', *_name_and_text(e, row['DSC']))]
     return [(o.level, o.name, o.what) for o in found]
@@ -158,6 +160,7 @@ def add_perfusion(
     motion:bool=False, # Correct the motion of the head first?
     n_workers:int=None, # Processes; one per core if None. Each needs up to 2 GB
     progress:bool=True, # Show a progress bar?
+    budget:Budget=Budget(), # What reading a series may cost
 ) -> pd.DataFrame: # A copy with a column for each map; missing where there is none
     """Compute perfusion for the patients who have DSC, place the maps on the anatomy, and add them to the cohort.
 
@@ -167,7 +170,7 @@ def add_perfusion(
         if k not in PERFUSION:
             raise unknown_name('map of perfusion', k, PERFUSION)
     dest = make_folder(dest)
-    jobs = [(r,dest,maps,motion) for r in cohort.to_dict('records')]
+    jobs = [(r,dest,maps,motion,budget) for r in cohort.to_dict('records')]
     added = {}
     for i,o in in_processes(_add_one, jobs, n_workers, progress):
         added[i] = o if o!=DIED else ({},[_problem(jobs[i][0], DIED)])
@@ -198,16 +201,17 @@ def _kept_notes(folder, key, maps):
     return entry['notes'] if all(map(is_file, files)) else None
 
 # %% ../nbs/39_perfusion_cohort.ipynb #bb7fe31a
-def _add_one(row, dest, maps, motion):
+def _add_one(row, dest, maps, motion, budget):
     "Paths of one patient's maps, none where there is no DSC or it failed; and rows of the report"
     if pd.isna(row.get('DSC')): return {},[]
     seq = first(s for s in ('T2w','FLAIR','T1wCE','T1w') if has_scan(row, s))
+    if seq is None: return {},[_problem(row, 'no T2w, FLAIR or T1 to place the maps on')]
     try:
         folder = patient_folder(dest, row['patient'])
         key = _maps_key(row, seq, motion)
         notes = _kept_notes(folder, key, maps)
         if notes is None:
-            notes = _write_maps(row, seq, folder, maps, motion, key)
+            notes = _write_maps(row, seq, folder, maps, motion, key, budget)
     except MGMTError as e:
         name,what = _name_and_text(e, row['DSC'])
         return {},[_problem(row, f'{name}: {what}')]
@@ -217,9 +221,9 @@ def _add_one(row, dest, maps, motion):
 def _problem(row, what): return row['patient'], 'DSC', what, 'go on without perfusion, or correct the series'
 
 # %% ../nbs/39_perfusion_cohort.ipynb #7dd49763
-def _write_maps(row, seq, folder, maps, motion, key):
+def _write_maps(row, seq, folder, maps, motion, key, budget):
     "Compute the maps of a patient and write them; what is to be known"
-    found,notes = _maps_placed(row, seq, motion)
+    found,notes = _maps_placed(row, seq, motion, budget)
     with write_errors(folder):
         (folder/_MAPS_RECORD).unlink(missing_ok=True) # of other maps, until these are complete
     for k in maps: found[k].save(folder/f'{k}.nii.gz')
@@ -227,9 +231,9 @@ def _write_maps(row, seq, folder, maps, motion, key):
     return notes
 
 # %% ../nbs/39_perfusion_cohort.ipynb #4ce78750
-def _maps_placed(row, seq, motion):
+def _maps_placed(row, seq, motion, budget):
     "Maps of a patient on the anatomy, and what is to be known"
-    found = perfusion_maps(read_dsc(row['DSC']), motion=motion)
+    found = perfusion_maps(read_dsc(row['DSC'], budget=budget), motion=motion)
     to_know = [o for o in found.findings if o.level!='note' or o.name=='guessed_side']
     notes = [f'{o.name}: {o.what}' for o in to_know]
     maps = found.maps

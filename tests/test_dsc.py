@@ -8,9 +8,12 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
-from mgmt_fast.core import rng_for
+from mgmt_fast.cohort import cohort_report
+from mgmt_fast.core import Budget, rng_for
+from mgmt_fast.dicom import SeriesError
 from mgmt_fast.dsc import DSC_FINDINGS, DSCError, Series4D, check_dsc, dsc_findings, even_times, read_dsc
 from mgmt_fast.dsc_phantom import dsc_patients, render_dsc, write_dsc
+from mgmt_fast.perfusion_cohort import add_perfusion, audit_dsc, find_dsc
 
 DATA = Path(os.environ.get('MGMT_FAST_DATA', '/none'))/'dicom'
 
@@ -115,6 +118,119 @@ def test_a_folder_copied_into_itself(small, tmp_path):
     for p in list((tmp_path/'a').glob('*.dcm')): shutil.copy(p, p.with_name('copy of '+p.name))
     back = read_dsc(tmp_path/'a')
     assert np.array_equal(back.data, small.data) and names(back)==['doubles']
+
+
+def saved_again(folder, which, keeps_number=True):
+    "Give some images a copy with an instance UID of its own"
+    for i,p in enumerate(sorted(Path(folder).glob('*.dcm'))):
+        if not which(i//4): continue
+        ds = pydicom.dcmread(p)
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+        if not keeps_number: ds.InstanceNumber += 1000
+        ds.save_as(p.with_name(f'again{i}.dcm'))
+
+
+@pytest.mark.parametrize('keeps_number', [True, False])
+@pytest.mark.parametrize('which', [lambda t: t in (5,9), lambda t: True])
+@pytest.mark.parametrize('change', [None, temporal])
+def test_images_that_were_saved_again(small, tmp_path, change, which, keeps_number):
+    write_dsc(small, tmp_path/'a', told_by='AcquisitionTime')
+    if change: edit(tmp_path/'a', change)
+    saved_again(tmp_path/'a', which, keeps_number)
+    back = read_dsc(tmp_path/'a')
+    assert np.array_equal(back.data, small.data) and names(back)==['doubles']
+    assert np.allclose(back.times, small.times, atol=1e-6)
+
+
+def test_slices_with_times_of_their_own_saved_again(small, tmp_path):
+    write_dsc(small, tmp_path/'a', told_by=None)
+    edit(tmp_path/'a', lambda i,ds: setattr(ds, 'TriggerTime', 1500.5*(i//4)+375*(i%4)))
+    saved_again(tmp_path/'a', lambda t: True, keeps_number=False)
+    back = read_dsc(tmp_path/'a')
+    assert np.array_equal(back.data, small.data) and names(back)==['doubles']
+
+
+def test_two_frames_in_one_whole_second_are_no_doubles(small, tmp_path):
+    write_dsc(small._replace(tr=700.), tmp_path/'a', told_by=None)
+    edit(tmp_path/'a', lambda i,ds: setattr(ds, 'AcquisitionTime', f'1200{int(.7*(i//4)):02}'))
+    back = read_dsc(tmp_path/'a')
+    assert len(back.data)==14 and names(back)==['times_from_tr'] and np.isclose(back.dt, .7)
+
+
+@pytest.mark.parametrize('lost', [range(28,32), [29]]) # a whole time point, or one of its slices
+@pytest.mark.parametrize('dt', [None, 1.5])
+def test_a_lost_frame_is_a_gap_without_times(small, tmp_path, lost, dt):
+    write_dsc(small, tmp_path/'a', told_by=None)
+    edit(tmp_path/'a', temporal)
+    for i in lost: (tmp_path/'a'/f'{i+1:05}.dcm').unlink()
+    back = read_dsc(tmp_path/'a', dt=dt)
+    assert np.allclose(back.times, np.delete(small.times, 7)) and 'uneven_times' in names(back)
+
+
+def test_a_lost_time_point_is_a_gap_in_instance_numbers(small, tmp_path):
+    write_dsc(small, tmp_path/'a', told_by=None)
+    for i in range(28, 32): (tmp_path/'a'/f'{i+1:05}.dcm').unlink()
+    assert names(read_dsc(tmp_path/'a'))==['times_from_tr','uneven_times']
+
+
+def test_midnight_between_slices(small, tmp_path):
+    write_dsc(small, tmp_path/'a', told_by=None)
+
+    def clock(i, ds):
+        s = (86392+.375*i)%86400
+        ds.AcquisitionTime = f'{int(s)//3600:02}{int(s)//60%60:02}{s%60:06.3f}'
+    edit(tmp_path/'a', clock)
+    back = read_dsc(tmp_path/'a')
+    assert np.array_equal(back.data, small.data) and np.allclose(back.times, small.times) and not names(back)
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR DT")
+def test_a_date_that_was_taken_out(small, tmp_path):
+    write_dsc(small, tmp_path/'a.dcm', enhanced=True)
+    ds = pydicom.dcmread(tmp_path/'a.dcm')
+    for i,o in enumerate(ds.PerFrameFunctionalGroupsSequence):
+        o.FrameContentSequence[0].FrameAcquisitionDateTime = f'000000001200{int(1.5*(i//4)):02}.{5*(i//4%2)}'
+    ds.save_as(tmp_path/'a.dcm')
+    back = read_dsc(tmp_path/'a.dcm')
+    assert np.array_equal(back.data, small.data) and np.allclose(back.times, small.times)
+
+
+def offsets(i, ds): ds.ImagePositionPatient = [ds.ImagePositionPatient[0]+6*(i>=28),*ds.ImagePositionPatient[1:]]
+def parts(i, ds): ds.ImageType = ['ORIGINAL','PRIMARY','MP'[i//4%2]]
+def sizes(i, ds): ds.PixelSpacing = [3+(i>=28),3]
+
+
+@pytest.mark.parametrize('change', [offsets, parts, sizes])
+def test_images_that_form_no_series(small, tmp_path, change):
+    write_dsc(small, tmp_path/'a')
+    edit(tmp_path/'a', change)
+    with pytest.raises(DSCError, match='several_series'): read_dsc(tmp_path/'a')
+
+
+def test_two_patients_are_refused(small, tmp_path):
+    write_dsc(small, tmp_path/'a')
+    edit(tmp_path/'a', lambda i,ds: setattr(ds, 'PatientID', f'ZEBBIE{i%2}'))
+    with pytest.raises(SeriesError, match='more than one patient') as e: read_dsc(tmp_path/'a')
+    assert 'ZEBBIE' not in str(e.value)
+
+
+def test_headers_that_differ_by_rounding(small, tmp_path):
+    write_dsc(small, tmp_path/'a')
+
+    def rounded(i, ds):
+        ds.ImagePositionPatient = [*ds.ImagePositionPatient[:2],ds.ImagePositionPatient[2]+.02*(i%3)]
+        ds.ImageOrientationPatient = [1-1e-6*(i%2),*ds.ImageOrientationPatient[1:]]
+    edit(tmp_path/'a', rounded)
+    assert np.array_equal(read_dsc(tmp_path/'a').data, small.data)
+
+
+def test_blank_frames_are_left_out(sim, tmp_path):
+    x = sim.series.data.copy()
+    x[[0,30]] = 0
+    write_dsc(sim.series._replace(data=x), tmp_path/'a')
+    back = read_dsc(tmp_path/'a')
+    assert names(back)==['frames_missing','uneven_times'] and len(back.data)==42
+    assert np.isclose(np.diff(back.times).max(), 2*back.dt) and back.times[0]==0
 
 
 def test_two_echoes_and_two_series_are_refused(small, tmp_path):
@@ -232,3 +348,15 @@ def test_the_audit_of_a_cohort_reads_its_perfusion(sim, small, tmp_path, capsys)
     table = pd.read_csv(tmp_path/'audit'/'dsc.csv', dtype=str)
     assert set(table.patient[table.level=='error'])=={bad.name} and '2 DSC series' in said
     assert f'{several.name} DSC: 2 series: none is taken' in said and 'ZEBBIE' not in said
+
+
+def test_a_cohort_goes_on_past_what_it_cannot_place(sim, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_dsc(sim.series, tmp_path/'a'/'DSC')
+    scans = dict(T1wCE='a/T1wCE', T2w=str(tmp_path/'a'/'T2w'), FLAIR=sim.series.frame(0))
+    cohort = find_dsc(pd.DataFrame([dict(patient='a', **scans)]))
+    assert cohort.DSC.tolist()==[str(tmp_path/'a'/'DSC')]
+    added = add_perfusion(cohort[['patient','DSC']], tmp_path/'maps', n_workers=0, progress=False)
+    assert added.rCBV.isna().all() and cohort_report(added).problem.str.contains('no T2w, FLAIR or T1').all()
+    few = audit_dsc(cohort, progress=False, budget=Budget(voxels=1000))
+    assert few.finding.tolist()==['unreadable'] and 'Budget(voxels=...)' in few.what[0]

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from mgmt_fast.core import MGMTError
+import torch
+from mgmt_fast.core import MGMTError, Volume
 from mgmt_fast.dsc import DSCError
 from mgmt_fast.dsc_phantom import dsc_patients, render_dsc, simulate_curves, write_dsc
 from mgmt_fast.perfusion import (PERFUSION_MAPS, brain_mask, correct_leakage, correct_motion, find_aif, lesion_side,
@@ -121,6 +122,22 @@ def test_an_artery_that_is_given(head, found):
     assert np.allclose(by_mask.maps['MTT'].numpy(), by_curve.maps['MTT'].numpy())
     for bad in (np.zeros(7), np.zeros(head.mask.shape)):
         with pytest.raises(MGMTError, match='aif must be'): perfusion_maps(head.series, aif=bad)
+
+
+def test_a_mask_of_another_grid_marks_the_same_place(head, found):
+    n = found.artery.voxels.shape[1]
+    turned = head.series.affine@np.array([[1,0,0,0],[0,-1,0,n-1],[0,0,1,0],[0,0,0,1.]])
+    mask = Volume(torch.from_numpy(found.artery.voxels[:,::-1].astype(np.uint8)), affine=turned)
+    assert np.array_equal(perfusion_maps(head.series, aif=mask, side='right').artery.voxels, found.artery.voxels)
+
+
+def test_what_is_given_wrongly(head):
+    s = head.series
+    for k,v in (('side','up'), ('brain',np.ones((2,3,4))), ('brain',0*head.brain)):
+        with pytest.raises(MGMTError, match=k): perfusion_maps(s, **{k: v})
+    sliver = np.zeros(head.mask.shape, bool)
+    sliver[:,:,60:63] = head.brain[:,:,60:63]
+    with pytest.raises(DSCError, match='no_bolus'): perfusion_maps(s, brain=sliver, aif=np.arange(50.), side='left')
 
 
 def test_a_saturated_artery_is_said(head):
