@@ -18,6 +18,7 @@ from fastcore.all import *
 from scipy.special import expit
 from . import __version__
 from .processes import working_in
+from .clinical import patient_key
 from .prepare import VolumeStore, prepare
 from .records import *
 from .seen import SeenVolumes
@@ -455,12 +456,18 @@ def _copied(path, model, temperature, dest, i):
 # %% ../nbs/65_bundle.ipynb #aa65ae2c
 def _validation(v, checked):
     "What is known of the validation patients"
-    auc = auc_ci(v.label, v.prob)
+    auc = auc_ci(v.label, v.prob, cluster=_owners(v))
     content = json_hash(v.values.tolist())
     about = dict(n=len(v), methylated=int(v.label.sum()), hash=content)
     figures = auc.round(6).to_dict()
     how = AUC_METHODS[auc.name]
     return dict(about, **checked, **figures, interval=how, **_calibrated(v))
+
+def _owners(v):
+    "The patient of each scan, where one has several, and there are enough for an interval that knows of it"
+    of = v.patient.map(patient_key)
+    few = min(v.label.sum(), (1-v.label).sum())<5
+    return None if few or not of.duplicated().any() else of.to_numpy()
 
 def _calibrated(v):
     "Intercept and slope with their intervals, and five groups of patients: mean probability, share, interval, number"

@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # %% ../nbs/52_callbacks.ipynb #9c000002
 def _n_in_batch(learn):
@@ -540,7 +540,7 @@ class AverageWeights(Callback):
     def before_fit(self):
         self.run = not hasattr(self.learn,'lr_finder')
         self.fitting,self.shown = False,False
-        average = get_ema_multi_avg_fn(self.decay) if self.kind=='ema' else get_swa_multi_avg_fn()
+        average = get_ema_multi_avg_fn(self.decay) if self.kind=='ema' else _mean_so_far
         with torch.no_grad():
             self.avg = AveragedModel(get_model(self.model), multi_avg_fn=average, use_buffers=True)
 
@@ -588,6 +588,13 @@ class AverageWeights(Callback):
     ):
         own = {k.removeprefix('avg.'):v for k,v in d.items()}
         self.avg.load_state_dict(own)
+
+# %% ../nbs/52_callbacks.ipynb #24efee65
+@torch.no_grad()
+def _mean_so_far(averaged, now, n):
+    "Bring tensors of one type to their mean over n+1 epochs, in place; counters, which have no mean, to those of now"
+    if averaged[0].is_floating_point(): torch._foreach_lerp_(averaged, now, 1/(int(n)+1))
+    else: torch._foreach_copy_(averaged, now)
 
 # %% ../nbs/52_callbacks.ipynb #9c000018
 class BinaryFocalLoss(nn.Module):

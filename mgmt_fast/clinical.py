@@ -134,6 +134,8 @@ _label_names = 'mgmtvalue mgmtpromoterstatus mgmtstatus mgmtmethylation mgmt lab
 def _letters(name): return re.sub('[^a-z0-9]', '', str(name).lower())
 
 # %% ../nbs/17_clinical.ipynb #91b8f9a4
+_OPPOSITE_LABEL = re.compile('un?meth|non?meth|demeth|negat') # 1 would mean unmethylated
+
 def _find_column(columns, given, names, what, part=None):
     "The column called `given`, else the first of `names`, or the only one with `part` in its name"
     has = ', '.join(map(str,columns))[:300]
@@ -143,7 +145,7 @@ def _find_column(columns, given, names, what, part=None):
     plain = {_letters(c): c for c in reversed(list(columns))}
     for o in names:
         if o in plain: return plain[o]
-    near = [c for k,c in plain.items() if part and part in k]
+    near = [c for k,c in plain.items() if part and part in k and not _OPPOSITE_LABEL.search(k)]
     if len(near)==1: return near[0]
     which = f"; {' and '.join(map(str,near))} could both be it" if near else ''
     raise CohortError(f"no column of the table is known to hold the {what}: it has {has}{which}. Name it:"

@@ -664,6 +664,11 @@ def _check_size(f, shape, dtype):
 # %% ../nbs/11_dicom.ipynb #e6c4de83
 def _rescale(stack):
     "Slope and intercept of each slice, (D,2)"
+    for k,usual in (('RescaleSlope',1.), ('RescaleIntercept',0.)):
+        said = [f[k] for f in stack]
+        lack = [f for f,v in zip(stack, said) if v is None]
+        if lack and any(v and v[0]!=usual for v in said):
+            raise _missing(lack[0], k, 'other slices of the series have it, so its intensities are of another scale')
     slopes = [(f['RescaleSlope'] or (1.,))[0] for f in stack]
     offsets = [(f['RescaleIntercept'] or (0.,))[0] for f in stack]
     res = np.column_stack([slopes,offsets])
@@ -679,6 +684,9 @@ def _pixel_type(stack):
     signed = _shared_int(stack, 'PixelRepresentation', 'the pixels have no sign')
     if alloc not in (8,16,32,64) or not 0<min(shape)<=max(shape)<=8192:
         raise _no_mr_image(shape, alloc)
+    turned = {f['PhotometricInterpretation']=='MONOCHROME1' for f in stack}
+    if len(turned)>1:
+        raise SeriesError(f"some slices are MONOCHROME1, where black is bright, and others are not: {DAMAGED}")
     order = '<' if stack[0]['little'] else '>'
     kind = 'i' if signed==1 else 'u'
     return shape,np.dtype(f'{order}{kind}{alloc//8}')

@@ -599,7 +599,8 @@ def _group_row(r, x, name, results):
         figures[k],figures[k+'_lo'],figures[k+'_hi'] = x[k]
     share = min(x['methylated'], x['n']-x['methylated'])/x['n']
     company = _company_today(r, x['p_permutation'], results)
-    about = dict(r['model'], set=name, n=x['n'], minority=share, interval=x.get('interval', "DeLong's"))
+    about = dict(r['model'], set=name, threshold=r.get('threshold'), n=x['n'], minority=share,
+        interval=x.get('interval', "DeLong's"))
     return {**about, 'pass':r['pass'], **figures, **company}
 
 # %% ../nbs/66_external.ipynb #df86c5bc

@@ -171,7 +171,8 @@ class MGMTLearner(Learner):
         Raises `TrainingError` where a loss is not finite or the memory too small."""
         self.first_epoch,self.failure = 0,None
         for cb in self.cbs: cb.run = True # what was interrupted may have switched it off
-        plan = self._plan or dict(epochs=n_epoch, lr=lr, schedule=_schedule(cbs))
+        own = dict(epochs=n_epoch, lr=_top_rate(lr), schedule=_schedule(cbs))
+        plan = self._plan or {**own,**_chosen_by(self, wd, cbs)}
         if not any(isinstance(cb, LRFinder) for cb in L(cbs)):
             self.fits.append(plan)
         try:
@@ -400,6 +401,13 @@ def _one_class(y):
     return (f"all {len(y)} training patients are {LABELS[int(y[0])]}: a classifier needs both classes; "
         "choose another split")
 
+# %% ../nbs/55_learner.ipynb #0adccc4b
+class _PatientMixUp(MixUp):
+    "As fastai's; a batch of one patient, as the last may be, has nobody to be mixed with"
+    def before_batch(self):
+        if len(self.y)>1: return super().before_batch()
+        self.lam,self.yb1 = torch.ones(1, device=self.x.device),self.yb
+
 # %% ../nbs/55_learner.ipynb #c46c7dfc
 def _engine(r):
     "Callbacks that the recipe's choices ask for"
@@ -412,7 +420,7 @@ def _engine(r):
     if r.progressive:
         cbs.append(ProgressiveSize(r.progressive))
     if r.average: cbs.append(AverageWeights(r.average))
-    if r.mixup: cbs.append(MixUp(r.mixup))
+    if r.mixup: cbs.append(_PatientMixUp(r.mixup))
     return cbs
 
 # %% ../nbs/55_learner.ipynb #b7baa504
@@ -551,6 +559,30 @@ def _fits_by_hand(learn):
     fits = getattr(learn, 'fits', [])
     return [f for f in fits if f!={k: learn.recipe[k] for k in f}]
 
+# %% ../nbs/55_learner.ipynb #c8270a9b
+def _top_rate(lr):
+    "The largest of the rates that `fit` was given"
+    if isinstance(lr, slice): lr = lr.stop
+    return None if lr is None else float(np.max(lr))
+
+def _chosen_by(learn, wd, cbs):
+    "What a training by hand chooses otherwise than its learner: the decay, and what its callbacks do"
+    res = {} if wd is None else dict(wd=wd)
+    if not cbs: return res
+    before = {k: read(learn) for k,(_,read) in READ_BACK.items()}
+    with learn.added_cbs(L(cbs)):
+        after = {k: read(learn) for k,(_,read) in READ_BACK.items()}
+    return {**{k: v for k,v in after.items() if v!=before[k] and v is not _not_in_play}, **res}
+
+def _choices_of_fits(learn):
+    "What trainings by hand chose for themselves; 'own' where they differ"
+    fits = _fits_by_hand(learn)
+    res = {}
+    for k in {k for f in fits for k in f}-{'epochs','lr','schedule'}:
+        values = [f.get(k, learn.recipe[k]) for f in learn.fits]
+        res[k] = values[0] if all(v==values[0] for v in values) else 'own'
+    return res
+
 # %% ../nbs/55_learner.ipynb #d5f2b63b
 def _fitted(k):
     "Of trainings that were started by hand: epochs together, the last one's rate, and the schedule if all had one"
@@ -616,6 +648,7 @@ def recipe_that_ran(
         if plan and where=='learn.fits': continue
         value = read(learn)
         if value is not _not_in_play: found[k] = value
+    if not plan: found.update(_choices_of_fits(learn))
     of_loaders = {k: r[k] for k in r.settled}
     settled = {**r.settled, **dict.fromkeys(found, 'the training')}
     return Recipe(learn.recipe.name, {**learn.recipe.changed, **of_loaders, **found}, settled)

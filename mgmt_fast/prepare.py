@@ -632,12 +632,17 @@ def _fact(row):
     "What a row of a table knows of its patient"
     known = {k: row[k] for k in _known if k in row and not pd.isna(row[k])}
     if 'label' in known:
+        if known['label'] not in (0,1): raise _no_label(row)
         known['label'] = int(known['label'])
     return {'label':None, 'source':'', **known}
 
 def _facts(table):
     rows = table.to_dict('records')
     return {str(r['patient']): _fact(r) for r in rows}
+
+def _no_label(row):
+    return PrepareError(f"the label of patient {row.get('patient')} is {str(row['label'])[:30]!r}: 0 (unmethylated), 1 "
+        "(methylated) or missing are known; nothing was prepared or joined")
 
 # %% ../nbs/24_prepare.ipynb #cb824053
 def _what_changed(old, new):
@@ -681,12 +686,14 @@ def join(
         now = _fact(row) if row else {'label':None}
         if 'label' not in table: now['label'] = was['label']
         source = now.get('source') or was['source']
-        new[p] = {**was, **now, 'source':source, 'without':self._without(p)}
+        kept = {k: v for k,v in was.items() if k not in table} # what the table has, it owns
+        new[p] = {**kept, **now, 'source':source, 'without':self._without(p)}
     _say_problems(table, problems)
     if said := _what_changed(old, new): print(said)
     self._take(new, self._notes)
     if keep:
-        write_json(self.path/'patients.json', dict(patients=new, notes=self._notes))
+        facts = {**_read_facts(self.path)['patients'], **new} # a view keeps the others
+        write_json(self.path/'patients.json', dict(patients=facts, notes=self._notes))
     return self
 
 # %% ../nbs/24_prepare.ipynb #f44e0901
@@ -698,9 +705,17 @@ def as_store(
     return VolumeStore(store)
 
 # %% ../nbs/24_prepare.ipynb #a762f3ab
+def _placed_state(path, index):
+    "As `source_state`, where another path counts as another time: the content decides, since patients may be exchanged"
+    state = source_state(path, index)
+    if state is None: return None
+    return {**state, 'times':_short_digest([state['times'],os.path.abspath(path)])}
+
+def _state_in(row, s): return _placed_state(row.get(s), row.get(f'{s}_index'))
+
 def _source_of(row, s):
     "What a sequence's files are and hold; None if there are none"
-    state = _column_state(row, s)
+    state = _state_in(row, s)
     if state is None: return None
     return {**state, 'content':source_content(row[s])}
 
@@ -847,6 +862,7 @@ def _check_cohort(cohort, sequences):
         raise PrepareError(_more_than_once(twice))
     if not any(s in cohort and cohort[s].notna().any() for s in sequences):
         raise PrepareError(_no_path(cohort, sequences))
+    _facts(cohort)
 
 def _no_cohort(cohort):
     return (f"a cohort has at least one row and a column `patient`; received {len(cohort)} rows, columns"
@@ -894,7 +910,7 @@ def _refused(cohort):
 # %% ../nbs/24_prepare.ipynb #3e4fcc1b
 def _state(path, index, then):
     "A source's state now, with its content, and whether it is that which was prepared"
-    now = {**source_state(path, index), 'content':source_content(path)}
+    now = {**_placed_state(path, index), 'content':source_content(path)}
     same = then is None or same_source(path, now, then)
     return now,same
 
@@ -925,7 +941,7 @@ class _Plan:
         replaced = False
         doubt = []
         for s in sequences:
-            now = _column_state(row, s)
+            now = _state_in(row, s)
             if now is None:
                 self.miss(p, s, entry)
                 continue

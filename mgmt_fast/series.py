@@ -349,8 +349,8 @@ def check_modality(
 ):
     "Raise `SeriesError` unless these are MR: a CT has slices and intensities too, and would be taken for one."
     for f in stack:
-        modality = (f['Modality'] or 'MR').strip()
-        if modality.upper()!='MR':
+        modality = modality_of(f)
+        if modality not in ('','MR'):
             raise SeriesError(f"modality {modality[:16]}, not MR: this is no magnetic resonance image;"
                 f" leave it out")
 

@@ -37,6 +37,12 @@ def test_clean_folder_has_no_problem(comp):
     assert df.dtypes.astype(str).to_dict()=={**text, 'label':'Int64'}
 
 
+@pytest.mark.parametrize('column', ['MGMT_unmethylated', 'unmethylated_MGMT', 'MGMT non-methylated', 'MGMT negative'])
+def test_a_column_of_the_opposite_is_not_the_label(comp, column):
+    (comp/'train_labels.csv').write_text(f'BraTS21ID,{column}\n00000,1\n00002,0\n')
+    with pytest.raises(CohortError, match='Name it'): kaggle_cohort(comp)
+
+
 @pytest.mark.parametrize('text', ['BraTS21ID,MGMT_value\r\n0,1.0\r\n2,0.0\r\n3,\r\n',
     'BraTS21ID;MGMT_value\n0;methylated\n2;UNMETHYLATED\n3;NA\n',
     'mgmt status\tPatient ID\npositive\t00000\nnegative\t00002\nindeterminate\t00003'])

@@ -42,7 +42,8 @@ def test_name_and_header(seq):
             assert v.sequence in (None,seq) or seq=='T1w' and (other,v.sequence)==('T1wCE','T1wCE'), (o, other, v)
 
 
-@pytest.mark.parametrize('header', [dict(Modality='CT'), dict(ImageType='ORIGINAL\\PRIMARY\\P\\ND'),
+@pytest.mark.parametrize('header', [dict(Modality='CT'), dict(SOPClassUID='1.2.840.10008.5.1.4.1.1.2'),
+    dict(ImageType='ORIGINAL\\PRIMARY\\P\\ND'),
     dict(ImageType=['DERIVED','SECONDARY','MPR']),
     dict(ImageType='DERIVED\\PRIMARY\\DIFFUSION\\ADC'), dict(ScanningSequence='EP'),
     dict(ScanningSequence="['SE', 'EP']"),
@@ -73,6 +74,23 @@ def test_no_agent_is_no_agent(agent):
     ('T1 -C',None),
     ('t1_mp2rage_sag_T1_Images',None), ('t1_mp2rage_sag_UNI_Images','T1w'), ('AX T1 FLAIR +C','T1wCE')])
 def test_spellings(name, seq): assert sequence_of(name)==seq
+
+
+@pytest.mark.parametrize('name', ['T1 w/out contrast', 'T1 w.o. contrast', 'T1 w-o contrast', 'T1 without any contrast',
+    'T1 without intravenous contrast', 'T1 without i.v. contrast', 'T1 without use of contrast', 'T1 prior to contrast',
+    'T1 minus contrast', 'T1 zonder contrast', 'T1 contrast: no', 'contrast none T1', 'T1 GAD NO', 'T1 Gd free',
+    'contrast-free T1', 'T1 no iv', 'T1 gad-'])
+def test_no_contrast_in_other_words(name): assert sequence_of(name)=='T1w'
+
+
+@pytest.mark.parametrize('name', ['T1CE-T1', 'T1-T1CE', 'T2 MERGE', 't2_me2d', 'T2 b0', 'T2 relaxometry', 'delta T1',
+    'synthetic T1', 'T1 opposed', 'T1 -contrast'])
+def test_what_is_no_plain_sequence(name): assert sequence_of(name) is None
+
+
+@pytest.mark.parametrize('name', ['T1 pos contraste', 'post-contrast no fs T1', 'T1 contrast free breathing',
+    'T1-contrast'])
+def test_contrast_stays_contrast(name): assert sequence_of(name)=='T1wCE'
 
 
 @settings(max_examples=300, deadline=None)

@@ -211,6 +211,17 @@ def test_what_is_done_by_hand_is_recorded(stores, tmp_path):
     assert (r.rotation, len(r.other_tfms))==(30., 1)
 
 
+def test_what_a_training_was_given_is_recorded(stores, tmp_path):
+    def recorded(**given):
+        learn = mgmt_learner(recipe_dls(stores['default'], ['FLAIR'], tiny()), recipe=tiny(), path=tmp_path)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, **given)
+        return load_model(save_model(learn, tmp_path/'m')).recipe
+    assert recorded(lr=1e-3, wd=.3).wd==.3
+    assert recorded(lr=slice(1e-5,1e-3)).lr==1e-3
+    by_callbacks = recorded(lr=1e-3, cbs=[GradientAccumulation(n_batches=2), GradientClip(.5)])
+    assert (by_callbacks.accumulate, by_callbacks.clip_norm)==(2, .5)
+
+
 def test_a_crop_after_contrast_is_recorded_where_there_is_a_crop(stores, tmp_path):
     for late,share,said in ((True,.9,True), (False,.9,False)):
         r = tiny(crop_after_contrast=late, crop_resize=share)

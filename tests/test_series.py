@@ -3,6 +3,7 @@ import os, shutil
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from scipy.spatial.transform import Rotation
@@ -474,3 +475,20 @@ def test_dark_fluid_between_bright_folds_is_no_skull():
     p = draw_patients(1, seed=5, test=0.).iloc[0]
     image,_ = render_patient(p, 5, 'FLAIR', slices=155, size=240, fov=240)['FLAIR']
     assert (image.numpy()==0).mean()>.5 and has_skull(image) is False
+
+
+@pytest.mark.parametrize('modality', ['', 'MR'])
+def test_a_ct_is_known_by_its_class(series, modality):
+    with pytest.raises(SeriesError, match='modality CT'):
+        read_volume(series(SOPClassUID='1.2.840.10008.5.1.4.1.1.2', Modality=modality))
+
+
+@pytest.mark.parametrize('change,match', [(lambda ds: delattr(ds, 'RescaleSlope'), 'RescaleSlope is missing'),
+    (lambda ds: setattr(ds, 'PhotometricInterpretation', 'MONOCHROME1'), 'some slices are MONOCHROME1')])
+def test_one_slice_of_another_scale_is_refused(series, change, match):
+    folder = series(RescaleSlope='4', RescaleIntercept='0')
+    p = sorted(folder.iterdir())[2]
+    ds = pydicom.dcmread(p)
+    change(ds)
+    ds.save_as(p)
+    with pytest.raises(SeriesError, match=match): read_volume(folder)

@@ -8,6 +8,7 @@ import sys
 import time
 from multiprocessing import get_context
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -206,6 +207,40 @@ def test_a_copied_or_touched_folder_is_not_prepared_again(cohort, tmp_path, caps
     b = bytearray(same_size.read_bytes()); b[-3] ^= 1; same_size.write_bytes(b); os.utime(same_size, (2,2))
     prepare(moved, dest, size=SIZE, n_workers=1, progress=False)
     assert '1 prepared again' in capsys.readouterr().out, 'one bit of one slice, at the same size'
+
+
+def test_exchanged_files_of_one_size_and_time_are_seen(tmp_path):
+    for name,value in (('a',100), ('b',200)):
+        x = np.zeros((24,24,12), np.int16)
+        x[4:20,4:20,2:10] = value+np.arange(8)
+        nib.Nifti1Image(x, np.diag([2,2,4,1.])).to_filename(tmp_path/f'{name}.nii')
+        os.utime(tmp_path/f'{name}.nii', (1e9,1e9)) # as an archive leaves them
+    rows = [dict(patient=p, label=1, source='x', T1w=str(tmp_path/f'{p}.nii')) for p in 'ab']
+    how = dict(sequences='T1w', size=(8,16,16), n_workers=1, progress=False)
+    before = prepare(pd.DataFrame(rows), tmp_path/'store', **how)
+    hashes = {p: before.meta[p]['volumes']['T1w']['hash'] for p in 'ab'}
+    turned = pd.DataFrame([dict(r, T1w=o['T1w']) for r,o in zip(rows, rows[::-1])])
+    after = prepare(turned, tmp_path/'store', **how)
+    assert [after.meta[p]['volumes']['T1w']['hash'] for p in 'ab']==[hashes[p] for p in 'ba']
+
+
+@pytest.mark.parametrize('labels', [[.5,0,1], [2,0,1], ['Methylated','Unmethylated',None]])
+def test_a_label_that_is_none_is_refused_before_any_work(cohort, tmp_path, labels):
+    some = cohort.iloc[:3].assign(label=labels)
+    with pytest.raises(MGMTError, match='label of patient 00000'):
+        prepare(some, tmp_path/'store', size=SIZE, n_workers=1, progress=False)
+    assert not (tmp_path/'store').exists() or not any((tmp_path/'store').iterdir())
+
+
+def test_a_view_that_keeps_labels_keeps_the_other_patients(cohort, tmp_path):
+    store = prepare(cohort, tmp_path/'store', 'T2w', size=SIZE, n_workers=1, progress=False)
+    some = store.table.patient[:3]
+    store.only(some).join(pd.DataFrame(dict(patient=some, label=[1,1,0], age=[50,60,70])), keep=True)
+    back = VolumeStore(tmp_path/'store')
+    assert back.table.patient.tolist()==store.table.patient.tolist()
+    assert back.table.label[:3].tolist()==[1,1,0] and back.table.label[3:].tolist()==store.table.label[3:].tolist()
+    back.join(pd.DataFrame(dict(patient=some, age=[np.nan,60,70])))
+    assert back.table.age.notna()[:3].tolist()==[False,True,True], 'what was taken back is gone'
 
 
 def test_new_patients_are_added_and_absent_ones_kept_aside(cohort, whole, tmp_path, capsys):

@@ -201,6 +201,19 @@ def test_an_error_of_a_callback_is_its_own_sentence(store, tmp_path):
     assert str(e.value)=='the disk is full: make room'
 
 
+def test_weights_are_averaged_over_several_epochs(store, tmp_path):
+    learn = mgmt_learner(mgmt_dls(store, bs=8), 'timm/test_resnet', get_recipe('default', average='swa', epochs=5),
+        path=tmp_path)
+    assert torch.isfinite(fit(learn)).all() and learn.save_best.best_epoch is not None
+
+
+def test_a_last_batch_of_one_patient_is_not_mixed(store, tmp_path):
+    dls = mgmt_dls(store, bs=9)
+    assert len(dls.train.dataset)%9==1
+    learn = mgmt_learner(dls, 'timm/test_resnet', get_recipe('default', mixup=.4, epochs=1), path=tmp_path)
+    assert torch.isfinite(fit(learn)).all()
+
+
 def test_prototypes_are_those_of_the_averaged_weights(store, tmp_path):
     learn = mgmt_learner(mgmt_dls(store, bs=4), 'resnet10',
         get_recipe('default', network='siamese', average='ema', epochs=2, lr=1e-3), path=tmp_path)
