@@ -320,14 +320,20 @@ def _check_inner(jobs, inner):
     for j in jobs:
         t,_ = usable_patients(j.store.only(j.train), j.sequences)
         folds = assign_folds(t, n=inner, seed=j.seed).fold
-        n = int((folds==0).sum())
-        if n<_least_inner:
-            raise _too_few_inside(len(t), inner, n)
+        inside = t.label[folds==0].astype(int)
+        if len(inside)<_least_inner:
+            raise _too_few_inside(len(t), inner, len(inside))
+        each = inside.value_counts().reindex([0,1], fill_value=0)
+        if each.min()<2: raise _one_class_inside(inner, each)
 
 def _too_few_inside(n_train, inner, n):
     return ProtocolError(f"{n_train} training patients with inner={inner} leave {n} to choose epoch, temperature and "
         f"threshold from, and at least {_least_inner} are needed: {inner*_least_inner} training patients, "
         f"or a smaller inner= (2 needs {2*_least_inner})")
+
+def _one_class_inside(inner, each):
+    return ProtocolError(f"inner={inner} leaves {each[1]} methylated and {each[0]} unmethylated patients to choose a "
+        "temperature from, and two of each are needed: a smaller inner=, or fewer folds")
 
 # %% ../nbs/64_evaluate.ipynb #c29553d3
 def cross_validate(

@@ -213,7 +213,7 @@ def test_what_is_done_by_hand_is_recorded(stores, tmp_path):
 
 def test_what_a_training_was_given_is_recorded(stores, tmp_path):
     def recorded(**given):
-        learn = mgmt_learner(recipe_dls(stores['default'], ['FLAIR'], tiny()), recipe=tiny(), path=tmp_path)
+        learn = mgmt_learner(mgmt_dls(stores['default'], bs=4, n_folds=3), recipe=tiny(), path=tmp_path)
         with learn.no_bar(), learn.no_logging(): learn.fit(1, **given)
         return load_model(save_model(learn, tmp_path/'m')).recipe
     assert recorded(lr=1e-3, wd=.3).wd==.3

@@ -210,10 +210,11 @@ def test_a_copied_or_touched_folder_is_not_prepared_again(cohort, tmp_path, caps
 
 
 def test_exchanged_files_of_one_size_and_time_are_seen(tmp_path):
-    for name,value in (('a',100), ('b',200)):
-        x = np.zeros((24,24,12), np.int16)
-        x[4:20,4:20,2:10] = value+np.arange(8)
-        nib.Nifti1Image(x, np.diag([2,2,4,1.])).to_filename(tmp_path/f'{name}.nii')
+    at = np.stack(np.meshgrid(*(np.linspace(-1.2, 1.2, n) for n in (64,64,24)), indexing='ij'))
+    for seed,name in enumerate('ab'):
+        inside = 500+np.random.default_rng(seed).normal(0, 20, at.shape[1:])
+        x = np.where((at**2).sum(0)<1, inside, 0).astype(np.int16)
+        nib.Nifti1Image(x, np.diag([3,3,6,1.])).to_filename(tmp_path/f'{name}.nii')
         os.utime(tmp_path/f'{name}.nii', (1e9,1e9)) # as an archive leaves them
     rows = [dict(patient=p, label=1, source='x', T1w=str(tmp_path/f'{p}.nii')) for p in 'ab']
     how = dict(sequences='T1w', size=(8,16,16), n_workers=1, progress=False)
