@@ -456,14 +456,14 @@ def _copied(path, model, temperature, dest, i):
 # %% ../nbs/65_bundle.ipynb #aa65ae2c
 def _validation(v, checked):
     "What is known of the validation patients"
-    auc = auc_ci(v.label, v.prob, cluster=_owners(v))
+    auc = auc_ci(v.label, v.prob, cluster=_scan_owners(v))
     content = json_hash(v.values.tolist())
     about = dict(n=len(v), methylated=int(v.label.sum()), hash=content)
     figures = auc.round(6).to_dict()
     how = AUC_METHODS[auc.name]
     return dict(about, **checked, **figures, interval=how, **_calibrated(v))
 
-def _owners(v):
+def _scan_owners(v):
     "The patient of each scan, where one has several, and there are enough for an interval that knows of it"
     of = v.patient.map(patient_key)
     few = min(v.label.sum(), (1-v.label).sum())<5
