@@ -8,8 +8,8 @@ __all__ = ['SEQUENCES', 'PERFUSION', 'CHANNELS', 'MGMTError', 'unknown_name', 'c
            'atomic_path', 'write_text', 'write_json', 'clear_temporaries', 'patient_folder', 'passing_folder',
            'parse_json', 'read_json_lines', 'Journal', 'json_digest', 'reserve_array', 'array_start', 'map_array',
            'track', 'is_watched', 'end_with_parent', 'worker_init', 'one_thread', 'fault_log', 'log_fault', 'Allowed',
-           'choice', 'check_choice', 'same_choices', 'choice_names', 'Recipe', 'get_recipe', 'save_recipe',
-           'read_recipe', 'follow_recipe']
+           'choice', 'check_choice', 'same_choices', 'positive_number', 'choice_names', 'Recipe', 'get_recipe',
+           'save_recipe', 'read_recipe', 'follow_recipe']
 
 # %% ../nbs/00_core.ipynb #3cf4ead2
 import ctypes, difflib, gzip, hashlib, io, json, math, numbers, os, platform, re, reprlib, shutil, signal, stat, sys
@@ -921,6 +921,17 @@ def same_choices(
     "Let a recipe choose in a room as another one does, in all that is registered so far."
     for c in _choices.values():
         if c.room==room: c.values[recipe] = c.values[like]
+
+# %% ../nbs/00_core.ipynb #7930e0c8
+def positive_number(
+    name:str, # What it is, for the error
+    v:float, # Given by a user
+) -> float: # The same
+    "A number that must be positive and finite. Raises `MGMTError` on anything else."
+    try: number = float(v)
+    except (TypeError,ValueError): number = 0.
+    if 0<number<math.inf: return number
+    raise MGMTError(f"{name} must be a positive number; received {v!r}")
 
 # %% ../nbs/00_core.ipynb #2bdbf42c
 def choice_names(

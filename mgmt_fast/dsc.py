@@ -538,21 +538,13 @@ def read_dsc(
     Raises `DSCError`, which begins with a name of `DSC_FINDINGS`, where the images do not form a series over time, and
     `SeriesError` as `read_volume` does.
     Source: DICOM PS3.3 C.7.6.16.2.2 (frame content), C.8.3 (MR image); BIDS for the JSON beside a NIfTI."""
-    te,dt = _check_given('te', te, 'ms'),_check_given('dt', dt, 's')
+    if te is not None: te = positive_number('te, in ms,', te)
+    if dt is not None: dt = positive_number('dt, in s,', dt)
     try: s = _read_any(Path(path), dt, budget)
     except SeriesError as e:
         raise type(e)(f"{path}: {e}") from None
     if te is not None: s = s._replace(te=te)
     return s._replace(findings=(*s.findings,*_reading_findings(s)))
-
-# %% ../nbs/33_dsc.ipynb #237f5515
-def _check_given(name, v, unit):
-    "A positive number that a caller may give"
-    if v is None: return None
-    try: number = float(v)
-    except (TypeError,ValueError): number = 0.
-    if 0<number<np.inf: return number
-    raise MGMTError(f"{name}= must be a positive number of {unit}; received {v!r}")
 
 # %% ../nbs/33_dsc.ipynb #43b84475
 def _read_any(path, dt, budget):

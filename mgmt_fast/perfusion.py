@@ -110,13 +110,6 @@ def _deconvolve(tissue, aif, dt, limit, exponential):
     return area,peak,np.where(at>n/2, at-n, at)*dt
 
 # %% ../nbs/34_perfusion.ipynb #ac2ceadd
-def _positive(name, v):
-    "A number that must be positive"
-    try: number = float(v)
-    except (TypeError,ValueError): number = 0.
-    if 0<number<np.inf: return number
-    raise MGMTError(f"{name} must be a positive number; received {v!r}")
-
 def _number_array(name, x):
     "An array of single or double precision"
     try: x = np.asarray(x)
@@ -140,7 +133,7 @@ def _check_curves(curves, first, dt, names=('tissue','the arterial input')):
             f"number {bad.argmax()}: leave them out")
     if a.sum()<=0 or np.ptp(a)==0:
         raise MGMTError(f"{names[1]} has no area, or does not change: no contrast?")
-    return c,a,_positive('dt, the s between samples,', dt)
+    return c,a,positive_number('dt, the s between samples,', dt)
 
 # %% ../nbs/34_perfusion.ipynb #b61fb4a6
 def tissue_perfusion(
@@ -161,12 +154,12 @@ def tissue_perfusion(
     if residue not in ('exponential', None):
         raise unknown_name('residue function', residue, ['exponential'])
     c,a,dt = _check_curves(tissue, aif, dt)
-    limit = _positive('oscillation', oscillation)
+    limit = positive_number('oscillation', oscillation)
     n,correct = 2**13,residue is not None
     parts = [_deconvolve(c[i:i+n], a, dt, limit, correct) for i in range(0, len(c), n)]
     area,peak,tmax = np.concatenate(parts, 1) if parts else np.zeros((3,0))
     flows = (peak>0)&(area>0)
-    factor = _positive('haematocrit', haematocrit)/_positive('density', density)
+    factor = positive_number('haematocrit', haematocrit)/positive_number('density', density)
     cbf = np.where(flows, peak, 0)*6000*factor
     cbv = area*100*factor
     mtt = np.full(len(cbf), np.nan)
