@@ -862,7 +862,7 @@ def _check_cohort(cohort, sequences):
         raise PrepareError(_more_than_once(twice))
     if not any(s in cohort and cohort[s].notna().any() for s in sequences):
         raise PrepareError(_no_path(cohort, sequences))
-    _facts(cohort)
+    _facts(cohort) # raises on a label that is none
 
 def _no_cohort(cohort):
     return (f"a cohort has at least one row and a column `patient`; received {len(cohort)} rows, columns"
