@@ -198,8 +198,12 @@ def _sequence_in(image, at):
 def _inner(images, at):
     "Folders one below level `at` that are no sequences themselves, with their images"
     deep = [i for i in images if len(i.parts)>at+2]
-    inner = [i for i in deep if name_testimony(i.parts[at+1]).can==SEQUENCES]
-    return groupby(inner, lambda i: i.parts[at+1])
+    inner = groupby(deep, lambda i: i.parts[at+1])
+    return {name: o for name,o in inner.items() if name_testimony(name).can==SEQUENCES or _is_id_like(name, o, at)}
+
+def _is_id_like(name, images, at):
+    "Is `b10` no diffusion weighting but a patient or an exam: are sequences named below it?"
+    return re.fullmatch(r'b\d+', name, re.I) is not None and any(_sequence_in(i, at+2) for i in images)
 
 # %% ../nbs/16_archive.ipynb #cd47fe17
 def _conflict(images, at):

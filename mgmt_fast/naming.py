@@ -80,7 +80,7 @@ _GRADIENT = set('gre ffe eg fl2d sfl2d hemo gradient flash fe medic'.split())
 def _other_word(words, weights):
     "The word that says the series is none of the four, or `None`"
     for o in words:
-        if o in _OTHER or o.startswith(_STEMS) or re.fullmatch(r'b\d{1,4}', o):
+        if o in _OTHER or o.startswith(_STEMS) or re.fullmatch(r'b(0|\d{2,4})', o):
             return o
     if 1 not in weights:
         for o in words:
