@@ -141,6 +141,15 @@ def _same_patient(patient, other):
 def _not_labelled(patient):
     return patient, '', 'not in the label table: unlabelled', 'add it, if its status is known'
 
+def _may_be_visits(patients):
+    "A row for each few ids that may be visits of one patient, or one id in two spellings"
+    alike = groupby(sorted(set(map(patient_key, patients))), likely_patient)
+    few = [ids for ids in alike.values() if 2<=len(ids)<=6] # more are the patients of a hospital
+    todo = 'if so, write visits as ID_ses-1, or name the label table\'s column of patients with patient_col='
+    def what(others):
+        return f"may be the same patient as {', '.join(others)}: taken for another, so folds may part them"
+    return [(one, '', what(others), todo) for one,*others in few]
+
 # %% ../nbs/19_cohort.ipynb #7aed781c
 def _not_scanned(scans, labels, source, pad, report):
     "Rows of the patients that only the label table knows"
@@ -173,6 +182,7 @@ def _assemble(scans, table, source, report=(), keep=False, pad=0):
     rows = _scanned(scans, labels, source, keep, report)
     others = _not_scanned(scans, labels, source, pad, report)
     df = _typed(rows+others if keep else rows)
+    report += _may_be_visits(df.patient)
     df = add_to_report(df, _missing_together(report, df))
     df.attrs['images'] = [o for scan in scans.values() for o in getattr(scan, 'table', ())]
     _say_cohort(df, labels)

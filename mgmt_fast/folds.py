@@ -49,12 +49,23 @@ def plot_balance(
     return ax
 
 # %% ../nbs/20_folds.ipynb #f4c2f67e
+def _fold_of(ids, folds):
+    "The fold of each id of a given split, without those whose fold is blank"
+    numbers,of = pd.to_numeric(folds, errors='coerce'),{}
+    for id,number,written in zip(ids, numbers, folds):
+        if pd.isna(written) or str(written).strip()=='': continue
+        if not (number>=0 and number%1==0):
+            raise CohortError(_no_fold_number(id, written))
+        if of.setdefault(id_key(id), int(number))!=number:
+            raise CohortError(_torn(id, 2))
+    return of
+
 def _given_folds(cohort, key, folds):
     "The folds that a table gives"
     table = folds if isinstance(folds, pd.DataFrame) else read_table(folds)
     if 'fold' not in table: raise CohortError(_no_fold_column(table))
     ids = table[id_column(table.columns)]
-    of = dict(zip(map(id_key, ids), pd.to_numeric(table['fold'])))
+    of = _fold_of(ids, table['fold'])
     def given(p): return of.get(id_key(p), of.get(patient_key(p)))
     fold = cohort.patient.map(given).astype('Int64')
     torn = fold.groupby(key).nunique()
@@ -72,6 +83,10 @@ def _no_fold_column(table):
     return f"the table of folds has no column 'fold': it has {columns}"
 
 def _torn(patient, n): return f"the given split puts scans of {patient} into {n} folds: a patient belongs to one"
+
+def _no_fold_number(patient, written):
+    return (f"the given split puts {patient} into fold {written!r}: folds are numbers 0, 1, 2 and so on; leave the cell of"
+        " a patient blank who is in none")
 
 # %% ../nbs/20_folds.ipynb #08fd66ac
 def _too_few_for_folds(n, counts):

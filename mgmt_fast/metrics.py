@@ -525,15 +525,16 @@ def classification_ci(
     y:ArrayLike, # Labels, (n,), 0 or 1
     p:ArrayLike, # Probabilities of methylation, (n,), 0 to 1
     threshold:float=.5, # Methylated from this probability on; fixed beforehand, never on these patients
-    method:str='wilson', # `'wilson'` for shares (F1 and MCC are none, and are bootstrapped), or `'bootstrap'` for all
+    method:str='wilson', # `'wilson'` for shares, by Jeffreys' prior for F1 and MCC, which are none; `'bootstrap'` for all
     level:float=.95, # Coverage of the intervals
-    n_boot:int=2000, # Resamples
-    seed:int=0, # Of the resamples
+    n_boot:int=2000, # Tables that are drawn
+    seed:int=0, # Of what is drawn
 ) -> pd.DataFrame: # Rows accuracy, sensitivity, specificity, ppv, npv, f1, mcc; columns value, lo, hi, n
     """What a decision at a fixed threshold is worth; `n` is the number of patients that a figure is a share of.
 
+    The bootstrap's interval is a point where nobody is called wrongly; the default's never is.
     A figure without such patients (the PPV where nobody is called methylated) is NaN.
-    Source: Wilson 1927, J. Am. Stat. Assoc. 22:209.
+    Source: Wilson 1927, J. Am. Stat. Assoc. 22:209; Goutte and Gaussier 2005, ECIR, LNCS 3408:345.
     Raises `MGMTError` as `auc_ci`, and on probabilities or a threshold outside of [0,1]."""
     y,p = check_probs(y, p)
     if not 0<=threshold<=1:
@@ -541,9 +542,7 @@ def classification_ci(
     if method not in ('wilson','bootstrap'):
         raise unknown_name('method', method, ('wilson','bootstrap'))
     counts,n = _confusion(y, p>=threshold),len(y)
-    rng = rng_for(seed,'classification_ci')
-    resamples = rng.multinomial(n, np.divide(counts,n), n_boot)
-    drawn = _rates(*resamples.T)
+    drawn = _rates(*_drawn_tables(counts, method, n_boot, seed).T)
     rows = {}
     for k,(a,b) in _rates(*counts).items():
         share = k not in ('f1','mcc')
@@ -565,14 +564,21 @@ def _share_ci(k, n, level):
     lo,hi = found.proportion_ci(level, 'wilson')
     return lo,hi
 
+def _drawn_tables(counts, method, n, seed):
+    "Two-by-two tables, (n,4): resamples of the patients, or shares of all that Jeffreys' prior leaves possible"
+    rng = rng_for(seed,'classification_ci')
+    if method=='bootstrap':
+        return rng.multinomial(sum(counts), np.divide(counts,sum(counts)), n)
+    return rng.dirichlet(np.add(counts,.5), n)
+
 def _rate_ci(a, b, drawn, level, exact):
     "Interval of the rate `a/b`: Wilson's, or percentiles of what was drawn"
     if not b: return np.nan,np.nan
     if exact: return _share_ci(a, b, level)
     num,den = drawn
     there = den>0
-    num,den = num[there],den[there]
-    return np.quantile(num/den, _tails(level))
+    lo,hi = np.quantile(num[there]/den[there], _tails(level))
+    return min(lo,a/b),max(hi,a/b)
 
 # %% ../nbs/51_metrics.ipynb #22ce5a48
 def _bins(p, n_bins, strategy):

@@ -14,6 +14,7 @@ from .schemas import *
 from .pages import write_csv
 from .processes import working_in
 from fastcore.all import *
+from .clinical import patient_key
 from .folds import assign_folds
 from .prepare import VolumeStore, as_store
 from .devices import as_they_finish
@@ -95,7 +96,7 @@ def _train_row(row, dls, path, recipe, seed, key):
     write_csv(path/'valid.csv', valid)
     save_model(learn, path/'model')
     seconds = round(time.perf_counter()-start, 1)
-    found = dict(epoch=epoch, valid_loss=best['valid_loss'], auc=best['auc'], **_interval_of(y, p))
+    found = dict(epoch=epoch, valid_loss=best['valid_loss'], auc=best['auc'], **_interval_of(y, p, valid.patient))
     run = dict(n_train=len(dls.train.dataset), n_valid=len(valid), seconds=seconds, folder=path.name, error='')
     res = {**row, **found, **run}
     write_json(path/'run.json', dict(row=res, key=key))
@@ -104,9 +105,9 @@ def _train_row(row, dls, path, recipe, seed, key):
     return res
 
 # %% ../nbs/69_sweep.ipynb #dcabe5c2
-def _interval_of(y, p):
-    "The AUC's interval and its method; none for too few patients"
-    try: ci = auc_ci(y, p)
+def _interval_of(y, p, patients):
+    "The AUC's interval and its method; none for too few patients. Visits of one patient count as one"
+    try: ci = auc_ci(y, p, cluster=patients.map(patient_key))
     except MGMTError:
         return dict(lo=None, hi=None, interval='')
     return dict(lo=ci.lo, hi=ci.hi, interval=AUC_METHODS[ci.name])

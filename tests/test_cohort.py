@@ -142,6 +142,14 @@ def test_several_patients_in_one_flat_folder_point_to_a_pattern(tmp_path):
     assert df.patient.tolist()==['ann','bob'] and cohort_report(df).empty
 
 
+def test_ids_like_visits_are_said_and_those_of_bids_are_joined(tmp_path):
+    touch(tmp_path, *(f'{p}/{s}.nii.gz' for p in ('P1_ses-1','P1_ses-2','P2_v1','P2_v2','P3') for s in SEQUENCES))
+    df = find_cohort(tmp_path)
+    assert df.set_index('patient').session.fillna('').to_dict()=={'P1':'1','P2_v1':'','P2_v2':'','P3':''}
+    said = {p: what for p,_,what in problems(df)}
+    assert set(said)=={'P1','P2_v1'} and 'may be the same patient as P2_v2' in said['P2_v1']
+
+
 def test_report_survives_pandas(comp):
     (comp/'train'/'00000'/'FLAIR'/'Image-1.dcm').unlink()
     df = kaggle_cohort(comp)
