@@ -173,6 +173,7 @@ class MGMTLearner(Learner):
         for cb in self.cbs: cb.run = True # what was interrupted may have switched it off
         own = dict(epochs=n_epoch, lr=_top_rate(lr), schedule=_schedule(cbs))
         plan = self._plan or {**own,**_chosen_by(self, wd, cbs)}
+        plan = {**plan,**_frozen_by_hand(self)}
         if not any(isinstance(cb, LRFinder) for cb in L(cbs)):
             self.fits.append(plan)
         try:
@@ -259,6 +260,7 @@ def fit_recipe(self:MGMTLearner,
     r = self.recipe
     if r.schedule=='own': raise MGMTError(_by_hand)
     self._plan = dict(epochs=r.epochs, lr=r.lr, schedule=r.schedule)
+    if resume and self.fits[-1:]==[self._plan]: self.fits.pop() # what is gone on with counts once
     try:
         with _held_for_all(self.path), self.added_cbs(_run_cbs(self, resume)):
             if not rank_distrib():
@@ -538,6 +540,11 @@ def _frozen(learn):
         return said
     return f'by hand: {sum(train)} of {len(train)} tensors train'
 
+def _frozen_by_hand(learn):
+    "What is frozen during a training, where it is not what the recipe says"
+    how = _frozen(learn)
+    return dict(freeze=how) if str(how).startswith('by hand') else {}
+
 # %% ../nbs/55_learner.ipynb #22fd77c5
 def _loss_name(learn):
     loss = learn.loss_func
@@ -555,9 +562,9 @@ def _weighted(learn):
 
 # %% ../nbs/55_learner.ipynb #979fb2ab
 def _fits_by_hand(learn):
-    "Trainings that were not as the recipe says"
+    "Trainings that were not as the recipe says; a second one is by hand, even if it is"
     fits = getattr(learn, 'fits', [])
-    return [f for f in fits if f!={k: learn.recipe[k] for k in f}]
+    return [f for f in fits if f!={k: learn.recipe[k] for k in f}] or fits[1:]
 
 # %% ../nbs/55_learner.ipynb #c8270a9b
 def _top_rate(lr):

@@ -222,6 +222,18 @@ def test_what_a_training_was_given_is_recorded(stores, tmp_path):
     assert (by_callbacks.accumulate, by_callbacks.clip_norm)==(2, .5)
 
 
+def test_trainings_one_after_the_other_are_recorded_as_the_whole(stores, tmp_path):
+    learn,once = trained(stores['default'], tmp_path, tiny())
+    for resume in (False,True): # what is resumed was done: nothing is added
+        with learn.no_bar(), learn.no_logging(): learn.fit_recipe(resume)
+        assert as_model(learn).recipe.epochs==2*once.epochs
+
+    tuned,_ = trained(stores['default'], tmp_path/'tuned', tiny(), fit=False)
+    with tuned.no_bar(), tuned.no_logging(): tuned.fine_tune(1, 1e-3, freeze_epochs=2)
+    ran = load_model(save_model(tuned, tmp_path/'tuned'/'model')).recipe
+    assert (ran.epochs,ran.schedule,ran.freeze)==(3,'own','own')
+
+
 def test_a_crop_after_contrast_is_recorded_where_there_is_a_crop(stores, tmp_path):
     for late,share,said in ((True,.9,True), (False,.9,False)):
         r = tiny(crop_after_contrast=late, crop_resize=share)
