@@ -106,6 +106,23 @@ def _choose_exam(images):
     problem = '',what,'nothing, or choose another: see `choices`'
     return best,exams[best],[problem]
 
+# %% ../nbs/18_cases.ipynb #5d0c6a12
+def _folder_above(o):
+    "The folder between an image and its patient, without a number or letter at its end; `None` if it names the sequence"
+    *_,outer = (None,*o.placed.names[1:])
+    if outer is None or sequence_of(outer)==o.verdict.sequence: return None
+    return re.sub(r'([-_ ]?\d+|\b[a-z])$', '', outer.lower())
+
+def _in_two_folders(images):
+    "A problem where the images of one exam lie in folders that may be exams of their own"
+    kinds = {_folder_above(o) for o in images}
+    known = any(map(_date, images)) or len({_study_of(o) for o in images}-{''})==1
+    if known or len(kinds)!=1 or None in kinds: return []
+    folders = {o.placed.names[-1] for o in images}
+    if len(folders)<2: return []
+    some = ' and '.join(sorted(folders, key=_session_order))
+    return [('', f'its sequences lie in {some}: taken as one exam', 'if they are several, name the folders ses-1, ses-2')]
+
 # %% ../nbs/18_cases.ipynb #d6b9fd53
 _PROCESSED = set('bias n4 n4itk brain bet unstripped stripped norm normalized normalised reg registered coreg'
     ' resampled ss skull'.split())
@@ -210,7 +227,8 @@ def choose_images(
         problems = [_no_sequence()]
     paths = {s: o.placed.image.path for s,o in picked.items()}
     index = {s: o.index for s,o in picked.items() if o.index is not None}
-    problems = [*unread, *told, *problems, *_unnamed(by.get(None, []))]
+    apart = _in_two_folders(list(picked.values()))
+    problems = [*unread, *told, *apart, *problems, *_unnamed(by.get(None, []))]
     return NS(paths=paths, index=index, session=session, images=chosen, problems=problems)
 
 # %% ../nbs/18_cases.ipynb #07b93d59

@@ -150,6 +150,13 @@ def test_ids_like_visits_are_said_and_those_of_bids_are_joined(tmp_path):
     assert set(said)=={'P1','P2_v1'} and 'may be the same patient as P2_v2' in said['P2_v1']
 
 
+@pytest.mark.parametrize('a,b', [('scan1','scan2'), ('A','B')])
+def test_folders_that_may_be_exams_are_said(tmp_path, a, b):
+    for p in ('P1','P2'):
+        touch(tmp_path, *(f'{p}/{o}.nii.gz' for o in (f'{a}/FLAIR',f'{a}/T1w',f'{b}/T2w')))
+    assert ('P1','',f'its sequences lie in {a} and {b}: taken as one exam') in problems(find_cohort(tmp_path))
+
+
 def test_report_survives_pandas(comp):
     (comp/'train'/'00000'/'FLAIR'/'Image-1.dcm').unlink()
     df = kaggle_cohort(comp)
