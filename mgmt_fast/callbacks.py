@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 import safetensors.torch as st
 from .core import *
-from .graphs import LateNumbers
+from .graphs import LateNumbers, bare_network
 from .runs import key_changes
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
@@ -24,7 +24,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import AvgSmoothLoss, Recorder
 from fastai.optimizer import Optimizer
-from fastai.torch_core import find_bs, get_model, num_distrib, rank_distrib, to_detach
+from fastai.torch_core import find_bs, num_distrib, rank_distrib, to_detach
 from fastcore.all import *
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model as load_weights, save_model as save_weights
@@ -348,12 +348,12 @@ class SaveBest(TrackerCallback):
         self.best_epoch = self.epoch
         if rank_distrib(): return
         with atomic_path(self.path/self.fname) as tmp:
-            save_weights(get_model(self.model), str(tmp))
+            save_weights(bare_network(self.model), str(tmp))
 
     def after_fit(self):
         if _n_processes()>1: dist.barrier()
         if self.best_epoch is not None:
-            load_weights(get_model(self.model), str(self.path/self.fname))
+            load_weights(bare_network(self.model), str(self.path/self.fname))
 
 # %% ../nbs/52_callbacks.ipynb #9c000011
 class HistoryLogger(CSVLogger):
@@ -542,17 +542,17 @@ class AverageWeights(Callback):
         self.fitting,self.shown = False,False
         average = get_ema_multi_avg_fn(self.decay) if self.kind=='ema' else _mean_so_far
         with torch.no_grad():
-            self.avg = AveragedModel(get_model(self.model), multi_avg_fn=average, use_buffers=True)
+            self.avg = AveragedModel(bare_network(self.model), multi_avg_fn=average, use_buffers=True)
 
     def before_train(self): self.fitting = True
     def after_step(self):
         if self.kind=='ema':
-            self.avg.update_parameters(get_model(self.model))
+            self.avg.update_parameters(bare_network(self.model))
 
     def after_train(self):
         late = self.epoch+1>self.start*self.n_epoch or self.epoch==self.n_epoch-1
         if self.kind=='swa' and late:
-            self.avg.update_parameters(get_model(self.model))
+            self.avg.update_parameters(bare_network(self.model))
 
     def before_validate(self):
         if self.fitting and self.avg.n_averaged:
@@ -576,7 +576,7 @@ class AverageWeights(Callback):
     @torch.no_grad()
     def swap(self):
         "Exchange the model's weights and the averaged ones"
-        pairs = zip(self.avg.module.state_dict().values(), get_model(self.model).state_dict().values())
+        pairs = zip(self.avg.module.state_dict().values(), bare_network(self.model).state_dict().values())
         for a,b in pairs:
             kept = a.clone()
             a.copy_(b)
@@ -728,7 +728,7 @@ class Checkpoint(Callback):
         state = _State(rows)
         d = dict(key=self.key, epoch=self.epoch, train_iter=self.train_iter, rng=rng, **self._loaders())
         d |= self._optimiser(state) | self._recorded(state)
-        state.add('model', get_model(self.model).state_dict())
+        state.add('model', bare_network(self.model).state_dict())
         d['cbs'] = {cb.name: state.add(f'cbs.{cb.name}', _cb_state(cb)) for cb in self.learn.cbs}
         tensors = {k:_on_cpu(v) for k,v in state.tensors.items()}
         said = json.dumps(d, default=lambda o: o.item())
@@ -806,7 +806,7 @@ def restore(self:Checkpoint):
     "Put everything back where the checkpoint says it was"
     d = self.read(self.path)
     state = _State(st.load_file(str(self.path/self.fname)))
-    get_model(self.model).load_state_dict(state.get('model'))
+    bare_network(self.model).load_state_dict(state.get('model'))
     self._restore_optimiser(d, state)
     for cb in self.learn.cbs:
         _set_cb_state(cb, state.get(f'cbs.{cb.name}', d['cbs'].get(cb.name)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LateNumbers', 'card_mark', 'CardClock', 'put_back', 'own_leaves', 'GraphMemory', 'StepGraph', 'why_eager',
-           'check_card', 'CapturedSteps']
+           'bare_network', 'check_card', 'CapturedSteps']
 
 # %% ../nbs/48_graphs.ipynb #503318a2
 import gc, os, random, time
@@ -18,7 +18,7 @@ import numpy as np, torch
 from .core import *
 from fastai.callback.core import Callback
 from fastai.learner import Recorder
-from fastai.torch_core import num_distrib, rank_distrib
+from fastai.torch_core import get_model, num_distrib, rank_distrib
 from fastcore.all import *
 from torch import nn
 
@@ -295,7 +295,7 @@ def why_eager(
     "Why a training step cannot be captured."
     if num_distrib()>1 or isinstance(model, (nn.parallel.DistributedDataParallel,nn.DataParallel)):
         return _several_processes
-    if hasattr(model, '_orig_mod'):
+    if _is_compiled(model):
         return "torch.compile has the model"
     if len(xb)!=1 or not isinstance(xb[0], torch.Tensor):
         return f"the model takes {len(xb)} inputs, not one tensor"
@@ -304,6 +304,8 @@ def why_eager(
     if not any(p.requires_grad for p in model.parameters()):
         return "none of the model's weights train"
     for name,m in model.named_modules():
+        if _is_compiled(m):
+            return f"torch.compile has {name!r}"
         if m is not model and _has_hooks(m):
             return f"{name!r} has hooks, which a graph does not call"
     return ''
@@ -313,7 +315,19 @@ def _has_hooks(m):
     forward = m._forward_hooks or m._forward_pre_hooks
     return forward or m._backward_hooks or m._backward_pre_hooks
 
+def _is_compiled(m):
+    "Is it what `torch.compile` returned, or was `.compile()` called on it?"
+    return hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None
+
 _several_processes = "several processes share a batch, and what they tell each other is not captured"
+
+# %% ../nbs/48_graphs.ipynb #0b7a6e21
+def bare_network(
+    model:nn.Module, # Of a learner
+) -> nn.Module: # Whose tensors have the names that a file needs
+    "The network that `torch.compile` or several processes were put around."
+    model = get_model(model)
+    return get_model(getattr(model, '_orig_mod', model))
 
 # %% ../nbs/48_graphs.ipynb #6b602f83
 def check_card(
@@ -370,7 +384,7 @@ class CapturedSteps(Callback):
     def before_batch(self):
         model = self.learn.model
         if self.clock: self.clock.begin_step()
-        if hasattr(model, '_orig_mod'):
+        if _is_compiled(model): # its forward pass stays as it is: what replaces it would be compiled too
             return self._say(_eagerly+why_eager(model, self.xb))
         model.forward = partial(self._take_step, model, vars(model).get('forward')) # for one call
 

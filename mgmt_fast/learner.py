@@ -43,7 +43,7 @@ from .operators import give_freed_memory_back
 from .backbones import Standardize, create_backbone, read_weights, rescales_inside
 from .seen import SeenVolumes
 from .networks import PairLoss, Prototypes, create_network
-from .graphs import CapturedSteps, check_card
+from .graphs import CapturedSteps, bare_network, check_card
 from .callbacks import *
 from .recipes import L2Penalty, StepRate, SummedGradients, faults
 from .metrics import AUC
@@ -949,18 +949,18 @@ def as_model(
         epochs=len(getattr(model.recorder,'values',())), seeds=key['seeds'], weights=key['weights'],
         key=key_digest(key))
     seen = SeenVolumes.of(store, parts, model.dls.sequences)
-    return MGMTModel(model.model, recipe_that_ran(model), model.dls.sequences, prepared=store.sequences,
+    return MGMTModel(bare_network(model.model), recipe_that_ran(model), model.dls.sequences, prepared=store.sequences,
         preparation_number=store.preparation_number, trained=trained, seen=seen, like=_like_of(model))
 
 # %% ../nbs/55_learner.ipynb #a390e272
 def _like_of(learn):
     "What a learner's training was like, measured once for each state of its network"
-    dls = learn.dls
+    dls,network = learn.dls,bare_network(learn.model)
     h = hashlib.blake2b(json.dumps([dls.store.sequences, dls.sequences, _who(dls)]).encode(), digest_size=16)
-    for t in learn.model.state_dict().values():
+    for t in network.state_dict().values():
         h.update(_raw_bytes(t))
     if learn.__dict__.get('like_for')!=h.hexdigest():
-        learn.like = _unlike().training_like(learn.model, dls.store, _who(dls), dls.sequences)
+        learn.like = _unlike().training_like(network, dls.store, _who(dls), dls.sequences)
         learn.like_for = h.hexdigest()
     return learn.like
 

@@ -244,6 +244,16 @@ def test_reasons_are_said_once(capsys):
     assert said.startswith('the training step of 8x3 runs as a CUDA graph (0.0 s to capture)') and 'other' not in said
 
 
+@pytest.mark.parametrize('part', [None,0])
+def test_what_is_compiled_in_place_is_left_to_its_compiler(capsys, part):
+    plain = results(fit(small(), 2))
+    learn = small(CapturedSteps(capture=ByHand))
+    (learn.model if part is None else learn.model[part]).compile(backend='eager')
+    assert equal(results(fit(learn, 2)), plain)
+    what = 'the model' if part is None else "'0'"
+    assert capsys.readouterr().out==f'training steps run eagerly, not as CUDA graphs: torch.compile has {what}\n'
+
+
 def test_what_fails_runs_eagerly_and_is_not_tried_again(capsys):
     tried = []
     def fails(*args):

@@ -234,6 +234,23 @@ def test_trainings_one_after_the_other_are_recorded_as_the_whole(stores, tmp_pat
     assert (ran.epochs,ran.schedule,ran.freeze)==(3,'own','own')
 
 
+@pytest.mark.parametrize('wrapped', [True,False])
+def test_what_was_compiled_is_saved_resumed_and_loaded_like_any(stores, tmp_path, wrapped):
+    def compiled(path):
+        learn = mgmt_learner(recipe_dls(stores['default'], tiny(), n_folds=3), recipe=tiny(), path=path)
+        if wrapped: learn.model = torch.compile(learn.model, backend='eager')
+        else: learn.model.compile(backend='eager')
+        return learn
+    plain,_ = trained(stores['default'], tmp_path/'plain', tiny())
+    learn = compiled(tmp_path/'compiled')
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
+    a,b = (load_model(save_model(o, o.path/'model')).model.state_dict() for o in (plain,learn))
+    for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=1e-4)
+    again = compiled(tmp_path/'compiled')
+    with again.no_bar(), again.no_logging(): again.fit_recipe(resume=True)
+    for k,v in as_model(again).model.state_dict().items(): torch.testing.assert_close(v, b[k], rtol=0, atol=0)
+
+
 def test_a_crop_after_contrast_is_recorded_where_there_is_a_crop(stores, tmp_path):
     for late,share,said in ((True,.9,True), (False,.9,False)):
         r = tiny(crop_after_contrast=late, crop_resize=share)

@@ -305,7 +305,7 @@ def test_freezing_means_what_fastai_users_expect(store, tmp_path):
     assert 'by hand' in as_model(learn).recipe.freeze
     learn.unfreeze()
     assert len(moved(learn, lambda: learn.fit(1, 1e-2)))>.9*len(list(learn.model.parameters()))
-    assert as_model(learn).recipe.freeze=='none'
+    assert as_model(learn).recipe.freeze=='own' # first the head, then all
     frozen = make(freeze='all')
     assert moved(frozen, lambda: frozen.fit(1, 1e-2))=={'head.fc.weight','head.fc.bias'}
     frozen.fit(1, slice(1e-4,1e-2))
