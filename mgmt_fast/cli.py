@@ -810,9 +810,11 @@ def mgmt_export(
     for r in table.itertuples():
         print(f"{Path(dest)/r.file}: {r.bytes:,} bytes, logits within {r.difference:.1e} of torch's")
     if getattr(model, 'tta', None): print(_of_views)
-    print(f"python {Path(dest)/'predict.py'} PREPARED.npz prints the probability; research use only")
+    print(_of_bytes.format(Path(dest)/'predict.py'))
     return 0
 
+_of_bytes = ("python {} PREPARED.npz prints the probability; research use only. Of a patient of a store: "
+    "np.savez('PREPARED.npz', **dict(zip(store.sequences, store.read(patient, store.sequences))))")
 _of_views = "this bundle averages over views of each volume, and a network sees one: probabilities may differ slightly"
 
 # %% ../nbs/90_cli.ipynb #1eaca9e1

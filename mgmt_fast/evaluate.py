@@ -30,7 +30,8 @@ from .runs import key_changes, key_digest, other_runs, run_key, say_other_runs
 from .loader import usable_patients
 from .augment import mgmt_augs, tta
 from .callbacks import Checkpoint, Clock, OutOfTime, StopInTime, TrainingError
-from .learner import MGMTModel, load_model, mgmt_learner, predict, recipe_dls, save_model, weights_key
+from .learner import MGMTModel, load_model, mgmt_learner, predict, recipe_dls, save_model
+from .learner import settle_precision, weights_key
 from .metrics import *
 
 # %% ../nbs/64_evaluate.ipynb #982224ef
@@ -299,6 +300,7 @@ def _train_and_fold(store, sequences, folds, fold):
 def _job(store, cell, folds, repeat, fold, member, inner, tta, seed, clock):
     "One training run: its patients, its settings, and a key that changes with any of them"
     sequences,label,recipe = cell
+    recipe = settle_precision(recipe)
     train,test = _train_and_fold(store, sequences, folds, fold)
     seed = int(rng_for(seed, 'cross_validate', repeat, fold, member).integers(2**31))
     weights = weights_key(recipe.pretrained, recipe.arch)

@@ -43,7 +43,7 @@ def onnx_bytes(
     """A network in evaluation, as ONNX.
 
     It names no file and no folder of this computer. Raises `MGMTError` where the packages of ONNX are not installed,
-    and on a network that cannot be written down."""
+    and on a network that cannot be written down, or not with these operators."""
     onnx,_ = _onnx_tools()
     net = copy.deepcopy(network).cpu().float().eval()
     x = torch.rand(2, *shape)
@@ -54,6 +54,9 @@ def onnx_bytes(
         try: proto = torch.onnx.export(net, (x,), **how).model_proto
         except Exception as e:
             raise MGMTError(_not_as_onnx(network, opset, e)) from e # of many kinds, torch's
+    written = {o.domain: o.version for o in proto.opset_import}['']
+    if written!=opset:
+        raise MGMTError(_other_opset(network, opset, written))
     return _without_traces(proto).SerializeToString(deterministic=True)
 
 # %% ../nbs/73_export.ipynb #60e31f60
@@ -62,6 +65,10 @@ def _not_as_onnx(network, opset, e):
     why = str(e).splitlines()[0][:200] if str(e) else ''
     return (f"{name} cannot be written as ONNX, opset {opset} ({type(e).__name__}: {why}): try another opset, or "
         "export it by torch.export.export")
+
+def _other_opset(network, opset, written):
+    name = getattr(network, 'arch', type(network).__name__)
+    return f"{name} was written with ONNX's operators of version {written}, not {opset}: use opset={written}"
 
 # %% ../nbs/73_export.ipynb #eef0686b
 def _without_traces(proto):
@@ -198,10 +205,10 @@ PREDICT = '''import json, sys
 from pathlib import Path
 import numpy as np, onnxruntime
 scans,z = np.load(sys.argv[1]),[] # sequence to uint8 (D,H,W), as they were prepared
-for file in sorted(Path(__file__).parent.glob('*.json')):
-    about = json.loads(file.read_text(encoding='utf-8'))
-    x = np.stack([scans[o] for o in about['input']['sequences']])[None].astype(np.float32)/255
-    logit, = onnxruntime.InferenceSession(file.with_suffix('.onnx')).run(['logit'], dict(volume=x))
+for net in sorted(Path(__file__).parent.glob('*.onnx')):
+    about = json.loads(net.with_suffix('.json').read_text(encoding='utf-8'))
+    x = np.stack([scans[o] for o in about['input']['sequences']], dtype='uint8', casting='no')[None]
+    logit, = onnxruntime.InferenceSession(net).run(['logit'], dict(volume=x.astype('float32')/255))
     z.append(logit.item()/about['calibrate']['temperature'])
 print(1/(1+np.exp(-np.mean(z))))
 ''' # the script that `export_model` writes

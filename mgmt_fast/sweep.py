@@ -22,7 +22,7 @@ from .runs import key_changes, key_digest, other_runs, run_key, say_other_runs
 from .loader import usable_patients
 from .records import refuse_held_out
 from .metrics import AUC_METHODS, auc_ci
-from .learner import mgmt_learner, plan_key, recipe_dls, save_model, weights_key
+from .learner import mgmt_learner, plan_key, recipe_dls, save_model, settle_precision, weights_key
 
 # %% ../nbs/69_sweep.ipynb #16000006
 def sweep_table(
@@ -320,7 +320,7 @@ def search(
     store = as_store(store)
     refuse_held_out(store)
     dest = make_folder(dest)
-    recipe = follow_recipe(store.recipe, recipe)
+    recipe = settle_precision(follow_recipe(store.recipe, recipe))
     table,_ = usable_patients(store, sequences.split('+'))
     outside = assign_folds(table, n=n_folds, seed=seed).fold!=fold
     train = table.patient[outside.to_numpy()]
