@@ -2,21 +2,24 @@
 
 usage: gpu.py steps|compiled|augment|train|thesis|race [FOLDER] [--out gpu.csv] [--size 8x64x256x256 ...] [--archs a,b]
 
-steps     one step (forward, loss, backward), eagerly and as a CUDA graph: ours, timm_3d and MONAI. B1 and B3 stand
-          there twice: by default their kernels are split into one in the plane and one along the depth; `ours, full`
-          is the very network of the peers.
+steps     one step (forward, loss, backward), eagerly and as one CUDA graph: ours, timm_3d and MONAI; ours also as
+          `training` captures it, a graph for each pass and the loss between them. B1 and B3 stand there twice: by
+          default their kernels are split into one in the plane and one along the depth; `ours, full` is the very
+          network of the peers.
 compiled  the same of what `torch.compile` makes of B1; only on a card.
 augment   a batch's augmentation, until it is done, and until the host is free again: 'published', 'default', and
           'default' in 3D; the median of forty draws.
 train     an epoch of B1 from a store of 585 patients (468 train, 117 validate): eight phantoms, again and again.
-thesis    seconds an epoch of the thesis' four networks, and what its experiment would take: ten epochs, four sequences.
+thesis    seconds an epoch of the thesis' four networks by the recipes 'default' and 'published', and what its
+          experiment would take: ten epochs, four sequences.
 race      seconds to the same validation AUC, see train.py; ours against MONAI, both on the card.
 
 bf16 autocast, batch norm in training mode, medians of ten steps. Memory is what the card has reserved, from before the
-graph was captured. Rows are printed and written to `--out` when they are measured; what is there for this card is not
-measured again. Without a card the parts run on the CPU with small sizes, in float32 and without graphs: figures of
-that kind say nothing about cards. Peers that are not installed are left out with a line that says so."""
-import argparse, gc, importlib.util, json, statistics, sys, tempfile, time, warnings
+graph was captured. Rows are printed and written to `--out` when they are measured; what is there for this card, torch
+and code is not measured again, unless it failed. The exit code is 1 if a row failed. Without a card the parts run on
+the CPU with small sizes, in float32 and without graphs: figures of that kind say nothing about cards. Peers that are
+not installed are left out with a line that says so."""
+import argparse, gc, hashlib, importlib.util, json, statistics, sys, tempfile, time, warnings
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
@@ -27,26 +30,38 @@ CUDA = torch.cuda.is_available()
 DEVICE = 'cuda' if CUDA else 'cpu'
 SIZES = [(8,32,128,128),(8,64,256,256)] if CUDA else [(2,32,64,64)]
 ARCHS = 'efficientnet_b1','efficientnet_b3','densenet121','resnet18'
-KEY = ['part','card','arch','who','mode','size']
+KEY = ['part','card','arch','who','mode','size','torch','code']
+
+
+def code_digest():
+    "Of the library's source: rows of another state of it are not ours"
+    h = hashlib.blake2b(digest_size=4)
+    for file in sorted((Path(__file__).parent.parent/'mgmt_fast').glob('*.py')): h.update(file.read_bytes())
+    return h.hexdigest()
 
 
 class Rows:
     "What was measured, in a file"
     def __init__(self, path, part):
         self.path,self.part,self.card = Path(path),part,torch.cuda.get_device_name() if CUDA else 'CPU'
-        self.table = pd.read_csv(self.path) if self.path.exists() else pd.DataFrame(columns=KEY)
+        self.table = pd.read_csv(self.path) if self.path.exists() else pd.DataFrame()
+        self.table = self.table.reindex(columns=list(dict.fromkeys([*KEY,*self.table.columns,'failed'])))
+        self.failures = 0
+        self.here = dict(part=self.part, card=self.card, torch=torch.__version__, code=code_digest())
 
-    def has(self, **row):
-        same = pd.Series(True, index=self.table.index)
-        for k,v in self._key(row).items(): same &= self.table[k]==v
-        return same.any()
+    def ours(self, **row):
+        "The rows that this card, torch and code gave, without those that failed"
+        same = self.table.failed.isna()
+        for k,v in {**self.here, **row}.items(): same &= self.table[k].astype(str)==v
+        return self.table[same]
 
-    def _key(self, row): return dict(part=self.part, card=self.card, **row)
+    def has(self, **row): return len(self.ours(**row))>0
 
     def add(self, row, **found):
-        new = pd.DataFrame([{**self._key(row), **found, 'torch':torch.__version__}])
-        self.table = pd.concat([self.table, new], ignore_index=True) if len(self.table) else new
-        self.table.to_csv(self.path, index=False)
+        new = pd.DataFrame([{**self.here, **row, **found}])
+        again = (self.table[[*self.here,*row]].astype(str)==new.iloc[0][[*self.here,*row]].astype(str)).all(axis=1)
+        self.table = pd.concat([self.table[~again], new], ignore_index=True)
+        self.table.dropna(axis=1, how='all').to_csv(self.path, index=False)
         said = ' '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in found.items())
         print(f"{row['arch']:16} {row['who']:14} {row['mode']:16} {row['size']:14} {said}", flush=True)
 
@@ -72,12 +87,17 @@ class Step:
         model,x = build(who, arch, size)
         self.model,self.x,self.y = model.to(DEVICE).train(),x.to(DEVICE),torch.ones(size[0], 1, device=DEVICE)
         self.cached = mode!='graph'
-        self.net = self.model if mode in ('eager','graph') else torch.compile(self.model, mode=mode)
+        self.net = self.model if mode in ('eager','graph','training') else torch.compile(self.model, mode=mode)
         self.run = self.fresh
         if mode=='graph': self._capture()
+        if mode=='training':
+            from mgmt_fast.graphs import GraphMemory, StepGraph
+            with self.autocast(): self.net = StepGraph(self.model, self.x, GraphMemory())
+
+    def autocast(self): return torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA, cache_enabled=self.cached)
 
     def step(self):
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA, cache_enabled=self.cached): out = self.net(self.x)
+        with self.autocast(): out = self.net(self.x)
         F.binary_cross_entropy_with_logits(out.float(), self.y).backward()
 
     def fresh(self):
@@ -120,17 +140,21 @@ def measure(who, arch, size, mode, reps=10):
 
 
 def table(rows, plan):
-    "Measure what is not there yet; what fails is a row too"
+    "Measure what is not there yet; what fails is a row too, and is tried again next time"
     for who,arch,size,mode in plan:
         row = dict(arch=arch, who=who, mode=mode, size='x'.join(map(str, size)))
         if rows.has(**row): continue
         try: rows.add(row, **measure(who, arch, size, mode))
-        except Exception as e: rows.add(row, failed=f'{type(e).__name__} {str(e)[:100]}')
+        except Exception as e:
+            rows.failures += 1
+            rows.add(row, failed=f'{type(e).__name__} {str(e)[:100]}')
 
 
 def steps(rows, o):
-    modes = ('eager','graph') if CUDA else ('eager',)
-    table(rows, [(w,a,s,m) for s in o.sizes for a in o.archs for w in whos(a) for m in modes])
+    def modes(who):
+        if not CUDA: return ('eager',)
+        return ('eager','graph','training') if who.startswith('ours') else ('eager','graph')
+    table(rows, [(w,a,s,m) for s in o.sizes for a in o.archs for w in whos(a) for m in modes(w)])
     compare(rows)
 
 
@@ -139,13 +163,17 @@ def compiled(rows, o):
     plan = [(w,'efficientnet_b1',s,m) for s in o.sizes for w,m in
         (('timm_3d','reduce-overhead'),('ours','graph'),('timm_3d','default'),('ours','default'))]
     table(rows, plan)
+    for size,g in rows.ours().groupby('size', sort=False):
+        by = g.set_index(['who','mode']).ms
+        theirs = [by[o] for o in by.index if o[0]=='timm_3d']
+        if theirs and ('ours','graph') in by.index:
+            ratio = min(theirs)/by['ours','graph']
+            print(f"efficientnet_b1 {size} ours as a graph {ratio:.2f} x timm_3d's best compiled mode")
 
 
 def compare(rows):
     "Ours against the faster of the peers in eager mode"
-    t = rows.table
-    if 'ms' not in t: return
-    t = t[(t.part=='steps')&(t.card==rows.card)&t.ms.notna()]
+    t = rows.ours()
     for (arch,size),g in t.groupby(['arch','size'], sort=False):
         peers = g[~g.who.str.startswith('ours')&(g['mode']=='eager')]
         if not len(peers): continue
@@ -194,13 +222,13 @@ def repeated_store(folder, size, sequences, n, kinds=8):
     return VolumeStore(many)
 
 
-def learner(store, arch, folder, epochs=10, sequences=None):
+def learner(store, arch, folder, epochs=10, recipe='default'):
     "As `mgmt_train` makes it, on this card"
     from mgmt_fast.core import get_recipe
-    from mgmt_fast.devices import card_precision
     from mgmt_fast.learner import mgmt_learner, recipe_dls
-    recipe = get_recipe('default', size=store.size, arch=arch, epochs=epochs, precision=card_precision())
-    return mgmt_learner(recipe_dls(store, recipe=recipe, sequences=sequences), recipe=recipe, path=folder)
+    asked = dict(arch=arch, epochs=epochs, pretrained=False, patience=None) # of which none changes the time of an epoch
+    recipe = get_recipe(recipe, size=store.size, **asked)
+    return mgmt_learner(recipe_dls(store, recipe=recipe), recipe=recipe, path=folder)
 
 
 def watch():
@@ -215,10 +243,10 @@ def watch():
     return Epochs()
 
 
-def epochs_of(store, arch, n=5, sequences=None):
+def epochs_of(store, arch, n=5, recipe='default'):
     "Seconds of an epoch, and of its training part"
     with tempfile.TemporaryDirectory() as d:
-        learn,times = learner(store, arch, d, n, sequences),watch()
+        learn,times = learner(store, arch, d, n, recipe),watch()
         learn.add_cb(times)
         with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
         found = statistics.median(times.seconds[3:]),statistics.median(times.training[3:]),sum(times.seconds[:3])
@@ -254,9 +282,9 @@ def share(events):
 def train(rows, o):
     size,n = ((64,256,256),585) if CUDA else ((32,32,32),24)
     store = repeated_store(o.folder, size, ('T1wCE',), n)
-    row = dict(arch='efficientnet_b1', who='ours', mode='epoch', size='x'.join(map(str, size)))
+    row = dict(arch='efficientnet_b1' if CUDA else 'resnet10', who='ours', mode='epoch', size='x'.join(map(str, size)))
     if rows.has(**row): return
-    epoch,training,first,patients = epochs_of(store, 'efficientnet_b1' if CUDA else 'resnet10')
+    epoch,training,first,patients = epochs_of(store, row['arch'])
     found = dict(epoch_s=epoch, training_s=training, volumes_per_s=patients/training, first_three_s=first,
         reserved_GiB=reserved())
     if CUDA: found['busy'] = busy(store, 'efficientnet_b1')
@@ -267,19 +295,22 @@ def thesis(rows, o):
     """Each network's epoch on one sequence is measured and stands for all four; its first three epochs, with what they
     compile and capture, count once for each training."""
     size,n = ((64,256,256),585) if CUDA else ((32,32,32),24)
-    store,total = repeated_store(o.folder, size, ('T1wCE',), n),0.
-    for arch in ('efficientnet_b1','efficientnet_b3','xception','densenet121') if CUDA else ('resnet10',):
-        row = dict(arch=arch, who='ours', mode='epoch', size='x'.join(map(str, size)))
-        if not rows.has(**row):
-            epoch,training,first,_ = epochs_of(store, arch)
-            rows.add(row, epoch_s=epoch, training_s=training, first_three_s=first, ten_epochs_s=first+7*epoch)
-        t = rows.table
-        total += 4*t[(t.part=='thesis')&(t.card==rows.card)&(t.arch==arch)].ten_epochs_s.iloc[-1]
-    print(f"projected: {total/60:.1f} minutes for 16 models of ten epochs, {5*total/3600:.2f} hours with five folds: "
-        "four times the first three and seven more epochs of each network")
+    store = repeated_store(o.folder, size, ('T1wCE',), n)
+    archs = ('efficientnet_b1','efficientnet_b3','xception','densenet121') if CUDA else ('resnet10',)
+    for recipe in ('default','published'):
+        at = dict(who='ours', mode=f'epoch, {recipe}', size='x'.join(map(str, size)))
+        for arch in archs:
+            if rows.has(arch=arch, **at): continue
+            epoch,training,first,_ = epochs_of(store, arch, recipe=recipe)
+            rows.add(dict(arch=arch, **at), epoch_s=epoch, training_s=training, first_three_s=first,
+                ten_epochs_s=first+7*epoch)
+        total = 4*rows.ours(**at).groupby('arch').ten_epochs_s.last().sum()
+        if CUDA: print(f"projected, {recipe}: {total/60:.1f} minutes for 16 models of ten epochs, {5*total/3600:.2f} "
+            "hours with five folds: four times the first three and seven more epochs of each network")
 
 
 def race(rows, o):
+    if not importlib.util.find_spec('monai'): return print('race: needs MONAI, which is the other runner')
     import train as racing
     settings = argparse.Namespace(patients=160 if CUDA else 60, size='32x64x64', limit=90 if CUDA else 20,
         who='ours,bf16,monai')
@@ -287,7 +318,6 @@ def race(rows, o):
         row = dict(arch='resnet18', who='ours', mode=f'seed {seed}', size=settings.size)
         if rows.has(**row): continue
         curves = racing.race(o.folder/f'seed{seed}', settings, seed)
-        if 'monai' not in curves: continue
         rows.add(row, **{f'{k}_times_faster': float(racing.ratio(curves[k], curves['monai'])) for k in ('ours','bf16')})
 
 
@@ -300,15 +330,20 @@ def main():
     p.add_argument('--archs', default=','.join(ARCHS) if CUDA else 'resnet18')
     o = p.parse_args()
     warnings.simplefilter('ignore')
-    o.sizes = [tuple(map(int, s.split('x'))) for s in o.size or []] or SIZES
     o.archs = o.archs.split(',')
+    if unknown := set(o.archs)-set(ARCHS): p.error(f"no architecture of these benchmarks: {', '.join(unknown)}")
+    try: o.sizes = [tuple(map(int, s.split('x'))) for s in o.size or []] or SIZES
+    except ValueError: o.sizes = [()]
+    if any(len(s)!=4 for s in o.sizes): p.error('a size is patients and voxels, as in 8x64x256x256')
     print(machine(), flush=True)
     for name in ('timm_3d','monai'):
         if not importlib.util.find_spec(name): print(f'{name} is not installed: left out')
     with tempfile.TemporaryDirectory() as d:
         o.folder = o.folder or Path(d)
         o.folder.mkdir(parents=True, exist_ok=True)
-        globals()[o.part](Rows(o.out, o.part), o)
+        rows = Rows(o.out, o.part)
+        globals()[o.part](rows, o)
+    return int(rows.failures>0)
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__': sys.exit(main())

@@ -331,10 +331,10 @@ def bare_network(
 
 # %% ../nbs/48_graphs.ipynb #6b602f83
 def check_card(
-    device:torch.device, # Where a training is to run
+    device:str|torch.device, # Where a training is to run
 ):
     "Raise `MGMTError` unless CUDA graphs can be captured there."
-    if device.type!='cuda': raise MGMTError(_on_a_cpu)
+    if torch.device(device).type!='cuda': raise MGMTError(_on_a_cpu)
 
 _on_a_cpu = ("CUDA graphs need a CUDA card, and this training is on a CPU: leave graphs='auto', which captures where "
     "there is one, or graphs=False")

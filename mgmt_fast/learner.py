@@ -494,7 +494,7 @@ def _watchers(r):
 # %% ../nbs/55_learner.ipynb #09d6d789
 def _on_card(graphs, dls):
     "What lets a card work without waiting"
-    if graphs not in ('auto',True,False):
+    if graphs!='auto' and not isinstance(graphs, bool):
         raise unknown_name('choice of graphs', graphs, ('auto',True,False))
     if graphs is True: check_card(dls.device)
     return [LateRecords(), *([CapturedSteps(auto=graphs=='auto')] if graphs else [])]

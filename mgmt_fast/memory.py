@@ -107,22 +107,27 @@ def auto_batch(
     """The largest batch for which a card has memory, so that a step has as many patients as the recipe's.
 
     Volumes that will be kept on the card are counted as taken. Batch norm sees fewer patients at a time in a smaller
-    batch (`norms='frozen'` or `'group'` do not care), and with `drop_last` fewer are left out.
+    batch (`norms='frozen'` or `'group'` do not care), and with `drop_last` fewer are left out. Where the patients of a
+    batch meet, as in pairs or mixup, the batch stays whole, and only the activations may be recomputed.
     Raises `MGMTError` without a card, with several processes, with `summed_batches`, and if nothing fits."""
     recipe = follow_recipe(store.recipe, recipe)
     device = torch.device(device or default_device())
+    if not 0<share<=1: raise MGMTError(f"a share of the memory is above 0 and at most 1; received {share}")
     if device.type!='cuda': raise MGMTError(_no_card)
     if num_distrib()>1: raise MGMTError(_on_several_cards)
+    if not torch.cuda.is_available(): raise MGMTError(_no_card)
     if recipe.summed_batches>1: raise MGMTError(_summed)
-    step = recipe.bs*recipe.accumulate
+    whole = recipe.network=='siamese' or recipe.mixup>0
+    step = recipe.bs if whole else recipe.bs*recipe.accumulate
     room = share*_left(store, recipe, sequences, device)
     def measure(bs, checkpoint):
         if checkpoint and recipe.network=='2d':
             return math.inf # it has no blocks to recompute
         tried = get_recipe(recipe, bs=bs, accumulate=1, drop_last=False)
         return training_bytes(store, tried, sequences, checkpoint, device)
-    found = fit_batch(measure, step, room, _least_batch(recipe))
-    print(_say_batch(found, step, room))
+    found = fit_batch(measure, step, room, step if whole else _least_batch(recipe))
+    if whole: found['accumulate'] = recipe.accumulate
+    print(_say_batch(found, recipe.bs*recipe.accumulate, room))
     return found
 
 # %% ../nbs/57_memory.ipynb #01484102
@@ -136,10 +141,8 @@ def _left(store, recipe, sequences, device):
 
 # %% ../nbs/57_memory.ipynb #26e574cd
 def _least_batch(recipe):
-    "Pairs need two patients, and so does a batch norm over patients alone"
-    pairs = recipe.network=='siamese'
-    norm_over_patients = recipe.values().get('head')=='published'
-    return 2 if pairs or norm_over_patients else 1
+    "A batch norm over patients alone needs two of them"
+    return 2 if recipe.values().get('head')=='published' else 1
 
 # %% ../nbs/57_memory.ipynb #5d5088ba
 _no_card = ("bs='auto' asks a card how much memory it has, and training is on a CPU here, whose memory is shared with "

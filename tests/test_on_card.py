@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mgmt_fast import kernels
+from mgmt_fast import kernels, passes
 from mgmt_fast.backbones import create_backbone
+from mgmt_fast.compiled import on_card
 from mgmt_fast.operators import plain_operators, route
 
 
@@ -37,7 +38,20 @@ KERNELS = dict( # name: types of what are no integers, and constants
     depthwise_weight_grad=(dict(x=HALF, g=HALF, part=FULL), WINDOW),
     pool_forward=(dict(x=HALF, y=HALF, best='*u8'), WINDOW), pool_backward=(dict(g=HALF, best='*u8', y=HALF), WINDOW),
     scale_backward=(dict(x=HALF, s=HALF, g=HALF, gx=HALF, part=FULL), TILE),
-    pad_backward=(dict(g=HALF, y=HALF), dict(BC=2048)))
+    scale_forward=(dict(x=HALF, s=HALF, y=HALF), TILE), volume_sums=(dict(x=HALF, part=FULL), TILE),
+    join_sums=(dict(sums=FULL, table=FULL, grads=FULL), dict(BP=32, BC=32, OWN=True)),
+    known_moments=({**dict.fromkeys(('table','w','b','running','running_var'), FULL), 'eps':'fp32'}, dict(BC=32)),
+    pad_forward=(dict(x=HALF, y=HALF), dict(BC=2048)), pad_backward=(dict(g=HALF, y=HALF), dict(BC=2048)))
+PASSES = {**dict.fromkeys('src out rows x sums counts most g a b mix table'.split(), FULL), 'least':'fp32', 'seeds':'*i32'}
+SIZES = dict(MODE=2, BH=8, BW=64, BLOCK=1024, BRAIN=True, BD=64, BN=64, RICIAN=True, BC=128)
+
+def named_kernels():
+    "Every kernel of both rooms: the function, types of what are no integers, and constants"
+    for room in (kernels, passes):
+        for name,f in vars(room).items():
+            if not isinstance(f, on_card): continue
+            types = {**PASSES, **(dict(counts='*i32') if name=='_count_levels' else {})}
+            yield f,*(KERNELS[name[1:]] if room is kernels else (types,SIZES))
 
 @pytest.mark.parametrize('capability', [75,90])
 def test_kernels_compile_without_a_card(capability):
@@ -45,12 +59,12 @@ def test_kernels_compile_without_a_card(capability):
     triton = pytest.importorskip('triton')
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    for name,(types,constants) in KERNELS.items():
-        f = getattr(kernels, f'_{name}')
+    for f,types,constants in named_kernels():
+        constants = {k: v for k,v in constants.items() if k in f.names}
         signature = {o: 'constexpr' if o in constants else types.get(o, 'i32') for o in f.names}
         fixed = {(f.names.index(o),):v for o,v in constants.items()}
         source = ASTSource(triton.jit(f.f), signature=signature, constexprs=fixed)
-        assert triton.compile(source, target=GPUTarget('cuda', capability, 32)).asm['cubin'], name
+        assert triton.compile(source, target=GPUTarget('cuda', capability, 32)).asm['cubin'], f.f.__name__
 
 
 def test_route():
