@@ -108,7 +108,7 @@ def _choose_exam(images):
 
 # %% ../nbs/18_cases.ipynb #5d0c6a12
 def _folder_above(o):
-    "The folder between an image and its patient, without a number or letter at its end; `None` if it names the sequence"
+    "The folder below the patient, without a number or letter at its end; `None` if it names the image's sequence"
     *_,outer = (None,*o.placed.names[1:])
     if outer is None or sequence_of(outer)==o.verdict.sequence: return None
     return re.sub(r'([-_ ]?\d+|\b[a-z])$', '', outer.lower())
@@ -121,7 +121,8 @@ def _in_two_folders(images):
     folders = {o.placed.names[-1] for o in images}
     if len(folders)<2: return []
     some = ' and '.join(sorted(folders, key=_session_order))
-    return [('', f'its sequences lie in {some}: taken as one exam', 'if they are several, name the folders ses-1, ses-2')]
+    todo = 'if they are several, name the folders ses-1, ses-2'
+    return [('', f'its sequences lie in {some}: taken as one exam', todo)]
 
 # %% ../nbs/18_cases.ipynb #d6b9fd53
 _PROCESSED = set('bias n4 n4itk brain bet unstripped stripped norm normalized normalised reg registered coreg'

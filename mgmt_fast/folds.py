@@ -85,8 +85,8 @@ def _no_fold_column(table):
 def _torn(patient, n): return f"the given split puts scans of {patient} into {n} folds: a patient belongs to one"
 
 def _no_fold_number(patient, written):
-    return (f"the given split puts {patient} into fold {written!r}: folds are numbers 0, 1, 2 and so on; leave the cell of"
-        " a patient blank who is in none")
+    return (f"the given split puts {patient} into fold {written!r}: folds are numbers 0, 1, 2 and so on; leave the "
+        "cell of a patient blank who is in none")
 
 # %% ../nbs/20_folds.ipynb #08fd66ac
 def _too_few_for_folds(n, counts):

@@ -525,7 +525,7 @@ def classification_ci(
     y:ArrayLike, # Labels, (n,), 0 or 1
     p:ArrayLike, # Probabilities of methylation, (n,), 0 to 1
     threshold:float=.5, # Methylated from this probability on; fixed beforehand, never on these patients
-    method:str='wilson', # `'wilson'` for shares, by Jeffreys' prior for F1 and MCC, which are none; `'bootstrap'` for all
+    method:str='wilson', # `'wilson'` for shares, and Jeffreys' prior for F1 and MCC; or `'bootstrap'` for all
     level:float=.95, # Coverage of the intervals
     n_boot:int=2000, # Tables that are drawn
     seed:int=0, # Of what is drawn

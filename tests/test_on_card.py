@@ -42,7 +42,8 @@ KERNELS = dict( # name: types of what are no integers, and constants
     join_sums=(dict(sums=FULL, table=FULL, grads=FULL), dict(BP=32, BC=32, OWN=True)),
     known_moments=({**dict.fromkeys(('table','w','b','running','running_var'), FULL), 'eps':'fp32'}, dict(BC=32)),
     pad_forward=(dict(x=HALF, y=HALF), dict(BC=2048)), pad_backward=(dict(g=HALF, y=HALF), dict(BC=2048)))
-PASSES = {**dict.fromkeys('src out rows x sums counts most g a b mix table'.split(), FULL), 'least':'fp32', 'seeds':'*i32'}
+PASSES = {**dict.fromkeys('src out rows x sums counts most g a b mix table'.split(), FULL),
+    'least':'fp32', 'seeds':'*i32'}
 SIZES = dict(MODE=2, BH=8, BW=64, BLOCK=1024, BRAIN=True, BD=64, BN=64, RICIAN=True, BC=128)
 
 def named_kernels():
