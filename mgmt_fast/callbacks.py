@@ -242,7 +242,7 @@ class GroupNormAct(nn.GroupNorm):
 # %% ../nbs/52_callbacks.ipynb #8c32f21f
 class SyncNorm:
     "Mixed into a batch norm: in training its statistics are those of all processes with a part in the batch"
-    counts = True
+    counts,talks = True,True # has this process a part in the batch?; `why_eager` asks for the other
     def forward(self,
         x:torch.Tensor, # (B,C,...), this process' part of the batch
     ) -> torch.Tensor: # Of the same shape

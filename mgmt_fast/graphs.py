@@ -289,12 +289,14 @@ _other_turn = ("a captured step is one forward pass and then one backward pass; 
 
 # %% ../nbs/48_graphs.ipynb #fcf86fff
 def why_eager(
-    model:nn.Module, # Of a learner
+    model:nn.Module, # Of a learner, or what one of several processes has of it
     xb:tuple, # Its inputs
 ) -> str: # '' where nothing speaks against a capture
     "Why a training step cannot be captured."
-    if num_distrib()>1 or isinstance(model, (nn.parallel.DistributedDataParallel,nn.DataParallel)):
-        return _several_processes
+    if isinstance(model, nn.DataParallel):
+        return "nn.DataParallel copies the model for each step"
+    if num_distrib()>1 and any(map(_talks, model.modules())):
+        return _norms_talk
     if _is_compiled(model):
         return "torch.compile has the model"
     if len(xb)!=1 or not isinstance(xb[0], torch.Tensor):
@@ -319,7 +321,16 @@ def _is_compiled(m):
     "Is it what `torch.compile` returned, or was `.compile()` called on it?"
     return hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None
 
-_several_processes = "several processes share a batch, and what they tell each other is not captured"
+def _talks(m):
+    "Does a layer ask other processes in its forward pass?"
+    return isinstance(m, nn.SyncBatchNorm) or getattr(m, 'talks', False)
+
+_norms_talk = ("several processes share the statistics of norms, and what they tell each other is not captured: "
+    "norms='group' and 'frozen' share none")
+
+def _in_process(model):
+    "What is captured: the network itself, and not the exchange of its gradients with other processes"
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 # %% ../nbs/48_graphs.ipynb #0b7a6e21
 def bare_network(
@@ -347,6 +358,7 @@ class CapturedSteps(Callback):
 
     The losses and weights are those of a training without, to the bit where torch's kernels repeat themselves. A
     line says what was captured, and one for each reason why something was not. `report()` has the numbers.
+    Of several processes each captures its own passes, and their gradients are exchanged after the replay.
     Raises `MGMTError` when a training begins on a CPU, unless `auto`."""
     order,run_valid,name = Recorder.order-5,False,'captured_steps'
     def __init__(self,
@@ -382,14 +394,14 @@ class CapturedSteps(Callback):
         if self.clock: self.clock.begin_loop()
 
     def before_batch(self):
-        model = self.learn.model
+        model = _in_process(self.learn.model)
         if self.clock: self.clock.begin_step()
         if _is_compiled(model): # its forward pass stays as it is: what replaces it would be compiled too
             return self._say(_eagerly+why_eager(model, self.xb))
         model.forward = partial(self._take_step, model, vars(model).get('forward')) # for one call
 
     def after_cancel_batch(self):
-        f = vars(self.learn.model).get('forward')
+        f = vars(_in_process(self.learn.model)).get('forward')
         if getattr(f, 'func', None)==self._take_step:
             self._hand_back(*f.args)
 
@@ -433,7 +445,7 @@ def _hand_back(self:CapturedSteps, model, given=None):
 @patch
 def _look_again(self:CapturedSteps):
     "What the model consists of, once an epoch"
-    model = self.learn.model
+    model = _in_process(self.learn.model)
     self.parts = list(model.modules())
     self.tensors = [*model.parameters(), *model.buffers()]
     found = [getattr(m, k, None) for m in self.parts for k in _constants]

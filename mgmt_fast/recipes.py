@@ -82,7 +82,8 @@ _settings = dict( # choice: what the thesis has there, and where that was read
     depth_padding=('zeros', 'Keras'), standardize=("inside the backbone, behind the adapter", 'Keras'),
     init=("Glorot's uniform, biases 0", 'Keras'),
     batch_norm=('eps .001 (DenseNet 1.001e-5), momentum .99 (EfficientNetV2 .9)', 'Keras'),
-    adam=('beta2 .999, eps 1e-7', 'Keras'), arch=('EfficientNet-B1 was chosen', 'text'), lr=('.0001', 'text'),
+    precision=('float32', 'Keras'), adam=('beta2 .999, eps 1e-7', 'Keras'),
+    arch=('EfficientNet-B1 was chosen', 'text'), lr=('.0001', 'text'),
     schedule=('flat, falling on a plateau', 'text'), patience=('3 epochs', 'text'), l2=('1e-5', 'code'))
 
 # %% ../nbs/53_recipes.ipynb #a33c60ce

@@ -12,10 +12,12 @@ from torch import nn
 from mgmt_fast.augment import mgmt_augs
 from mgmt_fast.callbacks import *
 from mgmt_fast.core import get_recipe, write_json
+from mgmt_fast.graphs import CapturedSteps
 from mgmt_fast.learner import MGMTLearner
 from mgmt_fast.loader import mgmt_dls
 from mgmt_fast.metrics import AUC
 from mgmt_fast.prepare import VolumeStore
+from test_graphs import ByHand
 
 
 class Net(nn.Sequential):
@@ -44,11 +46,12 @@ class Stop(Callback):
         if self.epoch==self.at: raise KeyboardInterrupt
 
 
-def train(store, dest, bs, acc=1, norm=0, stop=None):
+def train(store, dest, bs, acc=1, norm=0, stop=None, captured=False):
     "Three epochs of `bs` patients per batch and `acc` batches per step, or as many as `stop` says"
     dls = mgmt_dls(VolumeStore(store), 'T1wCE', fold=1, bs=bs, augs=mgmt_augs(seed=1))
     cbs = [HistoryLogger(), SaveBest(), StopOnNaN(),
         Traffic()] + ([GradientAccumulation(n_batches=acc)] if acc>1 else [])
+    if captured: cbs += [CapturedSteps(capture=ByHand)]
     learn = MGMTLearner(dls, set_norms(Net(norm), 'sync'), loss_func=BCEWithLogitsLossFlat(), opt_func=FusedAdam,
         lr=.01, wd=.1, path=Path(dest), metrics=[AUC()], cbs=cbs)
     learn.recipe,learn.seed = get_recipe('default', epochs=3, lr=.01, schedule='one_cycle'),0
@@ -59,7 +62,8 @@ def train(store, dest, bs, acc=1, norm=0, stop=None):
     params = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
     write_json(learn.path/f'rank{rank_distrib()}.json',
         dict(params=params.tolist(), values=[list(v) for v in learn.recorder.values], best=learn.save_best.best_epoch,
-        traffic=learn.traffic.n, steps=int(learn.opt.state[next(learn.model.parameters())]['step'])))
+        traffic=learn.traffic.n, captured=list(learn.captured_steps.report()['captured']) if captured else [],
+        steps=int(learn.opt.state[next(learn.model.parameters())]['step'])))
 
 
 if __name__=='__main__':

@@ -58,6 +58,7 @@ def two(store, tmp_path_factory):
     "What two processes made of each case; and of one that was stopped after its first epoch, then given to two others."
     d = tmp_path_factory.mktemp('two')
     jobs = {**CASES, 'straight': dict(bs=4), 'stopped': dict(bs=4, stop=1)}
+    jobs |= {f'{k}, captured': dict(v, captured=True) for k,v in CASES.items()}
     launch(sys.executable, SCRIPT, store.path, json.dumps({str(d/k): v for k,v in jobs.items()}))
     assert not (d/'stopped/rank0.json').exists()
     launch(sys.executable, SCRIPT, store.path, json.dumps({str(d/'stopped'): dict(bs=4)}))
@@ -76,6 +77,15 @@ def test_two_processes_are_one(two, store, tmp_path, case):
     np.testing.assert_allclose(a['values'], b['values'], rtol=1e-4)
     steps = 3*-(-21//(CASES[case]['bs']*CASES[case].get('acc',1)))
     assert a['best']==b['best'] and a['steps']==b['steps']==b['traffic']==steps
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_each_process_captures_its_own_passes(two, case):
+    "The same parameters and log to the bit, with a stand-in for graphs; batch norms ask each other, and stay eager"
+    for rank in (0,1):
+        a,b = result(two/case, rank),result(two/f'{case}, captured', rank)
+        assert (a['params'],a['values'],a['traffic'])==(b['params'],b['values'],b['traffic'])
+        assert bool(b['captured'])==('norm in step' not in case)
 
 
 def test_two_processes_resume(two):

@@ -325,9 +325,12 @@ def test_a_cpu_is_told(store, tmp_path):
     fit(small(CapturedSteps(auto=True)))
 
 
-def test_several_processes_run_eagerly(monkeypatch, capsys):
+def test_norms_of_several_processes_run_eagerly(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
-    assert 'several processes' in why_eager(nn.Linear(3,1), (torch.rand(2,3),))
+    x = torch.rand(2,3,4,4,4)
+    assert why_eager(nn.Conv3d(3,1,1), (x,))==''
+    for norm in (nn.SyncBatchNorm(3), set_norms(nn.Sequential(nn.BatchNorm3d(3)), 'sync')):
+        assert 'several processes' in why_eager(norm, (x,))
 
 
 # Real graphs

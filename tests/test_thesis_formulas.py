@@ -19,7 +19,7 @@ from mgmt_fast.augment import RandAffine, RandLighting, RandEqualize, mgmt_augs,
 from mgmt_fast.callbacks import FusedAdam
 from mgmt_fast.core import Recipe, get_recipe, rng_for
 from mgmt_fast.backbones import freeze_body
-from mgmt_fast.learner import mgmt_learner, recipe_dls
+from mgmt_fast.learner import mgmt_learner, recipe_dls, settle_precision
 from mgmt_fast.leakage import published_similarity
 from mgmt_fast.networks import create_network
 from mgmt_fast.cohort import kaggle_cohort
@@ -321,6 +321,10 @@ def test_the_penalty(store, tmp_path):
     theirs = 1e-5*sum((o.astype(float)**2).sum()/2 for o in parts)
     assert float(learn.loss_grad.detach())==pytest.approx(theirs, rel=1e-5)
     assert sum(o.size for o in parts)==84+43649, 'of adapter and head'
+
+
+@checks('precision')
+def test_keras_computes_in_float32(): assert settle_precision(P, 'cuda').precision=='float32'
 
 
 @checks('adam')
