@@ -1,15 +1,19 @@
 """What training costs on one card, ours beside its peers in one process, and what it leaves of the card idle.
 
-usage: gpu.py steps|compiled|augment|train|thesis|race [FOLDER] [--out gpu.csv] [--size 8x64x256x256 ...] [--archs a,b]
+usage: gpu.py steps|profile|compiled|augment|train|thesis|race [FOLDER] [--out gpu.csv] [--size 8x64x256x256 ...]
+              [--archs a,b]
 
 steps     one step (forward, loss, backward), eagerly and as one CUDA graph: ours, timm_3d and MONAI; ours also as
           `training` captures it, a graph for each pass and the loss between them. B1 and B3 stand there twice: by
           default their kernels are split into one in the plane and one along the depth; `ours, full` is the very
           network of the peers.
-compiled  the same of what `torch.compile` makes of B1; only on a card.
+profile   where such a step of ours spends its time, kernel by kernel, with torch's own operators alone ('ours, plain')
+          and with ours: the ten longest, and all.
+compiled  a step of what `torch.compile` makes of B1; only on a card.
 augment   a batch's augmentation, until it is done, and until the host is free again: 'published', 'default', and
           'default' in 3D; the median of forty draws.
-train     an epoch of B1 from a store of 585 patients (468 train, 117 validate): eight phantoms, again and again.
+train     an epoch of B1 from a store of 585 patients (468 train, 117 validate), eight phantoms again and again, with
+          all that `mgmt_train` saves of it.
 thesis    seconds an epoch of the thesis' four networks by the recipes 'default' and 'published', and what its
           experiment would take: ten epochs, four sequences.
 race      seconds to the same validation AUC, see train.py; ours against MONAI, both on the card.
@@ -19,7 +23,9 @@ graph was captured. Rows are printed and written to `--out` when they are measur
 and code is not measured again, unless it failed. The exit code is 1 if a row failed. Without a card the parts run on
 the CPU with small sizes, in float32 and without graphs: figures of that kind say nothing about cards. Peers that are
 not installed are left out with a line that says so."""
-import argparse, gc, hashlib, importlib.util, json, statistics, sys, tempfile, time, warnings
+import argparse, gc, hashlib, importlib.util, itertools, json, re, statistics, sys, tempfile, time, warnings
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
@@ -158,6 +164,34 @@ def steps(rows, o):
     compare(rows)
 
 
+def profile(rows, o):
+    from mgmt_fast.operators import plain_operators
+    for who,arch,size in itertools.product(('ours, plain','ours'), o.archs, o.sizes):
+        row = dict(arch=arch, who=who, size='x'.join(map(str, size)))
+        if rows.has(**row, mode='all kernels'): continue
+        with plain_operators() if who=='ours, plain' else nullcontext():
+            each = kernel_times(Step('ours', arch, size, 'graph' if CUDA else 'eager').run)
+        total = sum(each.values())
+        for name,ms in sorted(each.items(), key=lambda o: -o[1])[:10]:
+            rows.add(dict(mode=name, **row), ms=ms, share=ms/total)
+        rows.add(dict(mode='all kernels', **row), ms=total, share=1.)
+
+
+def kernel_times(run, reps=5):
+    "Milliseconds a run by kernel, or by torch's operator on a CPU, the longest names cut"
+    from torch.profiler import ProfilerActivity, profile
+    for _ in range(3): run()
+    wait()
+    with profile(activities=[ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU]) as p:
+        for _ in range(reps): run()
+        wait()
+    each = Counter()
+    for e in p.key_averages():
+        name = re.sub('<.*|^void ', '', e.key)[-40:]
+        each[name] += (e.self_device_time_total if CUDA else e.self_cpu_time_total)/1000/reps
+    return each
+
+
 def compiled(rows, o):
     if not CUDA: return print('compiled: only on a card')
     plan = [(w,'efficientnet_b1',s,m) for s in o.sizes for w,m in
@@ -248,7 +282,7 @@ def epochs_of(store, arch, n=5, recipe='default'):
     with tempfile.TemporaryDirectory() as d:
         learn,times = learner(store, arch, d, n, recipe),watch()
         learn.add_cb(times)
-        with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
+        with learn.no_bar(), learn.no_logging(): learn.fit_recipe(resume=True)
         found = statistics.median(times.seconds[3:]),statistics.median(times.training[3:]),sum(times.seconds[:3])
         return *found,len(learn.dls.train.dataset)
 
@@ -323,7 +357,7 @@ def race(rows, o):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('part', choices=['steps','compiled','augment','train','thesis','race'])
+    p.add_argument('part', choices=['steps','profile','compiled','augment','train','thesis','race'])
     p.add_argument('folder', nargs='?', type=Path)
     p.add_argument('--out', default='gpu.csv')
     p.add_argument('--size', nargs='*')

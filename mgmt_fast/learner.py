@@ -187,6 +187,7 @@ class MGMTLearner(Learner):
         finally:
             for cb in self.cbs:
                 if isinstance(cb, CapturedSteps): cb.end()
+            if hasattr(self, 'late_files'): self.late_files.wait()
         if self.failure: raise self.failure
 
     def lr_find(self,

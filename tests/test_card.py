@@ -1,15 +1,17 @@
 """Volumes that stay on a device, and the batch that a card has memory for. What needs a card is marked so; the rest
 forces the same ways on a CPU, where the usual one stands beside them."""
 import math
+import threading
 
 import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fasttransform import Transform
+from safetensors.torch import load_file
 
 from mgmt_fast.augment import mgmt_augs
-from mgmt_fast.callbacks import Checkpoint
+from mgmt_fast.callbacks import Checkpoint, LateFiles
 from mgmt_fast.cli import mgmt_train
 from mgmt_fast.cohort import kaggle_cohort
 from mgmt_fast.core import MGMTError, TensorMR, get_recipe, read_recipe
@@ -170,6 +172,18 @@ def test_a_training_on_a_card_is_the_same_from_kept_volumes(store, tmp_path):
     assert b.dls.train.at_hand=='kept' and a.dls.train.at_hand=='ahead'
     for k,v in a.model.state_dict().items(): torch.testing.assert_close(v, b.model.state_dict()[k], atol=.02, rtol=.02)
     assert predict(b, store, progress=False).prob.notna().all()
+
+
+@pytest.mark.cuda
+def test_files_are_written_while_a_card_goes_on(store, tmp_path, monkeypatch):
+    by,write = set(),LateFiles._write_copies
+    def noted(*args): by.add(threading.get_ident()); write(*args)
+    monkeypatch.setattr(LateFiles, '_write_copies', noted)
+    learn = trained(store, tmp_path, resume=True, device='cuda')
+    assert len(by)==1 and threading.get_ident() not in by
+    best,now = load_file(tmp_path/'best.safetensors'),learn.model.state_dict()
+    assert all(torch.equal(v, now[k].cpu()) for k,v in best.items())
+    assert Checkpoint().read(tmp_path)['epoch']==2
 
 
 def test_tf32_is_on_while_a_card_trains_only():

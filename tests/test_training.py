@@ -224,6 +224,29 @@ def test_prototypes_are_those_of_the_averaged_weights(store, tmp_path):
     torch.testing.assert_close(learn.model.head.prototypes, kept)
 
 
+def test_what_is_written_beside_a_training_is_what_is_written_at_once(store, tmp_path):
+    "It is there before `fit` returns, and also after an interruption"
+    def run(d, late, cbs=()):
+        learn = learner(store, tmp_path/d, cbs=cbs)
+        learn.late_files = LateFiles(always=late)
+        try: fit(learn, resume=True)
+        except KeyboardInterrupt: pass
+        return learn,[load_file(tmp_path/d/f'{o}.safetensors') for o in ('best','checkpoint')]
+    (a,straight),_,(b,again) = run('a', False),run('b', True, [Kill(2,'after_loss')]),run('b', True)
+    assert same(a, b)
+    for then,now in zip(straight, again):
+        assert then.keys()==now.keys() and all(torch.equal(v, now[k]) for k,v in then.items())
+
+
+def test_no_checkpoint_speaks_of_weights_that_were_not_written(store, tmp_path, monkeypatch):
+    learn = learner(store, tmp_path)
+    learn.late_files = LateFiles(always=True)
+    def full(self, weights): raise MGMTError('the disk is full')
+    monkeypatch.setattr(SaveBest, '_write_best', full)
+    with pytest.raises(MGMTError, match='^the disk is full'): fit(learn, resume=True)
+    assert not list(tmp_path.glob('*.safetensors'))
+
+
 def test_a_checkpoint_of_another_training_is_refused(store, tmp_path):
     fit(learner(store, tmp_path, epochs=1), resume=True)
     for change,word in ((dict(schedule='flat'),"'schedule'"), (dict(bs=4),"'bs'")):
