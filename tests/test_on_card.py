@@ -19,7 +19,8 @@ def test_kernels_give_what_torch_gives():
     run = subprocess.run([sys.executable, Path(__file__).parent/'interpreted.py'], capture_output=True, text=True,
         env={**os.environ, 'TRITON_INTERPRET':'1'})
     assert not run.returncode, run.stderr
-    assert run.stdout.split()==['72','convolutions']
+    layers = 'BatchNormAct3d','InflatedConv3d','InflatedPool3d','SeparableConv3d'
+    assert all(o in run.stdout for o in layers), run.stdout
 
 
 HALF,FULL = '*fp16','*fp32'
