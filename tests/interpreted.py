@@ -13,8 +13,7 @@ from torch import nn
 from mgmt_fast.backbones import ARCHS, MEDICALNETS, create_backbone
 from mgmt_fast.operators import *
 
-MORE = [ # not of these backbones, but of networks that are converted: one slice, dilation, a wide stem as deep as before
-    (InflatedConv3d, (7,7,7), (1,2,2), (1,1,1), (3,3,3), False, 'replicate', 'few'),
+MORE = [ # of other networks: dilation, kernels of one slice
     (InflatedConv3d, (3,3,3), (1,1,1), (2,2,2), (2,2,2), False, 'zeros', 'depthwise'),
     (InflatedConv3d, (1,3,3), (1,2,2), (1,1,1), (0,1,1), False, 'replicate', 'depthwise')]
 CHANNELS = dict(depthwise=(3,3,3), few=(1,3,1), many=(5,2,1)) # in, out, groups
@@ -28,7 +27,8 @@ def shapes():
                 kind = 'depthwise' if m.groups==m.in_channels>1 else 'few' if m.in_channels<=4 else 'many'
                 yield type(m),m.kernel_size,m.stride,m.dilation,m.padding,m.same,m.along.mode,kind
             elif isinstance(m, BatchNormAct3d): yield type(m),type(getattr(m, 'act', None))
-            elif isinstance(m, InflatedPool3d): yield type(m),type(m.plane),m.plane.kernel_size,m.kind,m.along.k,m.along.s
+            elif isinstance(m, InflatedPool3d):
+                yield type(m),type(m.plane),m.plane.kernel_size,m.kind,m.along.k,m.along.s
 
 
 def convs(cls, kernel, stride, dilation, padding, same, mode, kind):
@@ -49,8 +49,8 @@ def norm(cls, act):
 
 
 def pool(cls, plane, k, kind, kernel, stride):
-    padding = dict(padding=1) if plane is nn.MaxPool2d else {}
-    for s in {stride,1}: yield cls(plane(k, 2, **padding), kind, kernel, s, padding=padding.get('padding', 0)),(1,3,4,5,6)
+    padding = int(plane is nn.MaxPool2d)
+    for s in {stride,1}: yield cls(plane(k, 2, padding), kind, kernel, s, padding=padding),(1,3,4,5,6)
 
 
 def computed(layer, x):
