@@ -33,11 +33,16 @@ def store(tmp_path_factory):
     return prepare(kaggle_cohort(d/'scans'), d/'store', 'FLAIR,T1wCE', size=(8,16,16), n_workers=1, progress=False)
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
 def launch(*cmd, n=2):
     "Processes as a launcher starts them, and what they said."
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    env = dict(WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=port, ACCELERATE_USE_CPU='true',
-        OMP_NUM_THREADS=1)
+    env = dict(WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(),
+        ACCELERATE_USE_CPU='true', OMP_NUM_THREADS=1)
     jobs = [subprocess.Popen([str(o) for o in cmd],
         env={**os.environ, **{k:str(v) for k,v in env.items()}, 'RANK':str(r), 'LOCAL_RANK':str(r)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(n)]
@@ -93,17 +98,34 @@ def test_two_processes_resume(two):
     assert result(two/'straight')['params']==result(two/'stopped')['params']
 
 
-def test_the_command_on_two_processes(store, tmp_path):
-    """As `accelerate launch` starts it: one of the two speaks and writes, and what it writes is what one process alone
-    would, batch norm included."""
-    # so slow that rounding does not grow
-    args = '--sequences','T1wCE','--arch','resnet18','--epochs','2','--bs','7','--lr','1e-5'
-    outs = launch(BIN/'mgmt_train', store.path, tmp_path/'run', *args)
-    assert sum('not an estimate' in o for o in outs)==1
+NOTE_RANK = "import os; 'RANK' in os.environ and open('rank'+os.environ['RANK'], 'w').close()"
+# so slow that rounding does not grow
+SLOWLY = '--sequences','T1wCE','--arch','resnet18','--epochs','2','--bs','7','--lr','1e-5'
+
+
+@pytest.fixture(scope='module')
+def alone(store, tmp_path_factory):
+    "What one process writes"
+    d = tmp_path_factory.mktemp('alone')
+    subprocess.run([BIN/'mgmt_train', store.path, d/'run', *SLOWLY], check=True, capture_output=True)
+    return d/'run'
+
+
+@pytest.mark.parametrize('launcher', ['torchrun --nproc_per_node 2 --master_port',
+    'accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no '
+    '--main_process_port'], ids=['torchrun','accelerate'])
+def test_the_command_on_two_processes(store, alone, tmp_path, launcher):
+    """One of the two speaks and writes, and what it writes is what one process alone would, batch norm included."""
+    name,*args = launcher.split()
+    cmd = BIN/name,*args,free_port(),BIN/'mgmt_train',store.path,tmp_path/'run',*SLOWLY
+    (tmp_path/'sitecustomize.py').write_text(NOTE_RANK)
+    r = subprocess.run([str(o) for o in cmd], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH':str(tmp_path)})
+    assert r.returncode==0 and r.stdout.count('not an estimate')==1, r.stdout+r.stderr
+    assert {o.name for o in tmp_path.glob('rank*')}=={'rank0','rank1'}
     assert {'model.safetensors','model.json','history.csv'}<={f.name for f in (tmp_path/'run').iterdir()}
-    subprocess.run([BIN/'mgmt_train', store.path, tmp_path/'alone', *args], check=True, capture_output=True)
-    a,b = (pd.read_csv(tmp_path/d/'history.csv')[['train_loss','valid_loss']]
-        for d in ('alone','run')) # two predictions that are nearly equal may change places in the AUC
+    a,b = (pd.read_csv(d/'history.csv')[['train_loss','valid_loss']]
+        for d in (alone,tmp_path/'run')) # two predictions that are nearly equal may change places in the AUC
     np.testing.assert_allclose(a, b, rtol=1e-3)
 
 
