@@ -371,7 +371,6 @@ class LateFiles:
             self.failed = True
             raise
 
-
 # %% ../nbs/52_callbacks.ipynb #a51f1e03
 @contextmanager
 def _in_own_stream(device, copied):
@@ -387,7 +386,6 @@ def _late_files(learn):
     if not hasattr(learn, 'late_files'):
         learn.late_files = LateFiles()
     return learn.late_files
-
 
 # %% ../nbs/52_callbacks.ipynb #5545767e
 class SaveBest(TrackerCallback):

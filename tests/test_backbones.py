@@ -50,16 +50,16 @@ def test_constant_volume_gives_2d_features(i, arch, weights):
         C, [(32,33)[i%2]])
 
 
-@pytest.mark.parametrize('arch', ARCHS)
-def test_constant_volume_gives_2d_features_always(arch, weights):
+@pytest.mark.parametrize('i,arch', list(enumerate(ARCHS)))
+def test_constant_volume_gives_2d_features_always(i, arch, weights):
+    "All channels and kernels with each backbone; modes, depths and halvings take turns"
     net,folder = weights(arch)
-    for C in (1,3,4):
-        for mode in ('mean','centre'):
-            model = make(folder, arch, C, mode=mode, depth='full')
-            for split in (None,'depthwise','all'):
-                if split: separate_depth(model.body.net, split)
-                check(net, model, C, (32,33,64), size=32)
-    for n in (1,2,5): check(net, make(folder, arch, 1, anisotropic=n), 1, [64])
+    for j,C in enumerate((1,3,4)):
+        model = make(folder, arch, C, mode=('mean','centre')[(i+j)%2], depth='full')
+        for k,split in enumerate((None,'depthwise','all')):
+            if split: separate_depth(model.body.net, split)
+            check(net, model, C, [(32,33,64)[(i+j+k)%3]], size=32)
+    check(net, make(folder, arch, 1, anisotropic=(1,2,5)[i%3]), 1, [64])
     check(net, make(folder, arch, 1, mode='slice'), 1, [5])
 
 

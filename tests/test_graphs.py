@@ -65,7 +65,10 @@ class Played:
 HOW = dict(off=None, hand=ByHand, card=StepGraph)
 
 
-def train(store, path, how, arch='resnet10', epochs=2, bs=4, augs=False, resume=False, cbs=(), model_kwargs=None,
+NET = 'resnet10' if torch.cuda.is_available() else 'timm/test_resnet'
+
+
+def train(store, path, how, arch=NET, epochs=2, bs=4, augs=False, resume=False, cbs=(), model_kwargs=None,
     **changes):
     "A learner that was trained by a recipe, with what its callback said"
     dls = mgmt_dls(store, bs=bs, augs=mgmt_augs(seed=1) if augs else None)
