@@ -5,10 +5,10 @@ usage: gpu.py steps|profile|compiled|augment|train|thesis|race [FOLDER] [--out g
 
 steps     one step (forward, loss, backward), eagerly and as one CUDA graph: ours, timm_3d and MONAI; ours also as
           `training` captures it, a graph for each pass and the loss between them. B1 and B3 stand there twice: by
-          default their kernels are split into one in the plane and one along the depth; `ours, full` is the very
-          network of the peers.
-profile   where such a step of ours spends its time, kernel by kernel, with torch's own operators alone ('ours, plain')
-          and with ours: the ten longest, and all.
+          default their kernels are split into one in the plane and one along the depth; `ours, one pass` computes
+          both together, `ours, full` is the very network of the peers.
+profile   where such a step of ours spends its time, kernel by kernel, with torch's own operators alone ('ours, plain'),
+          with ours, and with split kernels in one pass: the ten longest, and all.
 compiled  a step of what `torch.compile` makes of B1; only on a card.
 augment   a batch's augmentation, until it is done, and until the host is free again: 'published', 'default', and
           'default' in 3D; the median of forty draws.
@@ -74,9 +74,19 @@ class Rows:
 
 def whos(arch):
     "Who is measured on an architecture"
-    split = arch.startswith('efficientnet')
-    for who in ('ours',*(('ours, full',) if split else ()),'timm_3d','monai'):
+    for who in ('ours',*(('ours, one pass','ours, full') if splits(arch) else ()),'timm_3d','monai'):
         if who.startswith('ours') or importlib.util.find_spec(who): yield who
+
+
+def splits(arch):
+    "Has it depthwise convolutions, whose kernels are split?"
+    return arch.startswith('efficientnet')
+
+
+def within(who):
+    "The context in which a network is made and runs"
+    from mgmt_fast.operators import one_pass, plain_operators
+    return {'ours, one pass':one_pass, 'ours, plain':plain_operators}.get(who, nullcontext)()
 
 
 def wait():
@@ -90,7 +100,7 @@ class Step:
     "One step of a network, in a mode: 'eager', 'graph', or one of `torch.compile`'s"
     def __init__(self, who, arch, size, mode):
         torch.manual_seed(0)
-        model,x = build(who, arch, size)
+        model,x = build(who.removesuffix(', one pass'), arch, size)
         self.model,self.x,self.y = model.to(DEVICE).train(),x.to(DEVICE),torch.ones(size[0], 1, device=DEVICE)
         self.cached = mode!='graph'
         self.net = self.model if mode in ('eager','graph','training') else torch.compile(self.model, mode=mode)
@@ -150,7 +160,8 @@ def table(rows, plan):
     for who,arch,size,mode in plan:
         row = dict(arch=arch, who=who, mode=mode, size='x'.join(map(str, size)))
         if rows.has(**row): continue
-        try: rows.add(row, **measure(who, arch, size, mode))
+        try:
+            with within(who): rows.add(row, **measure(who, arch, size, mode))
         except Exception as e:
             rows.failures += 1
             rows.add(row, failed=f'{type(e).__name__} {str(e)[:100]}')
@@ -165,11 +176,11 @@ def steps(rows, o):
 
 
 def profile(rows, o):
-    from mgmt_fast.operators import plain_operators
-    for who,arch,size in itertools.product(('ours, plain','ours'), o.archs, o.sizes):
+    for who,arch,size in itertools.product(('ours, plain','ours','ours, one pass'), o.archs, o.sizes):
+        if who=='ours, one pass' and not splits(arch): continue
         row = dict(arch=arch, who=who, size='x'.join(map(str, size)))
         if rows.has(**row, mode='all kernels'): continue
-        with plain_operators() if who=='ours, plain' else nullcontext():
+        with within(who):
             each = kernel_times(Step('ours', arch, size, 'graph' if CUDA else 'eager').run)
         total = sum(each.values())
         for name,ms in sorted(each.items(), key=lambda o: -o[1])[:10]:
@@ -212,7 +223,7 @@ def compare(rows):
         peers = g[~g.who.str.startswith('ours')&(g['mode']=='eager')]
         if not len(peers): continue
         for r in g[g.who.str.startswith('ours')].itertuples():
-            print(f"{arch:16} {r.size:14} {r.who:10} {r.mode:6} {peers.ms.min()/r.ms:5.2f} x the faster eager peer "
+            print(f"{arch:16} {r.size:14} {r.who:14} {r.mode:8} {peers.ms.min()/r.ms:5.2f} x the faster eager peer "
                 f"({peers.loc[peers.ms.idxmin()].who}); reserved {r.reserved_GiB:.1f} GiB, theirs "
                 f"{peers.reserved_GiB.min():.1f}")
 

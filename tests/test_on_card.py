@@ -3,6 +3,7 @@ import copy
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,20 +13,21 @@ import torch.nn.functional as F
 from mgmt_fast import kernels, passes
 from mgmt_fast.backbones import create_backbone
 from mgmt_fast.compiled import on_card
-from mgmt_fast.operators import plain_operators, route
+from mgmt_fast.operators import one_pass, plain_operators, route
 
 
 def test_kernels_give_what_torch_gives():
     run = subprocess.run([sys.executable, Path(__file__).parent/'interpreted.py'], capture_output=True, text=True,
         env={**os.environ, 'TRITON_INTERPRET':'1'})
     assert not run.returncode, run.stderr
-    layers = 'BatchNormAct3d','InflatedConv3d','InflatedPool3d','SeparableConv3d'
+    layers = 'BatchNormAct3d','InflatedConv3d','InflatedPool3d','SeparableConv3d','in one pass'
     assert all(o in run.stdout for o in layers), run.stdout
 
 
 HALF,FULL = '*fp16','*fp32'
 TILE,WINDOW = dict(BN=64, BC=32),dict(KD=1, KH=3, KW=3, SD=1, SH=2, SW=2, DD=1, DH=1, DW=1, PD=0, PH=1, PW=1,
     REPLICATE=True, BN=32, BC=32)
+DEEP = {**WINDOW, **dict(KD=7, KH=2, KW=7, SD=2, PD=3, PW=3)} # as deep and as wide as they get
 KERNELS = dict( # name: types of what are no integers, and constants
     moments_of_shares=(dict(x=HALF, means=FULL), TILE),
     join_moments=({**dict.fromkeys(('mean','table','w','b','running','running_var'), FULL),
@@ -37,6 +39,8 @@ KERNELS = dict( # name: types of what are no integers, and constants
     depthwise_forward=(dict(x=HALF, w=FULL, y=HALF), WINDOW),
     depthwise_input_grad=(dict(g=HALF, w=FULL, y=HALF), WINDOW),
     depthwise_weight_grad=(dict(x=HALF, g=HALF, part=FULL), WINDOW),
+    separable_forward=(dict(x=HALF, w=FULL, y=HALF), DEEP), separable_input_grad=(dict(g=HALF, w=FULL, y=HALF), DEEP),
+    separable_weight_grad=(dict(x=HALF, g=HALF, w=FULL, part=FULL), DEEP),
     pool_forward=(dict(x=HALF, y=HALF, best='*u8'), WINDOW), pool_backward=(dict(g=HALF, best='*u8', y=HALF), WINDOW),
     scale_backward=(dict(x=HALF, s=HALF, g=HALF, gx=HALF, part=FULL), TILE),
     scale_forward=(dict(x=HALF, s=HALF, y=HALF), TILE), volume_sums=(dict(x=HALF, part=FULL), TILE),
@@ -88,8 +92,8 @@ def far(a, b): return ((a-b).norm()/(b.norm()+1e-9)).item()
 
 
 NETS = [('resnet10',{}),('resnet18',{}),('resnet50',{}),('efficientnet_b0',{}),('efficientnet_b0',dict(depth='full')),
-    ('efficientnet_b0',dict(depth_padding='zeros')),('densenet121',{}),('xception',{}),
-    ('resnet18',dict(depth='separable_all')),('resnet10',dict(checkpoint=True))]
+    ('efficientnet_b0',dict(depth_padding='zeros')),('efficientnet_b0',dict(one_pass=True)),
+    ('densenet121',{}),('xception',{}),('resnet18',dict(depth='separable_all')),('resnet10',dict(checkpoint=True))]
 
 @pytest.mark.cuda
 @pytest.mark.parametrize('train', [True,False])
@@ -98,12 +102,14 @@ def test_networks_on_a_card(arch, how, train, monkeypatch):
     "float32 on a card is as near to float64 as torch's own operators are, up to a factor"
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     torch.manual_seed(0)
+    how = dict(how)
+    together = one_pass() if how.pop('one_pass', False) else nullcontext()
     model = create_backbone(arch, pretrained=False, **how).cuda().train(train)
     for name,p in model.named_parameters():
         if name.endswith('.depth'): p.data += .1*torch.randn_like(p)
     x = torch.rand(4, 1, 32, 64, 64, device='cuda')
     assert route(x)=='card'
-    card = gradients(model, x, torch.float32)
+    with together: card = gradients(model, x, torch.float32)
     with plain_operators():
         plain,exact = (gradients(model, x, o) for o in (torch.float32,torch.float64))
     print(arch, how, train, *[f'{far(a, c):.1e} ({far(b, c):.1e})' for a,b,c in zip(card, plain, exact)])
