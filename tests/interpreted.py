@@ -34,7 +34,8 @@ def shapes():
 def convs(cls, kernel, stride, dilation, padding, same, mode, kind):
     "As a backbone has it, and as its choices `depth` and `anisotropic` make it: in one piece or two, less deep or not"
     for c in (InflatedConv3d,SeparableConv3d) if kernel[0]>1 else (InflatedConv3d,):
-        for s in {stride,(1,*stride[1:])}:
+        wide = c is InflatedConv3d and kernel[0]>3 # hundreds of taps: as it is alone
+        for s in {stride} if wide else {stride,(1,*stride[1:])}:
             I,O,groups = CHANNELS[kind]
             conv = c(I, O, kernel, s, dilation, groups, True, padding, same, mode)
             for p in conv.parameters(): nn.init.normal_(p)
