@@ -12,7 +12,6 @@ import hashlib, json, math, random, time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -338,6 +337,7 @@ class LateFiles:
         always:bool=False, # What a CPU holds too? For tests that have no card
     ):
         self.always,self.pool,self.coming,self.failed = always,None,deque(),False
+        self.stream = None # one for all files: a card keeps memory for each stream
 
     def send(self,
         tensors:dict, # Name -> tensor; may be changed as soon as this returns
@@ -348,9 +348,11 @@ class LateFiles:
         device = next((t.device for t in tensors.values() if t.is_cuda), None)
         if device is None and not self.always: return write(tensors)
         copies = deepcopy({k:v.detach() for k,v in tensors.items()}) # what shares memory shares it there, too
-        copied = torch.cuda.current_stream(device).record_event() if device else None
+        if device:
+            self.stream = self.stream or torch.cuda.Stream(device)
+            self.stream.wait_stream(torch.cuda.current_stream(device))
         self.pool = self.pool or ThreadPoolExecutor(1)
-        self.coming.append(self.pool.submit(self._write_copies, write, copies, device, copied))
+        self.coming.append(self.pool.submit(self._write_copies, write, copies))
 
     def wait(self):
         "Until all files are written"
@@ -363,24 +365,15 @@ class LateFiles:
 
     def _see_next(self): self.coming.popleft().result()
 
-    def _write_copies(self, write, copies, device, copied):
+    def _write_copies(self, write, copies):
         if self.failed: return
         try:
-            with _in_own_stream(device, copied): write(copies)
+            with torch.cuda.stream(self.stream): write(copies)
         except BaseException:
             self.failed = True
             raise
 
 # %% ../nbs/52_callbacks.ipynb #a51f1e03
-@contextmanager
-def _in_own_stream(device, copied):
-    "Use a card in a stream of its own, after what was copied is there; None: no card is used"
-    if device is None: yield
-    else:
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
-            torch.cuda.current_stream().wait_event(copied)
-            yield
-
 def _late_files(learn):
     "Those of a training, which its callbacks share, so that their order is kept"
     if not hasattr(learn, 'late_files'):
