@@ -71,6 +71,10 @@ class Rows:
         said = ' '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in found.items())
         print(f"{row['arch']:16} {row['who']:14} {row['mode']:16} {row['size']:14} {said}", flush=True)
 
+    def fail(self, row, e):
+        self.failures += 1
+        self.add(row, failed=f'{type(e).__name__} {str(e)[:100]}')
+
 
 def whos(arch):
     "Who is measured on an architecture"
@@ -94,6 +98,12 @@ def wait():
 
 
 def reserved(): return torch.cuda.max_memory_reserved()/2**30 if CUDA else float('nan')
+
+
+def clear():
+    "Leave nothing of what was measured before"
+    gc.collect()
+    if CUDA: torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
 
 
 class Step:
@@ -144,8 +154,7 @@ def timed(f):
 
 def measure(who, arch, size, mode, reps=10):
     "Milliseconds and the rest of one row"
-    gc.collect()
-    if CUDA: torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+    clear()
     torch._dynamo.reset()
     start = time.perf_counter()
     step = Step(who, arch, size, mode)
@@ -163,8 +172,7 @@ def table(rows, plan):
         try:
             with within(who): rows.add(row, **measure(who, arch, size, mode))
         except Exception as e:
-            rows.failures += 1
-            rows.add(row, failed=f'{type(e).__name__} {str(e)[:100]}')
+            rows.fail(row, e)
 
 
 def steps(rows, o):
@@ -180,17 +188,22 @@ def profile(rows, o):
         if who=='ours, one pass' and not splits(arch): continue
         row = dict(arch=arch, who=who, size='x'.join(map(str, size)))
         if rows.has(**row, mode='all kernels'): continue
-        with within(who):
-            each = kernel_times(Step('ours', arch, size, 'graph' if CUDA else 'eager').run)
+        try:
+            with within(who): each = kernel_times(who, arch, size)
+        except Exception as e:
+            rows.fail(dict(mode='all kernels', **row), e)
+            continue
         total = sum(each.values())
         for name,ms in sorted(each.items(), key=lambda o: -o[1])[:10]:
             rows.add(dict(mode=name, **row), ms=ms, share=ms/total)
         rows.add(dict(mode='all kernels', **row), ms=total, share=1.)
 
 
-def kernel_times(run, reps=5):
-    "Milliseconds a run by kernel, or by torch's operator on a CPU, the longest names cut"
+def kernel_times(who, arch, size, reps=5):
+    "Milliseconds a step by kernel, or by torch's operator on a CPU, the longest names cut"
     from torch.profiler import ProfilerActivity, profile
+    clear()
+    run = Step(who.removesuffix(', plain'), arch, size, 'graph' if CUDA else 'eager').run
     for _ in range(3): run()
     wait()
     with profile(activities=[ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU]) as p:

@@ -12,7 +12,9 @@ import hashlib, json, math, random, time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
@@ -331,49 +333,69 @@ class LateFiles:
     """Write what a card holds to files by another thread, while the card goes on; what a CPU holds is written at once.
 
     Files are written in the order in which they were sent, and none after one that failed: its error is raised by the
-    next `send`, or by `wait`."""
+    next `send` that finds it, or by `wait`."""
     most = 2 # that may be under way, each with a copy of its tensors on the card
     def __init__(self,
         always:bool=False, # What a CPU holds too? For tests that have no card
-    ):
-        self.always,self.pool,self.coming,self.failed = always,None,deque(),False
-        self.stream = None # one for all files: a card keeps memory for each stream
+    ): self.always,self.pool,self.coming,self.failed = always,None,deque(),False
 
     def send(self,
         tensors:dict, # Name -> tensor; may be changed as soon as this returns
         write:Callable, # Takes such a dict, and writes the file
     ):
         "Write a file, now or soon"
-        while len(self.coming)>=self.most: self._see_next()
+        while self.coming and (len(self.coming)>=self.most or self.coming[0].done()): self._see_next()
         device = next((t.device for t in tensors.values() if t.is_cuda), None)
         if device is None and not self.always: return write(tensors)
-        copies = deepcopy({k:v.detach() for k,v in tensors.items()}) # what shares memory shares it there, too
-        if device:
-            self.stream = self.stream or torch.cuda.Stream(device)
-            self.stream.wait_stream(torch.cuda.current_stream(device))
+        try: copies = deepcopy({k:v.detach() for k,v in tensors.items()}) # what shares memory shares it there, too
+        except torch.OutOfMemoryError: # no room for copies
+            self.wait()
+            return write(tensors)
+        stream = device and _file_stream(device)
+        if stream: stream.wait_stream(torch.cuda.current_stream(device))
         self.pool = self.pool or ThreadPoolExecutor(1)
-        self.coming.append(self.pool.submit(self._write_copies, write, copies))
+        self.coming.append(self.pool.submit(self._write_copies, write, copies, stream))
 
     def wait(self):
         "Until all files are written"
-        try:
-            while self.coming: self._see_next()
-        finally:
-            if self.pool: self.pool.shutdown()
-            self.pool,self.failed = None,False
-            self.coming.clear()
+        while self.coming: self._see_next()
+        self._end()
 
-    def _see_next(self): self.coming.popleft().result()
+    @contextmanager
+    def in_the_end(self):
+        "Wait at the end of a block, also of one that fails: its own error counts more than one of a file"
+        try: yield
+        except BaseException:
+            try: self.wait()
+            except Exception as e: print(f'a file was not written: {e}')
+            raise
+        self.wait()
 
-    def _write_copies(self, write, copies):
+    def _see_next(self):
+        try: self.coming.popleft().result()
+        except BaseException:
+            self._end()
+            raise
+
+    def _end(self):
+        if self.pool: self.pool.shutdown()
+        self.pool,self.failed = None,False
+        self.coming.clear()
+
+    def _write_copies(self, write, copies, stream):
         if self.failed: return
         try:
-            with torch.cuda.stream(self.stream): write(copies)
+            with torch.cuda.stream(stream): write(copies)
         except BaseException:
             self.failed = True
             raise
 
 # %% ../nbs/52_callbacks.ipynb #a51f1e03
+@lru_cache
+def _file_stream(device):
+    "One for all files, since a card keeps memory for each; of urgent ones, which no capture of steps uses"
+    return torch.cuda.Stream(device, priority=-1)
+
 def _late_files(learn):
     "Those of a training, which its callbacks share, so that their order is kept"
     if not hasattr(learn, 'late_files'):
@@ -404,10 +426,11 @@ class SaveBest(TrackerCallback):
         if not self.new_best: return
         self.best_epoch = self.epoch
         if rank_distrib(): return
-        _late_files(self.learn).send(bare_network(self.model).state_dict(), self._write_best)
+        write = partial(self._write_best, self.path/self.fname)
+        _late_files(self.learn).send(bare_network(self.model).state_dict(), write)
 
-    def _write_best(self, weights):
-        with atomic_path(self.path/self.fname) as tmp:
+    def _write_best(self, path, weights):
+        with atomic_path(path) as tmp:
             save_weights(NS(state_dict=lambda: weights), str(tmp))
 
     def after_fit(self):
@@ -792,12 +815,12 @@ class Checkpoint(Callback):
         state.add('model', bare_network(self.model).state_dict())
         d['cbs'] = {cb.name: state.add(f'cbs.{cb.name}', _cb_state(cb)) for cb in self.learn.cbs}
         said = json.dumps(d, default=lambda o: o.item())
-        _late_files(self.learn).send(state.tensors, partial(self._write_state, said))
+        _late_files(self.learn).send(state.tensors, partial(self._write_state, self.path/self.fname, said))
 
-    def _write_state(self, said, tensors):
+    def _write_state(self, path, said, tensors):
         tensors = {k:_on_cpu(v) for k,v in tensors.items()}
         about = dict(state=said, digest=_checkpoint_digest(said, tensors))
-        with atomic_path(self.path/self.fname) as tmp:
+        with atomic_path(path) as tmp:
             st.save_file(tensors, str(tmp), metadata=about)
 
     def after_fit(self): _late_files(self.learn).wait()

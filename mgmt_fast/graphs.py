@@ -580,5 +580,5 @@ def _end_capture(device):
     if device.type!='cuda': return
     with suppress(RuntimeError), torch.cuda.device(device):
         torch.cuda.synchronize()
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode='thread_local'):
             torch.zeros(1, device=device)

@@ -138,6 +138,7 @@ class MGMTLearner(Learner):
     ):
         super().__init__(*args, **kwargs)
         self.fits = [] # one row per training that was started: epochs, lr, schedule
+        self.late_files = LateFiles()
 
     @contextmanager
     def unwatched(self): # A context
@@ -177,7 +178,7 @@ class MGMTLearner(Learner):
         if not any(isinstance(cb, LRFinder) for cb in L(cbs)):
             self.fits.append(plan)
         try:
-            with tf32_on(self.dls.device):
+            with tf32_on(self.dls.device), self.late_files.in_the_end():
                 super().fit(n_epoch, lr, wd, cbs, **kwargs)
         except torch.OutOfMemoryError as e:
             raise TrainingError(_too_large(self)) from e
@@ -187,7 +188,6 @@ class MGMTLearner(Learner):
         finally:
             for cb in self.cbs:
                 if isinstance(cb, CapturedSteps): cb.end()
-            if hasattr(self, 'late_files'): self.late_files.wait()
         if self.failure: raise self.failure
 
     def lr_find(self,

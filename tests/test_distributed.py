@@ -119,8 +119,8 @@ def test_the_command_on_two_processes(store, alone, tmp_path, launcher):
     name,*args = launcher.split()
     cmd = BIN/name,*args,free_port(),BIN/'mgmt_train',store.path,tmp_path/'run',*SLOWLY
     (tmp_path/'sitecustomize.py').write_text(NOTE_RANK)
-    r = subprocess.run([str(o) for o in cmd], capture_output=True, text=True, cwd=tmp_path,
-        env={**os.environ, 'PYTHONPATH':str(tmp_path)})
+    r = subprocess.run([str(o) for o in cmd], capture_output=True, text=True, cwd=tmp_path, timeout=600,
+        env={**os.environ, 'PYTHONPATH':os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')])})
     assert r.returncode==0 and r.stdout.count('not an estimate')==1, r.stdout+r.stderr
     assert {o.name for o in tmp_path.glob('rank*')}=={'rank0','rank1'}
     assert {'model.safetensors','model.json','history.csv'}<={f.name for f in (tmp_path/'run').iterdir()}

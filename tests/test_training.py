@@ -224,26 +224,38 @@ def test_prototypes_are_those_of_the_averaged_weights(store, tmp_path):
     torch.testing.assert_close(learn.model.head.prototypes, kept)
 
 
+def beside(learn):
+    "What it saves is written by another thread, as on a card"
+    learn.late_files = LateFiles(always=True)
+    return learn
+
+
 def test_what_is_written_beside_a_training_is_what_is_written_at_once(store, tmp_path):
-    "It is there before `fit` returns, and also after an interruption"
-    def run(d, late, cbs=()):
-        learn = learner(store, tmp_path/d, cbs=cbs)
-        learn.late_files = LateFiles(always=late)
-        try: fit(learn, resume=True)
-        except KeyboardInterrupt: pass
-        return learn,[load_file(tmp_path/d/f'{o}.safetensors') for o in ('best','checkpoint')]
-    (a,straight),_,(b,again) = run('a', False),run('b', True, [Kill(2,'after_loss')]),run('b', True)
+    a,b = learner(store, tmp_path/'a'),beside(learner(store, tmp_path/'b'))
+    for o in (a,b):
+        torch.manual_seed(0)
+        fit(o, resume=True)
     assert same(a, b)
-    for then,now in zip(straight, again):
+    for name in ('best','checkpoint'):
+        then,now = (load_file(tmp_path/d/f'{name}.safetensors') for d in 'ab')
         assert then.keys()==now.keys() and all(torch.equal(v, now[k]) for k,v in then.items())
 
 
+def test_an_interruption_waits_for_what_is_being_written(store, tmp_path, monkeypatch):
+    "Also where `fit` takes the callback away before"
+    write = Checkpoint._write_state
+    def slow(*args): time.sleep(.5); write(*args)
+    monkeypatch.setattr(Checkpoint, '_write_state', slow)
+    learn = beside(learner(store, tmp_path))
+    with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.no_logging():
+        learn.fit(3, cbs=[Checkpoint(), Kill(1,'after_epoch')])
+    assert Checkpoint().read(tmp_path)['epoch']==1 and learn.late_files.pool is None
+
+
 def test_no_checkpoint_speaks_of_weights_that_were_not_written(store, tmp_path, monkeypatch):
-    learn = learner(store, tmp_path)
-    learn.late_files = LateFiles(always=True)
-    def full(self, weights): raise MGMTError('the disk is full')
+    def full(self, path, weights): raise MGMTError('the disk is full')
     monkeypatch.setattr(SaveBest, '_write_best', full)
-    with pytest.raises(MGMTError, match='^the disk is full'): fit(learn, resume=True)
+    with pytest.raises(MGMTError, match='^the disk is full'): fit(beside(learner(store, tmp_path)), resume=True)
     assert not list(tmp_path.glob('*.safetensors'))
 
 
