@@ -370,6 +370,36 @@ def _tile_under_way(slices, pixels, width, BN:tl.constexpr, BC:tl.constexpr, EAC
     at = (n%tiles)*BN+tl.arange(0, BN)
     return plane,plane//slices,plane%slices,at,at//width,at%width,tl.program_id(1)*BC+tl.arange(0, BC)
 
+# %% ../nbs/40_kernels.ipynb #5e9b0102
+@in_kernel
+def _times_row(m, w, row, c, C):
+    return m*tl.load(w+row*C+c, mask=c<C, other=0.)[None,:]
+
+@in_kernel
+def _add_under(total, x, w, first, row, col, known, c, C, H, W, KH:tl.constexpr, KW:tl.constexpr, SH:tl.constexpr,
+    SW:tl.constexpr, DH:tl.constexpr, DW:tl.constexpr, PH:tl.constexpr, PW:tl.constexpr):
+    "Add the values of the slice `x` under a kernel, whose weights begin at row `first`"
+    for j in tl.static_range(KH):
+        for k in tl.static_range(KW):
+            r,q = row*SH+j*DH-PH,col*SW+k*DW-PW
+            inside = known&(r>=0)&(r<H)&(q>=0)&(q<W)
+            value = tl.load(x+(r*W+q)[:,None]*C+c[None,:], mask=inside[:,None]&(c<C)[None,:], other=0.)
+            total += _times_row(value.to(tl.float32), w, first+j*KW+k, c, C)
+    return total
+
+@in_kernel
+def _add_carried_back(total, g, w, first, row, col, known, c, C, h, v, KH:tl.constexpr, KW:tl.constexpr,
+    SH:tl.constexpr, SW:tl.constexpr, DH:tl.constexpr, DW:tl.constexpr, PH:tl.constexpr, PW:tl.constexpr):
+    "Add the gradients of the slice `g` of results, likewise"
+    for j in tl.static_range(KH):
+        for k in tl.static_range(KW):
+            r,q = row+PH-j*DH,col+PW-k*DW
+            p,u = r//SH,q//SW
+            met = known&(r>=0)&(p*SH==r)&(p<h)&(q>=0)&(u*SW==q)&(u<v)
+            value = tl.load(g+(p*v+u)[:,None]*C+c[None,:], mask=met[:,None]&(c<C)[None,:], other=0.)
+            total += _times_row(value.to(tl.float32), w, first+j*KW+k, c, C)
+    return total
+
 # %% ../nbs/40_kernels.ipynb #aa9e5070
 @on_card
 def _depthwise_forward(x, w, y, C, D, H, W, d, h, v, KD:tl.constexpr, KH:tl.constexpr, KW:tl.constexpr,
@@ -377,7 +407,6 @@ def _depthwise_forward(x, w, y, C, D, H, W, d, h, v, KD:tl.constexpr, KH:tl.cons
     PD:tl.constexpr, PH:tl.constexpr, PW:tl.constexpr, REPLICATE:tl.constexpr, BN:tl.constexpr, BC:tl.constexpr):
     "One tile of voxels of one slice of the result"
     plane,b,o,at,row,col,c = _tile_under_way(d, h*v, v, BN, BC)
-    some = (c<C)[None,:]
     total = tl.zeros([BN,BC], tl.float32)
     for i in range(KD):
         z = o*SD+i*DD-PD
@@ -385,15 +414,9 @@ def _depthwise_forward(x, w, y, C, D, H, W, d, h, v, KD:tl.constexpr, KH:tl.cons
         if REPLICATE: z = tl.minimum(tl.maximum(z, 0), D-1)
         else: met = (z>=0)&(z<D)
         start = x+(b*D+z).to(tl.int64)*H*W*C
-        for j in tl.static_range(KH):
-            for k in tl.static_range(KW):
-                r,q = row*SH+j*DH-PH,col*SW+k*DW-PW
-                inside = (r>=0)&(r<H)&(q>=0)&(q<W)&(at<h*v)&met
-                value = tl.load(start+(r*W+q)[:,None]*C+c[None,:], mask=inside[:,None]&some, other=0.)
-                weight = tl.load(w+((i*KH+j)*KW+k)*C+c, mask=c<C, other=0.)
-                total += value.to(tl.float32)*weight[None,:]
+        total = _add_under(total, start, w, i*KH*KW, row, col, (at<h*v)&met, c, C, H, W, KH, KW, SH, SW, DH, DW, PH, PW)
     to = y+plane.to(tl.int64)*h*v*C+at[:,None]*C+c[None,:]
-    tl.store(to, total.to(y.dtype.element_ty), mask=(at<h*v)[:,None]&some)
+    tl.store(to, total.to(y.dtype.element_ty), mask=(at<h*v)[:,None]&(c<C)[None,:])
 
 # %% ../nbs/40_kernels.ipynb #ebbf45d3
 @on_card
@@ -402,7 +425,6 @@ def _depthwise_input_grad(g, w, y, C, D, H, W, d, h, v, KD:tl.constexpr, KH:tl.c
     PD:tl.constexpr, PH:tl.constexpr, PW:tl.constexpr, REPLICATE:tl.constexpr, BN:tl.constexpr, BC:tl.constexpr):
     "One tile of voxels of one slice of the input"
     plane,b,z,at,row,col,c = _tile_under_way(D, H*W, W, BN, BC)
-    some = (c<C)[None,:]
     first,last = z,z
     if REPLICATE:
         if z==0: first = -PD
@@ -415,16 +437,10 @@ def _depthwise_input_grad(g, w, y, C, D, H, W, d, h, v, KD:tl.constexpr, KH:tl.c
             o = t//SD
             if (t>=0)&(o*SD==t)&(o<d):
                 start = g+(b*d+o).to(tl.int64)*h*v*C
-                for j in tl.static_range(KH):
-                    for k in tl.static_range(KW):
-                        r,q = row+PH-j*DH,col+PW-k*DW
-                        p,u = r//SH,q//SW
-                        met = (r>=0)&(p*SH==r)&(p<h)&(q>=0)&(u*SW==q)&(u<v)&(at<H*W)
-                        value = tl.load(start+(p*v+u)[:,None]*C+c[None,:], mask=met[:,None]&some, other=0.)
-                        weight = tl.load(w+((i*KH+j)*KW+k)*C+c, mask=c<C, other=0.)
-                        total += value.to(tl.float32)*weight[None,:]
+                total = _add_carried_back(total, start, w, i*KH*KW, row, col, at<H*W, c, C, h, v, KH, KW, SH, SW,
+                    DH, DW, PH, PW)
     to = y+plane.to(tl.int64)*H*W*C+at[:,None]*C+c[None,:]
-    tl.store(to, total.to(y.dtype.element_ty), mask=(at<H*W)[:,None]&some)
+    tl.store(to, total.to(y.dtype.element_ty), mask=(at<H*W)[:,None]&(c<C)[None,:])
 
 # %% ../nbs/40_kernels.ipynb #a348f16e
 @on_card
@@ -520,11 +536,6 @@ def card_depthwise(
     "A convolution of each channel with a kernel of its own."
     return _CardDepthwise.apply(x, w, geo)
 
-# %% ../nbs/40_kernels.ipynb #5e9a0221
-@in_kernel
-def _times_row(m, w, row, c, C):
-    return m*tl.load(w+row*C+c, mask=c<C, other=0.)[None,:]
-
 # %% ../nbs/40_kernels.ipynb #5e9a0315
 @in_kernel
 def _along_depth(w, row, step, c, C, m0, m1, m2, m3, m4, m5, m6, KD:tl.constexpr):
@@ -544,7 +555,6 @@ def _separable_forward(x, w, y, C, D, H, W, d, h, v, chunks, share, KD:tl.conste
     PD:tl.constexpr, PH:tl.constexpr, PW:tl.constexpr, REPLICATE:tl.constexpr, BN:tl.constexpr, BC:tl.constexpr):
     "One tile of pixels, along one chunk of the slices of the result"
     _,b,chunk,at,row,col,c = _tile_under_way(chunks, h*v, v, BN, BC)
-    some = (c<C)[None,:]
     zero = tl.zeros([BN,BC], tl.float32)
     m0,m1,m2,m3,m4,m5,m6 = zero,zero,zero,zero,zero,zero,zero
     first = chunk*share*SD
@@ -559,19 +569,13 @@ def _separable_forward(x, w, y, C, D, H, W, d, h, v, chunks, share, KD:tl.conste
             met = (z>=0)&(z<D)
             m0 = zero
         if met:
-            m0 = zero
             start = x+(b*D+z).to(tl.int64)*H*W*C
-            for j in tl.static_range(KH):
-                for k in tl.static_range(KW):
-                    r,q = row*SH+j*DH-PH,col*SW+k*DW-PW
-                    inside = (r>=0)&(r<H)&(q>=0)&(q<W)&(at<h*v)
-                    value = tl.load(start+(r*W+q)[:,None]*C+c[None,:], mask=inside[:,None]&some, other=0.)
-                    m0 += _times_row(value.to(tl.float32), w, j*KW+k, c, C)
+            m0 = _add_under(zero, start, w, 0, row, col, at<h*v, c, C, H, W, KH, KW, SH, SW, DH, DW, PH, PW)
         o = (t-KD+1)//SD
         if (t-first>=KD-1)&(o*SD==t-KD+1):
             total = _along_depth(w, KH*KW+KD-1, -1, c, C, m0, m1, m2, m3, m4, m5, m6, KD)
             to = y+(b*d+o).to(tl.int64)*h*v*C+at[:,None]*C+c[None,:]
-            tl.store(to, total.to(y.dtype.element_ty), mask=(at<h*v)[:,None]&some)
+            tl.store(to, total.to(y.dtype.element_ty), mask=(at<h*v)[:,None]&(c<C)[None,:])
 
 # %% ../nbs/40_kernels.ipynb #5e9a07c7
 @on_card
@@ -581,7 +585,6 @@ def _separable_input_grad(g, w, y, C, D, H, W, d, h, v, chunks, share, KD:tl.con
     BC:tl.constexpr):
     "One tile of pixels, along one chunk of the slices of the input"
     _,b,chunk,at,row,col,c = _tile_under_way(chunks, H*W, W, BN, BC)
-    some = (c<C)[None,:]
     zero = tl.zeros([BN,BC], tl.float32)
     u0,u1,u2,u3,u4,u5,u6 = zero,zero,zero,zero,zero,zero,zero
     total = zero
@@ -596,19 +599,13 @@ def _separable_input_grad(g, w, y, C, D, H, W, d, h, v, chunks, share, KD:tl.con
         o = t//SD
         if (t>=0)&(o*SD==t)&(o<d):
             start = g+(b*d+o).to(tl.int64)*h*v*C
-            for j in tl.static_range(KH):
-                for k in tl.static_range(KW):
-                    r,q = row+PH-j*DH,col+PW-k*DW
-                    p,u = r//SH,q//SW
-                    met = (r>=0)&(p*SH==r)&(p<h)&(q>=0)&(u*SW==q)&(u<v)&(at<H*W)
-                    value = tl.load(start+(p*v+u)[:,None]*C+c[None,:], mask=met[:,None]&some, other=0.)
-                    u0 += _times_row(value.to(tl.float32), w, j*KW+k, c, C)
+            u0 = _add_carried_back(zero, start, w, 0, row, col, at<H*W, c, C, h, v, KH, KW, SH, SW, DH, DW, PH, PW)
         z = tl.minimum(t-PD, D-1)
         if t>=first:
             total += _along_depth(w, KH*KW, 1, c, C, u0, u1, u2, u3, u4, u5, u6, KD)
         if (t>=first)&(z>=0)&((z<D-1)|(t==end-1)):
             to = y+(b*D+z).to(tl.int64)*H*W*C+at[:,None]*C+c[None,:]
-            tl.store(to, total.to(y.dtype.element_ty), mask=(at<H*W)[:,None]&some)
+            tl.store(to, total.to(y.dtype.element_ty), mask=(at<H*W)[:,None]&(c<C)[None,:])
             total = zero
 
 # %% ../nbs/40_kernels.ipynb #5e9a099e

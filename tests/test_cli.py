@@ -1,21 +1,17 @@
 "The commands, as a user types them."
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from commands import run_command
 from mgmt_fast.prepare import VolumeStore
-
-BIN = Path(sys.executable).parent
 
 
 def run(command, *args, code=0, **kwargs):
     "Run a command; check its exit code (None: 0 or 1) and that nobody was shown a traceback."
-    r = subprocess.run([BIN/command, *map(str, args)], capture_output=True, text=True, **kwargs)
+    r = run_command(command, *args, **kwargs)
     assert r.returncode==code or code is None and r.returncode<2, r.stdout+r.stderr
     assert 'Traceback' not in r.stderr, r.stderr
     return r.stdout+r.stderr
@@ -87,8 +83,7 @@ def test_damaged_label_tables(work, tmp_path, text, code, say):
     root = tmp_path/'scans'
     shutil.copytree(work/'scans', root)
     labels(root, text) if text else (root/'train_labels.csv').unlink()
-    r = subprocess.run([BIN/'mgmt_prepare', root, tmp_path/'store', '--size', '12x32x32', '--sequences', 'T1wCE'],
-        capture_output=True, text=True)
+    r = run_command('mgmt_prepare', root, tmp_path/'store', '--size', '12x32x32', '--sequences', 'T1wCE')
     out = r.stdout+r.stderr
     assert 'Traceback' not in out and say in out, out
     if code is not None: assert r.returncode in (code, 0 if code==1 else code), out

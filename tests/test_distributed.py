@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from commands import run_command
 from mgmt_fast.cohort import kaggle_cohort
 from mgmt_fast.core import get_recipe
 from mgmt_fast.phantom import make_phantom
@@ -107,7 +108,7 @@ SLOWLY = '--sequences','T1wCE','--arch','resnet18','--epochs','2','--bs','7','--
 def alone(store, tmp_path_factory):
     "What one process writes"
     d = tmp_path_factory.mktemp('alone')
-    subprocess.run([BIN/'mgmt_train', store.path, d/'run', *SLOWLY], check=True, capture_output=True)
+    assert run_command('mgmt_train', store.path, d/'run', *SLOWLY).returncode==0
     return d/'run'
 
 
@@ -129,27 +130,27 @@ def test_the_command_on_two_processes(store, alone, tmp_path, launcher):
     np.testing.assert_allclose(a, b, rtol=1e-3)
 
 
-RUNS = ['--archs', 'resnet10,resnet18', '--sequences', 'T1wCE,FLAIR+T1wCE', '--folds', '0,1', '--n_folds', '3',
+RUNS = ['--archs', 'timm/test_resnet,timm/test_efficientnet', '--sequences', 'T1wCE,FLAIR+T1wCE', '--folds', '0,1', '--n_folds', '3',
     '--epochs', '1']
 
 
 def test_a_sweep_that_was_killed_runs_what_is_missing(store, tmp_path):
     "Two architectures, two inputs, two folds; killed after the third run."
-    cmd = [BIN/'mgmt_sweep', store.path, tmp_path/'sweep', *RUNS]
-    p = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    cmd = 'mgmt_sweep',store.path,tmp_path/'sweep',*RUNS
+    p = subprocess.Popen([BIN/cmd[0], *cmd[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while len(list((tmp_path/'sweep').glob('*/run.json')))<3:
         assert p.poll() is None
         time.sleep(.05)
     p.send_signal(signal.SIGKILL); p.wait()
     before = {f:f.stat().st_mtime_ns for f in (tmp_path/'sweep').glob('*/run.json')}
     assert 3<=len(before)<8
-    out = subprocess.run(cmd, capture_output=True, text=True)
+    out = run_command(*cmd)
     assert out.returncode==0 and '8 of 8 runs' in out.stdout, out.stdout+out.stderr
     assert all(f.stat().st_mtime_ns==t for f,t in before.items())
     t = pd.read_csv(tmp_path/'sweep/sweep.csv')
     assert len(t)==8 and t.auc.notna().all() and not t.duplicated(['arch','sequences','fold']).any()
     valid = pd.concat([pd.read_csv(f, dtype={'patient':str})
-        for f in (tmp_path/'sweep').glob('resnet10-T1wCE-*/valid.csv')])
+        for f in (tmp_path/'sweep').glob('*test_resnet-T1wCE-*/valid.csv')])
     assert valid.patient.is_unique
 
 

@@ -97,8 +97,8 @@ def study(tmp_path_factory):
     d = tmp_path_factory.mktemp('study')
     train,test = phantom_store(d/'train', 30),phantom_store(d/'test', 24, first=900, seed=1)
     torch.manual_seed(0)
-    model = MGMTModel(create_backbone('timm/resnet10t', anisotropic=3),
-        get_recipe('default', arch='timm/resnet10t', size=(8,24,24)), ('T1wCE',))
+    model = MGMTModel(create_backbone('timm/test_resnet', anisotropic=2),
+        get_recipe('default', arch='timm/test_resnet', size=(8,24,24)), ('T1wCE',))
     save_model(model, d/'model')
     v = train.table[['patient','label']].assign(prob=rng_for(0,'v').random(30))
     freeze_bundle(d/'model', v, train, d/'bundle')
@@ -273,10 +273,15 @@ def test_labels_decide_who_is_scored(copy_of):
     with pytest.raises(MGMTError, match='both classes'): external_test(b, test)
 
 
-def test_folds_are_kept_and_used_again(tmp_path, monkeypatch):
+@pytest.fixture(scope='module')
+def larger(tmp_path_factory):
+    "A store that can be divided twice"
+    return phantom_store(tmp_path_factory.mktemp('larger'), 48)
+
+
+def test_folds_are_kept_and_used_again(larger, tmp_path, monkeypatch):
     "An interruption costs the run that was under way; other inputs cost all that depends on them."
-    store = phantom_store(tmp_path, 48)
-    kw = dict(recipe=get_recipe('default', arch='timm/mobilenetv2_035', anisotropic=2, epochs=1), n_folds=2, inner=2,
+    kw = dict(recipe=get_recipe('default', arch='timm/test_resnet', anisotropic=2, epochs=1), n_folds=2, inner=2,
         progress=False)
     fits,fit = [],Learner.fit
     def counted(self, *args, **kwargs):
@@ -284,22 +289,24 @@ def test_folds_are_kept_and_used_again(tmp_path, monkeypatch):
         fits.append(1); return fit(self, *args, **kwargs)
     monkeypatch.setattr(Learner, 'fit', counted)
     resumed = False
-    with pytest.raises(KeyboardInterrupt): cross_validate(store, tmp_path/'cv', **kw)
+    with pytest.raises(KeyboardInterrupt): cross_validate(larger, tmp_path/'cv', **kw)
     resumed = True
-    oof = cross_validate(store, tmp_path/'cv', **kw)
+    oof = cross_validate(larger, tmp_path/'cv', **kw)
     assert len(fits)==2
-    again = cross_validate(store, tmp_path/'cv', **kw)
+    again = cross_validate(larger, tmp_path/'cv', **kw)
     assert len(fits)==2
     pd.testing.assert_frame_equal(oof, again)
     pd.testing.assert_frame_equal(oof, read_oof(tmp_path/'cv'))
-    assert sorted(oof.patient)==sorted(store.table.patient) and oof.prob.between(0,1).all()
+    assert sorted(oof.patient)==sorted(larger.table.patient) and oof.prob.between(0,1).all()
     for _,t in oof.groupby('run'):
         j = json.loads((tmp_path/'cv/runs'/t.run.iloc[0]/'run.json').read_text())
         assert j['valid_patients']==12 and set(j['predictions']['patient'])==set(t.patient)
     run = tmp_path/'cv/runs'/oof.run[0]/'model.safetensors'
-    run.write_bytes(run.read_bytes()[:-1]+b'?')
-    pd.testing.assert_frame_equal(oof, cross_validate(
-        store, tmp_path/'cv', **kw)) # the damaged run is trained again, to the bit
+    raw = bytearray(run.read_bytes())
+    raw[-1] ^= 1
+    run.write_bytes(raw)
+    damaged = cross_validate(larger, tmp_path/'cv', **kw)
+    pd.testing.assert_frame_equal(oof, damaged) # trained again, to the bit
     assert len(fits)==3
 
 
@@ -312,19 +319,18 @@ class Counting:
         return float(self.n>0)
 
 
-def test_a_training_that_the_clock_stopped_goes_on_to_the_same_bits_and_so_do_two_devices(tmp_path):
-    store = phantom_store(tmp_path, 48)
-    kw = dict(recipe=get_recipe('default', arch='timm/mobilenetv2_035', anisotropic=2, epochs=3), n_folds=2, inner=2,
+def test_a_training_that_the_clock_stopped_goes_on_to_the_same_bits_and_so_do_two_devices(larger, tmp_path):
+    kw = dict(recipe=get_recipe('default', arch='timm/test_resnet', anisotropic=2, epochs=3), n_folds=2, inner=2,
         progress=False)
-    whole = cross_validate(store, tmp_path/'whole', **kw)
+    whole = cross_validate(larger, tmp_path/'whole', **kw)
     with pytest.raises(OutOfTime, match='before the training'):
-        cross_validate(store, tmp_path/'stopped', clock=Counting(0), **kw)
+        cross_validate(larger, tmp_path/'stopped', clock=Counting(0), **kw)
     with pytest.raises(OutOfTime, match='after 2 of 3 epochs'):
-        cross_validate(store, tmp_path/'stopped', clock=Counting(3), **kw)
+        cross_validate(larger, tmp_path/'stopped', clock=Counting(3), **kw)
     checkpoint, = (tmp_path/'stopped/runs').glob('*/checkpoint.safetensors')
-    pd.testing.assert_frame_equal(cross_validate(store, tmp_path/'stopped', **kw), whole)
+    pd.testing.assert_frame_equal(cross_validate(larger, tmp_path/'stopped', **kw), whole)
     assert len(pd.read_csv(checkpoint.with_name('history.csv')))==3 and not checkpoint.exists()
-    pd.testing.assert_frame_equal(cross_validate(store, tmp_path/'two', devices=['cpu','cpu'], **kw), whole)
+    pd.testing.assert_frame_equal(cross_validate(larger, tmp_path/'two', devices=['cpu','cpu'], **kw), whole)
 
 
 def test_cross_validation_refuses_what_gives_no_number(study, tmp_path):
@@ -344,7 +350,7 @@ def test_cross_validation_refuses_what_gives_no_number(study, tmp_path):
 def test_a_slice_count_that_follows_the_label_is_caught(tmp_path):
     parts = []
     for slices,label in ((10,0),(13,1)):
-        make_phantom(tmp_path/str(label), n=40, auc=.5, test=0., slices=slices, size=32, sequences='T1wCE', seed=1,
+        make_phantom(tmp_path/str(label), n=24, auc=.5, test=0., slices=slices, size=32, sequences='T1wCE', seed=1,
             n_workers=0, progress=False)
         c = kaggle_cohort(tmp_path/str(label))
         parts.append(c[c.label==label])

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import torch
 from fastcore.test import test_fail as fails
 from safetensors.torch import save_file
 
+from commands import run_command
 from mgmt_fast import kaggle, kaggle_build
 from mgmt_fast.backbones import create_backbone, mgmt_weights
 from mgmt_fast.cohort import kaggle_cohort, tcga_cohort
@@ -40,9 +39,7 @@ def sim(tmp_path, monkeypatch):
 
 def run(tmp, *args, code=0, cwd=None):
     "The command, as its installed script calls it"
-    (tmp/'mgmt_kaggle').write_text('from mgmt_fast.cli import mgmt_kaggle\nimport sys\nsys.exit(mgmt_kaggle())\n')
-    r = subprocess.run([sys.executable, tmp/'mgmt_kaggle', *map(str,args)], capture_output=True, text=True, cwd=cwd,
-        env={**os.environ, 'PYTHONPATH':str(ROOT)})
+    r = run_command('mgmt_kaggle', *args, cwd=cwd)
     assert r.returncode==code and 'Traceback' not in r.stderr, r.stdout+r.stderr
     return r.stdout+r.stderr
 

@@ -1,21 +1,17 @@
 "Somebody's predictions, without an image: evaluated, frozen, tested on strangers, and counted."
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from commands import run_command
 from mgmt_fast.bundle import FrozenPredictions, freeze_predictions
 from mgmt_fast.cli import mgmt_evaluate, mgmt_external
 from mgmt_fast.core import MGMTError, rng_for
 from mgmt_fast.evaluate import choose_threshold, read_predictions
 from mgmt_fast.external import external_predictions, external_table, preregister, read_result
 from mgmt_fast.metrics import auc_ci
-
-BIN = Path(sys.executable).parent
 
 
 def table(path, hospital, n=60, signal=1., seed=0, **columns):
@@ -110,8 +106,8 @@ def test_tables_that_cannot_be_read(tmp_path, columns, said):
 
 def test_the_commands(tmp_path, capsys):
     for h in 'AB': table(tmp_path/f'{h}.csv', h)
-    run = lambda *args: subprocess.run([BIN/args[0], *map(str, args[1:])], cwd=tmp_path, capture_output=True, text=True)
-    r = run('mgmt_evaluate', '--predictions', 'A.csv', '--dest', 'judged', '--model', 'a forest', '--bundle', 'frozen')
+    r = run_command('mgmt_evaluate', '--predictions', 'A.csv', '--dest', 'judged', '--model', 'a forest', '--bundle',
+        'frozen', cwd=tmp_path)
     assert r.returncode==0, r.stdout+r.stderr
     assert {'roc.png','calibration.png','decision.png'}<={o.name for o in (tmp_path/'judged'/'figures').iterdir()}
     assert 'Research use only' in (tmp_path/'judged'/'report.html').read_text()

@@ -2,7 +2,6 @@
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from commands import run_command
 from identifiers import *
 from mgmt_fast.engines import engine_table
 from mgmt_fast.phantom import make_phantom
@@ -18,8 +18,6 @@ from mgmt_fast.trackers import to_tensorboard
 
 sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'))
 import soak
-
-BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope='module')
@@ -74,7 +72,7 @@ def written(scans, held_out, heads, tmp_path_factory):
     out = tmp_path_factory.mktemp('written')
     env = {**os.environ, 'MGMT_FAST_HOME':str(out/'home'), 'MGMT_FAST_LOG':str(out/'faults.log')}
     def run(command, *args):
-        r = subprocess.run([BIN/command, *map(str, args)], capture_output=True, text=True, env=env, cwd=out)
+        r = run_command(command, *args, env=env, cwd=out)
         assert r.returncode in (0,1), r.stdout+r.stderr
         (out/f'{command}.out').write_text(r.stdout+r.stderr)
     recipe = out/'recipe.yaml'

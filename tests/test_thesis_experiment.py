@@ -1,14 +1,11 @@
 "The thesis' experiment: each recipe goes all the way, and what was stopped goes on."
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from commands import run_command
 from mgmt_fast.baselines import baselines
 from mgmt_fast.bundle import cv_models, freeze_bundle, preparation, preparation_differs
 from mgmt_fast.callbacks import Checkpoint
@@ -24,7 +21,6 @@ from mgmt_fast.learner import load_model, predict
 from mgmt_fast.phantom import make_phantom
 from mgmt_fast.prepare import prepare
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(size=(8,16,16), arch='timm/test_resnet', anisotropic=2, pretrained=False, epochs=1, lr=3e-3, bs=4)
 INSIDE = dict(n_folds=2, inner=2, progress=False)
 
@@ -161,10 +157,8 @@ def test_what_fails_is_a_row(scans, tmp_path):
 
 def test_the_command(tmp_path):
     "As the installed script calls it"
-    (tmp_path/'mgmt_thesis').write_text('import sys\nfrom mgmt_fast.cli import mgmt_thesis\nsys.exit(mgmt_thesis())\n')
-    env = {**os.environ, 'PYTHONPATH':str(ROOT)}
-    line = [sys.executable, tmp_path/'mgmt_thesis', tmp_path/'store', tmp_path/'tcga', tmp_path/'out', '--quick']
-    def run(*more): return subprocess.run([*line, *more], capture_output=True, text=True, env=env)
+    where = tmp_path/'store',tmp_path/'tcga',tmp_path/'out'
+    def run(*more): return run_command('mgmt_thesis', *where, '--quick', *more)
     quick_stores(tmp_path/'store', tmp_path/'tcga', **SMALL)
     r = run('--archs','timm/test_resnet','--n-jobs','1')
     assert r.returncode==0, r.stderr
