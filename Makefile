@@ -18,7 +18,7 @@ demo: $(VENV)/installed
 test: check
 	tmp=$$(mktemp -d) && trap "rm -rf $$tmp" EXIT && export TMPDIR=$$tmp OMP_NUM_THREADS=1 && \
 	$(BIN)/nbdev_test $(DATA_FLAG) --n_workers 2 && rm -rf $$tmp/* && \
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -o tmp_path_retention_policy=failed tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -o tmp_path_retention_policy=failed tests
 
 # What is generated must be what is committed, and no line is wider than 120 characters.
 check: $(VENV)/installed

@@ -73,7 +73,7 @@ def run_after_fastai(path, tmp_path):
     return '' if r.returncode==0 else r.stdout[-1500:]+r.stderr[-1500:]
 
 
-@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.stem=='tutorial_train'], ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.stem=='tutorial_predictions'], ids=lambda p: p.stem)
 def test_a_tutorial_runs_after_fastai(path, tmp_path): assert not run_after_fastai(path, tmp_path)
 
 

@@ -50,6 +50,7 @@ def test_constant_volume_gives_2d_features(i, arch, weights):
         C, [(32,33)[i%2]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('i,arch', list(enumerate(ARCHS)))
 def test_constant_volume_gives_2d_features_always(i, arch, weights):
     "All channels and kernels with each backbone; modes, depths and halvings take turns"

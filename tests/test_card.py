@@ -22,7 +22,7 @@ from mgmt_fast.memory import auto_batch, training_bytes
 from mgmt_fast.phantom import make_phantom
 from mgmt_fast.prepare import prepare
 
-RECIPE = get_recipe('default', arch='resnet10', epochs=3, lr=1e-3, bs=4)
+RECIPE = get_recipe('default', arch='timm/test_resnet', epochs=3, lr=1e-3, bs=4)
 
 
 @pytest.fixture(scope='module')
