@@ -130,8 +130,8 @@ def test_the_command_on_two_processes(store, alone, tmp_path, launcher):
     np.testing.assert_allclose(a, b, rtol=1e-3)
 
 
-RUNS = ['--archs', 'timm/test_resnet,timm/test_efficientnet', '--sequences', 'T1wCE,FLAIR+T1wCE', '--folds', '0,1', '--n_folds', '3',
-    '--epochs', '1']
+RUNS = ['--archs', 'timm/test_resnet,timm/test_efficientnet', '--sequences', 'T1wCE,FLAIR+T1wCE', '--folds', '0,1',
+    '--n_folds', '3', '--epochs', '1']
 
 
 def test_a_sweep_that_was_killed_runs_what_is_missing(store, tmp_path):
