@@ -13,7 +13,7 @@ from torch import nn
 
 from bundles import pair_bundle
 from mgmt_fast import cli
-from mgmt_fast.backbones import create_backbone, list_backbones
+from mgmt_fast.backbones import ARCHS, MEDICALNETS, create_backbone
 from mgmt_fast.bundle import Bundle
 from mgmt_fast.core import MGMTError, get_recipe
 from mgmt_fast.export import describe_network, export_model, onnx_bytes, onnx_difference, parts_of
@@ -27,7 +27,7 @@ from mgmt_fast.prepare import VolumeStore
 LACKING = [o for o in ('onnx','onnxruntime','onnxscript') if importlib.util.find_spec(o) is None]
 needs_onnx = pytest.mark.skipif(LACKING!=[], reason=f'of the extra `onnx`, {LACKING} are absent')
 SMALL = dict(in_chans=2, anisotropic=2)
-ALL = list(list_backbones().arch)
+ALL = *ARCHS,'resnet10',*MEDICALNETS
 
 
 def moved(net, size=(8,32,32)):
