@@ -39,6 +39,13 @@ def user_home(tmp_path, monkeypatch):
     return tmp_path/'user-home'
 
 
+@pytest.fixture(autouse=True)
+def said_anew():
+    "What is said once per process is said in each test that asks for it, whichever ran before."
+    from mgmt_fast.core import say_once
+    say_once.cache_clear()
+
+
 @pytest.fixture
 def data():
     "The folder of real scans."
