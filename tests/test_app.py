@@ -269,6 +269,7 @@ def test_a_head_without_an_atlas_has_no_number(work, tmp_path):
     app.end()
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @engines
 def test_a_real_head_is_brought_into_the_atlas_and_judged(work, data, tmp_path):

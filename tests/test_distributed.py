@@ -112,9 +112,9 @@ def alone(store, tmp_path_factory):
     return d/'run'
 
 
-@pytest.mark.parametrize('launcher', ['torchrun --nproc_per_node 2 --master_port',
-    'accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no '
-    '--main_process_port'], ids=['torchrun','accelerate'])
+@pytest.mark.parametrize('launcher', [pytest.param('torchrun --nproc_per_node 2 --master_port', id='torchrun'),
+    pytest.param('accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no '
+    '--dynamo_backend no --main_process_port', id='accelerate', marks=pytest.mark.slow)])
 def test_the_command_on_two_processes(store, alone, tmp_path, launcher):
     """One of the two speaks and writes, and what it writes is what one process alone would, batch norm included."""
     name,*args = launcher.split()

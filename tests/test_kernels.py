@@ -126,6 +126,7 @@ def test_train(trained, kaggle):
             1e-3, 10., True)
 
 
+@pytest.mark.slow
 def test_a_train_kernel_that_is_stopped_twice_goes_on(kaggle, tmp_path, monkeypatch):
     "Before its first training, then within one; each time its output is attached to the next session"
     root = tmp_path/'kaggle'
@@ -188,6 +189,7 @@ def test_submit_for_the_competitions_own_list(trained, kaggle, data, tmp_path, m
     assert len(sub)==87 and sub.MGMT_value.nunique()>27
 
 
+@pytest.mark.slow
 def test_submit_elsewhere(tmp_path, monkeypatch):
     "No Kaggle at all: the same cells, on a phantom of their own"
     said = execute('submit', tmp_path, tmp_path/'nowhere', monkeypatch)
@@ -202,7 +204,8 @@ def test_sources_are_those_that_the_notebook_looks_for(meta):
     assert ('find_bundles(work/\'bundles\'' in text)==bool(d['kernel_sources'])
 
 
-@pytest.mark.parametrize('name,kernels', [('published',['tcga-eval','submit']),('winner',['submit'])])
+@pytest.mark.parametrize('name,kernels', [('winner',['submit']),
+    pytest.param('published', ['tcga-eval','submit'], marks=pytest.mark.slow)])
 def test_kernels_take_models_of_stores_of_slices(kaggle, tmp_path, monkeypatch, name, kernels):
     "The external test with its audit, and a submission, by bundles whose store has no millimetres"
     root = tmp_path/'kaggle'
@@ -266,6 +269,7 @@ def raw_tcga(root, n=11, raw=1, noise=1):
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(engine_table().version.isna().any(), reason='needs the extra `tcga`')
 def test_tcga_eval_brings_raw_dicom_into_the_atlas_space_first(kaggle, tmp_path, monkeypatch):
     root = tmp_path/'kaggle'
