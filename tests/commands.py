@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from importlib.metadata import entry_points
+from pathlib import Path
 from subprocess import CompletedProcess
 
 _forks = mp.get_context('forkserver')
@@ -31,10 +32,9 @@ def run_command(
 ): # As of `subprocess.run` with `capture_output=True, text=True`
     "Run a command as its installed script does, and wait for it."
     with tempfile.TemporaryDirectory() as td:
-        out,err = f'{td}/out',f'{td}/err'
+        out,err = Path(td)/'out',Path(td)/'err'
         args = [*map(str, args)]
         p = _forks.Process(target=_enter, args=(command, args, out, err, cwd, dict(env or os.environ)))
         p.start()
         p.join()
-        said = [open(o, encoding='utf-8').read() for o in (out,err)]
-    return CompletedProcess([command,*args], p.exitcode, *said)
+        return CompletedProcess([command,*args], p.exitcode, *(o.read_text(encoding='utf-8') for o in (out,err)))

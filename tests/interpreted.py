@@ -40,7 +40,7 @@ def convs(cls, kernel, stride, dilation, padding, same, mode, kind):
             I,O,groups = CHANNELS[kind]
             conv = c(I, O, kernel, s, dilation, groups, True, padding, same, mode)
             for p in conv.parameters(): nn.init.normal_(p)
-            for D in {s[0]} if wide else {s[0]+1} if kernel[0]>3 else {s[0],s[0]+1}: yield conv,(1,I,D,5,6)
+            for D in {s[0],s[0]+1} if kernel[0]<5 else {s[0]+1}: yield conv,(1,I,D,5,6)
 
 
 def norm(cls, act):

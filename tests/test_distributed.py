@@ -136,15 +136,15 @@ RUNS = ['--archs', 'timm/test_resnet,timm/test_efficientnet', '--sequences', 'T1
 
 def test_a_sweep_that_was_killed_runs_what_is_missing(store, tmp_path):
     "Two architectures, two inputs, two folds; killed after the third run."
-    cmd = 'mgmt_sweep',store.path,tmp_path/'sweep',*RUNS
-    p = subprocess.Popen([BIN/cmd[0], *cmd[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    args = store.path,tmp_path/'sweep',*RUNS
+    p = subprocess.Popen([BIN/'mgmt_sweep', *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while len(list((tmp_path/'sweep').glob('*/run.json')))<3:
         assert p.poll() is None
         time.sleep(.05)
     p.send_signal(signal.SIGKILL); p.wait()
     before = {f:f.stat().st_mtime_ns for f in (tmp_path/'sweep').glob('*/run.json')}
     assert 3<=len(before)<8
-    out = run_command(*cmd)
+    out = run_command('mgmt_sweep', *args)
     assert out.returncode==0 and '8 of 8 runs' in out.stdout, out.stdout+out.stderr
     assert all(f.stat().st_mtime_ns==t for f,t in before.items())
     t = pd.read_csv(tmp_path/'sweep/sweep.csv')

@@ -53,7 +53,7 @@ print(next(o.split()[1] for o in Path('/proc/self/status').read_text().splitline
 """
 
 
-def execute(kernel, cwd, kaggle, monkeypatch, clock=None, size=None, arch=None):
+def execute(kernel, cwd, kaggle, monkeypatch, clock=None, size=None):
     "What a kernel printed; its process may take 4 GB, and its working folder `size` bytes"
     (cwd/'offline').mkdir(parents=True, exist_ok=True)
     (cwd/'offline/sitecustomize.py').write_text(OFFLINE+(SMALL.format(size=size) if size else ''))
@@ -61,7 +61,6 @@ def execute(kernel, cwd, kaggle, monkeypatch, clock=None, size=None, arch=None):
     monkeypatch.setenv('MGMT_KAGGLE_ROOT', str(kaggle))
     nb = nbformat.read(ROOT/'kaggle'/kernel/f'{kernel}.ipynb', as_version=4)
     if clock: nb.cells[3].source = COUNTING+nb.cells[3].source.replace('Clock(hours=11)', clock)
-    if arch: nb.cells[3].source = nb.cells[3].source.replace('efficientnet_b0', arch)
     nb.cells.append(nbformat.v4.new_code_cell(PEAK))
     NotebookClient(nb, timeout=900, kernel_name='python3', resources={'metadata': {'path': str(cwd)}}).execute()
     said = [''.join(o.get('text','') for o in c.get('outputs', [])) for c in nb.cells]
@@ -127,13 +126,12 @@ def test_train(trained, kaggle):
 
 
 @pytest.mark.slow
-def test_a_train_kernel_that_is_stopped_twice_goes_on(kaggle, tmp_path, monkeypatch):
+def test_a_train_kernel_that_is_stopped_twice_goes_on(trained, kaggle, tmp_path, monkeypatch):
     "Before its first training, then within one; each time its output is attached to the next session"
     root = tmp_path/'kaggle'
     shutil.copytree(kaggle/'input/competitions', root/'input/competitions')
     def run(clock=None):
-        limits = dict(clock=clock, size=200_000_000, arch='timm/test_resnet')
-        said = session('train', root, tmp_path, monkeypatch, **limits)
+        said = session('train', root, tmp_path, monkeypatch, clock=clock, size=200_000_000)
         shutil.rmtree(root/'input/mgmt-fast-train', ignore_errors=True)
         shutil.move(root/'working', root/'input/mgmt-fast-train')
         return said
@@ -143,8 +141,8 @@ def test_a_train_kernel_that_is_stopped_twice_goes_on(kaggle, tmp_path, monkeypa
     assert 'goes on from what' in said and 'stopped after 2 of 3 epochs' in said
     said = run()
     assert 'goes on from what' in said and 'stopped' not in said
-    t = pd.read_csv(root/'input/mgmt-fast-train/results.csv')
-    assert len(t)==5 and t.auc.between(t.auc_lo, t.auc_hi).all()
+    a,b = (pd.read_csv(o/'input/mgmt-fast-train/results.csv') for o in (kaggle,root))
+    pd.testing.assert_frame_equal(a, b)
 
 
 def test_tcga_eval(trained, kaggle, tmp_path, monkeypatch):
@@ -174,19 +172,19 @@ def test_submit(trained, kaggle, tmp_path, monkeypatch):
 
 @pytest.mark.real
 def test_submit_for_the_competitions_own_list(trained, kaggle, data, tmp_path, monkeypatch):
-    "Phantoms under the real patients' names, three names for each, in the order of the real sample"
+    "87 phantoms under the real patients' names, in the order of the real sample"
     root,sample = tmp_path/'kaggle',data/'labels/rsna_miccai/gonzo3832/sample_submission.csv'
     comp,ids = root/'input/competitions'/COMPETITION,pd.read_csv(sample, dtype=str).BraTS21ID
-    make_phantom(comp, n=39, auc=.95, test=29/39, slices=16, size=48, progress=False)
+    make_phantom(comp, n=97, auc=.95, test=87/97, slices=16, size=48, progress=False)
     scans = sorted((comp/'test').rename(comp/'scans').iterdir())
     (comp/'test').mkdir()
-    for i,p in zip(ids, 3*scans, strict=True): shutil.copytree(p, comp/'test'/i, copy_function=os.link)
+    for i,p in zip(ids, scans, strict=True): p.rename(comp/'test'/i)
     shutil.copy(sample, comp)
     shutil.copytree(kaggle/'input/mgmt-fast-train', root/'input/mgmt-fast-train')
     session('submit', root, tmp_path, monkeypatch)
     sub = pd.read_csv(root/'working/submission.csv', dtype={'BraTS21ID':str})
     assert list(sub)==['BraTS21ID','MGMT_value'] and sub.BraTS21ID.tolist()==ids.tolist()
-    assert len(sub)==87 and sub.MGMT_value.nunique()>27
+    assert len(sub)==87 and sub.MGMT_value.nunique()>80
 
 
 @pytest.mark.slow
@@ -204,20 +202,17 @@ def test_sources_are_those_that_the_notebook_looks_for(meta):
     assert ('find_bundles(work/\'bundles\'' in text)==bool(d['kernel_sources'])
 
 
-@pytest.mark.parametrize('name,kernels', [('winner',['submit']),
-    pytest.param('published', ['tcga-eval','submit'], marks=pytest.mark.slow)])
-def test_kernels_take_models_of_stores_of_slices(kaggle, tmp_path, monkeypatch, name, kernels):
+@pytest.mark.parametrize('name', ['winner', pytest.param('published', marks=pytest.mark.slow)])
+def test_kernels_take_models_of_stores_of_slices(kaggle, tmp_path, monkeypatch, name):
     "The external test with its audit, and a submission, by bundles whose store has no millimetres"
     root = tmp_path/'kaggle'
     for o in ('competitions','datasets'): shutil.copytree(kaggle/'input'/o, root/'input'/o)
     tiny_bundle(root, tmp_path, name, size=(8,16,16), anisotropic=2)
-    for kernel in kernels:
-        said = session(kernel, root, tmp_path, monkeypatch)
-        if kernel=='submit':
-            assert 'submission.csv: 4 patients' in said
-        else:
-            result, = [read_result(p) for p in (root/'working/external').glob('*/external-*.json')]
-            assert result['all']['n']==16 and not result['overridden'] and 'planted copies' in said
+    said = session('tcga-eval', root, tmp_path, monkeypatch)
+    result, = [read_result(p) for p in (root/'working/external').glob('*/external-*.json')]
+    assert result['all']['n']==16 and not result['overridden'] and 'planted copies' in said
+    said = session('submit', root, tmp_path, monkeypatch)
+    assert 'submission.csv: 4 patients' in said
 
 
 def tiny_bundle(root, tmp, recipe, **choices):

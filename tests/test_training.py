@@ -412,17 +412,17 @@ def test_norms_train_save_and_load(store, tmp_path, kind):
 
 def test_a_killed_command_goes_on_by_itself(store, tmp_path):
     "SIGKILL after the first epoch is on disk; the same command again ends in the bits of an undisturbed one."
-    def cmd(d): return 'mgmt_train',store.path,tmp_path/d,'--arch','resnet10','--epochs','3','--bs','8'
-    assert run_command(*cmd('straight')).returncode==0
-    p = subprocess.Popen([BIN/'mgmt_train', *cmd('killed')[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def args(d): return store.path,tmp_path/d,'--arch','resnet10','--epochs','3','--bs','8'
+    assert run_command('mgmt_train', *args('straight')).returncode==0
+    p = subprocess.Popen([BIN/'mgmt_train', *args('killed')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path/'killed/checkpoint.safetensors').exists():
         assert p.poll() is None
         time.sleep(.05)
     p.send_signal(signal.SIGKILL); p.wait()
     assert not (tmp_path/'killed/model.json').exists()
-    r = run_command(*cmd('killed'))
+    r = run_command('mgmt_train', *args('killed'))
     assert r.returncode==0 and 'resumed: ' in r.stdout, r.stdout+r.stderr
     a,b = (load_file(tmp_path/d/'model.safetensors') for d in ('straight','killed'))
     assert all(torch.equal(v,b[k]) for k,v in a.items())
-    r = run_command(*cmd('killed'), '--lr', .1)
+    r = run_command('mgmt_train', *args('killed'), '--lr', .1)
     assert r.returncode==2 and "'lr'" in r.stderr and 'Traceback' not in r.stderr
